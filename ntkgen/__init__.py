@@ -1,0 +1,1 @@
+"""Large empirical neural tangent kernels: exact, fast, resumable."""

@@ -1,0 +1,84 @@
+"""The exceptions a caller may want to catch.
+
+Every message has four parts: what is wrong, what was expected and found, the likely cause, what to do. Every error is
+also the built-in kind it is, so that ``except ValueError`` works for a caller who does not know this module.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class NtkgenError(Exception):
+    """What every error of this package is; ``exit_code`` is the command line's exit status for it."""
+
+    exit_code = 1
+
+
+class InputError(NtkgenError, ValueError):
+    """An argument has a value that cannot be meant."""
+
+    exit_code = 2
+
+
+class UnknownNameError(InputError, LookupError):
+    """A name is not in the list of those that exist."""
+
+    @classmethod
+    def of(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownNameError":
+        """Build the message: the name, the close matches, and where the list is.
+
+        >>> print(UnknownNameError.of("model", "resnt18", ["resnet18", "vgg11"]))
+        Unknown model 'resnt18'. Did you mean resnet18? Known: resnet18, vgg11.
+        """
+        known = list(known)
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        return cls(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+class ShapeError(InputError):
+    """A tensor or an array has the wrong shape."""
+
+
+class ModelError(InputError):
+    """The network is one whose kernel is not defined: it mixes samples, or it has no trainable parameter."""
+
+
+class FingerprintError(InputError):
+    """What is on disk was made from other parameters, other data or other settings."""
+
+
+class PlanError(InputError):
+    """The stored plan cannot be repeated on this machine."""
+
+
+class BudgetError(InputError, MemoryError):
+    """The memory budget is too small for one tile."""
+
+
+class DiskSpaceError(InputError, OSError):
+    """The disk has no room for what would be written."""
+
+
+class DataError(InputError):
+    """A data set is missing, or is not what it should be."""
+
+
+class StoreError(NtkgenError, OSError):
+    """What lies at a path is not a store, or is a damaged one."""
+
+    exit_code = 2
+
+
+class StoreLockedError(NtkgenError, BlockingIOError):
+    """Another process is writing this store or this checkpoint."""
+
+    exit_code = 2
+
+
+class NotConvergedError(NtkgenError, RuntimeError):
+    """Training used up its epochs before it reached the target accuracy."""
+
+
+class DivergedError(NtkgenError, FloatingPointError):
+    """A loss or a kernel entry is not finite."""

@@ -1,0 +1,1 @@
+"""From a network and a block of samples to factors, and from factors to kernel tiles."""

@@ -1,0 +1,1 @@
+"""Tiles, plans, stores: the kernel as a matrix on disk."""
