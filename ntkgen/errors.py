@@ -23,17 +23,19 @@ class InputError(NtkgenError, ValueError):
 class UnknownNameError(InputError, LookupError):
     """A name is not in the list of those that exist."""
 
-    @classmethod
-    def of(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownNameError":
-        """Build the message: the name, the close matches, and where the list is.
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        super().__init__(kind, name, list(known))
 
-        >>> print(UnknownNameError.of("model", "resnt18", ["resnet18", "vgg11"]))
+    def __str__(self) -> str:
+        """Build the message: the name, the close matches, and all there are.
+
+        >>> print(UnknownNameError("model", "resnt18", ["resnet18", "vgg11"]))
         Unknown model 'resnt18'. Did you mean resnet18? Known: resnet18, vgg11.
         """
-        known = list(known)
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        kind, name, known = self.args
+        close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        return cls(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}.")
+        return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}."
 
 
 class ShapeError(InputError):

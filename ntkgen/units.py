@@ -1,0 +1,28 @@
+"""Bytes, written for people and read from them."""
+
+import re
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes in decimal units.
+
+    >>> human_bytes(465), human_bytes(5_000_000_000)
+    ('465 B', '5.0 GB')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def parse_bytes(text: str) -> int | None:
+    """Read a number of bytes, or return None where the text is none.
+
+    >>> parse_bytes("1.5GB"), parse_bytes("2GiB"), parse_bytes("much")
+    (1500000000, 2147483648, None)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
+    return None if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
