@@ -1,1 +1,63 @@
-"""The model zoo."""
+"""The model zoo: networks for 32×32 RGB images, (samples, 3, 32, 32) → (samples, num_classes) logits.
+
+One family per file, written on torch alone. Parameters are drawn from torch's global generator, so
+``torch.manual_seed`` before the call fixes them.
+
+>>> MODELS["lenet"](num_classes=7)[-1]
+Linear(in_features=84, out_features=7, bias=True)
+>>> MODELS["lenet"].paper
+'LeCun, Bottou, Bengio, Haffner (1998), Proceedings of the IEEE 86(11)'
+>>> [name for name, entry in MODELS.items() if entry.has_width][:2]
+['resnet9', 'resnet18']
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from models import densenet, lenet, logistic, mobilenet, mobilenetv2, resnet, vgg, wide_resnet
+
+__all__ = ["MODELS", "Entry"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the zoo; calling it builds the network."""
+
+    factory: Callable[..., nn.Module]
+    """Takes ``num_classes``, and ``width`` where ``has_width``."""
+    paper: str
+    """Authors, year, and venue or arXiv number."""
+
+    @property
+    def has_width(self) -> bool:
+        """Whether the factory takes ``width``, the number of channels of the first stage."""
+        return "width" in inspect.signature(self.factory).parameters
+
+    def __call__(self, num_classes: int = 10, **options: int) -> nn.Module:
+        """Build the network with freshly drawn parameters, in training mode."""
+        return self.factory(num_classes=num_classes, **options)
+
+
+MODELS: dict[str, Entry] = {
+    "resnet9": Entry(resnet.resnet9, resnet.PAPER),
+    "resnet18": Entry(resnet.resnet18, resnet.PAPER),
+    "resnet34": Entry(resnet.resnet34, resnet.PAPER),
+    "resnet50": Entry(resnet.resnet50, resnet.PAPER),
+    "resnet68": Entry(resnet.resnet68, resnet.PAPER),
+    "resnet101": Entry(resnet.resnet101, resnet.PAPER),
+    "resnet152": Entry(resnet.resnet152, resnet.PAPER),
+    "mobilenet": Entry(mobilenet.mobilenet, mobilenet.PAPER),
+    "mobilenetv2": Entry(mobilenetv2.mobilenetv2, mobilenetv2.PAPER),
+    "vgg11": Entry(vgg.vgg11, vgg.PAPER),
+    "vgg13": Entry(vgg.vgg13, vgg.PAPER),
+    "lenet": Entry(lenet.lenet, lenet.PAPER),
+    "wrn-28-2": Entry(wide_resnet.wrn_28_2, wide_resnet.PAPER),
+    "wrn-28-5": Entry(wide_resnet.wrn_28_5, wide_resnet.PAPER),
+    "wrn-28-10": Entry(wide_resnet.wrn_28_10, wide_resnet.PAPER),
+    "logistic": Entry(logistic.logistic, logistic.PAPER),
+    "densenet121": Entry(densenet.densenet121, densenet.PAPER),
+}
+"""Every network by its name."""

@@ -1,0 +1,13 @@
+"""Logistic regression (Cox 1958) on the raw pixels, the one network here whose kernel does not change in training.
+
+Initialisation is PyTorch's default.
+"""
+
+from torch import nn
+
+PAPER = "Cox (1958), Journal of the Royal Statistical Society B 20(2)"
+
+
+def logistic(num_classes: int = 10) -> nn.Sequential:
+    """Build one linear layer on the flattened image; its outputs are the logits."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))

@@ -1,0 +1,97 @@
+"""Residual networks (He et al. 2016) in their CIFAR form: a 3×3 stem of stride 1, no max-pooling, four stages.
+
+Depths 18, 34, 50, 101 and 152 are those of the paper's Table 1; 9 and 68 stack its basic block 1, 1, 1, 1 and
+3, 4, 23, 3 times. A shortcut is a 1×1 convolution with batch norm where the shape changes (the paper's option B).
+Convolutions start from He's initialisation, the last layer from PyTorch's default.
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from models.conv import conv_bn, he_normal
+from models.residual import Block, Residual, stage
+
+PAPER = "He, Zhang, Ren, Sun (2016), CVPR, arXiv:1512.03385"
+
+_EXPANSION = 4  # output channels of a bottleneck per channel of its 3×3 convolution
+
+
+def _with_shortcut(branch: nn.Module, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Sequential(Residual(branch), nn.ReLU())
+    shortcut = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+    return nn.Sequential(Residual(branch, shortcut), nn.ReLU())
+
+
+def _basic(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    branch = nn.Sequential(
+        *conv_bn(in_channels, out_channels, 3, stride),
+        nn.ReLU(),
+        *conv_bn(out_channels, out_channels, 3),
+    )
+    return _with_shortcut(branch, in_channels, out_channels, stride)
+
+
+def _bottleneck(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    channels = out_channels // _EXPANSION
+    branch = nn.Sequential(
+        *conv_bn(in_channels, channels, 1),
+        nn.ReLU(),
+        *conv_bn(channels, channels, 3, stride),
+        nn.ReLU(),
+        *conv_bn(channels, out_channels, 1),
+    )
+    return _with_shortcut(branch, in_channels, out_channels, stride)
+
+
+def _resnet(
+    block: Block, depths: tuple[int, int, int, int], num_classes: int, width: int, expansion: int = 1
+) -> nn.Sequential:
+    channels = [width, *(expansion * width * 2**k for k in range(4))]
+    stages = (
+        stage(block, depth, channels[k], channels[k + 1], stride=1 if k == 0 else 2) for k, depth in enumerate(depths)
+    )
+    layers = OrderedDict[str, nn.Module](
+        stem=nn.Sequential(*conv_bn(3, width, 3), nn.ReLU()),
+        stages=nn.Sequential(*stages),
+        pool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        head=nn.Linear(channels[-1], num_classes),
+    )
+    return he_normal(nn.Sequential(layers))
+
+
+def resnet9(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-9: basic blocks 1, 1, 1, 1, the first stage with ``width`` channels."""
+    return _resnet(_basic, (1, 1, 1, 1), num_classes, width)
+
+
+def resnet18(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-18: basic blocks 2, 2, 2, 2, the first stage with ``width`` channels."""
+    return _resnet(_basic, (2, 2, 2, 2), num_classes, width)
+
+
+def resnet34(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-34: basic blocks 3, 4, 6, 3, the first stage with ``width`` channels."""
+    return _resnet(_basic, (3, 4, 6, 3), num_classes, width)
+
+
+def resnet50(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-50: bottlenecks 3, 4, 6, 3, the first stage with 4 · ``width`` channels."""
+    return _resnet(_bottleneck, (3, 4, 6, 3), num_classes, width, _EXPANSION)
+
+
+def resnet68(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-68: basic blocks 3, 4, 23, 3, the first stage with ``width`` channels."""
+    return _resnet(_basic, (3, 4, 23, 3), num_classes, width)
+
+
+def resnet101(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-101: bottlenecks 3, 4, 23, 3, the first stage with 4 · ``width`` channels."""
+    return _resnet(_bottleneck, (3, 4, 23, 3), num_classes, width, _EXPANSION)
+
+
+def resnet152(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-152: bottlenecks 3, 8, 36, 3, the first stage with 4 · ``width`` channels."""
+    return _resnet(_bottleneck, (3, 8, 36, 3), num_classes, width, _EXPANSION)

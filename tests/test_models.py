@@ -1,0 +1,125 @@
+"""Every network of the zoo: its size, its shapes, its seed, its independence of the batch."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import MODELS
+from models.conv import he_normal
+
+NUM_PARAMS = {
+    "resnet9": 4_903_242,
+    "resnet18": 11_173_962,
+    "resnet34": 21_282_122,
+    "resnet50": 23_520_842,
+    "resnet68": 41_353_546,
+    "resnet101": 42_512_970,
+    "resnet152": 58_156_618,
+    "mobilenet": 3_217_226,
+    "mobilenetv2": 2_296_922,
+    "vgg11": 9_231_114,
+    "vgg13": 9_416_010,
+    "lenet": 62_006,
+    "wrn-28-2": 1_468_506,
+    "wrn-28-5": 9_134_874,
+    "wrn-28-10": 36_483_674,
+    "logistic": 30_730,
+    "densenet121": 6_956_298,
+}
+RESNETS = [name for name in NUM_PARAMS if name.startswith("resnet")]
+
+every_model = pytest.mark.parametrize("name", NUM_PARAMS)
+
+
+def count(network: nn.Module) -> int:
+    return sum(param.numel() for param in network.parameters() if param.requires_grad)
+
+
+def images(seed: int) -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def small(name: str, seed: int) -> nn.Module:
+    """Build the network, the ResNets narrow to save time."""
+    torch.manual_seed(seed)
+    return MODELS[name](**({"width": 16} if MODELS[name].has_width else {}))
+
+
+def test_every_network_has_a_row_in_this_file():
+    assert list(MODELS) == list(NUM_PARAMS)
+
+
+@every_model
+def test_parameter_count(name):
+    with torch.device("meta"):
+        assert count(MODELS[name](num_classes=10)) == NUM_PARAMS[name]
+
+
+@every_model
+@pytest.mark.parametrize("num_classes", [10, 7])
+def test_logits_have_one_column_per_class(name, num_classes):
+    with torch.device("meta"):
+        assert MODELS[name](num_classes=num_classes)(torch.empty(2, 3, 32, 32)).shape == (2, num_classes)
+
+
+@every_model
+@torch.no_grad()
+def test_evaluation_of_a_sample_ignores_the_rest_of_the_batch(name):
+    network = small(name, seed=0).eval()
+    x, other = images(seed=1), images(seed=2)
+    alone, first, second = network(x[:1]), network(x), network(torch.cat([x[:1], other[1:]]))
+    # An untrained network in evaluation mode may have logits of 1e7: compare relative to their size.
+    tolerance = {"rtol": 0, "atol": 1e-4 * alone.abs().max().item()}
+    torch.testing.assert_close(first[:1], alone, **tolerance)
+    torch.testing.assert_close(second[:1], alone, **tolerance)
+    assert not torch.allclose(first[1], second[1], **tolerance)
+
+
+@every_model
+def test_the_seed_fixes_the_parameters(name):
+    networks = [small(name, seed) for seed in (0, 0, 1)]
+    for param, same, other in zip(*(network.parameters() for network in networks), strict=True):
+        assert torch.equal(param, same)
+        # Biases and batch norms may start from constants; a matrix or a filter may not.
+        assert param.ndim == 1 or not torch.equal(param, other)
+
+
+@every_model
+def test_parameters_and_batch_statistics_are_all_that_is_stored(name):
+    with torch.device("meta"):
+        network = MODELS[name]()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.track_running_stats and norm.affine for norm in norms)
+    assert len(list(network.buffers())) == 3 * len(norms)
+
+
+@every_model
+def test_paper_names_author_and_year(name):
+    assert len(MODELS[name].paper.split("(")[0]) > 3
+    assert 1950 < int(MODELS[name].paper.split("(")[1][:4]) < 2030
+
+
+def test_only_the_resnets_take_a_width():
+    assert [name for name, entry in MODELS.items() if entry.has_width] == RESNETS
+    with pytest.raises(TypeError, match="width"):
+        MODELS["vgg11"](width=32)
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_width_scales_every_layer(name):
+    with torch.device("meta"):
+        narrow, default = MODELS[name](width=32), MODELS[name]()
+        for small, large in zip(narrow.parameters(), default.parameters(), strict=True):
+            assert all(n in {m, 2 * m} for m, n in zip(small.shape, large.shape, strict=True))
+        assert count(default) / count(narrow) == pytest.approx(4, rel=0.02)
+        assert narrow(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_he_normal_draws_by_fan_out_and_zeroes_the_bias():
+    torch.manual_seed(0)
+    dense, depthwise = he_normal(nn.Sequential(nn.Conv2d(3, 512, 3), nn.Conv2d(512, 512, 3, groups=512)))
+    assert dense.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.05)
+    assert depthwise.weight.std().item() == pytest.approx(math.sqrt(2 / 9), rel=0.05)
+    assert not dense.bias.any()
