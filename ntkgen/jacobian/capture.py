@@ -1,0 +1,89 @@
+"""One batch → every layer's inputs and output cotangents, without touching weight gradients."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Use:
+    """One call of a layer: its detached input, and its output as a node of the graph."""
+
+    x: Tensor
+    output: Tensor
+
+
+@dataclass
+class Recording:
+    """What a forward pass left: the network's outputs and, per recorded module, its uses in order.
+
+    The first ``count`` samples of the batch are meant; what follows pads it.
+    """
+
+    count: int
+    uses: dict[str, list[Use]] = field(default_factory=dict)
+    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@contextmanager
+def _recording_hooks(layers: dict[str, nn.Module], recording: Recording) -> Iterator[None]:
+    """Record the calls of some modules.
+
+    The hook hands a clone onwards: what follows in place (ReLU, a residual sum) then overwrites the clone, and the
+    gradient is taken of the layer's output as it was.
+    """
+
+    def hook_of(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
+                return None
+            recording.uses.setdefault(name, []).append(Use(x.detach()[: recording.count], output))
+            return output.clone()
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, module in layers.items():
+            handle = module.register_forward_hook(hook_of(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def record(module: nn.Module, layers: dict[str, nn.Module], batch: Tensor, count: int | None = None) -> Recording:
+    """Run one forward pass and record the named layers, for the first ``count`` samples of the batch."""
+    recording = Recording(len(batch) if count is None else count)
+    with _recording_hooks(layers, recording):
+        recording.outputs = module(batch)
+    return recording
+
+
+def cotangents(recording: Recording) -> Iterator[dict[str, list[Tensor]]]:
+    """Yield, output by output, the gradient of that output with respect to every recorded layer output.
+
+    Samples do not mix, so one backward pass per output serves the whole batch. Layers that the output does not depend
+    on get zeros.
+    """
+    outputs = recording.outputs
+    uses = [(name, use) for name, calls in recording.uses.items() for use in calls]
+    nodes = [use.output for _, use in uses]
+    num_outputs = outputs.shape[1]
+    for index in range(num_outputs):
+        grads = _gradients(outputs, nodes, index, retain_graph=index + 1 < num_outputs)
+        by_layer: dict[str, list[Tensor]] = {name: [] for name in recording.uses}
+        for (name, _), grad in zip(uses, grads, strict=True):
+            by_layer[name].append(grad[: recording.count])
+        yield by_layer
+
+
+def _gradients(outputs: Tensor, nodes: Sequence[Tensor], index: int, *, retain_graph: bool) -> Sequence[Tensor]:
+    if not nodes:
+        return []
+    selector = torch.zeros_like(outputs)
+    selector[:, index] = 1
+    grads = torch.autograd.grad(outputs, nodes, selector, retain_graph=retain_graph, allow_unused=True)
+    return [torch.zeros_like(node) if grad is None else grad for node, grad in zip(nodes, grads, strict=True)]

@@ -1,0 +1,255 @@
+"""A user's module made ready: our evaluation copy of it, and which rule treats which parameter, checked by value."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ntkgen.errors import ModelError
+from ntkgen.jacobian.capture import Recording, Use, cotangents, record
+from ntkgen.jacobian.cost import LayerShape, NetworkProfile
+from ntkgen.jacobian.layers import RULES, LayerRule
+from ntkgen.jacobian.precision import Precision, exact_arithmetic
+from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
+
+# How far a rule's rows may be from autograd's, relative to their norm. Wrong rules are off by per cents or more.
+COVERAGE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with a rule, and those of its trainable parameters that the rule treats."""
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    has_matrix: bool
+    vectors: tuple[str, ...]
+
+    def full_name(self, param: str) -> str:
+        """Name a parameter as `nn.Module.named_parameters` does."""
+        return f"{self.name}.{param}" if self.name else param
+
+    def params(self) -> Iterator[str]:
+        """Name the treated parameters, relative to the module: the matrix first, then the vectors."""
+        if self.has_matrix:
+            assert self.rule.matrix is not None
+            yield self.rule.matrix
+        yield from self.vectors
+
+    def without(self, excluded: set[str]) -> "Layer":
+        """Drop the parameters of these full names."""
+        kept = {param for param in self.params() if self.full_name(param) not in excluded}
+        vectors = tuple(vector for vector in self.vectors if vector in kept)
+        return dataclasses.replace(self, has_matrix=self.rule.matrix in kept, vectors=vectors)
+
+
+@dataclass(frozen=True)
+class Network:
+    """An evaluation copy in the compute dtype, with its layers, its parameters without a rule, and its sizes."""
+
+    module: nn.Module
+    precision: Precision
+    device: torch.device
+    layers: tuple[Layer, ...]
+    fallback: tuple[str, ...]
+    profile: NetworkProfile
+
+    def input(self, x: Tensor) -> Tensor:
+        """Move a batch to where and how the network computes."""
+        return as_input(x, self.precision.compute_dtype, self.device)
+
+    @property
+    def layer_modules(self) -> dict[str, nn.Module]:
+        """What `capture.record` records."""
+        return {layer.name: layer.module for layer in self.layers}
+
+
+def prepare(
+    model: nn.Module,
+    x: Tensor,  # (samples, …): a few samples that the network accepts
+    precision: Precision,
+    device: torch.device | None = None,
+) -> Network:
+    """Copy a module and decide, by value, how each of its parameters is treated.
+
+    For two samples and a random v, ``Σ_o v_o · row_o`` of every parameter with a rule must equal
+    ``autograd.grad(v · f)``. A parameter that differs (a hook that never fires, a rule that does not fit) is left to
+    `torch.func`, as are tied weights and parameters of layers without a rule.
+
+    Raises:
+        ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
+    """
+    device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    module = evaluation_copy(model, precision.compute_dtype, device)
+    if not trainable(module):
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameter: expected at least one with requires_grad, found none. "
+            "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
+        )
+    _refuse_batch_statistics(module)
+    pair = as_input(x[:2], precision.compute_dtype, device)
+    with exact_arithmetic(device):
+        num_outputs = _check_outputs(module, pair)
+        candidates = tuple(_layers_with_rules(module))
+        wrong = _uncovered(module, candidates, pair)
+        layers = tuple(kept for layer in candidates if any((kept := layer.without(wrong)).params()))
+        treated = {layer.full_name(param) for layer in layers for param in layer.params()}
+        fallback = tuple(name for name in trainable(module) if name not in treated)
+        profile = _profile(module, layers, fallback, pair[:1], num_outputs)
+    return Network(module, precision, device, layers, fallback, profile)
+
+
+def _refuse_batch_statistics(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is None:
+            raise ModelError(
+                f"Layer {name or type(child).__name__} mixes the samples of a batch even in evaluation mode: a batch "
+                "norm was expected to have running statistics, and has none (track_running_stats=False). The kernel of "
+                "one sample would depend on the others. Build the network with track_running_stats=True and train it."
+            )
+
+
+def _check_outputs(module: nn.Module, pair: Tensor) -> int:
+    """Run the network on two samples, together and apart, and return its number of outputs.
+
+    Raises:
+        ModelError: If it does not return (samples, outputs), or a sample's outputs depend on the other sample.
+    """
+    with torch.no_grad():
+        try:
+            together = module(pair)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"The network cannot take these samples, of shape {tuple(pair.shape[1:])} and {pair.dtype} each: "
+                f"{str(error).splitlines()[0]}. Is it made for another size or number of channels? Give it samples of "
+                "the kind it was made for."
+            ) from error
+        if not isinstance(together, Tensor) or together.ndim != 2 or len(together) != len(pair):
+            found = tuple(together.shape) if isinstance(together, Tensor) else type(together).__name__
+            raise ModelError(
+                f"The network must return one row per sample, ({len(pair)}, outputs), and returned {found}. Is there a "
+                "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
+            )
+        apart = torch.cat([module(sample[None]) for sample in pair])
+    difference = float((together - apart).abs().max())
+    scale = float(apart.abs().max())
+    if difference > COVERAGE_TOLERANCE[together.dtype] * 10 * max(scale, 1e-30):
+        raise ModelError(
+            f"The network mixes the samples of a batch even in evaluation mode: alone and in a batch of {len(pair)} a "
+            f"sample's outputs differ by {difference:.1e} (largest output {scale:.1e}), expected rounding only. Does a "
+            "layer use batch statistics or randomness? Replace it by one that treats samples one by one."
+        )
+    return int(together.shape[1])
+
+
+def _layers_with_rules(module: nn.Module) -> Iterator[Layer]:
+    """Find the modules with a rule. A parameter that two modules own is tied, and belongs to neither."""
+    owners = Counter(id(param) for child in module.modules() for param in child.parameters(recurse=False))
+    for name, child in module.named_modules():
+        rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
+        if rule is None:
+            continue
+        own = {n for n, p in child.named_parameters(recurse=False) if p.requires_grad and owners[id(p)] == 1}
+        layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
+        if any(layer.params()):
+            yield layer
+
+
+def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> set[str]:
+    """Name the parameters whose rows, as their rule gives them, are not what autograd gives."""
+    recording = record(module, {layer.name: layer.module for layer in layers}, pair)
+    num_outputs = recording.outputs.shape[1]
+    weights = torch.randn(num_outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = weights.to(recording.outputs)
+    treated = [(layer, param) for layer in layers for param in layer.params()]
+    names = [layer.full_name(param) for layer, param in treated]
+    sums: dict[str, Tensor] = {}
+    for weight, grads in zip(weights, cotangents(recording), strict=True):
+        for (layer, param), name in zip(treated, names, strict=True):
+            uses = recording.uses.get(layer.name, [])
+            if _fits(uses, grads.get(layer.name, []), len(pair)):
+                sums[name] = sums.get(name, 0) + weight * param_rows(layer, param, uses, grads[layer.name])
+    by_name = dict(module.named_parameters())
+    wrong = set(names) - set(sums)
+    for index in range(len(pair)):
+        target = module(pair[index : index + 1])[0] @ weights
+        expected = torch.autograd.grad(target, [by_name[name] for name in names], allow_unused=True)
+        for name, grad in zip(names, expected, strict=True):
+            if name not in wrong and not _close(sums[name][index], grad):
+                wrong.add(name)
+    return wrong
+
+
+def _fits(uses: Sequence[Use], grads: Sequence[Tensor], samples: int) -> bool:
+    """Say whether a layer was called at all, and with samples as the first axis of what goes in and comes out."""
+    return bool(uses) and all(len(use.x) == len(grad) == samples for use, grad in zip(uses, grads, strict=True))
+
+
+def _close(row: Tensor, grad: Tensor | None) -> bool:
+    expected = torch.zeros_like(row) if grad is None else grad.flatten()
+    if row.shape != expected.shape:
+        return False
+    return bool((row - expected).norm() <= COVERAGE_TOLERANCE[row.dtype] * expected.norm())
+
+
+def param_rows(
+    layer: Layer, param: str, uses: Sequence[Use], grads: Sequence[Tensor]
+) -> Tensor:  # (samples, parameter)
+    """Form the Jacobian rows of one parameter for one output, summed over the uses of its layer."""
+    rows = []
+    for use, grad in zip(uses, grads, strict=True):
+        if param == layer.rule.matrix:
+            g, a = layer.rule.cotangents(layer.module, grad), layer.rule.inputs(layer.module, use.x)
+            rows.append((g.mT @ a).flatten(1))
+        else:
+            rows.append(layer.rule.vectors[param](layer.module, use.x, grad))
+    return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
+
+
+def _profile(
+    module: nn.Module, layers: tuple[Layer, ...], fallback: tuple[str, ...], sample: Tensor, num_outputs: int
+) -> NetworkProfile:
+    """Measure the sizes of the network on one sample."""
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    params = {param.untyped_storage().data_ptr() for param in module.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        recording = record(module, {layer.name: layer.module for layer in layers}, sample)
+    shapes, dense = [], 0
+    for layer in layers:
+        sizes = {name: param.numel() for name, param in layer.module.named_parameters(recurse=False)}
+        dense += sum(sizes[name] for name in layer.vectors)
+        if layer.has_matrix:
+            shapes.append(_shape(layer, recording))
+    own = trainable(module)
+    return NetworkProfile(
+        num_outputs=num_outputs,
+        num_params=sum(param.numel() for param in own.values()),
+        layers=tuple(shapes),
+        dense_params=dense + sum(own[name].numel() for name in fallback),
+        fallback=fallback,
+        activation_numbers=sum(count for address, count in saved.items() if address not in params),
+        input_numbers=sample.numel(),
+    )
+
+
+def _shape(layer: Layer, recording: Recording) -> LayerShape:
+    """Measure one layer: positions are summed over its uses."""
+    inputs = [layer.rule.inputs(layer.module, use.x) for use in recording.uses[layer.name]]
+    outputs = [layer.rule.cotangents(layer.module, use.output) for use in recording.uses[layer.name]]
+    return LayerShape(
+        name=layer.name,
+        positions=sum(a.shape[2] for a in inputs),
+        inputs=inputs[0].shape[3],
+        channels=outputs[0].shape[3],
+        groups=inputs[0].shape[1],
+    )
