@@ -1,0 +1,129 @@
+"""Run a plan: for each missing tile, compute and commit."""
+
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+from torch import Tensor
+
+from ntkgen.errors import InputError, PlanError
+from ntkgen.jacobian.contract import exact_diagonal, fill_kernel
+from ntkgen.jacobian.factors import BlockFactors, FactorCache
+from ntkgen.jacobian.network import Network
+from ntkgen.jacobian.precision import exact_arithmetic
+from ntkgen.kernel.plan import Budget, Environment, Plan
+from ntkgen.kernel.store import KernelStore
+from ntkgen.kernel.tiles import Tile
+
+# Called with what is being made ("diagonal" or "tiles"), how much of it is done, and how much there is.
+Report = Callable[[str, int, int], None]
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device of this machine.
+
+    Raises:
+        InputError: If there is no such device here.
+    """
+    if name == "auto":
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device(best)
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = name.partition(":")
+    if kind not in here or (index and not index.isdigit()) or int(index or 0) >= here[kind]:
+        found = ", ".join(f"{kind} ({count})" for kind, count in here.items() if count)
+        raise InputError(f"There is no device {name!r} here: expected auto or one of those found, {found}.")
+    return torch.device(name)
+
+
+def environment(device: torch.device, threads: int | None = None) -> Environment:
+    """Describe what the bits of a computation on this machine depend on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return Environment(device.type, name, torch.__version__, threads or torch.get_num_threads())
+
+
+def memory_budget(device: torch.device, requested: int | None) -> Budget:
+    """Say how many bytes a computation on a device may take."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return Budget.of(requested, total_bytes=total, free_bytes=free)
+
+
+def check_environment(plan: Plan, device: torch.device) -> None:
+    """Refuse to continue a plan whose bytes this machine would not repeat. Threads are set as planned.
+
+    Raises:
+        PlanError: If device, its type or torch differ; the message names what does.
+    """
+    if differences := plan.environment.differences(environment(device, plan.environment.threads)):
+        raise PlanError(
+            f"The store's plan cannot be repeated here ({'; '.join(differences)}): the tiles still missing would "
+            "differ from the others in their last bits. Use a machine like the first, or add --replan to accept that."
+        )
+
+
+def run(
+    network: Network,
+    samples: Tensor,  # (n, …), in the store's order
+    store: KernelStore,
+    *,
+    cached_blocks: int,
+    report: Report = lambda *_: None,
+) -> None:
+    """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
+    plan = store.manifest.plan
+    factors = FactorCache(network, plan.jacobian, samples, cached_blocks)
+    with exact_arithmetic(network.device, plan.environment.threads):
+        for done, total, index in _counted(store.missing_blocks(), plan.grid.num_blocks):
+            report("diagonal", done, total)
+            store.commit_block(index, *_diagonal_and_logits(plan, index, factors))
+        report("diagonal", plan.grid.num_blocks, plan.grid.num_blocks)
+        store.create_kernels()
+        for done, total, tile in _counted(store.missing_tiles(), plan.grid.num_tiles):
+            report("tiles", done, total)
+            store.commit(tile, compute_tile(plan, tile, factors))
+        report("tiles", plan.grid.num_tiles, plan.grid.num_tiles)
+    store.finalize()
+
+
+def _counted(missing: list[Any], total: int) -> list[tuple[int, int, Any]]:
+    """Number what is missing from what is there: (done before it, total, it)."""
+    there = total - len(missing)
+    return [(there + position, total, item) for position, item in enumerate(missing)]
+
+
+def compute_tile(plan: Plan, tile: Tile, factors: Callable[..., BlockFactors]) -> npt.NDArray[Any]:
+    """Compute one tile; on the diagonal, its upper blocks and their mirror."""
+    rows, columns = plan.blocks(tile.row), plan.blocks(tile.col)
+    kernel: npt.NDArray[Any] = fill_kernel(rows, columns, factors, plan.jacobian).cpu().numpy()
+    return kernel
+
+
+def _diagonal_and_logits(
+    plan: Plan, index: int, factors: Callable[..., BlockFactors]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    diagonals, logits = [], []
+    for piece in plan.blocks(index):
+        block = factors(piece)
+        diagonals.append(exact_diagonal(block).flatten().cpu())
+        logits.append(block.logits.double().cpu())
+    return torch.cat(diagonals).numpy(), torch.cat(logits).numpy()
+
+
+def free_disk_bytes(path: str | os.PathLike[str]) -> int:
+    """Say how much room there is where a path lies or would lie."""
+    folder = os.path.abspath(path)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return int(psutil.disk_usage(folder).free)

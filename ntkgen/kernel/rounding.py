@@ -1,0 +1,62 @@
+"""Computed values → stored values: the power-of-two scale of float16, and the cast."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from ntkgen.errors import DivergedError, UnknownNameError
+
+# float16 ends at 65504 < 2¹⁶; the largest entry is put into (2¹⁴, 2¹⁵], one bit below, because entries carry error.
+FLOAT16_TARGET = 2.0**15
+
+STORE_DTYPES = ("float16", "float32", "float64")
+
+
+def check_dtypes(names: Iterable[str]) -> tuple[str, ...]:
+    """Check store dtypes, and put each once, the least precise first.
+
+    >>> check_dtypes(["float32", "float16", "float32"])
+    ('float16', 'float32')
+
+    Raises:
+        UnknownNameError: If one is no store dtype.
+    """
+    names = set(names)
+    for name in names:
+        if name not in STORE_DTYPES:
+            raise UnknownNameError("dtype", name, STORE_DTYPES)
+    return tuple(dtype for dtype in STORE_DTYPES if dtype in names)
+
+
+def scale_of(dtype: str, max_diagonal: float) -> float:
+    """Choose the scale factor of a store dtype: ``kernel = stored · scale``.
+
+    By Cauchy–Schwarz no entry exceeds the largest diagonal one, so with this scale float16 cannot overflow.
+
+    >>> scale_of("float16", 3e6), scale_of("float16", 32768.0), scale_of("float32", 3e6)
+    (128.0, 1.0, 1.0)
+    """
+    if dtype != "float16" or max_diagonal == 0:
+        return 1.0
+    mantissa, exponent = math.frexp(max_diagonal / FLOAT16_TARGET)
+    return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+
+
+def to_stored(values: npt.NDArray[np.floating], dtype: str, scale: float) -> npt.NDArray[np.floating]:
+    """Round computed values to a store dtype, after an exact division by the power-of-two scale.
+
+    Raises:
+        DivergedError: If a value is not finite, before or after the cast.
+    """
+    with np.errstate(over="ignore"):
+        stored = (values / values.dtype.type(scale)).astype(dtype) if scale != 1 else values.astype(dtype, copy=False)
+    if not np.isfinite(stored).all():
+        bad = int(np.size(stored) - np.isfinite(stored).sum())
+        raise DivergedError(
+            f"{bad} of {stored.size} kernel entries are not finite in {dtype} (scale {scale:g}). Either the network "
+            "has infinite or NaN parameters or inputs, or its gradients overflow. Check the checkpoint's training "
+            "loss, or compute with --precision float64 and store float64."
+        )
+    return stored

@@ -1,0 +1,457 @@
+"""The kernel on disk: create, open, commit a tile, list what is missing.
+
+A store is a Zarr v3 group, readable without this package:
+
+    ntk_float16, ntk_float32, ntk_float64   (row, col)        the kernel; true value = stored · scale_factor (or 1)
+    diagonal                                (row)    float64  the exact diagonal, computed first
+    logits                                  (sample, output)  float64
+    row_sample, row_output, row_label       (row)             what a row is: position in the store, output, label
+    col_sample, col_output, col_label       (col)             the same of a column
+    sample_index                            (sample)          the samples' positions in their data set
+
+Rows are sample-major. One unsharded chunk is one tile, `bytes` (little endian) and `crc32c`, no compressor, so a chunk
+has a known size and truncation shows in a directory listing. What is not stored reads as NaN. A tile is done when its
+chunks exist at their exact size; there is no other record of progress. With the layout `upper` only tiles with
+row <= col are stored (`storage_mode` of the array is `symmetric-upper`), with `full` all are (`square`).
+
+The group's attribute `ntkgen` is the manifest: what the kernel is of, its fingerprint, and the plan that its bytes
+follow. It holds no time, no path and no measurement, so that two runs of one command give equal bytes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import LocalStore
+
+import ntkgen
+from ntkgen.errors import FingerprintError, StoreError, StoreLockedError
+from ntkgen.kernel.plan import Plan
+from ntkgen.kernel.rounding import STORE_DTYPES, scale_of, to_stored
+from ntkgen.kernel.symmetric import SymmetricArray
+from ntkgen.kernel.tiles import Tile, TileGrid
+
+if TYPE_CHECKING:
+    ZarrArray = zarr.Array[Any]
+
+FORMAT_VERSION = 1
+# Written in full while all dtypes together take at most this much; above, one triangle.
+FULL_LAYOUT_BYTES = 10 * 10**9
+CHECKSUM_BYTES = 4
+
+_COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
+_CHUNK_2D = re.compile(r"^\d+$")
+
+FloatArray = npt.NDArray[np.floating]
+
+
+def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
+    """Turn `auto` into `full` or `upper`.
+
+    >>> resolve_layout("auto", 5000, ("float16", "float32")), resolve_layout("auto", 500_000, ("float16",))
+    ('full', 'upper')
+    """
+    if layout != "auto":
+        return layout
+    bytes_in_full = num_rows**2 * sum(np.dtype(dtype).itemsize for dtype in dtypes)
+    return "full" if bytes_in_full <= FULL_LAYOUT_BYTES else "upper"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself. ``identity`` is what a resumed run must agree with, ``provenance`` is for people."""
+
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    plan: Plan
+    dtypes: tuple[str, ...]
+    layout: str
+    is_complete: bool = False
+    replanned: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash what the kernel is of and how it is computed."""
+        return hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn into plain values for the group's attribute."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "version": ntkgen.__version__,
+            "status": "complete" if self.is_complete else "in_progress",
+            "fingerprint": self.fingerprint,
+            "num_samples": self.plan.grid.num_samples,
+            "num_outputs": self.plan.grid.num_outputs,
+            "num_params": self.plan.profile.num_params,
+            "row_order": "sample-major",
+            "layout": self.layout,
+            "dtypes": list(self.dtypes),
+            "identity": dict(self.identity),
+            "provenance": dict(self.provenance),
+            "plan": self.plan.to_json(),
+            "replanned": self.replanned,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
+        """Read back what `to_json` wrote."""
+        return cls(
+            identity=values["identity"],
+            provenance=values["provenance"],
+            plan=Plan.from_json(values["plan"]),
+            dtypes=tuple(values["dtypes"]),
+            layout=values["layout"],
+            is_complete=values["status"] == "complete",
+            replanned=values["replanned"],
+        )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a kernel is of, in its order: positions in their data set, and labels."""
+
+    index: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+
+
+class KernelStore:
+    """An opened store. Reading needs no lock; writing is for one process at a time, under `write_lock`."""
+
+    def __init__(self, path: Path, group: zarr.Group, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._group = group
+
+    def __repr__(self) -> str:
+        """Say what the kernel is of."""
+        rows = self.grid.num_rows
+        return f"<KernelStore {self.path}: {rows} × {rows}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
+
+    @property
+    def grid(self) -> TileGrid:
+        """The tile grid, fixed when the store was created."""
+        return self.manifest.plan.grid
+
+    # reading -------------------------------------------------------------------------------------------------------
+
+    def kernel(self, dtype: str | None = None) -> SymmetricArray:
+        """View the kernel as one full matrix of true values, in the most precise stored dtype or a chosen one.
+
+        Raises:
+            StoreError: If no tile of that dtype can be there yet.
+        """
+        dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
+        if f"ntk_{dtype}" not in self._group:
+            raise StoreError(
+                f"The store at {self.path} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
+                "those are made after the diagonal. Choose one of them, or finish the store with the same command."
+            )
+        array = self._group[f"ntk_{dtype}"]
+        assert isinstance(array, zarr.Array)
+        return SymmetricArray(array, is_upper=self.manifest.layout == "upper", token=self.manifest.fingerprint)
+
+    @property
+    def array(self) -> SymmetricArray:
+        """The full matrix of true values, NumPy-like and lazy, in the most precise stored dtype."""
+        return self.kernel()
+
+    @property
+    def dask(self) -> Any:
+        """The full matrix of true values as a dask array, one task per tile."""
+        return self.kernel().to_dask()
+
+    @property
+    def xarray(self) -> Any:
+        """The full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns."""
+        import xarray
+
+        coords = {name: (axis, self.read(name)) for axis, names in _COORDINATES.items() for name in names.split()}
+        return xarray.DataArray(self.dask, dims=("row", "col"), coords=coords, name="ntk", attrs=self.attributes)
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group's attributes but for the manifest."""
+        return {name: value for name, value in self._group.attrs.asdict().items() if name != "ntkgen"}
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Read one of the small arrays whole: diagonal, logits, a coordinate."""
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        return np.asarray(array[...])
+
+    @property
+    def array_names(self) -> list[str]:
+        """Name the kernel arrays that exist; they are created once the diagonal is complete."""
+        return [name for dtype in self.manifest.dtypes if (name := f"ntk_{dtype}") in self._group]
+
+    def scale_factor(self, name: str) -> float:
+        """Say by what a kernel array is to be multiplied."""
+        return float(self._group[name].attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
+
+    # progress ------------------------------------------------------------------------------------------------------
+
+    def missing_tiles(self) -> list[Tile]:
+        """List the tiles that are not there in every dtype and, with the full layout, on both sides."""
+        missing: set[Tile] = set()
+        for dtype in self.manifest.dtypes:
+            done = self._chunks(f"ntk_{dtype}", self.grid.side**2 * np.dtype(dtype).itemsize)
+            for tile in self.grid.tiles():
+                mirror = (tile.col, tile.row) if self.manifest.layout == "full" else (tile.row, tile.col)
+                if (tile.row, tile.col) not in done or mirror not in done:
+                    missing.add(tile)
+        return sorted(missing)
+
+    def missing_blocks(self) -> list[int]:
+        """List the row blocks whose diagonal or logits are not there."""
+        diagonal = self._chunks("diagonal", self.grid.side * 8)
+        logits = {(row,) for row, _ in self._chunks("logits", self.grid.side * 8)}
+        return [index for index in range(self.grid.num_blocks) if (index,) not in diagonal & logits]
+
+    def _chunks(self, name: str, payload_bytes: int) -> set[tuple[int, ...]]:
+        """List the chunks of an array that have their exact size, by directory scan."""
+        size = payload_bytes + CHECKSUM_BYTES
+        found: set[tuple[int, ...]] = set()
+
+        def scan(folder: Path, prefix: tuple[int, ...]) -> None:
+            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if not _CHUNK_2D.match(entry.name):
+                        continue
+                    key = (*prefix, int(entry.name))
+                    if entry.is_dir():
+                        scan(Path(entry.path), key)
+                    elif entry.stat().st_size == size:
+                        found.add(key)
+
+        scan(self.path / name / "c", ())
+        return found
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files of the store."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
+    # writing -------------------------------------------------------------------------------------------------------
+
+    def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
+        """Store the exact diagonal and the logits of one row block."""
+        block = self.grid.block(index)
+        rows = block.rows(self.grid.num_outputs)
+        self._write("logits", (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
+        self._write("diagonal", (rows,), to_stored(diagonal.ravel(), "float64", 1.0))
+
+    def create_kernels(self) -> None:
+        """Create the kernel arrays with their scales, which follow from the complete diagonal."""
+        maximum = float(self.read("diagonal").max())
+        for dtype in self.manifest.dtypes:
+            if f"ntk_{dtype}" in self._group:
+                continue
+            scale = scale_of(dtype, maximum)
+            attributes = {
+                "long_name": "empirical neural tangent kernel, J Jᵀ",
+                "units": "1",
+                "coordinates": " ".join(_COORDINATES.values()),
+                "storage_mode": "square" if self.manifest.layout == "full" else "symmetric-upper",
+                **({} if scale == 1 else {"scale_factor": scale}),
+            }
+            rows, side = self.grid.num_rows, self.grid.side
+            layout = _Layout((rows, rows), (side, side), ("row", "col"))
+            _create_array(self._group, f"ntk_{dtype}", dtype, layout, attributes)
+
+    def commit(self, tile: Tile, values: FloatArray) -> None:
+        """Store one computed tile, in every dtype, whole.
+
+        Raises:
+            DivergedError: If an entry is not finite; nothing of the tile is then written.
+        """
+        m = self.grid.num_outputs
+        rows, cols = self.grid.block(tile.row).rows(m), self.grid.block(tile.col).rows(m)
+        assert values.shape == (rows.stop - rows.start, cols.stop - cols.start)
+        stored = {dtype: to_stored(values, dtype, self.kernel(dtype).scale) for dtype in self.manifest.dtypes}
+        for dtype, rounded in stored.items():
+            self._write(f"ntk_{dtype}", (rows, cols), rounded)
+            if self.manifest.layout == "full" and not tile.is_diagonal:
+                self._write(f"ntk_{dtype}", (cols, rows), np.ascontiguousarray(rounded.T))
+
+    def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
+        array = self._group[name]
+        assert isinstance(array, zarr.Array)
+        # the Rust pipeline, if the user has chosen it, does not write atomically
+        with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
+            array.with_config({"write_empty_chunks": True})[region] = values
+
+    def set_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest, in one atomic write."""
+        self._group.attrs.update({"ntkgen": manifest.to_json()})
+        self.manifest = manifest
+
+    def sweep(self) -> None:
+        """Remove what an interrupted write left behind; only under the lock."""
+        for leftover in self.path.rglob("*.partial"):
+            leftover.unlink()
+
+    def finalize(self) -> None:
+        """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.
+
+        Raises:
+            StoreError: If tiles are missing.
+        """
+        if missing := self.missing_tiles():
+            raise StoreError(
+                f"The store at {self.path} cannot be complete: {len(missing)} of {self.grid.num_tiles} tiles are "
+                "missing. Was a file removed meanwhile? Run the same command again."
+            )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Consolidated metadata")
+            self._group = zarr.consolidate_metadata(LocalStore(self.path))
+        done = Manifest(**{**vars(self.manifest), "is_complete": True})
+        self.set_manifest(done)
+
+
+def create_store(path: Path, manifest: Manifest, samples: Samples) -> KernelStore:
+    """Create a store with everything but its numbers. It appears at its path whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".creating")
+    shutil.rmtree(draft, ignore_errors=True)
+    grid = manifest.plan.grid
+    group = zarr.create_group(LocalStore(draft))
+    n, m = grid.num_samples, grid.num_outputs
+    columns = {
+        "sample": (np.repeat(np.arange(n), m), "position of the sample in this store"),
+        "output": (np.tile(np.arange(m), n), "output of the network"),
+        "label": (np.repeat(samples.labels, m), "label of the sample"),
+    }
+    for axis in ("row", "col"):
+        for name, (values, meaning) in columns.items():
+            _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
+    _create_small(group, "sample_index", samples.index, "sample", "position of the sample in its data set")
+    note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": _COORDINATES["row"]}
+    _create_array(group, "diagonal", "float64", _Layout((n * m,), (grid.side,), ("row",)), note)
+    note = {"long_name": "outputs of the network", "units": "1"}
+    _create_array(group, "logits", "float64", _Layout((n, m), (grid.tile_samples, m), ("sample", "output")), note)
+    model, dataset = (manifest.provenance.get(name, "?") for name in ("model", "dataset"))
+    group.attrs.put(
+        {
+            "title": f"Empirical neural tangent kernel of {model} on {dataset}, {n} samples × {m} outputs",
+            "Conventions": "CF-1.10",
+            "source": f"ntkgen {ntkgen.__version__}",
+            "ntkgen": manifest.to_json(),
+        }
+    )
+    draft.rename(path)
+    return open_store(path, mode="r+")
+
+
+def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> KernelStore:
+    """Open a store; ``mode`` is ``r`` or, for the process that holds the lock, ``r+``.
+
+    Raises:
+        StoreError: If there is none at the path, or one of another format version.
+    """
+    place = Path(str(path).removeprefix("file://"))
+    if not (place / "zarr.json").exists():
+        raise StoreError(
+            f"There is no kernel store at {place}: expected a Zarr v3 group with a zarr.json, found "
+            f"{'a folder without one' if place.is_dir() else 'nothing'}. Is the path the folder ending in .zarr?"
+        )
+    group = zarr.open_group(LocalStore(place, read_only=mode == "r"), mode=mode, use_consolidated=False)
+    values = group.attrs.asdict().get("ntkgen")
+    if not isinstance(values, dict):
+        raise StoreError(
+            f"The Zarr group at {place} is not a kernel store: expected the attribute 'ntkgen', found "
+            f"{', '.join(group.attrs) or 'no attributes'}. Was it made by another program?"
+        )
+    if values["format_version"] != FORMAT_VERSION:
+        raise StoreError(
+            f"The store at {place} has format version {values['format_version']}, and this ntkgen "
+            f"({ntkgen.__version__}) reads version {FORMAT_VERSION}. Made by ntkgen {values['version']}: use that."
+        )
+    return KernelStore(place, group, Manifest.from_json(values))
+
+
+def check_identity(store: KernelStore, identity: Mapping[str, Any]) -> None:
+    """Refuse to continue a store that was made of something else.
+
+    Raises:
+        FingerprintError: If parameters, samples or settings differ; the message names what does.
+    """
+    theirs = store.manifest.identity
+    names = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
+    if names:
+        differing = ", ".join(f"{name} {_short(theirs.get(name))}, now {_short(identity.get(name))}" for name in names)
+        raise FingerprintError(
+            f"The store at {store.path} was made from something else ({differing}). Tiles of two kernels would be "
+            "mixed. Use another --out, or the original settings, or remove the store."
+        )
+
+
+def _short(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 24 else text[:8] + "…"
+
+
+@contextlib.contextmanager
+def write_lock(path: Path) -> Iterator[None]:
+    """Hold the right to write what lies at a path, through a lock file beside it; the kernel drops it if we die.
+
+    Raises:
+        StoreLockedError: If another process holds it.
+    """
+    lock = path.with_name(path.name + ".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreLockedError(
+                f"Another process is writing {path} (it holds {lock.name}). Two writers would do the same work twice. "
+                "Wait for it, or give this one another --out."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The shape of an array, its chunks and the names of its axes."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dims: tuple[str, ...]
+
+
+def _create_small(group: zarr.Group, name: str, values: npt.NDArray[np.int64], axis: str, meaning: str) -> None:
+    layout = _Layout(values.shape, values.shape, (axis,))
+    _create_array(group, name, "int64", layout, {"long_name": meaning})[...] = values
+
+
+def _create_array(
+    group: zarr.Group, name: str, dtype: str, layout: _Layout, attributes: Mapping[str, Any]
+) -> "ZarrArray":
+    array = group.create_array(
+        name,
+        shape=layout.shape,
+        chunks=layout.chunks,
+        dtype=dtype,
+        fill_value=float("nan") if dtype.startswith("float") else -1,
+        compressors=[Crc32cCodec()],
+        dimension_names=layout.dims,
+        attributes=dict(attributes),
+    )
+    return array.with_config({"write_empty_chunks": True})
