@@ -1,0 +1,66 @@
+"""The command line: parse, call one function, print.
+
+Nothing heavy is imported before a command runs, so that `ntkgen --help` answers at once.
+"""
+
+import errno
+import sys
+from collections.abc import Sequence
+
+import click
+
+import ntkgen
+from ntkgen.cli.compute import compute
+from ntkgen.cli.info import info
+from ntkgen.cli.listings import datasets, models
+from ntkgen.cli.train import train
+from ntkgen.errors import NtkgenError
+
+INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(ntkgen.__version__, prog_name="ntkgen")
+def cli() -> None:
+    """Generate large empirical neural tangent kernels, K = J Jᵀ, exactly and resumably.
+
+    Try: ntkgen compute --models lenet --dataset digits --subsample 500
+    """
+
+
+for command in (compute, train, info, models, datasets):
+    cli.add_command(command)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; every error that a user can cause is one line, with a non-zero exit code."""
+    sys.exit(run(args))
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Raises:
+        OSError: If the system fails in a way that is not the user's to mend.
+    """
+    try:
+        result = cli.main(args, prog_name="ntkgen", standalone_mode=False)
+    except NtkgenError as error:
+        return _fail(str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except click.Abort:
+        return _fail("Interrupted. What is finished is kept: the same command goes on from there.", INTERRUPTED)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _fail("The disk is full. What is finished is kept: make room, then run the same command again.", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, exit_code: int) -> int:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    return exit_code

@@ -1,0 +1,144 @@
+"""Trained parameters on disk, with the recipe and fingerprint that made them."""
+
+import dataclasses
+import hashlib
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkgen.errors import FingerprintError, StoreError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines a training run but the device."""
+
+    model: str
+    dataset: str
+    data_fingerprint: str
+    seed: int = 0
+    width: int | None = None
+    num_epochs: int = 200
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """Name the fields that differ, with both values."""
+        pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
+        return [f"{name} {str(mine)[:12]}, now {str(theirs)[:12]}" for (name, mine), theirs in pairs if mine != theirs]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a training run after an epoch."""
+
+    recipe: Recipe
+    epoch: int  # epochs done
+    train_accuracy: float | None  # per cent, without augmentation, in evaluation mode
+    train_loss: float | None
+    state: dict[str, Tensor]  # parameters and buffers by name
+    training: dict[str, Any]  # optimizer, scheduler, scaler, random states: what a resumed run needs
+
+    @property
+    def is_trained_out(self) -> bool:
+        """Say whether the recipe's epochs are used up."""
+        return self.epoch >= self.recipe.num_epochs
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, whole or not at all: arrays and plain values only, loadable with ``weights_only=True``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".partial")
+    with draft.open("wb") as file:
+        torch.save({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _shallow_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {**vars(checkpoint), "recipe": dataclasses.asdict(checkpoint.recipe)}
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, onto the CPU.
+
+    Raises:
+        StoreError: If the file is not a checkpoint of this format.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+        version = values.pop("format_version")
+        recipe = Recipe(**values.pop("recipe"))
+        checkpoint = Checkpoint(recipe=recipe, **values)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path} is not a checkpoint of this program ({type(error).__name__}): expected one written by "
+            "`ntkgen train`. Was it copied in part, or written by something else? Remove it, and the network is "
+            "trained again."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {version}, and this program reads version {FORMAT_VERSION}. Was it written by "
+            "a newer one? Use that, or remove the file to train again."
+        )
+    return checkpoint
+
+
+def check_recipe(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Refuse to continue a checkpoint of another recipe.
+
+    Raises:
+        FingerprintError: If they differ; the message names the fields.
+    """
+    if differences := checkpoint.recipe.differences(recipe):
+        raise FingerprintError(
+            f"The checkpoint {path} was trained in another way ({'; '.join(differences)}). Continuing would mix the "
+            "two. Use another --out, or the original settings, or remove the checkpoint."
+        )
+
+
+def load_state(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's parameters and buffers into the network that it was made from.
+
+    Raises:
+        FingerprintError: If the network has other parameters than the checkpoint.
+    """
+    try:
+        model.load_state_dict(checkpoint.state)
+    except RuntimeError as error:
+        raise FingerprintError(
+            f"The checkpoint does not fit {checkpoint.recipe.model} ({str(error).splitlines()[-1].strip()}). "
+            "Has its code changed since? Use another --out to train the new one."
+        ) from error
+
+
+def parameter_fingerprint(model: nn.Module) -> str:
+    """Hash names, shapes, dtypes and bytes of all parameters and buffers, and which parameters are trainable."""
+    digest = hashlib.sha256()
+    trainable = {name for name, param in model.named_parameters() if param.requires_grad}
+    for name, tensor in model.state_dict().items():
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{tuple(values.shape)}|{values.dtype}|{name in trainable}|".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def array_fingerprint(*arrays: Tensor) -> str:
+    """Hash shapes, dtypes and bytes of some tensors."""
+    digest = hashlib.sha256()
+    for tensor in arrays:
+        values = np.ascontiguousarray(tensor.detach().cpu().numpy())
+        digest.update(f"{values.shape}|{values.dtype.str}|".encode())
+        digest.update(values.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

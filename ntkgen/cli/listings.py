@@ -1,0 +1,37 @@
+"""`ntkgen models` and `ntkgen datasets`: what there is."""
+
+import dataclasses
+import json
+
+import click
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network on stdout.")
+def models(*, as_json: bool) -> None:
+    """List the networks of the zoo: name, parameters, paper."""
+    from ntkgen.zoo import listing
+
+    for row in listing():
+        text = (
+            f"{row['model']:<13}{row['num_params']:>12,}  {row['paper']}{'  [--width]' if row['takes_width'] else ''}"
+        )
+        click.echo(json.dumps(row) if as_json else text)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per data set on stdout.")
+def datasets(*, as_json: bool) -> None:
+    """List the data sets: name, training samples, classes, image shape."""
+    from ntkgen.data import ALIASES, DATASETS
+
+    for name, entry in DATASETS.items():
+        aliases = [alias for alias, target in ALIASES.items() if target == name]
+        if as_json:
+            click.echo(json.dumps({**dataclasses.asdict(entry), "aliases": aliases}))
+            continue
+        shape = "×".join(map(str, entry.image_shape))
+        title = f"{entry.title} (also {', '.join(aliases)})" if aliases else entry.title
+        click.echo(f"{name:<10}{entry.num_samples:>8,} samples {entry.num_classes:>4} classes  {shape:<8}  {title}")
+    if not as_json:
+        click.echo("FILE.npz  x (samples, channels, height, width) and y (samples,) of your own")

@@ -1,0 +1,51 @@
+"""Progress bars with a rate and an ETA, on stderr, for a terminal alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ntkgen.pipeline import Report, ignore_report
+
+_UNITS = {"training": "steps", "diagonal": "blocks", "tiles": "tiles"}
+
+
+@contextmanager
+def progress_bars(title: str, *, quiet: bool) -> Iterator[Report]:
+    """Show one bar per stage; a stage that resumes starts where it was, and its rate counts what is new."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class RateColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.3g} {_UNITS[task.fields['stage']]}/s", style="cyan")
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield ignore_report
+        return
+    columns = [
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    ]  # fmt: skip
+    with Progress(*columns, console=console) as bars:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int, note: str = "") -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{title} {stage}", completed=done, total=total, stage=stage, note=note)
+                return
+            bars.update(tasks[stage], completed=done, total=total)
+            if note:
+                bars.update(tasks[stage], note=note)
+
+        yield report

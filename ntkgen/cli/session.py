@@ -1,0 +1,71 @@
+"""What every command that makes something does with its options: the data, the device, the networks."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ntkgen.data import Dataset
+    from ntkgen.pipeline import Place, TrainingRequest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `training_options`, as parsed."""
+
+    models: tuple[str, ...]
+    dataset: str
+    data_dir: Path | None
+    raw_images: bool
+    epochs: int | None
+    lr: float | None
+    batch_size: int | None
+    width: int | None
+    seed: int
+    repeats: int
+    target_accuracy: float
+    allow_unconverged: bool
+    out: Path
+    device: str
+    as_json: bool
+    verbose: bool
+    quiet: bool
+
+    @classmethod
+    def pop_from(cls, options: dict[str, Any]) -> "Settings":
+        """Take these options out of a command's, and leave it its own."""
+        return cls(**{field.name: options.pop(field.name) for field in dataclasses.fields(cls)})
+
+    def load_data(self) -> "Dataset":
+        """Load the training samples."""
+        from ntkgen import data
+
+        loaded = data.load(self.dataset, data_dir=self.data_dir)
+        return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
+
+    def place(self) -> "Place":
+        """Say where everything happens."""
+        from ntkgen.kernel.engine import choose_device
+        from ntkgen.pipeline import Place
+
+        return Place(self.out, choose_device(self.device))
+
+    def requests(self) -> "list[TrainingRequest]":
+        """List the networks: every model with every seed."""
+        from ntkgen.pipeline import TrainingRequest
+
+        return [
+            TrainingRequest(
+                model=model,
+                seed=seed,
+                width=self.width,
+                num_epochs=self.epochs,
+                batch_size=self.batch_size,
+                learning_rate=self.lr,
+                target_accuracy=self.target_accuracy,
+                allow_unconverged=self.allow_unconverged,
+            )
+            for model in dict.fromkeys(self.models)
+            for seed in range(self.seed, self.seed + self.repeats)
+        ]
