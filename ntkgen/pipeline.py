@@ -259,7 +259,7 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
     }
     with write_lock(job.store_path):
         store = _open_or_create(job, identity, _provenance(job, checkpoint), labels)
-        if not store.manifest.is_complete:
+        if not store.is_complete:
             network = prepare(job.model, x, policy(job.kernel.precision), job.place.device)
             engine.run(network, x, store, cached_blocks=job.cached_blocks, report=report)
     return describe(store) | {

@@ -17,9 +17,10 @@ import scipy.io
 import torch
 from torchvision import datasets
 
-from ntkgen import data
+from ntkgen import catalog, official
 from ntkgen.augment import Augmentation
-from ntkgen.data import DATASETS, Dataset, check_labels, load, network_inputs, resize, sample_order, scale
+from ntkgen.catalog import DATASETS
+from ntkgen.data import Dataset, check_labels, load, network_inputs, resize, sample_order, scale
 from ntkgen.errors import DataError, InputError, ShapeError, UnknownNameError
 
 REAL_DATA = Path(os.environ.get("NTKGEN_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
@@ -98,7 +99,7 @@ def test_the_data_sets_and_what_training_may_do_to_them():
 
 
 def test_cifar_is_cifar10():
-    assert data.dataset_info("cifar") is DATASETS["cifar10"]
+    assert catalog.dataset_info("cifar") is DATASETS["cifar10"]
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
@@ -120,10 +121,10 @@ def test_what_has_no_test_split_says_so(name):
 def test_the_data_directory_is_the_argument_then_the_environment_then_data(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NTKGEN_DATA_DIR", raising=False)
-    assert data.data_directory(None) == tmp_path / "data"
+    assert official.data_directory(None) == tmp_path / "data"
     monkeypatch.setenv("NTKGEN_DATA_DIR", "elsewhere")
-    assert data.data_directory(None) == tmp_path / "elsewhere"
-    assert data.data_directory(tmp_path / "here") == tmp_path / "here"
+    assert official.data_directory(None) == tmp_path / "elsewhere"
+    assert official.data_directory(tmp_path / "here") == tmp_path / "here"
 
 
 # inputs

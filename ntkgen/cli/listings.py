@@ -23,7 +23,7 @@ def models(*, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per data set on stdout.")
 def datasets(*, as_json: bool) -> None:
     """List the data sets: name, training samples, classes, image shape."""
-    from ntkgen.data import ALIASES, DATASETS
+    from ntkgen.catalog import ALIASES, DATASETS
 
     for name, entry in DATASETS.items():
         aliases = [alias for alias, target in ALIASES.items() if target == name]

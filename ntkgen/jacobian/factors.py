@@ -36,10 +36,10 @@ class BlockFactors:
 
 
 class FactorCache:
-    """The factors of the blocks used last. A pair of blocks in use is never dropped, so two is the least capacity."""
+    """The factors of the blocks used last. A product uses two blocks, so two is the least that serves several."""
 
     def __init__(self, network: Network, plan: JacobianPlan, x: Tensor, capacity: int) -> None:
-        assert capacity >= 2
+        assert capacity >= 1
         self._network, self._plan, self._x, self._capacity = network, plan, x, capacity
         self._held: OrderedDict[Block, BlockFactors] = OrderedDict()
 

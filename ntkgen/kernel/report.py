@@ -27,7 +27,7 @@ def describe(store: KernelStore) -> dict[str, Any]:
         "tiles": store.grid.num_tiles,
         "tiles_missing": len(missing),
         "first_missing": [[tile.row, tile.col] for tile in missing[:FIRST_MISSING]],
-        "status": "complete" if manifest.is_complete and not missing else "in_progress",
+        "status": "complete" if store.is_complete else "in_progress",
         "stored_bytes": store.stored_bytes,
         "scale_factors": {name: scale for name, scale in scales.items() if scale != 1},
         "predecessor_factor": manifest.plan.profile.num_params**-0.5,

@@ -215,6 +215,11 @@ class KernelStore:
                     missing.add(tile)
         return sorted(missing)
 
+    @property
+    def is_complete(self) -> bool:
+        """Say whether the store was finished, and nothing of it has gone since."""
+        return self.manifest.is_complete and not self.missing_tiles() and not self.missing_blocks()
+
     def missing_blocks(self) -> list[int]:
         """List the row blocks whose diagonal or logits are not there."""
         diagonal = self._chunks("diagonal", self.grid.side * 8)
