@@ -1,0 +1,288 @@
+"""The command line: its manners, and that each command calls one function with what was asked for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import ntkgen
+from ntkgen import cli, pipeline
+
+FAST = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6", "--tile", "20"]
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*args):
+        code = cli.run([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+def test_help_names_every_command_and_loads_no_torch():
+    script = "import sys; from ntkgen import cli; code = cli.run(['--help']); sys.exit('torch' in sys.modules or code)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert all(f"\n  {name} " in done.stdout for name in ("compute", "train", "info", "models", "datasets"))
+
+
+def test_a_kernel_from_a_name_to_disk_and_back(run):
+    code, out, err = run(*FAST, "--json")
+    assert (code, err) == (0, "")
+    result = json.loads(out)
+    assert result["arrays"] == ["ntk_float16", "ntk_float32"]
+    assert (result["model"], result["dataset"]) == ("logistic", "digits")
+    assert (result["num_samples"], result["num_outputs"], result["num_params"]) == (6, 10, 30_730)
+    assert result["train_accuracy"] is None
+    assert Path(result["checkpoint"]).exists()
+    assert ntkgen.open(result["store"]).array.shape == (60, 60)
+
+    code, out, _ = run("info", result["store"])
+    assert code == 0
+    assert "complete" in out
+    assert "6 of 6" in out
+    assert json.loads(run("info", result["store"], "--json")[1])["tiles_missing"] == 0
+
+
+def test_the_same_command_again_writes_nothing(run, tmp_path):
+    run(*FAST)
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files_below(tmp_path)}
+    code, out, _ = run(*FAST)
+    assert code == 0
+    assert "is complete" in out
+    del before["runs"]  # a lock file comes and goes in it
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
+
+
+def test_the_summary_says_how_to_open_it(run):
+    _, out, _ = run(*FAST)
+    line = next(line for line in out.splitlines() if "ntkgen.open(" in line)
+    names = {"ntkgen": ntkgen}
+    exec(line.strip(), names)
+    assert names["kernel"].array[:10, :10].shape == (10, 10)
+
+
+def test_several_models_dtypes_and_seeds(run):
+    code, out, _ = run(
+        "compute", "--dtype", "float64", "float32", "--models", "logistic", "lenet", "--repeats", "2", "--seed", "5",
+        "--epochs=0", "--subsample", "3", "--json",
+    )  # fmt: skip
+    results = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [Path(result["store"]).name for result in results] == [
+        f"{model}-digits-untrained-seed{seed}-n3.zarr" for model in ("logistic", "lenet") for seed in (5, 6)
+    ]
+    assert all(result["arrays"] == ["ntk_float32", "ntk_float64"] for result in results)
+
+
+def test_a_dry_run_says_what_would_be_done_and_leaves_nothing_behind(run, tmp_path):
+    code, out, _ = run(*FAST, "--dry-run")
+    assert code == 0
+    assert all(word in out for word in ("6 of 6 to compute", "disk", "memory", "FLOP"))
+    projection = json.loads(run(*FAST, "--dry-run", "--json")[1])
+    assert projection["disk_bytes"] == 9 * (20 * 20 * 2 + 4 + 20 * 20 * 4 + 4)
+    assert projection["projected_flops"] > 0
+    assert files_below(tmp_path) == []
+
+
+def test_training_first_then_the_kernel_of_what_was_trained(run, tmp_path):
+    options = ["--models", "logistic", "--dataset", "two.npz", "--bs", "8", "--lr", "0.01", "--target-accuracy", "90"]
+    labels = np.arange(40) % 2
+    images = np.random.default_rng(0).random((40, 3, 32, 32), dtype=np.float32) + labels[:, None, None, None]
+    np.savez("two.npz", x=images.astype(np.float32), y=labels)
+    code, out, _ = run("train", *options, "--json")
+    trained = json.loads(out)
+    assert code == 0
+    assert trained["train_accuracy"] >= 90
+    # the settings of the checkpoint hold where the command says nothing
+    code, out, _ = run("compute", "--models", "logistic", "--dataset", "two.npz", "--target-accuracy", "90", "--json")
+    result = json.loads(out)
+    assert (code, result["train_accuracy"]) == (0, trained["train_accuracy"])
+    assert (result["checkpoint"], result["num_outputs"]) == (trained["checkpoint"], 2)
+
+
+def test_a_missed_target_is_an_error_and_can_be_allowed(run):
+    options = ["compute", "--models", "logistic", "--epochs", "1", "--lr", "1e-9", "--subsample", "2"]
+    code, out, err = run(*options)
+    assert (code, out) == (1, "")
+    assert "did not converge" in err
+    assert "--allow-unconverged" in err
+    assert list(Path("runs").glob("*.pt"))
+    assert not list(Path("runs").glob("*.zarr"))
+    code, out, _ = run(*options, "--allow-unconverged", "--json")
+    assert code == 0
+    assert json.loads(out)["train_accuracy"] < 99.5
+
+
+def test_verbose_says_how_each_parameter_is_treated(run, tmp_path):
+    (tmp_path / "odd_nets.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Odd(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.scale, self.fc = nn.Parameter(torch.ones(1)), nn.Linear(64, 10)\n"
+        "    def forward(self, x): return self.fc(self.scale * x.flatten(1))\n"
+    )
+    code, _, err = run("compute", "--models", "odd_nets:Odd", "--epochs", "0", "--subsample", "2", "--raw-images", "-v")
+    assert code == 0
+    assert "scale: no rule, through torch.func" in err
+    assert "fc: gram" in err or "fc: explicit" in err or "fc: ordered" in err
+
+
+BAD = {
+    "model": (["--models", "resnt18"], "Did you mean resnet18"),
+    "no model": (["--models"], "--models"),
+    "models swallow no flag": (["--models", "--seed", "1"], "--models"),
+    "data set": (["--models", "lenet", "--dataset", "cifa"], "Did you mean cifar"),
+    "dtype": (["--models", "lenet", "--dtype", "flot16"], "Did you mean float16"),
+    "precision": (["--models", "lenet", "--precision", "float8"], "Unknown precision"),
+    "subsample 0": (["--models", "lenet", "--subsample", "0"], "found 0"),
+    "subsample negative": (["--models", "lenet", "--subsample", "-4"], "found -4"),
+    "subsample too large": (["--models", "lenet", "--subsample", "1798"], "1797"),
+    "second model": (["--models", "lenet", "nonet", "--epochs", "0"], "nonet"),
+    "memory": (["--models", "lenet", "--memory", "1MB"], "1.0 MB are allowed"),
+    "memory unit": (["--models", "lenet", "--memory", "much"], "much"),
+    "tile": (["--models", "lenet", "--tile", "25"], "--tile 2"),
+    "device": (["--models", "lenet", "--device", "cuda:99"], "cuda:99"),
+    "option": (["--models", "lenet", "--sead", "1"], "--sead"),
+    "width": (["--models", "lenet", "--width", "8"], "--width"),
+    "missing npz": (["--models", "lenet", "--dataset", "none.npz"], "none.npz"),
+    "npz without y": (["--models", "lenet", "--dataset", "x.npz"], "y"),
+    "npz with nan": (["--models", "logistic", "--dataset", "nan.npz"], "not finite"),
+    "labels out of range": (["--models", "badnets:three", "--dataset", "labels.npz"], "labels"),
+    "mixing": (["--models", "badnets:mixing", "--epochs", "0"], "track_running_stats"),
+    "shape": (["--models", "badnets:images", "--epochs", "0"], "one row per sample"),
+    "other size": (["--models", "lenet", "--dataset", "labels.npz"], "cannot take"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(run, tmp_path, case):
+    (tmp_path / "badnets.py").write_text(
+        "from torch import nn\n"
+        "def three(): return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))\n"
+        "def mixing(): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3072, track_running_stats=False),"
+        " nn.Linear(3072, 10))\n"
+        "def images(): return nn.Conv2d(3, 10, 3)\n"
+    )
+    images = np.random.default_rng(0).random((4, 3, 2, 2)).astype(np.float32)
+    np.savez("x.npz", x=images)
+    np.savez("labels.npz", x=images, y=np.array([0, 1, 2, 5]))
+    np.savez("nan.npz", x=np.full((4, 3, 2, 2), np.nan, np.float32), y=np.arange(4))
+    before = files_below(tmp_path)
+    args, part = BAD[case]
+    code, out, err = run("compute", *args)
+    assert (code, out) == (2, "")
+    assert part in err
+    assert err.count("\n") == 1
+    assert [name for name in files_below(tmp_path) if "__pycache__" not in name] == before
+
+
+def test_a_store_of_something_else_is_refused_and_kept(run, tmp_path):
+    run(*FAST)
+    store = next(Path("runs").glob("*.zarr"))
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    for change in (["--tile", "30"], ["--dtype", "float64"], ["--layout", "upper"]):
+        code, _, err = run(*FAST, *change)
+        assert code == 2
+        assert "made from something else" in err
+        assert err.count("\n") == 1
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_no_room_on_disk_is_found_before_anything_is_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.engine, "free_disk_bytes", lambda path: 1000)
+    code, _, err = run(*FAST)
+    assert code == 2
+    assert "1.0 kB are free" in err
+    assert files_below(tmp_path) == []
+
+
+def test_an_interruption_exits_130_says_how_to_go_on_and_loses_one_tile(run, monkeypatch):
+    commit, committed = pipeline.KernelStore.commit, []
+
+    def interrupted(self, tile, values):
+        if len(committed) == 3:
+            raise KeyboardInterrupt
+        committed.append(tile)
+        commit(self, tile, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.KernelStore, "commit", interrupted)
+        code, _, err = run(*FAST)
+    assert code == 130
+    assert "same command" in err
+    code, out, _ = run("info", next(Path("runs").glob("*.zarr")))
+    assert "3 of 6" in out
+    assert "in_progress" in out
+    code, out, _ = run(*FAST, "--json")
+    assert code == 0
+    assert json.loads(out)["tiles_missing"] == 0
+
+
+def test_a_full_disk_in_the_middle_is_one_line(run, monkeypatch):
+    def full(self, tile, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline.KernelStore, "commit", full)
+    code, _, err = run(*FAST)
+    assert code == 1
+    assert err.startswith("Error: The disk is full.")
+
+
+def test_another_environment_needs_replan(run, monkeypatch):
+    run(*FAST)
+    store = next(Path("runs").glob("*.zarr"))
+    (store / "ntk_float32" / "c" / "0" / "0").unlink()
+    real = pipeline.engine.environment
+    changed = lambda device, threads=None: type(real(device))("cpu", "another", "9.9", threads or 1)  # noqa: E731
+    monkeypatch.setattr(pipeline.engine, "environment", changed)
+    code, _, err = run(*FAST)
+    assert code == 2
+    assert "--replan" in err
+    assert "torch version" in err
+    assert run(*FAST, "--replan")[0] == 0
+    assert ntkgen.open(store).manifest.replanned == 1
+    assert not np.isnan(ntkgen.open(store).array[:]).any()
+
+
+def test_info_of_what_is_no_store(run, tmp_path):
+    code, _, err = run("info", tmp_path / "nothing.zarr")
+    assert code == 2
+    assert "There is no kernel store" in err
+
+
+def test_listings(run):
+    _, out, _ = run("models")
+    assert "resnet18       11,173,962  He, Zhang, Ren, Sun (2016)" in out
+    _, out, _ = run("datasets")
+    assert "cifar10" in out
+    assert "1,797" in out
+    assert json.loads(run("datasets", "--json")[1].splitlines()[0])["aliases"] == ["cifar"]
+
+
+def test_options_reach_the_pipeline(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        pipeline, "plan_job", lambda *args: asked.append(args) or (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    run(
+        "compute", "--models", "resnet9", "--width", "16", "--num_epochs", "7", "--batch-size", "32", "--lr", "0.3",
+        "--seed", "4", "--target-accuracy", "80", "--subsample", "9", "--shuffle-seed", "2", "--precision", "float64",
+        "--dtype", "float64", "--layout", "upper", "--tile", "30", "--memory", "3GB", "--out", "elsewhere",
+    )  # fmt: skip
+    training, kernel, place, _ = asked[0]
+    assert training == pipeline.TrainingRequest("resnet9", 4, 16, 7, 32, 0.3, 80.0)
+    assert kernel == pipeline.KernelRequest(9, 2, "float64", ("float64",), "upper", 30, 3 * 10**9)
+    assert place.out == Path("elsewhere")

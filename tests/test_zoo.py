@@ -1,0 +1,88 @@
+"""The one door to the networks: names, import strings, seeds, and what is wrong with them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from ntkgen import zoo
+from ntkgen.errors import InputError, ModelError, UnknownNameError
+
+
+@pytest.fixture
+def mylab(tmp_path, monkeypatch):
+    """A researcher's own module in the current directory."""
+    (tmp_path / "mylab_nets.py").write_text(
+        "from torch import nn\n"
+        "def wide(): return nn.Linear(4, 3)\n"
+        "def sized(num_classes): return nn.Linear(4, num_classes)\n"
+        "def any_options(**options): return nn.Linear(4, options['num_classes'])\n"
+        "instance = nn.Linear(4, 2)\n"
+        "def broken(): raise KeyError('weights.pt')\n"
+        "def wrong(): return 3\n"
+        "number = 5\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("mylab_nets", None)
+
+
+@pytest.mark.parametrize(("factory", "outputs"), [("wide", 3), ("sized", 7), ("any_options", 7), ("instance", 2)])
+def test_anybodys_network_is_built_from_its_import_string(mylab, factory, outputs):
+    assert zoo.build(f"mylab_nets:{factory}", 7, seed=0).out_features == outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "part"),
+    [
+        ("resnet81", UnknownNameError, "or resnet18"),
+        ("mylab_nets:wied", UnknownNameError, "Did you mean wide"),
+        ("mylab_nests:wide", InputError, "Cannot import 'mylab_nests'"),
+        ("mylab_nets:number", InputError, "is a int"),
+        ("mylab_nets:broken", ModelError, "KeyError: 'weights.pt'"),
+        ("mylab_nets:wrong", ModelError, "returned a int"),
+    ],
+)
+def test_a_wrong_name_says_what_is_wrong_in_one_line(mylab, name, error, part):
+    with pytest.raises(error) as caught:
+        zoo.build(name, 10, seed=0)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_width_scales_resnets_alone(mylab):
+    assert zoo.build("resnet9", 10, seed=0, width=8).get_parameter("head.weight").shape[1] == 64
+    for name in ("lenet", "mylab_nets:wide"):
+        with pytest.raises(InputError, match="--width"):
+            zoo.build(name, 10, seed=0, width=8)
+    with pytest.raises(InputError, match="-3"):
+        zoo.build("resnet9", 10, seed=0, width=-3)
+
+
+def test_the_seed_decides_the_parameters_and_nothing_else():
+    before = torch.get_rng_state()
+    one, same, other = (zoo.build("lenet", 10, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), same.parameters(), strict=True))
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+
+
+def test_the_listing_builds_no_parameters():
+    rows = {row["model"]: row for row in zoo.listing()}
+    assert rows["resnet152"]["num_params"] == 58_156_618
+    assert "1512.03385" in rows["resnet152"]["paper"]
+
+
+def test_the_command_line_finds_modules_of_the_current_directory(mylab, tmp_path):
+    script = "import sys; from ntkgen import zoo; print(zoo.build('mylab_nets:wide', 10, seed=0))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert "Linear(in_features=4, out_features=3" in done.stdout
+
+
+def test_a_module_is_returned_as_it_is(mylab):
+    assert isinstance(zoo.build("mylab_nets:instance", 10, seed=0), nn.Module)
