@@ -5,6 +5,8 @@ import json
 
 import click
 
+from ntkgen.units import human_bytes
+
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network on stdout.")
@@ -22,7 +24,7 @@ def models(*, as_json: bool) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per data set on stdout.")
 def datasets(*, as_json: bool) -> None:
-    """List the data sets: name, training samples, classes, image shape."""
+    """List the data sets: name, training samples, classes, image shape, size of the full kernel in float16."""
     from ntkgen.catalog import ALIASES, DATASETS
 
     for name, entry in DATASETS.items():
@@ -32,6 +34,8 @@ def datasets(*, as_json: bool) -> None:
             continue
         shape = "×".join(map(str, entry.image_shape))
         title = f"{entry.title} (also {', '.join(aliases)})" if aliases else entry.title
-        click.echo(f"{name:<10}{entry.num_samples:>8,} samples {entry.num_classes:>4} classes  {shape:<8}  {title}")
+        size = human_bytes((entry.num_samples * entry.num_classes) ** 2 * 2)
+        facts = f"{entry.num_samples:>8,} samples {entry.num_classes:>4} classes  {shape:<8} {size:>9}"
+        click.echo(f"{name:<10}{facts}  {title}")
     if not as_json:
         click.echo("FILE.npz  x (samples, channels, height, width) and y (samples,) of your own")

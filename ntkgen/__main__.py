@@ -1,0 +1,5 @@
+"""`python -m ntkgen`."""
+
+from ntkgen.cli import main
+
+main()
