@@ -95,7 +95,7 @@ class Job:
     model: nn.Module
     recipe: Recipe
     plan: Plan
-    cached_blocks: int
+    budget: Budget
 
     @property
     def checkpoint_path(self) -> Path:
@@ -216,7 +216,8 @@ def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data
         plan = stored
     else:
         plan = _new_plan(network, kernel, len(order), budget)
-    job = Job(request, kernel, place, data, order, model, recipe, plan, plan.cached_blocks(budget))
+    plan.cached_blocks(budget)  # raises where the budget is too small
+    job = Job(request, kernel, place, data, order, model, recipe, plan, budget)
     _check_disk(job, open_store(path).stored_bytes if stored is not None else 0)
     return job
 
@@ -258,10 +259,11 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
         "layout": job.layout,
     }
     with write_lock(job.store_path):
-        store = _open_or_create(job, identity, _provenance(job, checkpoint), labels)
+        network = prepare(job.model, x, policy(job.kernel.precision), job.place.device)
+        store = _open_or_create(job, network, identity, _provenance(job, checkpoint))
         if not store.is_complete:
-            network = prepare(job.model, x, policy(job.kernel.precision), job.place.device)
-            engine.run(network, x, store, cached_blocks=job.cached_blocks, report=report)
+            cached_blocks = store.manifest.plan.cached_blocks(job.budget)
+            engine.run(network, x, store, cached_blocks=cached_blocks, report=report)
     return describe(store) | {
         "checkpoint": str(job.checkpoint_path),
         "train_accuracy": checkpoint.train_accuracy,
@@ -270,12 +272,14 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
 
 
 def _open_or_create(
-    job: Job, identity: Mapping[str, Any], provenance: Mapping[str, Any], labels: Tensor
+    job: Job, network: Network, identity: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> KernelStore:
+    """Open the store to continue it, or create it with the plan for the network as it is after training."""
     path = job.store_path
     if not path.exists():
-        manifest = Manifest(identity, provenance, job.plan, job.kernel.dtypes, job.layout)
-        return create_store(path, manifest, Samples(job.order.numpy(), labels.numpy()))
+        plan = _new_plan(network, job.kernel, len(job.order), job.budget)
+        manifest = Manifest(identity, provenance, plan, job.kernel.dtypes, job.layout)
+        return create_store(path, manifest, Samples(job.order.numpy(), job.data.labels[job.order].numpy()))
     store = open_store(path, mode="r+")
     check_identity(store, identity)
     store.sweep()
@@ -305,6 +309,7 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
 def project(job: Job) -> dict[str, Any]:
     """Say what a job would do, as plain values."""
     plan, path = job.plan, job.store_path
+    cached_blocks = plan.cached_blocks(job.budget)
     tiles = open_store(path).missing_tiles() if path.exists() else list(plan.grid.tiles())
     return {
         "store": str(path),
@@ -320,7 +325,7 @@ def project(job: Job) -> dict[str, Any]:
         "tiles": plan.grid.num_tiles,
         "tiles_missing": len(tiles),
         "disk_bytes": job.disk_bytes,
-        "projected_bytes": plan.projected_bytes(job.cached_blocks),
-        "projected_flops": plan.projected_flops(tiles, job.cached_blocks),
-        "factor_samples": count_factor_samples(plan, tiles, job.cached_blocks),
+        "projected_bytes": plan.projected_bytes(cached_blocks),
+        "projected_flops": plan.projected_flops(tiles, cached_blocks),
+        "factor_samples": count_factor_samples(plan, tiles, cached_blocks),
     }

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ntkgen.jacobian.cost import JacobianPlan, intermediate_numbers, slice_samples
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
+from ntkgen.jacobian.precision import widen
 from ntkgen.kernel.tiles import Block, block_pairs
 
 
@@ -117,10 +118,10 @@ def ordered(
 
 def exact_diagonal(block: BlockFactors) -> Tensor:  # (samples, outputs), float64
     """Compute the kernel's diagonal, K[i o, i o] = ‖J[i o]‖², in float64 from the factors."""
-    diagonal = torch.zeros(block.logits.shape, dtype=torch.float64, device=block.logits.device)
+    diagonal = torch.zeros_like(widen(block.logits))
     for index in range(len(block)):
-        diagonal[index] = block.rows[index].double().square().sum(-1)
+        diagonal[index] = widen(block.rows[index]).square().sum(-1)
         for pair in block.pairs:
-            a, g = pair.inputs[index].double(), pair.cotangents[index].double()  # (q, T, k), (m, q, T, c)
+            a, g = widen(pair.inputs[index]), widen(pair.cotangents[index])  # (q, T, k), (m, q, T, c)
             diagonal[index] += ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
     return diagonal

@@ -84,6 +84,8 @@ def prepare(
         ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
     """
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type == "mps" and precision.compute_dtype == torch.float64:
+        raise ModelError("Apple's GPUs have no float64: expected --precision float32 on mps, or --device cpu. Use one.")
     module = evaluation_copy(model, precision.compute_dtype, device)
     if not trainable(module):
         raise ModelError(
@@ -133,6 +135,11 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
             raise ModelError(
                 f"The network must return one row per sample, ({len(pair)}, outputs), and returned {found}. Is there a "
                 "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
+            )
+        if not together.isfinite().all():
+            raise ModelError(
+                "The network's outputs are not finite: expected numbers, found infinity or NaN for the first samples. "
+                "Did its training diverge, or do the samples have values that are not finite? Repair what made them."
             )
         apart = torch.cat([module(sample[None]) for sample in pair])
     difference = float((together - apart).abs().max())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ntkgen.errors import UnknownNameError
 
@@ -34,6 +35,11 @@ def policy(name: str) -> Precision:
     if name not in POLICIES:
         raise UnknownNameError("precision", name, POLICIES)
     return POLICIES[name]
+
+
+def widen(x: Tensor) -> Tensor:
+    """Convert to float64, on the CPU where the device has none."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @contextmanager

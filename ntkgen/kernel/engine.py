@@ -83,6 +83,7 @@ def run(
 ) -> None:
     """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
     plan = store.manifest.plan
+    _check_network(network, plan)
     factors = FactorCache(network, plan.jacobian, samples, cached_blocks)
     with exact_arithmetic(network.device, plan.environment.threads):
         for done, total, index in _counted(store.missing_blocks(), plan.grid.num_blocks):
@@ -95,6 +96,21 @@ def run(
             store.commit(tile, compute_tile(plan, tile, factors))
         report("tiles", plan.grid.num_tiles, plan.grid.num_tiles)
     store.finalize()
+
+
+def _check_network(network: Network, plan: Plan) -> None:
+    """Refuse a network whose parameters are not treated as the plan says.
+
+    Raises:
+        PlanError: If layers, or the parameters without a rule, differ.
+    """
+    mine, theirs = network.profile, plan.profile
+    if (mine.layers, mine.dense_params, mine.fallback) != (theirs.layers, theirs.dense_params, theirs.fallback):
+        raise PlanError(
+            f"The network does not fit the store's plan: {len(theirs.layers)} layers with a rule and "
+            f"{len(theirs.fallback)} parameters without one were planned, {len(mine.layers)} and {len(mine.fallback)} "
+            "are found. Was ntkgen or the network's code changed since? Use what made the store, or add --replan."
+        )
 
 
 def _counted(missing: list[Any], total: int) -> list[tuple[int, int, Any]]:
@@ -117,7 +133,7 @@ def _diagonal_and_logits(
     for piece in plan.blocks(index):
         block = factors(piece)
         diagonals.append(exact_diagonal(block).flatten().cpu())
-        logits.append(block.logits.double().cpu())
+        logits.append(block.logits.cpu().double())
     return torch.cat(diagonals).numpy(), torch.cat(logits).numpy()
 
 
