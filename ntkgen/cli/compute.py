@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.options import Bytes, ManyCommand, ManyOption, aligned, training_options
-from ntkgen.cli.session import Settings
+from ntkgen.cli.session import Settings, start_process
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def compute(*, dry_run: bool, **options: Any) -> None:
     ntkgen compute --models resnet18 vgg11 --dataset cifar --subsample 5000
     ntkgen compute --models mylab.nets:wide --dataset mine.npz --epochs 0
     """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
     from ntkgen.kernel.rounding import check_dtypes

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from ntkgen.cli.options import ManyCommand, training_options
-from ntkgen.cli.session import Settings
+from ntkgen.cli.session import Settings, start_process
 
 
 @click.command(cls=ManyCommand)
@@ -17,6 +17,7 @@ def train(**options: Any) -> None:
 
     A checkpoint is kept after every epoch; an interrupted training goes on with the same command.
     """
+    start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
 
