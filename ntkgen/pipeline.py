@@ -20,19 +20,12 @@ from ntkgen.errors import DiskSpaceError
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
+from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.kernel.plan import Budget, Plan, count_factor_samples, make_plan
 from ntkgen.kernel.report import describe
-from ntkgen.kernel.store import (
-    KernelStore,
-    Manifest,
-    Samples,
-    check_identity,
-    create_store,
-    open_store,
-    resolve_layout,
-    write_lock,
-)
+from ntkgen.kernel.store import KernelStore, Samples, create_store, open_store
 from ntkgen.kernel.tiles import make_grid
+from ntkgen.lock import write_lock
 from ntkgen.units import human_bytes
 
 
@@ -281,7 +274,7 @@ def _open_or_create(
         manifest = Manifest(identity, provenance, plan, job.kernel.dtypes, job.layout)
         return create_store(path, manifest, Samples(job.order.numpy(), job.data.labels[job.order].numpy()))
     store = open_store(path, mode="r+")
-    check_identity(store, identity)
+    check_identity(path, store.manifest, identity)
     store.sweep()
     if store.manifest.plan != job.plan:  # --replan: the tiles that are there stay, within the stated bound
         store.set_manifest(dataclasses.replace(store.manifest, plan=job.plan, replanned=store.manifest.replanned + 1))

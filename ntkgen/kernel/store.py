@@ -19,14 +19,11 @@ follow. It holds no time, no path and no measurement, so that two runs of one co
 """
 
 import contextlib
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,8 +35,8 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 import ntkgen
-from ntkgen.errors import FingerprintError, StoreError, StoreLockedError
-from ntkgen.kernel.plan import Plan
+from ntkgen.errors import StoreError
+from ntkgen.kernel.manifest import FORMAT_VERSION, Manifest
 from ntkgen.kernel.rounding import STORE_DTYPES, scale_of, to_stored
 from ntkgen.kernel.symmetric import SymmetricArray
 from ntkgen.kernel.tiles import Tile, TileGrid
@@ -47,77 +44,12 @@ from ntkgen.kernel.tiles import Tile, TileGrid
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
-FORMAT_VERSION = 1
-# Written in full while all dtypes together take at most this much; above, one triangle.
-FULL_LAYOUT_BYTES = 10 * 10**9
 CHECKSUM_BYTES = 4
 
 _COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
 _CHUNK_2D = re.compile(r"^\d+$")
 
 FloatArray = npt.NDArray[np.floating]
-
-
-def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
-    """Turn `auto` into `full` or `upper`.
-
-    >>> resolve_layout("auto", 5000, ("float16", "float32")), resolve_layout("auto", 500_000, ("float16",))
-    ('full', 'upper')
-    """
-    if layout != "auto":
-        return layout
-    bytes_in_full = num_rows**2 * sum(np.dtype(dtype).itemsize for dtype in dtypes)
-    return "full" if bytes_in_full <= FULL_LAYOUT_BYTES else "upper"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a store says of itself. ``identity`` is what a resumed run must agree with, ``provenance`` is for people."""
-
-    identity: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-    plan: Plan
-    dtypes: tuple[str, ...]
-    layout: str
-    is_complete: bool = False
-    replanned: int = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash what the kernel is of and how it is computed."""
-        return hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()
-
-    def to_json(self) -> dict[str, Any]:
-        """Turn into plain values for the group's attribute."""
-        return {
-            "format_version": FORMAT_VERSION,
-            "version": ntkgen.__version__,
-            "status": "complete" if self.is_complete else "in_progress",
-            "fingerprint": self.fingerprint,
-            "num_samples": self.plan.grid.num_samples,
-            "num_outputs": self.plan.grid.num_outputs,
-            "num_params": self.plan.profile.num_params,
-            "row_order": "sample-major",
-            "layout": self.layout,
-            "dtypes": list(self.dtypes),
-            "identity": dict(self.identity),
-            "provenance": dict(self.provenance),
-            "plan": self.plan.to_json(),
-            "replanned": self.replanned,
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        """Read back what `to_json` wrote."""
-        return cls(
-            identity=values["identity"],
-            provenance=values["provenance"],
-            plan=Plan.from_json(values["plan"]),
-            dtypes=tuple(values["dtypes"]),
-            layout=values["layout"],
-            is_complete=values["status"] == "complete",
-            replanned=values["replanned"],
-        )
 
 
 @dataclass(frozen=True)
@@ -386,50 +318,6 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> 
             f"({ntkgen.__version__}) reads version {FORMAT_VERSION}. Made by ntkgen {values['version']}: use that."
         )
     return KernelStore(place, group, Manifest.from_json(values))
-
-
-def check_identity(store: KernelStore, identity: Mapping[str, Any]) -> None:
-    """Refuse to continue a store that was made of something else.
-
-    Raises:
-        FingerprintError: If parameters, samples or settings differ; the message names what does.
-    """
-    theirs = store.manifest.identity
-    names = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
-    if names:
-        differing = ", ".join(f"{name} {_short(theirs.get(name))}, now {_short(identity.get(name))}" for name in names)
-        raise FingerprintError(
-            f"The store at {store.path} was made from something else ({differing}). Tiles of two kernels would be "
-            "mixed. Use another --out, or the original settings, or remove the store."
-        )
-
-
-def _short(value: Any) -> str:
-    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= 24 else text[:8] + "…"
-
-
-@contextlib.contextmanager
-def write_lock(path: Path) -> Iterator[None]:
-    """Hold the right to write what lies at a path, through a lock file beside it; the kernel drops it if we die.
-
-    Raises:
-        StoreLockedError: If another process holds it.
-    """
-    lock = path.with_name(path.name + ".lock")
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreLockedError(
-                f"Another process is writing {path} (it holds {lock.name}). Two writers would do the same work twice. "
-                "Wait for it, or give this one another --out."
-            ) from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
