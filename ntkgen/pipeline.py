@@ -199,7 +199,7 @@ def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data
     """
     order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
     model, recipe = plan_training(request, data, place)
-    network = prepare(model, data.inputs(order[:2]), policy(kernel.precision), place.device)
+    network = prepare(model, data.inputs(order[:16]), policy(kernel.precision), place.device)
     check_labels(data.labels, network.profile.num_outputs)
     budget = engine.memory_budget(place.device, kernel.memory_bytes)
     path = _store_path(request, kernel, place, data, len(order))

@@ -22,8 +22,7 @@ def fill_kernel(
     height, width = (blocks[-1].stop - blocks[0].start for blocks in (rows, columns))
     kernel: Tensor | None = None
     for row, column in block_pairs(rows, columns):
-        left, right = factors(row), factors(column)
-        part = contract(left, right, plan)
+        part = contract(factors(row), factors(column), plan)  # without names, which would keep a third block alive
         if kernel is None:
             kernel = part.new_empty(height * m, width * m)
         i = Block(row.start - rows[0].start, row.stop - rows[0].start).rows(m)
@@ -56,7 +55,7 @@ def _add_group(left: PairFactor, right: PairFactor, plan: JacobianPlan, group: i
     a2, g2 = right.inputs[:, group], right.cotangents[:, :, group]
     shape, order = left.plan.shape, left.plan.order
     if order == "explicit":
-        _add_explicit(a1, g1, a2, g2, plan.workspace_numbers, out)
+        _add_explicit((a1, g1), None if left is right else (a2, g2), plan.workspace_numbers, out)
         return
     m = plan.num_outputs
     blocks = out.view(len(a1), m, len(a2), m)  # (left samples, outputs, right samples, outputs)
@@ -72,14 +71,17 @@ def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-def _add_explicit(a1: Tensor, g1: Tensor, a2: Tensor, g2: Tensor, limit: int, out: Tensor) -> None:
-    """Build Jacobian rows of both blocks, some output channels at a time, and add their product."""
-    m, channels = g1.shape[1], g1.shape[3]
-    per_channel = (len(a1) + len(a2)) * m * a1.shape[2]
+def _add_explicit(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor] | None, limit: int, out: Tensor) -> None:
+    """Build Jacobian rows of (inputs, cotangents), some output channels at a time, and add their product.
+
+    Without a right side, that of the left with itself.
+    """
+    sides = [left] if right is None else [left, right]
+    _, m, _, channels = left[1].shape
+    per_channel = sum(len(a) * m * a.shape[2] for a, _ in sides)
     for part in _slices(channels, max(1, limit // per_channel)):
-        rows = jacobian_matrix(a1, g1[..., part])
-        columns = rows if a1 is a2 and g1 is g2 else jacobian_matrix(a2, g2[..., part])
-        out.addmm_(rows, columns.T)
+        rows = [jacobian_matrix(a, g[..., part]) for a, g in sides]
+        out.addmm_(rows[0], rows[-1].T)
 
 
 def jacobian_matrix(

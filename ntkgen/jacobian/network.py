@@ -93,7 +93,7 @@ def prepare(
             "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
         )
     _refuse_batch_statistics(module)
-    pair = as_input(x[:2], precision.compute_dtype, device)
+    pair = as_input(x[_different_samples(x)], precision.compute_dtype, device)
     with exact_arithmetic(device):
         num_outputs = _check_outputs(module, pair)
         candidates = tuple(_layers_with_rules(module))
@@ -103,6 +103,12 @@ def prepare(
         fallback = tuple(name for name in trainable(module) if name not in treated)
         profile = _profile(module, layers, fallback, pair[:1], num_outputs)
     return Network(module, precision, device, layers, fallback, profile)
+
+
+def _different_samples(x: Tensor) -> list[int]:
+    """Choose two samples, different ones if there are any: equal ones could mix unnoticed."""
+    other = (index for index in range(1, len(x)) if not torch.equal(x[index], x[0]))
+    return [0, next(other, 1)] if len(x) > 1 else [0]
 
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
@@ -136,6 +142,11 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
                 f"The network must return one row per sample, ({len(pair)}, outputs), and returned {found}. Is there a "
                 "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
             )
+        if together.dtype != pair.dtype and pair.is_floating_point():
+            raise ModelError(
+                f"The network returns {together.dtype} where its parameters and samples are {pair.dtype}: its forward "
+                "pass rounds on its own. Remove the cast, so that --precision says how the kernel is computed."
+            )
         if not together.isfinite().all():
             raise ModelError(
                 "The network's outputs are not finite: expected numbers, found infinity or NaN for the first samples. "
@@ -168,6 +179,8 @@ def _layers_with_rules(module: nn.Module) -> Iterator[Layer]:
 
 def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> set[str]:
     """Name the parameters whose rows, as their rule gives them, are not what autograd gives."""
+    if not layers:
+        return set()
     recording = record(module, {layer.name: layer.module for layer in layers}, pair)
     num_outputs = recording.outputs.shape[1]
     weights = torch.randn(num_outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -184,7 +197,9 @@ def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> se
     wrong = set(names) - set(sums)
     for index in range(len(pair)):
         target = module(pair[index : index + 1])[0] @ weights
-        expected = torch.autograd.grad(target, [by_name[name] for name in names], allow_unused=True)
+        params = [by_name[name] for name in names]
+        unrelated = [None] * len(params)
+        expected = torch.autograd.grad(target, params, allow_unused=True) if target.requires_grad else unrelated
         for name, grad in zip(names, expected, strict=True):
             if name not in wrong and not _close(sums[name][index], grad):
                 wrong.add(name)

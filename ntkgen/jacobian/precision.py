@@ -53,12 +53,8 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(
-            torch.backends.cudnn.flags(
-                enabled=torch.backends.cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False
-            )
-        )
-        stack.enter_context(_ieee_float32())
+        stack.enter_context(_deterministic_cudnn())
+        stack.enter_context(_ieee_float32(device))
         stack.enter_context(flushed_denormals())
         if threads is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -79,28 +75,33 @@ def flushed_denormals() -> Iterator[None]:
 
 
 @contextmanager
-def _ieee_float32() -> Iterator[None]:
-    """Switch reduced-precision float32 products off in every backend that has such a switch."""
-    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn]
-    switches = [
-        switch
-        for backend in backends
-        for switch in (backend, *(getattr(backend, name, None) for name in ("matmul", "conv", "rnn")))
-        if hasattr(switch, "fp32_precision")
-    ]
-    if not switches:  # torch before 2.9 has one switch for all
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    found = [switch.fp32_precision for switch in switches]
-    for switch in switches:
+def _deterministic_cudnn() -> Iterator[None]:
+    """Use the same algorithm each time, chosen without a measurement."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+@contextmanager
+def _ieee_float32(device: torch.device) -> Iterator[None]:
+    """Switch reduced-precision float32 products off where the device's backends have them on.
+
+    The other switches are not touched: what is set in one place is inherited in another, and cannot be unset.
+    """
+    backends: Any = torch.backends
+    switches = {
+        "cuda": [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn],
+        "cpu": [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn],
+    }.get(device.type, [])
+    reduced = {switch: switch.fp32_precision for switch in switches if switch.fp32_precision not in {"ieee", "none"}}
+    for switch in reduced:
         switch.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for switch, value in zip(switches, found, strict=True):
+        for switch, value in reduced.items():
             switch.fp32_precision = value

@@ -19,15 +19,18 @@ MAX_JACOBIAN_BYTES = 1 << 30
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
     """Copy a module into evaluation mode, another dtype and plain strides; the user's own is left as it is."""
-    module: nn.Module = copy.deepcopy(model).eval().to(device=device, dtype=dtype)
-    for param in module.parameters():
-        param.data = param.data.contiguous()  # bits must not depend on whether it was trained channels-last
+    with torch.inference_mode(mode=False):
+        module: nn.Module = copy.deepcopy(model).eval().to(device=device, dtype=dtype)
+        for param in module.parameters():
+            param.data = param.data.contiguous()  # bits must not depend on whether it was trained channels-last
     return module
 
 
 def as_input(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Move a batch to where and how the network computes; token ids keep their integer dtype."""
-    return x.to(device, dtype if x.is_floating_point() else None)
+    with torch.inference_mode(mode=False):
+        moved = x.to(device, dtype if x.is_floating_point() else None)
+        return moved.clone() if moved.is_inference() else moved  # autograd cannot save what inference mode made
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,664 @@
+"""What the tests run on, as data: networks, tolerances, and one small kernel job.
+
+A network is one row here, and a row buys every test. It says which of its parameters are expected to be left to
+`torch.func`; all others must be treated by a rule.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from ntkgen.jacobian.network import Network, prepare
+from ntkgen.jacobian.precision import policy
+from ntkgen.jacobian.reference import reference_ntk
+from ntkgen.kernel import engine
+from ntkgen.kernel.manifest import Manifest
+from ntkgen.kernel.plan import Budget, Plan, make_plan
+from ntkgen.kernel.store import KernelStore, Samples, create_store, open_store
+from ntkgen.kernel.tiles import make_grid
+from ntkgen.lock import write_lock
+
+# Relative Frobenius error that a kernel computed or stored in a dtype may have against the reference.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3}
+
+CPU = torch.device("cpu")
+
+
+def relative_error(found: Any, expected: Any) -> float:
+    """Compare in the Frobenius norm; where zeros are expected, absolutely."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected)) / (float(np.linalg.norm(expected)) or 1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, samples it takes, and its parameters that have no rule or whose rule does not hold."""
+
+    module: nn.Module
+    x: Tensor  # (samples, …)
+    fallback: tuple[str, ...] = ()
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Two batches of different lengths, or the one sample twice."""
+        return self.x[: len(self.x) // 2 + 1], self.x[len(self.x) // 2 :]
+
+
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(factory: Callable[[], Case]) -> Callable[[], Case]:
+    """Register a factory under its name, seeded, and without touching the process's own random state."""
+
+    def seeded() -> Case:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return factory()
+
+    CASES[factory.__name__] = seeded
+    return seeded
+
+
+class Call(nn.Module):
+    """Named modules, and the function of them and the batch that is the network."""
+
+    def __init__(self, forward: Callable[["Call", Tensor], Tensor], **modules: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+def parameters_of(module: nn.Module, *parts: str) -> tuple[str, ...]:
+    """Name the parameters whose names contain one of these parts."""
+    return tuple(name for name, _ in module.named_parameters() if any(part in name for part in parts))
+
+
+def settle(module: nn.Module, x: Tensor) -> nn.Module:
+    """Take a few training steps, so that batch statistics and affine parameters are not what they start from."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x + 0.5 * torch.randn_like(x)).square().mean().backward()
+        optimizer.step()
+    module.zero_grad(set_to_none=True)
+    return module
+
+
+# dense ----------------------------------------------------------------------------------------------------------------
+
+
+@case
+def mlp() -> Case:
+    return Case(
+        nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3)), torch.randn(5, 6)
+    )
+
+
+@case
+def linear_itself() -> Case:
+    return Case(nn.Linear(4, 3), torch.randn(5, 4))
+
+
+@case
+def linear_without_bias() -> Case:
+    return Case(nn.Sequential(nn.Linear(4, 6, bias=False), nn.GELU(), nn.Linear(6, 2, bias=False)), torch.randn(4, 4))
+
+
+@case
+def one_output() -> Case:
+    return Case(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), torch.randn(5, 4))
+
+
+@case
+def one_sample() -> Case:
+    return Case(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(1, 4))
+
+
+@case
+def many_outputs() -> Case:
+    return Case(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 11)), torch.randn(3, 3))
+
+
+@case
+def relu_at_zero() -> Case:
+    x = torch.randint(-1, 2, (5, 4)).float()
+    return Case(nn.Sequential(nn.ReLU(), nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 2)), x * (x > 0))
+
+
+@case
+def dropout() -> Case:
+    return Case(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 2)), torch.randn(4, 4))
+
+
+@case
+def sequence() -> Case:
+    model = Call(lambda self, x: self.out(torch.tanh(self.tokens(x)).mean(1)), tokens=nn.Linear(3, 6))
+    model.out = nn.Linear(6, 2)
+    return Case(model, torch.randn(4, 7, 3))
+
+
+@case
+def sequence_of_grids() -> Case:
+    model = Call(lambda self, x: self.out(torch.tanh(self.cells(x)).sum(-1).flatten(1)), cells=nn.Linear(3, 5))
+    model.out = nn.Linear(8, 2)
+    return Case(model, torch.randn(4, 2, 4, 3))
+
+
+@case
+def sequence_first() -> Case:
+    """Two time steps, as many as samples in the coverage check: only the values tell that axis 0 is not samples."""
+    model = Call(lambda self, x: self.out(torch.tanh(self.steps(x.transpose(0, 1))).prod(0)), steps=nn.Linear(3, 5))
+    model.out = nn.Linear(5, 2)
+    return Case(model, torch.randn(4, 2, 3), ("steps.weight", "steps.bias"))
+
+
+# convolution ----------------------------------------------------------------------------------------------------------
+
+
+def convolutional(layer: nn.Module, channels: int, size: int, *, outputs: int = 2) -> Case:
+    x = torch.randn(4, channels, size, size)
+    body = nn.Sequential(layer, nn.Tanh(), nn.Flatten())
+    return Case(nn.Sequential(*body, nn.Linear(body(x).shape[1], outputs)), x)
+
+
+@case
+def conv() -> Case:
+    x = torch.randn(4, 2, 6, 6)
+    layers = [nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 3, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten()]
+    return Case(nn.Sequential(*layers, nn.Linear(12, 3)), x)
+
+
+@case
+def conv_without_bias() -> Case:
+    return convolutional(nn.Conv2d(2, 3, 3, bias=False), 2, 5)
+
+
+@case
+def conv_groups() -> Case:
+    return convolutional(nn.Conv2d(6, 9, 3, groups=3, padding=1), 6, 5)
+
+
+@case
+def conv_depthwise() -> Case:
+    return convolutional(nn.Conv2d(4, 8, 3, groups=4), 4, 5)
+
+
+@case
+def conv_pointwise() -> Case:
+    return convolutional(nn.Conv2d(4, 3, 1), 4, 4)
+
+
+@case
+def conv_stride() -> Case:
+    return convolutional(nn.Conv2d(2, 3, 3, stride=(2, 3), padding=1), 2, 7)
+
+
+@case
+def conv_dilation() -> Case:
+    return convolutional(nn.Conv2d(2, 3, 3, dilation=(2, 1), padding=(2, 0)), 2, 7)
+
+
+@case
+def conv_oblong() -> Case:
+    return convolutional(nn.Conv2d(2, 3, (1, 4), padding=(0, 2)), 2, 5)
+
+
+@case
+def conv_reflect() -> Case:
+    return convolutional(nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="reflect"), 2, 5)
+
+
+@case
+def conv_circular() -> Case:
+    return convolutional(nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular", stride=2), 2, 5)
+
+
+@case
+def conv_replicate() -> Case:
+    return convolutional(nn.Conv2d(4, 4, 3, padding=1, padding_mode="replicate", groups=2), 4, 4)
+
+
+@case
+def conv_same() -> Case:
+    """An odd total of padding: one column more at the end than at the start, of which torch warns once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return convolutional(nn.Conv2d(2, 3, (2, 4), padding="same", dilation=(3, 1)), 2, 6)
+
+
+@case
+def conv_same_reflect() -> Case:
+    return convolutional(nn.Conv2d(2, 3, (3, 4), padding="same", padding_mode="reflect"), 2, 6)
+
+
+@case
+def conv1d() -> Case:
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
+    return Case(model, torch.randn(4, 2, 6), ("0.weight", "0.bias"))
+
+
+@case
+def conv_transposed() -> Case:
+    model = nn.Sequential(nn.ConvTranspose2d(2, 3, 3, stride=2), nn.Tanh(), nn.Flatten(), nn.Linear(147, 2))
+    return Case(model, torch.randn(4, 2, 3, 3), ("0.weight", "0.bias"))
+
+
+@case
+def max_pool_ties() -> Case:
+    """Integer inputs and weights of one sign: many maxima are shared, and autograd chooses among them."""
+    model = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 2, 2), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2))
+    nn.init.constant_(model[1].weight, 0.5)
+    return Case(model, torch.randint(0, 2, (4, 1, 10, 10)).float())
+
+
+# normalisation --------------------------------------------------------------------------------------------------------
+
+
+@case
+def batch_norm_1d() -> Case:
+    x = torch.randn(5, 4) * 2 + 1
+    return Case(settle(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)), x), x)
+
+
+@case
+def batch_norm_1d_over_sequences() -> Case:
+    x = torch.randn(4, 3, 5) * 2 - 1
+    return Case(settle(nn.Sequential(nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 2)), x), x)
+
+
+@case
+def batch_norm_2d() -> Case:
+    x = torch.randn(4, 2, 5, 5) + 1
+    conv = nn.Conv2d(2, 4, 3, bias=False)
+    model = nn.Sequential(conv, nn.BatchNorm2d(4, eps=1e-2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    return Case(settle(model, x), x)
+
+
+@case
+def batch_norm_3d() -> Case:
+    x = torch.randn(4, 2, 2, 3, 2)
+    return Case(settle(nn.Sequential(nn.BatchNorm3d(2), nn.Tanh(), nn.Flatten(), nn.Linear(24, 2)), x), x)
+
+
+@case
+def batch_norm_without_affine() -> Case:
+    x = torch.randn(4, 4)
+    return Case(settle(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False), nn.Linear(5, 2)), x), x)
+
+
+@case
+def batch_norm_weight_frozen() -> Case:
+    x = torch.randn(4, 4)
+    model = settle(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)), x)
+    model[1].weight.requires_grad_(False)
+    return Case(model, x)
+
+
+@case
+def layer_norm() -> Case:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2))
+    return Case(model, torch.randn(4, 4), ("1.weight", "1.bias"))
+
+
+@case
+def group_norm() -> Case:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 2))
+    return Case(model, torch.randn(3, 2, 5, 5), ("1.weight", "1.bias"))
+
+
+@case
+def weight_norm() -> Case:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
+    return Case(model, torch.randn(4, 4), parameters_of(model, "0."))
+
+
+# in place -------------------------------------------------------------------------------------------------------------
+
+
+@case
+def in_place_relu() -> Case:
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)
+    )
+    return Case(model, torch.randn(5, 4))
+
+
+@case
+def in_place_relu_after_conv() -> Case:
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 3, 3), nn.ReLU(inplace=True)
+    )
+    return Case(nn.Sequential(*model, nn.Flatten(), nn.Linear(27, 3)), torch.randn(4, 2, 5, 5))
+
+
+@case
+def residual_in_place() -> Case:
+    x = torch.randn(4, 2, 5, 5)
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        stem = self.stem(x)
+        out = self.norm1(self.conv1(stem))
+        out = self.norm2(self.conv2(F.relu_(out)))
+        out += self.shortcut(stem)
+        return self.head(F.relu_(out).mean((2, 3)))
+
+    model = Call(forward, stem=nn.Conv2d(2, 3, 3), shortcut=nn.Conv2d(3, 4, 1), head=nn.Linear(4, 3))
+    model.conv1, model.conv2 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+    model.norm1, model.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    return Case(settle(model, x), x)
+
+
+# sharing --------------------------------------------------------------------------------------------------------------
+
+
+@case
+def tied_weights() -> Case:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[2].weight = model[0].weight
+    return Case(model, torch.randn(4, 4), ("0.weight",))
+
+
+@case
+def tied_to_its_transpose() -> Case:
+    """An autoencoder that uses one weight through its module and once more beside it."""
+    model = Call(lambda self, x: F.linear(torch.tanh(self.code(x)), self.code.weight.T), code=nn.Linear(4, 3))
+    return Case(model, torch.randn(5, 4), ("code.weight",))
+
+
+@case
+def reused_layer() -> Case:
+    model = Call(lambda self, x: self.out(torch.tanh(self.fc(torch.tanh(self.fc(x))))), fc=nn.Linear(4, 4))
+    model.out = nn.Linear(4, 2)
+    return Case(model, torch.randn(4, 4))
+
+
+@case
+def reused_at_two_sizes() -> Case:
+    def forward(self: Call, x: Tensor) -> Tensor:
+        large = torch.tanh(self.norm(self.conv(x)))
+        small = torch.tanh(self.norm(self.conv(F.avg_pool2d(x, 2))))
+        return self.out(large.mean((2, 3)) * small.mean((2, 3)))
+
+    x = torch.randn(4, 2, 6, 6)
+    model = Call(forward, conv=nn.Conv2d(2, 4, 3, padding=1), norm=nn.BatchNorm2d(4), out=nn.Linear(4, 2))
+    return Case(settle(model, x), x)
+
+
+@case
+def one_module_under_two_names() -> Case:
+    model = Call(lambda self, x: self.out(self.second(torch.tanh(self.first(x)))), first=nn.Linear(4, 4))
+    model.second, model.out = model.first, nn.Linear(4, 2)
+    return Case(model, torch.randn(4, 4))
+
+
+# frozen and unused ----------------------------------------------------------------------------------------------------
+
+
+@case
+def frozen_layer() -> Case:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    model[2].requires_grad_(False)
+    return Case(model, torch.randn(4, 4))
+
+
+@case
+def frozen_body() -> Case:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(27, 2))
+    model[0].requires_grad_(False)
+    return Case(model, torch.randn(4, 2, 5, 5))
+
+
+@case
+def frozen_bias() -> Case:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
+    model[0].bias.requires_grad_(False)
+    return Case(model, torch.randn(4, 2, 5, 5))
+
+
+@case
+def frozen_weight() -> Case:
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 2))
+    model[0].weight.requires_grad_(False)
+    return Case(model, torch.randn(4, 2, 5, 5))
+
+
+@case
+def unused_parameter() -> Case:
+    model = Call(lambda self, x: self.fc(x), fc=nn.Linear(4, 2), spare=nn.Parameter(torch.randn(3)))
+    return Case(model, torch.randn(4, 4), ("spare",))
+
+
+@case
+def unused_head() -> Case:
+    model = Call(lambda self, x: self.head(torch.tanh(self.body(x))), body=nn.Linear(4, 5), head=nn.Linear(5, 2))
+    model.other_head = nn.Linear(5, 7)
+    return Case(model, torch.randn(4, 4), ("other_head.weight", "other_head.bias"))
+
+
+@case
+def jacobian_of_zeros() -> Case:
+    """The outputs depend on no trainable parameter, yet there are some."""
+    model = Call(lambda self, x: self.used(x), used=nn.Linear(4, 2).requires_grad_(False), unused=nn.Linear(4, 2))
+    return Case(model, torch.randn(4, 4), ("unused.weight", "unused.bias"))
+
+
+@case
+def separate_heads() -> Case:
+    """Each output depends on one head alone: the other's cotangents are absent, not zero, to autograd."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        h = torch.tanh(self.body(x))
+        return torch.cat([self.left(h), self.right(h)], dim=1)
+
+    return Case(Call(forward, body=nn.Linear(4, 5), left=nn.Linear(5, 2), right=nn.Linear(5, 1)), torch.randn(4, 4))
+
+
+@case
+def detached_branch() -> Case:
+    model = Call(lambda self, x: self.out(torch.tanh(self.side(x)).detach() + x), side=nn.Linear(4, 4))
+    model.out = nn.Linear(4, 2)
+    return Case(model, torch.randn(4, 4))
+
+
+# without a rule, or against it ----------------------------------------------------------------------------------------
+
+
+@case
+def bare_parameter() -> Case:
+    model = Call(lambda self, x: self.out(torch.tanh(self.scale * self.fc(x))), fc=nn.Linear(4, 5), out=nn.Linear(5, 2))
+    model.scale = nn.Parameter(torch.randn(5))
+    return Case(model, torch.randn(4, 4), ("scale",))
+
+
+@case
+def only_bare_parameters() -> Case:
+    model = Call(lambda self, x: torch.tanh(x * self.scale) @ self.mix, scale=nn.Parameter(torch.randn(4)))
+    model.mix = nn.Parameter(torch.randn(4, 2))
+    return Case(model, torch.randn(4, 4), ("scale", "mix"))
+
+
+@case
+def called_by_keyword() -> Case:
+    model = Call(lambda self, x: self.out(input=torch.tanh(self.fc(input=x))), fc=nn.Linear(4, 5), out=nn.Linear(5, 2))
+    return Case(model, torch.randn(4, 4))
+
+
+class Squared(nn.Linear):
+    """A linear layer in name alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.square(), self.bias)
+
+
+@case
+def subclass_with_other_semantics() -> Case:
+    return Case(nn.Sequential(Squared(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(4, 4), ("0.weight", "0.bias"))
+
+
+@case
+def hook_that_never_fires() -> Case:
+    model = Call(lambda self, x: self.out(torch.tanh(F.linear(x, self.fc.weight, self.fc.bias))), fc=nn.Linear(4, 5))
+    model.out = nn.Linear(5, 2)
+    return Case(model, torch.randn(4, 4), ("fc.weight", "fc.bias"))
+
+
+def _double(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+@case
+def hooked_by_the_user() -> Case:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
+    model[0].register_forward_hook(_double)
+    return Case(model, torch.randn(4, 4), ("0.weight", "0.bias"))
+
+
+@case
+def embedding() -> Case:
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2))
+    return Case(model, torch.randint(0, 7, (4, 4)), ("0.weight",))
+
+
+@case
+def lstm() -> Case:
+    model = Call(lambda self, x: self.out(self.cell(x)[0][:, -1]), cell=nn.LSTM(3, 4, batch_first=True))
+    model.out = nn.Linear(4, 2)
+    return Case(model, torch.randn(3, 5, 3), parameters_of(model, "cell."))
+
+
+def attention(*, batch_first: bool) -> Case:
+    def forward(self: Call, x: Tensor) -> Tensor:
+        tokens = self.project(x) if batch_first else self.project(x).transpose(0, 1)
+        mixed = self.mix(tokens, tokens, tokens, need_weights=False)[0]
+        return self.out(mixed.mean(1 if batch_first else 0))
+
+    mix = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+    model = Call(forward, project=nn.Linear(3, 4), mix=mix, out=nn.Linear(4, 2))
+    return Case(model, torch.randn(3, 5, 3), parameters_of(model, "mix."))
+
+
+@case
+def attention_batch_first() -> Case:
+    return attention(batch_first=True)
+
+
+@case
+def attention_sequence_first() -> Case:
+    return attention(batch_first=False)
+
+
+@case
+def transformer() -> Case:
+    layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model = Call(lambda self, x: self.out(self.encoder(x).mean(1)), encoder=encoder, out=nn.Linear(4, 2))
+    return Case(model, torch.randn(3, 5, 4), parameters_of(model, "attn", "norm"))
+
+
+@case
+def pretrained_in_bfloat16() -> Case:
+    """Weights of another dtype are cast exactly, not refused."""
+    return Case(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).bfloat16(), torch.randn(4, 4))
+
+
+def every_case(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test once per network, under its name."""
+    return pytest.mark.parametrize("name", CASES)(test)
+
+
+@cache
+def reference_of(name: str) -> Tensor:
+    """The reference kernel of a case, computed once for all tests."""
+    case = CASES[name]()
+    return reference_ntk(case.module, case.x)
+
+
+# a kernel on disk -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network, its samples and the plan of their kernel: everything that a store is made of."""
+
+    module: nn.Module
+    x: Tensor
+    network: Network
+    plan: Plan
+
+    @property
+    def reference(self) -> np.ndarray:
+        """The kernel that a store should hold."""
+        return reference_ntk(self.module, self.x).numpy()
+
+    def create(
+        self, path: Path, dtypes: tuple[str, ...] = ("float16", "float32"), layout: str = "upper"
+    ) -> KernelStore:
+        """Create an empty store."""
+        identity, provenance = {"network": "3f2a", "samples": "91bc"}, {"model": "small", "dataset": "noise"}
+        samples = Samples(np.arange(len(self.x)) * 2, np.arange(len(self.x)) % 5)
+        return create_store(path, Manifest(identity, provenance, self.plan, dtypes, layout), samples)
+
+    def run(self, store: KernelStore, cached_blocks: int = 2, report: engine.Report = lambda *_: None) -> KernelStore:
+        """Compute what a store is missing."""
+        engine.run(self.network, self.x, store, cached_blocks=cached_blocks, report=report)
+        return store
+
+    def resume(self, path: Path) -> KernelStore:
+        """Continue a store as the command line does."""
+        with write_lock(path):
+            store = open_store(path, mode="r+")
+            store.sweep()
+            return self.run(store)
+
+
+def small_network() -> nn.Module:
+    """A convolution, whose kept rows are cheapest, and two dense layers, whose factors are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        body = [nn.Conv2d(1, 3, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 7), nn.Tanh()]
+        return nn.Sequential(*body, nn.Linear(7, 3))
+
+
+def make_job(
+    num_samples: int = 14, precision: str = "float32", block_samples: int | None = None, **options: Any
+) -> Job:
+    """Plan a kernel of 3 outputs in tiles of 3 samples: 5 × 5 tiles for 14 samples, the last block ragged."""
+    module = options.get("module") or small_network()
+    x = torch.randn(num_samples, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * options.get("scale", 1)
+    network = prepare(module, x, policy(precision))
+    plan = make_plan(
+        network.profile,
+        make_grid(num_samples, 3, options.get("side", 9)),
+        precision=precision,
+        budget=Budget(1 << 30, 1 << 30),
+        environment=engine.environment(CPU, options.get("threads", 1)),
+    )
+    if block_samples:
+        plan = cut(plan, block_samples)
+    return Job(module, x, network, plan)
+
+
+def cut(plan: Plan, block_samples: int) -> Plan:
+    """Cut the tiles of a plan into smaller blocks."""
+    return dataclasses.replace(plan, block_samples=block_samples)
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    """Read every file below a folder."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}

@@ -1,0 +1,25 @@
+"""The switches under which all tests run, and the fixtures that several files share."""
+
+import pytest
+import torch
+from cases import Job, make_job
+from hypothesis import settings
+
+# The same examples in every run, none of them timed, nothing written into the checkout.
+settings.register_profile("ntkgen", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("ntkgen")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Use one thread: the networks are so small that handing work to a second takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def job() -> Job:
+    """A kernel of 14 samples and 3 outputs in 5 × 5 tiles, computed in float32."""
+    return make_job()
