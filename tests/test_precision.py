@@ -31,10 +31,18 @@ def switches():
         "autocast": torch.is_autocast_enabled("cpu"),
         "threads": torch.get_num_threads(),
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "flushed": bool(torch.tensor([1e-38]).mul(0.1) == 0),
     }
 
 
-EXACT = {"grad": True, "inference": False, "autocast": False, "threads": 3, "cudnn": (True, False, True)}
+EXACT = {
+    "grad": True,
+    "inference": False,
+    "autocast": False,
+    "threads": 3,
+    "cudnn": (True, False, True),
+    "flushed": True,  # a number below the smallest normal one takes a CPU a hundred times longer
+}
 
 
 def reduced_precision():
@@ -75,6 +83,17 @@ def test_everything_is_as_it_was_after_an_error(medium):
     with pytest.raises(ZeroDivisionError), torch.no_grad(), exact_arithmetic(CPU, threads=3):
         _ = 1 / 0
     assert (switches(), reduced_precision()) == before
+
+
+@pytest.mark.parametrize("flushed", [True, False])
+def test_denormal_numbers_are_treated_as_before(flushed):
+    torch.set_flush_denormal(flushed)
+    try:
+        with exact_arithmetic(CPU):
+            assert switches()["flushed"]
+        assert switches()["flushed"] == flushed
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_threads_are_left_alone_unless_asked_for():
@@ -118,11 +137,14 @@ def around(name, value):
     return before, inside, state()
 
 def later(name, value, ours):
-    if ours:
-        with exact_arithmetic(torch.device("cpu")):
-            pass
-    places[name].fp32_precision = value
-    return state()
+    found = []
+    for place, chosen in ((name, value), ("all", "ieee"), ("all", "tf32")):
+        if ours:
+            with exact_arithmetic(torch.device("cpu")):
+                pass
+        places[place].fp32_precision = chosen
+        found.append(state())
+    return found
 
 report = {}
 for name in places:
@@ -137,10 +159,6 @@ print(json.dumps(report))
 PLACES = ["all", "cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"]
 SETTINGS = [f"{place} {value}" for place in PLACES for value in ("ieee", "tf32")]
 
-needs_switches = pytest.mark.skipif(
-    not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9 has one switch for all"
-)
-
 
 @pytest.fixture(scope="module")
 def report():
@@ -148,7 +166,6 @@ def report():
     return json.loads(done.stdout)
 
 
-@needs_switches
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_float32_products_are_ieee_whatever_the_user_has_chosen(report, setting):
     around = report[setting]["around"]
@@ -158,7 +175,6 @@ def test_float32_products_are_ieee_whatever_the_user_has_chosen(report, setting)
     assert after == before
 
 
-@needs_switches
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_the_user_chooses_later_means_what_it_would_have_meant(report, setting):
     without, with_ours = report[setting]["later"]

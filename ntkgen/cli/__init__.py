@@ -53,7 +53,8 @@ def run(args: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except click.Abort:
-        return _fail("Interrupted. What is finished is kept: the same command goes on from there.", INTERRUPTED)
+        click.echo("Interrupted. What is finished is kept: the same command goes on from there.", err=True)
+        return INTERRUPTED
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
