@@ -120,10 +120,20 @@ class KernelStore:
         return {name: value for name, value in self._group.attrs.asdict().items() if name != "ntkgen"}
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Read one of the small arrays whole: diagonal, logits, a coordinate."""
+        """Read one of the small arrays whole: diagonal, logits, a coordinate.
+
+        Raises:
+            StoreError: If the array is damaged.
+        """
         array = self._group[name]
         assert isinstance(array, zarr.Array)
-        return np.asarray(array[...])
+        try:
+            return np.asarray(array[...])
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"The array {name} of {self.path} is damaged ({error}): expected chunks that match their checksums. A "
+                "disk error or an interrupted copy? Copy the store again, or remove it and compute it anew."
+            ) from error
 
     @property
     def array_names(self) -> list[str]:
@@ -263,7 +273,8 @@ def create_store(path: Path, manifest: Manifest, samples: Samples) -> KernelStor
     """Create a store with everything but its numbers. It appears at its path whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".creating")
-    shutil.rmtree(draft, ignore_errors=True)
+    if draft.exists():
+        shutil.rmtree(draft)
     grid = manifest.plan.grid
     group = zarr.create_group(LocalStore(draft))
     n, m = grid.num_samples, grid.num_outputs
@@ -305,19 +316,35 @@ def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> 
             f"There is no kernel store at {place}: expected a Zarr v3 group with a zarr.json, found "
             f"{'a folder without one' if place.is_dir() else 'nothing'}. Is the path the folder ending in .zarr?"
         )
-    group = zarr.open_group(LocalStore(place, read_only=mode == "r"), mode=mode, use_consolidated=False)
-    values = group.attrs.asdict().get("ntkgen")
-    if not isinstance(values, dict):
+    try:
+        group = zarr.open_group(LocalStore(place, read_only=mode == "r"), mode=mode, use_consolidated=False)
+        values = _manifest_values(group.attrs.asdict())
+        version = values["format_version"]
+        manifest = Manifest.from_json(values) if version == FORMAT_VERSION else None
+    except (ValueError, KeyError, TypeError, OSError) as error:  # zarr's own errors are among these
         raise StoreError(
-            f"The Zarr group at {place} is not a kernel store: expected the attribute 'ntkgen', found "
-            f"{', '.join(group.attrs) or 'no attributes'}. Was it made by another program?"
-        )
-    if values["format_version"] != FORMAT_VERSION:
+            f"What lies at {place} is not a kernel store: expected a Zarr v3 group with the attribute 'ntkgen', found "
+            f"otherwise ({type(error).__name__}: {' '.join(str(error).split())}). Was it made by another program, or "
+            "is its zarr.json damaged? Give the path of a store that `ntkgen compute` made."
+        ) from error
+    if manifest is None:
         raise StoreError(
-            f"The store at {place} has format version {values['format_version']}, and this ntkgen "
-            f"({ntkgen.__version__}) reads version {FORMAT_VERSION}. Made by ntkgen {values['version']}: use that."
+            f"The store at {place} has format version {version}, and this ntkgen ({ntkgen.__version__}) reads version "
+            f"{FORMAT_VERSION}. Made by ntkgen {values.get('version')}: use that."
         )
-    return KernelStore(place, group, Manifest.from_json(values))
+    return KernelStore(place, group, manifest)
+
+
+def _manifest_values(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Find the manifest among a group's attributes.
+
+    Raises:
+        KeyError: If it is not there; the message says what is.
+    """
+    if "ntkgen" not in attributes:
+        raise KeyError(f"its attributes are {', '.join(attributes) or 'none'}")
+    values: Mapping[str, Any] = attributes["ntkgen"]
+    return values
 
 
 @dataclass(frozen=True)
