@@ -91,7 +91,7 @@ class Plan:
         widest = max((s.groups * s.positions * s.inputs for s in self.profile.layers), default=0)
         dense_fallback = m * self.jacobian.dense_params if self.jacobian.fallback else 0
         numbers = (
-            2 * self.profile.num_params
+            3 * self.profile.num_params  # our copy, and one in float64 while the rules are checked
             + batch * (per_sample + 2 * widest)
             + dense_fallback
             + 3 * self.jacobian.workspace_numbers
