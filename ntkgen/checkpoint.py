@@ -2,8 +2,10 @@
 
 import dataclasses
 import hashlib
+import io
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ class Recipe:
     def differences(self, other: "Recipe") -> list[str]:
         """Name the fields that differ, with both values."""
         pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
-        return [f"{name} {str(mine)[:12]}, now {str(theirs)[:12]}" for (name, mine), theirs in pairs if mine != theirs]
+        return [f"{name} {str(mine)[:40]}, now {str(theirs)[:40]}" for (name, mine), theirs in pairs if mine != theirs]
 
 
 @dataclass(frozen=True)
@@ -46,21 +48,19 @@ class Checkpoint:
     epoch: int  # epochs done
     train_accuracy: float | None  # per cent, without augmentation, in evaluation mode
     train_loss: float | None
+    is_finished: bool  # it has reached the target it was trained for, or used up its epochs: it is never trained on
     state: dict[str, Tensor]  # parameters and buffers by name
     training: dict[str, Any]  # optimizer, scheduler, scaler, random states: what a resumed run needs
-
-    @property
-    def is_trained_out(self) -> bool:
-        """Say whether the recipe's epochs are used up."""
-        return self.epoch >= self.recipe.num_epochs
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, whole or not at all: arrays and plain values only, loadable with ``weights_only=True``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".partial")
+    buffer = io.BytesIO()  # torch would turn the error of a full disk into one of its own
+    torch.save({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}, buffer)
     with draft.open("wb") as file:
-        torch.save({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
@@ -77,15 +77,25 @@ def load(path: Path) -> Checkpoint:
         StoreError: If the file is not a checkpoint of this format.
     """
     try:
+        _check_archive(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
         version = values.pop("format_version")
         recipe = Recipe(**values.pop("recipe"))
         checkpoint = Checkpoint(recipe=recipe, **values)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
         raise StoreError(
-            f"{path} is not a checkpoint of this program ({type(error).__name__}): expected one written by "
-            "`ntkgen train`. Was it copied in part, or written by something else? Remove it, and the network is "
-            "trained again."
+            f"{path} is not a checkpoint of this program, or a damaged one ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:100]}): expected one written by `ntkgen train`. Was it copied in part, or "
+            "written by something else? Remove it, and the network is trained again."
         ) from error
     if version != FORMAT_VERSION:
         raise StoreError(
@@ -93,6 +103,17 @@ def load(path: Path) -> Checkpoint:
             "a newer one? Use that, or remove the file to train again."
         )
     return checkpoint
+
+
+def _check_archive(path: Path) -> None:
+    """Compare the checksums of the archive, which torch does not.
+
+    Raises:
+        ValueError: If one of them does not match.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ValueError(f"its part {damaged} does not match its checksum")
 
 
 def check_recipe(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:

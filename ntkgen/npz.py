@@ -12,6 +12,9 @@ from ntkgen.catalog import DATASETS
 from ntkgen.errors import DataError
 from ntkgen.official import UNREADABLE, one_line
 
+# Labels above this, and above the number of samples, are identifiers or a mistake.
+MAX_CLASSES = 10_000
+
 
 def load_npz(
     name: str,
@@ -108,6 +111,11 @@ def _check_targets(y: np.ndarray[Any, Any], path: Path) -> None:
             "labels. Save y.astype('int64') if they are classes."
         )
     least, largest = int(y.min()), int(y.max())
+    if largest >= max(MAX_CLASSES, len(y)):
+        raise DataError(
+            f"y in {path} has labels that number no classes: expected at most {max(MAX_CLASSES, len(y))} of them, "
+            f"found a label of {largest}. Every class gets an output of the network. Number the classes from 0."
+        )
     if least < 0 or largest >= np.iinfo(np.int64).max:
         raise DataError(
             f"y in {path} has labels out of range: expected 0 to the number of classes less one, found {least} to "

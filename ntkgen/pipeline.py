@@ -16,7 +16,7 @@ from ntkgen import checkpoint as checkpoints
 from ntkgen import training, zoo
 from ntkgen.checkpoint import Checkpoint, Recipe, array_fingerprint, parameter_fingerprint
 from ntkgen.data import Dataset, check_labels, sample_order
-from ntkgen.errors import DiskSpaceError
+from ntkgen.errors import DiskSpaceError, InputError
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
@@ -27,6 +27,9 @@ from ntkgen.kernel.store import KernelStore, Samples, create_store, open_store
 from ntkgen.kernel.tiles import make_grid
 from ntkgen.lock import write_lock
 from ntkgen.units import human_bytes
+
+# So many samples of the data set are looked at for two different ones to try a network on.
+PROBE_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,12 @@ class Job:
         """Bytes of the finished kernel arrays."""
         return kernel_bytes(self.plan, self.kernel.dtypes, self.layout)
 
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of it that are not on disk yet."""
+        there = open_store(self.store_path).stored_bytes if self.store_path.exists() else 0
+        return max(0, self.disk_bytes - there)
+
 
 def kernel_bytes(plan: Plan, dtypes: tuple[str, ...], layout: str) -> int:
     """Count the bytes of all tiles in all dtypes; edge tiles are stored at full size."""
@@ -118,11 +127,16 @@ def kernel_bytes(plan: Plan, dtypes: tuple[str, ...], layout: str) -> int:
     return chunks * sum(grid.side**2 * np.dtype(dtype).itemsize + 4 for dtype in dtypes)
 
 
+def _dataset_name(data: Dataset) -> str:
+    """Name a data set; of a file, without the folder, from wherever the command is run."""
+    return os.path.basename(data.name) if data.name.endswith(".npz") else data.name
+
+
 def _stem(request: TrainingRequest, data: Dataset) -> str:
     """Name what belongs to one network: nothing is read from it, it is for people."""
     width = f"-w{request.width}" if request.width is not None else ""
     built = "-untrained" if request.num_epochs == 0 else ""
-    dataset = Path(data.name).name.removesuffix(".npz")
+    dataset = _dataset_name(data).removesuffix(".npz")
     return f"{zoo.file_name(request.model)}{width}-{zoo.file_name(dataset)}{built}-seed{request.seed}"
 
 
@@ -143,7 +157,7 @@ def plan_training(request: TrainingRequest, data: Dataset, place: Place) -> tupl
     found = checkpoints.load(path) if path.exists() else None
     default = Recipe(
         model=request.model,
-        dataset=data.name,
+        dataset=_dataset_name(data),
         data_fingerprint=data.fingerprint(),
         seed=request.seed,
         width=request.width,
@@ -196,10 +210,12 @@ def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data
 
     Raises:
         DiskSpaceError: If the disk has no room for what is missing of the kernel.
+        InputError: If the folder cannot be written.
     """
     order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
     model, recipe = plan_training(request, data, place)
-    network = prepare(model, data.inputs(order[:16]), policy(kernel.precision), place.device)
+    require_writable(place.out)
+    network = prepare(model, _probe(data), policy(kernel.precision), place.device)
     check_labels(data.labels, network.profile.num_outputs)
     budget = engine.memory_budget(place.device, kernel.memory_bytes)
     path = _store_path(request, kernel, place, data, len(order))
@@ -211,8 +227,27 @@ def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data
         plan = _new_plan(network, kernel, len(order), budget)
     plan.cached_blocks(budget)  # raises where the budget is too small
     job = Job(request, kernel, place, data, order, model, recipe, plan, budget)
-    _check_disk(job, open_store(path).stored_bytes if stored is not None else 0)
+    require_disk(place, job.missing_bytes)
     return job
+
+
+def _probe(data: Dataset) -> Tensor:
+    """Take some samples to try a network on, whichever the kernel is of."""
+    return data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples)))
+
+
+def require_writable(out: Path) -> None:
+    """Refuse a folder that cannot be written, or made.
+
+    Raises:
+        InputError: If there is a file at the path or above it, or no permission.
+    """
+    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(
+            f"Nothing can be written below {nearest}: expected a folder with permission to write, found "
+            f"{'one without' if nearest.is_dir() else 'a file'}. Is --out spelled right? Choose another."
+        )
 
 
 def _new_plan(network: Network, kernel: KernelRequest, num_samples: int, budget: Budget) -> Plan:
@@ -226,13 +261,18 @@ def _new_plan(network: Network, kernel: KernelRequest, num_samples: int, budget:
     )
 
 
-def _check_disk(job: Job, there_bytes: int) -> None:
-    needed, free = job.disk_bytes - there_bytes, engine.free_disk_bytes(job.place.out)
-    if needed > free:
+def require_disk(place: Place, missing_bytes: int) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises:
+        DiskSpaceError: If it has not; the message has both numbers.
+    """
+    free = engine.free_disk_bytes(place.out)
+    if missing_bytes > free:
         raise DiskSpaceError(
-            f"The disk at {job.place.out} has no room for this kernel: {human_bytes(needed)} are needed and "
-            f"{human_bytes(free)} are free ({' + '.join(job.kernel.dtypes)}, layout {job.layout}). Free some, choose "
-            "another --out, fewer --dtype, --layout upper, or a smaller --subsample."
+            f"The disk at {place.out} has no room for this: {human_bytes(missing_bytes)} are needed and "
+            f"{human_bytes(free)} are free. Too many samples, dtypes or networks for it? Free some, choose another "
+            "--out, fewer --dtype, --layout upper, or a smaller --subsample."
         )
 
 
@@ -252,7 +292,7 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
         "layout": job.layout,
     }
     with write_lock(job.store_path):
-        network = prepare(job.model, x, policy(job.kernel.precision), job.place.device)
+        network = prepare(job.model, _probe(job.data), policy(job.kernel.precision), job.place.device)
         store = _open_or_create(job, network, identity, _provenance(job, checkpoint))
         if not store.is_complete:
             cached_blocks = store.manifest.plan.cached_blocks(job.budget)
@@ -268,16 +308,17 @@ def _open_or_create(
     job: Job, network: Network, identity: Mapping[str, Any], provenance: Mapping[str, Any]
 ) -> KernelStore:
     """Open the store to continue it, or create it with the plan for the network as it is after training."""
-    path = job.store_path
+    path, samples = job.store_path, Samples(job.order.numpy(), job.data.labels[job.order].numpy())
     if not path.exists():
         plan = _new_plan(network, job.kernel, len(job.order), job.budget)
         manifest = Manifest(identity, provenance, plan, job.kernel.dtypes, job.layout)
-        return create_store(path, manifest, Samples(job.order.numpy(), job.data.labels[job.order].numpy()))
+        return create_store(path, manifest, samples)
     store = open_store(path, mode="r+")
     check_identity(path, store.manifest, identity)
-    store.sweep()
-    if store.manifest.plan != job.plan:  # --replan: the tiles that are there stay, within the stated bound
-        store.set_manifest(dataclasses.replace(store.manifest, plan=job.plan, replanned=store.manifest.replanned + 1))
+    store.repair(samples)
+    if job.kernel.replan and not store.is_complete:  # the tiles that are there stay, within the stated bound
+        plan = _new_plan(network, job.kernel, len(job.order), job.budget)
+        store.set_manifest(dataclasses.replace(store.manifest, plan=plan, replanned=store.manifest.replanned + 1))
     return store
 
 
@@ -285,7 +326,7 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     """Collect what a reader of the store wants to know. No path and no time: two runs give equal bytes."""
     return {
         "model": job.training.model,
-        "dataset": job.data.name if not job.data.name.endswith(".npz") else os.path.basename(job.data.name),
+        "dataset": _dataset_name(job.data),
         "seed": job.training.seed,
         "width": job.training.width,
         "subsample": job.kernel.subsample,

@@ -15,7 +15,7 @@ from ntkgen import checkpoint as checkpoints
 from ntkgen.checkpoint import Checkpoint, Recipe
 from ntkgen.data import Dataset
 from ntkgen.errors import DivergedError, NotConvergedError
-from ntkgen.jacobian.precision import flushed_denormals
+from ntkgen.jacobian.precision import fixed_threads, flushed_denormals
 
 EVALUATION_BATCH = 1000
 # At 0.1 a network without batch norm falls to chance on digits in half of the seeds.
@@ -69,7 +69,7 @@ class _Run:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.device)
         self.epoch = checkpoint.epoch
 
-    def checkpoint(self, accuracy: float | None, loss: float | None) -> Checkpoint:
+    def checkpoint(self, accuracy: float | None, loss: float | None, target_accuracy: float) -> Checkpoint:
         random = {"order": self.order.get_state(), "cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -78,9 +78,11 @@ class _Run:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
+            "threads": torch.get_num_threads(),
         }
+        is_finished = self.epoch >= self.recipe.num_epochs or (accuracy is not None and accuracy >= target_accuracy)
         state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        return Checkpoint(self.recipe, self.epoch, accuracy, loss, state, training)
+        return Checkpoint(self.recipe, self.epoch, accuracy, loss, is_finished, state, training)
 
 
 def train(
@@ -106,23 +108,24 @@ def train(
     found = checkpoints.load(path) if path.exists() else None
     if found is not None:
         checkpoints.check_recipe(path, found, recipe)
-        if found.is_trained_out or has_converged(found, target_accuracy):
+        if found.is_finished:  # kernels may have been made of it
             return found
     device = next(model.parameters()).device
-    with _training_mode(device, recipe.seed):
+    threads = torch.get_num_threads() if found is None else found.training["threads"]
+    with _training_mode(device, recipe.seed, threads):
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         run = _Run(model, recipe, device)
         if found is not None:
             run.resume(found)
         else:
-            found = run.checkpoint(None, None)
+            found = run.checkpoint(None, None, target_accuracy)
             checkpoints.save(path, found)
         data = data.to(device)
-        while not (found.is_trained_out or has_converged(found, target_accuracy)):
+        while not found.is_finished:
             loss = _train_epoch(run, data, path, report)
             accuracy = train_accuracy(run.model, data)
-            found = run.checkpoint(accuracy, loss)
+            found = run.checkpoint(accuracy, loss, target_accuracy)
             checkpoints.save(path, found)
             report(run.epoch, _num_steps(run, data), _num_steps(run, data), accuracy)
     return found
@@ -145,9 +148,10 @@ def require_convergence(path: Path, checkpoint: Checkpoint, target_accuracy: flo
         recipe = checkpoint.recipe
         raise NotConvergedError(
             f"{recipe.model} on {recipe.dataset} did not converge: expected {target_accuracy:g} % training accuracy, "
-            f"found {checkpoint.train_accuracy:.2f} % after all {checkpoint.epoch} epochs. Too few epochs, or a "
-            f"learning rate ({recipe.learning_rate:g}) that does not suit it? Its checkpoint is kept at {path}: lower "
-            "--target-accuracy, add --allow-unconverged, or train anew with other settings and another --out."
+            f"found {checkpoint.train_accuracy:.2f} % after {checkpoint.epoch} of {recipe.num_epochs} epochs, where "
+            f"its training ended. Too few epochs, a lower target then, a learning rate ({recipe.learning_rate:g}) "
+            f"that does not suit it? Its checkpoint is kept at {path}: lower --target-accuracy, add "
+            "--allow-unconverged, or train anew with other settings and another --out."
         )
 
 
@@ -156,16 +160,16 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 
 @contextmanager
-def _training_mode(device: torch.device, seed: int) -> Iterator[None]:
-    """Flush denormals, seed torch's own generators for dropout, and put both back as they were."""
+def _training_mode(device: torch.device, seed: int, threads: int) -> Iterator[None]:
+    """Flush denormals, seed torch's own generators for dropout, fix the threads, and put all back as they were."""
     devices = [device] if device.type == "cuda" else []
-    with flushed_denormals(), torch.random.fork_rng(devices=devices):
+    with flushed_denormals(), torch.random.fork_rng(devices=devices), fixed_threads(threads):
         torch.manual_seed(seed)
         yield
 
 
 def _num_steps(run: _Run, data: Dataset) -> int:
-    return math.ceil(data.num_samples / run.recipe.batch_size)
+    return len(_batches(torch.arange(data.num_samples), run.recipe.batch_size))
 
 
 def _train_epoch(run: _Run, data: Dataset, path: Path, report: EpochReport) -> float:
@@ -177,7 +181,7 @@ def _train_epoch(run: _Run, data: Dataset, path: Path, report: EpochReport) -> f
     run.model.train()
     order = torch.randperm(data.num_samples, generator=run.order)
     total = 0.0
-    for step, ids in enumerate(order.split(run.recipe.batch_size)):
+    for step, ids in enumerate(_batches(order, run.recipe.batch_size)):
         loss = _train_step(run, data.batch(ids, run.order), data.labels[ids.to(data.labels.device)])
         if not math.isfinite(loss):
             raise DivergedError(
@@ -190,6 +194,18 @@ def _train_epoch(run: _Run, data: Dataset, path: Path, report: EpochReport) -> f
     run.scheduler.step()
     run.epoch += 1
     return total / data.num_samples
+
+
+def _batches(order: Tensor, size: int) -> list[Tensor]:
+    """Cut an order into batches; a last sample on its own, of which no batch norm has statistics, joins those before.
+
+    >>> [len(batch) for batch in _batches(torch.arange(7), 3)]
+    [3, 4]
+    """
+    batches = list(order.split(size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def _train_step(run: _Run, x: Tensor, labels: Tensor) -> float:

@@ -1,5 +1,6 @@
 """The one door to `models`: a name, or an import string such as mylab.nets:wide, → nn.Module."""
 
+import copy
 import importlib
 import inspect
 import os
@@ -79,10 +80,11 @@ def _imported(name: str) -> Callable[..., Any] | nn.Module:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # somebody else's code, or no module name at all
         raise InputError(
-            f"Cannot import {module_name!r} for the model {name} ({error}). Expected package.module:factory, found on "
-            "PYTHONPATH or in the current directory. Is it spelled right, and are its own imports installed?"
+            f"Cannot import {module_name!r} for the model {name} ({type(error).__name__}: {error}). "
+            "Expected package.module:factory, found on PYTHONPATH or in the current directory. Is it spelled right, "
+            "and are its own imports installed?"
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -95,7 +97,7 @@ def _imported(name: str) -> Callable[..., Any] | nn.Module:
 
 def _call(name: str, factory: Callable[..., Any] | nn.Module, num_classes: int, options: dict[str, int]) -> nn.Module:
     if isinstance(factory, nn.Module):
-        return factory
+        return copy.deepcopy(factory)  # training works in place, and every seed starts from the same network
     try:
         parameters = inspect.signature(factory).parameters.values()
         takes = {p.name for p in parameters} | {"num_classes" for p in parameters if p.kind is p.VAR_KEYWORD}

@@ -606,13 +606,17 @@ class Job:
         """The kernel that a store should hold."""
         return reference_ntk(self.module, self.x).numpy()
 
+    @property
+    def samples(self) -> Samples:
+        """Positions and labels that are not those of the rows."""
+        return Samples(np.arange(len(self.x)) * 2, np.arange(len(self.x)) % 5)
+
     def create(
         self, path: Path, dtypes: tuple[str, ...] = ("float16", "float32"), layout: str = "upper"
     ) -> KernelStore:
         """Create an empty store."""
         identity, provenance = {"network": "3f2a", "samples": "91bc"}, {"model": "small", "dataset": "noise"}
-        samples = Samples(np.arange(len(self.x)) * 2, np.arange(len(self.x)) % 5)
-        return create_store(path, Manifest(identity, provenance, self.plan, dtypes, layout), samples)
+        return create_store(path, Manifest(identity, provenance, self.plan, dtypes, layout), self.samples)
 
     def run(self, store: KernelStore, cached_blocks: int = 2, report: engine.Report = lambda *_: None) -> KernelStore:
         """Compute what a store is missing."""
@@ -623,7 +627,7 @@ class Job:
         """Continue a store as the command line does."""
         with write_lock(path):
             store = open_store(path, mode="r+")
-            store.sweep()
+            store.repair(self.samples)
             return self.run(store)
 
 

@@ -15,7 +15,7 @@ RECIPE = Recipe(model="tiny", dataset="digits", data_fingerprint="abc")
 
 def make_checkpoint(model):
     training = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1).state_dict()}
-    return Checkpoint(RECIPE, 3, 99.25, 0.5, model.state_dict(), training)
+    return Checkpoint(RECIPE, 3, 99.25, 0.5, False, model.state_dict(), training)
 
 
 def test_it_comes_back_as_it_was_and_needs_no_pickled_code(tmp_path):
@@ -54,6 +54,16 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(StoreError, match="is not a checkpoint") as caught:
         checkpoints.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_flipped_bit_in_the_parameters_is_found(tmp_path):
+    path, model = tmp_path / "net.pt", nn.Linear(2, 3)
+    checkpoints.save(path, make_checkpoint(model))
+    weight, content = model.weight.detach().numpy().tobytes(), bytearray(path.read_bytes())
+    content[content.index(weight) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="does not match its checksum"):
+        checkpoints.load(path)
 
 
 def test_another_format_version_is_refused(tmp_path, monkeypatch):

@@ -195,6 +195,22 @@ def test_a_forced_order_is_the_one_that_is_used(order, monkeypatch):
     assert set(used) == {order}
 
 
+OWN_FLOATS = {
+    "casts": lambda self, x: self.out(torch.tanh(self.cell(x.float()))),
+    "makes zeros": lambda self, x: self.out(torch.tanh(self.cell(x)) @ torch.ones(5, 5)),
+}
+
+
+@pytest.mark.parametrize("what", OWN_FLOATS)
+def test_a_network_that_can_only_be_run_in_float32_is_run_in_float32(what):
+    model = Call(OWN_FLOATS[what], cell=torch.nn.Linear(4, 5), out=torch.nn.Linear(5, 2))
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    rows = [torch.autograd.grad(out, list(model.parameters()), retain_graph=True) for out in model(x).flatten()]
+    J = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows])
+    assert relative_error(ntkgen.ntk(model, x), J @ J.T) < TOLERANCES["float32"]
+    assert prepare(model, x, policy("float32")).fallback == ()
+
+
 # algebra --------------------------------------------------------------------------------------------------------------
 
 

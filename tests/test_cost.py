@@ -118,5 +118,5 @@ def test_a_slice_is_as_large_as_the_limit_allows(numbers, limit, rows, cols):
 @given(shapes, outputs)
 def test_intermediates_are_those_of_the_formulas(shape, m):
     t, c = shape.positions, shape.channels
-    expected = {"explicit": m * shape.num_params, "gram": (1 + m * m) * t * t, "ordered": t * (t + m * c)}
+    expected = {"explicit": m * shape.num_params, "gram": (1 + m * m) * t * t, "ordered": t * (t + m * (t + 2 * c))}
     assert {order: intermediate_numbers(shape, m, order) for order in ORDERS} == expected

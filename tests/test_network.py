@@ -124,6 +124,14 @@ def test_samples_that_mix_are_found_even_where_the_first_two_are_equal():
         ntkgen.ntk(Call(centred, fc=nn.Linear(4, 2)), x)
 
 
+@pytest.mark.parametrize("strength", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_samples_that_mix_a_little_are_found(strength):
+    x = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    model = Call(lambda self, x: self.fc(x - strength * x.mean(0)), fc=nn.Linear(4, 2))
+    with pytest.raises(ModelError, match="mixes the samples"):
+        ntkgen.ntk(model, x)
+
+
 def test_outputs_of_another_dtype_are_refused():
     model = Call(lambda self, x: self.fc(x).bfloat16(), fc=nn.Linear(4, 2))
     with pytest.raises(ModelError, match="bfloat16"):

@@ -484,9 +484,9 @@ def test_a_lock_taken_while_the_former_holder_leaves_excludes_the_next(tmp_path,
 # creation -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_creation_leaves_nothing_at_the_path(job, finished, tmp_path, monkeypatch):
-    path = tmp_path / "k.zarr"
+def test_an_interrupted_creation_leaves_nothing_at_the_path(job, tmp_path, monkeypatch):
     for count in range(1000):
+        path = tmp_path / str(count) / "k.zarr"
         with monkeypatch.context() as patch:
             left = dying_after(patch, count)
             try:
@@ -496,9 +496,16 @@ def test_an_interrupted_creation_leaves_nothing_at_the_path(job, finished, tmp_p
                 assert not path.exists()
     assert left[0] >= 0
     assert count > 10
-    job.resume(path)
-    assert files_of(path) == finished["upper"].files
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["k.zarr"]
+    assert [file.name for file in path.parent.iterdir()] == ["k.zarr"]
+
+
+def test_what_an_interrupted_creation_left_beside_the_path_does_not_get_into_the_store(job, finished, tmp_path):
+    draft = tmp_path / "k.zarr.creating"
+    (draft / "ntk_float32" / "c").mkdir(parents=True)
+    (draft / "ntk_float32" / "c" / "0").write_bytes(b"old")
+    job.run(job.create(tmp_path / "k.zarr"))
+    assert files_of(tmp_path / "k.zarr") == finished["upper"].files
+    assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
 
 
 def test_a_store_is_never_created_over_another(job, copied):
@@ -517,6 +524,16 @@ def test_before_the_diagonal_there_is_no_kernel_to_view(job, tmp_path):
         store.kernel("float64")
 
 
+def test_the_kernels_are_named_once_they_exist_and_their_scales_are_known(job, tmp_path):
+    store = job.create(tmp_path / "k.zarr")
+    assert store.array_names == []
+    job.run(store)
+    assert sorted(store.array_names) == ["ntk_float16", "ntk_float32"]
+    largest = np.diag(job.reference).max()
+    assert 2.0**14 < largest / store.scale_factor("ntk_float16") <= 2.0**15
+    assert store.scale_factor("ntk_float32") == 1.0
+
+
 def test_a_store_is_not_finished_while_tiles_are_missing(copied):
     (copied / "ntk_float16/c/0/1").unlink()
     before = files_of(copied)
@@ -525,12 +542,13 @@ def test_a_store_is_not_finished_while_tiles_are_missing(copied):
     assert files_of(copied) == before
 
 
-def test_nothing_is_written_of_a_tile_that_overflows_one_dtype(copied):
-    """float32 holds it and float16 does not: neither is written."""
-    before = files_of(copied)
-    with pytest.raises(DivergedError):
-        open_store(copied, mode="r+").commit(Tile(0, 1), np.full((9, 9), 1e30, np.float32))
-    assert files_of(copied) == before
+def test_nothing_is_written_of_a_tile_that_overflows_one_dtype(job, tmp_path):
+    """float32, whose turn is first, holds it and float16 does not: neither is written."""
+    store = job.run(job.create(tmp_path / "k.zarr", ("float32", "float16")))
+    before = files_of(store.path)
+    with pytest.raises(DivergedError, match="float16"):
+        store.commit(Tile(0, 1), np.full((9, 9), 1e30, np.float32))
+    assert files_of(store.path) == before
 
 
 def test_a_tile_of_the_wrong_shape_is_our_mistake(copied):

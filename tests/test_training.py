@@ -69,14 +69,43 @@ def test_an_interrupted_training_ends_bit_identical(tmp_path, epoch, step):
     assert all(torch.equal(value, resumed.state[name]) for name, value in straight.state.items())
 
 
-def test_a_finished_training_is_not_repeated_but_a_higher_target_continues_it(tmp_path):
+def test_a_finished_training_is_final(tmp_path):
+    """Kernels may have been made of it: neither the same target nor a higher one trains it on."""
     path = tmp_path / "a.pt"
     first = train(path, target=60.0)
+    before, steps = path.read_bytes(), []
+    for target in (60.0, 101.0):
+        found = train(path, target=target, report=lambda *step: steps.append(step))
+        assert (found.epoch, steps) == (first.epoch, [])
+    assert path.read_bytes() == before
+    with pytest.raises(NotConvergedError, match=r"expected 101 %"):
+        training.require_convergence(path, found, 101.0)
+
+
+def test_a_last_sample_on_its_own_joins_the_batch_before(tmp_path):
+    recipe = dataclasses.replace(RECIPE, batch_size=19, num_epochs=1)  # 96 = 5 · 19 + 1
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
     steps = []
-    again = train(path, target=60.0, report=lambda *step: steps.append(step))
-    assert steps == []
-    assert again.epoch == first.epoch
-    assert train(path, target=101.0).epoch == RECIPE.num_epochs
+    train(tmp_path / "a.pt", recipe=recipe, model=model, report=lambda *step: steps.append(step))
+    assert steps[-1][1:3] == (5, 5)
+
+
+def test_resuming_uses_the_threads_it_began_with(tmp_path, monkeypatch):
+    def interrupt(epoch, step, steps, accuracy):
+        if epoch == 1:
+            raise StoppedError
+
+    before = torch.get_num_threads()
+    with pytest.raises(StoppedError):
+        train(tmp_path / "a.pt", report=interrupt)
+    torch.set_num_threads(before + 1)
+    try:
+        used = set()
+        train(tmp_path / "a.pt", report=lambda *_: used.add(torch.get_num_threads()))
+        assert used == {before}
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_missed_target_is_an_error_that_keeps_the_checkpoint_and_says_what_to_do(tmp_path):

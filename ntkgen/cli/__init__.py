@@ -38,11 +38,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def run(args: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code.
-
-    Raises:
-        OSError: If the system fails in a way that is not the user's to mend.
-    """
+    """Run a command and return its exit code."""
     try:
         result = cli.main(args, prog_name="ntkgen", standalone_mode=False)
     except NtkgenError as error:
@@ -56,9 +52,9 @@ def run(args: Sequence[str] | None = None) -> int:
         click.echo("Interrupted. What is finished is kept: the same command goes on from there.", err=True)
         return INTERRUPTED
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        return _fail("The disk is full. What is finished is kept: make room, then run the same command again.", 1)
+        is_full = error.errno == errno.ENOSPC
+        advice = "make room, then run the same command again" if is_full else "is the path right, and yours to write?"
+        return _fail(f"{'The disk is full' if is_full else error}. What is finished is kept: {advice}", 1)
     return result if isinstance(result, int) else 0
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.options import Bytes, ManyCommand, ManyOption, aligned, training_options
+from ntkgen.cli.options import SEED, Bytes, ManyCommand, ManyOption, aligned, training_options
 from ntkgen.cli.session import Settings, start_process
 from ntkgen.units import human_bytes
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command(cls=ManyCommand)
 @training_options
 @click.option("--subsample", type=int, help="Samples of the kernel, the first ones [all].")
-@click.option("--shuffle-seed", type=click.IntRange(min=0), help="Take the samples in a recorded random order.")
+@click.option("--shuffle-seed", type=SEED, help="Take the samples in a recorded random order.")
 @click.option("--precision", default="float32", show_default=True, help="How it is computed: float32 or float64.")
 @click.option(
     "--dtype",
@@ -59,13 +59,16 @@ def compute(*, dry_run: bool, **options: Any) -> None:
     settings = Settings.pop_from(options)
     kernel = pipeline.KernelRequest(**{**options, "dtypes": check_dtypes(options["dtypes"])})
     place, data = settings.place(), settings.load_data()
+    missing_bytes = 0
     for request in settings.requests():  # everything that can be wrong is found before anything runs
         job = pipeline.plan_job(request, kernel, place, data)
+        missing_bytes += job.missing_bytes
         if settings.verbose:
             click.echo(_treatment(job), err=True)
         if dry_run:
             projection = pipeline.project(job)
             click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
+    pipeline.require_disk(place, missing_bytes)
     if dry_run:
         return
     for request in settings.requests():

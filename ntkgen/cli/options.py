@@ -1,5 +1,6 @@
 """Options that several commands share, each defined once, and options that take several values after one flag."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +76,20 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         return count
 
 
+class FiniteRange(click.FloatRange):
+    """A range of numbers, without infinity and NaN."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Read the number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+SEED = click.IntRange(0, 2**62)
+
+
 def aligned(lines: dict[str, Any]) -> list[str]:
     """Write names and values in two columns."""
     return [f"  {name:<12}{value}" for name, value in lines.items()]
@@ -105,15 +120,13 @@ def training_options(command: Command) -> Command:
             help="At most [200]; 0 takes the network as it is built.",
         ),
         click.option(
-            "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate [0.1 with batch norm, else 0.02]."
+            "--lr", type=FiniteRange(min=0, min_open=True), help="Learning rate [0.1 with batch norm, else 0.02]."
         ),
         click.option(
             "--bs", "--batch-size", "batch_size", type=click.IntRange(min=1), help="Batch size of training [64]."
         ),
         click.option("--width", type=int, help="Channels of the first stage of a ResNet [64]."),
-        click.option(
-            "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Seed of the first network."
-        ),
+        click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the first network."),
         click.option(
             "--repeats",
             default=1,
@@ -125,7 +138,7 @@ def training_options(command: Command) -> Command:
             "--target-accuracy",
             default=99.5,
             show_default=True,
-            type=click.FloatRange(0, 100),
+            type=FiniteRange(0, 100),
             help="Training accuracy in % at which training ends.",
         ),
         click.option("--allow-unconverged", is_flag=True, help="Go on with a network that missed the target."),

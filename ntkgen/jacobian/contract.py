@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ntkgen.jacobian.cost import JacobianPlan, intermediate_numbers, slice_samples
+from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, JacobianPlan, intermediate_numbers, slice_samples
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.precision import widen
 from ntkgen.kernel.tiles import Block, block_pairs
@@ -78,7 +78,7 @@ def _add_explicit(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor] | No
     """
     sides = [left] if right is None else [left, right]
     _, m, _, channels = left[1].shape
-    per_channel = sum(len(a) * m * a.shape[2] for a, _ in sides)
+    per_channel = sum(len(a) * m * (a.shape[1] + a.shape[2]) for a, _ in sides)
     for part in _slices(channels, max(1, limit // per_channel)):
         rows = [jacobian_matrix(a, g[..., part]) for a, g in sides]
         out.addmm_(rows[0], rows[-1].T)
@@ -89,7 +89,9 @@ def jacobian_matrix(
     g: Tensor,  # (samples, outputs, positions, channels)
 ) -> Tensor:  # (samples · outputs, channels · k)
     """Build the Jacobian rows J[i o] = Σ_t g_o[t] ⊗ a[t]."""
-    return (g.mT @ a[:, None]).flatten(2).flatten(0, 1)
+    samples, m, positions, channels = g.shape
+    rows = g.mT.reshape(samples, m * channels, positions) @ a  # one product per sample, without a copy of a per output
+    return rows.view(samples * m, channels * a.shape[2])
 
 
 def gram(
@@ -124,6 +126,9 @@ def exact_diagonal(block: BlockFactors) -> Tensor:  # (samples, outputs), float6
     for index in range(len(block)):
         diagonal[index] = widen(block.rows[index]).square().sum(-1)
         for pair in block.pairs:
-            a, g = widen(pair.inputs[index]), widen(pair.cotangents[index])  # (q, T, k), (m, q, T, c)
-            diagonal[index] += ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
+            a = widen(pair.inputs[index])  # (q, T, k)
+            inputs = a @ a.mT
+            for outputs in _slices(len(pair.cotangents[index]), max(1, DIAGONAL_NUMBERS // inputs.numel())):
+                g = widen(pair.cotangents[index, outputs])  # (some m, q, T, c)
+                diagonal[index, outputs] += (g @ g.mT).mul_(inputs).sum((1, 2, 3))
     return diagonal

@@ -17,11 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ntkgen.errors import InputError
+
 Order = Literal["explicit", "gram", "ordered"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
 # A number that is written and read once costs about as much as this many multiply-adds of a matrix product.
 TOUCH_MACS = 12
+# How many float64 numbers the Gram matrices of some cotangents may have while the exact diagonal is computed.
+DIAGONAL_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def intermediate_numbers(shape: LayerShape, num_outputs: int, order: Order) -> i
     return {
         "explicit": m * shape.num_params,
         "gram": t * t + m * m * t * t,
-        "ordered": t * t + m * t * shape.channels,
+        "ordered": (1 + m) * t * t + 2 * m * t * shape.channels,  # A per output, and g' per left sample, are copies
     }[order]
 
 
@@ -167,8 +171,17 @@ def plan_jacobian(
     workspace_numbers: int,
     orders: Sequence[Order] = (),
 ) -> JacobianPlan:
-    """Fix how a network's factors are computed and contracted. ``orders``, one per layer, overrides the choice."""
+    """Fix how a network's factors are computed and contracted. ``orders``, one per layer, overrides the choice.
+
+    Raises:
+        InputError: If there are not as many orders as layers.
+    """
     chosen = tuple(choose_layer(shape, profile.num_outputs, block_samples) for shape in profile.layers)
+    if orders and len(orders) != len(chosen):
+        raise InputError(
+            f"{len(orders)} orders were given for {len(chosen)} layers with a weight matrix: expected one for each, "
+            f"in the order {', '.join(layer.shape.name for layer in chosen)}. Give as many, or none."
+        )
     if orders:
         chosen = tuple(
             plan if plan.order == order else LayerPlan(plan.shape, order, keeps_rows=False)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ntkgen.errors import InputError, ShapeError
+from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import Order, plan_jacobian
+from ntkgen.jacobian.cost import ORDERS, Order, plan_jacobian
 from ntkgen.jacobian.factors import FactorCache
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
@@ -57,6 +57,7 @@ def ntk(
             [ 7., 10.]])
     """
     _check_batches(x1, x2)
+    _check_orders(orders)
     x = x1 if x2 is None else torch.cat([x1, x2])
     network = prepare(model, x, policy(precision))
     batch_size = min(BATCH_SIZE, len(x))
@@ -75,7 +76,16 @@ def ntk(
         return fill_kernel(rows, columns, FactorCache(network, plan, x, capacity=2), plan)
 
 
+def _check_orders(orders: Sequence[str]) -> None:
+    for order in orders:
+        if order not in ORDERS:
+            raise UnknownNameError("order", order, ORDERS)
+
+
 def _check_batches(x1: Tensor, x2: Tensor | None) -> None:
+    for x in (x1, x2):
+        if not isinstance(x, Tensor | None):
+            raise InputError(f"A batch must be a torch.Tensor, and is a {type(x).__name__}. Use torch.as_tensor(x).")
     if min(len(x1), len(x1 if x2 is None else x2)) == 0:
         raise InputError("A kernel needs samples: expected at least one, found an empty batch. Pass some.")
     if x2 is not None and x1.shape[1:] != x2.shape[1:]:

@@ -107,4 +107,5 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
                 column += rows.shape[1]
     if network.fallback:
         params = {name: value for name, value in trainable(network.module).items() if name in network.fallback}
-        block.rows[batch, :, column:] = jacobian_rows(network.module, params, samples)
+        for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample's rows at a time
+            block.rows[index, :, column:] = jacobian_rows(network.module, params, sample[None])[0]

@@ -53,7 +53,10 @@ def _conv2d_inputs(module: nn.Module, x: Tensor) -> Tensor:
     assert isinstance(module, nn.Conv2d)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    columns = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    if module.kernel_size == module.stride == (1, 1):
+        columns = padded.flatten(2)  # already one column per position
+    else:
+        columns = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
     return columns.reshape(len(x), module.groups, -1, columns.shape[2]).mT
 
 

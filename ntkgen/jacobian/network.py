@@ -20,6 +20,10 @@ from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
 COVERAGE_TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-9}
 
 
+class _NotInThisDtypeError(ModelError):
+    """The network raised, or cast, when it was run in a dtype; it may run in another."""
+
+
 @dataclass(frozen=True)
 class Layer:
     """A module with a rule, and those of its trainable parameters that the rule treats."""
@@ -98,7 +102,7 @@ def prepare(
     with exact_arithmetic(device):
         try:
             num_outputs, wrong = _check_by_value(evaluation_copy(model, torch.float64, _float64_device(device)), pair)
-        except ModelError:  # it may cast to float32 on its way; what is really wrong is wrong in its own dtype, too
+        except _NotInThisDtypeError:  # it may cast to float32 on its way
             num_outputs, wrong = _check_by_value(module, pair)
         layers = tuple(kept for layer in _layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
         treated = {layer.full_name(param) for layer in layers for param in layer.params()}
@@ -144,16 +148,18 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
     """Run the network on two samples, together and apart, and return its number of outputs.
 
     Raises:
+        _NotInThisDtypeError: If it raises, or returns another dtype.
         ModelError: If it does not return (samples, outputs), or a sample's outputs depend on the other sample.
     """
     with torch.no_grad():
         try:
             together = module(pair)
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ModelError(
-                f"The network cannot take these samples, of shape {tuple(pair.shape[1:])} and {pair.dtype} each: "
-                f"{str(error).splitlines()[0]}. Is it made for another size or number of channels? Give it samples of "
-                "the kind it was made for."
+            apart = [module(sample[None]) for sample in pair]
+        except Exception as error:  # the network is somebody else's code: whatever it raises is its own error
+            raise _NotInThisDtypeError(
+                f"The network cannot take these samples, of shape {tuple(pair.shape[1:])} and {pair.dtype} each "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Is it made for another size or "
+                "number of channels? Give it samples of the kind it was made for."
             ) from error
         if not isinstance(together, Tensor) or together.ndim != 2 or len(together) != len(pair):
             found = tuple(together.shape) if isinstance(together, Tensor) else type(together).__name__
@@ -162,7 +168,7 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
                 "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
             )
         if together.dtype != pair.dtype and pair.is_floating_point():
-            raise ModelError(
+            raise _NotInThisDtypeError(
                 f"The network returns {together.dtype} where its parameters and samples are {pair.dtype}: its forward "
                 "pass rounds on its own. Remove the cast, so that --precision says how the kernel is computed."
             )
@@ -171,9 +177,9 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
                 "The network's outputs are not finite: expected numbers, found infinity or NaN for the first samples. "
                 "Did its training diverge, or do the samples have values that are not finite? Repair what made them."
             )
-        apart = torch.cat([module(sample[None]) for sample in pair])
-    difference = float((together - apart).abs().max())
-    scale = float(apart.abs().max())
+    alone = torch.cat(apart)
+    difference = float((together - alone).abs().max())
+    scale = float(alone.abs().max())
     if difference > COVERAGE_TOLERANCE[together.dtype] * 10 * max(scale, 1e-30):
         raise ModelError(
             f"The network mixes the samples of a batch even in evaluation mode: alone and in a batch of {len(pair)} a "
@@ -202,7 +208,9 @@ def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> se
         return set()
     recording = record(module, {layer.name: layer.module for layer in layers}, pair)
     num_outputs = recording.outputs.shape[1]
-    weights = torch.randn(num_outputs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.randn(
+        num_outputs, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu"
+    )
     weights = weights.to(recording.outputs)
     treated = [(layer, param) for layer in layers for param in layer.params()]
     names = [layer.full_name(param) for layer, param in treated]

@@ -57,16 +57,26 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
         stack.enter_context(_ieee_float32(device))
         stack.enter_context(flushed_denormals())
         if threads is not None:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(threads)
+            stack.enter_context(fixed_threads(threads))
         yield
+
+
+@contextmanager
+def fixed_threads(threads: int) -> Iterator[None]:
+    """Use so many threads, whose number decides the last bits of matrix products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
     """Treat numbers below the smallest normal one as zero: a CPU needs a hundred times longer for each of them."""
-    smallest = torch.finfo(torch.float32).tiny
-    were_flushed = bool(torch.tensor([smallest]).mul(0.5).item() == 0)
+    smallest = torch.tensor([torch.finfo(torch.float32).tiny], dtype=torch.float32, device="cpu")
+    were_flushed = bool(smallest.mul(0.5).item() == 0)
     torch.set_flush_denormal(True)
     try:
         yield

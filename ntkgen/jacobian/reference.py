@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
+from ntkgen.errors import ModelError
 from ntkgen.jacobian.precision import exact_arithmetic
 
 # Jacobian rows are formed for so many bytes of parameters at a time: a ResNet152 never needs all of J.
@@ -18,9 +19,20 @@ MAX_JACOBIAN_BYTES = 1 << 30
 
 
 def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> nn.Module:
-    """Copy a module into evaluation mode, another dtype and plain strides; the user's own is left as it is."""
+    """Copy a module into evaluation mode, another dtype and plain strides; the user's own is left as it is.
+
+    Raises:
+        ModelError: If it cannot be copied.
+    """
     with torch.inference_mode(mode=False):
-        module: nn.Module = copy.deepcopy(model).eval().to(device=device, dtype=dtype)
+        try:
+            module: nn.Module = copy.deepcopy(model).eval().to(device=device, dtype=dtype)
+        except RuntimeError as error:
+            raise ModelError(
+                f"{type(model).__name__} cannot be copied ({' '.join(str(error).split())[:200]}): expected a "
+                "module that copy.deepcopy takes. Does it keep a computed tensor as an attribute, as the old "
+                "torch.nn.utils.weight_norm does? Use torch.nn.utils.parametrizations, or a freshly built module."
+            ) from error
         for param in module.parameters():
             param.data = param.data.contiguous()  # bits must not depend on whether it was trained channels-last
     return module

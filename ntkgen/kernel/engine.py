@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +37,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device(best)
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     kind, _, index = name.partition(":")
-    if kind not in here or (index and not index.isdigit()) or int(index or 0) >= here[kind]:
+    is_written_well = re.fullmatch(r"\w+(:\d+)?", name) is not None
+    if not is_written_well or kind not in here or int(index or 0) >= here[kind]:
         found = ", ".join(f"{kind} ({count})" for kind, count in here.items() if count)
         raise InputError(f"There is no device {name!r} here: expected auto or one of those found, {found}.")
     return torch.device(name)
@@ -46,8 +49,17 @@ def environment(device: torch.device, threads: int | None = None) -> Environment
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        name = f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
     return Environment(device.type, name, torch.__version__, threads or torch.get_num_threads())
+
+
+def _cpu_model() -> str:
+    """Name the processor: matrix libraries choose their kernels by it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def memory_budget(device: torch.device, requested: int | None) -> Budget:

@@ -8,12 +8,15 @@ from typing import Any
 
 from ntkgen.errors import BudgetError
 from ntkgen.jacobian.cost import (
+    DIAGONAL_NUMBERS,
     JacobianPlan,
     LayerPlan,
     LayerShape,
     NetworkProfile,
     Order,
     factor_macs,
+    factor_numbers,
+    intermediate_numbers,
     plan_jacobian,
 )
 from ntkgen.kernel.tiles import Block, Tile, TileGrid, block_pairs
@@ -24,6 +27,8 @@ BATCH_SIZE = {"cpu": 32, "cuda": 64, "mps": 32}
 WORKSPACE_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27, "mps": 1 << 24}
 # A forward pass and a backward pass hold, beside the saved activations, about as much again in gradients and clones.
 ACTIVATION_COPIES = 3
+# Per entry of a tile on the host: the computed one's copy, the three store dtypes, a mirror, a chunk with its checksum.
+TILE_COPY_BYTES = 40
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Environment:
-    """What tile bytes depend on beside the plan: equal here means equal bytes."""
+    """What tile bytes depend on beside the plan. The libraries below torch are taken to be those of its version."""
 
     device_type: str
     device_name: str
@@ -85,19 +90,34 @@ class Plan:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes beside the factors: the network's copy, one batch, one contraction, one tile on its way to disk."""
+        """Bytes beside the factors: network, samples, one batch, one contraction, one tile on its way to disk."""
         m, batch = self.grid.num_outputs, self.jacobian.batch_size
         per_sample = ACTIVATION_COPIES * self.profile.activation_numbers + 2 * self.profile.input_numbers
         widest = max((s.groups * s.positions * s.inputs for s in self.profile.layers), default=0)
-        dense_fallback = m * self.jacobian.dense_params if self.jacobian.fallback else 0
         numbers = (
             3 * self.profile.num_params  # our copy, and one in float64 while the rules are checked
             + batch * (per_sample + 2 * widest)
-            + dense_fallback
-            + 3 * self.jacobian.workspace_numbers
+            + (2 * m * self.jacobian.dense_params if self.jacobian.fallback else 0)
+            + 3 * max(self.jacobian.workspace_numbers, *map(self._least_intermediate, self.jacobian.layers), 0)
             + 3 * (self.block_samples * m) ** 2
         )
-        return numbers * self.itemsize + self.grid.side**2 * (self.itemsize + 24)
+        samples = 2 * 4 * self.grid.num_samples * self.profile.input_numbers
+        diagonal = 8 * max(map(self._diagonal_numbers, self.profile.layers), default=0)
+        return numbers * self.itemsize + samples + diagonal + self.grid.side**2 * (self.itemsize + TILE_COPY_BYTES)
+
+    def _least_intermediate(self, layer: LayerPlan) -> int:
+        """Count the numbers of a layer's smallest slice: one pair of samples, or one channel of two blocks."""
+        shape, m = layer.shape, self.grid.num_outputs
+        if layer.keeps_rows:
+            return 0
+        if layer.order == "explicit":
+            return 2 * self.block_samples * m * (shape.positions + shape.inputs)
+        return intermediate_numbers(shape, m, layer.order)
+
+    def _diagonal_numbers(self, shape: LayerShape) -> int:
+        """Count the float64 numbers with which one sample's diagonal is computed."""
+        grams = shape.groups * shape.positions**2
+        return max(DIAGONAL_NUMBERS, grams) * 3 + factor_numbers(shape, self.grid.num_outputs)
 
     @property
     def minimum_bytes(self) -> int:

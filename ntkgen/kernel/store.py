@@ -19,6 +19,7 @@ follow. It holds no time, no path and no measurement, so that two runs of one co
 """
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 import ntkgen
-from ntkgen.errors import StoreError
+from ntkgen.errors import StoreError, UnknownNameError
 from ntkgen.kernel.manifest import FORMAT_VERSION, Manifest
 from ntkgen.kernel.rounding import STORE_DTYPES, scale_of, to_stored
 from ntkgen.kernel.symmetric import SymmetricArray
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 CHECKSUM_BYTES = 4
 
 _COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
+_SMALL_ARRAYS = ("sample_index", *(name for names in _COORDINATES.values() for name in names.split()))
 _CHUNK_2D = re.compile(r"^\d+$")
 
 FloatArray = npt.NDArray[np.floating]
@@ -87,14 +89,14 @@ class KernelStore:
             StoreError: If no tile of that dtype can be there yet.
         """
         dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
-        if f"ntk_{dtype}" not in self._group:
+        if not self._has(f"ntk_{dtype}"):
             raise StoreError(
                 f"The store at {self.path} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
                 "those are made after the diagonal. Choose one of them, or finish the store with the same command."
             )
-        array = self._group[f"ntk_{dtype}"]
-        assert isinstance(array, zarr.Array)
-        return SymmetricArray(array, is_upper=self.manifest.layout == "upper", token=self.manifest.fingerprint)
+        manifest = self.manifest
+        token = f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}"
+        return SymmetricArray(self._array(f"ntk_{dtype}"), is_upper=manifest.layout == "upper", token=token)
 
     @property
     def array(self) -> SymmetricArray:
@@ -125,10 +127,8 @@ class KernelStore:
         Raises:
             StoreError: If the array is damaged.
         """
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
         try:
-            return np.asarray(array[...])
+            return np.asarray(self._array(name)[...])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"The array {name} of {self.path} is damaged ({error}): expected chunks that match their checksums. A "
@@ -138,11 +138,11 @@ class KernelStore:
     @property
     def array_names(self) -> list[str]:
         """Name the kernel arrays that exist; they are created once the diagonal is complete."""
-        return [name for dtype in self.manifest.dtypes if (name := f"ntk_{dtype}") in self._group]
+        return [name for dtype in self.manifest.dtypes if self._has(name := f"ntk_{dtype}")]
 
     def scale_factor(self, name: str) -> float:
         """Say by what a kernel array is to be multiplied."""
-        return float(self._group[name].attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
+        return float(self._array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
 
     # progress ------------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,34 @@ class KernelStore:
     @property
     def is_complete(self) -> bool:
         """Say whether the store was finished, and nothing of it has gone since."""
-        return self.manifest.is_complete and not self.missing_tiles() and not self.missing_blocks()
+        has_all = self.manifest.is_complete and all(map(self._has, self._arrays()))
+        return has_all and not self.missing_tiles() and not self.missing_blocks()
+
+    def _has(self, name: str) -> bool:
+        """Say whether an array is there, with metadata that can be read."""
+        try:
+            return isinstance(self._group.get(name), zarr.Array)
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def _array(self, name: str) -> "ZarrArray":
+        """Look up an array.
+
+        Raises:
+            UnknownNameError: If the store has no array of that name.
+            StoreError: If its metadata cannot be read.
+        """
+        try:
+            array = self._group[name]
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"The metadata of {self.path / name} is damaged ({type(error).__name__}). A disk error or an "
+                "interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
+            ) from error
+        except KeyError:
+            raise UnknownNameError("array", name, sorted(self._group.array_keys())) from None
+        assert isinstance(array, zarr.Array)
+        return array
 
     def missing_blocks(self) -> list[int]:
         """List the row blocks whose diagonal or logits are not there."""
@@ -189,8 +216,12 @@ class KernelStore:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all files of the store."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        """Bytes of all files of the store, but for what is being written."""
+        total = 0
+        for file in self.path.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                total += file.stat().st_size if file.is_file() and file.suffix != ".partial" else 0
+        return total
 
     # writing -------------------------------------------------------------------------------------------------------
 
@@ -205,7 +236,7 @@ class KernelStore:
         """Create the kernel arrays with their scales, which follow from the complete diagonal."""
         maximum = float(self.read("diagonal").max())
         for dtype in self.manifest.dtypes:
-            if f"ntk_{dtype}" in self._group:
+            if self._has(f"ntk_{dtype}"):
                 continue
             scale = scale_of(dtype, maximum)
             attributes = {
@@ -235,21 +266,47 @@ class KernelStore:
                 self._write(f"ntk_{dtype}", (cols, rows), np.ascontiguousarray(rounded.T))
 
     def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
-        array = self._group[name]
-        assert isinstance(array, zarr.Array)
         # the Rust pipeline, if the user has chosen it, does not write atomically
         with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
-            array.with_config({"write_empty_chunks": True})[region] = values
+            self._array(name).with_config({"write_empty_chunks": True})[region] = values
 
     def set_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest, in one atomic write."""
         self._group.attrs.update({"ntkgen": manifest.to_json()})
         self.manifest = manifest
 
-    def sweep(self) -> None:
-        """Remove what an interrupted write left behind; only under the lock."""
+    def repair(self, samples: Samples) -> None:
+        """Put in order what an interrupted write or a damaged disk left behind; only under the lock.
+
+        Left-over partial files go, small arrays that are damaged or gone are written anew, and chunks of the diagonal
+        and the logits that do not match their checksums are removed, so that they are computed anew. The tiles
+        themselves are not read.
+        """
         for leftover in self.path.rglob("*.partial"):
             leftover.unlink()
+        for name in ["zarr.json", *(f"{name}/zarr.json" for name in self._arrays())]:
+            if (self.path / name).exists() and not _is_json(self.path / name):
+                (self.path / name).unlink()
+        _create_static(self._group, self.grid, samples)
+        for name in ("diagonal", "logits"):
+            for index in range(self.grid.num_blocks):
+                chunk = self.path / name / "c" / (f"{index}" if name == "diagonal" else f"{index}/0")
+                if chunk.exists() and not self._is_sound(name, index):
+                    chunk.unlink()
+        if not self.missing_blocks():
+            self.create_kernels()
+
+    def _arrays(self) -> list[str]:
+        return [*_SMALL_ARRAYS, "diagonal", "logits", *(f"ntk_{dtype}" for dtype in self.manifest.dtypes)]
+
+    def _is_sound(self, name: str, index: int) -> bool:
+        block = self.grid.block(index)
+        region = block.rows(self.grid.num_outputs) if name == "diagonal" else slice(block.start, block.stop)
+        try:
+            _ = self._array(name)[region]
+        except (ValueError, RuntimeError):
+            return False
+        return True
 
     def finalize(self) -> None:
         """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.
@@ -277,20 +334,8 @@ def create_store(path: Path, manifest: Manifest, samples: Samples) -> KernelStor
         shutil.rmtree(draft)
     grid = manifest.plan.grid
     group = zarr.create_group(LocalStore(draft))
+    _create_static(group, grid, samples)
     n, m = grid.num_samples, grid.num_outputs
-    columns = {
-        "sample": (np.repeat(np.arange(n), m), "position of the sample in this store"),
-        "output": (np.tile(np.arange(m), n), "output of the network"),
-        "label": (np.repeat(samples.labels, m), "label of the sample"),
-    }
-    for axis in ("row", "col"):
-        for name, (values, meaning) in columns.items():
-            _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
-    _create_small(group, "sample_index", samples.index, "sample", "position of the sample in its data set")
-    note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": _COORDINATES["row"]}
-    _create_array(group, "diagonal", "float64", _Layout((n * m,), (grid.side,), ("row",)), note)
-    note = {"long_name": "outputs of the network", "units": "1"}
-    _create_array(group, "logits", "float64", _Layout((n, m), (grid.tile_samples, m), ("sample", "output")), note)
     model, dataset = (manifest.provenance.get(name, "?") for name in ("model", "dataset"))
     group.attrs.put(
         {
@@ -347,6 +392,34 @@ def _manifest_values(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
+def _create_static(group: zarr.Group, grid: TileGrid, samples: Samples) -> None:
+    """Create what is there from the start, where it is not: the coordinates, and room for diagonal and logits."""
+    n, m = grid.num_samples, grid.num_outputs
+    columns = {
+        "sample": (np.repeat(np.arange(n), m), "position of the sample in this store"),
+        "output": (np.tile(np.arange(m), n), "output of the network"),
+        "label": (np.repeat(samples.labels, m), "label of the sample"),
+    }
+    for axis in ("row", "col"):
+        for name, (values, meaning) in columns.items():
+            _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
+    _create_small(group, "sample_index", samples.index, "sample", "position of the sample in its data set")
+    if "diagonal" not in group:
+        note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": _COORDINATES["row"]}
+        _create_array(group, "diagonal", "float64", _Layout((n * m,), (grid.side,), ("row",)), note)
+    if "logits" not in group:
+        note = {"long_name": "outputs of the network", "units": "1"}
+        _create_array(group, "logits", "float64", _Layout((n, m), (grid.tile_samples, m), ("sample", "output")), note)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Layout:
     """The shape of an array, its chunks and the names of its axes."""
@@ -357,8 +430,18 @@ class _Layout:
 
 
 def _create_small(group: zarr.Group, name: str, values: npt.NDArray[np.int64], axis: str, meaning: str) -> None:
-    layout = _Layout(values.shape, values.shape, (axis,))
-    _create_array(group, name, "int64", layout, {"long_name": meaning})[...] = values
+    """Write a small array whole, unless it is there with these values."""
+    if name not in group:
+        layout = _Layout(values.shape, values.shape, (axis,))
+        _create_array(group, name, "int64", layout, {"long_name": meaning})
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    try:
+        if np.array_equal(np.asarray(array[...]), values):
+            return
+    except (ValueError, RuntimeError):  # a damaged chunk
+        pass
+    array.with_config({"write_empty_chunks": True})[...] = values
 
 
 def _create_array(

@@ -47,7 +47,13 @@ class SymmetricArray:
         return (self._token, str(self._array.dtype))
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:  # noqa: FBT001
-        """Read the whole matrix into memory."""
+        """Read the whole matrix into memory.
+
+        Raises:
+            ValueError: If a view without a copy is asked for, which there cannot be.
+        """
+        if copy is False:
+            raise ValueError("A stored kernel cannot become a NumPy array without a copy. Leave out copy=False.")
         return np.asarray(self[:, :], dtype=dtype)
 
     def __getitem__(self, key: Any) -> npt.NDArray[Any]:
@@ -60,6 +66,8 @@ class SymmetricArray:
         keys = list(key) if isinstance(key, tuple) else [key]
         for at in [position for position, k in enumerate(keys) if k is Ellipsis][:1]:
             keys[at : at + 1] = [slice(None)] * (3 - len(keys))
+        if any(k is None for k in keys):
+            raise IndexError("a kernel takes no new axis (None); index first, then reshape the result")
         if len(keys) > 2:
             raise IndexError(f"too many indices: a kernel has 2 axes, and {len(keys)} were indexed")
         keys += [slice(None)] * (2 - len(keys))
@@ -98,7 +106,8 @@ class SymmetricArray:
             tile = (j, i) if mirrored else (i, j)
             raise StoreError(
                 f"Tile {tile} of {self._array.path} in {self._array.store} is damaged ({error}). A disk error or an "
-                "interrupted copy? Remove its chunk file and run the same `ntkgen compute` again: it makes it anew."
+                f"interrupted copy? Remove its chunk file {self._array.path}/c/{tile[0]}/{tile[1]} and run the same "
+                "`ntkgen compute` again: it makes it anew."
             ) from error
         part = span[np.ix_(first - first[0], second - second[0])].astype(self.dtype)
         if self.scale != 1:

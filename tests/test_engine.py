@@ -1,0 +1,268 @@
+"""Running a plan: the same bytes whatever the cache and the order, the process left as it was, refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, CPU, TOLERANCES, Job, cut, files_of, make_job, relative_error
+from torch import nn
+
+from ntkgen.errors import DivergedError, InputError, PlanError
+from ntkgen.jacobian.factors import FactorCache
+from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.reference import reference_ntk
+from ntkgen.kernel import engine
+from ntkgen.kernel.plan import Budget, make_plan
+from ntkgen.kernel.tiles import make_grid
+
+
+@pytest.fixture(scope="module")
+def double():
+    """The same kernel in float64."""
+    return make_job(precision="float64")
+
+
+def test_the_exact_diagonal_is_the_references(double, tmp_path):
+    store = double.run(double.create(tmp_path / "k.zarr", ("float64",)))
+    diagonal = store.read("diagonal")
+    assert diagonal.dtype == np.float64
+    np.testing.assert_allclose(diagonal, np.diag(double.reference), rtol=1e-12)
+    np.testing.assert_allclose(np.diag(store.array[:]), diagonal, rtol=1e-12)
+
+
+def test_logits_are_the_outputs_in_evaluation_mode(double, tmp_path):
+    store = double.run(double.create(tmp_path / "k.zarr", ("float64",)))
+    expected = double.network.module(double.x.double()).detach().numpy()
+    np.testing.assert_allclose(store.read("logits"), expected, rtol=1e-13, atol=1e-13)
+    plain = double.module.eval()(double.x).detach().numpy()
+    np.testing.assert_allclose(store.read("logits"), plain, rtol=1e-5, atol=1e-5)
+
+
+def plan_a_case(name: str, num_samples: int = 5, tile_samples: int = 2) -> Job:
+    """Plan the kernel of one of the networks."""
+    case = CASES[name]()
+    x = case.x[torch.arange(num_samples) % len(case.x)]
+    network = prepare(case.module, x, policy("float32"))
+    m = network.profile.num_outputs
+    grid, budget = make_grid(num_samples, m, tile_samples * m), Budget(1 << 30, 1 << 30)
+    plan = make_plan(network.profile, grid, precision="float32", budget=budget, environment=engine.environment(CPU, 1))
+    return Job(case.module, x, network, plan)
+
+
+@pytest.mark.parametrize(
+    "name", ["one_output", "many_outputs", "residual_in_place", "reused_at_two_sizes", "embedding", "transformer"]
+)
+def test_the_store_of_any_network_is_the_reference(name, tmp_path):
+    job = plan_a_case(name)
+    store = job.run(job.create(tmp_path / "k.zarr", ("float32",)))
+    assert relative_error(store.array[:], job.reference) < TOLERANCES["float32"]
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 6, 7])
+def test_any_number_of_samples_is_a_kernel(num_samples, tmp_path):
+    job = make_job(num_samples)
+    cached = job.plan.cached_blocks(Budget(1 << 30, 1 << 30))
+    store = job.run(job.create(tmp_path / "k.zarr"), cached)
+    assert store.is_complete
+    assert relative_error(store.array[:], job.reference) < TOLERANCES["float32"]
+
+
+# bytes ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_samples", [1, 2, 3])
+def test_bytes_do_not_depend_on_how_much_is_cached(block_samples, tmp_path):
+    job = make_job(block_samples=block_samples)
+    found = []
+    for cached in (2, 3, 5, 14):
+        job.run(job.create(tmp_path / f"{cached}.zarr"), cached)
+        found.append(files_of(tmp_path / f"{cached}.zarr"))
+    assert all(files == found[0] for files in found)
+
+
+def test_a_tile_does_not_depend_on_what_was_computed_before(job):
+    tiles = list(job.plan.grid.tiles())
+    with exact_arithmetic(CPU, threads=1):
+        cache = FactorCache(job.network, job.plan.jacobian, job.x, 3)
+        in_order = {tile: engine.compute_tile(job.plan, tile, cache).tobytes() for tile in tiles}
+        cache = FactorCache(job.network, job.plan.jacobian, job.x, 2)
+        backwards = {tile: engine.compute_tile(job.plan, tile, cache).tobytes() for tile in reversed(tiles)}
+        alone = {
+            tile: engine.compute_tile(job.plan, tile, FactorCache(job.network, job.plan.jacobian, job.x, 2)).tobytes()
+            for tile in tiles
+        }
+    assert in_order == backwards == alone
+
+
+def test_a_store_whose_tiles_are_made_in_any_order_has_the_same_bytes(job, tmp_path):
+    job.run(job.create(tmp_path / "k.zarr"))
+    expected = files_of(tmp_path / "k.zarr")
+    for name in ("ntk_float32/c/0/0", "ntk_float16/c/1/4", "ntk_float32/c/4/4", "diagonal/c/2", "logits/c/4/0"):
+        (tmp_path / "k.zarr" / name).unlink()
+    job.resume(tmp_path / "k.zarr")
+    assert files_of(tmp_path / "k.zarr") == expected
+
+
+@pytest.mark.parametrize("block_samples", [1, 2])
+def test_smaller_blocks_give_the_same_kernel_to_rounding(job, block_samples, tmp_path):
+    whole = job.run(job.create(tmp_path / "whole.zarr")).array[:]
+    pieces = dataclasses.replace(job, plan=cut(job.plan, block_samples))
+    store = pieces.run(pieces.create(tmp_path / "pieces.zarr"))
+    assert np.abs(store.array[:] - whole).max() <= 1e-6 * np.diag(whole).max()
+    assert np.array_equal(store.array[:], store.array[:].T)
+
+
+@pytest.mark.parametrize("side", [3, 6, 21, 42])
+def test_other_tiles_give_the_same_kernel_to_rounding(job, side, tmp_path):
+    expected = job.run(job.create(tmp_path / "k.zarr")).array[:]
+    other = make_job(side=side)
+    store = other.run(other.create(tmp_path / "other.zarr"))
+    assert np.abs(store.array[:] - expected).max() <= 1e-6 * np.diag(expected).max()
+
+
+def test_every_forced_order_gives_the_same_kernel(tmp_path, double):
+    for order in ("explicit", "gram", "ordered"):
+        orders = [order] * len(double.network.profile.layers)
+        plan = make_plan(
+            double.network.profile,
+            double.plan.grid,
+            precision="float64",
+            budget=Budget(1 << 30, 1 << 30),
+            environment=double.plan.environment,
+            orders=orders,
+        )
+        forced = dataclasses.replace(double, plan=plan)
+        store = forced.run(forced.create(tmp_path / f"{order}.zarr", ("float64",)))
+        assert relative_error(store.array[:], double.reference) < TOLERANCES["float64"]
+
+
+# the process and the user ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_are_as_planned_within_and_as_before_without(threads, tmp_path):
+    job, seen, before = make_job(threads=threads), [], torch.get_num_threads()
+    job.run(job.create(tmp_path / "k.zarr"), report=lambda *_: seen.append(torch.get_num_threads()))
+    assert set(seen) == {threads}
+    assert torch.get_num_threads() == before
+
+
+def test_the_process_is_as_before_after_an_error(tmp_path):
+    job, before = make_job(threads=2), (torch.get_num_threads(), torch.is_grad_enabled())
+
+    def report(*_):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        job.run(job.create(tmp_path / "k.zarr"), report=report)
+    assert (torch.get_num_threads(), torch.is_grad_enabled()) == before
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_bytes_do_not_depend_on_the_mode_of_the_process(job, mode, tmp_path):
+    job.run(job.create(tmp_path / "plain.zarr"))
+    with mode():
+        job.run(job.create(tmp_path / "mode.zarr"))
+    assert files_of(tmp_path / "mode.zarr") == files_of(tmp_path / "plain.zarr")
+
+
+def test_the_report_counts_what_is_done_of_how_much(job, tmp_path):
+    seen = []
+    store = job.create(tmp_path / "k.zarr")
+    job.run(store, report=lambda *what: seen.append(what))
+    assert seen == [("diagonal", n, 5) for n in range(6)] + [("tiles", n, 15) for n in range(16)]
+    for name in ("ntk_float16/c/0/1", "ntk_float32/c/3/3", "diagonal/c/0"):
+        (store.path / name).unlink()
+    seen.clear()
+    job.run(store, report=lambda *what: seen.append(what))
+    assert seen == [("diagonal", 4, 5), ("diagonal", 5, 5), ("tiles", 13, 15), ("tiles", 14, 15), ("tiles", 15, 15)]
+
+
+def test_a_network_that_diverged_is_refused_before_any_tile(tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    job = make_job(module=module)
+    x = job.x.clone()
+    x[7] = torch.nan
+    broken = dataclasses.replace(job, x=x)
+    store = broken.create(tmp_path / "k.zarr")
+    with pytest.raises(DivergedError, match="not finite"):
+        broken.run(store)
+    assert store.missing_blocks() == [2, 3, 4]  # sample 7 is in block 2
+    assert not (store.path / "ntk_float32").exists()
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    "device_type": ("cuda", "device type cuda there, cpu here"),
+    "device_name": ("Z80", "device name Z80 there"),
+    "torch_version": ("1.0", "torch version 1.0 there"),
+}
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_a_plan_of_another_machine_is_refused(job, field):
+    value, message = OTHERS[field]
+    plan = dataclasses.replace(job.plan, environment=dataclasses.replace(job.plan.environment, **{field: value}))
+    with pytest.raises(PlanError, match=rf"{message}.*--replan") as raised:
+        engine.check_environment(plan, CPU)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_network_that_does_not_fit_the_plan_is_refused_before_anything_is_written(job, tmp_path):
+    store = job.create(tmp_path / "k.zarr")
+    before = files_of(store.path)
+    with torch.random.fork_rng(devices=[]):
+        other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    network = prepare(other, job.x, policy("float32"))
+    with pytest.raises(PlanError, match=r"does not fit the store's plan.*--replan") as raised:
+        dataclasses.replace(job, network=network).run(store)
+    assert "\n" not in str(raised.value)
+    assert files_of(store.path) == before
+
+
+def test_the_planned_number_of_threads_is_set_not_refused(job):
+    environment = dataclasses.replace(job.plan.environment, threads=64)
+    engine.check_environment(dataclasses.replace(job.plan, environment=environment), CPU)
+
+
+def test_the_environment_is_this_machine():
+    found = engine.environment(CPU)
+    assert (found.device_type, found.torch_version) == ("cpu", torch.__version__)
+    assert found.threads == torch.get_num_threads()
+    assert engine.environment(CPU, threads=7).threads == 7
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu:0"])
+def test_a_device_is_found_by_name(name):
+    assert engine.choose_device(name).type == "cpu"
+
+
+def test_auto_is_a_device_that_computes():
+    assert torch.ones(2, device=engine.choose_device("auto")).sum() == 2
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:99", "cuda:x", "", "cpu:-1", "mps:3"])
+def test_a_device_that_is_not_here_is_refused_and_those_here_are_named(name):
+    with pytest.raises(InputError, match=r"There is no device .*expected auto.*cpu \(1\)") as raised:
+        engine.choose_device(name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_budget_is_what_was_asked_for_or_a_part_of_the_memory():
+    assert engine.memory_budget(CPU, 12345) == Budget(12345, 12345)
+    first, second = engine.memory_budget(CPU, None), engine.memory_budget(CPU, None)
+    assert first.planned_bytes == second.planned_bytes
+    assert first.available_bytes > 0
+
+
+def test_free_disk_is_known_of_a_folder_that_is_yet_to_be(tmp_path):
+    assert engine.free_disk_bytes(tmp_path / "a" / "b" / "c.zarr") > 0
+
+
+def test_the_reference_of_a_job_is_the_kernel_of_its_samples(job):
+    assert relative_error(job.reference, reference_ntk(job.module, job.x)) == 0

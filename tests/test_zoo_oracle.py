@@ -1,0 +1,87 @@
+"""Every network of the zoo against the reference, on two samples of noise."""
+
+from functools import cache
+
+import pytest
+import torch
+from cases import TOLERANCES, relative_error
+from torch import Tensor, nn
+
+import ntkgen
+from models import MODELS
+from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.precision import policy
+from ntkgen.jacobian.reference import reference_ntk
+
+# Those whose reference takes no more than about two seconds on one core; the others take up to minutes.
+QUICK = {"lenet", "logistic", "mobilenetv2", "wrn-28-2"}
+# Two forward passes and a few backward ones are quick for these too.
+QUICK_TO_PREPARE = QUICK | {"resnet9", "resnet18"}
+
+
+def every_model(quick: set[str]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+    )
+
+
+def noise(samples: int, seed: int) -> Tensor:
+    return torch.randn(samples, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def network(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MODELS[name](num_classes=10)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Give the batch norms the statistics of a batch, as training would."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # the plain average
+    with torch.no_grad():
+        model.train()(noise(16, seed=2))
+    return model
+
+
+@cache
+def reference_of(name: str) -> Tensor:
+    return reference_ntk(network(name), noise(2, seed=1), max_bytes=2 << 30)
+
+
+def error_of_float32(name: str) -> float:
+    """The error of the same kernel from plain autograd in float32, of samples alone or in a batch.
+
+    A ReLU that flips, as rounding differs between batch sizes, costs as much there.
+    """
+    module, x = network(name).eval(), noise(2, seed=1)
+    params = list(module.parameters())
+
+    def kernel(outputs: Tensor) -> Tensor:
+        rows = [torch.autograd.grad(output, params, retain_graph=True) for output in outputs.flatten()]
+        J = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows]).double()
+        return J @ J.T
+
+    alone, together = torch.cat([module(x[:1]), module(x[1:])]), module(x)
+    return max(relative_error(kernel(outputs), reference_of(name)) for outputs in (alone, together))
+
+
+@every_model(QUICK)
+def test_equals_the_reference_in_float64(name):
+    found = ntkgen.ntk(network(name), noise(2, seed=1), precision="float64")
+    assert relative_error(found, reference_of(name)) < TOLERANCES["float64"]
+
+
+@every_model(QUICK)
+def test_equals_the_reference_in_float32_as_well_as_autograd_does(name):
+    found = ntkgen.ntk(network(name), noise(2, seed=1))
+    error = relative_error(found, reference_of(name))
+    assert error < TOLERANCES["float32"] or error < 3 * error_of_float32(name)
+
+
+@every_model(QUICK_TO_PREPARE)
+@pytest.mark.parametrize("state", ["as drawn", "settled"])
+def test_every_parameter_has_a_rule(name, state):
+    model = network(name) if state == "as drawn" else settled(network(name))
+    assert prepare(model, noise(2, seed=1), policy("float32")).fallback == ()
