@@ -47,4 +47,7 @@ def _locked(lock: Path) -> TextIO | None:
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

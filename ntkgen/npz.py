@@ -111,13 +111,13 @@ def _check_targets(y: np.ndarray[Any, Any], path: Path) -> None:
             "labels. Save y.astype('int64') if they are classes."
         )
     least, largest = int(y.min()), int(y.max())
-    if largest >= max(MAX_CLASSES, len(y)):
-        raise DataError(
-            f"y in {path} has labels that number no classes: expected at most {max(MAX_CLASSES, len(y))} of them, "
-            f"found a label of {largest}. Every class gets an output of the network. Number the classes from 0."
-        )
     if least < 0 or largest >= np.iinfo(np.int64).max:
         raise DataError(
             f"y in {path} has labels out of range: expected 0 to the number of classes less one, found {least} to "
             f"{largest}. -1 may stand for a missing label. Remove those samples, or number the classes from 0."
+        )
+    if largest >= max(MAX_CLASSES, len(y)):
+        raise DataError(
+            f"y in {path} has labels that number no classes: expected at most {max(MAX_CLASSES, len(y))} of them, "
+            f"found a label of {largest}. Every class gets an output of the network. Number the classes from 0."
         )

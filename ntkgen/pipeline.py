@@ -344,7 +344,9 @@ def project(job: Job) -> dict[str, Any]:
     """Say what a job would do, as plain values."""
     plan, path = job.plan, job.store_path
     cached_blocks = plan.cached_blocks(job.budget)
-    tiles = open_store(path).missing_tiles() if path.exists() else list(plan.grid.tiles())
+    store = open_store(path) if path.exists() else None
+    tiles = list(plan.grid.tiles()) if store is None else store.missing_tiles()
+    diagonal = list(range(plan.grid.num_blocks)) if store is None else store.missing_blocks()
     return {
         "store": str(path),
         "model": job.training.model,
@@ -360,6 +362,6 @@ def project(job: Job) -> dict[str, Any]:
         "tiles_missing": len(tiles),
         "disk_bytes": job.disk_bytes,
         "projected_bytes": plan.projected_bytes(cached_blocks),
-        "projected_flops": plan.projected_flops(tiles, cached_blocks),
-        "factor_samples": count_factor_samples(plan, tiles, cached_blocks),
+        "projected_flops": plan.projected_flops(tiles, cached_blocks, diagonal),
+        "factor_samples": count_factor_samples(plan, tiles, cached_blocks, diagonal),
     }

@@ -286,3 +286,97 @@ def test_options_reach_the_pipeline(run, monkeypatch):
     assert training == pipeline.TrainingRequest("resnet9", 4, 16, 7, 32, 0.3, 80.0)
     assert kernel == pipeline.KernelRequest(9, 2, "float64", ("float64",), "upper", 30, 3 * 10**9)
     assert place.out == Path("elsewhere")
+
+
+def test_a_damaged_finished_store_is_put_in_order_by_the_same_command(run):
+    run(*FAST)
+    store = next(Path("runs").glob("*.zarr"))
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    (store / "row_label/c/0").unlink()
+    (store / "ntk_float32/zarr.json").unlink()
+    (store / "ntk_float16/zarr.json").write_bytes(b'{"shape": [')
+    for file in store.glob("diagonal/**/*"):
+        file.unlink() if file.is_file() else None
+    flipped = bytearray(before[store / "col_output/c/0"])
+    flipped[3] ^= 1
+    (store / "col_output/c/0").write_bytes(flipped)
+    (store / "logits/c/1/0").write_bytes(before[store / "logits/c/1/0"][:-1])
+    assert "in_progress" in run("info", store)[1]
+    assert run(*FAST)[0] == 0
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_replan_leaves_a_complete_store_alone(run):
+    run(*FAST)
+    store = next(Path("runs").glob("*.zarr"))
+    before = (store / "zarr.json").read_bytes()
+    assert run(*FAST, "--replan", "--memory", "200MB")[0] == 0
+    assert (store / "zarr.json").read_bytes() == before
+
+
+def test_a_higher_target_does_not_touch_what_a_store_was_made_of(run):
+    options = ["compute", "--models", "logistic", "--subsample", "4", "--lr", "0.01", "--bs", "256"]
+    assert run(*options, "--target-accuracy", "20")[0] == 0
+    before = next(Path("runs").glob("*.pt")).read_bytes()
+    code, _, err = run(*options, "--target-accuracy", "99.9")
+    assert code == 1
+    assert "did not converge" in err
+    assert next(Path("runs").glob("*.pt")).read_bytes() == before
+    assert run(*options, "--target-accuracy", "20")[0] == 0
+
+
+def test_a_file_is_the_same_from_wherever_it_is_named(run, tmp_path, monkeypatch):
+    images = np.random.default_rng(0).random((4, 3, 2, 2)).astype(np.float32)
+    np.savez("four.npz", x=images, y=np.arange(4))
+    command = ["compute", "--models", "nets4:net", "--epochs", "0", "--out", str(tmp_path / "out")]
+    (tmp_path / "nets4.py").write_text("from torch import nn\nnet = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))\n")
+    assert run(*command, "--dataset", "four.npz")[0] == 0
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    code, _, err = run(*command, "--dataset", str(tmp_path / "four.npz"))
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [["--lr", "nan"], ["--lr", "inf"], ["--target-accuracy", "nan"], ["--seed", str(10**30)], ["--device", "cpu:"],
+     ["--out", "a_file/below"], ["--models", "raising:net", "--epochs", "0"], ["--models", "broken_module:net"],
+     ["--models", ":net"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_odd_values_and_broken_code_are_one_line_too(run, tmp_path, change):
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "broken_module.py").write_text("def net(:\n")
+    (tmp_path / "raising.py").write_text(
+        "from torch import nn\n"
+        "class net(nn.Linear):\n"
+        "    def __init__(self): super().__init__(1, 1)\n"
+        "    def forward(self, x): return {}['nothing']\n"
+    )
+    before = files_below(tmp_path)
+    code, out, err = run("compute", "--models", "logistic", "--subsample", "3", *change)
+    assert (code, out) == (2, "")
+    assert err.startswith("Error: ")
+    assert err.count("\n") == 1
+    assert [name for name in files_below(tmp_path) if "__pycache__" not in name] == before
+
+
+def test_the_disk_must_have_room_for_all_networks_together(run, tmp_path, monkeypatch):
+    one = json.loads(run(*FAST, "--dry-run", "--json")[1])["disk_bytes"]
+    monkeypatch.setattr(pipeline.engine, "free_disk_bytes", lambda path: one * 3 // 2)
+    assert run(*FAST, "--dry-run")[0] == 0
+    code, _, err = run(*FAST, "--repeats", "2")
+    assert code == 2
+    assert "no room" in err
+    assert files_below(tmp_path) == []
+
+
+def test_networks_of_one_module_instance_do_not_train_each_other(run, tmp_path):
+    (tmp_path / "shared_net.py").write_text(
+        "from torch import nn\nnet = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    command = ["train", "--models", "shared_net:net", "--raw-images", "--epochs", "1", "--allow-unconverged", "--json"]
+    code, out, _ = run(*command, "--repeats", "2")
+    losses = [json.loads(line)["train_loss"] for line in out.splitlines()]
+    assert code == 0
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # both began from the same network

@@ -358,6 +358,9 @@ WRONG = {
     "no columns": ((X, X[:0]), {}, InputError, "empty batch"),
     "other shapes": ((X, torch.ones(3, 5)), {}, ShapeError, r"different shapes, \(4,\) and \(5,\)"),
     "precision": ((X,), {"precision": "flaot32"}, UnknownNameError, "'flaot32'. Did you mean float32"),
+    "order": ((X,), {"orders": ["gramm"]}, UnknownNameError, "'gramm'. Did you mean gram"),
+    "number of orders": ((X,), {"orders": ["gram"] * 3}, InputError, "3 orders were given for 1 layers"),
+    "a NumPy array": ((X.numpy(),), {}, InputError, "must be a torch.Tensor, and is a ndarray"),
 }
 
 

@@ -36,9 +36,10 @@ def cost_of(shape: LayerShape, m: int, block: int, order: str) -> int:
     rows_fit = m * q * c * k <= q * t * (k + m * c)
     if order == "explicit":  # both sides build their rows once per block, unless those are kept
         return q * m**2 * c * k + (0 if rows_fit else 2 * q * m * t * c * k // block)
+    touched = TOUCH_MACS * q * intermediate_numbers(shape, m, order)
     if order == "gram":
-        return q * (t**2 * k + m**2 * t**2 * c + m**2 * t**2) + TOUCH_MACS * q * (t**2 + m**2 * t**2)
-    return q * (t**2 * k + m * t**2 * c + m**2 * t * c) + TOUCH_MACS * q * (t**2 + m * t * c)
+        return q * (t**2 * k + m**2 * t**2 * c + m**2 * t**2) + touched
+    return q * (t**2 * k + m * t**2 * c + m**2 * t * c) + touched
 
 
 @given(shapes, outputs, blocks)
@@ -116,7 +117,8 @@ def test_a_slice_is_as_large_as_the_limit_allows(numbers, limit, rows, cols):
 
 
 @given(shapes, outputs)
-def test_intermediates_are_those_of_the_formulas(shape, m):
+def test_intermediates_are_no_smaller_than_what_the_formulas_name(shape, m):
     t, c = shape.positions, shape.channels
-    expected = {"explicit": m * shape.num_params, "gram": (1 + m * m) * t * t, "ordered": t * (t + m * (t + 2 * c))}
-    assert {order: intermediate_numbers(shape, m, order) for order in ORDERS} == expected
+    assert intermediate_numbers(shape, m, "explicit") == m * shape.num_params  # J
+    assert intermediate_numbers(shape, m, "gram") >= t * t + m * m * t * t  # A and G
+    assert intermediate_numbers(shape, m, "ordered") >= t * t + m * t * c  # A and H

@@ -171,6 +171,14 @@ def test_as_many_factors_are_computed_as_counted(block_samples, capacity, comput
     assert sum(computed) == count_factor_samples(job.plan, tiles, capacity)
 
 
+@pytest.mark.parametrize("capacity", [2, 3, 5])
+def test_a_whole_run_computes_as_many_factors_as_counted(capacity, computed, tmp_path):
+    job = make_job()
+    job.run(job.create(tmp_path / "k.zarr"), cached_blocks=capacity)
+    blocks = range(job.plan.grid.num_blocks)
+    assert sum(computed) == count_factor_samples(job.plan, job.plan.grid.tiles(), capacity, blocks)
+
+
 @pytest.mark.parametrize("done", [0, 1, 7, 14])
 def test_a_resumed_run_computes_as_many_factors_as_counted(done, computed, tmp_path):
     job = make_job()

@@ -100,7 +100,7 @@ def _deterministic_cudnn() -> Iterator[None]:
 def _ieee_float32(device: torch.device) -> Iterator[None]:
     """Switch reduced-precision float32 products off where the device's backends have them on.
 
-    The other switches are not touched: what is set in one place is inherited in another, and cannot be unset.
+    The other switches are not touched: what is set in one place is inherited in another.
     """
     backends: Any = torch.backends
     switches = {
@@ -114,4 +114,6 @@ def _ieee_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         for switch, value in reduced.items():
-            switch.fp32_precision = value
+            switch.fp32_precision = "none"  # inherited again, if it was
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value

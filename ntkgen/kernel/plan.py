@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +144,12 @@ class Plan:
         """Project the peak of memory that the computation adds to the loaded process."""
         return self.fixed_bytes + cached_blocks * self.block_bytes
 
-    def projected_flops(self, tiles: Sequence[Tile], cached_blocks: int) -> int:
-        """Project the floating-point operations of some tiles, two per multiply-add, factors included."""
-        computed = count_factor_samples(self, tiles, cached_blocks)
+    def projected_flops(self, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> int:
+        """Project the floating-point operations of some tiles, two per multiply-add, factors included.
+
+        Those of the ``diagonal``, by row block, come first; its own products are left out, a sample's each.
+        """
+        computed = count_factor_samples(self, tiles, cached_blocks, diagonal)
         pairs = sum(self._pairs(tile) for tile in tiles)
         return 2 * (computed * factor_macs(self.profile, self.jacobian) + pairs * self.jacobian.pair_macs)
 
@@ -229,17 +232,27 @@ def _block_sizes(tile_samples: int) -> Iterable[int]:
     return sorted({-(-tile_samples // count) for count in parts}, reverse=True)
 
 
-def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int) -> int:
-    """Count the samples whose factors are computed for some tiles, with a cache of so many blocks."""
+def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int] = ()) -> int:
+    """Count the samples whose factors are computed, with a cache of so many blocks.
+
+    First for the ``diagonal`` of some row blocks, one after the other, then for some tiles.
+    """
     held: OrderedDict[Block, None] = OrderedDict()
     computed = 0
+    for block in _accesses(plan, tiles, diagonal):
+        if block not in held:
+            computed += len(block)
+            if len(held) >= cached_blocks:
+                held.popitem(last=False)
+        held[block] = None
+        held.move_to_end(block)
+    return computed
+
+
+def _accesses(plan: Plan, tiles: Iterable[Tile], diagonal: Iterable[int]) -> Iterator[Block]:
+    """List the blocks in the order in which their factors are asked for."""
+    for index in diagonal:
+        yield from plan.blocks(index)
     for tile in tiles:
         for pair in block_pairs(plan.blocks(tile.row), plan.blocks(tile.col)):
-            for block in pair:
-                if block not in held:
-                    computed += len(block)
-                    if len(held) >= cached_blocks:
-                        held.popitem(last=False)
-                held[block] = None
-                held.move_to_end(block)
-    return computed
+            yield from pair

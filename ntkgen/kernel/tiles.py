@@ -10,7 +10,7 @@ from ntkgen.errors import InputError
 
 # At least so many tiles along a side, so that an interruption of a small kernel loses a small part of it …
 MIN_BLOCKS = 8
-# … but no tile under so many samples, and none with more rows than this.
+# … but no tile under so many samples, and none with more rows than this, rounded up to whole samples.
 MIN_TILE_SAMPLES = 16
 MAX_TILE_ROWS = 4096
 
