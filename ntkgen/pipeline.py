@@ -20,10 +20,11 @@ from ntkgen.errors import DiskSpaceError, InputError
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
+from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.kernel.plan import Budget, Plan, count_factor_samples, make_plan
 from ntkgen.kernel.report import describe
-from ntkgen.kernel.store import KernelStore, Samples, create_store, open_store
+from ntkgen.kernel.store import KernelStore, create_store, open_store
 from ntkgen.kernel.tiles import make_grid
 from ntkgen.lock import write_lock
 from ntkgen.units import human_bytes

@@ -23,9 +23,10 @@ from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk
 from ntkgen.kernel import engine
+from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.manifest import Manifest
 from ntkgen.kernel.plan import Budget, Plan, make_plan
-from ntkgen.kernel.store import KernelStore, Samples, create_store, open_store
+from ntkgen.kernel.store import KernelStore, create_store, open_store
 from ntkgen.kernel.tiles import make_grid
 from ntkgen.lock import write_lock
 

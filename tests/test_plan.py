@@ -132,7 +132,8 @@ def test_no_run_starts_where_too_little_is_free_at_the_moment():
 def test_a_kernel_of_one_block_has_a_cache_that_the_engine_takes(num_samples):
     job = make_job(num_samples, side=9)
     cached = job.plan.cached_blocks(Budget(1 << 30, 1 << 30))
-    FactorCache(job.network, job.plan.jacobian, job.x, cached)
+    cache = FactorCache(job.network, job.plan.jacobian, job.x, cached)
+    assert len(cache(job.plan.blocks(0)[0])) == num_samples
 
 
 def test_a_requested_budget_is_taken_as_it_is_and_another_does_not_change_between_runs():

@@ -25,18 +25,17 @@ import re
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
 import ntkgen
 from ntkgen.errors import StoreError, UnknownNameError
+from ntkgen.kernel.arrays import COORDINATES, SMALL_ARRAYS, ArrayLayout, Samples, create_array, create_static
 from ntkgen.kernel.manifest import FORMAT_VERSION, Manifest
 from ntkgen.kernel.rounding import STORE_DTYPES, scale_of, to_stored
 from ntkgen.kernel.symmetric import SymmetricArray
@@ -47,19 +46,9 @@ if TYPE_CHECKING:
 
 CHECKSUM_BYTES = 4
 
-_COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
-_SMALL_ARRAYS = ("sample_index", *(name for names in _COORDINATES.values() for name in names.split()))
 _CHUNK_2D = re.compile(r"^\d+$")
 
 FloatArray = npt.NDArray[np.floating]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Which samples a kernel is of, in its order: positions in their data set, and labels."""
-
-    index: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
 
 
 class KernelStore:
@@ -113,7 +102,7 @@ class KernelStore:
         """The full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns."""
         import xarray
 
-        coords = {name: (axis, self.read(name)) for axis, names in _COORDINATES.items() for name in names.split()}
+        coords = {name: (axis, self.read(name)) for axis, names in COORDINATES.items() for name in names.split()}
         return xarray.DataArray(self.dask, dims=("row", "col"), coords=coords, name="ntk", attrs=self.attributes)
 
     @property
@@ -242,13 +231,13 @@ class KernelStore:
             attributes = {
                 "long_name": "empirical neural tangent kernel, J Jᵀ",
                 "units": "1",
-                "coordinates": " ".join(_COORDINATES.values()),
+                "coordinates": " ".join(COORDINATES.values()),
                 "storage_mode": "square" if self.manifest.layout == "full" else "symmetric-upper",
                 **({} if scale == 1 else {"scale_factor": scale}),
             }
             rows, side = self.grid.num_rows, self.grid.side
-            layout = _Layout((rows, rows), (side, side), ("row", "col"))
-            _create_array(self._group, f"ntk_{dtype}", dtype, layout, attributes)
+            layout = ArrayLayout((rows, rows), (side, side), ("row", "col"))
+            create_array(self._group, f"ntk_{dtype}", dtype, layout, attributes)
 
     def commit(self, tile: Tile, values: FloatArray) -> None:
         """Store one computed tile, in every dtype, whole.
@@ -287,7 +276,7 @@ class KernelStore:
         for name in ["zarr.json", *(f"{name}/zarr.json" for name in self._arrays())]:
             if (self.path / name).exists() and not _is_json(self.path / name):
                 (self.path / name).unlink()
-        _create_static(self._group, self.grid, samples)
+        create_static(self._group, self.grid, samples)
         for name in ("diagonal", "logits"):
             for index in range(self.grid.num_blocks):
                 chunk = self.path / name / "c" / (f"{index}" if name == "diagonal" else f"{index}/0")
@@ -297,7 +286,7 @@ class KernelStore:
             self.create_kernels()
 
     def _arrays(self) -> list[str]:
-        return [*_SMALL_ARRAYS, "diagonal", "logits", *(f"ntk_{dtype}" for dtype in self.manifest.dtypes)]
+        return [*SMALL_ARRAYS, "diagonal", "logits", *(f"ntk_{dtype}" for dtype in self.manifest.dtypes)]
 
     def _is_sound(self, name: str, index: int) -> bool:
         block = self.grid.block(index)
@@ -334,7 +323,7 @@ def create_store(path: Path, manifest: Manifest, samples: Samples) -> KernelStor
         shutil.rmtree(draft)
     grid = manifest.plan.grid
     group = zarr.create_group(LocalStore(draft))
-    _create_static(group, grid, samples)
+    create_static(group, grid, samples)
     n, m = grid.num_samples, grid.num_outputs
     model, dataset = (manifest.provenance.get(name, "?") for name in ("model", "dataset"))
     group.attrs.put(
@@ -392,69 +381,9 @@ def _manifest_values(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def _create_static(group: zarr.Group, grid: TileGrid, samples: Samples) -> None:
-    """Create what is there from the start, where it is not: the coordinates, and room for diagonal and logits."""
-    n, m = grid.num_samples, grid.num_outputs
-    columns = {
-        "sample": (np.repeat(np.arange(n), m), "position of the sample in this store"),
-        "output": (np.tile(np.arange(m), n), "output of the network"),
-        "label": (np.repeat(samples.labels, m), "label of the sample"),
-    }
-    for axis in ("row", "col"):
-        for name, (values, meaning) in columns.items():
-            _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
-    _create_small(group, "sample_index", samples.index, "sample", "position of the sample in its data set")
-    if "diagonal" not in group:
-        note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": _COORDINATES["row"]}
-        _create_array(group, "diagonal", "float64", _Layout((n * m,), (grid.side,), ("row",)), note)
-    if "logits" not in group:
-        note = {"long_name": "outputs of the network", "units": "1"}
-        _create_array(group, "logits", "float64", _Layout((n, m), (grid.tile_samples, m), ("sample", "output")), note)
-
-
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_bytes())
     except ValueError:
         return False
     return True
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """The shape of an array, its chunks and the names of its axes."""
-
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dims: tuple[str, ...]
-
-
-def _create_small(group: zarr.Group, name: str, values: npt.NDArray[np.int64], axis: str, meaning: str) -> None:
-    """Write a small array whole, unless it is there with these values."""
-    if name not in group:
-        layout = _Layout(values.shape, values.shape, (axis,))
-        _create_array(group, name, "int64", layout, {"long_name": meaning})
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    try:
-        if np.array_equal(np.asarray(array[...]), values):
-            return
-    except (ValueError, RuntimeError):  # a damaged chunk
-        pass
-    array.with_config({"write_empty_chunks": True})[...] = values
-
-
-def _create_array(
-    group: zarr.Group, name: str, dtype: str, layout: _Layout, attributes: Mapping[str, Any]
-) -> "ZarrArray":
-    array = group.create_array(
-        name,
-        shape=layout.shape,
-        chunks=layout.chunks,
-        dtype=dtype,
-        fill_value=float("nan") if dtype.startswith("float") else -1,
-        compressors=[Crc32cCodec()],
-        dimension_names=layout.dims,
-        attributes=dict(attributes),
-    )
-    return array.with_config({"write_empty_chunks": True})
