@@ -97,7 +97,7 @@ class Job:
     @property
     def checkpoint_path(self) -> Path:
         """Where the network is kept."""
-        return self.place.out / f"{_stem(self.training, self.data)}.pt"
+        return _checkpoint_path(self.training, self.data, self.place)
 
     @property
     def store_path(self) -> Path:
@@ -141,6 +141,10 @@ def _stem(request: TrainingRequest, data: Dataset) -> str:
     return f"{zoo.file_name(request.model)}{width}-{zoo.file_name(dataset)}{built}-seed{request.seed}"
 
 
+def _checkpoint_path(request: TrainingRequest, data: Dataset, place: Place) -> Path:
+    return place.out / f"{_stem(request, data)}.pt"
+
+
 def _store_path(request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, n: int) -> Path:
     shuffled = "" if kernel.shuffle_seed is None else f"-shuffled{kernel.shuffle_seed}"
     precision = "" if kernel.precision == "float32" else f"-{kernel.precision}"
@@ -154,7 +158,7 @@ def plan_training(request: TrainingRequest, data: Dataset, place: Place) -> tupl
         FingerprintError: If there is a checkpoint of another recipe.
     """
     model = zoo.build(request.model, data.num_classes, seed=request.seed, width=request.width)
-    path = place.out / f"{_stem(request, data)}.pt"
+    path = _checkpoint_path(request, data, place)
     found = checkpoints.load(path) if path.exists() else None
     default = Recipe(
         model=request.model,
@@ -186,7 +190,7 @@ def run_training(
         NotConvergedError: If it has not reached the target and the request does not allow that.
     """
     model, recipe = planned
-    path = place.out / f"{_stem(request, data)}.pt"
+    path = _checkpoint_path(request, data, place)
 
     def tell(epoch: int, step: int, num_steps: int, accuracy: float | None) -> None:
         report(
@@ -212,6 +216,7 @@ def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data
     Raises:
         DiskSpaceError: If the disk has no room for what is missing of the kernel.
         InputError: If the folder cannot be written.
+        PlanError: If an unfinished store was begun on another kind of machine.
     """
     order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
     model, recipe = plan_training(request, data, place)
@@ -220,13 +225,15 @@ def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data
     check_labels(data.labels, network.profile.num_outputs)
     budget = engine.memory_budget(place.device, kernel.memory_bytes)
     path = _store_path(request, kernel, place, data, len(order))
-    stored = open_store(path).manifest.plan if path.exists() else None
-    if stored is not None and not kernel.replan:
-        engine.check_environment(stored, place.device)
-        plan = stored
+    store = open_store(path) if path.exists() else None
+    is_complete = store is not None and store.is_complete
+    if store is not None and (is_complete or not kernel.replan):
+        plan = store.manifest.plan
     else:
         plan = _new_plan(network, kernel, len(order), budget)
-    plan.cached_blocks(budget)  # raises where the budget is too small
+    if not is_complete:
+        engine.check_environment(plan, place.device)
+        plan.cached_blocks(budget)  # raises where the budget is too small
     job = Job(request, kernel, place, data, order, model, recipe, plan, budget)
     require_disk(place, job.missing_bytes)
     return job
