@@ -18,7 +18,7 @@ from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.plan import BATCH_SIZE, WORKSPACE_NUMBERS, Budget, Environment, Plan, count_factor_samples, make_plan
-from ntkgen.kernel.tiles import TileGrid
+from ntkgen.kernel.tiles import TileGrid, make_grid
 
 HERE = Environment("cpu", "x86_64 AVX512", "2.15.0", threads=2)
 # A network of the size of a ResNet: what it needs is counted in gigabytes.
@@ -235,3 +235,13 @@ def test_environments_name_what_differs_with_both_values():
     assert there.differences(HERE) == []
     here = dataclasses.replace(HERE, device_name="aarch64 NEON", threads=8)
     assert there.differences(here) == ["device name x86_64 AVX512 there, aarch64 NEON here", "threads 2 there, 8 here"]
+
+
+def test_a_depthwise_layer_whose_rows_are_kept_needs_no_gram_matrices():
+    """Its Gram matrices, one per channel, would be larger than everything else together."""
+    depthwise = LayerShape("depthwise", positions=1024, inputs=9, channels=1, groups=96)
+    profile = NetworkProfile(10, depthwise.num_params, (depthwise,), 0, (), 1000, 3072)
+    here = Environment("cpu", "x", "2.15", 2)
+    plan = make_plan(profile, make_grid(16, 10), precision="float32", budget=Budget(10**10, 10**10), environment=here)
+    assert plan.jacobian.layers[0].keeps_rows
+    assert plan.minimum_bytes < 8 * depthwise.groups * depthwise.positions**2

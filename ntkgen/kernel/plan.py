@@ -102,7 +102,8 @@ class Plan:
             + 3 * (self.block_samples * m) ** 2
         )
         samples = 2 * 4 * self.grid.num_samples * self.profile.input_numbers
-        diagonal = 8 * max(map(self._diagonal_numbers, self.profile.layers), default=0)
+        pairs = [layer.shape for layer in self.jacobian.layers if not layer.keeps_rows]
+        diagonal = 8 * max(map(self._diagonal_numbers, pairs), default=0)
         return numbers * self.itemsize + samples + diagonal + self.grid.side**2 * (self.itemsize + TILE_COPY_BYTES)
 
     def _least_intermediate(self, layer: LayerPlan) -> int:
