@@ -99,9 +99,11 @@ def prepare(
         )
     _refuse_batch_statistics(module)
     pair = x[_different_samples(x)]
+    is_exact = precision.compute_dtype == torch.float64
     with exact_arithmetic(device):
         try:
-            num_outputs, wrong = _check_by_value(evaluation_copy(model, torch.float64, _float64_device(device)), pair)
+            judge = module if is_exact else evaluation_copy(model, torch.float64, _float64_device(device))
+            num_outputs, wrong = _check_by_value(judge, pair)
         except _NotInThisDtypeError:  # it may cast to float32 on its way
             num_outputs, wrong = _check_by_value(module, pair)
         layers = tuple(kept for layer in _layers_with_rules(module) if any((kept := layer.without(wrong)).params()))

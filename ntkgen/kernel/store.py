@@ -248,7 +248,7 @@ class KernelStore:
         m = self.grid.num_outputs
         rows, cols = self.grid.block(tile.row).rows(m), self.grid.block(tile.col).rows(m)
         assert values.shape == (rows.stop - rows.start, cols.stop - cols.start)
-        stored = {dtype: to_stored(values, dtype, self.kernel(dtype).scale) for dtype in self.manifest.dtypes}
+        stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
         for dtype, rounded in stored.items():
             self._write(f"ntk_{dtype}", (rows, cols), rounded)
             if self.manifest.layout == "full" and not tile.is_diagonal:
