@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ntkgen.jacobian.dense import ntk as ntk
+    from ntkgen.jacobian.operator import NTKOperator as NTKOperator
     from ntkgen.jacobian.reference import reference_ntk as reference_ntk
+    from ntkgen.kernel.compute import compute as compute
     from ntkgen.kernel.store import KernelStore as KernelStore
     from ntkgen.kernel.store import open_store as open  # noqa: A004
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "NTKOperator": ("ntkgen.jacobian.operator", "NTKOperator"),
+    "compute": ("ntkgen.kernel.compute", "compute"),
     "KernelStore": ("ntkgen.kernel.store", "KernelStore"),
     "ntk": ("ntkgen.jacobian.dense", "ntk"),
     "open": ("ntkgen.kernel.store", "open_store"),
     "reference_ntk": ("ntkgen.jacobian.reference", "reference_ntk"),
 }
 
-__all__ = ["KernelStore", "ntk", "open", "reference_ntk"]
+__all__ = ["KernelStore", "NTKOperator", "compute", "ntk", "open", "reference_ntk"]
 
 
 def __getattr__(name: str) -> Any:

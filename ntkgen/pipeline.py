@@ -3,8 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,23 +13,20 @@ from torch import Tensor, nn
 
 from ntkgen import checkpoint as checkpoints
 from ntkgen import training, zoo
-from ntkgen.checkpoint import Checkpoint, Recipe, array_fingerprint, parameter_fingerprint
+from ntkgen.checkpoint import Checkpoint, Recipe
 from ntkgen.data import Dataset, check_labels, sample_order
 from ntkgen.errors import DiskSpaceError, InputError
-from ntkgen.jacobian.network import Network, prepare
-from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
-from ntkgen.kernel.plan import Budget, Plan, count_factor_samples, make_plan
-from ntkgen.kernel.report import describe
-from ntkgen.kernel.store import KernelStore, create_store, open_store
-from ntkgen.kernel.tiles import make_grid
+from ntkgen.kernel.certify import add_certificate, forget_certificate
+from ntkgen.kernel.compute import PROBE_SAMPLES, KernelSpec, identity_of, layout_of, open_or_create, ready
+from ntkgen.kernel.explain import Work, explain
+from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.plan import Budget, Plan
+from ntkgen.kernel.report import describe, suspicion
+from ntkgen.kernel.store import open_store
 from ntkgen.lock import write_lock
 from ntkgen.units import human_bytes
-
-# So many samples of the data set are looked at for two different ones to try a network on.
-PROBE_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -49,16 +45,13 @@ class TrainingRequest:
 
 @dataclass(frozen=True)
 class KernelRequest:
-    """Which kernel to compute of it, and how it is to be stored."""
+    """Which samples a kernel is of, and how it is to be computed and stored."""
 
     subsample: int | None = None
     shuffle_seed: int | None = None
-    precision: str = "float32"
-    dtypes: tuple[str, ...] = ("float16", "float32")
-    layout: str = "auto"
-    tile_side: int | None = None
-    memory_bytes: int | None = None
-    replan: bool = False
+    against: str | None = None  # the split that the columns are of; None: the samples of the rows
+    against_subsample: int | None = None
+    spec: KernelSpec = field(default_factory=KernelSpec)
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,11 @@ class Place:
 
 
 class Report(Protocol):
-    """Called as the stages ``training``, ``diagonal`` and ``tiles`` proceed, with a note for people."""
+    """Called as a stage proceeds, with a note for people.
+
+    The stages are ``training``, ``diagonal``, ``tiles``, and of the certificate ``stored product``, ``exact product``
+    and ``pairs``.
+    """
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         """Tell how far a stage has come."""
@@ -88,7 +85,7 @@ class Job:
     kernel: KernelRequest
     place: Place
     data: Dataset
-    order: Tensor
+    inputs: Inputs
     model: nn.Module
     recipe: Recipe
     plan: Plan
@@ -102,17 +99,17 @@ class Job:
     @property
     def store_path(self) -> Path:
         """Where the kernel is kept."""
-        return _store_path(self.training, self.kernel, self.place, self.data, len(self.order))
+        return _store_path(self.training, self.kernel, self.place, self.data, self.inputs.counts)
 
     @property
     def layout(self) -> str:
         """One triangle or both."""
-        return resolve_layout(self.kernel.layout, self.plan.grid.num_rows, self.kernel.dtypes)
+        return layout_of(self.kernel.spec, self.plan.grid)
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of the finished kernel arrays."""
-        return kernel_bytes(self.plan, self.kernel.dtypes, self.layout)
+        return kernel_bytes(self.plan, self.kernel.spec.dtypes, self.layout)
 
     @property
     def missing_bytes(self) -> int:
@@ -124,8 +121,8 @@ class Job:
 def kernel_bytes(plan: Plan, dtypes: tuple[str, ...], layout: str) -> int:
     """Count the bytes of all tiles in all dtypes; edge tiles are stored at full size."""
     grid = plan.grid
-    chunks = grid.num_blocks**2 if layout == "full" else grid.num_tiles
-    return chunks * sum(grid.side**2 * np.dtype(dtype).itemsize + 4 for dtype in dtypes)
+    chunks = grid.num_blocks * grid.num_col_blocks if layout == "full" else grid.num_tiles
+    return chunks * grid.num_planes * sum(grid.side**2 * np.dtype(dtype).itemsize + 4 for dtype in dtypes)
 
 
 def _dataset_name(data: Dataset) -> str:
@@ -145,10 +142,15 @@ def _checkpoint_path(request: TrainingRequest, data: Dataset, place: Place) -> P
     return place.out / f"{_stem(request, data)}.pt"
 
 
-def _store_path(request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, n: int) -> Path:
+def _store_path(
+    request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, counts: tuple[int, int | None]
+) -> Path:
+    n, against = counts
     shuffled = "" if kernel.shuffle_seed is None else f"-shuffled{kernel.shuffle_seed}"
-    precision = "" if kernel.precision == "float32" else f"-{kernel.precision}"
-    return place.out / f"{_stem(request, data)}-n{n}{shuffled}{precision}.zarr"
+    other = "" if against is None else f"-{kernel.against}{against}"
+    output = "" if kernel.spec.output == "full" else f"-{kernel.spec.output.replace(':', '')}"
+    precision = "" if kernel.spec.precision == "float32" else f"-{kernel.spec.precision}"
+    return place.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}.zarr"
 
 
 def plan_training(request: TrainingRequest, data: Dataset, place: Place) -> tuple[nn.Module, Recipe]:
@@ -210,33 +212,64 @@ def _note(accuracy: float | None) -> str:
     return "" if accuracy is None else f"accuracy {accuracy:.2f} %"
 
 
-def plan_job(request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset) -> Job:
+def plan_job(
+    request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, against: Dataset | None = None
+) -> Job:
     """Check everything that can be wrong, and plan the kernel, before anything runs or is written.
+
+    With a data set to compare ``against`` the kernel is rectangular, and its columns are of that.
 
     Raises:
         DiskSpaceError: If the disk has no room for what is missing of the kernel.
         InputError: If the folder cannot be written.
         PlanError: If an unfinished store was begun on another kind of machine.
     """
-    order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
+    inputs = _inputs(kernel, data, against)
     model, recipe = plan_training(request, data, place)
     require_writable(place.out)
-    network = prepare(model, _probe(data), policy(kernel.precision), place.device)
-    check_labels(data.labels, network.profile.num_outputs)
-    budget = engine.memory_budget(place.device, kernel.memory_bytes)
-    path = _store_path(request, kernel, place, data, len(order))
+    network, plan_anew = ready(model, _probe(data), kernel.spec, inputs.counts, place.device)
+    check_labels(data.labels, network.profile.num_logits)
+    budget = engine.memory_budget(place.device, kernel.spec.memory_bytes)
+    path = _store_path(request, kernel, place, data, inputs.counts)
     store = open_store(path) if path.exists() else None
     is_complete = store is not None and store.is_complete
-    if store is not None and (is_complete or not kernel.replan):
-        plan = store.manifest.plan
-    else:
-        plan = _new_plan(network, kernel, len(order), budget)
+    plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else plan_anew()
+    layout_of(kernel.spec, plan.grid)  # raises where it has none
     if not is_complete:
         engine.check_environment(plan, place.device)
         plan.cached_blocks(budget)  # raises where the budget is too small
-    job = Job(request, kernel, place, data, order, model, recipe, plan, budget)
+    job = Job(request, kernel, place, data, inputs, model, recipe, plan, budget)
     require_disk(place, job.missing_bytes)
     return job
+
+
+def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> Inputs:
+    """Take the samples that a request names, in its order.
+
+    Raises:
+        InputError: If the columns are to be fewer of nothing.
+    """
+    if against is None and kernel.against_subsample is not None:
+        raise InputError(
+            f"--against-subsample {kernel.against_subsample} has nothing to be a part of: expected --against test "
+            "beside it, which makes a rectangular kernel. Give both, or neither."
+        )
+    order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
+    if against is None:
+        return take(data, order)
+    return take(
+        data, order, against, sample_order(against.num_samples, subsample=kernel.against_subsample, shuffle_seed=None)
+    )
+
+
+def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: Tensor | None = None) -> Inputs:
+    """Take samples of a data set, by their positions in it, and those of the columns of another."""
+    if against is None or columns is None:
+        return Inputs(data.inputs(order), Samples(order.numpy(), data.labels[order].numpy()))
+    other = Samples(columns.numpy(), against.labels[columns].numpy())
+    return Inputs(
+        data.inputs(order), Samples(order.numpy(), data.labels[order].numpy(), other), against.inputs(columns)
+    )
 
 
 def _probe(data: Dataset) -> Tensor:
@@ -258,17 +291,6 @@ def require_writable(out: Path) -> None:
         )
 
 
-def _new_plan(network: Network, kernel: KernelRequest, num_samples: int, budget: Budget) -> Plan:
-    grid = make_grid(num_samples, network.profile.num_outputs, kernel.tile_side)
-    return make_plan(
-        network.profile,
-        grid,
-        precision=kernel.precision,
-        budget=budget,
-        environment=engine.environment(network.device),
-    )
-
-
 def require_disk(place: Place, missing_bytes: int) -> None:
     """Refuse what the disk has no room for.
 
@@ -285,49 +307,28 @@ def require_disk(place: Place, missing_bytes: int) -> None:
 
 
 def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
-    """Train and compute what is missing, and describe the finished kernel."""
+    """Train and compute what is missing, certify it, and describe the finished kernel."""
     started = time.monotonic()
     checkpoint, _ = run_training(job.training, job.data, job.place, (job.model, job.recipe), report)
     checkpoints.load_state(job.model, checkpoint)
-    x = job.data.inputs(job.order)
-    labels = job.data.labels[job.order]
-    identity = {
-        "parameters": parameter_fingerprint(job.model),
-        "samples": array_fingerprint(x, labels, job.order),
-        "precision": job.kernel.precision,
-        "tile_side": make_grid(len(job.order), job.plan.grid.num_outputs, job.kernel.tile_side).side,
-        "dtypes": list(job.kernel.dtypes),
-        "layout": job.layout,
-    }
+    spec, inputs = job.kernel.spec, job.inputs
     with write_lock(job.store_path):
-        network = prepare(job.model, _probe(job.data), policy(job.kernel.precision), job.place.device)
-        store = _open_or_create(job, network, identity, _provenance(job, checkpoint))
+        network, plan_anew = ready(job.model, _probe(job.data), spec, inputs.counts, job.place.device)
+        identity = identity_of(job.model, inputs, spec, network)
+        provenance = _provenance(job, checkpoint)
+        store = open_or_create(job.store_path, spec, identity, inputs, provenance, plan_anew)
         if not store.is_complete:
             cached_blocks = store.manifest.plan.cached_blocks(job.budget)
-            engine.run(network, x, store, cached_blocks=cached_blocks, report=report)
+            forget_certificate(store)
+            engine.run(network, inputs.all, store, cached_blocks=cached_blocks, report=report)
+        if spec.certify and store.manifest.certificate is None:
+            add_certificate(store, job.model, inputs, report=report)
     return describe(store) | {
+        "suspicion": suspicion(store),
         "checkpoint": str(job.checkpoint_path),
         "train_accuracy": checkpoint.train_accuracy,
         "seconds": round(time.monotonic() - started, 3),
     }
-
-
-def _open_or_create(
-    job: Job, network: Network, identity: Mapping[str, Any], provenance: Mapping[str, Any]
-) -> KernelStore:
-    """Open the store to continue it, or create it with the plan for the network as it is after training."""
-    path, samples = job.store_path, Samples(job.order.numpy(), job.data.labels[job.order].numpy())
-    if not path.exists():
-        plan = _new_plan(network, job.kernel, len(job.order), job.budget)
-        manifest = Manifest(identity, provenance, plan, job.kernel.dtypes, job.layout)
-        return create_store(path, manifest, samples)
-    store = open_store(path, mode="r+")
-    check_identity(path, store.manifest, identity)
-    store.repair(samples)
-    if job.kernel.replan and not store.is_complete:  # the tiles that are there stay, within the stated bound
-        plan = _new_plan(network, job.kernel, len(job.order), job.budget)
-        store.set_manifest(dataclasses.replace(store.manifest, plan=plan, replanned=store.manifest.replanned + 1))
-    return store
 
 
 def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -339,6 +340,8 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         "width": job.training.width,
         "subsample": job.kernel.subsample,
         "shuffle_seed": job.kernel.shuffle_seed,
+        "against": job.kernel.against,
+        "against_subsample": job.kernel.against_subsample,
         "epochs": checkpoint.epoch,
         "train_accuracy": checkpoint.train_accuracy,
         "train_loss": checkpoint.train_loss,
@@ -348,22 +351,27 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def project(job: Job) -> dict[str, Any]:
-    """Say what a job would do, as plain values."""
+def project(job: Job, *, explained: bool = False) -> dict[str, Any]:
+    """Say what a job would do, as plain values; explained, part by part too."""
     plan, path = job.plan, job.store_path
     cached_blocks = plan.cached_blocks(job.budget)
     store = open_store(path) if path.exists() else None
     tiles = list(plan.grid.tiles()) if store is None else store.missing_tiles()
-    diagonal = list(range(plan.grid.num_blocks)) if store is None else store.missing_blocks()
+    diagonal = list(range(plan.num_sides)) if store is None else store.missing_blocks()
+    work = Work.of(plan, tiles, cached_blocks, diagonal)
+    parts = {"parts": [dataclasses.asdict(part) for part in explain(plan, work)]} if explained else {}
     return {
         "store": str(path),
         "model": job.training.model,
         "dataset": job.data.name,
         "num_samples": plan.grid.num_samples,
+        "num_col_samples": plan.grid.num_col_samples,
         "num_outputs": plan.grid.num_outputs,
         "num_params": plan.profile.num_params,
         "rows": plan.grid.num_rows,
-        "dtypes": list(job.kernel.dtypes),
+        "cols": plan.grid.num_cols,
+        "output": job.kernel.spec.output,
+        "dtypes": list(job.kernel.spec.dtypes),
         "layout": job.layout,
         "tile_side": plan.grid.side,
         "tiles": plan.grid.num_tiles,
@@ -371,5 +379,8 @@ def project(job: Job) -> dict[str, Any]:
         "disk_bytes": job.disk_bytes,
         "projected_bytes": plan.projected_bytes(cached_blocks),
         "projected_flops": plan.projected_flops(tiles, cached_blocks, diagonal),
-        "factor_samples": count_factor_samples(plan, tiles, cached_blocks, diagonal),
+        "factor_samples": work.factor_samples,
+        "precision": plan.precision,
+        "product_route": plan.jacobian.rates.route,
+        **parts,
     }

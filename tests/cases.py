@@ -25,7 +25,7 @@ from ntkgen.jacobian.reference import reference_ntk
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.plan import Budget, Plan, make_plan
+from ntkgen.kernel.plan import Budget, Choices, Plan, make_plan
 from ntkgen.kernel.store import KernelStore, create_store, open_store
 from ntkgen.kernel.tiles import make_grid
 from ntkgen.lock import write_lock
@@ -178,6 +178,15 @@ def convolutional(layer: nn.Module, channels: int, size: int, *, outputs: int = 
     return Case(nn.Sequential(*body, nn.Linear(body(x).shape[1], outputs)), x)
 
 
+def classifier(layer: nn.Module, x: Tensor, fallback: tuple[str, ...] = ()) -> Case:
+    """One layer of any kind below a linear one of two outputs, its parameters moved from where they start."""
+    with torch.no_grad():
+        for param in layer.parameters():
+            param.add_(0.3 * torch.randn_like(param))
+        body = nn.Sequential(layer, nn.Tanh(), nn.Flatten())
+        return Case(nn.Sequential(*body, nn.Linear(body(x).shape[1], 2)), x, fallback)
+
+
 @case
 def conv() -> Case:
     x = torch.randn(4, 2, 6, 6)
@@ -250,8 +259,38 @@ def conv_same_reflect() -> Case:
 
 @case
 def conv1d() -> Case:
-    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(16, 2))
-    return Case(model, torch.randn(4, 2, 6), ("0.weight", "0.bias"))
+    return classifier(nn.Conv1d(4, 6, 3, groups=2, stride=2, dilation=2, padding=1), torch.randn(4, 4, 7))
+
+
+@case
+def conv1d_depthwise_reflect() -> Case:
+    return classifier(nn.Conv1d(3, 6, 4, groups=3, padding=2, padding_mode="reflect"), torch.randn(4, 3, 5))
+
+
+@case
+def conv1d_same_circular() -> Case:
+    layer = nn.Conv1d(2, 3, 4, padding="same", padding_mode="circular", bias=False)
+    return classifier(layer, torch.randn(4, 2, 5))
+
+
+@case
+def conv3d() -> Case:
+    layer = nn.Conv3d(2, 2, (2, 1, 3), stride=(1, 2, 1), dilation=(1, 1, 2), padding=(1, 0, 2))
+    return classifier(layer, torch.randn(3, 2, 2, 3, 3))
+
+
+@case
+def conv3d_same_replicate() -> Case:
+    layer = nn.Conv3d(2, 4, (2, 3, 1), groups=2, padding="same", padding_mode="replicate")
+    return classifier(layer, torch.randn(3, 2, 2, 2, 3))
+
+
+@case
+def conv_changed_after_it_was_built() -> Case:
+    """Stride, padding and dilation as dilated backbones have them: torch reads them when it is called."""
+    layer = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+    layer.stride, layer.padding, layer.dilation = (1, 1), (2, 2), (2, 2)
+    return classifier(layer, torch.randn(4, 2, 4, 4))
 
 
 @case
@@ -312,21 +351,78 @@ def batch_norm_weight_frozen() -> Case:
 
 
 @case
+def batch_norm_synchronised() -> Case:
+    """What distributed training leaves behind; in evaluation mode a batch norm like any other."""
+    x = torch.randn(4, 2, 3) + 1
+    model = settle(nn.Sequential(nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 2)), x)
+    return Case(nn.SyncBatchNorm.convert_sync_batchnorm(model), x)
+
+
+@case
 def layer_norm() -> Case:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 2))
-    return Case(model, torch.randn(4, 4), ("1.weight", "1.bias"))
+    return Case(settle(model, torch.randn(4, 4)), torch.randn(4, 4))
+
+
+@case
+def layer_norm_of_positions() -> Case:
+    return classifier(nn.LayerNorm(3, eps=1e-2, bias=False), torch.randn(4, 2, 3, 3) + 1)
+
+
+@case
+def layer_norm_of_two_axes() -> Case:
+    return classifier(nn.LayerNorm((2, 3)), torch.randn(4, 3, 2, 3) * 2)
+
+
+@case
+def rms_norm() -> Case:
+    return classifier(nn.RMSNorm(4), torch.randn(4, 3, 4) + 1)
+
+
+@case
+def rms_norm_of_two_axes() -> Case:
+    return classifier(nn.RMSNorm((3, 2), eps=0.1), torch.randn(4, 3, 2))
 
 
 @case
 def group_norm() -> Case:
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(36, 2))
-    return Case(model, torch.randn(3, 2, 5, 5), ("1.weight", "1.bias"))
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4, eps=1e-2), nn.Flatten(), nn.Linear(36, 2))
+    return Case(settle(model, torch.randn(3, 2, 5, 5)), torch.randn(3, 2, 5, 5))
+
+
+@case
+def group_norm_of_vectors() -> Case:
+    return classifier(nn.GroupNorm(2, 6), torch.randn(4, 6))
+
+
+@case
+def instance_norm() -> Case:
+    return classifier(nn.InstanceNorm2d(3, affine=True), torch.randn(4, 3, 2, 3) + 1)
+
+
+@case
+def instance_norm_by_running_statistics() -> Case:
+    x = torch.randn(4, 3, 4) * 2 + 1
+    norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+    return Case(settle(nn.Sequential(norm, nn.Tanh(), nn.Flatten(), nn.Linear(12, 2)), x), x)
+
+
+@case
+def instance_norm_3d() -> Case:
+    return classifier(nn.InstanceNorm3d(2, affine=True, eps=1e-2), torch.randn(3, 2, 2, 2, 2))
 
 
 @case
 def weight_norm() -> Case:
     model = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.ReLU(), nn.Linear(6, 2))
     return Case(model, torch.randn(4, 4), parameters_of(model, "0."))
+
+
+@case
+def spectral_norm() -> Case:
+    """A parametrized weight is computed, not a parameter; the bias is one, of a type that has no rule."""
+    layer = parametrizations.spectral_norm(nn.Conv1d(2, 3, 2))
+    return classifier(layer, torch.randn(4, 2, 4), ("0.bias", "0.parametrizations.weight.original"))
 
 
 # in place -------------------------------------------------------------------------------------------------------------
@@ -362,6 +458,23 @@ def residual_in_place() -> Case:
     model = Call(forward, stem=nn.Conv2d(2, 3, 3), shortcut=nn.Conv2d(3, 4, 1), head=nn.Linear(4, 3))
     model.conv1, model.conv2 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
     model.norm1, model.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    return Case(settle(model, x), x)
+
+
+@case
+def residual_with_shortcut() -> Case:
+    """A pre-activation block whose shortcut is a strided 1 × 1 convolution of the same activation."""
+    x = torch.randn(4, 2, 4, 4)
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.stem(x)))
+        out = self.conv2(F.relu(self.norm2(self.conv1(h)))) + self.shortcut(h)
+        return self.head(out.mean((2, 3)))
+
+    model = Call(forward, stem=nn.Conv2d(2, 3, 3, padding=1, bias=False), head=nn.Linear(4, 2))
+    model.shortcut = nn.Conv2d(3, 4, 1, stride=2, bias=False)
+    model.conv1, model.conv2 = nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    model.norm1, model.norm2 = nn.BatchNorm2d(3), nn.BatchNorm2d(4)
     return Case(settle(model, x), x)
 
 
@@ -406,6 +519,27 @@ def one_module_under_two_names() -> Case:
     model = Call(lambda self, x: self.out(self.second(torch.tanh(self.first(x)))), first=nn.Linear(4, 4))
     model.second, model.out = model.first, nn.Linear(4, 2)
     return Case(model, torch.randn(4, 4))
+
+
+@case
+def reused_norm() -> Case:
+    """One norm at two depths, as networks do that are applied to their own output."""
+    model = Call(lambda self, x: self.out(self.norm(torch.tanh(self.fc(self.norm(x))))), fc=nn.Linear(4, 4))
+    model.norm, model.out = nn.LayerNorm(4), nn.Linear(4, 2)
+    return Case(model, torch.randn(4, 4) + 1)
+
+
+@case
+def queries_keys_and_values() -> Case:
+    """Three linear layers of one input, mixed by attention; with two heads as two batches of matrices."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        q, k, v = (part(x).unflatten(-1, (2, 2)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = F.softmax(q @ k.mT, dim=-1) @ v
+        return self.out(x + mixed.transpose(1, 2).flatten(2)).mean(1)
+
+    model = Call(forward, q=nn.Linear(4, 4), k=nn.Linear(4, 4, bias=False), v=nn.Linear(4, 4), out=nn.Linear(4, 2))
+    return Case(model, torch.randn(3, 5, 4))
 
 
 # frozen and unused ----------------------------------------------------------------------------------------------------
@@ -477,6 +611,104 @@ def detached_branch() -> Case:
     return Case(model, torch.randn(4, 4))
 
 
+# tokens ---------------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(vocabulary: int, samples: int, length: int) -> Tensor:
+    """Draw token ids of which the first sample repeats some: their gradients add up."""
+    ids = torch.randint(0, vocabulary, (samples, length))
+    ids[0, -1] = ids[0, 0]
+    return ids
+
+
+@case
+def embedding() -> Case:
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2))
+    return Case(model, torch.randint(0, 7, (4, 4)))
+
+
+@case
+def embedding_of_repeated_and_padding_tokens() -> Case:
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Flatten(), nn.Tanh(), nn.Linear(15, 2))
+    return Case(model, torch.tensor([[0, 2, 2, 1, 1], [4, 4, 4, 4, 1], [3, 2, 0, 4, 2], [1, 1, 1, 1, 1]]))
+
+
+@case
+def embedding_scaled_by_frequency() -> Case:
+    """Autograd scales by how often a token occurs in a sample: a repeated one, which the first two samples lack."""
+    model = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2))
+    return Case(model, torch.tensor([[0, 1, 2, 3], [2, 3, 4, 0], [3, 3, 3, 3]]), ("0.weight",))
+
+
+@case
+def embedding_of_limited_norm() -> Case:
+    """The table changes as it is read: in the copy, not in the user's."""
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Tanh(), nn.Linear(6, 2))
+    return Case(model, tokens_of(5, 3, 2), ("0.weight",))
+
+
+@case
+def embedding_used_twice() -> Case:
+    """One table for both halves of a sample, as one token each."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.embed(x[:, 0])) * self.embed(x[:, 1]))
+
+    return Case(Call(forward, embed=nn.Embedding(4, 3), out=nn.Linear(3, 2)), tokens_of(4, 4, 2))
+
+
+@case
+def embedding_of_positions() -> Case:
+    """Two positions, as many as samples in the coverage check: only the values tell that axis 0 is not samples."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.tokens(x) + self.positions(torch.arange(2, device=x.device))).flatten(1))
+
+    model = Call(forward, tokens=nn.Embedding(4, 3), positions=nn.Embedding(2, 3), out=nn.Linear(6, 2))
+    return Case(model, tokens_of(4, 4, 2), ("positions.weight",))
+
+
+@case
+def embedding_tied_to_the_output() -> Case:
+    model = Call(lambda self, x: self.out(self.norm(self.embed(x).tanh().sum(1))), embed=nn.Embedding(5, 3))
+    model.norm, model.out = nn.LayerNorm(3), nn.Linear(3, 5)
+    model.out.weight = model.embed.weight
+    return Case(model, tokens_of(5, 4, 3), ("embed.weight",))
+
+
+@case
+def language_model() -> Case:
+    """A causal transformer that predicts the next token, with the weights of embedding and output tied."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        mask = torch.full((4, 4), float("-inf"), dtype=self.positions.dtype, device=x.device).triu(1)
+        h = self.block(self.embed(x) + self.positions, src_mask=mask)
+        return F.linear(self.norm(h)[:, -1], self.embed.weight)
+
+    block = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, activation="gelu", batch_first=True, norm_first=True)
+    model = Call(forward, embed=nn.Embedding(5, 4), positions=nn.Parameter(torch.randn(4, 4)), block=block)
+    model.norm = nn.LayerNorm(4)
+    return Case(model, tokens_of(5, 3, 4), parameters_of(model, "positions", "embed", "attn"))
+
+
+@case
+def transformer_of_tokens() -> Case:
+    """A classifier with nothing that lacks a rule: one head, an RMS norm, a gated feed-forward layer."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        u = self.norm1(h)
+        h = h + self.mix(F.softmax(self.q(u) @ self.k(u).mT, dim=-1) @ u)
+        u = self.norm2(h)
+        return self.out((h + self.down(F.silu(self.gate(u)) * self.up(u))).mean(1))
+
+    model = Call(forward, embed=nn.Embedding(5, 4), norm1=nn.RMSNorm(4), norm2=nn.RMSNorm(4, eps=1e-3))
+    model.q, model.k, model.mix = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False), nn.Linear(4, 4)
+    model.gate, model.up, model.down = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 4)
+    model.out = nn.Linear(4, 2)
+    return Case(model, tokens_of(5, 3, 4))
+
+
 # without a rule, or against it ----------------------------------------------------------------------------------------
 
 
@@ -531,16 +763,41 @@ def hooked_by_the_user() -> Case:
 
 
 @case
-def embedding() -> Case:
-    model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2))
-    return Case(model, torch.randint(0, 7, (4, 4)), ("0.weight",))
-
-
-@case
 def lstm() -> Case:
     model = Call(lambda self, x: self.out(self.cell(x)[0][:, -1]), cell=nn.LSTM(3, 4, batch_first=True))
     model.out = nn.Linear(4, 2)
     return Case(model, torch.randn(3, 5, 3), parameters_of(model, "cell."))
+
+
+@case
+def gru() -> Case:
+    def forward(self: Call, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[1].transpose(0, 1).flatten(1))  # the last states of both directions
+
+    cell = nn.GRU(2, 3, batch_first=True, bidirectional=True)
+    model = Call(forward, cell=cell, out=nn.Linear(6, 2))
+    return Case(model, torch.randn(3, 3, 2), parameters_of(model, "cell."))
+
+
+@case
+def rnn_of_tokens() -> Case:
+    """A recurrent cell that is called once per token, its states mixed by a layer that is, too."""
+
+    def forward(self: Call, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 3, dtype=self.out.weight.dtype, device=x.device)
+        for token in self.embed(x).unbind(1):
+            state = torch.tanh(self.mix(self.cell(token, state)))
+        return self.out(state)
+
+    model = Call(forward, embed=nn.Embedding(4, 2), cell=nn.RNNCell(2, 3), mix=nn.Linear(3, 3), out=nn.Linear(3, 2))
+    return Case(model, tokens_of(4, 3, 3), parameters_of(model, "cell."))
+
+
+@case
+def rnn() -> Case:
+    model = Call(lambda self, x: self.out(self.cell(x)[0].mean(1)), cell=nn.RNN(2, 3, num_layers=2, batch_first=True))
+    model.out = nn.Linear(3, 2)
+    return Case(model, torch.randn(3, 3, 2), parameters_of(model, "cell."))
 
 
 def attention(*, batch_first: bool) -> Case:
@@ -569,7 +826,21 @@ def transformer() -> Case:
     layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.1, batch_first=True)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     model = Call(lambda self, x: self.out(self.encoder(x).mean(1)), encoder=encoder, out=nn.Linear(4, 2))
-    return Case(model, torch.randn(3, 5, 4), parameters_of(model, "attn", "norm"))
+    return Case(model, torch.randn(3, 5, 4), parameters_of(model, "attn"))
+
+
+@case
+def layer_called_without_samples() -> Case:
+    """A hypernetwork: a layer that is called on a parameter, so that what it returns has no axis of samples."""
+    layers = {"gen": nn.Linear(2, 4), "out": nn.Linear(4, 2)}
+    model = Call(lambda self, x: self.out(x * torch.tanh(self.gen(self.c))), c=nn.Parameter(torch.randn(2)), **layers)
+    return Case(model, torch.randn(3, 4), ("c", "gen.weight", "gen.bias"))
+
+
+@case
+def embedding_sparse() -> Case:
+    model = nn.Sequential(nn.Embedding(7, 3, sparse=True), nn.Flatten(), nn.Linear(12, 2))
+    return Case(model, torch.randint(0, 7, (4, 4)))
 
 
 @case
@@ -650,7 +921,7 @@ def make_job(
     plan = make_plan(
         network.profile,
         make_grid(num_samples, 3, options.get("side", 9)),
-        precision=precision,
+        Choices(precision),
         budget=Budget(1 << 30, 1 << 30),
         environment=engine.environment(CPU, options.get("threads", 1)),
     )
@@ -661,7 +932,8 @@ def make_job(
 
 def cut(plan: Plan, block_samples: int) -> Plan:
     """Cut the tiles of a plan into smaller blocks."""
-    return dataclasses.replace(plan, block_samples=block_samples)
+    sizes = dataclasses.replace(plan.jacobian.sizes, block_samples=block_samples)
+    return dataclasses.replace(plan, jacobian=dataclasses.replace(plan.jacobian, sizes=sizes))
 
 
 def files_of(path: Path) -> dict[str, bytes]:

@@ -1,9 +1,14 @@
 """The switches under which all tests run, and the fixtures that several files share."""
 
+import os
+
 import pytest
 import torch
 from cases import Job, make_job
 from hypothesis import settings
+
+# Plans by the built-in rates, here and in every process that a test starts: what is planned is not what is measured.
+os.environ["NTKGEN_RATES"] = "default"
 
 # The same examples in every run, none of them timed, nothing written into the checkout.
 settings.register_profile("ntkgen", deadline=None, derandomize=True, database=None, max_examples=60)

@@ -1,8 +1,11 @@
-"""Hypothesis strategies: grids of tiles, and the indices that NumPy knows."""
+"""Hypothesis strategies: grids of tiles, layers and devices, and the indices that NumPy knows."""
+
+import dataclasses
 
 import numpy as np
 from hypothesis import strategies as st
 
+from ntkgen.jacobian.cost import LayerShape, Rates, Sizes
 from ntkgen.kernel.tiles import TileGrid
 
 grids = st.builds(
@@ -11,6 +14,43 @@ grids = st.builds(
     st.integers(1, 6),
     st.integers(1, 12),
 )
+
+rectangles = st.builds(
+    lambda rows, columns, outputs, tile: TileGrid(rows, outputs, min(tile, max(rows, columns)), columns),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 12),
+)
+
+
+def layer_shapes(limit: int, groups: int = 64) -> st.SearchStrategy[LayerShape]:
+    """Layers of all sizes up to a limit, some with windows of a few pixels that are moved in steps of one."""
+    size, count = st.integers(1, limit), st.integers(1, groups)
+    plain = st.builds(LayerShape, st.just("layer"), size, size, size, count, passes_back=st.booleans())
+    windowed = st.builds(
+        lambda t, channels, c, q, taps, pixels: LayerShape("layer", t, channels * taps, c, q, taps, pixels),
+        *(size, st.integers(1, max(1, limit // 9)), size, count, st.integers(2, 9), size),
+    )
+    return plain | windowed
+
+
+speeds = st.sampled_from([int(f"{digit}{'0' * zeros}") for digit in (1, 3, 7) for zeros in range(2, 8)])
+rates = st.builds(Rates, st.just("mm"), speeds, speeds, speeds, speeds, speeds)
+
+
+ROOMS = [field.name for field in dataclasses.fields(Sizes) if field.name.endswith("_numbers")]
+
+
+def pieces_of(block: int, batch: int, panel: int, numbers: int) -> Sizes:
+    """Cut the work on a few samples, with room for so many numbers in each intermediate."""
+    return Sizes(block, batch, panel, **dict.fromkeys(ROOMS, numbers))
+
+
+def pieces(samples: int, numbers: int) -> st.SearchStrategy[Sizes]:
+    """Every way to cut the work on a few samples, with room for so many numbers or fewer."""
+    few, room = st.integers(1, samples), st.integers(1, numbers)
+    return st.builds(Sizes, few, few, few, **dict.fromkeys(ROOMS, room))
 
 
 def slices(length: int) -> st.SearchStrategy[slice]:

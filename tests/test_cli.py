@@ -1,15 +1,20 @@
 """The command line: its manners, and that each command calls one function with what was asked for."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 import ntkgen
-from ntkgen import cli, pipeline
+from ntkgen import cli, data, pipeline
+from ntkgen.kernel.compute import KernelSpec
+from ntkgen.kernel.store import KernelStore
 
 FAST = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6", "--tile", "20"]
 
@@ -27,6 +32,25 @@ def run(capsys, tmp_path, monkeypatch):
     return run_command
 
 
+@pytest.fixture
+def split(monkeypatch):
+    """Give the digits a test split: their last hundred."""
+    load = data.load
+
+    def load_split(name, *, data_dir=None, split="train"):
+        if name != "digits":
+            return load(name, data_dir=data_dir, split=split)
+        every = load(name)
+        part = slice(0, 1697) if split == "train" else slice(1697, None)
+        return dataclasses.replace(every, images=every.images[part], labels=every.labels[part])
+
+    monkeypatch.setattr(data, "load", load_split)
+
+
+def the_store(pattern="*"):
+    return next(Path("runs").glob(f"{pattern}.zarr"))
+
+
 def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
 
@@ -34,7 +58,7 @@ def files_below(folder):
 def test_help_names_every_command_and_loads_no_torch():
     script = "import sys; from ntkgen import cli; code = cli.run(['--help']); sys.exit('torch' in sys.modules or code)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert all(f"\n  {name} " in done.stdout for name in ("compute", "train", "info", "models", "datasets"))
+    assert all(f"\n  {name} " in done.stdout for name in ("compute", "train", "info", "verify", "models", "datasets"))
 
 
 def test_a_kernel_from_a_name_to_disk_and_back(run):
@@ -147,6 +171,14 @@ BAD = {
     "data set": (["--models", "lenet", "--dataset", "cifa"], "Did you mean cifar"),
     "dtype": (["--models", "lenet", "--dtype", "flot16"], "Did you mean float16"),
     "precision": (["--models", "lenet", "--precision", "float8"], "Unknown precision"),
+    "tf32 on a CPU": (["--models", "lenet", "--precision", "tf32", "--device", "cpu"], "expected --device cuda"),
+    "output": (["--models", "lenet", "--output", "nonsense"], "Unknown output 'nonsense'"),
+    "output, no number": (["--models", "lenet", "--output", "index:"], "Did you mean index:K"),
+    "output too large": (["--models", "lenet", "--output", "index:99"], "from 0 to 9"),
+    "no test split": (["--models", "lenet", "--against", "test"], "no split 'test'"),
+    "no test split of a file": (["--models", "lenet", "--dataset", "labels.npz", "--against", "test"], "no split"),
+    "against the same": (["--models", "lenet", "--against", "train"], "--against"),
+    "part of nothing": (["--models", "lenet", "--against-subsample", "5"], "expected --against test"),
     "subsample 0": (["--models", "lenet", "--subsample", "0"], "found 0"),
     "subsample negative": (["--models", "lenet", "--subsample", "-4"], "found -4"),
     "subsample too large": (["--models", "lenet", "--subsample", "1798"], "1797"),
@@ -210,7 +242,7 @@ def test_no_room_on_disk_is_found_before_anything_is_written(run, tmp_path, monk
 
 
 def test_an_interruption_exits_130_says_how_to_go_on_and_loses_one_tile(run, monkeypatch):
-    commit, committed = pipeline.KernelStore.commit, []
+    commit, committed = KernelStore.commit, []
 
     def interrupted(self, tile, values):
         if len(committed) == 3:
@@ -219,7 +251,7 @@ def test_an_interruption_exits_130_says_how_to_go_on_and_loses_one_tile(run, mon
         commit(self, tile, values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.KernelStore, "commit", interrupted)
+        patch.setattr(KernelStore, "commit", interrupted)
         code, _, err = run(*FAST)
     assert code == 130
     assert "same command" in err
@@ -235,7 +267,7 @@ def test_a_full_disk_in_the_middle_is_one_line(run, monkeypatch):
     def full(self, tile, values):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline.KernelStore, "commit", full)
+    monkeypatch.setattr(KernelStore, "commit", full)
     code, _, err = run(*FAST)
     assert code == 1
     assert err.startswith("Error: The disk is full.")
@@ -283,10 +315,27 @@ def test_options_reach_the_pipeline(run, monkeypatch):
         "--seed", "4", "--target-accuracy", "80", "--subsample", "9", "--shuffle-seed", "2", "--precision", "float64",
         "--dtype", "float64", "--layout", "upper", "--tile", "30", "--memory", "3GB", "--out", "elsewhere",
     )  # fmt: skip
-    training, kernel, place, _ = asked[0]
+    (training, kernel, place, _, against) = asked[0]
     assert training == pipeline.TrainingRequest("resnet9", 4, 16, 7, 32, 0.3, 80.0)
-    assert kernel == pipeline.KernelRequest(9, 2, "float64", ("float64",), "upper", 30, 3 * 10**9)
+    spec = KernelSpec("full", "float64", ("float64",), "upper", 30, 3 * 10**9)
+    assert kernel == pipeline.KernelRequest(9, 2, spec=spec)
     assert place.out == Path("elsewhere")
+    assert against is None
+
+
+def test_options_of_rectangular_and_mapped_kernels_reach_the_pipeline(run, split, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        pipeline, "plan_job", lambda *args: asked.append(args) or (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    run(
+        "compute", "--models", "lenet", "--output", "index:3", "--against", "test", "--against-subsample", "7",
+        "--precision", "bfloat16", "--dtype", "float32", "--replan", "--no-certify",
+    )  # fmt: skip
+    (_, kernel, _, train, test) = asked[0]
+    spec = KernelSpec("index:3", "bfloat16", ("float32",), replan=True, certify=False)
+    assert kernel == pipeline.KernelRequest(against="test", against_subsample=7, spec=spec)
+    assert (train.num_samples, test.num_samples) == (1697, 100)
 
 
 def test_a_damaged_finished_store_is_put_in_order_by_the_same_command(run):
@@ -381,3 +430,215 @@ def test_networks_of_one_module_instance_do_not_train_each_other(run, tmp_path):
     losses = [json.loads(line)["train_loss"] for line in out.splitlines()]
     assert code == 0
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # both began from the same network
+
+
+# rectangular kernels and output maps ----------------------------------------------------------------------------------
+
+RECTANGULAR = [*FAST, "--against", "test", "--against-subsample", "4"]
+
+
+def test_a_rectangular_kernel_from_the_command_to_its_page(run, split):
+    code, out, err = run(*RECTANGULAR)
+    assert (code, err) == (0, "")
+    assert "the kernel of 6 samples against 4 × 10 outputs is complete" in out
+    assert "no singular value is off by more than" in out
+    store = the_store()
+    assert store.name == "logistic-digits-untrained-seed0-n6-test4.zarr"
+    assert ntkgen.open(store).array.shape == (60, 40)
+    _, page, _ = run("info", store)
+    assert "6 samples against 4 of its test split" in page
+    assert "J Jᵀ, 60 × 40" in page
+    assert run("verify", store, "--certify", "-q")[0] == 0
+
+
+def test_one_triangle_and_too_few_columns_of_a_rectangular_kernel_are_refused(run, split, tmp_path):
+    for change in (["--layout", "upper"], ["--against-subsample", "0"], ["--against-subsample", "101"]):
+        code, out, err = run(*RECTANGULAR, *change)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert files_below(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("output", "shape", "name", "meaning"),
+    [
+        ("sum", (6, 6), "sum", "the sum of the outputs"),
+        ("centered", (54, 54), "centered", "the contrasts"),
+        ("index:3", (6, 6), "index3", "this output alone"),
+        ("trace", (6, 6), "trace", "the trace"),
+        ("diagonal", (6, 6), "diagonal", "the diagonal"),
+    ],
+)
+def test_kernels_of_output_maps(run, output, shape, name, meaning):
+    code, out, _ = run(*FAST[:-2], "--output", output, "--dtype", "float32")
+    assert code == 0
+    assert f"{shape[0]} × {shape[1]}, output {output}" in out
+    store = the_store(f"*-{name}")
+    assert ntkgen.open(store).kernel(output=3 if output == "diagonal" else None).shape == shape
+    page = run("info", store)[1]
+    assert f"{output}: {meaning}" in page
+    assert f"by {3 if output in {'trace', 'diagonal'} else 10} probes" in page
+    assert f"no eigenvalue{' of a matrix' if output == 'diagonal' else ''} is off" in page
+
+
+def test_a_kernel_against_published_test_images(run):
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not (folder / "MNIST").exists():
+        pytest.skip("there is no MNIST here")
+    options = ["--dataset", "mnist", "--data-dir", folder, "--against", "test", "--against-subsample", "3"]
+    assert run("compute", "--models", "logistic", "--epochs", "0", "--subsample", "4", *options)[0] == 0
+    assert run("verify", the_store(), "--certify", "--data-dir", folder)[0] == 0
+
+
+# certificates ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_kernel_is_certified_and_pages_say_what_that_means(run):
+    result = json.loads(run(*FAST, "--json")[1])
+    assert result["suspicion"] is None
+    assert [error["dtype"] for error in result["certificate"]["errors"]] == ["float16", "float32"]
+    assert "seconds" not in result["certificate"]
+    page = run("info", the_store())[1]
+    bound = result["certificate"]["errors"][1]["bound"]
+    assert f"‖E‖_F ≤ {bound:.3g} with 95 % confidence" in page
+    assert "by 10 probes and 16 pairs of samples, seed 0" in page
+    assert "no eigenvalue is off by more than the bound on ‖E‖_F" in page
+    assert "in float16  0 computed entries with fewer bits" in page
+    assert f"{bound:.3g} in float32" in run(*FAST)[1]
+
+
+def test_a_store_without_a_certificate_gets_one_by_the_same_command(run):
+    run(*FAST)
+    store = the_store()
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    run(*FAST, "--no-certify", "--out", "plain")
+    plain = Path("plain") / store.name
+    assert "none yet" in run("info", plain)[1]
+    assert run(*FAST, "--out", "plain")[0] == 0
+    assert (plain / "zarr.json").read_bytes() == before[store / "zarr.json"]
+    assert run(*FAST, "--no-certify")[0] == 0  # and keeps one that is there
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def wrong_tiles(monkeypatch):
+    """Make the second tile of a row wrong, as a damaged memory would."""
+    commit = KernelStore.commit
+
+    def spoilt(self, tile, values):
+        commit(self, tile, values * (1.5 if (tile.row, tile.col) == (0, 1) else 1))
+
+    monkeypatch.setattr(KernelStore, "commit", spoilt)
+
+
+def test_a_suspicious_kernel_is_stored_and_said_to_be_so_with_exit_code_1(run, monkeypatch):
+    wrong_tiles(monkeypatch)
+    many = [*FAST[:-4], "--subsample", "10", "--tile", "20"]
+    code, out, err = run(*many, "--json")
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith("Error: The kernel at runs/")
+    assert "(0, 1)" in err
+    result = json.loads(out)
+    assert (result["status"], result["tiles_missing"]) == ("complete", 0)
+    assert [0, 1] in result["suspicious_tiles"]["float32"][:3]
+    assert "SUSPICIOUS rows of blocks 0, 1" in run("info", the_store())[1]
+    assert run("verify", the_store())[0] == 0  # every file is what was written
+    assert run("verify", the_store(), "--certify")[0] == 1
+
+
+def test_what_is_computed_more_precisely_than_stored_is_said_once(run):
+    careful = [*FAST, "--precision", "float64-accumulate"]
+    code, _, err = run(*careful, "--models", "logistic", "lenet", "--no-certify")
+    assert code == 0
+    assert err.count("Warning") == err.count("\n") == 1
+    assert "error floor of about 1e-7" in err
+    assert "--dtype float64" in err
+    assert "with an error floor of about 1e-7" in run("info", the_store("logistic*"))[1]
+    assert run(*careful, "--dtype", "float64", "float32", "--out", "other")[2] == ""
+    assert run(*careful, "--dtype", "float16", "--dry-run", "--out", "half")[2].count("5e-4") == 1
+    page = run("info", next(Path("other").glob("*.zarr")))[1]
+    assert "error floor" not in page
+
+
+# verify ---------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_reads_every_file_and_says_what_a_store_holds(run):
+    run(*FAST)
+    code, out, err = run("verify", the_store())
+    assert (code, err) == (0, "")
+    assert "every file of ntk_float16, ntk_float32 is whole, 60 × 60" in out
+    result = json.loads(run("verify", the_store(), "--json")[1])
+    assert (result["is_whole"], result["damage"]) == (True, [])
+
+
+def test_verify_names_what_is_damaged_and_missing_and_what_to_do(run):
+    run(*FAST)
+    store = the_store()
+    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    (store / "ntk_float16/c/0/1").unlink()
+    flipped = bytearray(before[store / "ntk_float32/c/1/2"])
+    flipped[7] ^= 1
+    (store / "ntk_float32/c/1/2").write_bytes(flipped)
+    (store / "ntk_float32/c/2/2").write_bytes(before[store / "ntk_float32/c/2/2"][:-1])
+    code, out, err = run("verify", store, "--certify", "--json")
+    assert (code, err.count("\n")) == (1, 1)
+    assert {each["file"]: each["problem"] for each in json.loads(out)["damage"]} == {
+        "ntk_float16/c/0/1": "missing",
+        "ntk_float32/c/1/2": "damaged",
+        "ntk_float32/c/2/2": "cut short",
+    }
+    assert "remove ntk_float32/c/1/2, then run the same `ntkgen compute`" in err
+    assert "damaged     ntk_float32/c/1/2" in run("verify", store)[1]
+    (store / "ntk_float32/c/1/2").unlink()
+    assert run(*FAST)[0] == 0
+    assert run("verify", store)[0] == 0
+    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+
+
+def test_verify_of_several_stores_reads_all_of_them(run):
+    run(*FAST)
+    run(*FAST[:-2], "--subsample", "4")
+    first, second = sorted(Path("runs").glob("*.zarr"))
+    (first / "ntk_float32/c/0/0").unlink()
+    code, out, err = run("verify", first, second)
+    assert (code, err.count("\n")) == (1, 1)
+    assert re.findall(r"^runs/.*", out, re.MULTILINE) == [str(first), str(second)]
+    assert run("verify", "nothing.zarr")[0] == 2
+
+
+def test_verify_certifies_anew_with_other_probes(run):
+    run(*FAST)
+    store = the_store()
+    before = (store / "zarr.json").read_bytes()
+    options = ["--certify", "--probes", "3", "--pairs", "2", "--seed", "5", "--json"]
+    result = json.loads(run("verify", store, *options)[1])
+    found = result["certificate"]
+    assert (found["num_probes"], found["num_pairs"], found["seed"]) == (3, 2, 5)
+    assert ntkgen.open(store).manifest.certificate == found
+    assert run("verify", store, "--certify")[0] == 0
+    assert (store / "zarr.json").read_bytes() == before
+    run(*FAST[:-2], "--output", "trace")
+    certificate = (the_store("*-trace") / "zarr.json").read_bytes()
+    assert run("verify", the_store("*-trace"), "--certify")[0] == 0
+    assert (the_store("*-trace") / "zarr.json").read_bytes() == certificate
+    code, _, err = run("verify", store, "--certify", "--probes", "0")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_verify_finds_wrong_numbers_that_have_a_right_checksum(run):
+    run(*FAST[:-4], "--subsample", "10", "--tile", "20")
+    zarr.open_group(the_store(), mode="r+")["ntk_float32"][20:40, 60:80] *= 2
+    assert run("verify", the_store())[0] == 0
+    code, _, err = run("verify", the_store(), "--certify")
+    assert code == 1
+    assert "(1, 3)" in err
+
+
+def test_the_whole_way_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "ntkgen"]
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    computed = subprocess.run([*command, *FAST[:-2], "--output", "centered"], check=False, **options)
+    assert (computed.returncode, computed.stderr) == (0, "")
+    store = next((tmp_path / "runs").glob("*.zarr"))
+    (store / "ntk_float32/c/0/0").unlink()
+    verified = subprocess.run([*command, "verify", store], check=False, **options)
+    assert (verified.returncode, verified.stderr.count("\n")) == (1, 1)

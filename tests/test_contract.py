@@ -1,51 +1,121 @@
 """Every way to multiply factors gives the one kernel; `ntkgen.ntk` against the reference, over all networks."""
 
 import copy
+import dataclasses
+import math
+from collections import Counter
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
 from cases import CASES, CPU, TOLERANCES, Call, every_case, reference_of, relative_error
-from torch.utils.flop_counter import FlopCounterMode
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from strategies import layer_shapes, pieces, pieces_of
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntkgen
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian import contract as contraction
-from ntkgen.jacobian import dense, factors
-from ntkgen.jacobian.contract import contract, exact_diagonal, gram, jacobian_matrix, ordered
-from ntkgen.jacobian.cost import ORDERS, JacobianPlan, LayerPlan, LayerShape, building_macs
-from ntkgen.jacobian.factors import BlockFactors, PairFactor
+from ntkgen.jacobian import dense
+from ntkgen.jacobian.cache import BlockCache
+from ntkgen.jacobian.contract import contract, exact_diagonal, fill_kernel
+from ntkgen.jacobian.cost import (
+    DIAGONAL_NUMBERS,
+    ORDERS,
+    JacobianPlan,
+    LayerPlan,
+    LayerShape,
+    Rates,
+    contraction_numbers,
+    plan_jacobian,
+    product_macs,
+)
+from ntkgen.jacobian.factors import BlockFactors, PairFactor, compute_factors
 from ntkgen.jacobian.network import prepare
-from ntkgen.jacobian.precision import policy
+from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.products import routes
 from ntkgen.jacobian.reference import reference_ntk
+from ntkgen.jacobian.windows import Axis, Windows
+from ntkgen.kernel.tiles import Block
 
 SHAPES = {
     "dense": LayerShape("dense", positions=1, inputs=5, channels=4),
     "convolution": LayerShape("convolution", positions=6, inputs=5, channels=4),
     "groups": LayerShape("groups", positions=4, inputs=3, channels=2, groups=3),
     "depthwise": LayerShape("depthwise", positions=4, inputs=3, channels=1, groups=4),
+    "windows": LayerShape("windows", positions=9, inputs=12, channels=3, groups=2, taps=6, pixels=12),
 }
+WINDOWS = Windows((Axis(3, 3, 3, 1, 1), Axis(4, 3, 2, 1, 0)))  # 3 × 2 windows of 3 × 4 pixels, padded along one axis
+WAYS = [
+    *((name, order, False) for name in SHAPES for order in ORDERS),
+    *(("windows", order, True) for order in ("gram", "ordered")),
+]
+REDUCTIONS = ("none", "trace", "diagonal")
 OUTPUTS, DENSE = 3, 7
+ROOMS = {
+    "one by one": pieces_of(5, 1, 1, 1),
+    "some by some": pieces_of(5, 1, 2, 300),
+    "at once": pieces_of(5, 1, 16, 1 << 20),
+}
 
 
-def plan_of(shape, order, workspace=1 << 20):
-    layer = LayerPlan(shape, order, keeps_rows=False)
-    return JacobianPlan(OUTPUTS, (layer,), DENSE, (), batch_size=1, workspace_numbers=workspace)
+def plan_of(layer, sizes=ROOMS["at once"], reduction="none", precision="float64", num_outputs=OUTPUTS):
+    return JacobianPlan(precision, num_outputs, (layer,), DENSE, (), sizes, reduction=reduction)
 
 
-def random_factors(shape, order, samples, seed):
+def layer_of(name, order, uses_pixels=False):
+    return LayerPlan(SHAPES[name], order, keeps_rows=False, uses_pixels=uses_pixels)
+
+
+def random_factors(layer, samples, seed, num_outputs=OUTPUTS):
+    """Factors as `compute_factors` lays them out, of numbers that no network gives."""
     generator = torch.Generator().manual_seed(seed)
-    q, t = shape.groups, shape.positions
+    shape = layer.shape
 
     def normal(*size):
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
+    kept = (shape.positions, shape.inputs)
+    if layer.uses_pixels:
+        kept = (shape.pixels, shape.inputs // shape.taps)
+    elif layer.order == "explicit":
+        kept = kept[::-1]
     pair = PairFactor(
-        LayerPlan(shape, order, keeps_rows=False),
-        normal(samples, q, t, shape.inputs),
-        normal(samples, OUTPUTS, q, t, shape.channels),
+        layer,
+        normal(samples, shape.groups, *kept),
+        normal(samples, num_outputs, shape.groups, shape.channels, shape.positions),
+        WINDOWS if layer.uses_pixels else None,
     )
-    return BlockFactors(normal(samples, OUTPUTS), normal(samples, OUTPUTS, DENSE), (pair,))
+    return BlockFactors(normal(samples, num_outputs), normal(samples, num_outputs, DENSE), (pair,))
+
+
+def unfolded(windows, pixels):
+    """Copy every window out of its pixels, tap by tap, with zeros outside: (samples, groups, T, k)."""
+    grid = pixels.unflatten(2, [axis.pixels for axis in windows.axes])
+    out = pixels.new_zeros(*pixels.shape[:2], windows_count(windows), pixels.shape[3], windows.taps)
+    positions = product(*(range(axis.positions) for axis in windows.axes))
+    for t, position in enumerate(positions):
+        for d, tap in enumerate(product(*(range(axis.taps) for axis in windows.axes))):
+            where = [
+                i + j * axis.dilation - axis.padding for i, j, axis in zip(position, tap, windows.axes, strict=True)
+            ]
+            if all(0 <= index < axis.pixels for index, axis in zip(where, windows.axes, strict=True)):
+                out[:, :, t, :, d] = grid[(slice(None), slice(None), *where)]
+    return out.flatten(3)
+
+
+def windows_count(windows):
+    return math.prod(axis.positions for axis in windows.axes)
+
+
+def inputs_of(pair):
+    """(samples, groups, T, k), whatever is kept."""
+    if pair.plan.uses_pixels:
+        return unfolded(pair.windows, pair.inputs)
+    return pair.inputs.mT if pair.plan.order == "explicit" else pair.inputs
 
 
 def by_definition(left, right):
@@ -53,44 +123,113 @@ def by_definition(left, right):
     (one,), (other,) = left.pairs, right.pairs
     kernel = torch.einsum("iod,jpd->iojp", left.rows, right.rows)
     kernel = kernel + torch.einsum(
-        "iqtk,jquk,ioqtc,jpquc->iojp", one.inputs, other.inputs, one.cotangents, other.cotangents
+        "iqtk,jquk,ioqct,jpqcu->iojp", inputs_of(one), inputs_of(other), one.cotangents, other.cotangents
     )
     return kernel.flatten(2).flatten(0, 1)
 
 
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-every_order = pytest.mark.parametrize("order", ORDERS)
+def reduced(kernel, num_outputs, reduction):
+    """What a reduction leaves of the blocks of a kernel."""
+    m = num_outputs
+    blocks = kernel.view(len(kernel) // m, m, kernel.shape[1] // m, m)
+    if reduction == "none":
+        return kernel
+    return torch.einsum("iojo->oij" if reduction == "diagonal" else "iojo->ij", blocks)
 
 
-@every_shape
-@every_order
-@pytest.mark.parametrize("workspace", [1, 500, 1 << 20], ids=["pair by pair", "some pairs", "at once"])
-def test_every_order_is_the_definition(shape, order, workspace):
-    left, right = random_factors(shape, order, 5, seed=0), random_factors(shape, order, 4, seed=1)
-    found = contract(left, right, plan_of(shape, order, workspace))
-    assert relative_error(found, by_definition(left, right)) < 1e-14
+every_way = pytest.mark.parametrize(("name", "order", "uses_pixels"), WAYS)
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
+every_reduced_way = pytest.mark.parametrize(  # no ordered contraction is planned where the result is reduced
+    ("name", "order", "uses_pixels", "reduction"),
+    [(*way, reduction) for way in WAYS for reduction in REDUCTIONS if way[1] != "ordered" or reduction == "none"],
+)
+every_room = pytest.mark.parametrize("room", ROOMS)
 
 
-@every_shape
-@every_order
-def test_a_block_with_itself_is_exactly_symmetric(shape, order):
-    block, plan = random_factors(shape, order, 5, seed=0), plan_of(shape, order, workspace=500)
-    found = contract(block, block, plan)
-    assert torch.equal(found, found.T)
-    assert relative_error(found, by_definition(block, block)) < 1e-14
+@every_reduced_way
+@every_room
+def test_every_order_is_the_definition(name, order, uses_pixels, reduction, room):
+    layer = layer_of(name, order, uses_pixels)
+    left, right = random_factors(layer, 5, seed=0), random_factors(layer, 4, seed=1)
+    found = contract(left, right, plan_of(layer, ROOMS[room], reduction))
+    assert relative_error(found, reduced(by_definition(left, right), OUTPUTS, reduction)) < 1e-14
 
 
-@every_shape
-@every_order
-def test_the_exact_diagonal_is_the_diagonal(shape, order):
-    block = random_factors(shape, order, 5, seed=0)
+@every_reduced_way
+@every_room
+def test_a_block_with_itself_is_exactly_symmetric(name, order, uses_pixels, reduction, room):
+    layer = layer_of(name, order, uses_pixels)
+    block = random_factors(layer, 5, seed=0)
+    found = contract(block, block, plan_of(layer, ROOMS[room], reduction))
+    assert torch.equal(found, found.mT)
+    assert relative_error(found, reduced(by_definition(block, block), OUTPUTS, reduction)) < 1e-14
+
+
+@given(
+    layer_shapes(6, groups=2).filter(lambda shape: shape.taps == 1),
+    st.sampled_from(ORDERS),
+    st.sampled_from(REDUCTIONS),
+    pieces(7, 700),
+    st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 4)),
+)
+def test_every_order_is_the_definition_however_the_work_is_cut(shape, order, reduction, sizes, counts):
+    assume(order != "ordered" or reduction == "none")
+    rows, columns, m = counts
+    layer = LayerPlan(shape, order, keeps_rows=False)
+    left, right = random_factors(layer, rows, 0, num_outputs=m), random_factors(layer, columns, 1, num_outputs=m)
+    plan = plan_of(layer, sizes, reduction, num_outputs=m)
+    for other in (left, right):
+        found = contract(left, other, plan)
+        assert relative_error(found, reduced(by_definition(left, other), m, reduction)) < 1e-14
+
+
+@every_reduction
+def test_kept_rows_are_multiplied_some_parameters_at_a_time(reduction):
+    """Never fewer than 512 at a time: of 1500 there are three parts."""
+    layer = layer_of("dense", "gram")
+    blocks = [random_factors(layer, samples, seed=samples) for samples in (4, 3)]
+    generator = torch.Generator().manual_seed(2)
+    left, right = (
+        dataclasses.replace(b, rows=torch.randn(len(b), OUTPUTS, 1500, generator=generator, dtype=torch.float64))
+        for b in blocks
+    )
+    for other in (left, right):
+        found = contract(left, other, plan_of(layer, ROOMS["one by one"], reduction))
+        assert relative_error(found, reduced(by_definition(left, other), OUTPUTS, reduction)) < 1e-14
+
+
+# the diagonal ---------------------------------------------------------------------------------------------------------
+
+
+@every_way
+def test_the_exact_diagonal_is_the_diagonal(name, order, uses_pixels):
+    block = random_factors(layer_of(name, order, uses_pixels), 5, seed=0)
     diagonal = exact_diagonal(block)
     assert diagonal.shape == (5, OUTPUTS)
     assert relative_error(diagonal.flatten(), by_definition(block, block).diagonal()) < 1e-14
 
 
+@every_way
+@pytest.mark.parametrize("room", [1, 100])
+def test_the_exact_diagonal_does_not_depend_on_how_many_outputs_are_made_at_a_time(
+    name, order, uses_pixels, room, monkeypatch
+):
+    block = random_factors(layer_of(name, order, uses_pixels), 5, seed=0)
+    expected = exact_diagonal(block)
+    monkeypatch.setattr(contraction, "DIAGONAL_NUMBERS", room)
+    assert relative_error(exact_diagonal(block), expected) < 1e-14
+
+
+def test_the_exact_diagonal_of_more_positions_than_there_is_room_for():
+    """A picture of 33 × 33 has more pairs of positions than numbers are made at a time: they are made all the same."""
+    positions = math.isqrt(DIAGONAL_NUMBERS) + 1
+    layer = LayerPlan(LayerShape("large", positions, inputs=2, channels=1), "gram", keeps_rows=False)
+    block = random_factors(layer, 1, seed=0, num_outputs=2)
+    assert relative_error(exact_diagonal(block).flatten(), by_definition(block, block).diagonal()) < 1e-12
+
+
 def test_the_exact_diagonal_is_float64_from_float32_factors():
-    block = random_factors(SHAPES["convolution"], "gram", 5, seed=0)
+    block = random_factors(layer_of("convolution", "gram"), 5, seed=0)
     (pair,) = block.pairs
     single = BlockFactors(
         block.logits.float(), block.rows.float(), (PairFactor(pair.plan, pair.inputs.float(), pair.cotangents.float()),)
@@ -104,61 +243,210 @@ def test_the_exact_diagonal_is_float64_from_float32_factors():
     assert exact_diagonal(single).dtype == torch.float64
 
 
-def addmm_flops(_out, left, right, *_args, **_options):
-    """Two per multiply-add; torch counts this for `addmm` and not for `addmm_`."""
-    return 2 * left[0] * left[1] * right[1]
+# what is executed -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["convolution", "groups", "depthwise"])
-@every_order
-def test_as_many_multiply_adds_are_done_as_planned(name, order):
-    shape = SHAPES[name]
-    left, right = random_factors(shape, order, 5, seed=0), random_factors(shape, order, 4, seed=1)
-    plan = plan_of(shape, order)
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
-        contract(left, right, plan)
-    building = building_macs(shape, OUTPUTS) * (5 + 4) if order == "explicit" else 0
-    assert counter.get_total_flops() == 2 * (5 * 4 * plan.pair_macs + building)
+class Executed(TorchDispatchMode):
+    """Counts the multiply-adds of matrix products, and of what is multiplied entry by entry."""
+
+    def __init__(self):
+        super().__init__()
+        self.macs, self.calls = 0, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        name = function.overloadpacket.__name__
+        self.calls[name] += 1
+        if name in {"mm", "bmm"}:
+            self.macs += args[0].numel() * args[1].shape[-1]
+        elif name in {"addmm", "addmm_", "baddbmm", "baddbmm_"}:
+            self.macs += args[1].numel() * args[2].shape[-1]
+        elif name == "_linear_pointwise":
+            self.macs += args[0].numel() * args[1].shape[0]
+        elif name in {"mul", "addcmul", "addcmul_"}:
+            self.macs += result.numel()
+        return result
 
 
-def test_a_block_with_itself_builds_its_rows_once(monkeypatch):
-    built = []
-
-    def counted(a, g):
-        built.append(len(a))
-        return jacobian_matrix(a, g)
-
-    monkeypatch.setattr(contraction, "jacobian_matrix", counted)
-    block = random_factors(SHAPES["convolution"], "explicit", 5, seed=0)
-    contract(block, block, plan_of(SHAPES["convolution"], "explicit"))
-    assert built == [5]
+@every_reduced_way
+@every_room
+@pytest.mark.parametrize("is_diagonal", [True, False])
+def test_as_many_multiply_adds_are_done_as_planned(name, order, uses_pixels, reduction, room, is_diagonal):
+    """On the diagonal only those above the staircase; rows are built for each product, and there only once."""
+    layer = layer_of(name, order, uses_pixels)
+    left, right = random_factors(layer, 5, seed=0), random_factors(layer, 4, seed=1)
+    plan = plan_of(layer, ROOMS[room], reduction)
+    with Executed() as executed:
+        contract(left, left if is_diagonal else right, plan)
+    assert executed.macs == product_macs(plan, 5, 5 if is_diagonal else 4, is_diagonal=is_diagonal)
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_no_intermediate_is_larger_than_the_workspace(order, monkeypatch):
-    shape, limit, made = SHAPES["convolution"], 2000, []
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64-accumulate"])
+def test_as_many_multiply_adds_are_done_in_every_precision(order, precision):
+    layer = layer_of("windows", order, uses_pixels=order != "explicit")
+    plan, dtype = plan_of(layer, precision=precision), policy(precision).factor_dtype
+    blocks = [rounded(random_factors(layer, count, seed=count), dtype) for count in (5, 4)]
+    with exact_arithmetic(CPU), Executed() as executed:
+        contract(*blocks, plan)
+    assert executed.macs == product_macs(plan, 5, 4, is_diagonal=False)
 
-    def product(function):
-        def counted(a1, g1, a2, g2):
-            t, m, c = a1.shape[1], g1.shape[1], g1.shape[3]
-            pairs = len(a1) * len(a2)
-            made.append(pairs * (t * t + (m * m * t * t if function is gram else m * t * c)))
-            return function(a1, g1, a2, g2)
 
-        return counted
+def rounded(block, dtype):
+    """The same factors in another dtype."""
+    pairs = (
+        dataclasses.replace(pair, inputs=pair.inputs.to(dtype), cotangents=pair.cotangents.to(dtype))
+        for pair in block.pairs
+    )
+    return BlockFactors(block.logits.float(), block.rows.to(dtype), tuple(pairs))
 
-    def built(a, g):
-        rows = jacobian_matrix(a, g)
-        made.append(rows.numel())
-        return rows
 
-    for function in (gram, ordered):
-        monkeypatch.setattr(contraction, function.__name__, product(function))
-    monkeypatch.setattr(contraction, "jacobian_matrix", built)
-    left, right = random_factors(shape, order, 9, seed=0), random_factors(shape, order, 7, seed=1)
-    contract(left, right, plan_of(shape, order, limit))
-    assert len(made) > 1
-    assert max(made) <= limit
+@pytest.mark.skipif("onednn" not in routes(CPU), reason="torch was built without oneDNN")
+@every_way
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64-accumulate"])
+def test_the_other_route_is_taken_for_float32_and_gives_the_same_kernel(name, order, uses_pixels, precision):
+    layer = layer_of(name, order, uses_pixels)
+    blocks = [rounded(random_factors(layer, n, seed=n), policy(precision).factor_dtype) for n in (5, 4)]
+    plan = plan_of(layer, precision=precision)
+    other = dataclasses.replace(plan, rates=Rates(route="onednn"))
+    with exact_arithmetic(CPU):
+        expected = contract(*blocks, plan)
+        with Executed() as executed:
+            found = contract(*blocks, other)
+    assert relative_error(found, expected) < 1e-6
+    assert bool(executed.calls["_linear_pointwise"]) == (
+        precision == "float32" or (precision == "bfloat16" and order == "ordered")  # H is never rounded
+    )
+    assert executed.macs == product_macs(plan, 5, 4, is_diagonal=False)
+
+
+class Alive(TorchDispatchMode):
+    """Watches how many numbers are in memory, in tensors that were made meanwhile, after every operation."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.itemsize, self.storages, self.peak = dtype.itemsize, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and not any(shares(result, other) for other in args):
+            storage = result.untyped_storage()
+            self.storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes() // self.itemsize)
+        self.storages = {key: entry for key, entry in self.storages.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(numbers for _, numbers in self.storages.values()))
+        return result
+
+
+def shares(one, other):
+    return isinstance(other, torch.Tensor) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+@every_way
+@pytest.mark.parametrize("panel", [1, 4])
+@pytest.mark.parametrize("numbers", [1, 1_000, 30_000])
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_no_more_numbers_are_alive_than_are_counted(name, order, uses_pixels, panel, numbers, precision):
+    """Beside the result, of which a block with itself has four in the end, when all else is gone."""
+    layer = layer_of(name, order, uses_pixels)
+    plan = plan_of(layer, pieces_of(10, 1, panel, numbers), precision=precision)
+    plan = dataclasses.replace(plan, dense_params=0)  # whose rows would be more than all else
+    chosen = policy(precision)
+    blocks = (rounded(random_factors(layer, 10, seed=seed), chosen.factor_dtype) for seed in (0, 1))
+    left, right = (dataclasses.replace(block, rows=block.rows[..., :0]) for block in blocks)
+    whole = (10 * OUTPUTS) ** 2
+    with exact_arithmetic(CPU):
+        for other in (left, right):
+            with Alive(chosen.accumulate_dtype) as alive:
+                contract(left, other, plan)
+            at_the_end = 4 * whole if other is left else 0
+            assert alive.peak <= max(contraction_numbers(plan) + whole, at_the_end)
+
+
+@pytest.mark.parametrize("numbers", [1, 10_000, 1_000_000])
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_no_more_numbers_are_alive_than_are_counted_for_kept_rows(numbers, precision):
+    chosen = policy(precision)
+    plan = JacobianPlan(precision, OUTPUTS, (), 1500, (), pieces_of(10, 1, 4, numbers))
+    left, right = (
+        BlockFactors(torch.zeros(10, OUTPUTS), torch.zeros(10, OUTPUTS, 1500, dtype=chosen.factor_dtype), ())
+        for _ in range(2)
+    )
+    with exact_arithmetic(CPU), Alive(chosen.accumulate_dtype) as alive:
+        contract(left, right, plan)
+    assert alive.peak <= contraction_numbers(plan) + (10 * OUTPUTS) ** 2
+
+
+# every network, cut in every way --------------------------------------------------------------------------------------
+
+
+@cache
+def network_of(name, precision):
+    case = CASES[name]()
+    return prepare(case.module, case.x, policy(precision)), case.x
+
+
+def plan_case(network, precision, sizes, order=None, reduction="none"):
+    orders = [order] * len(network.profile.layers) if order else ()
+    return plan_jacobian(network.profile, sizes, precision=precision, reduction=reduction, orders=orders)
+
+
+def kernel_of(name, precision, sizes, order=None, reduction="none"):
+    """The kernel of a case, its samples cut into blocks, its layers in one order."""
+    network, x = network_of(name, precision)
+    plan = plan_case(network, precision, sizes, order, reduction)
+    blocks = Block(0, len(x)).pieces(sizes.block_samples)
+    factors = BlockCache(lambda block: compute_factors(network, plan, x[block.start : block.stop]), capacity=2)
+    with exact_arithmetic(CPU):
+        return fill_kernel(blocks, blocks, factors, plan)
+
+
+CUTS = [
+    pieces_of(1, 1, 1, 1),
+    pieces_of(2, 1, 1, 2),
+    pieces_of(3, 2, 2, 3),
+    pieces_of(8, 3, 2, 40),
+    pieces_of(2, 2, 3, 900),
+]
+
+
+@every_case
+@pytest.mark.parametrize("order", [None, *ORDERS])
+def test_slices_of_any_size_give_the_same_kernel(name, order):
+    """With room for one number, or two, or three, every loop over samples, outputs and channels takes single steps."""
+    whole = kernel_of(name, "float32", pieces_of(8, 8, 16, 1 << 22))
+    for sizes in CUTS:
+        found = kernel_of(name, "float32", sizes, order)
+        assert torch.equal(found, found.T)
+        assert (found - whole).abs().max() <= 1e-6 * whole.diagonal().max(), sizes
+
+
+@every_case
+@pytest.mark.parametrize("reduction", ["trace", "diagonal"])
+@pytest.mark.parametrize("order", [None, "explicit", "gram"])
+def test_reductions_are_those_of_the_reference(name, reduction, order):
+    expected = reference_of(name)
+    m = len(expected) // len(network_of(name, "float64")[1])
+    for sizes in (pieces_of(2, 2, 1, 30), pieces_of(8, 8, 16, 1 << 22)):
+        found = kernel_of(name, "float64", sizes, order, reduction)
+        assert torch.equal(found, found.mT)
+        assert relative_error(found, reduced(expected, m, reduction)) < TOLERANCES["float64"]
+
+
+def test_the_ordered_contraction_has_no_reduction_to_be_forced():
+    with pytest.raises(InputError, match="explicit or gram"):
+        kernel_of("conv", "float64", ROOMS["at once"], "ordered", "trace")
+
+
+@every_reduction
+def test_a_rectangle_of_blocks_is_reduced_like_a_square(reduction):
+    network, x = network_of("conv", "float64")
+    plan = plan_case(network, "float64", pieces_of(2, 2, 1, 30), None, reduction)
+    blocks = [Block(0, 1), Block(1, 3)], [Block(2, 4)]
+    factors = BlockCache(lambda block: compute_factors(network, plan, x[block.start : block.stop]), capacity=2)
+    with exact_arithmetic(CPU):
+        found = fill_kernel(*blocks, factors, plan)
+    expected = reference_of("conv")[: 3 * 3, 2 * 3 :]
+    assert relative_error(found, reduced(expected, 3, reduction)) < TOLERANCES["float64"]
 
 
 # ntkgen.ntk against the reference -------------------------------------------------------------------------------------
@@ -170,26 +458,34 @@ def rectangle_of(name):
     return reference_ntk(case.module, *case.halves)
 
 
+# Relative Frobenius error that a policy may have against the reference; of bfloat16, 8 bits in every factor.
+POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], "bfloat16": 2e-2}
+every_precision = pytest.mark.parametrize("precision", ["float64", "float32", "float64-accumulate", "bfloat16"])
+
+
 @every_case
 @pytest.mark.parametrize("order", [None, *ORDERS])
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@every_precision
 def test_equals_the_reference(name, order, precision):
     case = CASES[name]()
-    num_layers = len(prepare(case.module, case.x, policy(precision)).profile.layers)
+    num_layers = len(network_of(name, precision)[0].profile.layers)
     options = {"precision": precision, "orders": [order] * num_layers if order else ()}
     square = ntkgen.ntk(case.module, case.x, **options)
     rectangle = ntkgen.ntk(case.module, *case.halves, **options)
-    assert square.dtype == rectangle.dtype == getattr(torch, precision)
-    assert relative_error(square, reference_of(name)) < TOLERANCES[precision]
-    assert relative_error(rectangle, rectangle_of(name)) < TOLERANCES[precision]
+    assert square.dtype == rectangle.dtype == policy(precision).accumulate_dtype
+    assert torch.equal(square, square.T)
+    assert relative_error(square, reference_of(name)) < POLICY_TOLERANCES[precision]
+    assert relative_error(rectangle, rectangle_of(name)) < POLICY_TOLERANCES[precision]
 
 
-@pytest.mark.parametrize("order", ["gram", "ordered"])
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_forced_order_is_the_one_that_is_used(order, monkeypatch):
     used = []
-    for name in ("gram", "ordered"):
-        original = getattr(contraction, name)
-        monkeypatch.setattr(contraction, name, lambda *args, f=original, n=name: (used.append(n), f(*args))[1])
+    for name in ORDERS:
+        original = getattr(contraction, f"_add_{name}")
+        monkeypatch.setattr(
+            contraction, f"_add_{name}", lambda *args, f=original, n=name: (used.append(n), f(*args))[1]
+        )
     case = CASES["conv"]()
     ntkgen.ntk(case.module, case.x, orders=[order] * 3)
     assert set(used) == {order}
@@ -215,13 +511,13 @@ def test_a_network_that_can_only_be_run_in_float32_is_run_in_float32(what):
 
 
 @every_case
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@every_precision
 def test_is_symmetric_to_the_last_bit_and_positive_semidefinite(name, precision):
     case = CASES[name]()
     K = ntkgen.ntk(case.module, case.x, precision=precision)
     assert torch.equal(K, K.T)
     eigenvalues = torch.linalg.eigvalsh(K.double())
-    assert eigenvalues[0] >= -10 * TOLERANCES[precision] * eigenvalues[-1].abs()
+    assert eigenvalues[0] >= -10 * POLICY_TOLERANCES[precision] * eigenvalues[-1].abs()
 
 
 @every_case
@@ -270,19 +566,19 @@ def test_does_not_depend_on_how_the_work_is_cut(name, monkeypatch):
     whole = ntkgen.ntk(case.module, case.x)
     computed = []
 
-    def compute_factors(network, plan, x):
-        computed.append(len(x))
-        return original(network, plan, x)
+    def compute(network, plan, x):
+        computed.append((len(x), plan.batch_size))
+        return compute_factors(network, plan, x)
 
-    original = factors.compute_factors
-    monkeypatch.setattr(factors, "compute_factors", compute_factors)
-    monkeypatch.setattr(dense, "BLOCK_BYTES", 1)
-    for batch_size, workspace in ((1, 1), (2, 300), (3, 1 << 22)):
+    monkeypatch.setattr(dense, "compute_factors", compute)
+    size = dense.plan_ntk(case.module, case.x).jacobian.factor_bytes
+    for block, batch_size in ((1, 1), (1, 2), (2, 1), (3, 2)):
+        monkeypatch.setattr(dense, "BLOCK_BYTES", block * size)
         monkeypatch.setattr(dense, "BATCH_SIZE", batch_size)
-        monkeypatch.setattr(dense, "WORKSPACE_NUMBERS", workspace)
         computed.clear()
         pieces = ntkgen.ntk(case.module, case.x)
-        assert max(computed) == min(batch_size, len(case.x))
+        assert max(computed)[0] == min(block, len(case.x))
+        assert max(computed)[1] == min(block, batch_size, len(case.x))
         assert torch.equal(pieces, pieces.T)
         assert (pieces - whole).abs().max() <= 1e-6 * whole.diagonal().max()
 

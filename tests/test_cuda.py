@@ -1,4 +1,4 @@
-"""On a CUDA device: the CPU reference's kernels, equal bytes after an interruption, mixed-precision training."""
+"""On a CUDA device: the CPU reference's kernels in every policy, equal bytes after an interruption, training."""
 
 import json
 
@@ -10,6 +10,11 @@ from torch import nn
 
 import ntkgen
 from ntkgen import cli, pipeline
+from ntkgen.jacobian import measure
+from ntkgen.jacobian.cost import ORDERS
+from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy, reduced_products
+from ntkgen.jacobian.products import Products, routes
 from ntkgen.kernel import engine
 
 pytestmark = [
@@ -18,14 +23,69 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+CUDA = torch.device("cuda")
+# TF32 keeps 11 bits of every operand, bfloat16 8.
+POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], "tf32": 4e-3, "bfloat16": 2e-2}
+
+
+@pytest.mark.parametrize("precision", POLICIES)
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_equals_the_reference(name, precision):
     case = CASES[name]()
     kernel = ntkgen.ntk(case.module.to("cuda"), case.x.to("cuda"), precision=precision)
     assert kernel.device.type == "cuda"
-    assert relative_error(kernel.cpu(), reference_of(name)) <= TOLERANCES[precision]
+    assert kernel.dtype == policy(precision).accumulate_dtype
+    assert relative_error(kernel.cpu(), reference_of(name)) <= POLICY_TOLERANCES[precision]
     assert torch.equal(kernel, kernel.T)
+
+
+@pytest.mark.parametrize("precision", POLICIES)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["conv", "conv_groups", "reused_at_two_sizes", "residual_in_place", "transformer"])
+def test_every_order_equals_the_reference(name, order, precision):
+    case = CASES[name]()
+    module, x = case.module.to("cuda"), case.x.to("cuda")
+    orders = [order] * len(prepare(module, x, policy(precision)).profile.layers)
+    kernel = ntkgen.ntk(module, x, precision=precision, orders=orders)
+    assert relative_error(kernel.cpu(), reference_of(name)) <= POLICY_TOLERANCES[precision]
+    assert torch.equal(kernel, kernel.T)
+
+
+@pytest.mark.parametrize("precision", POLICIES)
+def test_products_are_rounded_as_the_policy_says(precision):
+    """Those of TF32 and bfloat16 are less exact than float32, and leave the switch of the process as it was."""
+    chosen = policy(precision)
+    work = Products(chosen, "mm")
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 512, dtype=torch.float64, generator=generator) for n in (256, 128))
+    expected = a @ b.T
+    a, b = (side.to(CUDA, chosen.compute_dtype) for side in (a, b))
+    with exact_arithmetic(CUDA):
+        before = torch.backends.cuda.matmul.fp32_precision
+        rounded = work.rounded(work.operand(a), work.operand(b))
+        exact = work.exact(work.wide(a), work.wide(b))
+        assert torch.backends.cuda.matmul.fp32_precision == before
+    floor = 0 if chosen.rounding == "ieee" else 1e-5
+    assert rounded.dtype == chosen.accumulate_dtype
+    assert floor <= relative_error(rounded.cpu(), expected) < POLICY_TOLERANCES[precision]
+    assert relative_error(exact.cpu(), expected) < 1e-6
+
+
+def test_the_switch_of_reduced_products_is_as_before():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    with reduced_products(CUDA, "tf32"):
+        assert matmul.fp32_precision == "tf32"
+    assert matmul.fp32_precision == before
+    with reduced_products(CUDA, "bf16"):  # its operands are rounded themselves
+        assert matmul.fp32_precision == before
+
+
+def test_the_rates_of_a_device_can_be_measured(monkeypatch):
+    monkeypatch.setattr(measure, "TRIALS", 1)
+    found = measure.measure(CUDA, policy("float32"))
+    assert routes(CUDA) == (found.route,) == ("mm",)
+    assert min(found.product, found.building, found.carrying, found.finishing, found.touching) > 0
 
 
 def test_tf32_is_off_whatever_the_process_has_set():

@@ -1,6 +1,9 @@
 """Running a plan: the same bytes whatever the cache and the order, the process left as it was, refusals."""
 
 import dataclasses
+import errno
+import random
+import threading
 
 import numpy as np
 import pytest
@@ -9,13 +12,17 @@ from cases import CASES, CPU, TOLERANCES, Job, cut, files_of, make_job, relative
 from torch import nn
 
 from ntkgen.errors import DivergedError, InputError, PlanError
-from ntkgen.jacobian.factors import FactorCache
+from ntkgen.jacobian.cache import BlockCache
+from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.reference import reference_ntk
 from ntkgen.kernel import engine
-from ntkgen.kernel.plan import Budget, make_plan
-from ntkgen.kernel.tiles import make_grid
+from ntkgen.kernel.arrays import Samples
+from ntkgen.kernel.manifest import Manifest
+from ntkgen.kernel.plan import Budget, Choices, make_plan
+from ntkgen.kernel.store import KernelStore, create_store, open_store
+from ntkgen.kernel.tiles import Tile, make_grid
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def plan_a_case(name: str, num_samples: int = 5, tile_samples: int = 2) -> Job:
     network = prepare(case.module, x, policy("float32"))
     m = network.profile.num_outputs
     grid, budget = make_grid(num_samples, m, tile_samples * m), Budget(1 << 30, 1 << 30)
-    plan = make_plan(network.profile, grid, precision="float32", budget=budget, environment=engine.environment(CPU, 1))
+    plan = make_plan(network.profile, grid, Choices(), budget=budget, environment=engine.environment(CPU, 1))
     return Job(case.module, x, network, plan)
 
 
@@ -82,27 +89,50 @@ def test_bytes_do_not_depend_on_how_much_is_cached(block_samples, tmp_path):
     assert all(files == found[0] for files in found)
 
 
+@pytest.mark.parametrize("precision", ["float64", "float64-accumulate", "bfloat16"])
+def test_neither_do_they_in_another_precision(precision, tmp_path):
+    job = make_job(precision=precision, block_samples=2)
+    found = []
+    for cached in (2, 4, 10):
+        store = job.run(job.create(tmp_path / f"{cached}.zarr", ("float32", "float64")), cached)
+        found.append(files_of(store.path))
+        assert np.array_equal(store.array[:], store.array[:].T)
+        assert relative_error(store.array[:], job.reference) < (2e-2 if precision == "bfloat16" else 1e-5)
+    assert all(files == found[0] for files in found)
+
+
+def cache_of(job, capacity):
+    def compute(block):
+        return compute_factors(job.network, job.plan.jacobian, job.x[block.start : block.stop])
+
+    return BlockCache(compute, capacity)
+
+
 def test_a_tile_does_not_depend_on_what_was_computed_before(job):
     tiles = list(job.plan.grid.tiles())
     with exact_arithmetic(CPU, threads=1):
-        cache = FactorCache(job.network, job.plan.jacobian, job.x, 3)
+        cache = cache_of(job, 3)
         in_order = {tile: engine.compute_tile(job.plan, tile, cache).tobytes() for tile in tiles}
-        cache = FactorCache(job.network, job.plan.jacobian, job.x, 2)
+        cache = cache_of(job, 2)
         backwards = {tile: engine.compute_tile(job.plan, tile, cache).tobytes() for tile in reversed(tiles)}
-        alone = {
-            tile: engine.compute_tile(job.plan, tile, FactorCache(job.network, job.plan.jacobian, job.x, 2)).tobytes()
-            for tile in tiles
-        }
+        alone = {tile: engine.compute_tile(job.plan, tile, cache_of(job, 2)).tobytes() for tile in tiles}
     assert in_order == backwards == alone
 
 
-def test_a_store_whose_tiles_are_made_in_any_order_has_the_same_bytes(job, tmp_path):
-    job.run(job.create(tmp_path / "k.zarr"))
-    expected = files_of(tmp_path / "k.zarr")
-    for name in ("ntk_float32/c/0/0", "ntk_float16/c/1/4", "ntk_float32/c/4/4", "diagonal/c/2", "logits/c/4/0"):
-        (tmp_path / "k.zarr" / name).unlink()
-    job.resume(tmp_path / "k.zarr")
-    assert files_of(tmp_path / "k.zarr") == expected
+@pytest.mark.parametrize("block_samples", [2, 3])
+def test_a_store_whose_tiles_are_made_in_any_order_has_the_same_bytes(block_samples, tmp_path):
+    """Whichever tiles were there already, and however much of the rest is at hand."""
+    job = make_job(block_samples=block_samples)
+    path = tmp_path / "k.zarr"
+    job.run(job.create(path))
+    expected = files_of(path)
+    chunks = [name for name in expected if "/c/" in name and name.startswith(("ntk_", "diagonal", "logits"))]
+    generator = random.Random(0)
+    for cached in (2, 3, 4, 5, 7, 10):
+        for name in generator.sample(chunks, len(chunks) // 2):
+            (path / name).unlink()
+        job.run(open_store(path, mode="r+"), cached)
+        assert files_of(path) == expected
 
 
 @pytest.mark.parametrize("block_samples", [1, 2])
@@ -128,14 +158,185 @@ def test_every_forced_order_gives_the_same_kernel(tmp_path, double):
         plan = make_plan(
             double.network.profile,
             double.plan.grid,
-            precision="float64",
+            Choices("float64", orders=tuple(orders)),
             budget=Budget(1 << 30, 1 << 30),
             environment=double.plan.environment,
-            orders=orders,
         )
         forced = dataclasses.replace(double, plan=plan)
         store = forced.run(forced.create(tmp_path / f"{order}.zarr", ("float64",)))
         assert relative_error(store.array[:], double.reference) < TOLERANCES["float64"]
+
+
+# other outputs, other columns ---------------------------------------------------------------------------------------
+
+
+def reduced_job(reduction, num_rows, num_columns):
+    """A kernel whose blocks are reduced, and whose columns may be other samples: make_job has neither."""
+    job = make_job(num_rows + (num_columns or 0), precision="float64")
+    rows, planes = {"none": (3, 1), "trace": (1, 1), "diagonal": (1, 3)}[reduction]
+    grid = make_grid(num_rows, rows, 3 * rows, num_col_samples=num_columns, num_planes=planes)
+    choices = Choices("float64", reduction=reduction)
+    plan = make_plan(
+        job.network.profile, grid, choices, budget=Budget(1 << 30, 1 << 30), environment=job.plan.environment
+    )
+    return dataclasses.replace(job, plan=plan)
+
+
+def create(job, path):
+    def samples(count, against=None):
+        return Samples(np.arange(count), np.zeros(count, np.int64), against)
+
+    grid = job.plan.grid
+    columns = None if grid.is_symmetric else samples(grid.num_col_samples)
+    manifest = Manifest({"network": "3f2a"}, {}, job.plan, ("float64",), "upper" if columns is None else "full")
+    return create_store(path, manifest, samples(grid.num_samples, columns))
+
+
+@pytest.mark.parametrize("reduction", ["none", "trace", "diagonal"])
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(8, None), (8, 5), (2, 7)])
+@pytest.mark.parametrize("block_samples", [2, 3])
+def test_reduced_and_rectangular_kernels_are_those_of_the_reference(
+    reduction, num_rows, num_columns, block_samples, tmp_path
+):
+    job = reduced_job(reduction, num_rows, num_columns)
+    job = dataclasses.replace(job, plan=cut(job.plan, block_samples))
+    whole = job.reference.reshape(len(job.x), 3, len(job.x), 3)
+    block = whole[:num_rows, :, :num_rows] if num_columns is None else whole[:num_rows, :, num_rows:]
+    expected = {
+        "none": block.reshape(block.shape[0] * 3, -1)[None],
+        "trace": np.einsum("iojo->ij", block)[None],
+        "diagonal": np.einsum("iojo->oij", block),
+    }[reduction]
+    found = []
+    for cached in (2, 4, 20):
+        store = job.run(create(job, tmp_path / f"{cached}.zarr"), cached)
+        found.append(files_of(store.path))
+        outputs = range(3) if reduction == "diagonal" else [None]
+        for output, plane in zip(outputs, expected, strict=True):
+            assert relative_error(store.kernel(output=output)[:], plane) < TOLERANCES["float64"]
+    assert all(files == found[0] for files in found)
+
+
+# the writer in the background ---------------------------------------------------------------------------------------
+
+
+def test_a_tile_is_written_while_the_next_is_computed(job, tmp_path, monkeypatch):
+    commit, compute_tile, writing = KernelStore.commit, engine.compute_tile, threading.Event()
+
+    def slow(self, tile, values):
+        assert threading.current_thread() is not threading.main_thread()
+        if tile == Tile(0, 0):
+            assert writing.wait(timeout=60)  # until the next one is being computed
+        commit(self, tile, values)
+
+    def computed(plan, tile, factors):
+        if tile != Tile(0, 0):
+            writing.set()
+        return compute_tile(plan, tile, factors)
+
+    monkeypatch.setattr(KernelStore, "commit", slow)
+    monkeypatch.setattr(engine, "compute_tile", computed)
+    assert job.run(job.create(tmp_path / "k.zarr")).is_complete
+
+
+def test_one_tile_is_written_at_a_time_and_in_the_order_of_computation(job, tmp_path, monkeypatch):
+    commit, computed, written, at_once = KernelStore.commit, [], [], []
+
+    def watched(self, tile, values):
+        at_once.append(tile)
+        assert len(at_once) == 1
+        assert len(computed) - len(written) <= 2  # one is on its way, one is being computed or waits
+        commit(self, tile, values)
+        written.append(at_once.pop())
+
+    compute_tile = engine.compute_tile
+
+    def counted(plan, tile, factors):
+        computed.append(tile)
+        return compute_tile(plan, tile, factors)
+
+    monkeypatch.setattr(KernelStore, "commit", watched)
+    monkeypatch.setattr(engine, "compute_tile", counted)
+    job.run(job.create(tmp_path / "k.zarr"))
+    assert written == computed
+    assert len(written) == 15
+
+
+FAILURES = {
+    "diverged": DivergedError("an entry is not finite"),
+    "disk full": OSError(errno.ENOSPC, "No space left on device"),
+    "interrupted": KeyboardInterrupt(),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+@pytest.mark.parametrize("count", [0, 1, 7, 14])
+def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(job, what, count, tmp_path, monkeypatch):
+    """Of the first tile, of one among others, and of the last, after which nothing is committed any more."""
+    job.run(job.create(tmp_path / "straight.zarr"))
+    store, commit, written = job.create(tmp_path / "k.zarr"), KernelStore.commit, []
+
+    def failing(self, tile, values):
+        if len(written) == count:
+            raise FAILURES[what]
+        commit(self, tile, values)
+        written.append(tile)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelStore, "commit", failing)
+        with pytest.raises(type(FAILURES[what])) as raised:
+            job.run(store)
+    assert raised.value is FAILURES[what]
+    reopened = open_store(store.path)
+    assert not reopened.is_complete
+    assert len(reopened.missing_tiles()) == 15 - count
+    assert not any(thread.name.startswith("ntkgen-writer") for thread in threading.enumerate())
+    job.resume(store.path)
+    assert files_of(store.path) == files_of(tmp_path / "straight.zarr")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, DivergedError])
+@pytest.mark.parametrize("count", [0, 1, 7, 14])
+def test_what_was_computed_before_an_interruption_is_committed(job, error, count, tmp_path, monkeypatch):
+    """Ctrl-C comes while a tile is computed: those before it are on disk, and the store is continued."""
+    job.run(job.create(tmp_path / "straight.zarr"))
+    store, compute_tile, computed = job.create(tmp_path / "k.zarr"), engine.compute_tile, []
+
+    def interrupted(plan, tile, factors):
+        if len(computed) == count:
+            raise error
+        computed.append(tile)
+        return compute_tile(plan, tile, factors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "compute_tile", interrupted)
+        with pytest.raises(error):
+            job.run(store)
+    reopened = open_store(store.path)
+    assert set(reopened.missing_tiles()) == set(job.plan.grid.tiles()) - set(computed)
+    assert not list(store.path.rglob("*.partial"))
+    job.resume(store.path)
+    assert files_of(store.path) == files_of(tmp_path / "straight.zarr")
+
+
+def test_a_kernel_that_does_not_fit_a_store_dtype_diverges_in_the_callers_hands(tmp_path, monkeypatch):
+    """An entry that is not finite is found by the writer; nothing of its tile is written."""
+    job, compute_tile = make_job(), engine.compute_tile
+
+    def broken(plan, tile, factors):
+        values = compute_tile(plan, tile, factors)
+        if tile == Tile(1, 2):
+            values[0, 0] = np.inf
+        return values
+
+    store = job.create(tmp_path / "k.zarr")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "compute_tile", broken)
+        with pytest.raises(DivergedError, match="finite"):
+            job.run(store)
+    assert Tile(1, 2) in store.missing_tiles()
+    job.resume(store.path)
+    assert open_store(store.path).is_complete
 
 
 # the process and the user ---------------------------------------------------------------------------------------------
@@ -191,7 +392,7 @@ def test_a_network_that_diverged_is_refused_before_any_tile(tmp_path):
     store = broken.create(tmp_path / "k.zarr")
     with pytest.raises(DivergedError, match="not finite"):
         broken.run(store)
-    assert store.missing_blocks() == [2, 3, 4]  # sample 7 is in block 2
+    assert store.missing_blocks() == [0, 1, 2]  # sample 7 is in block 2, and the last block comes first
     assert not (store.path / "ntk_float32").exists()
 
 

@@ -4,29 +4,26 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, CPU, every_case, relative_error
-from hypothesis import given
-from hypothesis import strategies as st
+from cases import CASES, CPU, every_case, make_job, relative_error
+from strategies import pieces_of
 
 import ntkgen
-from ntkgen.jacobian import dense, factors
+from ntkgen.jacobian import dense
 from ntkgen.jacobian.capture import cotangents, record
 from ntkgen.jacobian.contract import contract
-from ntkgen.jacobian.cost import plan_jacobian
-from ntkgen.jacobian.factors import FactorCache, compute_factors
+from ntkgen.jacobian.cost import ORDERS, plan_jacobian
+from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
-from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.jacobian.reference import jacobian_rows, trainable
-from ntkgen.kernel.tiles import Block
+from ntkgen.kernel import engine
 
 
 def prepared(name, precision="float64", batch_size=2, orders=()):
     case = CASES[name]()
     network = prepare(case.module, case.x, policy(precision))
-    plan = plan_jacobian(
-        network.profile, block_samples=4, batch_size=batch_size, workspace_numbers=1 << 20, orders=orders
-    )
-    return network, plan, case.x
+    sizes = pieces_of(4, batch_size, 16, 1 << 20)
+    return network, plan_jacobian(network.profile, sizes, precision=precision, orders=orders), case.x
 
 
 def tensors_of(block):
@@ -34,7 +31,7 @@ def tensors_of(block):
 
 
 @every_case
-@pytest.mark.parametrize("order", [None, "gram"])
+@pytest.mark.parametrize("order", [None, *ORDERS])
 def test_as_many_numbers_are_kept_as_planned(name, order):
     num_layers = len(prepared(name)[0].profile.layers)
     network, plan, x = prepared(name, orders=[order] * num_layers if order else ())
@@ -44,10 +41,25 @@ def test_as_many_numbers_are_kept_as_planned(name, order):
     assert len(block) == len(x)
 
 
+CPU_POLICIES = [name for name in POLICIES if name != "tf32"]
+
+
+@pytest.mark.parametrize("name", ["conv", "residual_in_place", "embedding", "transformer"])
+@pytest.mark.parametrize("precision", CPU_POLICIES)
+def test_as_many_bytes_are_kept_as_planned_and_a_few_more_of_logits(name, precision):
+    network, plan, x = prepared(name, precision)
+    with exact_arithmetic(CPU):
+        block = compute_factors(network, plan, x)
+    assert block.logits.dtype == policy(precision).compute_dtype
+    assert {tensor.dtype for tensor in tensors_of(block)[1:]} == {policy(precision).factor_dtype}
+    kept = sum(tensor.nbytes for tensor in tensors_of(block))
+    assert 0 <= kept - len(x) * plan.factor_bytes <= block.logits.nbytes
+
+
 @every_case
 def test_factors_are_those_of_every_sample_alone(name):
     network, plan, x = prepared(name, batch_size=3)
-    single = plan_jacobian(network.profile, block_samples=4, batch_size=1, workspace_numbers=1 << 20)
+    single = plan_jacobian(network.profile, pieces_of(4, 1, 16, 1 << 20), precision="float64")
     with exact_arithmetic(CPU):
         together, apart = compute_factors(network, plan, x), compute_factors(network, single, x)
     for one, other in zip(tensors_of(together), tensors_of(apart), strict=True):
@@ -109,57 +121,39 @@ def test_cotangents_are_the_gradients_of_one_output_after_the_other():
     assert output == 1
 
 
-# the cache ------------------------------------------------------------------------------------------------------------
+# how many blocks are alive --------------------------------------------------------------------------------------------
 
 
 class Watch:
     """Stands for `compute_factors`: counts calls and the blocks that are alive while another is computed."""
 
     def __init__(self, compute):
-        self.compute, self.alive, self.calls, self.samples, self.peak = compute, [], 0, 0, 0
+        self.compute, self.alive, self.calls, self.peak = compute, [], 0, 0
 
     def __call__(self, network, plan, x):
         self.alive = [reference for reference in self.alive if reference() is not None]
         block = self.compute(network, plan, x)
-        self.calls, self.samples, self.peak = self.calls + 1, self.samples + len(x), max(self.peak, len(self.alive) + 1)
+        self.calls, self.peak = self.calls + 1, max(self.peak, len(self.alive) + 1)
         self.alive.append(weakref.ref(block))
         return block
 
 
-class Stand:
-    """A block of factors that is only looked at."""
-
-    def __init__(self, x):
-        self.x = x
-
-
-@pytest.fixture
-def watch(monkeypatch):
-    watched = Watch(factors.compute_factors)
-    monkeypatch.setattr(factors, "compute_factors", watched)
-    return watched
-
-
-@given(st.lists(st.integers(0, 7), max_size=60), st.integers(2, 9))
-def test_the_cache_holds_the_blocks_used_last_and_no_more(asked, capacity):
-    samples, blocks = torch.arange(16), Block(0, 16).pieces(2)
-    with pytest.MonkeyPatch.context() as patch:
-        watched = Watch(lambda _network, _plan, x: Stand(x))
-        patch.setattr(factors, "compute_factors", watched)
-        cache, recent, misses = FactorCache(None, None, samples, capacity), [], 0
-        for index in asked:
-            assert cache(blocks[index]).x.tolist() == [2 * index, 2 * index + 1]
-            misses += index not in recent[:capacity]
-            recent = [index, *(other for other in recent if other != index)]
-    assert watched.calls == misses
-    assert watched.peak <= capacity
-
-
-def test_no_more_blocks_are_alive_than_the_cache_may_hold(watch, monkeypatch):
+def test_no_more_blocks_are_alive_than_the_cache_may_hold(monkeypatch):
     """The projection counts two; a third, kept alive by a name in a loop, would exceed it."""
+    watch = Watch(compute_factors)
+    monkeypatch.setattr(dense, "compute_factors", watch)
     monkeypatch.setattr(dense, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(dense, "BATCH_SIZE", 1)
     case = CASES["mlp"]()
     ntkgen.ntk(case.module, case.x)
     assert watch.calls > len(case.x)  # the cache of two was too small to hold all
     assert watch.peak == 2
+
+
+@pytest.mark.parametrize("block_samples", [1, 3])
+@pytest.mark.parametrize("cached", [2, 3, 4, 6, 9])
+def test_no_more_blocks_are_alive_in_a_run_than_were_allowed(block_samples, cached, monkeypatch, tmp_path):
+    watch = Watch(compute_factors)
+    monkeypatch.setattr(engine, "compute_factors", watch)
+    job = make_job(num_samples=20, block_samples=block_samples)
+    job.run(job.create(tmp_path / "k.zarr"), cached)
+    assert watch.peak == min(cached, -(-20 // block_samples))

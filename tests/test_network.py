@@ -2,24 +2,31 @@
 
 import copy
 import random
+from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, CPU, Call, every_case
+from cases import CASES, CPU, TOLERANCES, Call, every_case, reference_of, relative_error
+from strategies import pieces_of
 from torch import nn
 
 import ntkgen
-from ntkgen.errors import ModelError
+from ntkgen.errors import ModelError, ShapeError
+from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.capture import record
+from ntkgen.jacobian.contract import fill_kernel
+from ntkgen.jacobian.cost import ORDERS, plan_jacobian
+from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
-from ntkgen.jacobian.precision import POLICIES, policy
+from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
+from ntkgen.kernel.tiles import Block
 
 
 @every_case
-@pytest.mark.parametrize("precision", POLICIES)
+@pytest.mark.parametrize("precision", [name for name in POLICIES if name != "tf32"])  # which is for other devices
 def test_a_rule_treats_every_parameter_that_it_holds_for_and_no_other(name, precision):
     case = CASES[name]()
     network = prepare(case.module, case.x, policy(precision))
@@ -36,6 +43,7 @@ def test_the_profile_counts_every_trainable_scalar_once(name):
     assert profile.num_params == sum(p.numel() for p in case.module.parameters() if p.requires_grad)
     assert profile.num_params == profile.dense_params + sum(shape.num_params for shape in profile.layers)
     assert profile.num_outputs == case.module.eval().float()(case.x).shape[1]
+    assert profile.num_logits == profile.num_outputs
     assert profile.input_numbers == case.x[0].numel()
     assert profile.fallback == case.fallback
 
@@ -66,6 +74,88 @@ def test_a_network_whose_parameters_live_nowhere_else_is_computed_on_the_cpu():
     network = prepare(nn.Linear(2, 2), torch.ones(1, 2), policy("float64"))
     assert network.device == CPU
     assert {param.dtype for param in network.module.parameters()} == {torch.float64}
+
+
+def test_the_first_layer_passes_no_gradients_on():
+    """So that a pass back ends at its output; a frozen layer before it changes nothing."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(8, 2))
+    x = torch.randn(2, 2, 5, 5)
+    shapes = prepare(model, x, policy("float32")).profile.layers
+    assert [(shape.name, shape.passes_back) for shape in shapes] == [("0", False), ("2", True), ("4", True)]
+    model[0].requires_grad_(False)
+    shapes = prepare(model, x, policy("float32")).profile.layers
+    assert [(shape.name, shape.passes_back) for shape in shapes] == [("2", False), ("4", True)]
+
+
+def test_convolutions_in_steps_of_one_have_windows():
+    layers = [nn.Conv2d(2, 3, (3, 2), padding=(1, 0)), nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 2, 1)]
+    network = prepare(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 2)), torch.randn(2, 2, 5, 6), policy("float32"))
+    found = [(shape.taps, shape.pixels, shape.positions) for shape in network.profile.layers]
+    assert found == [(6, 30, 25), (1, 0, 4), (1, 0, 4), (1, 0, 1)]
+    assert set(network.windows) == {"0"}
+
+
+# output maps ----------------------------------------------------------------------------------------------------------
+
+
+def kernel_of(network, x, order):
+    sizes = pieces_of(3, 2, 2, 60)
+    orders = [order] * len(network.profile.layers) if order else ()
+    plan = plan_jacobian(network.profile, sizes, precision="float64", orders=orders)
+    blocks = Block(0, len(x)).pieces(3)
+    factors = BlockCache(lambda block: compute_factors(network, plan, x[block.start : block.stop]), capacity=2)
+    with exact_arithmetic(CPU):
+        return fill_kernel(blocks, blocks, factors, plan)
+
+
+@cache
+def network_of(name):
+    case = CASES[name]()
+    return prepare(case.module, case.x, policy("float64")), case.x
+
+
+@every_case
+@pytest.mark.parametrize("more", [-1, 0, 2])
+def test_a_kernel_seen_through_a_matrix_is_that_of_the_mapped_outputs(name, more):
+    """(I ⊗ A) K (I ⊗ A)ᵀ, also of the parameters without a rule; A has fewer rows than logits, as many, or more."""
+    network, x = network_of(name)
+    m = network.profile.num_logits
+    A = torch.randn(max(1, m + more), m, dtype=torch.float64, generator=torch.Generator().manual_seed(m))
+    seen = network.seen_through(A)
+    assert (seen.profile.num_outputs, seen.profile.num_logits) == A.shape
+    whole = torch.kron(torch.eye(len(x), dtype=torch.float64), A)
+    expected = whole @ reference_of(name) @ whole.T
+    for order in (None, *ORDERS):
+        found = kernel_of(seen, x, order)
+        assert torch.equal(found, found.T)
+        assert relative_error(found, expected) < TOLERANCES["float64"]
+    assert network.transform is None
+
+
+def test_logits_are_those_of_the_network_whatever_it_is_seen_through():
+    network, x = network_of("mlp")
+    plan = plan_jacobian(network.profile, pieces_of(9, 9, 9, 99), precision="float64")
+    with exact_arithmetic(CPU):
+        expected = compute_factors(network, plan, x).logits
+        seen = network.seen_through(torch.ones(1, 3))
+        plan = plan_jacobian(seen.profile, pieces_of(9, 9, 9, 99), precision="float64")
+        assert torch.equal(compute_factors(seen, plan, x).logits, expected)
+
+
+def test_without_a_matrix_the_network_is_seen_as_it_is():
+    network, _ = network_of("mlp")
+    assert network.seen_through(None) is network
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (3, 2), (0, 3), (1, 3, 3)], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "lstm", "attention_batch_first"])
+def test_a_matrix_that_does_not_fit_is_refused(name, shape):
+    network, _ = network_of(name)
+    m = network.profile.num_logits
+    wrong = tuple(size + m - 3 if size else 0 for size in shape)  # as written for three logits
+    with pytest.raises(ShapeError, match=rf"expected \(outputs, {m}\)") as raised:
+        network.seen_through(torch.ones(wrong))
+    assert "\n" not in str(raised.value)
 
 
 # what is refused ------------------------------------------------------------------------------------------------------

@@ -5,59 +5,77 @@ import json
 import re
 
 import pytest
-from cases import CASES, CPU, make_job
+from cases import CASES, CPU, cut, make_job
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import grids
+from strategies import grids, rates, rectangles
 
 from ntkgen.errors import BudgetError
-from ntkgen.jacobian import factors
-from ntkgen.jacobian.cost import LayerShape, NetworkProfile, factor_macs, plan_jacobian
-from ntkgen.jacobian.factors import FactorCache
+from ntkgen.jacobian.cache import BlockCache
+from ntkgen.jacobian.cost import (
+    ORDERS,
+    SIZES,
+    LayerShape,
+    NetworkProfile,
+    factor_macs,
+    plan_jacobian,
+    product_macs,
+    sizes_for,
+)
+from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
-from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.kernel import engine
-from ntkgen.kernel.plan import BATCH_SIZE, WORKSPACE_NUMBERS, Budget, Environment, Plan, count_factor_samples, make_plan
-from ntkgen.kernel.tiles import TileGrid, make_grid
+from ntkgen.kernel.plan import Budget, Choices, Environment, Plan, count_factor_samples, make_plan
+from ntkgen.kernel.tiles import Tile, TileGrid, make_grid
 
 HERE = Environment("cpu", "x86_64 AVX512", "2.15.0", threads=2)
 # A network of the size of a ResNet: what it needs is counted in gigabytes.
 LAYERS = (
     LayerShape("stem", positions=1024, inputs=27, channels=64),
-    LayerShape("middle", positions=256, inputs=1152, channels=128),
+    LayerShape("middle", positions=256, inputs=1152, channels=128, taps=9, pixels=256),
     LayerShape("late", positions=16, inputs=4608, channels=512),
     LayerShape("head", positions=1, inputs=512, channels=10),
 )
 LARGE = NetworkProfile(
-    10, 2_519_616, LAYERS, dense_params=2000, fallback=(), activation_numbers=10**6, input_numbers=3072
+    10, 2_519_616, LAYERS, dense_params=2000, fallback=(), activation_numbers=10**6, input_numbers=3072, num_logits=10
 )
+FLOAT32 = Choices()
 GRID = TileGrid(num_samples=1000, num_outputs=10, tile_samples=125)
 
 
-def planned(planned_bytes, *, grid=GRID, profile=LARGE, precision="float32", available=None, device="cpu"):
+def planned(planned_bytes, *, grid=GRID, profile=LARGE, choices=FLOAT32, available=None, device="cpu"):
     budget = Budget(planned_bytes, planned_bytes if available is None else available)
-    place = dataclasses.replace(HERE, device_type=device)
-    return make_plan(profile, grid, precision=precision, budget=budget, environment=place)
+    return make_plan(profile, grid, choices, budget=budget, environment=dataclasses.replace(HERE, device_type=device))
+
+
+def read_back(plan):
+    return Plan.from_json(json.loads(json.dumps(plan.to_json())))
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_groups", "transformer", "only_bare_parameters"])
-@pytest.mark.parametrize("orders", ["cheapest", "gram"])
-def test_a_plan_survives_json(name, orders):
+@pytest.mark.parametrize("order", [None, *ORDERS])
+@pytest.mark.parametrize("precision", POLICIES)
+def test_a_plan_survives_json(name, order, precision):
     case = CASES[name]()
     profile = prepare(case.module, case.x, policy("float64")).profile
-    forced = ["gram"] * len(profile.layers) if orders == "gram" else ()
-    plan = make_plan(
-        profile,
-        TileGrid(50, profile.num_outputs, 7),
-        precision="float64",
-        budget=Budget(1 << 30, 1 << 30),
-        environment=HERE,
-        orders=forced,
+    orders = (order,) * len(profile.layers) if order else ()
+    plan = planned(
+        1 << 30, grid=TileGrid(50, profile.num_outputs, 7), profile=profile, choices=Choices(precision, orders=orders)
     )
-    read = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    read = read_back(plan)
     assert read == plan
     assert hash(read) == hash(plan)  # tuples all the way down, no lists
     assert read.jacobian.pair_macs == plan.jacobian.pair_macs
+    assert (read.minimum_bytes, read.precision) == (plan.minimum_bytes, precision)
+
+
+@given(rates, grids | rectangles, st.sampled_from(["none", "trace", "diagonal"]))
+def test_a_plan_of_any_rates_grid_and_reduction_survives_json(speed, grid, reduction):
+    plan = planned(10**10, grid=grid, choices=Choices(rates=speed, reduction=reduction))
+    assert read_back(plan) == plan
+    assert plan.jacobian.rates == speed
+    assert plan.jacobian.reduction == reduction
 
 
 # the budget -----------------------------------------------------------------------------------------------------------
@@ -65,10 +83,10 @@ def test_a_plan_survives_json(name, orders):
 budgets = st.integers(10**8, 10**11)
 
 
-@given(budgets, st.sampled_from(["float32", "float64"]), st.sampled_from(["cpu", "cuda", "mps"]))
-def test_what_is_projected_fits_the_budget(planned_bytes, precision, device):
+@given(budgets, st.sampled_from(list(POLICIES)), st.sampled_from(["cpu", "cuda", "mps"]), rates)
+def test_what_is_projected_fits_the_budget(planned_bytes, precision, device, speed):
     try:
-        plan = planned(planned_bytes, precision=precision, device=device)
+        plan = planned(planned_bytes, choices=Choices(precision, speed), device=device)
     except BudgetError:
         return
     assert plan.minimum_bytes <= planned_bytes
@@ -81,15 +99,14 @@ def test_what_is_projected_fits_the_budget(planned_bytes, precision, device):
 @given(budgets)
 def test_the_blocks_and_then_the_batches_are_the_largest_that_fit(planned_bytes):
     """A plan is refused, or is the first that fits of all parts of a tile and all halvings of a batch."""
-    workspace = min(WORKSPACE_NUMBERS["cpu"], planned_bytes // 64)
     parts = [1, 2, 3, *sorted(base << shift for shift in range(1, 8) for base in (2, 3))]
     blocks = list(dict.fromkeys(-(-GRID.tile_samples // count) for count in parts))
     candidates = []
     for block in blocks:
-        batch = min(BATCH_SIZE["cpu"], block)
+        batch = min(SIZES["cpu"].batch_size, block)
         while batch:
-            jacobian = plan_jacobian(LARGE, block_samples=block, batch_size=batch, workspace_numbers=workspace)
-            candidates.append(Plan(GRID, "float32", block, jacobian, LARGE, HERE))
+            sizes = sizes_for("cpu", block, batch, planned_bytes // 64)
+            candidates.append(Plan(GRID, plan_jacobian(LARGE, sizes, precision="float32"), LARGE, HERE))
             batch //= 2
     fitting = [plan for plan in candidates if plan.minimum_bytes <= planned_bytes]
     if fitting:
@@ -132,7 +149,7 @@ def test_no_run_starts_where_too_little_is_free_at_the_moment():
 def test_a_kernel_of_one_block_has_a_cache_that_the_engine_takes(num_samples):
     job = make_job(num_samples, side=9)
     cached = job.plan.cached_blocks(Budget(1 << 30, 1 << 30))
-    cache = FactorCache(job.network, job.plan.jacobian, job.x, cached)
+    cache = cache_of(job, cached)
     assert len(cache(job.plan.blocks(0)[0])) == num_samples
 
 
@@ -143,20 +160,89 @@ def test_a_requested_budget_is_taken_as_it_is_and_another_does_not_change_betwee
     assert (first.available_bytes, second.available_bytes) < (900, 100)
 
 
+# bands ----------------------------------------------------------------------------------------------------------------
+
+
+def cache_of(job, capacity):
+    """The cache that the engine makes for a run."""
+    return BlockCache(
+        lambda b: engine.compute_factors(job.network, job.plan.jacobian, job.x[b.start : b.stop]), capacity
+    )
+
+
+def plan_of(grid, block):
+    return cut(planned(10**10, grid=grid), block)
+
+
+@st.composite
+def unfinished(draw):
+    """A plan, the tiles that are missing of it, and how many blocks may be at hand."""
+    plan = plan_of(draw(grids | rectangles), draw(st.integers(1, 12)))
+    tiles = list(plan.grid.tiles())
+    done = draw(st.sets(st.sampled_from(tiles))) if draw(st.booleans()) else set()
+    return plan, [tile for tile in tiles if tile not in done], draw(st.integers(2, 40))
+
+
+@given(unfinished())
+def test_bands_have_every_missing_tile_once(drawn):
+    plan, missing, capacity = drawn
+    found = [tile for band in plan.bands(missing, capacity) for tile in band.tiles]
+    assert len(found) == len(missing)
+    assert set(found) == set(missing)
+
+
+@given(unfinished())
+def test_the_rows_of_a_band_are_held_and_come_before_those_of_the_next(drawn):
+    plan, missing, capacity = drawn
+    last = -1
+    for band in plan.bands(missing, capacity):
+        rows = sorted({tile.row for tile in band.tiles})
+        assert rows[0] > last
+        last = rows[-1]
+        assert list(band.held) in ([], [block for row in rows for block in plan.blocks(row)])
+
+
+class Counter:
+    """What a block is made to be: something to count while it is alive."""
+
+    alive = 0
+    peak = 0
+
+    def __init__(self, _block):
+        type(self).alive += 1
+        type(self).peak = max(self.peak, self.alive)
+
+    def __del__(self):
+        type(self).alive -= 1
+
+
+@given(unfinished())
+def test_what_is_held_and_what_streams_past_are_never_more_than_fit(drawn):
+    plan, missing, capacity = drawn
+    Counter.alive = Counter.peak = 0
+    cache = BlockCache(Counter, capacity)
+    for band in plan.bands(missing, capacity):
+        cache.hold(band.held)
+        for tile in band.tiles:
+            for row, column in plan.pairs(tile):
+                both = cache(row), cache(column)  # as a product has them
+                del both
+    assert Counter.peak <= capacity
+
+
 # counting -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The number of samples in every block of factors that is computed."""
+    """The number of samples in every block of factors that the engine computes."""
     samples = []
 
-    def compute_factors(network, plan, x):
+    def compute(network, plan, x):
         samples.append(len(x))
-        return original(network, plan, x)
+        return compute_factors(network, plan, x)
 
-    original = factors.compute_factors
-    monkeypatch.setattr(factors, "compute_factors", compute_factors)
+    monkeypatch.setattr(engine, "compute_factors", compute)
     return samples
 
 
@@ -164,24 +250,28 @@ def computed(monkeypatch):
 @pytest.mark.parametrize("capacity", [2, 3, 5, 14])
 def test_as_many_factors_are_computed_as_counted(block_samples, capacity, computed):
     job = make_job(block_samples=block_samples)
-    cache = FactorCache(job.network, job.plan.jacobian, job.x, capacity)
+    cache = cache_of(job, capacity)
     tiles = list(job.plan.grid.tiles())
     with exact_arithmetic(CPU):
-        for tile in tiles:
-            engine.compute_tile(job.plan, tile, cache)
+        for band in job.plan.bands(tiles, capacity):
+            cache.hold(band.held)
+            for tile in band.tiles:
+                engine.compute_tile(job.plan, tile, cache)
     assert sum(computed) == count_factor_samples(job.plan, tiles, capacity)
 
 
-@pytest.mark.parametrize("capacity", [2, 3, 5])
-def test_a_whole_run_computes_as_many_factors_as_counted(capacity, computed, tmp_path):
-    job = make_job()
+@pytest.mark.parametrize("block_samples", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [2, 3, 4, 5, 8])
+def test_a_whole_run_computes_as_many_factors_as_counted(block_samples, capacity, computed, tmp_path):
+    job = make_job(block_samples=block_samples)
     job.run(job.create(tmp_path / "k.zarr"), cached_blocks=capacity)
-    blocks = range(job.plan.grid.num_blocks)
+    blocks = range(job.plan.num_sides)[::-1]
     assert sum(computed) == count_factor_samples(job.plan, job.plan.grid.tiles(), capacity, blocks)
 
 
 @pytest.mark.parametrize("done", [0, 1, 7, 14])
-def test_a_resumed_run_computes_as_many_factors_as_counted(done, computed, tmp_path):
+@pytest.mark.parametrize("capacity", [2, 4])
+def test_a_resumed_run_computes_as_many_factors_as_counted(done, capacity, computed, tmp_path):
     job = make_job()
     store = job.create(tmp_path / "k.zarr")
     with pytest.raises(InterruptedError):
@@ -189,8 +279,8 @@ def test_a_resumed_run_computes_as_many_factors_as_counted(done, computed, tmp_p
     missing = store.missing_tiles()
     assert len(missing) == 15 - done
     computed.clear()
-    job.run(store)
-    assert sum(computed) == count_factor_samples(job.plan, missing, 2)
+    job.run(store, capacity)
+    assert sum(computed) == count_factor_samples(job.plan, missing, capacity)
 
 
 def stop_before(stage, count):
@@ -203,28 +293,87 @@ def stop_before(stage, count):
     return report
 
 
-@given(grids, st.integers(1, 12), st.integers(2, 40))
-def test_every_sample_is_computed_once_where_all_blocks_fit_and_never_less(grid, block, capacity):
-    plan = dataclasses.replace(planned(10**10, grid=grid), block_samples=block)
-    tiles = list(grid.tiles())
+@given(unfinished())
+def test_every_sample_is_computed_once_where_all_blocks_fit_and_never_less(drawn):
+    plan, _, capacity = drawn
+    tiles = list(plan.grid.tiles())
     counted = count_factor_samples(plan, tiles, capacity)
-    assert counted >= grid.num_samples
-    assert count_factor_samples(plan, tiles, 10**6) == grid.num_samples
-    assert count_factor_samples(plan, tiles, capacity + 1) <= counted
+    assert counted >= plan.num_samples
+    assert count_factor_samples(plan, tiles, 10**6) == plan.num_samples
+
+
+@given(unfinished())
+def test_the_diagonal_leaves_what_the_first_tiles_need(drawn):
+    """With the diagonal before them, the tiles of a whole kernel need no more than another pass over all blocks."""
+    plan, _, capacity = drawn
+    tiles, sides = list(plan.grid.tiles()), range(plan.num_sides)[::-1]
+    alone = count_factor_samples(plan, tiles, capacity)
+    together = count_factor_samples(plan, tiles, capacity, sides)
+    assert alone <= together <= alone + plan.num_samples
+    assert count_factor_samples(plan, tiles, 10**6, sides) == plan.num_samples
+
+
+@given(grids, st.integers(1, 12), st.integers(2, 40))
+def test_more_room_saves_factors(grid, block, capacity):
+    """One more block at hand is never worse, and neither are twice as many."""
+    plan, tiles = plan_of(grid, block), list(grid.tiles())
+    capacities = [capacity, capacity + 1, *(capacity << shift for shift in range(1, 8))]
+    counts = [count_factor_samples(plan, tiles, capacity) for capacity in capacities]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[-1] == plan.num_samples
+
+
+@given(st.integers(1, 30), st.integers(1, 6), st.integers(2, 40))
+def test_held_rows_leave_one_pass_over_the_columns_per_band(num_blocks, per_tile, capacity):
+    """Fewer factors than without bands: not all pairs of blocks, but all columns once per band of rows that fit."""
+    plan = plan_of(TileGrid(num_blocks * per_tile, 1, per_tile), 1)
+    counted = count_factor_samples(plan, plan.grid.tiles(), capacity)
+    height = capacity // per_tile - 1 if capacity < num_blocks * per_tile else num_blocks
+    if height <= 0 and capacity > per_tile:
+        height = 1
+    if height > 0:
+        bands = -(-num_blocks // height)
+        assert counted <= bands * num_blocks * per_tile
+
+
+@given(unfinished())
+def test_flops_are_two_for_every_multiply_add_of_every_pair_and_sample(drawn):
+    plan, missing, capacity = drawn
+    factors = count_factor_samples(plan, missing, capacity) * factor_macs(LARGE, plan.jacobian)
+    products = sum(
+        product_macs(plan.jacobian, len(row), len(column), is_diagonal=row == column)
+        for tile in missing
+        for row, column in plan.pairs(tile)
+    )
+    assert plan.projected_flops(missing, capacity) == 2 * (factors + products)
 
 
 @given(grids, st.integers(1, 12))
-def test_flops_are_two_for_every_multiply_add_of_every_pair_and_sample(grid, block):
-    plan = dataclasses.replace(planned(10**10, grid=grid), block_samples=block)
-    pairs = sum(
-        (i // grid.tile_samples, i % grid.tile_samples // block)
-        <= (j // grid.tile_samples, j % grid.tile_samples // block)
-        for i in range(grid.num_samples)
-        for j in range(grid.num_samples)
-    )
+def test_flops_of_a_kernel_whose_panels_are_its_blocks_are_those_of_every_pair(grid, block):
+    """Counted sample by sample: each pair of blocks once, and rows that are built anew for each product."""
+    plan = plan_of(grid, block)
+    sizes = dataclasses.replace(plan.jacobian.sizes, panel_samples=block)
+    plan = dataclasses.replace(plan, jacobian=dataclasses.replace(plan.jacobian, sizes=sizes))
+    pairs = built = 0
+    blocks = [piece for index in range(grid.num_blocks) for piece in plan.blocks(index)]
+    for number, row in enumerate(blocks):
+        for column in blocks[number:]:
+            pairs += len(row) * len(column)
+            built += len(row) + (len(column) if row != column else 0)
     factors_of_all = grid.num_samples * factor_macs(LARGE, plan.jacobian)
-    expected = 2 * (factors_of_all + pairs * plan.jacobian.pair_macs)
+    expected = 2 * (factors_of_all + pairs * plan.jacobian.pair_macs + built * plan.jacobian.built_macs)
     assert plan.projected_flops(list(grid.tiles()), 10**6) == expected
+
+
+@given(rectangles, st.integers(1, 12))
+def test_the_columns_of_a_rectangle_are_numbered_after_its_rows(grid, block):
+    plan = plan_of(grid, block)
+    sides = [piece for index in range(plan.num_sides) for piece in plan.side_blocks(index)]
+    assert [sample for piece in sides for sample in range(piece.start, piece.stop)] == list(range(plan.num_samples))
+    assert plan.num_samples == grid.num_samples + grid.num_col_samples
+    tile = Tile(grid.num_blocks - 1, grid.num_col_blocks - 1)
+    for row, column in plan.pairs(tile):
+        assert row.stop <= grid.num_samples <= column.start
 
 
 # the environment ------------------------------------------------------------------------------------------------------
@@ -240,8 +389,7 @@ def test_environments_name_what_differs_with_both_values():
 def test_a_depthwise_layer_whose_rows_are_kept_needs_no_gram_matrices():
     """Its Gram matrices, one per channel, would be larger than everything else together."""
     depthwise = LayerShape("depthwise", positions=1024, inputs=9, channels=1, groups=96)
-    profile = NetworkProfile(10, depthwise.num_params, (depthwise,), 0, (), 1000, 3072)
-    here = Environment("cpu", "x", "2.15", 2)
-    plan = make_plan(profile, make_grid(16, 10), precision="float32", budget=Budget(10**10, 10**10), environment=here)
+    profile = NetworkProfile(10, depthwise.num_params, (depthwise,), 0, (), 1000, 3072, num_logits=10)
+    plan = planned(10**10, grid=make_grid(16, 10), profile=profile)
     assert plan.jacobian.layers[0].keeps_rows
     assert plan.minimum_bytes < 8 * depthwise.groups * depthwise.positions**2

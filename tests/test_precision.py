@@ -1,22 +1,43 @@
 """Policies, and the switches of the process: exact inside, as they were outside."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
-from cases import CPU
+from cases import CASES, CPU, relative_error
+from torch import nn
 
-from ntkgen.errors import UnknownNameError
-from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
+import ntkgen
+from ntkgen import data, zoo
+from ntkgen.errors import InputError, UnknownNameError
+from ntkgen.jacobian.cost import ORDERS
+from ntkgen.jacobian.precision import POLICIES, check_device, exact_arithmetic, policy, reduced_products, widen
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_policy_is_found_by_its_name(name):
     found = policy(name)
-    assert found.name == name == str(found.compute_dtype).removeprefix("torch.")
-    assert found.accumulate_dtype.itemsize >= found.compute_dtype.itemsize
+    assert found.name == name
+    assert found.accumulate_dtype.itemsize >= found.compute_dtype.itemsize >= found.factor_dtype.itemsize
+
+
+# What a name promises: the dtypes of the network, of what is kept, of products and sums.
+DTYPES = {
+    "float64": (torch.float64, torch.float64, torch.float64),
+    "float64-accumulate": (torch.float32, torch.float32, torch.float64),
+    "float32": (torch.float32, torch.float32, torch.float32),
+    "tf32": (torch.float32, torch.float32, torch.float32),
+    "bfloat16": (torch.float32, torch.bfloat16, torch.float32),
+}
+
+
+def test_policies_are_what_their_names_say():
+    found = {name: (p.compute_dtype, p.factor_dtype, p.accumulate_dtype) for name, p in POLICIES.items()}
+    assert found == DTYPES
+    assert {name for name, p in POLICIES.items() if p.rounding != "ieee"} == {"tf32", "bfloat16"}
 
 
 def test_an_unknown_precision_names_the_close_ones():
@@ -179,3 +200,155 @@ def test_float32_products_are_ieee_whatever_the_user_has_chosen(report, setting)
 def test_what_the_user_chooses_later_means_what_it_would_have_meant(report, setting):
     without, with_ours = report[setting]["later"]
     assert with_ours == without
+
+
+# devices --------------------------------------------------------------------------------------------------------------
+
+REFUSED = {("tf32", "cpu"), ("tf32", "mps"), ("float64", "mps"), ("float64-accumulate", "mps")}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_a_device_that_cannot_follow_a_policy_is_refused(name, kind):
+    if (name, kind) not in REFUSED:
+        check_device(policy(name), torch.device(kind))
+        return
+    with pytest.raises(InputError, match=rf"--precision {name} .*expected .*--(device|precision)") as raised:
+        check_device(policy(name), torch.device(kind))
+    assert "\n" not in str(raised.value)
+
+
+def test_tf32_is_refused_before_anything_is_computed():
+    def never(*_args):
+        raise AssertionError("the network was run")
+
+    model = nn.Linear(4, 2)
+    model.register_forward_hook(never)
+    with pytest.raises(InputError, match="tensor cores: expected --device cuda, found cpu"):
+        ntkgen.ntk(model, torch.ones(3, 4), precision="tf32")
+
+
+def test_numbers_are_widened_exactly():
+    x = torch.tensor([1.0, 2.0**-23, 3e38], dtype=torch.float32)
+    assert widen(x).dtype == torch.float64
+    assert torch.equal(widen(x).float(), x)
+
+
+# the process ----------------------------------------------------------------------------------------------------------
+
+CPU_POLICIES = [name for name in POLICIES if name != "tf32"]
+
+
+@pytest.mark.parametrize("name", CPU_POLICIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_kernel_leaves_the_process_as_it_was_in_every_policy(name, mode, medium):
+    case = CASES["conv"]()
+    with MODES[mode]():
+        before = (switches(), reduced_precision())
+        ntkgen.ntk(case.module, case.x, precision=name)
+        assert (switches(), reduced_precision()) == before
+    assert before[1] == ("medium", (True, True))
+
+
+@pytest.mark.parametrize("name", CPU_POLICIES)
+def test_a_kernel_leaves_the_process_as_it_was_after_an_error(name, medium):
+    def fails_later(x):
+        if torch.get_default_dtype() == torch.float32 and len(x) > 2:
+            raise ZeroDivisionError
+        return x
+
+    class Fails(nn.Linear):
+        def forward(self, x):
+            return super().forward(fails_later(x))
+
+    before = (switches(), reduced_precision())
+    with pytest.raises(ZeroDivisionError):
+        ntkgen.ntk(nn.Sequential(Fails(4, 3), nn.Linear(3, 2)), torch.randn(5, 4), precision=name)
+    assert (switches(), reduced_precision()) == before
+
+
+@pytest.mark.parametrize("rounding", ["ieee", "tf32", "bf16"])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_the_switch_of_reduced_products_is_as_before(rounding, kind):
+    """Whatever the product was: one that worked, and one that raised."""
+    switch = {"cpu": torch.backends.mkldnn.matmul, "cuda": torch.backends.cuda.matmul}.get(kind)
+    before, inherited = switch and switch.fp32_precision, reduced_precision()
+    with reduced_products(torch.device(kind), rounding):
+        within = switch and switch.fp32_precision
+    is_switched = (kind, rounding) in {("cpu", "tf32"), ("cpu", "bf16"), ("cuda", "tf32")}
+    assert within == (rounding if is_switched else before)
+    assert (switch and switch.fp32_precision, reduced_precision()) == (before, inherited)
+    with pytest.raises(ZeroDivisionError), reduced_products(torch.device(kind), rounding):
+        _ = 1 / 0
+    assert (switch and switch.fp32_precision, reduced_precision()) == (before, inherited)
+
+
+def test_reduced_products_end_where_they_should():
+    """Inside exact arithmetic a product of bfloat16 numbers is reduced, and the next one of float32 is not."""
+    a = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    expected = a.double() @ a.double().T
+    with exact_arithmetic(CPU):
+        with reduced_products(CPU, "bf16"):
+            _ = a @ a.T
+        assert relative_error(a @ a.T, expected) < 1e-6
+
+
+# what float64-accumulate promises -------------------------------------------------------------------------------------
+
+EXPONENTS = torch.arange(64) * 20 // 63  # singular values from 1 to 2⁻²⁰, most of them several times
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """An orthogonal matrix of ± 1 / √size: exact, where that is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(size)
+
+
+def linear_model_of_known_spectrum(outputs: int) -> tuple[nn.Module, torch.Tensor]:
+    """J = x ⊗ I of a linear layer without bias has the singular values of x, each as often as there are outputs.
+
+    x = H diag(s), with s powers of two, has exactly these in float32.
+    """
+    x = (hadamard(64) * 2.0**-EXPONENTS).float()
+    assert torch.equal(x.double(), hadamard(64) * 2.0**-EXPONENTS)
+    return nn.Linear(64, outputs, bias=False), x
+
+
+def eigenvalue_errors(model: nn.Module, x: torch.Tensor, order: str, precision: str, outputs: int) -> torch.Tensor:
+    """Relative errors of the eigenvalues, from the largest to the smallest; they are 4 to the minus EXPONENTS."""
+    K = ntkgen.ntk(model, x, precision=precision, orders=[order])
+    found = torch.linalg.eigvalsh(K.double()).flip(0)
+    expected = (4.0**-EXPONENTS).double().repeat_interleave(outputs)
+    return (found / expected - 1).abs()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_float64_sums_of_float32_factors_keep_eigenvalues_that_float32_loses(order, outputs):
+    """Down to 2⁻⁴⁰, 1e-12 of the largest one: to 1 % there, where float32 has rounding and nothing else."""
+    model, x = linear_model_of_known_spectrum(outputs)
+    for precision in ("float64", "float64-accumulate"):
+        errors = eigenvalue_errors(model, x, order, precision, outputs)
+        assert errors.max() < 1e-2
+        assert errors[: len(errors) // 2].max() < 1e-8
+    errors = eigenvalue_errors(model, x, order, "float32", outputs)
+    assert errors[: len(errors) // 4].max() < 1e-2
+    assert errors[-len(errors) // 4 :].median() > 1
+
+
+def log_determinant_per_row(K: torch.Tensor) -> float:
+    return float(torch.linalg.cholesky(K.double()).diagonal().log().sum()) * 2 / len(K)
+
+
+def test_the_log_determinant_of_a_convolutional_network_survives_float32_factors():
+    """2000 rows of LeNet on digits. What is left is the rounding of the Jacobian itself; float32 sums cost far more."""
+    x, model = data.load("digits").inputs(torch.arange(200)), zoo.build("lenet", 10, seed=0)
+    exact = log_determinant_per_row(ntkgen.ntk(model, x, precision="float64"))
+    errors = {
+        name: abs(log_determinant_per_row(ntkgen.ntk(model, x, precision=name)) - exact)
+        for name in ("float64-accumulate", "float32")
+    }
+    assert errors["float64-accumulate"] < 5e-8  # nats; a Jacobian from plain autograd in float32 is as far off
+    assert errors["float32"] > 10 * errors["float64-accumulate"]

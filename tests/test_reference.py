@@ -21,7 +21,8 @@ def plain_jacobian(model: nn.Module, x: Tensor) -> Tensor:
             module.zero_grad()
             if output.requires_grad:
                 output.backward(retain_graph=True)
-            rows.append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]))
+            grads = (torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in params)
+            rows.append(torch.cat([grad.flatten() for grad in grads]))
     return torch.stack(rows)
 
 

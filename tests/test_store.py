@@ -383,8 +383,8 @@ def rewrite(path, **changes):
 
 
 def test_another_format_version_is_refused(copied):
-    rewrite(copied, format_version=2, version="9.9")
-    with pytest.raises(StoreError, match=r"format version 2.*reads version 1.*ntkgen 9\.9") as raised:
+    rewrite(copied, format_version=3, version="9.9")
+    with pytest.raises(StoreError, match=r"format version 3.*reads version 2.*ntkgen 9\.9") as raised:
         ntkgen.open(copied)
     assert "\n" not in str(raised.value)
 

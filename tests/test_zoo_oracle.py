@@ -74,8 +74,9 @@ def test_equals_the_reference_in_float64(name):
 
 
 @every_model(QUICK)
-def test_equals_the_reference_in_float32_as_well_as_autograd_does(name):
-    found = ntkgen.ntk(network(name), noise(2, seed=1))
+@pytest.mark.parametrize("precision", ["float32", "float64-accumulate"])
+def test_equals_the_reference_in_float32_as_well_as_autograd_does(name, precision):
+    found = ntkgen.ntk(network(name), noise(2, seed=1), precision=precision)
     error = relative_error(found, reference_of(name))
     assert error < TOLERANCES["float32"] or error < 3 * error_of_float32(name)
 

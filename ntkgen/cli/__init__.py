@@ -14,6 +14,7 @@ from ntkgen.cli.compute import compute
 from ntkgen.cli.info import info
 from ntkgen.cli.listings import datasets, models
 from ntkgen.cli.train import train
+from ntkgen.cli.verify import verify
 from ntkgen.errors import NtkgenError
 
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
@@ -28,7 +29,7 @@ def cli() -> None:
     """
 
 
-for command in (compute, train, info, models, datasets):
+for command in (compute, train, info, verify, models, datasets):
     cli.add_command(command)
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.cli.certificate import certificate_summary
 from ntkgen.cli.options import SEED, Bytes, ManyCommand, ManyOption, aligned, training_options
 from ntkgen.cli.session import Settings, start_process
 from ntkgen.units import human_bytes
@@ -16,8 +17,22 @@ if TYPE_CHECKING:
 @click.command(cls=ManyCommand)
 @training_options
 @click.option("--subsample", type=int, help="Samples of the kernel, the first ones [all].")
+@click.option("--against", type=click.Choice(["test"]), help="Columns of other samples: those of the test split.")
+@click.option("--against-subsample", type=int, help="Samples of the columns, the first ones [all].")
+@click.option(
+    "--output",
+    default="full",
+    show_default=True,
+    metavar="MAP",
+    help="full, sum, centered, index:K, or of each pair's block the trace or the diagonal.",
+)
 @click.option("--shuffle-seed", type=SEED, help="Take the samples in a recorded random order.")
-@click.option("--precision", default="float32", show_default=True, help="How it is computed: float32 or float64.")
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    help="How it is computed: float64, float64-accumulate, float32, tf32, bfloat16.",
+)
 @click.option(
     "--dtype",
     "dtypes",
@@ -40,11 +55,19 @@ if TYPE_CHECKING:
 @click.option(
     "--replan", is_flag=True, help="Continue on another kind of machine, with tiles that differ in last bits."
 )
+@click.option(
+    "--certify/--no-certify",
+    default=True,
+    show_default=True,
+    help="Compare the finished kernel with the exact one, and store the error bound.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
-def compute(*, dry_run: bool, **options: Any) -> None:
+@click.option("--explain", "explained", is_flag=True, help="The same, layer by layer: shape, order, FLOPs, bytes.")
+def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     """Train networks where there is no checkpoint, and compute their kernels.
 
-    An interrupted run goes on with the same command, from the last epoch or tile.
+    An interrupted run goes on with the same command, from the last epoch or tile. Exit code 1: a network did not
+    converge, or a finished kernel is not what it should be.
 
     \b
     ntkgen compute --models lenet --dataset digits --subsample 500
@@ -54,34 +77,54 @@ def compute(*, dry_run: bool, **options: Any) -> None:
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
+    from ntkgen.kernel.compute import KernelSpec
+    from ntkgen.kernel.report import loses_precision
     from ntkgen.kernel.rounding import check_dtypes
 
     settings = Settings.pop_from(options)
-    kernel = pipeline.KernelRequest(**{**options, "dtypes": check_dtypes(options["dtypes"])})
+    samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
+    spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
+    kernel = pipeline.KernelRequest(**samples, spec=spec)
     place, data = settings.place(), settings.load_data()
+    against = None if kernel.against is None else settings.load_data(kernel.against)
     missing_bytes = 0
     for request in settings.requests():  # everything that can be wrong is found before anything runs
-        job = pipeline.plan_job(request, kernel, place, data)
+        job = pipeline.plan_job(request, kernel, place, data, against)
         missing_bytes += job.missing_bytes
         if settings.verbose:
             click.echo(_treatment(job), err=True)
-        if dry_run:
-            projection = pipeline.project(job)
+        if dry_run or explained:
+            projection = pipeline.project(job, explained=explained)
             click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
     pipeline.require_disk(place, missing_bytes)
-    if dry_run:
-        return
+    if loses_precision(spec.precision, spec.dtypes):
+        click.echo(f"Warning: {_precision_warning(spec.precision, spec.dtypes)}", err=True)
+    if dry_run or explained:
+        return 0
+    exit_code = 0
     for request in settings.requests():
-        job = pipeline.plan_job(request, kernel, place, data)
+        job = pipeline.plan_job(request, kernel, place, data, against)
         with progress_bars(request.model, quiet=settings.quiet) as report:
             result = pipeline.run_job(job, report)
         click.echo(json.dumps(result) if settings.as_json else _summary(result))
+        if result["suspicion"] is not None:
+            click.echo(f"Error: {result['suspicion']}", err=True)
+            exit_code = 1
+    return exit_code
+
+
+def _precision_warning(precision: str, dtypes: tuple[str, ...]) -> str:
+    floor = "1e-7" if "float32" in dtypes else "5e-4"
+    return (
+        f"The kernel is computed in {precision} and stored only as {' and '.join(dtypes)}, which restores an error "
+        f"floor of about {floor} of the largest eigenvalue. To keep the smaller ones, add --dtype float64."
+    )
 
 
 def _treatment(job: "Job") -> str:
     """Say how each layer's parameters are treated."""
     plan = job.plan.jacobian
-    lines = [f"{job.training.model}: block of {job.plan.block_samples} samples, batches of {plan.batch_size}"]
+    lines = [f"{job.training.model}: blocks of {job.plan.block_samples} samples, batches of {plan.batch_size}"]
     lines += [
         f"  {layer.shape.name or '(the network itself)'}: {layer.order}, {layer.shape.num_params:,} parameters, "
         f"{layer.shape.positions} positions{', rows kept' if layer.keeps_rows else ''}"
@@ -93,30 +136,60 @@ def _treatment(job: "Job") -> str:
 
 
 def _projection(values: dict[str, Any]) -> str:
-    rows, outputs = f"{values['rows']:,}", values["num_outputs"]
     lines = {
         "store": values["store"],
-        "kernel": f"{rows} × {rows}, {' and '.join(values['dtypes'])}, layout {values['layout']}",
+        "kernel": f"{_size(values)}, {' and '.join(values['dtypes'])}, layout {values['layout']}",
         "tiles": f"{values['tiles_missing']:,} of {values['tiles']:,} to compute, {values['tile_side']:,} rows each",
         "disk": human_bytes(values["disk_bytes"]),
         "memory": f"{human_bytes(values['projected_bytes'])} at most beside the loaded program",
         "work": f"{values['projected_flops']:.3g} FLOP, {values['factor_samples']:,} factor computations",
     }
-    title = f"{values['model']} on {values['dataset']}: {values['num_samples']:,} samples × {outputs} outputs"
-    page = [f"{title}, {values['num_params']:,} parameters", *aligned(lines), "  Nothing was written."]
+    title = f"{values['model']} on {values['dataset']}: {_samples(values)}"
+    explained = _explained(values["parts"]) if "parts" in values else []
+    page = [f"{title}, {values['num_params']:,} parameters", *aligned(lines), *explained, "  Nothing was written."]
     return "\n".join(page)
+
+
+def _samples(values: dict[str, Any]) -> str:
+    """Write how many samples a kernel is of, and rows per sample."""
+    against = "" if values["num_col_samples"] is None else f" against {values['num_col_samples']:,}"
+    outputs = "" if values["num_outputs"] == 1 else f" × {values['num_outputs']} outputs"
+    return f"{values['num_samples']:,} samples{against}{outputs}"
+
+
+def _size(values: dict[str, Any]) -> str:
+    """Write the size of a kernel, and of what it is if it is not of all outputs."""
+    of = "" if values["output"] == "full" else f", output {values['output']}"
+    return f"{values['rows']:,} × {values['cols']:,}{of}"
+
+
+def _explained(parts: list[dict[str, Any]]) -> list[str]:
+    """Lay the parts of a plan out as a table, the total last."""
+    total, explicit = (sum(part[key] for part in parts) for key in ("flops", "explicit_flops"))
+    width = max(len(part["name"]) for part in parts)
+    lines = [
+        "",
+        f"  {'part':<{width}}  {'T, k → c':<22}  {'order':<20}  {'kept/sample':>11}  {'FLOP':>9}  {'explicit':>9}",
+    ]
+    for part in parts:
+        kept = human_bytes(part["factor_bytes"]) if part["factor_bytes"] else ""
+        lines.append(
+            f"  {part['name']:<{width}}  {part['shape']:<22}  {part['order']:<20}  {kept:>11}  {part['flops']:>9.3g}  "
+            f"{part['explicit_flops']:>9.3g}"
+        )
+    saved = f"{explicit / total:.1f} times fewer than by Jacobian rows alone" if total else "nothing is missing"
+    return [*lines, f"  {'total':<{width}}  {saved:<59}  {total:>9.3g}  {explicit:>9.3g}", ""]
 
 
 def _summary(result: dict[str, Any]) -> str:
     accuracy = result["train_accuracy"]
     trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
-    rows = f"{result['rows']:,}"
     return (
-        f"\n{result['model']} on {result['dataset']}, {trained}: the kernel of {result['num_samples']:,} samples × "
-        f"{result['num_outputs']} outputs is complete.\n"
+        f"\n{result['model']} on {result['dataset']}, {trained}: the kernel of {_samples(result)} is complete.\n"
         f"  {result['store']}\n"
-        f"  {' and '.join(result['arrays'])}, {rows} × {rows}, layout {result['layout']}, "
+        f"  {' and '.join(result['arrays'])}, {_size(result)}, layout {result['layout']}, "
         f"{human_bytes(result['stored_bytes'])}, {result['seconds']:.1f} s\n"
+        f"  accuracy: {certificate_summary(result)}\n"
         f"  network: {result['num_params']:,} parameters in {result['checkpoint']}\n\n"
         "  Open it in Python:\n"
         "    import ntkgen\n"

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ntkgen.cli.certificate import certificate_lines
 from ntkgen.cli.options import aligned
 from ntkgen.units import human_bytes
 
@@ -29,16 +30,19 @@ def _page(values: dict[str, Any]) -> str:
         "status": values["status"],
         "network": f"{values['model']}, {values['num_params']:,} parameters, "
         + ("taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"),
-        "data": f"{values['dataset']}, {values['num_samples']:,} samples",
-        "kernel": f"J Jᵀ, {values['rows']:,} × {values['rows']:,} ({values['num_outputs']} outputs, sample-major rows)",
+        "data": f"{values['dataset']}, {_samples(values)}",
+        "output": _output(values),
+        "kernel": f"J Jᵀ, {values['rows']:,} × {values['cols']:,}, {values['num_outputs']} per sample (sample-major)",
         "arrays": ", ".join(
             f"{name} (scale_factor {values['scale_factors'][name]:g})" if name in values["scale_factors"] else name
             for name in values["arrays"]
         ),
+        **_underflow(values),
         "layout": values["layout"],
-        "computed in": values["precision"],
+        "computed in": values["precision"] + _hint(values),
         "tiles": f"{there:,} of {values['tiles']:,}, {values['tile_side']:,} rows each",
         "size": human_bytes(values["stored_bytes"]),
+        **certificate_lines(values),
         "1/√P": f"{values['predecessor_factor']:.6g} (the predecessor of this program stored J Jᵀ/√P)",
         "fingerprint": values["fingerprint"],
     }
@@ -49,3 +53,40 @@ def _page(values: dict[str, Any]) -> str:
             f"  missing     {values['tiles_missing']:,} tiles, from {first}; finish with the same `ntkgen compute`"
         )
     return "\n".join(page)
+
+
+def _samples(values: dict[str, Any]) -> str:
+    rows, cols = values["num_samples"], values["num_col_samples"]
+    if cols is None:
+        return f"{rows:,} samples"
+    split = values["provenance"].get("against")
+    return f"{rows:,} samples against {cols:,} {'others' if split is None else f'of its {split} split'}"
+
+
+def _output(values: dict[str, Any]) -> str:
+    meaning = {
+        "full": "every output",
+        "sum": "the sum of the outputs",
+        "centered": "the contrasts of the outputs, without their common shift",
+        "trace": "the trace of each pair's block",
+        "diagonal": "the diagonal of each pair's block, a matrix per output",
+    }
+    return f"{values['output']}: {meaning.get(values['output'], 'this output alone')}"
+
+
+def _underflow(values: dict[str, Any]) -> dict[str, str]:
+    counts = values["float16_underflow"]
+    if counts is None:
+        return {}
+    fewer, vanished = counts["with_fewer_bits"], counts["vanished"]
+    return {"in float16": f"{fewer:,} computed entries with fewer bits than usual, {vanished:,} of them stored as zero"}
+
+
+def _hint(values: dict[str, Any]) -> str:
+    from ntkgen.kernel.report import loses_precision
+
+    dtypes = [name.removeprefix("ntk_") for name in values["arrays"]]
+    if not loses_precision(values["precision"], dtypes):
+        return ""
+    floor = "1e-7" if "float32" in dtypes else "5e-4"
+    return f" (as stored, with an error floor of about {floor} of the largest eigenvalue; --dtype float64 has none)"

@@ -5,7 +5,15 @@ from contextlib import contextmanager
 
 from ntkgen.pipeline import Report, ignore_report
 
-_UNITS = {"training": "steps", "diagonal": "blocks", "tiles": "tiles"}
+_UNITS = {
+    "training": "steps",
+    "diagonal": "blocks",
+    "tiles": "tiles",
+    "stored product": "tiles",
+    "exact product": "batches",
+    "pairs": "pairs",
+    "files": "files",
+}
 
 
 @contextmanager

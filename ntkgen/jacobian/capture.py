@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: its detached input, and its output as a node of the graph."""
+    """One call of a layer: its detached input, its output in the graph, and whether gradients pass it on their way."""
 
     x: Tensor
     output: Tensor
+    passes_back: bool
 
 
 @dataclass
@@ -42,7 +43,7 @@ def _recording_hooks(layers: dict[str, nn.Module], recording: Recording) -> Iter
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
                 return None
-            recording.uses.setdefault(name, []).append(Use(x.detach()[: recording.count], output))
+            recording.uses.setdefault(name, []).append(Use(x.detach()[: recording.count], output, x.requires_grad))
             return output.clone()
 
         return hook
@@ -69,21 +70,31 @@ def cotangents(recording: Recording) -> Iterator[dict[str, list[Tensor]]]:
     on get zeros.
     """
     outputs = recording.outputs
-    uses = [(name, use) for name, calls in recording.uses.items() for use in calls]
-    nodes = [use.output for _, use in uses]
     num_outputs = outputs.shape[1]
     for index in range(num_outputs):
-        grads = _gradients(outputs, nodes, index, retain_graph=index + 1 < num_outputs)
-        by_layer: dict[str, list[Tensor]] = {name: [] for name in recording.uses}
-        for (name, _), grad in zip(uses, grads, strict=True):
-            by_layer[name].append(grad[: recording.count])
-        yield by_layer
+        weights = torch.zeros_like(outputs[0])
+        weights[index] = 1
+        yield pull_back(recording, weights, retain_graph=index + 1 < num_outputs)
 
 
-def _gradients(outputs: Tensor, nodes: Sequence[Tensor], index: int, *, retain_graph: bool) -> Sequence[Tensor]:
+def pull_back(
+    recording: Recording,
+    weights: Tensor,  # (outputs,)
+    *,
+    retain_graph: bool = False,
+) -> dict[str, list[Tensor]]:
+    """Take the gradient of a weighted sum of the outputs with respect to every recorded layer output."""
+    uses = [(name, use) for name, calls in recording.uses.items() for use in calls]
+    grads = _gradients(recording.outputs, [use.output for _, use in uses], weights, retain_graph=retain_graph)
+    by_layer: dict[str, list[Tensor]] = {name: [] for name in recording.uses}
+    for (name, _), grad in zip(uses, grads, strict=True):
+        by_layer[name].append(grad[: recording.count])
+    return by_layer
+
+
+def _gradients(outputs: Tensor, nodes: Sequence[Tensor], weights: Tensor, *, retain_graph: bool) -> Sequence[Tensor]:
     if not nodes:
         return []
-    selector = torch.zeros_like(outputs)
-    selector[:, index] = 1
+    selector = weights.expand_as(outputs)
     grads = torch.autograd.grad(outputs, nodes, selector, retain_graph=retain_graph, allow_unused=True)
     return [torch.zeros_like(node) if grad is None else grad for node, grad in zip(nodes, grads, strict=True)]

@@ -1,13 +1,16 @@
 """Two blocks of factors → their part of the kernel, in each exact order of multiplication."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, JacobianPlan, intermediate_numbers, slice_samples
+from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, KEPT_PARAMS, JacobianPlan, ordered_pieces, slices
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
-from ntkgen.jacobian.precision import widen
+from ntkgen.jacobian.precision import policy, widen
+from ntkgen.jacobian.products import Products, rows_of
+from ntkgen.jacobian.windows import Windows
 from ntkgen.kernel.tiles import Block, block_pairs
 
 
@@ -16,20 +19,20 @@ def fill_kernel(
     columns: list[Block],
     factors: Callable[[Block], BlockFactors],
     plan: JacobianPlan,
-) -> Tensor:  # (row samples · outputs, column samples · outputs)
+) -> Tensor:  # (row samples · outputs, column samples · outputs); (rows, columns) for trace, (outputs, …) for diagonal
     """Compute a rectangle of the kernel, block by block; where rows are columns, the upper triangle and its mirror."""
-    m = plan.num_outputs
+    m = plan.num_outputs if plan.reduction == "none" else 1
     height, width = (blocks[-1].stop - blocks[0].start for blocks in (rows, columns))
     kernel: Tensor | None = None
     for row, column in block_pairs(rows, columns):
         part = contract(factors(row), factors(column), plan)  # without names, which would keep a third block alive
         if kernel is None:
-            kernel = part.new_empty(height * m, width * m)
+            kernel = part.new_empty(*part.shape[:-2], height * m, width * m)
         i = Block(row.start - rows[0].start, row.stop - rows[0].start).rows(m)
         j = Block(column.start - columns[0].start, column.stop - columns[0].start).rows(m)
-        kernel[i, j] = part
+        kernel[..., i, j] = part
         if rows == columns and row != column:
-            kernel[j, i] = part.T
+            kernel[..., j, i] = part.mT
     assert kernel is not None
     return kernel
 
@@ -41,94 +44,210 @@ def contract(
 ) -> Tensor:  # (left samples · outputs, right samples · outputs), sample-major
     """Compute the kernel of two blocks, the sum over layers of K[i o, j o'] = Σ_tt' (a_t · a'_t') (g_ot · g'_o't').
 
-    A block with itself is computed in the same way and then made exactly symmetric from its upper triangle.
+    A block with itself is computed above a staircase of panels, then made exactly symmetric from its upper triangle.
+    With the reduction ``trace`` the result is Σ_o K[i o, j o], of (left samples, right samples), with ``diagonal``
+    K[i o, j o], of (outputs, left samples, right samples).
     """
-    out = left.rows.flatten(0, 1) @ right.rows.flatten(0, 1).T
+    work = _Work.of(plan, left, right)
+    out = left.logits.new_zeros(work.shape, dtype=policy(plan.precision).accumulate_dtype)
+    _add_kept_rows(work, left.rows, right.rows, out)
     for one, other in zip(left.pairs, right.pairs, strict=True):
         for group in range(one.plan.shape.groups):
-            _add_group(one, other, plan, group, out)
-    return torch.triu(out) + torch.triu(out, diagonal=1).T if left is right else out
+            _add_group(work, one.group(group), other.group(group), out)
+    return torch.triu(out) + torch.triu(out, diagonal=1).mT if left is right else out
 
 
-def _add_group(left: PairFactor, right: PairFactor, plan: JacobianPlan, group: int, out: Tensor) -> None:
-    a1, g1 = left.inputs[:, group], left.cotangents[:, :, group]
-    a2, g2 = right.inputs[:, group], right.cotangents[:, :, group]
-    shape, order = left.plan.shape, left.plan.order
-    if order == "explicit":
-        _add_explicit((a1, g1), None if left is right else (a2, g2), plan.workspace_numbers, out)
-        return
-    m = plan.num_outputs
-    blocks = out.view(len(a1), m, len(a2), m)  # (left samples, outputs, right samples, outputs)
-    product = gram if order == "gram" else ordered
-    numbers = intermediate_numbers(shape, m, order)
-    rows, cols = slice_samples(numbers, plan.workspace_numbers, len(a1), len(a2))
-    for i in _slices(len(a1), rows):
-        for j in _slices(len(a2), cols):
-            blocks[i, :, j] += product(a1[i], g1[i], a2[j], g2[j])
+@dataclass(frozen=True)
+class _Work:
+    """One product of two blocks: how it is cut, and how its products are made."""
+
+    plan: JacobianPlan
+    rows: int
+    cols: int
+    is_diagonal: bool
+    products: Products
+
+    @classmethod
+    def of(cls, plan: JacobianPlan, left: BlockFactors, right: BlockFactors) -> "_Work":
+        products = Products(policy(plan.precision), plan.rates.route)
+        return cls(plan, len(left), len(right), left is right, products)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        m = self.plan.num_outputs
+        whole = (self.rows * m, self.cols * m)
+        return {"none": whole, "trace": (self.rows, self.cols), "diagonal": (m, self.rows, self.cols)}[
+            self.plan.reduction
+        ]
+
+    def panels(self) -> list[tuple[Block, Block]]:
+        return list(self.plan.panels(self.rows, self.cols, is_diagonal=self.is_diagonal))
+
+    def blocks(self, out: Tensor, rows: Block, cols: Block) -> Tensor:
+        """View a panel of the result: (rows, m, columns, m), or what the reduction leaves of it."""
+        i, j = slice(rows.start, rows.stop), slice(cols.start, cols.stop)
+        if self.plan.reduction != "none":
+            return out[..., i, j]
+        m = self.plan.num_outputs
+        return out.view(self.rows, m, self.cols, m)[i, :, j]
 
 
-def _slices(length: int, step: int) -> Iterator[slice]:
-    return (slice(start, start + step) for start in range(0, length, step))
+def _add_kept_rows(work: _Work, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Add the product of the rows that are kept of both blocks, some parameters at a time."""
+    sides = [left] if work.is_diagonal else [left, right]
+    width = max(KEPT_PARAMS, work.plan.sizes.rows_numbers // (2 * work.cols * work.plan.num_outputs))
+    for part in slices(left.shape[2], width):
+        _add_rows(work, [work.products.operand(side[..., part]).contiguous() for side in sides], out)
 
 
-def _add_explicit(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor] | None, limit: int, out: Tensor) -> None:
-    """Build Jacobian rows of (inputs, cotangents), some output channels at a time, and add their product.
-
-    Without a right side, that of the left with itself.
-    """
-    sides = [left] if right is None else [left, right]
-    _, m, _, channels = left[1].shape
-    per_channel = sum(len(a) * m * (a.shape[1] + a.shape[2]) for a, _ in sides)
-    for part in _slices(channels, max(1, limit // per_channel)):
-        rows = [jacobian_matrix(a, g[..., part]) for a, g in sides]
-        out.addmm_(rows[0], rows[-1].T)
-
-
-def jacobian_matrix(
-    a: Tensor,  # (samples, positions, k)
-    g: Tensor,  # (samples, outputs, positions, channels)
-) -> Tensor:  # (samples · outputs, channels · k)
-    """Build the Jacobian rows J[i o] = Σ_t g_o[t] ⊗ a[t]."""
-    samples, m, positions, channels = g.shape
-    rows = g.mT.reshape(samples, m * channels, positions) @ a  # one product per sample, without a copy of a per output
-    return rows.view(samples * m, channels * a.shape[2])
+def _add_rows(
+    work: _Work,
+    sides: list[Tensor],  # (rows, outputs, parameters) and (columns, outputs, parameters), or one for both
+    out: Tensor,
+) -> None:
+    product, reduction, m = work.products.rounded, work.plan.reduction, work.plan.num_outputs
+    for i, j in work.panels():
+        target = work.blocks(out, i, j)
+        one, other = sides[0][i.start : i.stop], sides[-1][j.start : j.stop]
+        if reduction == "none":
+            target += product(one.flatten(0, 1), other.flatten(0, 1)).view(len(i), m, len(j), m)
+        elif reduction == "trace":
+            target += product(one.flatten(1), other.flatten(1))
+        else:
+            for output in range(m):
+                target[output] += product(one[:, output].contiguous(), other[:, output].contiguous())
 
 
-def gram(
-    a1: Tensor,  # (I, T, k)
-    g1: Tensor,  # (I, m, T, c)
-    a2: Tensor,  # (J, T, k)
-    g2: Tensor,  # (J, m, T, c)
-) -> Tensor:  # (I, m, J, m)
+def _add_group(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
+    {"explicit": _add_explicit, "gram": _add_gram, "ordered": _add_ordered}[left.plan.order](work, left, right, out)
+
+
+def _add_explicit(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
+    """Build Jacobian rows of (inputs, cotangents), some output channels at a time, and add their product."""
+    m, shape = work.plan.num_outputs, left.plan.shape
+    sides = [left] if work.is_diagonal else [left, right]
+    per_channel = sum(len(side.inputs) * m * shape.inputs for side in sides)
+    for part in slices(shape.channels, work.plan.sizes.rows_numbers // per_channel):
+        _add_rows(work, [_built(work, side, part) for side in sides], out)
+
+
+def _built(work: _Work, side: PairFactor, channels: slice) -> Tensor:  # (samples, outputs, channels · k)
+    """Build the rows of some output channels, panel by panel."""
+    samples, m, _, positions = side.cotangents.shape
+    width = channels.stop - channels.start
+    k = side.inputs.shape[1]
+    rows = work.products.operand(side.inputs.new_empty(0)).new_empty(samples, m, width * k)
+    for part in slices(samples, work.plan.sizes.panel_samples):
+        g = work.products.wide(side.cotangents[part, :, channels]).reshape(-1, 1, m * width, positions)
+        built = rows_of(g, work.products.wide(side.inputs[part])[:, None], work.products.route)
+        rows[part] = built.view(-1, m, width * k)
+    return rows
+
+
+def _input_gram(work: _Work, left: Tensor, right: Tensor, windows: Windows | None) -> Tensor:
+    """Multiply inputs with inputs, A[i, t, j, t'] = a_t · a'_t', or the sums of windows over products of pixels."""
+    one, other = (work.products.operand(side).flatten(0, 1) for side in (left, right))
+    product = work.products.rounded(one, other).view(len(left), left.shape[1], len(right), right.shape[1])
+    return product if windows is None else windows.gram(product)
+
+
+def _add_ordered(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
+    """Carry the right cotangents through the Gram matrix of inputs, H = (a aᵀ) g', then K = ⟨g, H⟩."""
+    height, width, outputs = ordered_pieces(work.plan, left.plan)
+    for rows, columns in work.panels():
+        i0 = slice(rows.start, rows.stop)
+        g1 = work.products.wide(left.cotangents[i0]).permute(0, 3, 1, 2).contiguous()  # (rows, T, m, c)
+        for start in range(columns.start, columns.stop, width):
+            j = slice(start, min(start + width, columns.stop))
+            g2 = work.products.wide(right.cotangents[j])
+            for i in slices(len(rows), height):
+                block = Block(rows.start + i.start, rows.start + i.stop)
+                grams = _input_gram(work, left.inputs[block.start : block.stop], right.inputs[j], left.windows)
+                target = work.blocks(out, block, Block(j.start, j.stop))
+                _add_carried(work, g1[i], grams.permute(2, 0, 1, 3).contiguous(), g2, (target, outputs))
+
+
+def _add_carried(
+    work: _Work,
+    g1: Tensor,  # (I, T, m, c)
+    grams: Tensor,  # (J, I, T, T)
+    g2: Tensor,  # (J, m, c, T)
+    target: tuple[Tensor, int],  # (I, m, J, m), and of how many right outputs H may be made at a time
+) -> None:
+    """Make H for one right sample after the other: long, thin, and used while it is still in a cache."""
+    out, step = target
+    for j, (gram, g) in enumerate(zip(grams.flatten(1, 2), g2, strict=True)):
+        for outputs in slices(g.shape[0], step):
+            out[:, :, j, outputs] += _finished(g1, work.products.exact(gram, g[outputs].flatten(0, 1)))
+
+
+def _finished(g1: Tensor, carried: Tensor) -> Tensor:  # (I, m, some m)
+    """Multiply ⟨g, H⟩, H of (I · T, some m · c): a small product per position, then their sum."""
+    rows, t, m, c = g1.shape
+    products = torch.bmm(g1.view(rows * t, m, c), carried.view(rows * t, -1, c).mT)
+    return products.view(rows, t, m, -1).sum(1)
+
+
+def _add_gram(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
     """Multiply Gram matrices of inputs and of cotangents entrywise, K = Σ_tt' (a aᵀ) ∘ (g gᵀ)."""
-    inputs = torch.tensordot(a1, a2, dims=([2], [2]))  # (I, T, J, T)
-    grads = torch.tensordot(g1, g2, dims=([3], [3]))  # (I, m, T, J, m, T)
-    return torch.einsum("itju,iotjpu->iojp", inputs, grads)
+    sizes, m, t = work.plan.sizes, work.plan.num_outputs, left.plan.shape.positions
+    per_pair = max(m * m * t * t, left.plan.widest**2)
+    width = max(1, sizes.workspace_numbers // (sizes.panel_samples * per_pair))
+    height = max(1, sizes.workspace_numbers // per_pair)
+    for rows, columns in work.panels():
+        for start in range(columns.start, columns.stop, width):
+            j = Block(start, min(start + width, columns.stop))
+            g2 = _positions_first(work, right.cotangents[j.start : j.stop])
+            for part in slices(len(rows), height):
+                i = Block(rows.start + part.start, rows.start + part.stop)
+                one, other = left.inputs[i.start : i.stop], right.inputs[j.start : j.stop]
+                grams = _input_gram(work, one, other, left.windows)
+                g1 = _positions_first(work, left.cotangents[i.start : i.stop])
+                _add_entrywise(work, grams, (g1, g2), work.blocks(out, i, j))
 
 
-def ordered(
-    a1: Tensor,  # (I, T, k)
-    g1: Tensor,  # (I, m, T, c)
-    a2: Tensor,  # (J, T, k)
-    g2: Tensor,  # (J, m, T, c)
-) -> Tensor:  # (I, m, J, m)
-    """Carry the right cotangents through the Gram matrix of inputs, H = (a aᵀ) g, then K = ⟨g, H⟩."""
-    inputs = torch.tensordot(a1, a2, dims=([2], [2])).transpose(1, 2)  # (I, J, T, T)
-    carried = inputs[:, :, None] @ g2  # (I, J, m, T, c)
-    products = g1.flatten(2) @ carried.flatten(3).flatten(1, 2).mT  # (I, m, J · m)
-    kernel: Tensor = products.view(len(a1), -1, len(a2), g2.shape[1])
-    return kernel
+def _positions_first(work: _Work, g: Tensor) -> Tensor:  # (samples, m, T, c)
+    return work.products.operand(g).mT.contiguous()
+
+
+def _add_entrywise(work: _Work, grams: Tensor, sides: tuple[Tensor, Tensor], target: Tensor) -> None:
+    """Multiply cotangents with cotangents, and sum with the weights A[i, t, j, t']."""
+    (rows, m, t, _), product = sides[0].shape, work.products.rounded
+    cols, reduction = len(sides[1]), work.plan.reduction
+    if reduction == "none":
+        outer = product(*(side.flatten(0, 2) for side in sides)).view(rows, m, t, cols, m, t)
+        if t == 1:
+            target.addcmul_(outer.view(rows, m, cols, m), grams.view(rows, 1, cols, 1))
+        else:
+            target += torch.einsum("itju,iotjpu->iojp", grams, outer)
+    elif reduction == "trace":  # one product over outputs and channels together
+        outer = product(*(side.transpose(1, 2).flatten(2).flatten(0, 1) for side in sides))
+        target += (outer.view(rows, t, cols, t) * grams).sum((1, 3))
+    else:
+        for output in range(m):
+            outer = product(*(side[:, output].flatten(0, 1) for side in sides))
+            target[output] += (outer.view(rows, t, cols, t) * grams).sum((1, 3))
 
 
 def exact_diagonal(block: BlockFactors) -> Tensor:  # (samples, outputs), float64
     """Compute the kernel's diagonal, K[i o, i o] = ‖J[i o]‖², in float64 from the factors."""
-    diagonal = torch.zeros_like(widen(block.logits))
+    diagonal = widen(block.logits).new_zeros(block.rows.shape[:2])
     for index in range(len(block)):
         diagonal[index] = widen(block.rows[index]).square().sum(-1)
-        for pair in block.pairs:
-            a = widen(pair.inputs[index])  # (q, T, k)
-            inputs = a @ a.mT
-            for outputs in _slices(len(pair.cotangents[index]), max(1, DIAGONAL_NUMBERS // inputs.numel())):
-                g = widen(pair.cotangents[index, outputs])  # (some m, q, T, c)
-                diagonal[index, outputs] += (g @ g.mT).mul_(inputs).sum((1, 2, 3))
+        for layer in block.pairs:
+            for number in range(layer.plan.shape.groups):
+                pair = layer.group(number)
+                grams = _own_gram(pair, index)
+                for outputs in slices(diagonal.shape[1], DIAGONAL_NUMBERS // grams.numel()):
+                    g = widen(pair.cotangents[index, outputs])  # (some m, c, T)
+                    diagonal[index, outputs] += (g.mT @ g).mul_(grams).sum((1, 2))
     return diagonal
+
+
+def _own_gram(pair: PairFactor, index: int) -> Tensor:  # (T, T), float64
+    """Multiply one sample's inputs with themselves."""
+    a = widen(pair.inputs[index])
+    if pair.plan.order == "explicit":
+        return a.mT @ a
+    product = a @ a.mT
+    return product if pair.windows is None else pair.windows.gram(product[None, :, None])[0, :, 0]

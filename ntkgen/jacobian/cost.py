@@ -1,4 +1,4 @@
-"""FLOPs and bytes of each order of multiplication, and the choice per layer; integers only.
+"""Multiply-adds, bytes and time of each order of multiplication, and the choice per layer; integers only.
 
 For one sample, a layer with T positions contributes to the Jacobian row of output o
 
@@ -10,20 +10,35 @@ and to the kernel between two samples ``K[o, o'] = Σ_tt' (a_t · a'_t') (g_ot �
     gram        A = a a'ᵀ and G = g g'ᵀ, then Σ A ∘ G             q (T² k + m² T² c + m² T²)
     ordered     A = a a'ᵀ, H = A g', then ⟨g, H⟩                  q (T² k + m T² c + m² T c)
 
-multiply-adds per sample pair, for q groups of k inputs and c channels each.
+multiply-adds per sample pair, for q groups of k inputs and c channels each. Where the inputs are windows of w pixels
+moved in steps of one, A follows from the Gram matrix of the P pixels, ``A[t, t'] = Σ_δ X[t+δ, t'+δ]``, and T² k becomes
+P² k / w. Reductions of the m × m blocks (`trace`, `diagonal`) need m where the whole blocks need m².
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ntkgen.errors import InputError
+from ntkgen.kernel.tiles import Block
 
 Order = Literal["explicit", "gram", "ordered"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-# A number that is written and read once costs about as much as this many multiply-adds of a matrix product.
-TOUCH_MACS = 12
+# What is kept of the m × m block of a pair of samples: all of it, its trace, or its diagonal.
+Reduction = Literal["none", "trace", "diagonal"]
+
+# Bytes of one number of the factors, and of the products, of each precision policy.
+PRECISION_BYTES = {
+    "float64": (8, 8),
+    "float64-accumulate": (4, 8),
+    "float32": (4, 4),
+    "tf32": (4, 4),
+    "bfloat16": (2, 4),
+}
+# Of so many parameters at least kept rows are multiplied at a time.
+KEPT_PARAMS = 512
 # How many float64 numbers the Gram matrices of some cotangents may have while the exact diagonal is computed.
 DIAGONAL_NUMBERS = 1 << 20
 
@@ -37,6 +52,9 @@ class LayerShape:
     inputs: int  # k, per group
     channels: int  # c, per group
     groups: int = 1
+    taps: int = 1  # w: the inputs are windows of so many pixels, moved in steps of one; 1: they are not
+    pixels: int = 0  # P: positions of the input that the windows are cut from
+    passes_back: bool = True  # gradients go on to earlier layers; those of the first one stop at its output
 
     @property
     def num_params(self) -> int:
@@ -51,6 +69,28 @@ class LayerPlan:
     shape: LayerShape
     order: Order
     keeps_rows: bool
+    uses_pixels: bool = False  # A from the Gram matrix of pixels; the inputs are kept as pixels
+
+    @property
+    def input_numbers(self) -> int:
+        """Numbers per sample in the inputs as they are kept."""
+        shape = self.shape
+        if self.uses_pixels:
+            return shape.groups * shape.pixels * shape.inputs // shape.taps
+        return shape.groups * shape.positions * shape.inputs
+
+    @property
+    def widest(self) -> int:
+        """Rows of one sample in the Gram matrix of inputs, before windows are summed."""
+        return max(self.shape.positions, self.shape.pixels) if self.uses_pixels else self.shape.positions
+
+    @property
+    def input_gram_macs(self) -> int:
+        """Multiply-adds per pair of samples for A, in all groups."""
+        shape = self.shape
+        if self.uses_pixels:
+            return shape.groups * shape.pixels**2 * (shape.inputs // shape.taps)
+        return shape.groups * shape.positions**2 * shape.inputs
 
 
 @dataclass(frozen=True)
@@ -64,18 +104,79 @@ class NetworkProfile:
     fallback: tuple[str, ...]  # the parameters among them that go through torch.func
     activation_numbers: int  # what the graph of one sample keeps for its backward passes
     input_numbers: int
+    num_logits: int  # what the network returns, before an output map
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a device is, in multiply-adds or numbers per microsecond, by a short measurement (`measure.py`)."""
+
+    route: str = "mm"  # how large products are made: `torch.mm`, or oneDNN's product
+    product: int = 80_000  # large matrix products
+    building: int = 50_000  # Jacobian rows of one sample
+    carrying: int = 60_000  # H = A g', long and thin
+    finishing: int = 12_000  # ⟨g, H⟩, many small products
+    touching: int = 2_000  # numbers written and read once
+
+
+USUAL_RATES = Rates()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Into what pieces the work on one block of samples is cut."""
+
+    block_samples: int  # samples whose factors are kept together
+    batch_size: int  # samples in one forward pass; a ragged batch is padded to it
+    panel_samples: int  # rows of a product that are made together; on the diagonal, the step of the staircase
+    workspace_numbers: int  # how many numbers an intermediate of a contraction may have
+    carried_numbers: int  # the same for H, which should stay in a cache
+    rows_numbers: int  # the same for Jacobian rows that are built for a product
+
+
+# What suits each device's caches and, of a GPU, its appetite. A batch is not larger than a block.
+SIZES = {
+    "cpu": Sizes(1, 32, 16, 1 << 22, 5 << 17, 1 << 26),
+    "cuda": Sizes(1, 64, 64, 1 << 27, 1 << 26, 1 << 28),
+    "mps": Sizes(1, 32, 32, 1 << 24, 1 << 22, 1 << 26),
+}
+
+
+def sizes_for(device_type: str, block_samples: int, batch_size: int, limit: int | None = None) -> Sizes:
+    """Cut the work on blocks of so many samples as suits a device, no intermediate having more numbers than a limit.
+
+    >>> sizes_for("cpu", 8, 32).batch_size
+    8
+    """
+    usual = SIZES.get(device_type, SIZES["cpu"])
+    return dataclasses.replace(
+        usual,
+        block_samples=block_samples,
+        batch_size=min(batch_size, block_samples),
+        panel_samples=min(usual.panel_samples, block_samples),
+        workspace_numbers=min(usual.workspace_numbers, limit or usual.workspace_numbers),
+        carried_numbers=min(usual.carried_numbers, limit or usual.carried_numbers),
+        rows_numbers=min(usual.rows_numbers, limit or usual.rows_numbers),
+    )
 
 
 @dataclass(frozen=True)
 class JacobianPlan:
     """Everything that fixes the bits of a block's factors and of a product of two blocks."""
 
+    precision: str
     num_outputs: int
     layers: tuple[LayerPlan, ...]
     dense_params: int
     fallback: tuple[str, ...]
-    batch_size: int  # samples in one forward pass; a ragged batch is padded to it
-    workspace_numbers: int  # how many numbers an intermediate of a contraction may have
+    sizes: Sizes
+    rates: Rates = USUAL_RATES
+    reduction: Reduction = "none"
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in one forward pass."""
+        return self.sizes.batch_size
 
     @property
     def row_numbers(self) -> int:
@@ -86,53 +187,75 @@ class JacobianPlan:
     @property
     def factor_numbers(self) -> int:
         """Numbers per sample in everything that is kept of a block."""
-        pairs = (factor_numbers(p.shape, self.num_outputs) for p in self.layers if not p.keeps_rows)
+        pairs = (factor_numbers(plan, self.num_outputs) for plan in self.layers if not plan.keeps_rows)
         return self.row_numbers + sum(pairs) + self.num_outputs
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes per sample of everything that is kept of a block."""
+        return self.factor_numbers * PRECISION_BYTES[self.precision][0]
 
     @property
     def pair_macs(self) -> int:
         """Multiply-adds per pair of samples, without building rows."""
-        dense = self.num_outputs**2 * self.dense_params
-        return dense + sum(pair_macs(p.shape, self.num_outputs, p.order) for p in self.layers)
+        return self.dense_macs + sum(pair_macs(plan, self.num_outputs, self.reduction) for plan in self.layers)
+
+    @property
+    def dense_macs(self) -> int:
+        """Multiply-adds per pair of samples of biases, normalisations and parameters without a rule."""
+        return _block_products(self.num_outputs, self.reduction) * self.dense_params
+
+    @property
+    def built_macs(self) -> int:
+        """Multiply-adds per sample and product of blocks for the rows that are built anew for each."""
+        layers = (plan for plan in self.layers if plan.order == "explicit" and not plan.keeps_rows)
+        return sum(building_macs(plan.shape, self.num_outputs) for plan in layers)
+
+    def panels(self, rows: int, cols: int, *, is_diagonal: bool) -> Iterator[tuple[Block, Block]]:
+        """Cut a product of so many by so many samples into panels; on the diagonal, those above the staircase.
+
+        >>> plan = JacobianPlan("float32", 1, (), 0, (), Sizes(4, 4, 2, 1, 1, 1))
+        >>> [(len(rows), len(cols)) for rows, cols in plan.panels(4, 4, is_diagonal=True)]
+        [(2, 4), (2, 2)]
+        """
+        for panel in Block(0, rows).pieces(self.sizes.panel_samples):
+            yield panel, Block(panel.start if is_diagonal else 0, cols)
+
+    def computed_pairs(self, rows: int, cols: int, *, is_diagonal: bool) -> int:
+        """Count the sample pairs that a product of two blocks computes."""
+        return sum(len(i) * len(j) for i, j in self.panels(rows, cols, is_diagonal=is_diagonal))
 
 
-def pair_macs(shape: LayerShape, num_outputs: int, order: Order) -> int:
+def _block_products(num_outputs: int, reduction: Reduction) -> int:
+    """Count the products of rows that one pair of samples needs."""
+    return num_outputs**2 if reduction == "none" else num_outputs
+
+
+def pair_macs(plan: LayerPlan, num_outputs: int, reduction: Reduction = "none") -> int:
     """Count the multiply-adds of one layer for one pair of samples.
 
     >>> shape = LayerShape("conv", positions=64, inputs=2304, channels=256)
-    >>> [pair_macs(shape, 10, order) // 10**6 for order in ORDERS]
+    >>> [pair_macs(LayerPlan(shape, order, keeps_rows=False), 10) // 10**6 for order in ORDERS]
     [58, 114, 21]
     """
-    t, k, c, m = shape.positions, shape.inputs, shape.channels, num_outputs
-    per_group = {
-        "explicit": m * m * c * k,
-        "gram": t * t * k + m * m * t * t * c + m * m * t * t,
-        "ordered": t * t * k + m * t * t * c + m * m * t * c,
-    }[order]
-    return shape.groups * per_group
+    q, t, c, m = plan.shape.groups, plan.shape.positions, plan.shape.channels, num_outputs
+    products = _block_products(m, reduction)
+    if plan.order == "explicit":
+        return products * plan.shape.num_params
+    if plan.order == "gram":
+        entrywise = t * t * (1 if reduction == "trace" else products)
+        return plan.input_gram_macs + q * (products * t * t * c + entrywise)
+    return plan.input_gram_macs + q * (m * t * t * c + m * m * t * c)
 
 
-def intermediate_numbers(shape: LayerShape, num_outputs: int, order: Order) -> int:
-    """Count the numbers of the largest intermediate that one pair of samples needs (for explicit: one sample's rows).
+def factor_numbers(plan: LayerPlan, num_outputs: int) -> int:
+    """Count the numbers in a layer's inputs and cotangents of one sample, as they are kept.
 
-    >>> intermediate_numbers(LayerShape("fc", positions=1, inputs=84, channels=10), 10, "gram")
-    101
-    """
-    t, m = shape.positions, num_outputs
-    return {
-        "explicit": m * shape.num_params,
-        "gram": t * t + m * m * t * t,
-        "ordered": (1 + m) * t * t + 2 * m * t * shape.channels,  # A per output, and g' per left sample, are copies
-    }[order]
-
-
-def factor_numbers(shape: LayerShape, num_outputs: int) -> int:
-    """Count the numbers in a layer's inputs and cotangents of one sample.
-
-    >>> factor_numbers(LayerShape("fc", positions=1, inputs=84, channels=10), 10)
+    >>> factor_numbers(LayerPlan(LayerShape("fc", positions=1, inputs=84, channels=10), "gram", keeps_rows=False), 10)
     184
     """
-    return shape.groups * shape.positions * (shape.inputs + num_outputs * shape.channels)
+    shape = plan.shape
+    return plan.input_numbers + shape.groups * shape.positions * num_outputs * shape.channels
 
 
 def building_macs(shape: LayerShape, num_outputs: int) -> int:
@@ -140,78 +263,190 @@ def building_macs(shape: LayerShape, num_outputs: int) -> int:
     return num_outputs * shape.positions * shape.num_params
 
 
-def choose_layer(shape: LayerShape, num_outputs: int, block_samples: int) -> LayerPlan:
-    """Choose the cheapest exact order for one layer, counting the intermediates' traffic and the building of rows.
+def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rates: Rates, reduction: Reduction) -> int:
+    """Estimate the time of one layer for one pair of samples, from its multiply-adds and from what it touches."""
+    shape, m = plan.shape, num_outputs
+    q, t, c = shape.groups, shape.positions, shape.channels
+    products = _block_products(m, reduction)
+    if plan.order == "explicit":
+        built = 0 if plan.keeps_rows else 2000 * building_macs(shape, m) // (rates.building * block_samples)
+        return 1000 * products * shape.num_params // rates.product + built
+    sums = 4 * q * t * t if plan.uses_pixels else 0
+    grams = 1000 * plan.input_gram_macs // rates.product + 1000 * (q * t * t + sums) // rates.touching
+    if plan.order == "gram":
+        outer = q * t * t * (1 if reduction == "trace" else products)
+        return grams + 1000 * (q * products * t * t * c) // rates.product + 3000 * outer // rates.touching
+    carried = 1000 * q * m * t * t * c // rates.carrying + 1000 * q * m * t * c // rates.touching
+    return grams + carried + 1000 * q * m * m * t * c // rates.finishing
 
-    Rows are kept, not rebuilt for each product, where they are no larger than the factors.
+
+def _candidates(shape: LayerShape, num_outputs: int, reduction: Reduction) -> Iterator[LayerPlan]:
+    """List the ways to contract a layer. Rows are kept where they are no larger than the factors."""
+    explicit = LayerPlan(shape, "explicit", keeps_rows=False)
+    keeps_rows = num_outputs * shape.num_params <= factor_numbers(explicit, num_outputs)
+    yield LayerPlan(shape, "explicit", keeps_rows=keeps_rows)
+    for order in ORDERS[1:]:
+        if order == "ordered" and reduction != "none":
+            continue  # H would be made for m outputs, of which gram makes one product
+        yield LayerPlan(shape, order, keeps_rows=False)
+        if shape.taps > 1:
+            yield LayerPlan(shape, order, keeps_rows=False, uses_pixels=True)
+
+
+def choose_layer(
+    shape: LayerShape,
+    num_outputs: int,
+    block_samples: int,
+    rates: Rates = USUAL_RATES,
+    reduction: Reduction = "none",
+) -> LayerPlan:
+    """Choose the exact order for one layer that is estimated to be quickest.
 
     >>> choose_layer(LayerShape("stem", 1024, 27, 64), 10, 64).order
     'explicit'
     >>> choose_layer(LayerShape("late", 16, 4608, 512), 10, 64).order
     'ordered'
     """
-    keeps_rows = num_outputs * shape.num_params <= factor_numbers(shape, num_outputs)
-    building = 0 if keeps_rows else 2 * building_macs(shape, num_outputs) // block_samples
+    return min(
+        _candidates(shape, num_outputs, reduction),
+        key=lambda plan: order_nanoseconds(plan, num_outputs, block_samples, rates, reduction),
+    )
 
-    def cost(order: Order) -> int:
-        if order == "explicit":
-            return pair_macs(shape, num_outputs, order) + building
-        touched = shape.groups * intermediate_numbers(shape, num_outputs, order)
-        return pair_macs(shape, num_outputs, order) + TOUCH_MACS * touched
 
-    order = min(ORDERS, key=cost)
-    return LayerPlan(shape, order, keeps_rows=keeps_rows and order == "explicit")
+def _forced(shape: LayerShape, order: Order, num_outputs: int, reduction: Reduction) -> LayerPlan:
+    """Take the cheaper way of a given order; explicit rows are then built anew for each product.
+
+    Raises:
+        InputError: If the order is of no use for the reduction.
+    """
+    ways = [plan for plan in _candidates(shape, num_outputs, reduction) if plan.order == order]
+    if not ways:
+        raise InputError(
+            f"The order {order!r} cannot be forced on a kernel whose output is reduced to its {reduction}: expected "
+            "explicit or gram, which are never slower there. Give one of them, or none."
+        )
+    plan = min(ways, key=lambda way: way.input_gram_macs)
+    return LayerPlan(shape, order, keeps_rows=False, uses_pixels=plan.uses_pixels)
 
 
 def plan_jacobian(
     profile: NetworkProfile,
+    sizes: Sizes,
     *,
-    block_samples: int,
-    batch_size: int,
-    workspace_numbers: int,
+    precision: str,
+    rates: Rates = USUAL_RATES,
+    reduction: Reduction = "none",
     orders: Sequence[Order] = (),
 ) -> JacobianPlan:
     """Fix how a network's factors are computed and contracted. ``orders``, one per layer, overrides the choice.
 
     Raises:
-        InputError: If there are not as many orders as layers.
+        InputError: If there are not as many orders as layers, or one cannot be had.
     """
-    chosen = tuple(choose_layer(shape, profile.num_outputs, block_samples) for shape in profile.layers)
-    if orders and len(orders) != len(chosen):
+    m = profile.num_outputs
+    if orders and len(orders) != len(profile.layers):
         raise InputError(
-            f"{len(orders)} orders were given for {len(chosen)} layers with a weight matrix: expected one for each, "
-            f"in the order {', '.join(layer.shape.name for layer in chosen)}. Give as many, or none."
+            f"{len(orders)} orders were given for {len(profile.layers)} layers with a weight matrix: expected one for "
+            f"each, in the order {', '.join(shape.name for shape in profile.layers)}. Give as many, or none."
         )
+    chosen = tuple(choose_layer(shape, m, sizes.block_samples, rates, reduction) for shape in profile.layers)
     if orders:
         chosen = tuple(
-            plan if plan.order == order else LayerPlan(plan.shape, order, keeps_rows=False)
+            plan if plan.order == order else _forced(plan.shape, order, m, reduction)
             for plan, order in zip(chosen, orders, strict=True)
         )
     return JacobianPlan(
-        num_outputs=profile.num_outputs,
+        precision=precision,
+        num_outputs=m,
         layers=chosen,
         dense_params=profile.dense_params,
         fallback=profile.fallback,
-        batch_size=batch_size,
-        workspace_numbers=workspace_numbers,
+        sizes=sizes,
+        rates=rates,
+        reduction=reduction,
     )
 
 
+def pass_macs(profile: NetworkProfile) -> int:
+    """Count the multiply-adds of one sample's passes through its layers, one forward and m back to their outputs."""
+    m = profile.num_outputs
+    return sum(shape.positions * shape.num_params * (1 + m * shape.passes_back) for shape in profile.layers)
+
+
 def factor_macs(profile: NetworkProfile, plan: JacobianPlan) -> int:
-    """Count the multiply-adds of one sample's factors: one forward pass, m backward passes, and the kept rows."""
-    passes = sum(shape.positions * shape.num_params for shape in profile.layers) * (1 + profile.num_outputs)
-    return passes + sum(building_macs(p.shape, plan.num_outputs) for p in plan.layers if p.keeps_rows)
+    """Count the multiply-adds of one sample's factors: its passes, and the kept rows."""
+    kept = (building_macs(layer.shape, plan.num_outputs) for layer in plan.layers if layer.keeps_rows)
+    return pass_macs(profile) + sum(kept)
 
 
-def slice_samples(numbers_per_pair: int, limit: int, rows: int, cols: int) -> tuple[int, int]:
-    """Cut a product of sample blocks into slices whose intermediate has at most ``limit`` numbers (one pair at least).
+def minimal_macs(profile: NetworkProfile, num_samples: int) -> int:
+    """Count the multiply-adds that no exact plan of these orders can do without, for a square kernel.
 
-    Columns are cut before rows are, so that the right operand of every product stays long.
-
-    >>> slice_samples(100, 2000, rows=8, cols=10)
-    (2, 10)
-    >>> slice_samples(100, 250, rows=8, cols=10)
-    (1, 2)
+    Every sample's passes once, its rows built once where the order is explicit, each pair of samples once, and for
+    each layer the order with the fewest multiply-adds.
     """
-    pairs = max(1, limit // numbers_per_pair)
-    return (max(1, min(rows, pairs // cols)), min(cols, pairs))
+    m, pairs = profile.num_outputs, num_samples * (num_samples + 1) // 2
+
+    def least(shape: LayerShape) -> int:
+        totals = []
+        for plan in _candidates(shape, m, "none"):
+            built = building_macs(shape, m) if plan.order == "explicit" else 0
+            totals.append(built * num_samples + pair_macs(plan, m) * pairs)
+        return min(totals)
+
+    dense = m * m * profile.dense_params * pairs
+    return pass_macs(profile) * num_samples + dense + sum(map(least, profile.layers))
+
+
+def product_macs(plan: JacobianPlan, rows: int, cols: int, *, is_diagonal: bool) -> int:
+    """Count the multiply-adds of a product of two blocks of samples, rows that are built for it included."""
+    sides = rows if is_diagonal else rows + cols
+    return plan.computed_pairs(rows, cols, is_diagonal=is_diagonal) * plan.pair_macs + sides * plan.built_macs
+
+
+def contraction_numbers(plan: JacobianPlan) -> int:
+    """Count the numbers that a product of two blocks needs beside its result, at the worst of its layers."""
+    sizes, m, block = plan.sizes, plan.num_outputs, plan.sizes.block_samples
+    width = max(KEPT_PARAMS, sizes.rows_numbers // (2 * block * m))
+    kept = (2 * block + sizes.panel_samples) * m * width if plan.row_numbers else 0
+    product = sizes.panel_samples * m * block * m
+    return product + max([kept, *(_layer_numbers(plan, layer) for layer in plan.layers if not layer.keeps_rows)])
+
+
+def _layer_numbers(plan: JacobianPlan, layer: LayerPlan) -> int:
+    """Count the numbers of one layer's intermediates, which `contract` cuts in the same way."""
+    sizes, m, shape = plan.sizes, plan.num_outputs, layer.shape
+    panel, t, c, k = sizes.panel_samples, shape.positions, shape.channels, shape.inputs
+    if layer.order == "explicit":
+        per_channel = 2 * sizes.block_samples * m * k
+        width = min(c, max(1, sizes.rows_numbers // per_channel))
+        return width * per_channel + panel * (m * width * (t + k) + k * t)
+    if layer.order == "gram":
+        per_pair = max(m * m * t * t, layer.widest**2)
+        sides = min(sizes.block_samples, max(1, sizes.workspace_numbers // (panel * per_pair))) + panel
+        return 3 * max(sizes.workspace_numbers, per_pair) + sides * (m * t * c + layer.input_numbers // shape.groups)
+    height, width, outputs = ordered_pieces(plan, layer)
+    grams = 3 * height * width * layer.widest**2
+    inputs = (height + width) * layer.input_numbers // shape.groups
+    finishing = height * (t * outputs * c + (t + 1) * m * m)
+    return (panel + width) * m * t * c + inputs + grams + finishing
+
+
+def ordered_pieces(plan: JacobianPlan, layer: LayerPlan) -> tuple[int, int, int]:
+    """Cut the ordered contraction of a layer: left samples, right samples, and right outputs of H at a time."""
+    sizes, m, shape = plan.sizes, plan.num_outputs, layer.shape
+    one_output = shape.positions * shape.channels
+    height = min(sizes.panel_samples, max(1, sizes.carried_numbers // (m * one_output)))
+    outputs = min(m, max(1, sizes.carried_numbers // (height * one_output)))
+    width = min(sizes.panel_samples, max(1, sizes.workspace_numbers // (height * layer.widest**2)))
+    return height, width, outputs
+
+
+def slices(length: int, step: int) -> Iterator[slice]:
+    """Cut a range into slices of at most so many, but of one at least.
+
+    >>> [(part.start, part.stop) for part in slices(5, 2)]
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    step = max(1, step)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))

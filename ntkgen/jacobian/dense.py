@@ -1,21 +1,24 @@
 """The kernel of two batches as a tensor: `ntkgen.ntk`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
+from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import ORDERS, Order, plan_jacobian
-from ntkgen.jacobian.factors import FactorCache
-from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, plan_jacobian, product_macs, sizes_for
+from ntkgen.jacobian.factors import BlockFactors, compute_factors
+from ntkgen.jacobian.measure import rates_of
+from ntkgen.jacobian.network import Network, prepare
+from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import exact_arithmetic, policy
-from ntkgen.kernel.tiles import Block
+from ntkgen.kernel.tiles import Block, block_pairs
 
-# Blocks of this many bytes of factors, and intermediates of this many numbers, keep any batch in bounded memory.
-BLOCK_BYTES = 1 << 30
-WORKSPACE_NUMBERS = 1 << 22
+# Blocks of at most this many bytes of factors, two at a time, keep any batch in bounded memory.
+BLOCK_BYTES = 4 << 30
 BATCH_SIZE = 32
 
 
@@ -24,6 +27,7 @@ def ntk(
     x1: Tensor,  # (n₁, …)
     x2: Tensor | None = None,  # (n₂, …)
     *,
+    output: str = "full",
     precision: str = "float32",
     orders: Sequence[Order] = (),
 ) -> Tensor:  # (n₁ m, n₂ m)
@@ -37,7 +41,10 @@ def ntk(
         model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
         x1: The samples of the rows.
         x2: The samples of the columns; those of the rows where it is left out.
-        precision: ``float32`` or ``float64``: the dtype of network, factors and products.
+        output: What is differentiated (`ntkgen.jacobian.outputs.output_map`): ``full``, ``sum``, ``centered`` (m - 1
+            contrasts) or ``index:K``; or what is kept of each m × m block: ``trace``, for a result (n₁, n₂), or
+            ``diagonal``, for (m, n₁, n₂).
+        precision: The policy: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
         orders: One order of multiplication per layer with a weight matrix, instead of the cheapest.
 
     References:
@@ -48,7 +55,7 @@ def ntk(
         InputError: If a batch is empty.
         ShapeError: If the batches hold samples of different shapes.
         ModelError: If the kernel of this network is not defined.
-        UnknownNameError: If there is no such precision.
+        UnknownNameError: If there is no such precision, output or order.
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
@@ -58,22 +65,67 @@ def ntk(
     """
     _check_batches(x1, x2)
     _check_orders(orders)
+    return compute_ntk(plan_ntk(model, x1, x2, output=output, precision=precision, orders=orders))
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """A kernel in memory, prepared but not computed."""
+
+    network: Network
+    jacobian: JacobianPlan
+    x: Tensor  # the samples of rows and columns, one after the other
+    rows: list[Block]
+    columns: list[Block]
+
+    @property
+    def macs(self) -> int:
+        """Count the multiply-adds in all: factors, as often as they are computed, and products of blocks."""
+        pairs = list(block_pairs(self.rows, self.columns))
+        computed = count_samples(2, [([], (block for pair in pairs for block in pair))])
+        products = (product_macs(self.jacobian, len(i), len(j), is_diagonal=i == j) for i, j in pairs)
+        return computed * factor_macs(self.network.profile, self.jacobian) + sum(products)
+
+
+def plan_ntk(
+    model: nn.Module,
+    x1: Tensor,
+    x2: Tensor | None = None,
+    *,
+    output: str = "full",
+    precision: str = "float32",
+    orders: Sequence[Order] = (),
+) -> DensePlan:
+    """Prepare a network and plan the kernel of two batches, in the largest blocks that fit the bound."""
     x = x1 if x2 is None else torch.cat([x1, x2])
     network = prepare(model, x, policy(precision))
-    batch_size = min(BATCH_SIZE, len(x))
-    plan = plan_jacobian(
-        network.profile,
-        block_samples=len(x),
-        batch_size=batch_size,
-        workspace_numbers=WORKSPACE_NUMBERS,
-        orders=orders,
-    )
-    per_batch = plan.factor_numbers * network.precision.compute_dtype.itemsize * batch_size
-    size = max(1, BLOCK_BYTES // per_batch) * batch_size
+    chosen = output_map(output, network.profile.num_logits)
+    network = network.seen_through(chosen.matrix)
+    rates = rates_of(network.device, precision)
+
+    def planned(block: int) -> JacobianPlan:
+        sizes = sizes_for(network.device.type, block, BATCH_SIZE)
+        return plan_jacobian(
+            network.profile, sizes, precision=precision, rates=rates, reduction=chosen.reduction, orders=orders
+        )
+
+    longest = max(len(x1), len(x) - len(x1))
+    jacobian = planned(longest)
+    if jacobian.factor_bytes * longest > BLOCK_BYTES:
+        jacobian = planned(max(1, BLOCK_BYTES // jacobian.factor_bytes))
+    size = jacobian.sizes.block_samples
     rows = Block(0, len(x1)).pieces(size)
-    columns = rows if x2 is None else Block(len(x1), len(x)).pieces(size)
-    with exact_arithmetic(network.device):
-        return fill_kernel(rows, columns, FactorCache(network, plan, x, capacity=2), plan)
+    return DensePlan(network, jacobian, x, rows, rows if x2 is None else Block(len(x1), len(x)).pieces(size))
+
+
+def compute_ntk(plan: DensePlan) -> Tensor:
+    """Compute what `plan_ntk` has planned."""
+
+    def factors(block: Block) -> BlockFactors:
+        return compute_factors(plan.network, plan.jacobian, plan.x[block.start : block.stop])
+
+    with exact_arithmetic(plan.network.device):
+        return fill_kernel(plan.rows, plan.columns, BlockCache(factors, capacity=2), plan.jacobian)
 
 
 def _check_orders(orders: Sequence[str]) -> None:

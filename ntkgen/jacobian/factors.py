@@ -1,56 +1,50 @@
 """What is kept of a block of samples: dense Jacobian rows, or (inputs, cotangents), per layer."""
 
-from collections import OrderedDict
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ntkgen.jacobian.capture import cotangents, record
+from ntkgen.jacobian.capture import Recording, cotangents, record
 from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
-from ntkgen.jacobian.network import Network, param_rows
+from ntkgen.jacobian.network import Layer, Network
+from ntkgen.jacobian.products import rows_of
 from ntkgen.jacobian.reference import jacobian_rows, trainable
+from ntkgen.jacobian.windows import Windows, pixels_of
 from ntkgen.kernel.tiles import Block
 
 
 @dataclass(frozen=True)
 class PairFactor:
-    """The inputs and cotangents of one layer."""
+    """The inputs and cotangents of one layer, or of one of its groups, without the axis of groups.
+
+    Positions come last where rows are built of them, and before the numbers of one position where they are multiplied
+    with other positions.
+    """
 
     plan: LayerPlan
-    inputs: Tensor  # (samples, groups, positions, k)
-    cotangents: Tensor  # (samples, outputs, groups, positions, c)
+    inputs: Tensor  # (samples, groups, k, T) for explicit, (samples, groups, T, k), or pixels (samples, groups, P, k/w)
+    cotangents: Tensor  # (samples, outputs, groups, channels, T)
+    windows: Windows | None = None  # how pixels become inputs
+
+    def group(self, number: int) -> "PairFactor":
+        """Take one group of channels."""
+        return dataclasses.replace(self, inputs=self.inputs[:, number], cotangents=self.cotangents[:, :, number])
 
 
 @dataclass(frozen=True)
 class BlockFactors:
     """Everything that is kept of a block of samples: what its products with other blocks are made of."""
 
-    logits: Tensor  # (samples, outputs)
+    logits: Tensor  # (samples, logits)
     rows: Tensor  # (samples, outputs, row parameters)
     pairs: tuple[PairFactor, ...]
 
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.logits)
-
-
-class FactorCache:
-    """The factors of the blocks used last. A product uses two blocks, so two is the least that serves several."""
-
-    def __init__(self, network: Network, plan: JacobianPlan, x: Tensor, capacity: int) -> None:
-        assert capacity >= 1
-        self._network, self._plan, self._x, self._capacity = network, plan, x, capacity
-        self._held: OrderedDict[Block, BlockFactors] = OrderedDict()
-
-    def __call__(self, block: Block) -> BlockFactors:
-        """Look up a block's factors, or compute them, dropping the block that was used longest ago first."""
-        if block not in self._held:
-            if len(self._held) >= self._capacity:
-                self._held.popitem(last=False)
-            self._held[block] = compute_factors(self._network, self._plan, self._x[block.start : block.stop])
-        self._held.move_to_end(block)
-        return self._held[block]
 
 
 def compute_factors(
@@ -73,15 +67,27 @@ def _empty_factors(network: Network, plan: JacobianPlan, samples: int) -> BlockF
     m = plan.num_outputs
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=network.precision.compute_dtype, device=network.device)
+        return torch.empty(shape, dtype=network.precision.factor_dtype, device=network.device)
 
     pairs = []
     for layer in plan.layers:
         if not layer.keeps_rows:
-            q, t = layer.shape.groups, layer.shape.positions
-            inputs, grads = empty(samples, q, t, layer.shape.inputs), empty(samples, m, q, t, layer.shape.channels)
-            pairs.append(PairFactor(layer, inputs, grads))
-    return BlockFactors(empty(samples, m), empty(samples, m, plan.row_numbers // m), tuple(pairs))
+            shape = layer.shape
+            inputs = empty(samples, shape.groups, *_kept_inputs(layer))
+            grads = empty(samples, m, shape.groups, shape.channels, shape.positions)
+            windows = network.windows[shape.name] if layer.uses_pixels else None
+            pairs.append(PairFactor(layer, inputs, grads, windows))
+    logits = torch.empty(
+        samples, network.profile.num_logits, dtype=network.precision.compute_dtype, device=network.device
+    )
+    return BlockFactors(logits, empty(samples, m, plan.row_numbers // m), tuple(pairs))
+
+
+def _kept_inputs(layer: LayerPlan) -> tuple[int, int]:
+    shape = layer.shape
+    if layer.uses_pixels:
+        return shape.pixels, shape.inputs // shape.taps
+    return (shape.inputs, shape.positions) if layer.order == "explicit" else (shape.positions, shape.inputs)
 
 
 def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> None:
@@ -89,23 +95,65 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
     padding = samples[-1:].expand(plan.batch_size - len(samples), *samples.shape[1:])
     recording = record(network.module, network.layer_modules, torch.cat([samples, padding]), len(samples))
     block.logits[batch] = recording.outputs[: recording.count].detach()
+    recording.outputs = network.mapped(recording.outputs)
     pairs = {pair.plan.shape.name: pair for pair in block.pairs}
+    inputs: dict[str, list[Tensor]] = {}  # of the layers whose rows are kept, in the dtype in which those are summed
+    wide = network.precision.accumulate_dtype
     for layer in network.layers:
+        if not layer.has_matrix:
+            continue
         if layer.name in pairs:
-            parts = [layer.rule.inputs(layer.module, use.x) for use in recording.uses[layer.name]]
-            pairs[layer.name].inputs[batch] = torch.cat(parts, dim=2)
+            _fill_inputs(pairs[layer.name], layer, recording, batch)
+        else:
+            inputs[layer.name] = [_positions_last(layer, use.x).to(wide) for use in recording.uses[layer.name]]
     for output, grads in enumerate(cotangents(recording)):
         column = 0
         for layer in network.layers:
-            for param in layer.params():
-                if param == layer.rule.matrix and layer.name in pairs:
-                    parts = [layer.rule.cotangents(layer.module, grad) for grad in grads[layer.name]]
-                    pairs[layer.name].cotangents[batch, output] = torch.cat(parts, dim=2)
-                    continue
-                rows = param_rows(layer, param, recording.uses[layer.name], grads[layer.name])
+            g = grads[layer.name]
+            if layer.name in pairs:
+                parts = [layer.rule.cotangents(layer.module, grad).mT for grad in g]
+                pairs[layer.name].cotangents[batch, output] = _joined(parts, 3)
+            for rows in _layer_rows(layer, recording, g, inputs.get(layer.name, ()), plan.rates.route):
                 block.rows[batch, output, column : column + rows.shape[1]] = rows
                 column += rows.shape[1]
     if network.fallback:
         params = {name: value for name, value in trainable(network.module).items() if name in network.fallback}
         for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample's rows at a time
-            block.rows[index, :, column:] = jacobian_rows(network.module, params, sample[None])[0]
+            rows = jacobian_rows(network.module, params, sample[None])[0]
+            block.rows[index, :, column:] = network.mapped(rows.mT).mT
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _positions_last(layer: Layer, x: Tensor) -> Tensor:  # (samples, groups, k, T)
+    return layer.rule.inputs(layer.module, x).mT.contiguous()
+
+
+def _fill_inputs(pair: PairFactor, layer: Layer, recording: Recording, batch: slice) -> None:
+    uses = recording.uses[layer.name]
+    if pair.plan.uses_pixels:
+        pair.inputs[batch] = pixels_of(layer.module, uses[0].x)
+        return
+    parts = _joined([layer.rule.inputs(layer.module, use.x) for use in uses], 2)
+    pair.inputs[batch] = parts.mT if pair.plan.order == "explicit" else parts
+
+
+def _layer_rows(
+    layer: Layer, recording: Recording, grads: list[Tensor], inputs: Sequence[Tensor], route: str
+) -> list[Tensor]:  # each (samples, parameter)
+    """Form the rows of a layer's parameters for one output, summed over its uses; of the matrix if inputs are given."""
+    found = []
+    if inputs:
+        parts = [
+            rows_of(layer.rule.cotangents(layer.module, grad).mT.to(a.dtype), a, route).flatten(1)
+            for grad, a in zip(grads, inputs, strict=True)
+        ]
+        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+    for vector in layer.vectors:
+        rule = layer.rule.vectors[vector]
+        uses = recording.uses[layer.name]
+        parts = [rule(layer.module, use.x, grad) for use, grad in zip(uses, grads, strict=True)]
+        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+    return found

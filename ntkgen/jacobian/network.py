@@ -2,18 +2,20 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from ntkgen.errors import ModelError
-from ntkgen.jacobian.capture import Recording, Use, cotangents, record
+from ntkgen.errors import ModelError, ShapeError
+from ntkgen.jacobian.capture import Recording, Use, pull_back, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
-from ntkgen.jacobian.layers import RULES, LayerRule
-from ntkgen.jacobian.precision import Precision, exact_arithmetic
+from ntkgen.jacobian.layers import CONVOLUTION, RULES, LayerRule
+from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
 from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
+from ntkgen.jacobian.windows import Windows, windows_of
 
 # How far a rule's rows may be from autograd's, relative to their norm. Wrong rules are off by per cents, and deep
 # networks in float32 by a tenth of one: the check is made in float64 wherever the network can be run in it.
@@ -62,6 +64,33 @@ class Network:
     layers: tuple[Layer, ...]
     fallback: tuple[str, ...]
     profile: NetworkProfile
+    windows: Mapping[str, Windows] = field(default_factory=dict)  # of the convolutions that move in steps of one
+    transform: Tensor | None = None  # (outputs, logits): the kernel is of A f; None: of f
+
+    def seen_through(self, transform: Tensor | None) -> "Network":
+        """Give the same network with the kernel of A f in place of that of f.
+
+        Raises:
+            ShapeError: If the matrix has not as many columns as the network has outputs.
+        """
+        if transform is None:
+            return self
+        num_logits = self.profile.num_logits
+        if transform.ndim != 2 or transform.shape[1] != num_logits or not len(transform):
+            raise ShapeError(
+                f"The output map has the shape {tuple(transform.shape)}: expected (outputs, {num_logits}), a column "
+                "for each output of the network. Is it meant for another network? Give a matrix of that shape."
+            )
+        profile = dataclasses.replace(self.profile, num_outputs=len(transform))
+        matrix = transform.to(self.device, self.precision.compute_dtype)
+        return dataclasses.replace(self, profile=profile, transform=matrix)
+
+    def mapped(
+        self,
+        logits: Tensor,  # (…, logits)
+    ) -> Tensor:  # (…, outputs)
+        """Turn what the network returns into the outputs that the kernel is of, A f(x)."""
+        return logits if self.transform is None else logits @ self.transform.mT
 
     def input(self, x: Tensor) -> Tensor:
         """Move a batch to where and how the network computes."""
@@ -89,8 +118,7 @@ def prepare(
         ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
     """
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type == "mps" and precision.compute_dtype == torch.float64:
-        raise ModelError("Apple's GPUs have no float64: expected --precision float32 on mps, or --device cpu. Use one.")
+    check_device(precision, device)
     module = evaluation_copy(model, precision.compute_dtype, device)
     if not trainable(module):
         raise ModelError(
@@ -110,8 +138,21 @@ def prepare(
         treated = {layer.full_name(param) for layer in layers for param in layer.params()}
         fallback = tuple(name for name in trainable(module) if name not in treated)
         sample = as_input(pair[:1], precision.compute_dtype, device)
-        profile = _profile(module, layers, fallback, sample, num_outputs)
-    return Network(module, precision, device, layers, fallback, profile)
+        recording, activations = _record_one(module, layers, sample)
+        windows = _windows(layers, recording)
+    own = trainable(module)
+    profile = NetworkProfile(
+        num_outputs=num_outputs,
+        num_params=sum(param.numel() for param in own.values()),
+        layers=tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix),
+        dense_params=sum(own[layer.full_name(v)].numel() for layer in layers for v in layer.vectors)
+        + sum(own[name].numel() for name in fallback),
+        fallback=fallback,
+        activation_numbers=activations,
+        input_numbers=sample.numel(),
+        num_logits=num_outputs,
+    )
+    return Network(module, precision, device, layers, fallback, profile, windows)
 
 
 def _float64_device(device: torch.device) -> torch.device:
@@ -196,7 +237,7 @@ def _layers_with_rules(module: nn.Module) -> Iterator[Layer]:
     owners = Counter(id(param) for child in module.modules() for param in child.parameters(recurse=False))
     for name, child in module.named_modules():
         rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
-        if rule is None:
+        if rule is None or not rule.applies(child):
             continue
         own = {n for n, p in child.named_parameters(recurse=False) if p.requires_grad and owners[id(p)] == 1}
         layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
@@ -217,11 +258,12 @@ def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> se
     treated = [(layer, param) for layer in layers for param in layer.params()]
     names = [layer.full_name(param) for layer, param in treated]
     sums: dict[str, Tensor] = {}
-    for weight, grads in zip(weights, cotangents(recording), strict=True):
-        for (layer, param), name in zip(treated, names, strict=True):
-            uses = recording.uses.get(layer.name, [])
-            if _fits(uses, grads.get(layer.name, []), len(pair)):
-                sums[name] = sums.get(name, 0) + weight * param_rows(layer, param, uses, grads[layer.name])
+    grads = pull_back(recording, weights)  # rows are linear in the cotangents, so that one pass checks all outputs
+    for (layer, param), name in zip(treated, names, strict=True):
+        uses = recording.uses.get(layer.name, [])
+        if _fits(uses, grads.get(layer.name, []), len(pair)):
+            with suppress(Exception):  # to raise is one way in which a rule does not hold
+                sums[name] = param_rows(layer, param, uses, grads[layer.name])
     by_name = dict(module.named_parameters())
     wrong = set(names) - set(sums)
     for index in range(len(pair)):
@@ -261,10 +303,8 @@ def param_rows(
     return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
 
-def _profile(
-    module: nn.Module, layers: tuple[Layer, ...], fallback: tuple[str, ...], sample: Tensor, num_outputs: int
-) -> NetworkProfile:
-    """Measure the sizes of the network on one sample."""
+def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) -> tuple[Recording, int]:
+    """Run one sample, and count the numbers that its graph keeps for the backward passes."""
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -275,32 +315,32 @@ def _profile(
     params = {param.untyped_storage().data_ptr() for param in module.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         recording = record(module, {layer.name: layer.module for layer in layers}, sample)
-    shapes, dense = [], 0
+    return recording, sum(count for address, count in saved.items() if address not in params)
+
+
+def _windows(layers: tuple[Layer, ...], recording: Recording) -> dict[str, Windows]:
+    """Find the convolutions whose inputs may be kept as pixels: used once, in steps of one."""
+    found: dict[str, Windows] = {}
     for layer in layers:
-        sizes = {name: param.numel() for name, param in layer.module.named_parameters(recurse=False)}
-        dense += sum(sizes[name] for name in layer.vectors)
-        if layer.has_matrix:
-            shapes.append(_shape(layer, recording))
-    own = trainable(module)
-    return NetworkProfile(
-        num_outputs=num_outputs,
-        num_params=sum(param.numel() for param in own.values()),
-        layers=tuple(shapes),
-        dense_params=dense + sum(own[name].numel() for name in fallback),
-        fallback=fallback,
-        activation_numbers=sum(count for address, count in saved.items() if address not in params),
-        input_numbers=sample.numel(),
-    )
+        uses = recording.uses[layer.name]
+        if layer.has_matrix and layer.rule is CONVOLUTION and len(uses) == 1:
+            windows = windows_of(layer.module, uses[0].x)
+            found |= {} if windows is None else {layer.name: windows}
+    return found
 
 
-def _shape(layer: Layer, recording: Recording) -> LayerShape:
+def _shape(layer: Layer, recording: Recording, windows: Mapping[str, Windows]) -> LayerShape:
     """Measure one layer: positions are summed over its uses."""
     inputs = [layer.rule.inputs(layer.module, use.x) for use in recording.uses[layer.name]]
     outputs = [layer.rule.cotangents(layer.module, use.output) for use in recording.uses[layer.name]]
+    own = windows.get(layer.name)
     return LayerShape(
         name=layer.name,
         positions=sum(a.shape[2] for a in inputs),
         inputs=inputs[0].shape[3],
         channels=outputs[0].shape[3],
         groups=inputs[0].shape[1],
+        taps=1 if own is None else own.taps,
+        pixels=0 if own is None else own.pixels,
+        passes_back=any(use.passes_back for use in recording.uses[layer.name]),
     )

@@ -3,26 +3,36 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ntkgen.errors import UnknownNameError
+from ntkgen.errors import InputError, UnknownNameError
+
+Rounding = Literal["ieee", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A policy: the dtype of network, factors and products, and the dtype in which products are accumulated."""
+    """A policy: the dtypes of the network, of what is kept of a sample, of its products, and how those round."""
 
     name: str
-    compute_dtype: torch.dtype
-    accumulate_dtype: torch.dtype
+    compute_dtype: torch.dtype  # the network, and its passes
+    factor_dtype: torch.dtype  # inputs, cotangents and kept rows
+    accumulate_dtype: torch.dtype  # intermediates (A, H, G, rows that are built for a product) and sums
+    rounding: Rounding = "ieee"  # what large products may do to their operands
 
 
 POLICIES = {
-    "float32": Precision("float32", torch.float32, torch.float32),
-    "float64": Precision("float64", torch.float64, torch.float64),
+    policy.name: policy
+    for policy in (
+        Precision("float64", torch.float64, torch.float64, torch.float64),
+        Precision("float64-accumulate", torch.float32, torch.float32, torch.float64),
+        Precision("float32", torch.float32, torch.float32, torch.float32),
+        Precision("tf32", torch.float32, torch.float32, torch.float32, "tf32"),
+        Precision("bfloat16", torch.float32, torch.bfloat16, torch.float32, "bf16"),
+    )
 }
 
 
@@ -35,6 +45,24 @@ def policy(name: str) -> Precision:
     if name not in POLICIES:
         raise UnknownNameError("precision", name, POLICIES)
     return POLICIES[name]
+
+
+def check_device(precision: Precision, device: torch.device) -> None:
+    """Refuse a policy that a device cannot follow.
+
+    Raises:
+        InputError: If it has no float64, or no TF32.
+    """
+    if device.type == "mps" and torch.float64 in {precision.compute_dtype, precision.accumulate_dtype}:
+        raise InputError(
+            f"Apple's GPUs have no float64, which --precision {precision.name} needs: expected float32 on mps, or "
+            "--device cpu. Use one."
+        )
+    if precision.rounding == "tf32" and device.type != "cuda":
+        raise InputError(
+            f"--precision tf32 is a way of NVIDIA's tensor cores: expected --device cuda, found {device.type}. Use "
+            "--precision float32, which costs the same here."
+        )
 
 
 def widen(x: Tensor) -> Tensor:
@@ -117,3 +145,19 @@ def _ieee_float32(device: torch.device) -> Iterator[None]:
             switch.fp32_precision = "none"  # inherited again, if it was
             if switch.fp32_precision != value:
                 switch.fp32_precision = value
+
+
+@contextmanager
+def reduced_products(device: torch.device, rounding: Rounding) -> Iterator[None]:
+    """Let float32 matrix products round their operands, where the device gains by it."""
+    backends: Any = torch.backends
+    switch = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}.get(device.type)
+    if switch is None or rounding == "ieee" or (device.type == "cuda" and rounding == "bf16"):
+        yield
+        return
+    before = switch.fp32_precision
+    switch.fp32_precision = rounding
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

@@ -33,6 +33,9 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
                 "module that copy.deepcopy takes. Does it keep a computed tensor as an attribute, as the old "
                 "torch.nn.utils.weight_norm does? Use torch.nn.utils.parametrizations, or a freshly built module."
             ) from error
+        for child in module.modules():
+            if isinstance(child, nn.Embedding | nn.EmbeddingBag):
+                child.sparse = False  # the same function; sparse gradients cannot be differentiated on
         for param in module.parameters():
             param.data = param.data.contiguous()  # bits must not depend on whether it was trained channels-last
     return module

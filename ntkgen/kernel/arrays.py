@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
 COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
-SMALL_ARRAYS = ("sample_index", *(name for names in COORDINATES.values() for name in names.split()))
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,19 @@ class Samples:
 
     index: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
+    against: "Samples | None" = None  # those of the columns, where they are others
+
+
+def small_arrays(grid: TileGrid) -> tuple[str, ...]:
+    """Name the coordinates of rows and columns, and the positions of the samples in their data sets."""
+    names = tuple(name for axis in COORDINATES.values() for name in axis.split())
+    return ("sample_index", *names) if grid.is_symmetric else ("sample_index", "col_sample_index", *names)
+
+
+def side_arrays(grid: TileGrid) -> tuple[tuple[str, str], ...]:
+    """Name the diagonal and the logits of the rows and, where they are other samples, of the columns."""
+    rows = (("diagonal", "logits"),)
+    return rows if grid.is_symmetric else (*rows, ("col_diagonal", "col_logits"))
 
 
 @dataclass(frozen=True)
@@ -67,23 +79,43 @@ def create_array(
     return array.with_config({"write_empty_chunks": True})
 
 
-def create_static(group: zarr.Group, grid: TileGrid, samples: Samples) -> None:
-    """Create what is there from the start, where it is not: the coordinates, and room for diagonal and logits."""
-    n, m = grid.num_samples, grid.num_outputs
+def create_static(group: zarr.Group, grid: TileGrid, samples: Samples, num_logits: int) -> None:
+    """Create what is there from the start, where it is not: the coordinates, and room for diagonals and logits."""
+    columns = samples if samples.against is None else samples.against
+    for axis, side in (("row", samples), ("col", columns)):
+        _create_coordinates(group, grid.num_outputs, axis, side)
+    note = "position of the sample in its data set"
+    _create_small(group, "sample_index", samples.index, "sample", note)
+    _create_side(group, grid, ("diagonal", "logits"), ("row", "sample"), (grid.num_samples, num_logits))
+    if grid.num_col_samples is not None:
+        _create_small(group, "col_sample_index", columns.index, "against_sample", note)
+        sizes = (grid.num_col_samples, num_logits)
+        _create_side(group, grid, ("col_diagonal", "col_logits"), ("col", "against_sample"), sizes)
+
+
+def _create_coordinates(group: zarr.Group, num_outputs: int, axis: str, samples: Samples) -> None:
+    n, m = len(samples.index), num_outputs
     columns = {
         "sample": (np.repeat(np.arange(n), m), "position of the sample in this store"),
-        "output": (np.tile(np.arange(m), n), "output of the network"),
+        "output": (np.tile(np.arange(m), n), "output of the network, after the output map"),
         "label": (np.repeat(samples.labels, m), "label of the sample"),
     }
-    for axis in ("row", "col"):
-        for name, (values, meaning) in columns.items():
-            _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
-    _create_small(group, "sample_index", samples.index, "sample", "position of the sample in its data set")
-    if "diagonal" not in group:
-        note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": COORDINATES["row"]}
-        create_array(group, "diagonal", "float64", ArrayLayout((n * m,), (grid.side,), ("row",)), note)
-    if "logits" not in group:
+    for name, (values, meaning) in columns.items():
+        _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
+
+
+def _create_side(
+    group: zarr.Group, grid: TileGrid, names: tuple[str, str], axes: tuple[str, str], sizes: tuple[int, int]
+) -> None:
+    """Make room for the exact diagonal and the logits of some samples."""
+    (diagonal, logits), (axis, sample_axis), (n, num_logits) = names, axes, sizes
+    if diagonal not in group:
+        layout = ArrayLayout((n * grid.num_outputs,), (grid.side,), (axis,))
+        if grid.num_planes > 1:
+            layout = ArrayLayout((grid.num_planes, n), (grid.num_planes, grid.side), ("output", axis))
+        note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": COORDINATES[axis]}
+        create_array(group, diagonal, "float64", layout, note)
+    if logits not in group:
         note = {"long_name": "outputs of the network", "units": "1"}
-        create_array(
-            group, "logits", "float64", ArrayLayout((n, m), (grid.tile_samples, m), ("sample", "output")), note
-        )
+        layout = ArrayLayout((n, num_logits), (grid.tile_samples, num_logits), (sample_axis, "output"))
+        create_array(group, logits, "float64", layout, note)

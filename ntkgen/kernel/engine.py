@@ -3,7 +3,9 @@
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import torch
 from torch import Tensor
 
 from ntkgen.errors import InputError, PlanError
+from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.contract import exact_diagonal, fill_kernel
-from ntkgen.jacobian.factors import BlockFactors, FactorCache
+from ntkgen.jacobian.factors import BlockFactors, compute_factors
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.kernel.plan import Budget, Environment, Plan
 from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import Tile
+from ntkgen.kernel.tiles import Block, Tile
 
 # Called with what is being made ("diagonal" or "tiles"), how much of it is done, and how much there is.
 Report = Callable[[str, int, int], None]
@@ -96,18 +99,46 @@ def run(
     """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
     plan = store.manifest.plan
     _check_network(network, plan)
-    factors = FactorCache(network, plan.jacobian, samples, cached_blocks)
+
+    def compute(block: Block) -> BlockFactors:
+        return compute_factors(network, plan.jacobian, samples[block.start : block.stop])
+
+    factors = BlockCache(compute, cached_blocks)
     with exact_arithmetic(network.device, plan.environment.threads):
-        for done, total, index in _counted(store.missing_blocks(), plan.grid.num_blocks):
+        # from the end, so that the blocks at hand afterwards are those that the first band holds
+        for done, total, index in _counted(store.missing_blocks()[::-1], plan.num_sides):
             report("diagonal", done, total)
             store.commit_block(index, *_diagonal_and_logits(plan, index, factors))
-        report("diagonal", plan.grid.num_blocks, plan.grid.num_blocks)
+        report("diagonal", plan.num_sides, plan.num_sides)
         store.create_kernels()
-        for done, total, tile in _counted(store.missing_tiles(), plan.grid.num_tiles):
-            report("tiles", done, total)
-            store.commit(tile, compute_tile(plan, tile, factors))
+        missing, done = store.missing_tiles(), 0
+        with _writer(store) as commit:
+            for band in plan.bands(missing, cached_blocks):
+                factors.hold(band.held)
+                for tile in band.tiles:
+                    report("tiles", plan.grid.num_tiles - len(missing) + done, plan.grid.num_tiles)
+                    commit(tile, compute_tile(plan, tile, factors))
+                    done += 1
         report("tiles", plan.grid.num_tiles, plan.grid.num_tiles)
     store.finalize()
+
+
+@contextmanager
+def _writer(store: KernelStore) -> Iterator[Callable[[Tile, npt.NDArray[Any]], None]]:
+    """Write a tile while the next one is computed. One at a time: the second waits until the first is on disk."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ntkgen-writer") as thread:
+        pending: list[Future[None]] = []
+
+        def commit(tile: Tile, values: npt.NDArray[Any]) -> None:
+            wait()
+            pending.append(thread.submit(store.commit, tile, values))
+
+        def wait() -> None:
+            while pending:
+                pending.pop().result()
+
+        yield commit
+        wait()
 
 
 def _check_network(network: Network, plan: Plan) -> None:
@@ -133,7 +164,7 @@ def _counted(missing: list[Any], total: int) -> list[tuple[int, int, Any]]:
 
 def compute_tile(plan: Plan, tile: Tile, factors: Callable[..., BlockFactors]) -> npt.NDArray[Any]:
     """Compute one tile; on the diagonal, its upper blocks and their mirror."""
-    rows, columns = plan.blocks(tile.row), plan.blocks(tile.col)
+    rows, columns = plan.blocks(tile.row), plan.col_blocks(tile.col)
     kernel: npt.NDArray[Any] = fill_kernel(rows, columns, factors, plan.jacobian).cpu().numpy()
     return kernel
 
@@ -142,11 +173,13 @@ def _diagonal_and_logits(
     plan: Plan, index: int, factors: Callable[..., BlockFactors]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     diagonals, logits = [], []
-    for piece in plan.blocks(index):
+    for piece in plan.side_blocks(index):
         block = factors(piece)
-        diagonals.append(exact_diagonal(block).flatten().cpu())
+        diagonals.append(exact_diagonal(block).cpu())
         logits.append(block.logits.cpu().double())
-    return torch.cat(diagonals).numpy(), torch.cat(logits).numpy()
+    found = torch.cat(diagonals)  # (samples, outputs)
+    reduced = {"none": found.flatten(), "trace": found.sum(1), "diagonal": found.mT}[plan.jacobian.reduction]
+    return reduced.contiguous().numpy(), torch.cat(logits).numpy()
 
 
 def free_disk_bytes(path: str | os.PathLike[str]) -> int:

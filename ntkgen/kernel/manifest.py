@@ -13,7 +13,7 @@ import ntkgen
 from ntkgen.errors import FingerprintError
 from ntkgen.kernel.plan import Plan
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # Written in full while all dtypes together take at most this much; above, one triangle.
 FULL_LAYOUT_BYTES = 10 * 10**9
 
@@ -41,6 +41,7 @@ class Manifest:
     layout: str
     is_complete: bool = False
     replanned: int = 0
+    certificate: Mapping[str, Any] | None = None  # how accurate the finished kernel was found to be
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +65,7 @@ class Manifest:
             "provenance": dict(self.provenance),
             "plan": self.plan.to_json(),
             "replanned": self.replanned,
+            "certificate": None if self.certificate is None else dict(self.certificate),
         }
 
     @classmethod
@@ -77,6 +79,7 @@ class Manifest:
             layout=values["layout"],
             is_complete=values["status"] == "complete",
             replanned=values["replanned"],
+            certificate=values["certificate"],
         )
 
 

@@ -1,34 +1,39 @@
 """Budget → block sizes, tiles to do, projected bytes and FLOPs; says no before anything runs. Integers only."""
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ntkgen.errors import BudgetError
+from ntkgen.jacobian.cache import count_samples
 from ntkgen.jacobian.cost import (
     DIAGONAL_NUMBERS,
+    PRECISION_BYTES,
+    SIZES,
+    USUAL_RATES,
     JacobianPlan,
     LayerPlan,
     LayerShape,
     NetworkProfile,
     Order,
+    Rates,
+    Reduction,
+    Sizes,
+    contraction_numbers,
     factor_macs,
     factor_numbers,
-    intermediate_numbers,
     plan_jacobian,
+    product_macs,
+    sizes_for,
 )
 from ntkgen.kernel.tiles import Block, Tile, TileGrid, block_pairs
 from ntkgen.units import human_bytes
 
-# Samples in one forward pass, and numbers in one intermediate of a contraction: what suits the device's caches.
-BATCH_SIZE = {"cpu": 32, "cuda": 64, "mps": 32}
-WORKSPACE_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27, "mps": 1 << 24}
 # A forward pass and a backward pass hold, beside the saved activations, about as much again in gradients and clones.
 ACTIVATION_COPIES = 3
-# Per entry of a tile on the host: the computed one's copy, the three store dtypes, a mirror, a chunk with its checksum.
-TILE_COPY_BYTES = 40
+# Per entry of a tile on the host: two computed ones, three store dtypes of each, a mirror, a chunk with its checksum.
+TILE_COPY_BYTES = 60
 
 
 @dataclass(frozen=True)
@@ -64,61 +69,106 @@ class Environment:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Row blocks whose factors stay while the columns of some tiles stream past; none where they do not fit."""
+
+    held: tuple[Block, ...]
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a tile's bytes are a function of, and the sizes from which its cost follows."""
 
     grid: TileGrid
-    precision: str
-    block_samples: int  # samples whose factors are kept together; a tile is cut into such blocks
     jacobian: JacobianPlan
     profile: NetworkProfile
     environment: Environment
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of a computed number."""
-        return {"float32": 4, "float64": 8}[self.precision]
+    def precision(self) -> str:
+        """The precision policy."""
+        return self.jacobian.precision
+
+    @property
+    def block_samples(self) -> int:
+        """Samples whose factors are kept together; a tile is cut into such blocks."""
+        return self.jacobian.sizes.block_samples
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of a number of the network."""
+        return 8 if self.precision == "float64" else 4
+
+    @property
+    def product_bytes(self) -> int:
+        """Bytes of a computed entry."""
+        return PRECISION_BYTES[self.precision][1]
 
     def blocks(self, index: int) -> list[Block]:
-        """Cut one row or column of tiles into the blocks that are computed together."""
+        """Cut one row of tiles into the blocks that are computed together."""
         return self.grid.block(index).pieces(self.block_samples)
+
+    def col_blocks(self, index: int) -> list[Block]:
+        """Cut one column of tiles; samples of other columns than rows are numbered after those of the rows."""
+        if self.grid.is_symmetric:
+            return self.blocks(index)
+        block, first = self.grid.col_block(index), self.grid.num_samples
+        return Block(first + block.start, first + block.stop).pieces(self.block_samples)
+
+    def side_blocks(self, index: int) -> list[Block]:
+        """Cut a row of tiles or, numbered after those, a column of other samples: what has a diagonal of its own."""
+        rows = self.grid.num_blocks
+        return self.blocks(index) if index < rows else self.col_blocks(index - rows)
+
+    def pairs(self, tile: Tile) -> Iterator[tuple[Block, Block]]:
+        """List the products of blocks that fill a tile."""
+        return block_pairs(self.blocks(tile.row), self.col_blocks(tile.col))
+
+    @property
+    def num_sides(self) -> int:
+        """Count what `side_blocks` numbers."""
+        return self.grid.num_blocks + (0 if self.grid.is_symmetric else self.grid.num_col_blocks)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples whose factors are needed, of rows and columns."""
+        return self.grid.num_samples + (self.grid.num_col_samples or 0)
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block's factors."""
-        return self.block_samples * self.jacobian.factor_numbers * self.itemsize
+        return self.block_samples * self.jacobian.factor_bytes
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes beside the factors: network, samples, one batch, one contraction, one tile on its way to disk."""
-        m, batch = self.grid.num_outputs, self.jacobian.batch_size
+        """Bytes beside the factors: network, samples, one batch, one contraction, two tiles on their way to disk."""
+        m, batch = self.jacobian.num_outputs, self.jacobian.batch_size
         per_sample = ACTIVATION_COPIES * self.profile.activation_numbers + 2 * self.profile.input_numbers
-        widest = max((s.groups * s.positions * s.inputs for s in self.profile.layers), default=0)
-        numbers = (
+        kept = [layer.shape for layer in self.jacobian.layers if layer.keeps_rows]
+        shapes = self.profile.layers
+        widest = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
+        unfolded = sum(shape.groups * shape.positions * shape.inputs for shape in kept)
+        passes = (
             3 * self.profile.num_params  # our copy, and one in float64 while the rules are checked
             + batch * (per_sample + 2 * widest)
             + (2 * m * self.jacobian.dense_params if self.jacobian.fallback else 0)
-            + 3 * max(self.jacobian.workspace_numbers, *map(self._least_intermediate, self.jacobian.layers), 0)
-            + 3 * (self.block_samples * m) ** 2
         )
-        samples = 2 * 4 * self.grid.num_samples * self.profile.input_numbers
-        pairs = [layer.shape for layer in self.jacobian.layers if not layer.keeps_rows]
-        diagonal = 8 * max(map(self._diagonal_numbers, pairs), default=0)
-        return numbers * self.itemsize + samples + diagonal + self.grid.side**2 * (self.itemsize + TILE_COPY_BYTES)
+        result = 3 * (self.block_samples * m) ** 2
+        samples = 2 * 4 * self.num_samples * self.profile.input_numbers
+        diagonal = 8 * max((self._diagonal_numbers(p) for p in self.jacobian.layers if not p.keeps_rows), default=0)
+        return (
+            passes * self.compute_bytes
+            + (contraction_numbers(self.jacobian) + result + batch * unfolded) * self.product_bytes
+            + samples
+            + diagonal
+            + self.grid.num_planes * self.grid.side**2 * (self.product_bytes + TILE_COPY_BYTES)
+        )
 
-    def _least_intermediate(self, layer: LayerPlan) -> int:
-        """Count the numbers of a layer's smallest slice: one pair of samples, or one channel of two blocks."""
-        shape, m = layer.shape, self.grid.num_outputs
-        if layer.keeps_rows:
-            return 0
-        if layer.order == "explicit":
-            return 2 * self.block_samples * m * (shape.positions + shape.inputs)
-        return intermediate_numbers(shape, m, layer.order)
-
-    def _diagonal_numbers(self, shape: LayerShape) -> int:
+    def _diagonal_numbers(self, layer: LayerPlan) -> int:
         """Count the float64 numbers with which one sample's diagonal is computed."""
-        grams = shape.groups * shape.positions**2
-        return max(DIAGONAL_NUMBERS, grams) * 3 + factor_numbers(shape, self.grid.num_outputs)
+        grams = max(layer.shape.positions, layer.widest) ** 2
+        return max(DIAGONAL_NUMBERS, grams) * 3 + factor_numbers(layer, self.jacobian.num_outputs)
 
     @property
     def minimum_bytes(self) -> int:
@@ -139,11 +189,33 @@ class Plan:
                 f"blocks of {self.block_samples} samples. Raise --memory, free some, or take a smaller --tile."
             )
         fits = (budget.available_bytes - self.fixed_bytes) // max(1, self.block_bytes)
-        return min(fits, sum(len(self.blocks(i)) for i in range(self.grid.num_blocks)))
+        return min(fits, self._all_blocks)
+
+    @property
+    def _all_blocks(self) -> int:
+        return sum(len(self.side_blocks(index)) for index in range(self.num_sides))
 
     def projected_bytes(self, cached_blocks: int) -> int:
         """Project the peak of memory that the computation adds to the loaded process."""
         return self.fixed_bytes + cached_blocks * self.block_bytes
+
+    def bands(self, tiles: Iterable[Tile], cached_blocks: int) -> Iterator[Band]:
+        """Order some tiles in bands: as many row blocks stay as fit beside those of one column.
+
+        The columns of a band are as many as the matrix is wide, so fewer and higher bands compute fewer factors.
+        """
+        per_tile = len(self.blocks(0))
+        fits = cached_blocks >= self._all_blocks
+        height = self.grid.num_blocks if fits else cached_blocks // per_tile - 1
+        if height <= 0 and cached_blocks > per_tile:
+            height = 1  # each column block passes the one held row of tiles once
+        by_band: dict[int, list[Tile]] = {}
+        for tile in tiles:
+            by_band.setdefault(tile.row // max(1, height), []).append(tile)
+        for _, members in sorted(by_band.items()):
+            rows = sorted({tile.row for tile in members}) if height > 0 else []
+            held = tuple(block for row in rows for block in self.blocks(row))
+            yield Band(held, tuple(sorted(members, key=lambda tile: (tile.col, tile.row) if height > 0 else tile)))
 
     def projected_flops(self, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> int:
         """Project the floating-point operations of some tiles, two per multiply-add, factors included.
@@ -151,12 +223,12 @@ class Plan:
         Those of the ``diagonal``, by row block, come first; its own products are left out, a sample's each.
         """
         computed = count_factor_samples(self, tiles, cached_blocks, diagonal)
-        pairs = sum(self._pairs(tile) for tile in tiles)
-        return 2 * (computed * factor_macs(self.profile, self.jacobian) + pairs * self.jacobian.pair_macs)
-
-    def _pairs(self, tile: Tile) -> int:
-        """Count the sample pairs of a tile that are computed: on the diagonal, the upper blocks alone."""
-        return sum(len(r) * len(c) for r, c in block_pairs(self.blocks(tile.row), self.blocks(tile.col)))
+        products = sum(
+            product_macs(self.jacobian, len(row), len(column), is_diagonal=row == column)
+            for tile in tiles
+            for row, column in self.pairs(tile)
+        )
+        return 2 * (computed * factor_macs(self.profile, self.jacobian) + products)
 
     def to_json(self) -> dict[str, Any]:
         """Turn into plain values for the manifest."""
@@ -165,46 +237,61 @@ class Plan:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Plan":
         """Read back what `to_json` wrote."""
-        profile = dict(values["profile"])
-        jacobian = dict(values["jacobian"])
+        profile, jacobian = dict(values["profile"]), dict(values["jacobian"])
         layers = tuple(LayerShape(**shape) for shape in profile["layers"])
-        plans = tuple(
-            LayerPlan(LayerShape(**layer["shape"]), layer["order"], keeps_rows=layer["keeps_rows"])
-            for layer in jacobian["layers"]
-        )
+        plans = tuple(LayerPlan(**{**layer, "shape": LayerShape(**layer["shape"])}) for layer in jacobian["layers"])
+        jacobian |= {
+            "layers": plans,
+            "fallback": tuple(jacobian["fallback"]),
+            "sizes": Sizes(**jacobian["sizes"]),
+            "rates": Rates(**jacobian["rates"]),
+        }
         return cls(
             grid=TileGrid(**values["grid"]),
-            precision=values["precision"],
-            block_samples=values["block_samples"],
-            jacobian=JacobianPlan(**{**jacobian, "layers": plans, "fallback": tuple(jacobian["fallback"])}),
+            jacobian=JacobianPlan(**jacobian),
             profile=NetworkProfile(**{**profile, "layers": layers, "fallback": tuple(profile["fallback"])}),
             environment=Environment(**values["environment"]),
         )
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What is chosen of a plan rather than planned: the precision policy, the rates that it goes by, forced orders."""
+
+    precision: str = "float32"
+    rates: Rates = USUAL_RATES
+    orders: tuple[Order, ...] = ()
+    reduction: Reduction = "none"
+
+
 def make_plan(
     profile: NetworkProfile,
     grid: TileGrid,
+    choices: Choices,
     *,
-    precision: str,
     budget: Budget,
     environment: Environment,
-    orders: Sequence[Order] = (),
 ) -> Plan:
     """Fix a plan: the largest blocks, then the largest batches, whose projected bytes fit the budget.
 
     Raises:
         BudgetError: If not even one sample at a time fits; the message has both numbers.
     """
-    workspace = min(WORKSPACE_NUMBERS[environment.device_type], max(1, budget.planned_bytes // 64))
+    device = environment.device_type
 
     def candidate(block: int, batch: int) -> Plan:
+        sizes = sizes_for(device, block, batch, max(1, budget.planned_bytes // 64))
         jacobian = plan_jacobian(
-            profile, block_samples=block, batch_size=batch, workspace_numbers=workspace, orders=orders
+            profile,
+            sizes,
+            precision=choices.precision,
+            rates=choices.rates,
+            reduction=choices.reduction,
+            orders=choices.orders,
         )
-        return Plan(grid, precision, block, jacobian, profile, environment)
+        return Plan(grid, jacobian, profile, environment)
 
-    largest = min(BATCH_SIZE[environment.device_type], grid.tile_samples)
+    largest = min(SIZES.get(device, SIZES["cpu"]).batch_size, grid.tile_samples)
     for block in _block_sizes(grid.tile_samples):
         for batch in _halvings(min(largest, block)):
             plan = candidate(block, batch)
@@ -238,22 +325,13 @@ def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int, 
 
     First for the ``diagonal`` of some row blocks, one after the other, then for some tiles.
     """
-    held: OrderedDict[Block, None] = OrderedDict()
-    computed = 0
-    for block in _accesses(plan, tiles, diagonal):
-        if block not in held:
-            computed += len(block)
-            if len(held) >= cached_blocks:
-                held.popitem(last=False)
-        held[block] = None
-        held.move_to_end(block)
-    return computed
+    return count_samples(cached_blocks, _steps(plan, tiles, cached_blocks, diagonal))
 
 
-def _accesses(plan: Plan, tiles: Iterable[Tile], diagonal: Iterable[int]) -> Iterator[Block]:
-    """List the blocks in the order in which their factors are asked for."""
-    for index in diagonal:
-        yield from plan.blocks(index)
-    for tile in tiles:
-        for pair in block_pairs(plan.blocks(tile.row), plan.blocks(tile.col)):
-            yield from pair
+def _steps(
+    plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int]
+) -> Iterator[tuple[Sequence[Block], Iterable[Block]]]:
+    """List what is held and what is asked for, in the order in which the engine does."""
+    yield (), (block for index in diagonal for block in plan.side_blocks(index))
+    for band in plan.bands(tiles, cached_blocks):
+        yield band.held, (block for tile in band.tiles for pair in plan.pairs(tile) for block in pair)

@@ -10,6 +10,7 @@ from ntkgen.errors import DivergedError, UnknownNameError
 
 # float16 ends at 65504 < 2¹⁶; the largest entry is put into (2¹⁴, 2¹⁵], one bit below, because entries carry error.
 FLOAT16_TARGET = 2.0**15
+FLOAT16_NORMAL = 2.0**-14
 
 STORE_DTYPES = ("float16", "float32", "float64")
 
@@ -42,6 +43,19 @@ def scale_of(dtype: str, max_diagonal: float) -> float:
         return 1.0
     mantissa, exponent = math.frexp(max_diagonal / FLOAT16_TARGET)
     return math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+
+
+def count_underflow(values: npt.NDArray[np.floating], scale: float) -> npt.NDArray[np.int64]:
+    """Count the entries that float16 stores with fewer bits, and those that it stores as zero, and should not.
+
+    Below 2⁻²⁸ of the largest entry that the scale allows for, numbers are subnormal; below 2⁻³⁹ they vanish.
+
+    >>> count_underflow(np.array([1.0, 1e-5, 1e-9, 0.0]), scale=1.0)
+    array([2, 1])
+    """
+    sizes = np.abs(values) / scale
+    vanished = np.count_nonzero((sizes > 0) & (sizes.astype(np.float16) == 0))
+    return np.array([np.count_nonzero((sizes > 0) & (sizes < FLOAT16_NORMAL)), vanished], np.int64)
 
 
 def to_stored(values: npt.NDArray[np.floating], dtype: str, scale: float) -> npt.NDArray[np.floating]:

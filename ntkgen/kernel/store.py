@@ -3,11 +3,15 @@
 A store is a Zarr v3 group, readable without this package:
 
     ntk_float16, ntk_float32, ntk_float64   (row, col)        the kernel; true value = stored · scale_factor (or 1)
+    underflow_float16            (tile_row, tile_col, kind)   entries with fewer bits in float16, entries become zero
     diagonal                                (row)    float64  the exact diagonal, computed first
     logits                                  (sample, output)  float64
     row_sample, row_output, row_label       (row)             what a row is: position in the store, output, label
     col_sample, col_output, col_label       (col)             the same of a column
     sample_index                            (sample)          the samples' positions in their data set
+
+With the output `diagonal` a kernel is (output, row, col), a matrix for each output, and the diagonal (output, row). A
+rectangular kernel, of rows against other samples, has col_diagonal, col_logits and col_sample_index too.
 
 Rows are sample-major. One unsharded chunk is one tile, `bytes` (little endian) and `crc32c`, no compressor, so a chunk
 has a known size and truncation shows in a directory listing. What is not stored reads as NaN. A tile is done when its
@@ -20,6 +24,7 @@ follow. It holds no time, no path and no measurement, so that two runs of one co
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -34,17 +39,26 @@ import zarr
 from zarr.storage import LocalStore
 
 import ntkgen
-from ntkgen.errors import StoreError, UnknownNameError
-from ntkgen.kernel.arrays import COORDINATES, SMALL_ARRAYS, ArrayLayout, Samples, create_array, create_static
+from ntkgen.errors import InputError, StoreError, UnknownNameError
+from ntkgen.kernel.arrays import (
+    COORDINATES,
+    ArrayLayout,
+    Samples,
+    create_array,
+    create_static,
+    side_arrays,
+    small_arrays,
+)
 from ntkgen.kernel.manifest import FORMAT_VERSION, Manifest
-from ntkgen.kernel.rounding import STORE_DTYPES, scale_of, to_stored
+from ntkgen.kernel.rounding import STORE_DTYPES, count_underflow, scale_of, to_stored
 from ntkgen.kernel.symmetric import SymmetricArray
-from ntkgen.kernel.tiles import Tile, TileGrid
+from ntkgen.kernel.tiles import Block, Tile, TileGrid
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
 CHECKSUM_BYTES = 4
+UNDERFLOW = "underflow_float16"
 
 _CHUNK_2D = re.compile(r"^\d+$")
 
@@ -61,8 +75,8 @@ class KernelStore:
 
     def __repr__(self) -> str:
         """Say what the kernel is of."""
-        rows = self.grid.num_rows
-        return f"<KernelStore {self.path}: {rows} × {rows}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
+        rows, cols = self.grid.num_rows, self.grid.num_cols
+        return f"<KernelStore {self.path}: {rows} × {cols}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
 
     @property
     def grid(self) -> TileGrid:
@@ -71,12 +85,16 @@ class KernelStore:
 
     # reading -------------------------------------------------------------------------------------------------------
 
-    def kernel(self, dtype: str | None = None) -> SymmetricArray:
+    def kernel(self, dtype: str | None = None, output: int | None = None) -> SymmetricArray:
         """View the kernel as one full matrix of true values, in the most precise stored dtype or a chosen one.
+
+        A store of the output `diagonal` has one matrix per ``output``; the others have one in all.
 
         Raises:
             StoreError: If no tile of that dtype can be there yet.
+            InputError: If an output must be chosen, or cannot be.
         """
+        self._check_output(output)
         dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
         if not self._has(f"ntk_{dtype}"):
             raise StoreError(
@@ -85,7 +103,18 @@ class KernelStore:
             )
         manifest = self.manifest
         token = f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}"
-        return SymmetricArray(self._array(f"ntk_{dtype}"), is_upper=manifest.layout == "upper", token=token)
+        return SymmetricArray(
+            self._array(f"ntk_{dtype}"), is_upper=manifest.layout == "upper", token=token, plane=output
+        )
+
+    def _check_output(self, output: int | None) -> None:
+        planes = self.grid.num_planes
+        if (output is None) != (planes == 1) or (output is not None and not 0 <= output < planes):
+            raise InputError(
+                f"The store at {self.path} holds {f'{planes} matrices, one for each output' if planes > 1 else 'one'}: "
+                f"expected {f'an output from 0 to {planes - 1}' if planes > 1 else 'no output'}, found {output}. Use "
+                f"{'store.kernel(output=0)' if planes > 1 else 'store.array'}."
+            )
 
     @property
     def array(self) -> SymmetricArray:
@@ -94,8 +123,12 @@ class KernelStore:
 
     @property
     def dask(self) -> Any:
-        """The full matrix of true values as a dask array, one task per tile."""
-        return self.kernel().to_dask()
+        """The full matrix of true values as a dask array, one task per tile; (output, row, col) if several."""
+        if self.grid.num_planes == 1:
+            return self.kernel().to_dask()
+        import dask.array as da
+
+        return da.stack([self.kernel(output=output).to_dask() for output in range(self.grid.num_planes)])
 
     @property
     def xarray(self) -> Any:
@@ -103,7 +136,8 @@ class KernelStore:
         import xarray
 
         coords = {name: (axis, self.read(name)) for axis, names in COORDINATES.items() for name in names.split()}
-        return xarray.DataArray(self.dask, dims=("row", "col"), coords=coords, name="ntk", attrs=self.attributes)
+        dims = ("row", "col") if self.grid.num_planes == 1 else ("output", "row", "col")
+        return xarray.DataArray(self.dask, dims=dims, coords=coords, name="ntk", attrs=self.attributes)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -133,6 +167,14 @@ class KernelStore:
         """Say by what a kernel array is to be multiplied."""
         return float(self._array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
 
+    @property
+    def float16_underflow(self) -> dict[str, int] | None:
+        """Count the entries that float16 stores with fewer bits, or as zero, of the tiles that are there."""
+        if not self._has(UNDERFLOW):
+            return None
+        counts = np.maximum(self.read(UNDERFLOW), 0).sum((0, 1))
+        return {"with_fewer_bits": int(counts[0]), "vanished": int(counts[1])}
+
     # progress ------------------------------------------------------------------------------------------------------
 
     def missing_tiles(self) -> list[Tile]:
@@ -140,11 +182,19 @@ class KernelStore:
         missing: set[Tile] = set()
         for dtype in self.manifest.dtypes:
             done = self._chunks(f"ntk_{dtype}", self.grid.side**2 * np.dtype(dtype).itemsize)
-            for tile in self.grid.tiles():
-                mirror = (tile.col, tile.row) if self.manifest.layout == "full" else (tile.row, tile.col)
-                if (tile.row, tile.col) not in done or mirror not in done:
-                    missing.add(tile)
+            missing.update(tile for tile in self.grid.tiles() if not done.issuperset(self._chunks_of(tile)))
         return sorted(missing)
+
+    def _chunks_of(self, tile: Tile) -> list[tuple[int, ...]]:
+        """Name the chunks of a tile: on both sides with the full layout, and one per plane."""
+        places = {(tile.row, tile.col), (tile.col, tile.row) if self._is_mirrored else (tile.row, tile.col)}
+        if self.grid.num_planes == 1:
+            return list(places)
+        return [(plane, *place) for plane in range(self.grid.num_planes) for place in places]
+
+    @property
+    def _is_mirrored(self) -> bool:
+        return self.manifest.layout == "full" and self.grid.is_symmetric
 
     @property
     def is_complete(self) -> bool:
@@ -179,10 +229,26 @@ class KernelStore:
         return array
 
     def missing_blocks(self) -> list[int]:
-        """List the row blocks whose diagonal or logits are not there."""
-        diagonal = self._chunks("diagonal", self.grid.side * 8)
-        logits = {(row,) for row, _ in self._chunks("logits", self.grid.side * 8)}
-        return [index for index in range(self.grid.num_blocks) if (index,) not in diagonal & logits]
+        """List the blocks whose diagonal or logits are not there: of rows, then, numbered on, of other columns."""
+        grid, missing, first = self.grid, [], 0
+        logit_bytes = grid.tile_samples * self.manifest.plan.profile.num_logits * 8
+        for (diagonal, logits), count in zip(side_arrays(grid), self._side_counts(), strict=True):
+            there = {key[-1] for key in self._chunks(diagonal, grid.num_planes * grid.side * 8)}
+            there &= {key[0] for key in self._chunks(logits, logit_bytes)}
+            missing += [first + index for index in range(count) if index not in there]
+            first += count
+        return missing
+
+    def _side_counts(self) -> list[int]:
+        grid = self.grid
+        return [grid.num_blocks] if grid.is_symmetric else [grid.num_blocks, grid.num_col_blocks]
+
+    def _side(self, index: int) -> tuple[tuple[str, str], int, Block]:
+        """Locate a block that `missing_blocks` numbers: its arrays, its number among them, its samples."""
+        names, rows = side_arrays(self.grid), self.grid.num_blocks
+        if index < rows:
+            return names[0], index, self.grid.block(index)
+        return names[1], index - rows, self.grid.col_block(index - rows)
 
     def _chunks(self, name: str, payload_bytes: int) -> set[tuple[int, ...]]:
         """List the chunks of an array that have their exact size, by directory scan."""
@@ -215,15 +281,22 @@ class KernelStore:
     # writing -------------------------------------------------------------------------------------------------------
 
     def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
-        """Store the exact diagonal and the logits of one row block."""
-        block = self.grid.block(index)
+        """Store the exact diagonal and the logits of one block that `missing_blocks` has named."""
+        (diagonal_name, logits_name), _, block = self._side(index)
         rows = block.rows(self.grid.num_outputs)
-        self._write("logits", (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
-        self._write("diagonal", (rows,), to_stored(diagonal.ravel(), "float64", 1.0))
+        self._write(logits_name, (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
+        region = (rows,) if self.grid.num_planes == 1 else (slice(None), rows)
+        self._write(diagonal_name, region, to_stored(diagonal, "float64", 1.0))
 
     def create_kernels(self) -> None:
         """Create the kernel arrays with their scales, which follow from the complete diagonal."""
-        maximum = float(self.read("diagonal").max())
+        maxima = [float(self.read(diagonal).max()) for diagonal, _ in side_arrays(self.grid)]
+        maximum = math.sqrt(maxima[0] * maxima[-1])  # by Cauchy–Schwarz
+        if "float16" in self.manifest.dtypes and not self._has(UNDERFLOW):
+            shape = (self.grid.num_blocks, self.grid.num_col_blocks, 2)
+            note = {"long_name": "entries that float16 stores with fewer bits, and as zero", "units": "1"}
+            layout = ArrayLayout(shape, (1, 1, 2), ("tile_row", "tile_col", "kind"))
+            create_array(self._group, UNDERFLOW, "int64", layout, note)
         for dtype in self.manifest.dtypes:
             if self._has(f"ntk_{dtype}"):
                 continue
@@ -235,8 +308,10 @@ class KernelStore:
                 "storage_mode": "square" if self.manifest.layout == "full" else "symmetric-upper",
                 **({} if scale == 1 else {"scale_factor": scale}),
             }
-            rows, side = self.grid.num_rows, self.grid.side
-            layout = ArrayLayout((rows, rows), (side, side), ("row", "col"))
+            side, planes = self.grid.side, self.grid.num_planes
+            layout = ArrayLayout((self.grid.num_rows, self.grid.num_cols), (side, side), ("row", "col"))
+            if planes > 1:
+                layout = ArrayLayout((planes, *layout.shape), (1, *layout.chunks), ("output", *layout.dims))
             create_array(self._group, f"ntk_{dtype}", dtype, layout, attributes)
 
     def commit(self, tile: Tile, values: FloatArray) -> None:
@@ -246,13 +321,17 @@ class KernelStore:
             DivergedError: If an entry is not finite; nothing of the tile is then written.
         """
         m = self.grid.num_outputs
-        rows, cols = self.grid.block(tile.row).rows(m), self.grid.block(tile.col).rows(m)
-        assert values.shape == (rows.stop - rows.start, cols.stop - cols.start)
+        rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
+        assert values.shape[-2:] == (rows.stop - rows.start, cols.stop - cols.start)
         stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
+        if "float16" in stored:
+            counts = count_underflow(values, self.scale_factor("ntk_float16"))
+            self._write(UNDERFLOW, (slice(tile.row, tile.row + 1), slice(tile.col, tile.col + 1)), counts[None, None])
+        planes: tuple[slice, ...] = () if self.grid.num_planes == 1 else (slice(None),)
         for dtype, rounded in stored.items():
-            self._write(f"ntk_{dtype}", (rows, cols), rounded)
-            if self.manifest.layout == "full" and not tile.is_diagonal:
-                self._write(f"ntk_{dtype}", (cols, rows), np.ascontiguousarray(rounded.T))
+            self._write(f"ntk_{dtype}", (*planes, rows, cols), rounded)
+            if self._is_mirrored and tile.row != tile.col:
+                self._write(f"ntk_{dtype}", (*planes, cols, rows), np.ascontiguousarray(rounded.swapaxes(-1, -2)))
 
     def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
         # the Rust pipeline, if the user has chosen it, does not write atomically
@@ -276,26 +355,27 @@ class KernelStore:
         for name in ["zarr.json", *(f"{name}/zarr.json" for name in self._arrays())]:
             if (self.path / name).exists() and not _is_json(self.path / name):
                 (self.path / name).unlink()
-        create_static(self._group, self.grid, samples)
-        for name in ("diagonal", "logits"):
-            for index in range(self.grid.num_blocks):
-                chunk = self.path / name / "c" / (f"{index}" if name == "diagonal" else f"{index}/0")
-                if chunk.exists() and not self._is_sound(name, index):
-                    chunk.unlink()
+        create_static(self._group, self.grid, samples, self.manifest.plan.profile.num_logits)
+        for side in range(sum(self._side_counts())):
+            (diagonal, logits), index, block = self._side(side)
+            rows, planes = block.rows(self.grid.num_outputs), self.grid.num_planes
+            self._remove_damaged(diagonal, str(index) if planes == 1 else f"0/{index}", (..., rows))
+            self._remove_damaged(logits, f"{index}/0", (slice(block.start, block.stop), ...))
         if not self.missing_blocks():
             self.create_kernels()
 
     def _arrays(self) -> list[str]:
-        return [*SMALL_ARRAYS, "diagonal", "logits", *(f"ntk_{dtype}" for dtype in self.manifest.dtypes)]
+        sides = [name for pair in side_arrays(self.grid) for name in pair]
+        kernels = [f"ntk_{dtype}" for dtype in self.manifest.dtypes]
+        return [*small_arrays(self.grid), *sides, *kernels, *([UNDERFLOW] if "float16" in self.manifest.dtypes else [])]
 
-    def _is_sound(self, name: str, index: int) -> bool:
-        block = self.grid.block(index)
-        region = block.rows(self.grid.num_outputs) if name == "diagonal" else slice(block.start, block.stop)
+    def _remove_damaged(self, name: str, key: str, region: Any) -> None:
+        """Remove a chunk that does not match its checksum, so that it is computed anew."""
+        chunk = self.path / name / "c" / key
         try:
-            _ = self._array(name)[region]
+            _ = self._array(name)[region] if chunk.exists() else None
         except (ValueError, RuntimeError):
-            return False
-        return True
+            chunk.unlink()
 
     def finalize(self) -> None:
         """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.
@@ -323,7 +403,7 @@ def create_store(path: Path, manifest: Manifest, samples: Samples) -> KernelStor
         shutil.rmtree(draft)
     grid = manifest.plan.grid
     group = zarr.create_group(LocalStore(draft))
-    create_static(group, grid, samples)
+    create_static(group, grid, samples, manifest.plan.profile.num_logits)
     n, m = grid.num_samples, grid.num_outputs
     model, dataset = (manifest.provenance.get(name, "?") for name in ("model", "dataset"))
     group.attrs.put(

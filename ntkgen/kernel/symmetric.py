@@ -24,18 +24,19 @@ class SymmetricArray:
 
     ndim = 2
 
-    def __init__(self, array: "ZarrArray", *, is_upper: bool, token: str) -> None:
+    def __init__(self, array: "ZarrArray", *, is_upper: bool, token: str, plane: int | None = None) -> None:
         self._array = array
+        self._plane = plane  # which matrix, where the array holds one per output
         self._is_upper = is_upper
         self._token = token
         self.scale = float(array.attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
-        self.shape = (int(array.shape[0]), int(array.shape[1]))
+        self.shape = (int(array.shape[-2]), int(array.shape[-1]))
         self.dtype = np.dtype(np.float32) if array.dtype == np.float16 else np.dtype(array.dtype)
-        self.side = int(array.chunks[0])
+        self.side = int(array.chunks[-1])
 
     def __repr__(self) -> str:
         """Say the size and the stored dtype."""
-        half = "upper triangle" if self._is_upper else "full"
+        half = "upper triangle" if self._is_upper else "whole"
         return f"<SymmetricArray {self.shape[0]} × {self.shape[1]}, stored as {self._array.dtype}, {half}>"
 
     def __len__(self) -> int:
@@ -44,7 +45,7 @@ class SymmetricArray:
 
     def __dask_tokenize__(self) -> tuple[str, str]:
         """Name the contents for dask: the kernel's fingerprint and its dtype."""
-        return (self._token, str(self._array.dtype))
+        return (self._token, f"{self._array.dtype} {self._plane}")
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:  # noqa: FBT001
         """Read the whole matrix into memory.
@@ -101,18 +102,21 @@ class SymmetricArray:
         first, second = (cols, rows) if mirrored else (rows, cols)
         region = (slice(int(first[0]), int(first[-1]) + 1), slice(int(second[0]), int(second[-1]) + 1))
         try:
-            span = np.asarray(self._array[region])
+            span = np.asarray(self._array[region if self._plane is None else (self._plane, *region)])
         except (ValueError, RuntimeError) as error:
             tile = (j, i) if mirrored else (i, j)
             raise StoreError(
                 f"Tile {tile} of {self._array.path} in {self._array.store} is damaged ({error}). A disk error or an "
-                f"interrupted copy? Remove its chunk file {self._array.path}/c/{tile[0]}/{tile[1]} and run the same "
+                f"interrupted copy? Remove its chunk file {self._array.path}/c/{self._key(tile)} and run the same "
                 "`ntkgen compute` again: it makes it anew."
             ) from error
         part = span[np.ix_(first - first[0], second - second[0])].astype(self.dtype)
         if self.scale != 1:
             part *= self.dtype.type(self.scale)
         return part.T if mirrored else part
+
+    def _key(self, tile: tuple[int, int]) -> str:
+        return "/".join(map(str, tile if self._plane is None else (self._plane, *tile)))
 
     def to_dask(self) -> Any:
         """View as a dask array, one task per tile."""

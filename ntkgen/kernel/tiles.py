@@ -3,6 +3,8 @@
 Rows are sample-major, ``row = sample · num_outputs + output``; this is the one place where that is written.
 """
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -49,36 +51,46 @@ class Block:
 
 
 def block_pairs(rows: list[Block], columns: list[Block]) -> Iterator[tuple[Block, Block]]:
-    """List the products that fill a rectangle of the kernel; on the diagonal, those of the upper triangle.
+    """List the products that fill a rectangle of the kernel, column by column; on the diagonal, the upper triangle's.
 
     >>> blocks = Block(0, 4).pieces(2)
     >>> [(row.start, column.start) for row, column in block_pairs(blocks, blocks)]
     [(0, 0), (0, 2), (2, 2)]
     """
     is_diagonal = rows == columns
-    return ((row, column) for row in rows for column in columns if not (is_diagonal and column < row))
+    return ((row, column) for column in columns for row in rows if not (is_diagonal and column < row))
 
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """A row block and a column block, by number; ``row <= col``."""
+    """A row block and a column block, by number; ``row <= col`` in a symmetric kernel."""
 
     row: int
     col: int
 
-    @property
-    def is_diagonal(self) -> bool:
-        """Say whether rows and columns are the same samples."""
-        return self.row == self.col
-
 
 @dataclass(frozen=True)
 class TileGrid:
-    """The upper triangle of square tiles of a symmetric kernel; the last block may be ragged."""
+    """Square tiles: the upper triangle of a symmetric kernel, or all of a rectangular one; the last ones are ragged.
+
+    A tile has ``num_planes`` matrices: one, or for the reduction `diagonal` one per output.
+    """
 
     num_samples: int
-    num_outputs: int
+    num_outputs: int  # rows of the kernel per sample
     tile_samples: int
+    num_col_samples: int | None = None  # samples of the columns; None: those of the rows
+    num_planes: int = 1
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Say whether columns are the samples of the rows."""
+        return self.num_col_samples is None
+
+    @property
+    def num_cols(self) -> int:
+        """Columns of the kernel."""
+        return (self.num_samples if self.num_col_samples is None else self.num_col_samples) * self.num_outputs
 
     @property
     def num_rows(self) -> int:
@@ -100,14 +112,28 @@ class TileGrid:
         return -(-self.num_samples // self.tile_samples)
 
     @property
+    def num_col_blocks(self) -> int:
+        """Tiles along the other side."""
+        return -(-self.num_cols // self.side)
+
+    @property
     def num_tiles(self) -> int:
-        """Tiles of the upper triangle."""
-        return self.num_blocks * (self.num_blocks + 1) // 2
+        """Tiles of the upper triangle, or of the rectangle."""
+        if self.is_symmetric:
+            return self.num_blocks * (self.num_blocks + 1) // 2
+        return self.num_blocks * self.num_col_blocks
 
     def block(self, index: int) -> Block:
         """Locate the samples of one row or column of tiles."""
         start = index * self.tile_samples
         return Block(start, min(start + self.tile_samples, self.num_samples))
+
+    def col_block(self, index: int) -> Block:
+        """Locate the samples of one column of tiles, among the samples of the columns."""
+        if self.num_col_samples is None:
+            return self.block(index)
+        start = index * self.tile_samples
+        return Block(start, min(start + self.tile_samples, self.num_col_samples))
 
     def tiles(self) -> Iterator[Tile]:
         """List the upper triangle row by row, so that a row block's factors are used up before the next is needed.
@@ -115,33 +141,47 @@ class TileGrid:
         >>> [(tile.row, tile.col) for tile in TileGrid(6, 1, 3).tiles()]
         [(0, 0), (0, 1), (1, 1)]
         """
-        return (Tile(row, col) for row in range(self.num_blocks) for col in range(row, self.num_blocks))
+        every = itertools.product(range(self.num_blocks), range(self.num_col_blocks))
+        return (Tile(row, col) for row, col in every if row <= col or not self.is_symmetric)
 
 
-def default_tile_samples(num_samples: int, num_outputs: int) -> int:
+def default_tile_samples(num_samples: int, num_outputs: int, num_planes: int = 1) -> int:
     """Choose the samples of a tile, ⌈n/g⌉ with g = max(min(8, ⌈n/16⌉), ⌈nm/4096⌉) tiles along a side.
+
+    With several planes to a tile the side is smaller by the root of their number.
 
     A function of n and m alone: the same for every dtype and every machine.
 
     >>> default_tile_samples(500, 10), default_tile_samples(50_000, 10), default_tile_samples(3, 10)
     (63, 407, 3)
     """
-    blocks = max(min(MIN_BLOCKS, -(-num_samples // MIN_TILE_SAMPLES)), -(-num_samples * num_outputs // MAX_TILE_ROWS))
+    longest = MAX_TILE_ROWS // math.isqrt(num_planes)
+    blocks = max(min(MIN_BLOCKS, -(-num_samples // MIN_TILE_SAMPLES)), -(-num_samples * num_outputs // longest))
     return -(-num_samples // blocks)
 
 
-def make_grid(num_samples: int, num_outputs: int, side: int | None = None) -> TileGrid:
+def make_grid(
+    num_samples: int,
+    num_outputs: int,
+    side: int | None = None,
+    *,
+    num_col_samples: int | None = None,
+    num_planes: int = 1,
+) -> TileGrid:
     """Lay the grid, with tiles of ``side`` rows or of the default size.
 
     Raises:
         InputError: If the side is not a positive multiple of the number of outputs.
     """
     if side is None:
-        return TileGrid(num_samples, num_outputs, default_tile_samples(num_samples, num_outputs))
+        longest = max(num_samples, num_col_samples or 0)
+        tile_samples = default_tile_samples(longest, num_outputs, num_planes)
+        return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)
     if side <= 0 or side % num_outputs:
         nearest = max(1, round(side / num_outputs)) * num_outputs
         raise InputError(
             f"A tile side of {side} rows does not fit: expected a positive multiple of the {num_outputs} outputs, so "
             f"that a tile holds whole samples. The nearest is --tile {nearest}."
         )
-    return TileGrid(num_samples, num_outputs, min(side // num_outputs, num_samples))
+    tile_samples = min(side // num_outputs, max(num_samples, num_col_samples or 0))
+    return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)

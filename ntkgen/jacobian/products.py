@@ -1,0 +1,90 @@
+"""Matrix products, by the route that is quickest on the device."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ntkgen.jacobian.precision import Precision, reduced_products
+
+# A product of fewer multiply-adds than this is not worth a call of its own for each sample.
+LARGE_MACS = 1 << 19
+
+
+def matmul_nt(
+    a: Tensor,  # (rows, k)
+    b: Tensor,  # (columns, k)
+    route: str = "mm",
+) -> Tensor:  # (rows, columns)
+    """Multiply ``a bᵀ``, by `torch.mm` or, for float32 on a CPU, by oneDNN, which on some is twice as quick."""
+    if route == "onednn" and a.dtype == torch.float32 and a.device.type == "cpu":
+        return _onednn(a, b)
+    return a @ b.mT
+
+
+def _onednn(a: Tensor, b: Tensor) -> Tensor:
+    # the operator that torch's own compiler uses for linear layers; torch.mm asks MKL instead
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return result
+
+
+def routes(device: torch.device) -> tuple[str, ...]:
+    """List the routes that work here, tried on a small product."""
+    a = torch.arange(12.0, dtype=torch.float32, device=device).view(3, 4)
+    if device.type != "cpu":
+        return ("mm",)
+    try:
+        works = torch.equal(_onednn(a, a), a @ a.T)
+    except (RuntimeError, AttributeError, NotImplementedError):  # a torch built without oneDNN
+        works = False
+    return ("mm", "onednn") if works else ("mm",)
+
+
+@dataclass(frozen=True)
+class Products:
+    """The products of a contraction, as a precision policy rounds them."""
+
+    precision: Precision
+    route: str
+
+    def wide(self, x: Tensor) -> Tensor:
+        """Convert to the dtype of intermediates and sums."""
+        return x.to(self.precision.accumulate_dtype)
+
+    def operand(self, x: Tensor) -> Tensor:
+        """Convert to what `rounded` multiplies: bfloat16 where the policy rounds to it."""
+        is_rounded = self.precision.rounding == "bf16"
+        return x.to(self.precision.factor_dtype if is_rounded else self.precision.accumulate_dtype)
+
+    def exact(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply wide operands, a bᵀ, without rounding them."""
+        return matmul_nt(a, b, self.route)
+
+    def rounded(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply operands, a bᵀ, as the policy rounds; the result is wide."""
+        if self.precision.rounding == "ieee":
+            return matmul_nt(a, b, self.route)
+        with reduced_products(a.device, self.precision.rounding):
+            if a.dtype == torch.bfloat16 and a.device.type == "cuda":
+                mm: Any = torch.mm
+                result: Tensor = mm(a, b.mT, out_dtype=self.precision.accumulate_dtype)
+                return result
+            return self.wide(a) @ self.wide(b).mT  # exact for bfloat16 operands; quick where the processor has AMX
+
+
+def rows_of(
+    cotangents: Tensor,  # (samples, groups, channels, positions)
+    inputs: Tensor,  # (samples, groups, k, positions)
+    route: str = "mm",
+) -> Tensor:  # (samples, groups, channels, k)
+    """Build Jacobian rows, Σ_t g[t] ⊗ a[t], sample by sample where one is work enough for a call."""
+    samples, groups, channels, positions = cotangents.shape
+    k = inputs.shape[2]
+    if route == "mm" or channels * k * positions < LARGE_MACS or cotangents.dtype != torch.float32:
+        return cotangents @ inputs.mT
+    out = cotangents.new_empty(samples, groups, channels, k)
+    for sample in range(samples):
+        for group in range(groups):
+            out[sample, group] = matmul_nt(cotangents[sample, group], inputs[sample, group], route)
+    return out
