@@ -3,7 +3,8 @@
     uv run python scripts/compare_with_reference.py runs/*.zarr --data-dir DIR
 
 For each store the network is loaded from its checkpoint, pairs of small sample blocks are drawn at random (the first
-one on the diagonal), and every stored dtype is compared with `ntkgen.reference_ntk` in the Frobenius norm.
+one on the diagonal), and every stored dtype is compared with `ntkgen.reference_ntk` in the Frobenius norm. A kernel of
+an output map is compared with the map of the reference.
 """
 
 import json
@@ -11,20 +12,22 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 
 import ntkgen
-from ntkgen import checkpoint, data, zoo
+from ntkgen.jacobian.outputs import output_map
+from ntkgen.kernel.certify import kernels_of, mapped_kernel
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Block
+from ntkgen.origin import Origin, load_origin
 
 
-def load_network(store: KernelStore) -> torch.nn.Module:
-    """Build the network that a store is of, with the parameters of its checkpoint."""
-    made = store.manifest.provenance
-    model = zoo.build(made["model"], store.grid.num_outputs, seed=made["seed"], width=made["width"])
-    checkpoint.load_state(model, checkpoint.load(store.path.parent / made["checkpoint"]))
-    return model
+def exact_block(store: KernelStore, origin: Origin, rows: Block, cols: Block) -> np.ndarray:
+    """Compute a part of the exact kernel, (planes, rows, columns)."""
+    num_logits = store.manifest.plan.profile.num_logits
+    columns = origin.inputs.x if origin.inputs.against is None else origin.inputs.against
+    x1, x2 = origin.inputs.x[rows.start : rows.stop], columns[cols.start : cols.stop]
+    chosen = output_map(store.manifest.identity.get("output", "full"), num_logits)
+    return mapped_kernel(ntkgen.reference_ntk(origin.model, x1, x2).numpy(), chosen, num_logits)
 
 
 @click.command()
@@ -40,17 +43,18 @@ def main(
     """Print one JSON object per store and dtype."""
     for path in stores:
         store = ntkgen.open(path)
-        loaded = data.load(dataset or store.manifest.provenance["dataset"], data_dir=data_dir)
-        x = loaded.inputs(torch.from_numpy(store.read("sample_index")))
-        model, m = load_network(store), store.grid.num_outputs
-        starts = np.random.default_rng(seed).integers(0, max(1, len(x) - samples + 1), (pairs, 2))
-        starts[0, 1] = starts[0, 0]
+        origin = load_origin(store, data_dir, dataset)
+        grid = store.grid
+        counts = (grid.num_samples, grid.num_cols // grid.num_outputs)
+        starts = np.random.default_rng(seed).integers(0, [max(1, n - samples + 1) for n in counts], (pairs, 2))
+        starts[0] = starts[0].min()
         errors: dict[str, list[float]] = {dtype: [] for dtype in store.manifest.dtypes}
         for i, j in starts.tolist():
-            rows, cols = Block(i, min(i + samples, len(x))), Block(j, min(j + samples, len(x)))
-            exact = ntkgen.reference_ntk(model, x[rows.start : rows.stop], x[cols.start : cols.stop]).numpy()
+            rows, cols = Block(i, min(i + samples, counts[0])), Block(j, min(j + samples, counts[1]))
+            exact = exact_block(store, origin, rows, cols)
             for dtype, found in errors.items():
-                stored = store.kernel(dtype)[rows.rows(m), cols.rows(m)].astype(np.float64)
+                region = rows.rows(grid.num_outputs), cols.rows(grid.num_outputs)
+                stored = np.stack([kernel[region] for kernel in kernels_of(store, dtype)]).astype(np.float64)
                 found.append(float(np.linalg.norm(stored - exact) / np.linalg.norm(exact)))
         for dtype, found in errors.items():
             print(

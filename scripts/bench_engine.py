@@ -1,0 +1,413 @@
+"""Time the engine against the full-Jacobian method and against the machine's matrix products, side by side.
+
+    uv run python scripts/bench_engine.py --models resnet9 resnet18 vgg11 --n 128
+
+In one process, with the same weights and samples, `ntkgen.ntk` is timed end to end (preparation, factors, contraction),
+in turns with pairs of blocks of the full-Jacobian method, whose time is scaled to all pairs. Both kernels are compared
+with each other and with `ntkgen.reference_ntk`. The matrix-product peak is measured just before and just after, and
+gives the time that the fewest multiply-adds of an exact plan would take. FLOPs are two per multiply-add.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from ntkgen.cli.options import SEED, ManyCommand, ManyOption
+from ntkgen.cli.session import start_process
+
+if __name__ == "__main__":
+    start_process()  # sets what must be set before torch is loaded
+
+import full_jacobian
+import psutil
+import torch
+from full_jacobian import FullJacobian, Measurement, Schedule, timed
+from torch import Tensor, nn
+
+import ntkgen
+from ntkgen import zoo
+from ntkgen.errors import InputError, NtkgenError
+from ntkgen.jacobian import cost, dense
+from ntkgen.jacobian.cost import NetworkProfile
+from ntkgen.jacobian.dense import DensePlan
+from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy, reduced_products
+from ntkgen.jacobian.products import Products, routes
+from ntkgen.jacobian.reference import as_input, evaluation_copy
+from ntkgen.kernel import engine
+
+NUM_OUTPUTS = 10
+SAMPLE_SHAPE = (3, 32, 32)  # what the zoo's networks take
+WARMUP_SAMPLES = 2
+
+# Rows of the square matrices whose product is the machine's peak.
+PEAK_SIDE = {"cpu": 3072, "cuda": 8192}
+PEAK_REPEATS = 5
+FILE_WIDTH = 160  # of a table that is not printed on a terminal
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compared, and how often."""
+
+    n: int
+    precision: str
+    trials: int
+    block: int
+    pairs: int | None
+    check: int
+    seed: int
+    width: int | None
+    device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network and its samples, on the device."""
+
+    name: str
+    model: nn.Module
+    x: Tensor  # (n, …)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of large square products: by `torch.mm`, and by the engine's quickest route."""
+
+    mm: tuple[float, ...]
+    route: tuple[float, ...]
+
+    def __add__(self, other: "Peak") -> "Peak":
+        """Join what was measured before and after."""
+        return Peak(self.mm + other.mm, self.route + other.route)
+
+    @property
+    def mm_flops(self) -> float:
+        """Take the median."""
+        return statistics.median(self.mm)
+
+    @property
+    def route_flops(self) -> float:
+        """Take the median."""
+        return statistics.median(self.route)
+
+    @property
+    def flops(self) -> float:
+        """Take the quicker of the two."""
+        return max(self.mm_flops, self.route_flops)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one kernel: the fewest of an exact plan, those of the engine's, and those of the full Jacobian."""
+
+    minimal: int
+    executed: int
+    explicit: int
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """The full-Jacobian method, its samples in its dtype, and what of it is timed."""
+
+    method: FullJacobian
+    x: Tensor  # (n, …)
+    schedule: Schedule
+
+
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """What both methods took, turn by turn, and the engine's kernel."""
+
+    seconds: tuple[float, ...]
+    baseline: tuple[Measurement, ...]
+    kernel: Tensor  # (n m, n m), on the CPU
+
+
+def measure_peak(precision: str, device: torch.device) -> Peak:
+    """Time large square products, rounded as the policy says, by `torch.mm` and by the engine's quickest route."""
+    side, rounding = PEAK_SIDE[device.type], policy(precision)
+    ways = [Products(rounding, route) for route in routes(device)]
+    a, b = (ways[0].operand(torch.randn(side, side, device=device)) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def plain(a: Tensor, b: Tensor) -> Tensor:
+        with reduced_products(device, rounding.rounding):
+            return torch.mm(a, b, out=out)
+
+    runs = [plain, *(way.rounded for way in ways)]
+    with exact_arithmetic(device):
+        seconds = [[timed(device, run, a, b)[1] for run in runs] for _ in range(PEAK_REPEATS + 1)]
+    mm, *by_route = ([2 * side**3 / took for took in of_run] for of_run in zip(*seconds[1:], strict=True))
+    return Peak(tuple(mm), tuple(max(by_route, key=statistics.median)))
+
+
+def count_work(plan: DensePlan) -> Work:
+    """Count the FLOPs of a kernel of these samples with themselves."""
+    n, profile = len(plan.x), plan.network.profile
+    return Work(
+        minimal=2 * cost.minimal_macs(profile, n),
+        executed=2 * plan.macs,
+        explicit=(n * profile.num_outputs) ** 2 * profile.num_params,
+    )
+
+
+def make_baseline(subject: Subject, settings: Settings, profile: NetworkProfile) -> Baseline:
+    """Prepare the full-Jacobian method in float32, or in float64 where that is asked for, with blocks that fit."""
+    dtype = torch.float64 if settings.precision == "float64" else torch.float32
+    module = evaluation_copy(subject.model, dtype, settings.device)
+    sample_bytes = profile.num_outputs * profile.num_params * dtype.itemsize
+    wanted = min(settings.block, settings.n)
+    block = full_jacobian.largest_block(wanted, sample_bytes, free_bytes(settings.device))
+    chunk = full_jacobian.chunk_samples(block, profile.activation_numbers * dtype.itemsize, profile.num_outputs)
+    schedule = full_jacobian.make_schedule(settings.n, block, settings.pairs, settings.seed)
+    return Baseline(FullJacobian(module, chunk), as_input(subject.x, dtype, settings.device), schedule)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Say how much memory is free now, what torch holds in reserve included."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def run_trials(subject: Subject, settings: Settings, baseline: Baseline) -> Trials:
+    """Time both methods in turns, after a short run of each."""
+    ntkgen.ntk(subject.model, subject.x[:WARMUP_SAMPLES], precision=settings.precision)
+    baseline.method.rows(baseline.x[:WARMUP_SAMPLES])
+    seconds, measurements = [], []
+    for trial in range(1, settings.trials + 1):
+        kernel, took = timed(settings.device, ntkgen.ntk, subject.model, subject.x, precision=settings.precision)
+        seconds.append(took)
+        say(f"{subject.name}: trial {trial} of {settings.trials}: this engine {took:.2f} s")
+        on_host = kernel.cpu()
+        del kernel
+        measurements.append(full_jacobian.measure(baseline.method, baseline.x, baseline.schedule))
+        scaled = measurements[-1].scaled(baseline.schedule)
+        say(f"{subject.name}: trial {trial} of {settings.trials}: full Jacobian {scaled:.1f} s, scaled to all pairs")
+    return Trials(tuple(seconds), tuple(measurements), on_host)
+
+
+def difference_to_baseline(trials: Trials, schedule: Schedule) -> float:
+    """Compare the kernel's entries with the baseline's on the pairs that it computed, in the Frobenius norm."""
+    m = len(trials.kernel) // schedule.num_samples
+    found = [trials.kernel[row.rows(m), column.rows(m)] for row, column in schedule.pairs]
+    return relative_difference(found, trials.baseline[-1].parts)
+
+
+def error_to_reference(subject: Subject, kernel: Tensor, count: int) -> float:
+    """Compare the kernel's entries with the float64 reference on some samples, spread over all of them."""
+    samples = torch.linspace(0, len(subject.x) - 1, min(count, len(subject.x))).round().long()
+    m = len(kernel) // len(subject.x)
+    rows = (samples[:, None] * m + torch.arange(m)).flatten()
+    exact = ntkgen.reference_ntk(subject.model, subject.x[samples.to(subject.x.device)])
+    return relative_difference([kernel[rows][:, rows]], [exact])
+
+
+def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Divide ‖found - expected‖ by ‖expected‖, over some parts of a kernel together."""
+    error = sum(
+        float((one.double() - other.double()).square().sum()) for one, other in zip(found, expected, strict=True)
+    )
+    return float((error / sum(float(other.double().square().sum()) for other in expected)) ** 0.5)
+
+
+def build_all(names: Sequence[str], width: int | None) -> dict[str, nn.Module]:
+    """Build the networks before anything is timed, so that a name that is wrong is found at once."""
+    return {name: zoo.build(name, NUM_OUTPUTS, seed=0, width=width).eval() for name in names}
+
+
+def bench(name: str, model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """Measure one network, and put all numbers together."""
+    model = model.to(settings.device)
+    subject = Subject(name, model, random_samples(settings.n, settings.seed).to(settings.device))
+    plan = dense.plan_ntk(model, subject.x, precision=settings.precision)
+    baseline, work = make_baseline(subject, settings, plan.network.profile), count_work(plan)
+    del plan
+    say(f"{name}: matrix-product peak")
+    before = measure_peak(settings.precision, settings.device)
+    trials = run_trials(subject, settings, baseline)
+    peak = before + measure_peak(settings.precision, settings.device)
+    say(f"{name}: float64 reference of {settings.check} samples")
+    return {
+        "model": name,
+        "n": settings.n,
+        "precision": settings.precision,
+        **times(trials, baseline.schedule),
+        "baseline_dtype": str(baseline.x.dtype).removeprefix("torch."),
+        "baseline_chunk": baseline.method.chunk_samples,
+        "relative_error": error_to_reference(subject, trials.kernel, settings.check),
+        "relative_difference": difference_to_baseline(trials, baseline.schedule),
+        **rates(statistics.median(trials.seconds), work, peak),
+        "peak_mm_flops_before": before.mm_flops,
+        "peak_route_flops_before": before.route_flops,
+        **machine(settings.device),
+        "width": settings.width,
+        "seed": settings.seed,
+        "trials": settings.trials,
+    }
+
+
+def times(trials: Trials, schedule: Schedule) -> dict[str, Any]:
+    """Summarise the seconds of both, and say what the baseline's are scaled from."""
+    seconds = statistics.median(trials.seconds)
+    scaled = [measurement.scaled(schedule) for measurement in trials.baseline]
+    jacobian = statistics.median(part.jacobian_seconds / part.jacobian_samples for part in trials.baseline)
+    product = statistics.median(part.product_seconds / part.sample_pairs for part in trials.baseline)
+    return {
+        "seconds": seconds,
+        "seconds_all": list(trials.seconds),
+        "spread": max(trials.seconds) / min(trials.seconds),
+        "baseline_seconds": statistics.median(scaled),
+        "baseline_seconds_all": scaled,
+        "baseline_spread": max(scaled) / min(scaled),
+        "ratio": statistics.median(scaled) / seconds,
+        "baseline_scaled_from_pairs": len(schedule.pairs),
+        "of": len(schedule.all_pairs),
+        "baseline_block": schedule.block_samples,
+        "baseline_jacobian_samples": schedule.jacobian_samples,
+        "baseline_seconds_per_jacobian_sample": jacobian,
+        "baseline_sample_pairs": schedule.sample_pairs,
+        "baseline_seconds_per_sample_pair": product,
+    }
+
+
+def rates(seconds: float, work: Work, peak: Peak) -> dict[str, float]:
+    """Relate the seconds to the work and to the machine."""
+    return {
+        "peak_flops": peak.flops,
+        "mm_flops": peak.mm_flops,
+        "route_flops": peak.route_flops,
+        "minimal_flops": work.minimal,
+        "executed_flops": work.executed,
+        "explicit_flops": work.explicit,
+        "executed_over_minimal": work.executed / work.minimal,
+        "executed_flops_per_second": work.executed / seconds,
+        "effective_flops_per_second": work.explicit / seconds,
+        "wall_over_minimal": seconds / (work.minimal / peak.flops),
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Say where this was measured."""
+    return {
+        "device": engine.environment(device).device_name,
+        "cpu_model": engine.environment(torch.device("cpu")).device_name,
+        "torch_version": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def random_samples(count: int, seed: int) -> Tensor:  # (count, 3, 32, 32)
+    """Draw normal samples from a seed, the same on every device."""
+    return torch.randn(count, *SAMPLE_SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+Line = tuple[str, Callable[[Mapping[str, Any]], str]]
+TABLE: tuple[Line, ...] = (
+    ("samples", lambda r: f"{r['n']}"),
+    ("precision", lambda r: f"{r['precision']}"),
+    ("this engine", lambda r: f"{r['seconds']:.2f} s"),
+    ("  slowest / quickest", lambda r: f"{r['spread']:.2f}"),
+    ("full Jacobian", lambda r: f"{r['baseline_seconds']:.1f} s"),
+    ("  slowest / quickest", lambda r: f"{r['baseline_spread']:.2f}"),
+    ("  scaled from pairs", lambda r: f"{r['baseline_scaled_from_pairs']} of {r['of']}"),
+    ("  samples of a block", lambda r: f"{r['baseline_block']}"),
+    ("ratio", lambda r: f"{r['ratio']:.1f} ×"),
+    ("error to float64", lambda r: f"{r['relative_error']:.1e}"),
+    ("difference of both", lambda r: f"{r['relative_difference']:.1e}"),
+    ("peak, GFLOP/s", lambda r: f"{r['peak_flops'] / 1e9:.0f}"),
+    ("  torch.mm", lambda r: f"{r['mm_flops'] / 1e9:.0f}"),
+    ("  engine's route", lambda r: f"{r['route_flops'] / 1e9:.0f}"),
+    ("executed, GFLOP/s", lambda r: f"{r['executed_flops_per_second'] / 1e9:.0f}"),
+    ("effective, GFLOP/s", lambda r: f"{r['effective_flops_per_second'] / 1e9:.0f}"),
+    ("executed / minimal", lambda r: f"{r['executed_over_minimal']:.2f}"),
+    ("wall / minimal", lambda r: f"{r['wall_over_minimal']:.2f}"),
+)
+
+
+def print_table(results: Sequence[Mapping[str, Any]], lines: Sequence[Line], title: str) -> None:
+    """Print one column per result, one line per number."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column(no_wrap=True), *(result["model"] for result in results), title=title, title_justify="left")
+    for label, write in lines:
+        table.add_row(label, *(write(result) for result in results))
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+
+
+def say(line: str) -> None:
+    """Report progress."""
+    click.echo(line, err=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error of this package into one line on stderr and its exit code."""
+    try:
+        yield
+    except NtkgenError as error:
+        say(f"Error: {' '.join(str(error).split())}")
+        sys.exit(error.exit_code)
+
+
+class Pairs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """A number of pairs of blocks, or ``all``."""
+
+    name = "pairs"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Read the number; None stands for all."""
+        return None if value in {"all", None} else click.IntRange(min=1).convert(value, param, ctx)
+
+
+@click.command(cls=ManyCommand)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--models", cls=ManyOption, default=("resnet9", "resnet18", "vgg11"), metavar="NAME...")
+@click.option("--n", default=128, show_default=True, type=click.IntRange(min=1), help="Samples.")
+@click.option("--precision", default="float32", show_default=True, help="Of this engine.")
+@click.option("--trials", default=3, show_default=True, type=click.IntRange(min=1), help="Turns of both methods.")
+@click.option("--block", default=16, show_default=True, type=click.IntRange(min=1), help="Of the baseline.")
+@click.option("--pairs", default="2", show_default=True, type=Pairs(), help="Baseline's block pairs timed, or all.")
+@click.option("--check", default=2, show_default=True, type=click.IntRange(min=1), help="Samples of the reference.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the samples and the pairs.")
+@click.option("--width", type=int, help="Channels of the first stage of a ResNet [64].")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network instead of a table.")
+def main(*, device: str, models: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Time this engine against the full-Jacobian method, and against the machine's matrix products."""
+    with one_line_errors():
+        settings = Settings(device=choose_device(device), **options)
+        check_device(policy(settings.precision), settings.device)
+        results = []
+        for name, model in build_all(models, settings.width).items():
+            results.append(bench(name, model, settings))
+            if as_json:
+                click.echo(json.dumps(results[-1]))
+        if not as_json:
+            print_table(results, TABLE, f"{results[0]['device']}, {results[0]['threads']} threads")
+
+
+def choose_device(name: str) -> torch.device:
+    """Choose the CPU or a CUDA device.
+
+    Raises:
+        InputError: If it is another kind.
+    """
+    device = torch.device("cpu") if name == "auto" and not torch.cuda.is_available() else engine.choose_device(name)
+    if device.type not in PEAK_SIDE:
+        raise InputError(
+            f"The benchmark does not run on {name!r}: expected cpu or cuda, whose matrix products it knows how to "
+            "measure. Was --device taken from another command? Use --device cpu."
+        )
+    return device
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The benchmark scripts, on networks so small that only their arithmetic is of interest."""
+
+import doctest
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import TOLERANCES, relative_error
+
+import ntkgen
+from ntkgen import zoo
+from ntkgen.jacobian.reference import evaluation_copy
+from ntkgen.kernel.tiles import Block
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Make the scripts importable, and their matrix products and measured rates cheap."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("NTKGEN_RATES", "default")
+    monkeypatch.setattr(importlib.import_module("bench_engine"), "PEAK_SIDE", {"cpu": 32})
+
+
+@pytest.fixture
+def run(capsys):
+    def run_script(name, *args):
+        try:
+            importlib.import_module(name).main(args, standalone_mode=False)
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, capsys.readouterr()
+
+    return run_script
+
+
+@pytest.fixture
+def baseline():
+    return importlib.import_module("full_jacobian")
+
+
+ENGINE = ["--device", "cpu", "--models", "lenet", "--n", "5", "--block", "2", "--trials", "2"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_the_numbers_of_a_comparison_fit_each_other(run, precision):
+    code, captured = run("bench_engine", *ENGINE, "--precision", precision, "--json")
+    assert code == 0
+    found = json.loads(captured.out)
+    assert found["relative_error"] <= TOLERANCES[precision]
+    assert found["relative_difference"] <= TOLERANCES[precision]
+    assert (found["baseline_scaled_from_pairs"], found["of"]) == (2, 6)
+    assert (found["baseline_jacobian_samples"], found["baseline_sample_pairs"]) == (5 + 2 + 2 + 2 + 3, 17)
+    assert found["baseline_dtype"] == precision
+    assert len(found["seconds_all"]) == len(found["baseline_seconds_all"]) == found["trials"] == 2
+    assert min(found["seconds_all"]) <= found["seconds"] <= max(found["seconds_all"])
+    assert found["spread"] == max(found["seconds_all"]) / min(found["seconds_all"])
+    assert found["ratio"] == found["baseline_seconds"] / found["seconds"]
+    assert found["peak_flops"] == max(found["mm_flops"], found["route_flops"])
+    num_params = sum(param.numel() for param in zoo.build("lenet", 10, seed=0).parameters())
+    assert found["explicit_flops"] == 50**2 * num_params
+    assert 0 < found["minimal_flops"] <= found["executed_flops"]
+    assert found["executed_flops_per_second"] == pytest.approx(found["executed_flops"] / found["seconds"])
+    least = found["minimal_flops"] / found["peak_flops"]
+    assert found["wall_over_minimal"] == pytest.approx(found["seconds"] / least)
+
+
+def test_the_table_says_what_the_baseline_is_scaled_from(run):
+    code, captured = run("bench_engine", *ENGINE, "--models", "logistic", "--trials", "1", "--pairs", "1")
+    assert code == 0
+    assert "lenet" in captured.out
+    assert "logistic" in captured.out
+    assert "1 of 6" in captured.out
+    assert "trial 1 of 1" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "expected"),
+    [
+        ("bench_engine", ["--device", "cpu", "--models", "vgg11", "lent"], "Did you mean lenet or"),
+        ("bench_engine", ["--device", "cpu", "--precision", "tf32"], "cuda"),
+        ("bench_engine", ["--precision", "float8"], "Unknown precision"),
+        ("bench_gpu", ["--device", "cpu", "--models", "lenet", "--tile", "15"], "--tile 20"),
+    ],
+)
+def test_a_mistake_is_one_line(run, script, args, expected):
+    code, captured = run(script, *args)
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("Error: ")
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+def test_the_whole_baseline_is_the_kernel(baseline):
+    model, x = zoo.build("lenet", 10, seed=0), torch.randn(5, 3, 32, 32, dtype=torch.float64)
+    method = baseline.FullJacobian(evaluation_copy(model, torch.float64), chunk_samples=2)
+    schedule = baseline.make_schedule(5, 2, None, seed=0)
+    measured = baseline.measure(method, x, schedule)
+    exact = ntkgen.reference_ntk(model, x)
+    assert [relative_error(part, exact[i.rows(10), j.rows(10)]) for (i, j), part in zip(
+        schedule.pairs, measured.parts, strict=True
+    )] == pytest.approx([0] * 6, abs=TOLERANCES["float64"])  # fmt: skip
+    assert measured.jacobian_samples == schedule.jacobian_samples
+    assert measured.scaled(schedule) == pytest.approx(measured.jacobian_seconds + measured.product_seconds)
+
+
+@pytest.mark.parametrize(("samples", "block", "count"), [(128, 16, 2), (5, 2, 2), (9, 2, 4), (4, 2, 7), (3, 4, 2)])
+def test_pairs_are_drawn_beside_the_diagonal(baseline, samples, block, count):
+    schedule = baseline.make_schedule(samples, block, count, seed=1)
+    blocks = Block(0, samples).pieces(block)
+    beside = [(row, column) for row in blocks for column in blocks if row < column]
+    assert len(set(schedule.pairs)) == min(count, len(beside) or 1)
+    assert set(schedule.pairs) <= set(beside or [(blocks[0], blocks[0])])
+    assert list(schedule.pairs) == sorted(schedule.pairs)
+    if count < len(blocks):
+        assert len({row for row, _ in schedule.pairs}) == 1
+    assert schedule == baseline.make_schedule(samples, block, count, seed=1)
+
+
+def test_a_baseline_that_fits_nowhere_says_so(baseline):
+    assert baseline.largest_block(16, sample_bytes=1, free_bytes=10**6) == 16
+    with pytest.raises(ntkgen.errors.BudgetError, match="two samples"):
+        baseline.largest_block(16, sample_bytes=100, free_bytes=200)
+
+
+def test_doctests(baseline):
+    assert doctest.testmod(baseline).failed == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_tile_rate_needs_a_cuda_device(run):
+    code, captured = run("bench_gpu")
+    assert code == 2
+    assert captured.err.startswith("Error: There is no CUDA device here")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_extrapolated_hours_add_up(run):
+    small_kernel = ["--device", "cpu", "--models", "lenet", "--n", "25", "--tile", "40", "--trials", "1"]
+    code, captured = run("bench_gpu", *small_kernel, "--json")
+    assert code == 0
+    found = json.loads(captured.out)
+    assert found["hours"] == pytest.approx(found["factor_hours"] + found["diagonal_hours"] + found["product_hours"])
+    assert found["factor_hours"] == found["factor_seconds_per_sample"] * found["factor_samples"] / 3600
+    assert found["factor_samples"] >= found["n"] == 25
+    assert found["block_samples"] == 4
+    share = found["all_products_flops"] / found["product_flops"]
+    assert 15 < share <= 28  # of 28 tiles, 7 are on the diagonal and 6 others ragged
+    assert found["product_hours"] == pytest.approx(share * found["product_seconds"] / 3600)
+    assert found["published_hours"] == {}
+    assert found["ratio"] is None
+
+
+def test_published_hours_are_compared_in_kind():
+    script = importlib.import_module("bench_gpu")
+    result = {"model": "resnet18", "n": 50_000, "width": None, "precision": "float32", "hours": 6.3}
+    assert script.compare_with_published(result)["ratio"] == pytest.approx(10)
+    assert script.compare_with_published({**result, "precision": "bfloat16"})["ratio"] == pytest.approx(14 / 6.3)
+    assert script.compare_with_published({**result, "width": 16})["ratio"] is None
+    assert set(script.COMPARED_WITH) == set(sys.modules["ntkgen.jacobian.precision"].POLICIES)
