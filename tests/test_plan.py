@@ -123,7 +123,7 @@ def test_a_plan_does_not_depend_on_what_is_free_at_the_moment():
 def bytes_in(message):
     """The two amounts that a message of a budget begins with: needed, allowed."""
     units = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    needed, allowed = re.match(r"One tile needs (\S+ \w+) of memory and (\S+ \w+) are allowed", message).groups()
+    needed, allowed = re.search(r"(?:needs|takes) (\S+ \w+) of memory and (\S+ \w+) are allowed", message).groups()
     return [float(number) * units[unit] for number, unit in (amount.split() for amount in (needed, allowed))]
 
 
@@ -134,6 +134,14 @@ def test_no_plan_is_made_where_one_sample_at_a_time_does_not_fit():
     assert needed > allowed == 10_000_000
     assert "\n" not in str(raised.value)
     assert isinstance(raised.value, MemoryError)
+
+
+def test_a_network_that_cannot_be_made_ready_is_refused_for_that():
+    """As small as blocks may be: a copy in float64 is made whatever the plan."""
+    plan = planned(10**10)
+    assert plan.projected_bytes(0) >= plan.preparing_bytes > 8 * LARGE.num_params
+    with pytest.raises(BudgetError, match="Making the network ready"):
+        plan.cached_blocks(Budget(10**10, plan.preparing_bytes - 1))
 
 
 def test_no_run_starts_where_too_little_is_free_at_the_moment():

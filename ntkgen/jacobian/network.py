@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -119,21 +120,15 @@ def prepare(
     """
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     check_device(precision, device)
-    module = evaluation_copy(model, precision.compute_dtype, device)
-    if not trainable(module):
+    if not any(param.requires_grad for param in model.parameters()):
         raise ModelError(
             f"{type(model).__name__} has no trainable parameter: expected at least one with requires_grad, found none. "
             "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
         )
-    _refuse_batch_statistics(module)
+    _refuse_batch_statistics(model)
     pair = x[_different_samples(x)]
-    is_exact = precision.compute_dtype == torch.float64
     with exact_arithmetic(device):
-        try:
-            judge = module if is_exact else evaluation_copy(model, torch.float64, _float64_device(device))
-            num_outputs, wrong = _check_by_value(judge, pair)
-        except _NotInThisDtypeError:  # it may cast to float32 on its way
-            num_outputs, wrong = _check_by_value(module, pair)
+        module, num_outputs, wrong = _checked_copy(model, pair, precision.compute_dtype, device)
         layers = tuple(kept for layer in _layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
         treated = {layer.full_name(param) for layer in layers for param in layer.params()}
         fallback = tuple(name for name in trainable(module) if name not in treated)
@@ -157,6 +152,26 @@ def prepare(
 
 def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def _checked_copy(
+    model: nn.Module, pair: Tensor, dtype: torch.dtype, device: torch.device
+) -> tuple[nn.Module, int, set[str]]:
+    """Copy a module, count its outputs, and name the parameters whose rule does not hold.
+
+    The check is made on a copy in float64, which is gone before the one in another dtype is made.
+    """
+    judge = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
+    try:
+        found = _check_by_value(judge, pair)
+    except _NotInThisDtypeError:  # it may cast to float32 on its way
+        judge = evaluation_copy(model, dtype, device)
+        found = _check_by_value(judge, pair)
+        return judge, *found
+    if dtype != torch.float64:
+        del judge
+        judge = evaluation_copy(model, dtype, device)
+    return judge, *found
 
 
 def _check_by_value(module: nn.Module, pair: Tensor) -> tuple[int, set[str]]:
@@ -255,26 +270,45 @@ def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> se
         num_outputs, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu"
     )
     weights = weights.to(recording.outputs)
-    treated = [(layer, param) for layer in layers for param in layer.params()]
-    names = [layer.full_name(param) for layer, param in treated]
-    sums: dict[str, Tensor] = {}
     grads = pull_back(recording, weights)  # rows are linear in the cotangents, so that one pass checks all outputs
-    for (layer, param), name in zip(treated, names, strict=True):
-        uses = recording.uses.get(layer.name, [])
-        if _fits(uses, grads.get(layer.name, []), len(pair)):
-            with suppress(Exception):  # to raise is one way in which a rule does not hold
-                sums[name] = param_rows(layer, param, uses, grads[layer.name])
-    by_name = dict(module.named_parameters())
-    wrong = set(names) - set(sums)
-    for index in range(len(pair)):
-        target = module(pair[index : index + 1])[0] @ weights
-        params = [by_name[name] for name in names]
-        unrelated = [None] * len(params)
-        expected = torch.autograd.grad(target, params, allow_unused=True) if target.requires_grad else unrelated
-        for name, grad in zip(names, expected, strict=True):
-            if name not in wrong and not _close(sums[name][index], grad):
-                wrong.add(name)
-    return wrong
+    treated = {layer.full_name(param): (layer, param) for layer in layers for param in layer.params()}
+    params = {name: param for name, param in module.named_parameters() if name in treated}
+
+    def holds(sample: slice, name: str, grad: Tensor | None) -> bool:
+        layer, param = treated[name]
+        uses, of_layer = recording.uses.get(layer.name, []), grads.get(layer.name, [])
+        if not _fits(uses, of_layer, len(pair)):
+            return False
+        uses = [dataclasses.replace(use, x=use.x[sample]) for use in uses]
+        with suppress(Exception):  # to raise is one way in which a rule does not hold
+            return _close(param_rows(layer, param, uses, [each[sample] for each in of_layer])[0], grad)
+        return False
+
+    covered = set(treated)
+    for sample in (slice(index, index + 1) for index in range(len(pair))):
+        covered &= _true_of_gradients(module(pair[sample])[0] @ weights, params, partial(holds, sample))
+    return set(treated) - covered
+
+
+def _true_of_gradients(
+    target: Tensor, params: Mapping[str, Tensor], holds: Callable[[str, Tensor | None], bool]
+) -> set[str]:
+    """Name the parameters of whose gradient something is true, looking at one gradient at a time.
+
+    All gradients together are as large as the network, and go unused: each is dropped as soon as it has been seen.
+    """
+    found: dict[str, bool] = {}
+    with ExitStack() as stack:
+        for name, param in params.items():
+
+            def see(param: Tensor, name: str = name) -> None:
+                found[name] = holds(name, param.grad)
+                param.grad = None
+
+            stack.callback(param.register_post_accumulate_grad_hook(see).remove)
+        if target.requires_grad:
+            target.backward(inputs=list(params.values()))
+    return {name for name in params if (found[name] if name in found else holds(name, None))}
 
 
 def _fits(uses: Sequence[Use], grads: Sequence[Tensor], samples: int) -> bool:

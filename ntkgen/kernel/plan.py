@@ -150,7 +150,7 @@ class Plan:
         widest = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
         unfolded = sum(shape.groups * shape.positions * shape.inputs for shape in kept)
         passes = (
-            3 * self.profile.num_params  # our copy, and one in float64 while the rules are checked
+            3 * self.profile.num_params  # our copy, what the libraries pack of it, and what allocators lose
             + batch * (per_sample + 2 * widest)
             + (2 * m * self.jacobian.dense_params if self.jacobian.fallback else 0)
         )
@@ -171,9 +171,17 @@ class Plan:
         return max(DIAGONAL_NUMBERS, grams) * 3 + factor_numbers(layer, self.jacobian.num_outputs)
 
     @property
+    def preparing_bytes(self) -> int:
+        """Bytes with which the network is made ready: a float64 copy, and the check of its rules on two samples."""
+        shapes, copy = self.profile.layers, self.profile.num_params * 6 // 5  # a fifth is what allocators lose
+        inputs = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
+        params = max((shape.num_params for shape in shapes), default=0)
+        return 8 * (copy + 2 * ACTIVATION_COPIES * self.profile.activation_numbers + 2 * inputs + 5 * params)
+
+    @property
     def minimum_bytes(self) -> int:
         """Bytes without which no tile can be computed: a row block and a column block."""
-        return self.fixed_bytes + 2 * self.block_bytes
+        return self.projected_bytes(2)
 
     def cached_blocks(self, budget: Budget) -> int:
         """Count the blocks whose factors may be held at a time.
@@ -181,6 +189,12 @@ class Plan:
         Raises:
             BudgetError: If not even two fit.
         """
+        if self.preparing_bytes > budget.available_bytes:
+            raise BudgetError(
+                f"Making the network ready takes {human_bytes(self.preparing_bytes)} of memory and "
+                f"{human_bytes(budget.available_bytes)} are allowed: a copy of its {self.profile.num_params:,} "
+                "parameters in float64, on which it is checked. Is --memory meant for a smaller network? Raise it."
+            )
         if self.minimum_bytes > budget.available_bytes:
             raise BudgetError(
                 f"One tile needs {human_bytes(self.minimum_bytes)} of memory and {human_bytes(budget.available_bytes)} "
@@ -197,7 +211,7 @@ class Plan:
 
     def projected_bytes(self, cached_blocks: int) -> int:
         """Project the peak of memory that the computation adds to the loaded process."""
-        return self.fixed_bytes + cached_blocks * self.block_bytes
+        return max(self.fixed_bytes + cached_blocks * self.block_bytes, self.preparing_bytes)
 
     def bands(self, tiles: Iterable[Tile], cached_blocks: int) -> Iterator[Band]:
         """Order some tiles in bands: as many row blocks stay as fit beside those of one column.
