@@ -13,6 +13,7 @@ from cases import CASES, CPU, TOLERANCES, Call, every_case, reference_of, relati
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import layer_shapes, pieces, pieces_of
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -581,6 +582,29 @@ def test_does_not_depend_on_how_the_work_is_cut(name, monkeypatch):
         assert max(computed)[1] == min(block, batch_size, len(case.x))
         assert torch.equal(pieces, pieces.T)
         assert (pieces - whole).abs().max() <= 1e-6 * whole.diagonal().max()
+
+
+@pytest.mark.parametrize("order", [None, *ORDERS])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_diagonal_of_a_million_squares_is_as_exact_as_any(order, samples):
+    model = nn.Sequential(nn.Conv2d(512, 512, 2, bias=False), nn.Flatten(), nn.Linear(512, 3))
+    x = torch.rand(samples, 512, 2, 2, generator=torch.Generator().manual_seed(0))
+    orders = [order, "gram"] if order else ()
+    exact = ntkgen.ntk(model, x, precision="float64")
+    assert (ntkgen.ntk(model, x, orders=orders) - exact).abs().max() < 1e-6 * exact.diagonal().max()
+
+
+@every_case
+def test_does_not_depend_on_how_many_threads_compute(name):
+    case, before = CASES[name](), torch.get_num_threads()
+    alone = ntkgen.ntk(case.module, case.x)
+    try:
+        torch.set_num_threads(2)
+        together = ntkgen.ntk(case.module, case.x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(together, together.T)
+    assert (together - alone).abs().max() <= 1e-6 * alone.diagonal().max()
 
 
 # the mode that the process is in --------------------------------------------------------------------------------------

@@ -108,3 +108,12 @@ def test_rows_are_the_sums_of_outer_products(route, dtype, shape, large, monkeyp
     assert rows.dtype == dtype
     expected = torch.einsum("sgct,sgkt->sgck", g.double(), a.double())
     assert relative_error(rows.double(), expected) < {torch.float64: 1e-15, torch.float32: 1e-6}.get(dtype, 1e-2)
+
+
+@every_route
+@pytest.mark.parametrize("rows", [1, 10, 64])
+def test_long_sums_of_squares_keep_their_digits(route, rows):
+    """A library adds a million squares one after the other where there are few results, and loses two digits."""
+    a = normal(rows, 1 << 20, dtype=torch.float32)
+    product = matmul_nt(a, a.clone(), route)
+    assert relative_error(product, a.double() @ a.double().mT) < 1e-6

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ntkgen
 from models import MODELS
+from ntkgen.jacobian import dense
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk
@@ -79,6 +80,49 @@ def test_equals_the_reference_in_float32_as_well_as_autograd_does(name, precisio
     found = ntkgen.ntk(network(name), noise(2, seed=1), precision=precision)
     error = relative_error(found, reference_of(name))
     assert error < TOLERANCES["float32"] or error < 3 * error_of_float32(name)
+
+
+# how the work is cut --------------------------------------------------------------------------------------------------
+
+
+def smooth(model: nn.Module) -> nn.Module:
+    """Put a smooth activation in place of each ReLU, whose slope jumps where rounding changes a sign."""
+    for name, child in list(model.named_modules()):
+        if isinstance(child, nn.ReLU | nn.ReLU6):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, nn.GELU())
+    return model
+
+
+def cut_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.diagonal().max())
+
+
+def cut_into_single_samples(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    monkeypatch.setattr(dense, "BLOCK_BYTES", dense.plan_ntk(model, x).jacobian.factor_bytes)
+    return ntkgen.ntk(model, x)
+
+
+@every_model(QUICK)
+def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, monkeypatch):
+    model, x, threads = smooth(network(name)), noise(2, seed=1), torch.get_num_threads()
+    assert not any(isinstance(child, nn.ReLU | nn.ReLU6) for child in model.modules())
+    whole = ntkgen.ntk(model, x)
+    try:
+        torch.set_num_threads(threads + 1)
+        assert cut_error(ntkgen.ntk(model, x), whole) <= 1e-5
+    finally:
+        torch.set_num_threads(threads)
+    assert cut_error(cut_into_single_samples(model, x, monkeypatch), whole) <= 1e-5
+
+
+@every_model(QUICK)
+def test_blocks_do_not_change_a_network_with_kinks_whose_batches_stay_the_same(name, monkeypatch):
+    """In batches of another size a ReLU may flip, which changes the network itself: as it does for plain autograd."""
+    monkeypatch.setattr(dense, "BATCH_SIZE", 1)
+    model, x = network(name), noise(2, seed=1)
+    whole = ntkgen.ntk(model, x)
+    assert cut_error(cut_into_single_samples(model, x, monkeypatch), whole) <= 1e-5
 
 
 @every_model(QUICK_TO_PREPARE)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, KEPT_PARAMS, JacobianPlan, ordered_pieces, slices
+from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, JacobianPlan, built_channels, kept_width, ordered_pieces, slices
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.precision import policy, widen
 from ntkgen.jacobian.products import Products, rows_of
@@ -95,8 +95,7 @@ class _Work:
 def _add_kept_rows(work: _Work, left: Tensor, right: Tensor, out: Tensor) -> None:
     """Add the product of the rows that are kept of both blocks, some parameters at a time."""
     sides = [left] if work.is_diagonal else [left, right]
-    width = max(KEPT_PARAMS, work.plan.sizes.rows_numbers // (2 * work.cols * work.plan.num_outputs))
-    for part in slices(left.shape[2], width):
+    for part in slices(left.shape[2], kept_width(work.plan, work.cols)):
         _add_rows(work, [work.products.operand(side[..., part]).contiguous() for side in sides], out)
 
 
@@ -127,7 +126,7 @@ def _add_explicit(work: _Work, left: PairFactor, right: PairFactor, out: Tensor)
     m, shape = work.plan.num_outputs, left.plan.shape
     sides = [left] if work.is_diagonal else [left, right]
     per_channel = sum(len(side.inputs) * m * shape.inputs for side in sides)
-    for part in slices(shape.channels, work.plan.sizes.rows_numbers // per_channel):
+    for part in slices(shape.channels, built_channels(work.plan, left.plan, per_channel)):
         _add_rows(work, [_built(work, side, part) for side in sides], out)
 
 

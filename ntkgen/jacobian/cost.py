@@ -39,6 +39,9 @@ PRECISION_BYTES = {
 }
 # Of so many parameters at least kept rows are multiplied at a time.
 KEPT_PARAMS = 512
+# So many products are summed in one go at most. A library adds them up one after the other where the result is small:
+# a float32 sum of a million squares has lost two digits, and the diagonal of the kernel is such a sum.
+LONGEST_SUM = 1 << 16
 # How many float64 numbers the Gram matrices of some cotangents may have while the exact diagonal is computed.
 DIAGONAL_NUMBERS = 1 << 20
 
@@ -407,7 +410,7 @@ def product_macs(plan: JacobianPlan, rows: int, cols: int, *, is_diagonal: bool)
 def contraction_numbers(plan: JacobianPlan) -> int:
     """Count the numbers that a product of two blocks needs beside its result, at the worst of its layers."""
     sizes, m, block = plan.sizes, plan.num_outputs, plan.sizes.block_samples
-    width = max(KEPT_PARAMS, sizes.rows_numbers // (2 * block * m))
+    width = kept_width(plan, block)
     kept = (2 * block + sizes.panel_samples) * m * width if plan.row_numbers else 0
     product = sizes.panel_samples * m * block * m
     return product + max([kept, *(_layer_numbers(plan, layer) for layer in plan.layers if not layer.keeps_rows)])
@@ -419,7 +422,7 @@ def _layer_numbers(plan: JacobianPlan, layer: LayerPlan) -> int:
     panel, t, c, k = sizes.panel_samples, shape.positions, shape.channels, shape.inputs
     if layer.order == "explicit":
         per_channel = 2 * sizes.block_samples * m * k
-        width = min(c, max(1, sizes.rows_numbers // per_channel))
+        width = min(c, built_channels(plan, layer, per_channel))
         return width * per_channel + panel * (m * width * (t + k) + k * t)
     if layer.order == "gram":
         per_pair = max(m * m * t * t, layer.widest**2)
@@ -430,6 +433,22 @@ def _layer_numbers(plan: JacobianPlan, layer: LayerPlan) -> int:
     inputs = (height + width) * layer.input_numbers // shape.groups
     finishing = height * (t * outputs * c + (t + 1) * m * m)
     return (panel + width) * m * t * c + inputs + grams + finishing
+
+
+def kept_width(plan: JacobianPlan, samples: int) -> int:
+    """Cut kept rows of so many samples: the parameters that are multiplied at a time."""
+    width = max(KEPT_PARAMS, plan.sizes.rows_numbers // (2 * samples * plan.num_outputs))
+    return max(1, min(width, LONGEST_SUM // _summed_outputs(plan)))
+
+
+def built_channels(plan: JacobianPlan, layer: LayerPlan, per_channel: int) -> int:
+    """Cut rows that are built for a product, of so many numbers per channel: the channels that are built at a time."""
+    longest = LONGEST_SUM // (layer.shape.inputs * _summed_outputs(plan))
+    return max(1, min(plan.sizes.rows_numbers // per_channel, longest))
+
+
+def _summed_outputs(plan: JacobianPlan) -> int:
+    return plan.num_outputs if plan.reduction == "trace" else 1
 
 
 def ordered_pieces(plan: JacobianPlan, layer: LayerPlan) -> tuple[int, int, int]:

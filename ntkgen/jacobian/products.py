@@ -6,8 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ntkgen.jacobian.cost import LONGEST_SUM, slices
 from ntkgen.jacobian.precision import Precision, reduced_products
 
+# `torch.mm` adds up so many float32 products at most: where its result is small it does so one after the other.
+LONGEST_MM_SUM = 1 << 13
 # A product of fewer multiply-adds than this is not worth a call of its own for each sample.
 LARGE_MACS = 1 << 19
 
@@ -18,14 +21,23 @@ def matmul_nt(
     route: str = "mm",
 ) -> Tensor:  # (rows, columns)
     """Multiply ``a bᵀ``, by `torch.mm` or, for float32 on a CPU, by oneDNN, which on some is twice as quick."""
-    if route == "onednn" and a.dtype == torch.float32 and a.device.type == "cpu":
-        return _onednn(a, b)
+    is_onednn = route == "onednn" and a.dtype == torch.float32 and a.device.type == "cpu"
+    product, longest = (_onednn, LONGEST_SUM) if is_onednn else (_mm, LONGEST_MM_SUM)
+    if a.dtype == torch.float64 or a.device.type != "cpu" or a.shape[1] <= longest:
+        return product(a, b)
+    result = a.new_zeros(len(a), len(b))
+    for part in slices(a.shape[1], longest):
+        result += product(a[:, part], b[:, part])
+    return result
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
     return a @ b.mT
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
     # the operator that torch's own compiler uses for linear layers; torch.mm asks MKL instead
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
     return result
 
 
@@ -70,7 +82,9 @@ class Products:
                 mm: Any = torch.mm
                 result: Tensor = mm(a, b.mT, out_dtype=self.precision.accumulate_dtype)
                 return result
-            return self.wide(a) @ self.wide(b).mT  # exact for bfloat16 operands; quick where the processor has AMX
+            return matmul_nt(
+                self.wide(a), self.wide(b)
+            )  # exact for bfloat16 operands; quick where the processor has AMX
 
 
 def rows_of(
