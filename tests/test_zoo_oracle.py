@@ -105,7 +105,7 @@ def cut_into_single_samples(model: nn.Module, x: Tensor, monkeypatch: pytest.Mon
 
 @every_model(QUICK)
 def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, monkeypatch):
-    model, x, threads = smooth(network(name)), noise(2, seed=1), torch.get_num_threads()
+    model, x, threads = smooth(settled(network(name))), noise(2, seed=1), torch.get_num_threads()
     assert not any(isinstance(child, nn.ReLU | nn.ReLU6) for child in model.modules())
     whole = ntkgen.ntk(model, x)
     try:
@@ -120,7 +120,7 @@ def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, mo
 def test_blocks_do_not_change_a_network_with_kinks_whose_batches_stay_the_same(name, monkeypatch):
     """In batches of another size a ReLU may flip, which changes the network itself: as it does for plain autograd."""
     monkeypatch.setattr(dense, "BATCH_SIZE", 1)
-    model, x = network(name), noise(2, seed=1)
+    model, x = settled(network(name)), noise(2, seed=1)
     whole = ntkgen.ntk(model, x)
     assert cut_error(cut_into_single_samples(model, x, monkeypatch), whole) <= 1e-5
 
