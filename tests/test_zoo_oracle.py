@@ -51,21 +51,25 @@ def reference_of(name: str) -> Tensor:
     return reference_ntk(network(name), noise(2, seed=1), max_bytes=2 << 30)
 
 
-def error_of_float32(name: str) -> float:
-    """The error of the same kernel from plain autograd in float32, of samples alone or in a batch.
-
-    A ReLU that flips, as rounding differs between batch sizes, costs as much there.
-    """
-    module, x = network(name).eval(), noise(2, seed=1)
+def kernels_by_autograd(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Compute the kernel by plain autograd in the network's dtype, of samples alone and in a batch."""
+    module = model.eval()
     params = list(module.parameters())
 
     def kernel(outputs: Tensor) -> Tensor:
         rows = [torch.autograd.grad(output, params, retain_graph=True) for output in outputs.flatten()]
-        J = torch.stack([torch.cat([grad.flatten() for grad in row]) for row in rows]).double()
-        return J @ J.T
+        by_param = (torch.stack(grads).flatten(1).double() for grads in zip(*rows, strict=True))
+        return torch.stack([J @ J.T for J in by_param]).sum(0)
 
-    alone, together = torch.cat([module(x[:1]), module(x[1:])]), module(x)
-    return max(relative_error(kernel(outputs), reference_of(name)) for outputs in (alone, together))
+    return [kernel(torch.cat([module(sample[None]) for sample in x])), kernel(module(x))]
+
+
+def error_of_float32(name: str) -> float:
+    """The error of the same kernel from plain autograd in float32.
+
+    A ReLU that flips, as rounding differs between batch sizes, costs as much there.
+    """
+    return max(relative_error(K, reference_of(name)) for K in kernels_by_autograd(network(name), noise(2, seed=1)))
 
 
 @every_model(QUICK)
@@ -105,15 +109,17 @@ def cut_into_single_samples(model: nn.Module, x: Tensor, monkeypatch: pytest.Mon
 
 @every_model(QUICK)
 def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, monkeypatch):
-    model, x, threads = smooth(settled(network(name))), noise(2, seed=1), torch.get_num_threads()
+    """No more than batches change the kernel by plain autograd, where rounding grows from layer to layer."""
+    model, x, threads = smooth(network(name)), noise(2, seed=1), torch.get_num_threads()
     assert not any(isinstance(child, nn.ReLU | nn.ReLU6) for child in model.modules())
     whole = ntkgen.ntk(model, x)
     try:
         torch.set_num_threads(threads + 1)
-        assert cut_error(ntkgen.ntk(model, x), whole) <= 1e-5
+        errors = [cut_error(ntkgen.ntk(model, x), whole)]
     finally:
         torch.set_num_threads(threads)
-    assert cut_error(cut_into_single_samples(model, x, monkeypatch), whole) <= 1e-5
+    errors.append(cut_error(cut_into_single_samples(model, x, monkeypatch), whole))
+    assert max(errors) <= 1e-5 or max(errors) <= 3 * cut_error(*kernels_by_autograd(model, x))
 
 
 @every_model(QUICK)
