@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import ntkgen
 from ntkgen import zoo
 from ntkgen.errors import InputError, NtkgenError
-from ntkgen.jacobian import cost, dense
+from ntkgen.jacobian import choice, dense
 from ntkgen.jacobian.cost import NetworkProfile
 from ntkgen.jacobian.dense import DensePlan
 from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy, reduced_products
@@ -151,7 +151,7 @@ def count_work(plan: DensePlan) -> Work:
     """Count the FLOPs of a kernel of these samples with themselves."""
     n, profile = len(plan.x), plan.network.profile
     return Work(
-        minimal=2 * cost.minimal_macs(profile, n),
+        minimal=2 * choice.minimal_macs(profile, n),
         executed=2 * plan.macs,
         explicit=(n * profile.num_outputs) ** 2 * profile.num_params,
     )

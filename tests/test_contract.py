@@ -22,6 +22,7 @@ from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian import contract as contraction
 from ntkgen.jacobian import dense
 from ntkgen.jacobian.cache import BlockCache
+from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.contract import contract, exact_diagonal, fill_kernel
 from ntkgen.jacobian.cost import (
     DIAGONAL_NUMBERS,
@@ -31,7 +32,6 @@ from ntkgen.jacobian.cost import (
     LayerShape,
     Rates,
     contraction_numbers,
-    plan_jacobian,
     product_macs,
 )
 from ntkgen.jacobian.factors import BlockFactors, PairFactor, compute_factors

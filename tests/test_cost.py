@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from strategies import ROOMS, layer_shapes, pieces, pieces_of, rates
 
 from ntkgen.errors import InputError
+from ntkgen.jacobian.choice import choose_layer, minimal_macs, plan_jacobian
 from ntkgen.jacobian.cost import (
     ORDERS,
     PRECISION_BYTES,
@@ -17,13 +18,10 @@ from ntkgen.jacobian.cost import (
     NetworkProfile,
     Rates,
     building_macs,
-    choose_layer,
     factor_macs,
     factor_numbers,
-    minimal_macs,
     ordered_pieces,
     pair_macs,
-    plan_jacobian,
     product_macs,
     sizes_for,
     slices,

@@ -10,8 +10,9 @@ from strategies import pieces_of
 import ntkgen
 from ntkgen.jacobian import dense
 from ntkgen.jacobian.capture import cotangents, record
+from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.contract import contract
-from ntkgen.jacobian.cost import ORDERS, plan_jacobian
+from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy

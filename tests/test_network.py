@@ -17,8 +17,9 @@ import ntkgen
 from ntkgen.errors import ModelError, ShapeError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.capture import record
+from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import ORDERS, plan_jacobian
+from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy

@@ -13,8 +13,8 @@ from strategies import pieces_of
 from torch import nn
 
 import ntkgen
+from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.contract import contract, exact_diagonal
-from ntkgen.jacobian.cost import plan_jacobian
 from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.layers import RULES, LayerRule, padding_of
 from ntkgen.jacobian.network import prepare

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian.cache import BlockCache, count_samples
+from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, plan_jacobian, product_macs, sizes_for
+from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, product_macs, sizes_for
 from ntkgen.jacobian.factors import BlockFactors, compute_factors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, prepare

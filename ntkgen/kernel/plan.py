@@ -7,6 +7,7 @@ from typing import Any
 
 from ntkgen.errors import BudgetError
 from ntkgen.jacobian.cache import count_samples
+from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.cost import (
     DIAGONAL_NUMBERS,
     PRECISION_BYTES,
@@ -23,7 +24,6 @@ from ntkgen.jacobian.cost import (
     contraction_numbers,
     factor_macs,
     factor_numbers,
-    plan_jacobian,
     product_macs,
     sizes_for,
 )

@@ -1,0 +1,145 @@
+"""The exact order of each layer, chosen by the time that it is estimated to take; integers only."""
+
+from collections.abc import Iterator, Sequence
+
+from ntkgen.errors import InputError
+from ntkgen.jacobian.cost import (
+    ORDERS,
+    USUAL_RATES,
+    JacobianPlan,
+    LayerPlan,
+    LayerShape,
+    NetworkProfile,
+    Order,
+    Rates,
+    Reduction,
+    Sizes,
+    block_products,
+    building_macs,
+    factor_numbers,
+    pair_macs,
+    pass_macs,
+)
+
+
+def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rates: Rates, reduction: Reduction) -> int:
+    """Estimate the time of one layer for one pair of samples, from its multiply-adds and from what it touches."""
+    shape, m = plan.shape, num_outputs
+    q, t, c = shape.groups, shape.positions, shape.channels
+    products = block_products(m, reduction)
+    if plan.order == "explicit":
+        built = 0 if plan.keeps_rows else 2000 * building_macs(shape, m) // (rates.building * block_samples)
+        return 1000 * products * shape.num_params // rates.product + built
+    sums = 4 * q * t * t if plan.uses_pixels else 0
+    grams = 1000 * plan.input_gram_macs // rates.product + 1000 * (q * t * t + sums) // rates.touching
+    if plan.order == "gram":
+        outer = q * t * t * (1 if reduction == "trace" else products)
+        return grams + 1000 * (q * products * t * t * c) // rates.product + 3000 * outer // rates.touching
+    carried = 1000 * q * m * t * t * c // rates.carrying + 1000 * q * m * t * c // rates.touching
+    return grams + carried + 1000 * q * m * m * t * c // rates.finishing
+
+
+def _candidates(shape: LayerShape, num_outputs: int, reduction: Reduction) -> Iterator[LayerPlan]:
+    """List the ways to contract a layer. Rows are kept where they are no larger than the factors."""
+    explicit = LayerPlan(shape, "explicit", keeps_rows=False)
+    keeps_rows = num_outputs * shape.num_params <= factor_numbers(explicit, num_outputs)
+    yield LayerPlan(shape, "explicit", keeps_rows=keeps_rows)
+    for order in ORDERS[1:]:
+        if order == "ordered" and reduction != "none":
+            continue  # H would be made for m outputs, of which gram makes one product
+        yield LayerPlan(shape, order, keeps_rows=False)
+        if shape.taps > 1:
+            yield LayerPlan(shape, order, keeps_rows=False, uses_pixels=True)
+
+
+def choose_layer(
+    shape: LayerShape,
+    num_outputs: int,
+    block_samples: int,
+    rates: Rates = USUAL_RATES,
+    reduction: Reduction = "none",
+) -> LayerPlan:
+    """Choose the exact order for one layer that is estimated to be quickest.
+
+    >>> choose_layer(LayerShape("stem", 1024, 27, 64), 10, 64).order
+    'explicit'
+    >>> choose_layer(LayerShape("late", 16, 4608, 512), 10, 64).order
+    'ordered'
+    """
+    return min(
+        _candidates(shape, num_outputs, reduction),
+        key=lambda plan: order_nanoseconds(plan, num_outputs, block_samples, rates, reduction),
+    )
+
+
+def _forced(shape: LayerShape, order: Order, num_outputs: int, reduction: Reduction) -> LayerPlan:
+    """Take the cheaper way of a given order; explicit rows are then built anew for each product.
+
+    Raises:
+        InputError: If the order is of no use for the reduction.
+    """
+    ways = [plan for plan in _candidates(shape, num_outputs, reduction) if plan.order == order]
+    if not ways:
+        raise InputError(
+            f"The order {order!r} cannot be forced on a kernel whose output is reduced to its {reduction}: expected "
+            "explicit or gram, which are never slower there. Give one of them, or none."
+        )
+    plan = min(ways, key=lambda way: way.input_gram_macs)
+    return LayerPlan(shape, order, keeps_rows=False, uses_pixels=plan.uses_pixels)
+
+
+def plan_jacobian(
+    profile: NetworkProfile,
+    sizes: Sizes,
+    *,
+    precision: str,
+    rates: Rates = USUAL_RATES,
+    reduction: Reduction = "none",
+    orders: Sequence[Order] = (),
+) -> JacobianPlan:
+    """Fix how a network's factors are computed and contracted. ``orders``, one per layer, overrides the choice.
+
+    Raises:
+        InputError: If there are not as many orders as layers, or one cannot be had.
+    """
+    m = profile.num_outputs
+    if orders and len(orders) != len(profile.layers):
+        raise InputError(
+            f"{len(orders)} orders were given for {len(profile.layers)} layers with a weight matrix: expected one for "
+            f"each, in the order {', '.join(shape.name for shape in profile.layers)}. Give as many, or none."
+        )
+    chosen = tuple(choose_layer(shape, m, sizes.block_samples, rates, reduction) for shape in profile.layers)
+    if orders:
+        chosen = tuple(
+            plan if plan.order == order else _forced(plan.shape, order, m, reduction)
+            for plan, order in zip(chosen, orders, strict=True)
+        )
+    return JacobianPlan(
+        precision=precision,
+        num_outputs=m,
+        layers=chosen,
+        dense_params=profile.dense_params,
+        fallback=profile.fallback,
+        sizes=sizes,
+        rates=rates,
+        reduction=reduction,
+    )
+
+
+def minimal_macs(profile: NetworkProfile, num_samples: int) -> int:
+    """Count the multiply-adds that no exact plan of these orders can do without, for a square kernel.
+
+    Every sample's passes once, its rows built once where the order is explicit, each pair of samples once, and for
+    each layer the order with the fewest multiply-adds.
+    """
+    m, pairs = profile.num_outputs, num_samples * (num_samples + 1) // 2
+
+    def least(shape: LayerShape) -> int:
+        totals = []
+        for plan in _candidates(shape, m, "none"):
+            built = building_macs(shape, m) if plan.order == "explicit" else 0
+            totals.append(built * num_samples + pair_macs(plan, m) * pairs)
+        return min(totals)
+
+    dense = m * m * profile.dense_params * pairs
+    return pass_macs(profile) * num_samples + dense + sum(map(least, profile.layers))
