@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".partial")
     buffer = io.BytesIO()  # torch would turn the error of a full disk into one of its own
-    torch.save({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}, buffer)
+    torch.save(_plain({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}), buffer)
     with draft.open("wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -68,6 +69,18 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
 def _shallow_dict(checkpoint: Checkpoint) -> dict[str, Any]:
     return {**vars(checkpoint), "recipe": dataclasses.asdict(checkpoint.recipe)}
+
+
+def _plain(value: Any) -> Any:
+    """Rebuild containers, and make equal strings one: pickle writes equal values differently where they are shared.
+
+    A checkpoint of a training that went on from a file has then the bytes of one that did not.
+    """
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(item) for item in value)
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def load(path: Path) -> Checkpoint:

@@ -24,6 +24,13 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def denormal_numbers():
+    """Keep them for the next test in this process: commands, run within it, flush them to zero."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(scope="session")
 def job() -> Job:
     """A kernel of 14 samples and 3 outputs in 5 × 5 tiles, computed in float32."""

@@ -18,6 +18,19 @@ def make_checkpoint(model):
     return Checkpoint(RECIPE, 3, 99.25, 0.5, False, model.state_dict(), training)
 
 
+def test_what_was_read_is_written_with_the_same_bytes(tmp_path):
+    """However strings and containers are shared: then a training that was interrupted ends with the same bytes."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.step()
+    shared = "".join(["ti", "ny"])  # equal to the recipe's model, and another string
+    training = {"optimizer": optimizer.state_dict(), "names": [shared, "tiny", RECIPE.model], "pair": (1, "tiny")}
+    checkpoints.save(tmp_path / "a.pt", dataclasses.replace(make_checkpoint(model), training=training))
+    checkpoints.save(tmp_path / "b.pt", checkpoints.load(tmp_path / "a.pt"))
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
+
+
 def test_it_comes_back_as_it_was_and_needs_no_pickled_code(tmp_path):
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     path = tmp_path / "new folder" / "net.pt"

@@ -184,6 +184,7 @@ def _explained(parts: list[dict[str, Any]]) -> list[str]:
 def _summary(result: dict[str, Any]) -> str:
     accuracy = result["train_accuracy"]
     trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
+    view = "kernel(output=0)" if result["output"] == "diagonal" else "array"
     return (
         f"\n{result['model']} on {result['dataset']}, {trained}: the kernel of {_samples(result)} is complete.\n"
         f"  {result['store']}\n"
@@ -194,5 +195,5 @@ def _summary(result: dict[str, Any]) -> str:
         "  Open it in Python:\n"
         "    import ntkgen\n"
         f"    kernel = ntkgen.open({result['store']!r})\n"
-        "    kernel.array[:10, :10]      # NumPy; lazily: kernel.dask, kernel.xarray\n"
+        f"    kernel.{view}[:10, :10]      # NumPy; lazily: kernel.dask, kernel.xarray\n"
     )

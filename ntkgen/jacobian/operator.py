@@ -288,7 +288,7 @@ class NTKOperator:
         Raises:
             ShapeError: If the vector does not have as many entries as the kernel has columns.
         """
-        if v.shape != self.shape[1:]:
+        if not isinstance(v, Tensor) or v.shape != self.shape[1:]:
             raise self._shape_error(v)
         return self.matmat(v[:, None])[:, 0]
 
@@ -302,7 +302,7 @@ class NTKOperator:
         Raises:
             ShapeError: If the vectors do not have as many entries as the kernel has columns.
         """
-        if V.ndim != 2 or len(V) != self.shape[1]:
+        if not isinstance(V, Tensor) or V.ndim != 2 or len(V) != self.shape[1]:
             raise self._shape_error(V)
         groups = as_input(V.to(self.dtype), self.dtype, self.device).split(self._columns_at_once, dim=1)
         if not V.shape[1]:
@@ -313,7 +313,7 @@ class NTKOperator:
 
     def __matmul__(self, other: Tensor) -> Tensor:
         """Multiply with a vector or with the columns of a matrix."""
-        return self.matvec(other) if other.ndim == 1 else self.matmat(other)
+        return self.matvec(other) if np.ndim(other) == 1 else self.matmat(other)
 
     def to_scipy(self) -> "LinearOperator":
         """View as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg` and their like."""
@@ -391,7 +391,12 @@ class NTKOperator:
             count.step()
         return torch.cat(products, dim=1).flatten(1).T
 
-    def _shape_error(self, found: Tensor) -> ShapeError:
+    def _shape_error(self, found: object) -> InputError:
+        if not isinstance(found, Tensor):
+            return InputError(
+                f"An NTKOperator multiplies tensors: expected a torch.Tensor, found {type(found).__name__}. Is it a "
+                "NumPy array? Use torch.from_numpy, or operator.to_scipy(), which takes arrays."
+            )
         return ShapeError(
             f"What is to be multiplied does not fit the kernel of {self.shape[0]} × {self.shape[1]}: expected "
             f"({self.shape[1]},) or ({self.shape[1]}, columns), found {tuple(found.shape)}. Was it made for other "

@@ -47,7 +47,7 @@ def output_map(name: str, num_logits: int) -> OutputMap:
             )
         return OutputMap(name, contrast_matrix(num_logits))
     kind, _, index = name.partition(":")
-    if kind != "index" or not index.isdecimal():
+    if kind != "index" or not index.isdecimal() or index != str(int(index)):
         raise UnknownNameError("output", name, OUTPUTS)
     if int(index) >= num_logits:
         raise InputError(

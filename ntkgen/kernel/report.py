@@ -38,7 +38,7 @@ def describe(store: KernelStore) -> dict[str, Any]:
         "stored_bytes": store.stored_bytes,
         "scale_factors": {name: scale for name, scale in scales.items() if scale != 1},
         "float16_underflow": store.float16_underflow,
-        "certificate": manifest.certificate,
+        "certificate": None if missing else manifest.certificate,  # of a kernel that is no longer whole it says nothing
         "suspicious_tiles": suspicious_tiles(store),
         "predecessor_factor": manifest.plan.profile.num_params**-0.5,
         "provenance": dict(manifest.provenance),

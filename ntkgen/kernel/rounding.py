@@ -15,8 +15,8 @@ FLOAT16_NORMAL = 2.0**-14
 STORE_DTYPES = ("float16", "float32", "float64")
 
 
-def check_dtypes(names: Iterable[str]) -> tuple[str, ...]:
-    """Check store dtypes, and put each once, the least precise first.
+def check_dtypes(names: str | Iterable[str]) -> tuple[str, ...]:
+    """Check one store dtype or several, and put each once, the least precise first.
 
     >>> check_dtypes(["float32", "float16", "float32"])
     ('float16', 'float32')
@@ -24,7 +24,7 @@ def check_dtypes(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         UnknownNameError: If one is no store dtype.
     """
-    names = set(names)
+    names = {names} if isinstance(names, str) else set(names)
     for name in names:
         if name not in STORE_DTYPES:
             raise UnknownNameError("dtype", name, STORE_DTYPES)

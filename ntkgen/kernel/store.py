@@ -149,13 +149,15 @@ class KernelStore:
 
         Raises:
             StoreError: If the array is damaged.
+            UnknownNameError: If there is none of that name.
         """
+        array = self._array(name)
         try:
-            return np.asarray(self._array(name)[...])
+            return np.asarray(array[...])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"The array {name} of {self.path} is damaged ({error}): expected chunks that match their checksums. A "
-                "disk error or an interrupted copy? Copy the store again, or remove it and compute it anew."
+                "disk error or an interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
             ) from error
 
     @property
