@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import os
 import pickle
 import sys
 import zipfile
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import FingerprintError, StoreError
+from ntkgen.folders import File, file_of
 
 FORMAT_VERSION = 1
 
@@ -54,17 +54,12 @@ class Checkpoint:
     training: dict[str, Any]  # optimizer, scheduler, scaler, random states: what a resumed run needs
 
 
-def save(path: Path, checkpoint: Checkpoint) -> None:
+def save(place: File | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint, whole or not at all: arrays and plain values only, loadable with ``weights_only=True``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".partial")
+    file = file_of(place)
     buffer = io.BytesIO()  # torch would turn the error of a full disk into one of its own
     torch.save(_plain({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}), buffer)
-    with draft.open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    file.folder.write(file.name, buffer.getvalue())
 
 
 def _shallow_dict(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -83,15 +78,17 @@ def _plain(value: Any) -> Any:
     return sys.intern(value) if isinstance(value, str) else value
 
 
-def load(path: Path) -> Checkpoint:
+def load(place: File | Path) -> Checkpoint:
     """Read a checkpoint, onto the CPU.
 
     Raises:
         StoreError: If the file is not a checkpoint of this format.
     """
+    file = file_of(place)
     try:
-        _check_archive(path)
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        archive = io.BytesIO(file.folder.read(file.name) or b"")
+        _check_archive(archive)
+        values = torch.load(archive, map_location="cpu", weights_only=True)
         version = values.pop("format_version")
         recipe = Recipe(**values.pop("recipe"))
         checkpoint = Checkpoint(recipe=recipe, **values)
@@ -106,30 +103,31 @@ def load(path: Path) -> Checkpoint:
         zipfile.BadZipFile,
     ) as error:
         raise StoreError(
-            f"{path} is not a checkpoint of this program, or a damaged one ({type(error).__name__}: "
+            f"{file} is not a checkpoint of this program, or a damaged one ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:100]}): expected one written by `ntkgen train`. Was it copied in part, or "
             "written by something else? Remove it, and the network is trained again."
         ) from error
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{path} has format version {version}, and this program reads version {FORMAT_VERSION}. Was it written by "
+            f"{file} has format version {version}, and this program reads version {FORMAT_VERSION}. Was it written by "
             "a newer one? Use that, or remove the file to train again."
         )
     return checkpoint
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(file: io.BytesIO) -> None:
     """Compare the checksums of the archive, which torch does not.
 
     Raises:
         ValueError: If one of them does not match.
     """
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
             raise ValueError(f"its part {damaged} does not match its checksum")
+    file.seek(0)
 
 
-def check_recipe(path: Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
+def check_recipe(path: File | Path, checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Refuse to continue a checkpoint of another recipe.
 
     Raises:

@@ -84,3 +84,11 @@ class NotConvergedError(NtkgenError, RuntimeError):
 
 class DivergedError(NtkgenError, FloatingPointError):
     """A loss or a kernel entry is not finite."""
+
+
+class WorkerError(NtkgenError, RuntimeError):
+    """The workers of a cluster could not do what they were told."""
+
+
+class Terminated(SystemExit):
+    """The process was told to end, by SIGTERM: as after Ctrl-C, what is finished is kept."""

@@ -1,7 +1,9 @@
-"""What the kernel store of a command was made of, found again: the network, the samples, and a new certificate."""
+"""What the kernel store of a command was made of, found again, and what is made of it anew: tiles, a certificate."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,23 @@ from ntkgen import data as datasets
 from ntkgen import zoo
 from ntkgen.checkpoint import Checkpoint
 from ntkgen.data import Dataset
-from ntkgen.errors import DataError, FingerprintError, StoreError
+from ntkgen.errors import DataError, FingerprintError, InputError, StoreError
+from ntkgen.folders import File, Folder, LocalFolder
+from ntkgen.kernel import engine
+from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.certificate import Certificate, Sampling
 from ntkgen.kernel.certify import add_certificate
 from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.store import KernelStore, open_store
+from ntkgen.kernel.opening import open_store
+from ntkgen.kernel.plan import Budget
+from ntkgen.kernel.recompute import Means, Recomputed, draw_tiles, recompute
+from ntkgen.kernel.store import KernelStore
+from ntkgen.kernel.tiles import Tile
 from ntkgen.lock import write_lock
-from ntkgen.pipeline import Report, ignore_report, take
+from ntkgen.progress import Report, ignore_report
+
+# What is recomputed without being asked for takes at most so many operations: about a minute on two cores.
+QUICK_FLOPS = 10**13
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,9 @@ class Origin:
     inputs: Inputs
 
 
-def load_origin(store: KernelStore, data_dir: Path | None = None, dataset: str | None = None) -> Origin:
+def load_origin(
+    store: KernelStore, data_dir: Path | None = None, dataset: str | None = None, *, download: bool = True
+) -> Origin:
     """Load what a store was made of: the checkpoint beside it, and the data set that its provenance names.
 
     Args:
@@ -38,6 +52,7 @@ def load_origin(store: KernelStore, data_dir: Path | None = None, dataset: str |
         data_dir: The folder of the data sets. An `.npz` file is looked for there, in the current folder and beside the
             store.
         dataset: Where the data set has moved to, as PATH.npz.
+        download: Whether a data set that is not there may be fetched from the network.
 
     Raises:
         StoreError: If the store does not say what it was made of, or the checkpoint has gone.
@@ -46,13 +61,15 @@ def load_origin(store: KernelStore, data_dir: Path | None = None, dataset: str |
     """
     made = _provenance(store)
     checkpoint = _checkpoint(store, made["checkpoint"])
-    name = dataset or _locate(made["dataset"], [data_dir, Path(), store.path.parent])
-    data = _as_trained(datasets.load(name, data_dir=data_dir), checkpoint)
+    name = dataset or _locate(made["dataset"], [data_dir, Path(), _beside(store)])
+    load = partial(datasets.load, name, data_dir=data_dir)
+    load = load if download else partial(load, download=False)
+    data = _as_trained(load(), checkpoint)
     model = zoo.build(made["model"], data.num_classes, seed=made["seed"], width=made["width"])
     checkpoints.load_state(model, checkpoint)
     against, columns = None, None
     if (split := made.get("against")) is not None:
-        against = dataclasses.replace(datasets.load(name, data_dir=data_dir, split=split), zoo_sized=data.zoo_sized)
+        against = dataclasses.replace(load(split=split), zoo_sized=data.zoo_sized)
         columns = _positions(store, "col_sample_index", against)
     inputs = take(data, _positions(store, "sample_index", data), against, columns)
     _check_samples(store, inputs)
@@ -63,7 +80,7 @@ def _provenance(store: KernelStore) -> dict[str, Any]:
     made = dict(store.manifest.provenance)
     if lacking := [name for name in ("model", "dataset", "seed", "width", "checkpoint") if name not in made]:
         raise StoreError(
-            f"The store at {store.path} does not say what it was made of: expected the provenance of `ntkgen compute`, "
+            f"The store at {store.name} does not say what it was made of: expected the provenance of `ntkgen compute`, "
             f"found one without {', '.join(lacking)}. Was it made in Python, with ntkgen.compute? Compare it there, "
             "with ntkgen.kernel.certify."
         )
@@ -71,13 +88,17 @@ def _provenance(store: KernelStore) -> dict[str, Any]:
 
 
 def _checkpoint(store: KernelStore, name: str) -> Checkpoint:
-    path = store.path.parent / name
-    if not path.exists():
+    file = File(store.folder.parent, name)
+    if not file.exists:
         raise StoreError(
-            f"The network of {store.path} has gone: expected its checkpoint at {path}, found nothing. Was one of them "
+            f"The network of {store.name} has gone: expected its checkpoint at {file}, found nothing. Was one of them "
             "moved or removed? Put the checkpoint beside the store."
         )
-    return checkpoints.load(path)
+    return checkpoints.load(file)
+
+
+def _beside(store: KernelStore) -> Path | None:
+    return store.path.parent if isinstance(store.folder, LocalFolder) else None
 
 
 def _locate(name: str, folders: list[Path | None]) -> str:
@@ -119,7 +140,7 @@ def _positions(store: KernelStore, name: str, data: Dataset) -> Tensor:
     index = torch.from_numpy(store.read(name).copy())
     if int(index.max()) >= data.num_samples:
         raise FingerprintError(
-            f"The samples of {store.path} are not all in {data.name}: expected at least {int(index.max()) + 1}, found "
+            f"The samples of {store.name} are not all in {data.name}: expected at least {int(index.max()) + 1}, found "
             f"{data.num_samples}. Is it another release of the data set? Use the one that the store was made with."
         )
     return index
@@ -129,14 +150,30 @@ def _check_samples(store: KernelStore, inputs: Inputs) -> None:
     theirs, mine = str(store.manifest.identity.get("samples")), inputs.fingerprint()
     if theirs != mine:
         raise FingerprintError(
-            f"The samples of {store.path} are not those found (expected the fingerprint {theirs[:8]}…, found "
+            f"The samples of {store.name} are not those found (expected the fingerprint {theirs[:8]}…, found "
             f"{mine[:8]}…). Was the data set changed, or is it another one of the same name? Say with --data-dir where "
             "the one lies that the store was made with."
         )
 
 
+def load_parts(place: Folder, data_dir: Path | None, dataset: str | None) -> tuple[nn.Module, Inputs]:
+    """Load network and samples of a store, as a worker of a cluster does."""
+    origin = load_origin(open_store(place), data_dir, dataset)
+    return origin.model, origin.inputs
+
+
+def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: Tensor | None = None) -> Inputs:
+    """Take samples of a data set, by their positions in it, and those of the columns of another."""
+    if against is None or columns is None:
+        return Inputs(data.inputs(order), Samples(order.numpy(), data.labels[order].numpy()))
+    other = Samples(columns.numpy(), against.labels[columns].numpy())
+    return Inputs(
+        data.inputs(order), Samples(order.numpy(), data.labels[order].numpy(), other), against.inputs(columns)
+    )
+
+
 def certify_again(
-    path: Path, data_dir: Path | None, sampling: Sampling, device: torch.device, report: Report = ignore_report
+    place: Folder, data_dir: Path | None, sampling: Sampling, device: torch.device, report: Report = ignore_report
 ) -> Certificate:
     """Certify a finished store anew, from what it was made of, and write the certificate into it, under its lock.
 
@@ -144,7 +181,52 @@ def certify_again(
         FingerprintError: If network or samples are not those that the store was made of.
         StoreError: If tiles are missing or damaged, or the store does not say what it was made of.
     """
-    with write_lock(path):
-        store = open_store(path, mode="r+")
+    with write_lock(place):
+        store = open_store(place, mode="r+")
         origin = load_origin(store, data_dir)
         return add_certificate(store, origin.model.to(device), origin.inputs, sampling, report=report)
+
+
+@dataclass(frozen=True)
+class Again:
+    """How many tiles are recomputed, and with what; None: one, where that is quick."""
+
+    count: int | None
+    seed: int
+    device: torch.device
+    memory_bytes: int | None = None
+    data_dir: Path | None = None
+    download: bool = True  # whether a data set that is not there may be fetched
+
+
+def recompute_again(
+    store: KernelStore, tiles: Sequence[Tile], again: Again, report: Report = ignore_report
+) -> list[Recomputed]:
+    """Compute some of the stored tiles again, drawn at random, from what the store was made of, and compare them.
+
+    Raises:
+        FingerprintError: If network or samples are not those that the store was made of.
+        StoreError: If the store does not say what it was made of, or the checkpoint has gone.
+        DataError: If the data set has gone.
+        InputError: If nobody says how many, and one would take long.
+        BudgetError: If the memory is too small for one.
+    """
+    drawn = draw_tiles(tiles, 1 if again.count is None else again.count, again.seed)
+    if not drawn:
+        return []
+    _provenance(store)
+    budget = engine.memory_budget(again.device, again.memory_bytes)
+    if again.count is None:
+        _require_quick(store, drawn, budget)
+    origin = load_origin(store, again.data_dir, download=again.download)
+    return recompute(store, origin.model, origin.inputs, drawn, Means(again.device, budget), report)
+
+
+def _require_quick(store: KernelStore, tiles: Sequence[Tile], budget: Budget) -> None:
+    plan = store.manifest.plan
+    flops = plan.projected_flops(tiles, plan.cached_blocks(budget))
+    if flops > QUICK_FLOPS:
+        raise InputError(
+            f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} of what nobody "
+            "has asked for, about a minute on two cores. Is the network large? Ask for it with --recompute 1."
+        )

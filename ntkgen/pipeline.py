@@ -4,8 +4,9 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +17,17 @@ from ntkgen import training, zoo
 from ntkgen.checkpoint import Checkpoint, Recipe
 from ntkgen.data import Dataset, check_labels, sample_order
 from ntkgen.errors import DiskSpaceError, InputError
+from ntkgen.folders import File, Folder, LocalFolder
 from ntkgen.kernel import engine
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.certify import add_certificate, forget_certificate
-from ntkgen.kernel.compute import PROBE_SAMPLES, KernelSpec, identity_of, layout_of, open_or_create, ready
+from ntkgen.kernel.compute import ALONE, Hands, KernelJob, KernelSpec, layout_of, make, ready
 from ntkgen.kernel.explain import Work, explain
-from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.opening import has_store, open_store
 from ntkgen.kernel.plan import Budget, Plan
 from ntkgen.kernel.report import describe, suspicion
-from ntkgen.kernel.store import open_store
 from ntkgen.lock import write_lock
+from ntkgen.origin import load_parts, take
+from ntkgen.progress import Report, ignore_report
 from ntkgen.units import human_bytes
 
 
@@ -56,25 +58,12 @@ class KernelRequest:
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything happens."""
+    """Where everything happens, and who computes."""
 
-    out: Path
+    out: Folder
     device: torch.device
-
-
-class Report(Protocol):
-    """Called as a stage proceeds, with a note for people.
-
-    The stages are ``training``, ``diagonal``, ``tiles``, and of the certificate ``stored product``, ``exact product``
-    and ``pairs``.
-    """
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Tell how far a stage has come."""
-
-
-def ignore_report(stage: str, done: int, total: int, note: str = "") -> None:
-    """Report nothing."""
+    hands: Hands = ALONE
+    data_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +81,14 @@ class Job:
     budget: Budget
 
     @property
-    def checkpoint_path(self) -> Path:
+    def checkpoint(self) -> File:
         """Where the network is kept."""
-        return _checkpoint_path(self.training, self.data, self.place)
+        return _checkpoint_file(self.training, self.data, self.place)
 
     @property
-    def store_path(self) -> Path:
+    def store(self) -> Folder:
         """Where the kernel is kept."""
-        return _store_path(self.training, self.kernel, self.place, self.data, self.inputs.counts)
+        return _store_folder(self.training, self.kernel, self.place, self.data, self.inputs.counts)
 
     @property
     def layout(self) -> str:
@@ -114,7 +103,7 @@ class Job:
     @property
     def missing_bytes(self) -> int:
         """Bytes of it that are not on disk yet."""
-        there = open_store(self.store_path).stored_bytes if self.store_path.exists() else 0
+        there = open_store(self.store).stored_bytes if has_store(self.store) else 0
         return max(0, self.disk_bytes - there)
 
 
@@ -138,13 +127,13 @@ def _stem(request: TrainingRequest, data: Dataset) -> str:
     return f"{zoo.file_name(request.model)}{width}-{zoo.file_name(dataset)}{built}-seed{request.seed}"
 
 
-def _checkpoint_path(request: TrainingRequest, data: Dataset, place: Place) -> Path:
-    return place.out / f"{_stem(request, data)}.pt"
+def _checkpoint_file(request: TrainingRequest, data: Dataset, place: Place) -> File:
+    return File(place.out, f"{_stem(request, data)}.pt")
 
 
-def _store_path(
+def _store_folder(
     request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, counts: tuple[int, int | None]
-) -> Path:
+) -> Folder:
     n, against = counts
     shuffled = "" if kernel.shuffle_seed is None else f"-shuffled{kernel.shuffle_seed}"
     other = "" if against is None else f"-{kernel.against}{against}"
@@ -160,8 +149,8 @@ def plan_training(request: TrainingRequest, data: Dataset, place: Place) -> tupl
         FingerprintError: If there is a checkpoint of another recipe.
     """
     model = zoo.build(request.model, data.num_classes, seed=request.seed, width=request.width)
-    path = _checkpoint_path(request, data, place)
-    found = checkpoints.load(path) if path.exists() else None
+    path = _checkpoint_file(request, data, place)
+    found = checkpoints.load(path) if path.exists else None
     default = Recipe(
         model=request.model,
         dataset=_dataset_name(data),
@@ -185,27 +174,44 @@ def run_training(
     place: Place,
     planned: tuple[nn.Module, Recipe],
     report: Report = ignore_report,
-) -> tuple[Checkpoint, Path]:
+) -> tuple[Checkpoint, File]:
     """Train a network to its target, or take it from its checkpoint, under the lock of that checkpoint.
+
+    Of several parts of one kernel the first one trains, and the others wait.
 
     Raises:
         NotConvergedError: If it has not reached the target and the request does not allow that.
     """
     model, recipe = planned
-    path = _checkpoint_path(request, data, place)
+    path, is_part = _checkpoint_file(request, data, place), place.hands.part is not None
+    _require_trained(path, place)
 
     def tell(epoch: int, step: int, num_steps: int, accuracy: float | None) -> None:
         report(
             "training", epoch * num_steps + step * (accuracy is None), recipe.num_epochs * num_steps, _note(accuracy)
         )
 
-    with write_lock(path):
+    waiting = partial(report, "waiting", 0, 1) if is_part else None
+    with write_lock(path.folder / path.name, is_short=is_part, waiting=waiting):
         checkpoint = training.train(
             model.to(place.device), data, recipe, path, target_accuracy=request.target_accuracy, report=tell
         )
     if not request.allow_unconverged:
         training.require_convergence(path, checkpoint, request.target_accuracy)
     return checkpoint, path
+
+
+def _require_trained(file: File, place: Place) -> None:
+    """Refuse parts that would each train a network, where no lock lets one do it for all.
+
+    Raises:
+        InputError: If the network is not there.
+    """
+    if place.hands.part is not None and not isinstance(file.folder, LocalFolder) and not file.exists:
+        raise InputError(
+            f"There is no network at {file} yet, and an object store has no lock under which one of several parts "
+            "could train it for all: expected it to be there. Run `ntkgen train` with the same options first."
+        )
 
 
 def _note(accuracy: float | None) -> str:
@@ -225,20 +231,21 @@ def plan_job(
         PlanError: If an unfinished store was begun on another kind of machine.
     """
     inputs = _inputs(kernel, data, against)
+    place.out.require_writable()
     model, recipe = plan_training(request, data, place)
-    require_writable(place.out)
-    network, plan_anew = ready(model, _probe(data), kernel.spec, inputs.counts, place.device)
+    asked = KernelJob(model, inputs, _probe(data), kernel.spec, place.device, hands=place.hands)
+    network, plan_anew = ready(asked)
     check_labels(data.labels, network.profile.num_logits)
-    budget = engine.memory_budget(place.device, kernel.spec.memory_bytes)
-    path = _store_path(request, kernel, place, data, inputs.counts)
-    store = open_store(path) if path.exists() else None
+    machine = asked.machine()
+    folder = _store_folder(request, kernel, place, data, inputs.counts)
+    store = open_store(folder) if has_store(folder) else None
     is_complete = store is not None and store.is_complete
     plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else plan_anew()
     layout_of(kernel.spec, plan.grid)  # raises where it has none
     if not is_complete:
-        engine.check_environment(plan, place.device)
-        plan.cached_blocks(budget)  # raises where the budget is too small
-    job = Job(request, kernel, place, data, inputs, model, recipe, plan, budget)
+        engine.check_plan(plan, machine.environment)
+        plan.cached_blocks(machine.budget)  # raises where the budget is too small
+    job = Job(request, kernel, place, data, inputs, model, recipe, plan, machine.budget)
     require_disk(place, job.missing_bytes)
     return job
 
@@ -262,33 +269,9 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
     )
 
 
-def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: Tensor | None = None) -> Inputs:
-    """Take samples of a data set, by their positions in it, and those of the columns of another."""
-    if against is None or columns is None:
-        return Inputs(data.inputs(order), Samples(order.numpy(), data.labels[order].numpy()))
-    other = Samples(columns.numpy(), against.labels[columns].numpy())
-    return Inputs(
-        data.inputs(order), Samples(order.numpy(), data.labels[order].numpy(), other), against.inputs(columns)
-    )
-
-
 def _probe(data: Dataset) -> Tensor:
     """Take some samples to try a network on, whichever the kernel is of."""
     return data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples)))
-
-
-def require_writable(out: Path) -> None:
-    """Refuse a folder that cannot be written, or made.
-
-    Raises:
-        InputError: If there is a file at the path or above it, or no permission.
-    """
-    nearest = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise InputError(
-            f"Nothing can be written below {nearest}: expected a folder with permission to write, found "
-            f"{'one without' if nearest.is_dir() else 'a file'}. Is --out spelled right? Choose another."
-        )
 
 
 def require_disk(place: Place, missing_bytes: int) -> None:
@@ -297,8 +280,8 @@ def require_disk(place: Place, missing_bytes: int) -> None:
     Raises:
         DiskSpaceError: If it has not; the message has both numbers.
     """
-    free = engine.free_disk_bytes(place.out)
-    if missing_bytes > free:
+    free = place.out.free_bytes
+    if free is not None and missing_bytes > free:
         raise DiskSpaceError(
             f"The disk at {place.out} has no room for this: {human_bytes(missing_bytes)} are needed and "
             f"{human_bytes(free)} are free. Too many samples, dtypes or networks for it? Free some, choose another "
@@ -311,21 +294,15 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
     started = time.monotonic()
     checkpoint, _ = run_training(job.training, job.data, job.place, (job.model, job.recipe), report)
     checkpoints.load_state(job.model, checkpoint)
-    spec, inputs = job.kernel.spec, job.inputs
-    with write_lock(job.store_path):
-        network, plan_anew = ready(job.model, _probe(job.data), spec, inputs.counts, job.place.device)
-        identity = identity_of(job.model, inputs, spec, network)
-        provenance = _provenance(job, checkpoint)
-        store = open_or_create(job.store_path, spec, identity, inputs, provenance, plan_anew)
-        if not store.is_complete:
-            cached_blocks = store.manifest.plan.cached_blocks(job.budget)
-            forget_certificate(store)
-            engine.run(network, inputs.all, store, cached_blocks=cached_blocks, report=report)
-        if spec.certify and store.manifest.certificate is None:
-            add_certificate(store, job.model, inputs, report=report)
+    kernel = KernelJob(
+        job.model, job.inputs, _probe(job.data), job.kernel.spec, job.place.device, _provenance(job, checkpoint),
+        job.place.hands,
+    )  # fmt: skip
+    store = make(job.store, kernel, partial(load_parts, job.store, job.place.data_dir, job.data.name), report)
     return describe(store) | {
         "suspicion": suspicion(store),
-        "checkpoint": str(job.checkpoint_path),
+        "part": None if job.place.hands.part is None else str(job.place.hands.part),
+        "checkpoint": str(job.checkpoint),
         "train_accuracy": checkpoint.train_accuracy,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -347,15 +324,15 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         "train_loss": checkpoint.train_loss,
         "learning_rate": job.recipe.learning_rate,
         "batch_size": job.recipe.batch_size,
-        "checkpoint": job.checkpoint_path.name,
+        "checkpoint": job.checkpoint.name,
     }
 
 
 def project(job: Job, *, explained: bool = False) -> dict[str, Any]:
     """Say what a job would do, as plain values; explained, part by part too."""
-    plan, path = job.plan, job.store_path
+    plan, path = job.plan, job.store
     cached_blocks = plan.cached_blocks(job.budget)
-    store = open_store(path) if path.exists() else None
+    store = open_store(path) if has_store(path) else None
     tiles = list(plan.grid.tiles()) if store is None else store.missing_tiles()
     diagonal = list(range(plan.num_sides)) if store is None else store.missing_blocks()
     work = Work.of(plan, tiles, cached_blocks, diagonal)

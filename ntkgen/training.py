@@ -15,6 +15,7 @@ from ntkgen import checkpoint as checkpoints
 from ntkgen.checkpoint import Checkpoint, Recipe
 from ntkgen.data import Dataset
 from ntkgen.errors import DivergedError, NotConvergedError
+from ntkgen.folders import File, file_of
 from ntkgen.jacobian.precision import fixed_threads, flushed_denormals
 
 EVALUATION_BATCH = 1000
@@ -89,7 +90,7 @@ def train(
     model: nn.Module,
     data: Dataset,
     recipe: Recipe,
-    path: Path,
+    place: File | Path,
     *,
     target_accuracy: float,
     report: EpochReport = lambda *_: None,
@@ -105,7 +106,8 @@ def train(
         DivergedError: If the loss is not finite; the checkpoint of the last good epoch stays.
         FingerprintError: If there is a checkpoint of another recipe at the path.
     """
-    found = checkpoints.load(path) if path.exists() else None
+    path = file_of(place)
+    found = checkpoints.load(path) if path.exists else None
     if found is not None:
         checkpoints.check_recipe(path, found, recipe)
         if found.is_finished:  # kernels may have been made of it
@@ -138,7 +140,7 @@ def has_converged(checkpoint: Checkpoint, target_accuracy: float) -> bool:
     return checkpoint.train_accuracy is not None and checkpoint.train_accuracy >= target_accuracy
 
 
-def require_convergence(path: Path, checkpoint: Checkpoint, target_accuracy: float) -> None:
+def require_convergence(path: File, checkpoint: Checkpoint, target_accuracy: float) -> None:
     """Refuse a network that has not reached its target.
 
     Raises:
@@ -172,7 +174,7 @@ def _num_steps(run: _Run, data: Dataset) -> int:
     return len(_batches(torch.arange(data.num_samples), run.recipe.batch_size))
 
 
-def _train_epoch(run: _Run, data: Dataset, path: Path, report: EpochReport) -> float:
+def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> float:
     """Go once through the samples in a random order and return the mean loss.
 
     Raises:

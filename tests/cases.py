@@ -25,8 +25,10 @@ from ntkgen.jacobian.reference import reference_ntk
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.manifest import Manifest
+from ntkgen.kernel.opening import create_store, open_store
 from ntkgen.kernel.plan import Budget, Choices, Plan, make_plan
-from ntkgen.kernel.store import KernelStore, create_store, open_store
+from ntkgen.kernel.store import KernelStore
+from ntkgen.kernel.tidy import tidy
 from ntkgen.kernel.tiles import make_grid
 from ntkgen.lock import write_lock
 
@@ -899,7 +901,7 @@ class Job:
         """Continue a store as the command line does."""
         with write_lock(path):
             store = open_store(path, mode="r+")
-            store.repair(self.samples)
+            tidy(store, self.samples)
             return self.run(store)
 
 

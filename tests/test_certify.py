@@ -40,7 +40,8 @@ from ntkgen.kernel.certify import (
 )
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.store import KernelStore, create_store, open_store
+from ntkgen.kernel.opening import create_store, open_store
+from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Tile
 
 ALL = ("float16", "float32", "float64")

@@ -13,6 +13,7 @@ import zarr
 
 import ntkgen
 from ntkgen import cli, data, pipeline
+from ntkgen.folders import LocalFolder
 from ntkgen.kernel.compute import KernelSpec
 from ntkgen.kernel.store import KernelStore
 
@@ -225,7 +226,7 @@ def test_a_store_of_something_else_is_refused_and_kept(run, tmp_path):
     run(*FAST)
     store = next(Path("runs").glob("*.zarr"))
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
-    for change in (["--tile", "30"], ["--dtype", "float64"], ["--layout", "upper"]):
+    for change in (["--tile", "30"], ["--dtype", "float64"]):
         code, _, err = run(*FAST, *change)
         assert code == 2
         assert "made from something else" in err
@@ -233,8 +234,18 @@ def test_a_store_of_something_else_is_refused_and_kept(run, tmp_path):
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
+def test_both_triangles_hold_what_one_does_but_not_the_other_way_round(run):
+    assert run(*FAST, "--layout", "upper")[0] == 0
+    assert run(*FAST)[0] == 0
+    code, _, err = run(*FAST, "--layout", "full")
+    assert code == 2
+    assert "ntkgen mirror" in err
+    run(*FAST, "--seed", "1")
+    assert run(*FAST, "--seed", "1", "--layout", "upper")[0] == 0
+
+
 def test_no_room_on_disk_is_found_before_anything_is_written(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.engine, "free_disk_bytes", lambda path: 1000)
+    monkeypatch.setattr(LocalFolder, "free_bytes", 1000)
     code, _, err = run(*FAST)
     assert code == 2
     assert "1.0 kB are free" in err
@@ -319,7 +330,7 @@ def test_options_reach_the_pipeline(run, monkeypatch):
     assert training == pipeline.TrainingRequest("resnet9", 4, 16, 7, 32, 0.3, 80.0)
     spec = KernelSpec("full", "float64", ("float64",), "upper", 30, 3 * 10**9)
     assert kernel == pipeline.KernelRequest(9, 2, spec=spec)
-    assert place.out == Path("elsewhere")
+    assert place.out == LocalFolder(Path("elsewhere"))
     assert against is None
 
 
@@ -413,7 +424,7 @@ def test_odd_values_and_broken_code_are_one_line_too(run, tmp_path, change):
 
 def test_the_disk_must_have_room_for_all_networks_together(run, tmp_path, monkeypatch):
     one = json.loads(run(*FAST, "--dry-run", "--json")[1])["disk_bytes"]
-    monkeypatch.setattr(pipeline.engine, "free_disk_bytes", lambda path: one * 3 // 2)
+    monkeypatch.setattr(LocalFolder, "free_bytes", one * 3 // 2)
     assert run(*FAST, "--dry-run")[0] == 0
     code, _, err = run(*FAST, "--repeats", "2")
     assert code == 2
@@ -586,7 +597,7 @@ def test_verify_names_what_is_damaged_and_missing_and_what_to_do(run):
         "ntk_float32/c/1/2": "damaged",
         "ntk_float32/c/2/2": "cut short",
     }
-    assert "remove ntk_float32/c/1/2, then run the same `ntkgen compute`" in err
+    assert re.search(r"run `ntkgen verify --repair \S+`, then run the same `ntkgen compute`", err)
     assert "damaged     ntk_float32/c/1/2" in run("verify", store)[1]
     (store / "ntk_float32/c/1/2").unlink()
     assert run(*FAST)[0] == 0

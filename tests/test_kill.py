@@ -36,7 +36,7 @@ def num_chunks(out: Path, array: str) -> int:
 MOMENTS = {
     "first epoch": lambda out: (out / f"{STEM}.pt").exists(),
     "a later epoch": lambda out: (out / f"{STEM}.pt").exists() and (out / f"{STEM}.pt.partial").exists(),
-    "store being created": lambda out: any(out.glob("*.creating")),
+    "store being created": lambda out: any(out.glob("*.zarr")),
     "diagonal": lambda out: num_chunks(out, "diagonal") >= 2,
     "first tile": lambda out: num_chunks(out, "ntk_float16") >= 1,
     "mirror missing": lambda out: num_chunks(out, "ntk_float32") >= 2,

@@ -68,7 +68,7 @@ def test_a_file_is_looked_for_in_the_folder_that_is_named(compute, tmp_path):
 
 def changed(store, **identity):
     manifest = dataclasses.replace(store.manifest, identity={**store.manifest.identity, **identity})
-    return type(store)(store.path, store._group, manifest)
+    return type(store)(store.folder, store.group, manifest)
 
 
 def test_other_samples_are_refused(compute):

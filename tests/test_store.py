@@ -20,8 +20,9 @@ from torch import nn
 
 import ntkgen
 from ntkgen.errors import DivergedError, FingerprintError, StoreError, StoreLockedError
+from ntkgen.folders import LocalFolder
 from ntkgen.kernel.manifest import Manifest, check_identity
-from ntkgen.kernel.store import open_store
+from ntkgen.kernel.opening import has_store, open_store
 from ntkgen.kernel.tiles import Tile
 from ntkgen.lock import write_lock
 
@@ -383,8 +384,8 @@ def rewrite(path, **changes):
 
 
 def test_another_format_version_is_refused(copied):
-    rewrite(copied, format_version=3, version="9.9")
-    with pytest.raises(StoreError, match=r"format version 3.*reads version 2.*ntkgen 9\.9") as raised:
+    rewrite(copied, format_version=99, version="9.9")
+    with pytest.raises(StoreError, match=r"format version 99.*reads version 3.*ntkgen 9\.9") as raised:
         ntkgen.open(copied)
     assert "\n" not in str(raised.value)
 
@@ -403,8 +404,9 @@ def foreign_array(path):
 
 NOT_A_STORE = {
     "nothing": (lambda path: None, "found nothing"),
-    "an empty folder": (Path.mkdir, "folder without one"),
-    "a file": (Path.touch, "There is no kernel store"),
+    "an empty folder": (Path.mkdir, "found an empty folder"),
+    "a folder of something else": (lambda path: (path.mkdir(), (path / "notes.txt").touch()), "found other files"),
+    "a file": (Path.touch, "found a file"),
     "another program's group": (foreign_group, "title"),
     "another program's group with our attribute": (foreign_group_with_our_attribute, "kernel store|format version"),
     "another program's array": (foreign_array, "array"),
@@ -484,7 +486,7 @@ def test_a_lock_taken_while_the_former_holder_leaves_excludes_the_next(tmp_path,
 # creation -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_creation_leaves_nothing_at_the_path(job, tmp_path, monkeypatch):
+def test_an_interrupted_creation_is_no_store_and_is_begun_again(job, finished, tmp_path, monkeypatch):
     for count in range(1000):
         path = tmp_path / str(count) / "k.zarr"
         with monkeypatch.context() as patch:
@@ -493,25 +495,36 @@ def test_an_interrupted_creation_leaves_nothing_at_the_path(job, tmp_path, monke
                 job.create(path)
                 break
             except Killed:
-                assert not path.exists()
+                assert not has_store(LocalFolder(path))
+                with pytest.raises(StoreError, match="There is no kernel store"):
+                    open_store(path)
+        job.create(path)
+        job.resume(path)
+        assert files_of(path) == finished["upper"].files
     assert left[0] >= 0
     assert count > 10
     assert [file.name for file in path.parent.iterdir()] == ["k.zarr"]
 
 
-def test_what_an_interrupted_creation_left_beside_the_path_does_not_get_into_the_store(job, finished, tmp_path):
-    draft = tmp_path / "k.zarr.creating"
-    (draft / "ntk_float32" / "c").mkdir(parents=True)
-    (draft / "ntk_float32" / "c" / "0").write_bytes(b"old")
-    job.run(job.create(tmp_path / "k.zarr"))
-    assert files_of(tmp_path / "k.zarr") == finished["upper"].files
-    assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
-
-
 def test_a_store_is_never_created_over_another(job, copied):
     before = files_of(copied)
-    with pytest.raises(OSError, match=r"k\.zarr"):
+    with pytest.raises(StoreError, match=r"found \d+ other files"):
         job.create(copied)
+    assert files_of(copied) == before
+
+
+def test_a_store_is_never_created_among_the_files_of_others(job, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match=r"1 other files, as notes\.txt"):
+        job.create(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_tiles_without_the_manifest_that_says_what_they_are_of_are_refused(copied):
+    (copied / "zarr.json").unlink()
+    before = files_of(copied)
+    with pytest.raises(StoreError, match=r"lost its zarr\.json.*remove the folder"):
+        has_store(LocalFolder(copied))
     assert files_of(copied) == before
 
 

@@ -11,12 +11,16 @@ import click
 
 import ntkgen
 from ntkgen.cli.compute import compute
+from ntkgen.cli.importing import import_
 from ntkgen.cli.info import info
 from ntkgen.cli.listings import datasets, models
+from ntkgen.cli.mirror import mirror
+from ntkgen.cli.session import TERMINATED
 from ntkgen.cli.train import train
 from ntkgen.cli.verify import verify
-from ntkgen.errors import NtkgenError
+from ntkgen.errors import NtkgenError, Terminated
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
 
 
@@ -29,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (compute, train, info, verify, models, datasets):
+for command in (compute, train, info, verify, mirror, import_, models, datasets):
     cli.add_command(command)
 
 
@@ -49,13 +53,19 @@ def run(args: Sequence[str] | None = None) -> int:
         return error.exit_code
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
-    except click.Abort:
-        click.echo("Interrupted. What is finished is kept: the same command goes on from there.", err=True)
-        return INTERRUPTED
-    except OSError as error:
-        is_full = error.errno == errno.ENOSPC
+    except (click.Abort, Terminated) as error:
+        word, exit_code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
+        click.echo(f"{word}. What is finished is kept: the same command goes on from there.", err=True)
+        return exit_code
+    except Exception as error:
+        from ntkgen.folders import first_lines, is_remote_error
+
+        if not is_remote_error(error):
+            raise
+        is_full = isinstance(error, OSError) and error.errno in FULL
         advice = "make room, then run the same command again" if is_full else "is the path right, and yours to write?"
-        return _fail(f"{'The disk is full' if is_full else error}. What is finished is kept: {advice}", 1)
+        what = "The disk is full" if is_full else first_lines(error)
+        return _fail(f"{what}. What is finished is kept: {advice}", 1)
     return result if isinstance(result, int) else 0
 
 

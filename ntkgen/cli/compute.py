@@ -1,16 +1,21 @@
 """`ntkgen compute`: from a model's name to a kernel on disk."""
 
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.certificate import certificate_summary
-from ntkgen.cli.options import SEED, Bytes, ManyCommand, ManyOption, aligned, training_options
+from ntkgen.cli.options import SEED, Bytes, FiniteRange, ManyCommand, ManyOption, aligned, training_options
 from ntkgen.cli.session import Settings, start_process
+from ntkgen.errors import InputError
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ntkgen.kernel.compute import Hands
     from ntkgen.pipeline import Job
 
 
@@ -61,6 +66,10 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compare the finished kernel with the exact one, and store the error bound.",
 )
+@click.option("--workers", type=click.IntRange(min=1), help="Compute in so many processes of this machine.")
+@click.option("--scheduler", metavar="ADDRESS|FILE", help="Compute on the workers of a running dask cluster.")
+@click.option("--part", metavar="k/K", help="Compute the k-th of K parts, as one job of an array; the last finishes.")
+@click.option("--tile-timeout", type=FiniteRange(min=0, min_open=True), help="Seconds a worker may need for a tile.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
 @click.option("--explain", "explained", is_flag=True, help="The same, layer by layer: shape, order, FLOPs, bytes.")
 def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
@@ -83,34 +92,61 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
 
     settings = Settings.pop_from(options)
     samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
+    who = {name: options.pop(name) for name in ("workers", "scheduler", "part", "tile_timeout")}
     spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
     kernel = pipeline.KernelRequest(**samples, spec=spec)
-    place, data = settings.place(), settings.load_data()
-    against = None if kernel.against is None else settings.load_data(kernel.against)
-    missing_bytes = 0
-    for request in settings.requests():  # everything that can be wrong is found before anything runs
-        job = pipeline.plan_job(request, kernel, place, data, against)
-        missing_bytes += job.missing_bytes
-        if settings.verbose:
-            click.echo(_treatment(job), err=True)
+    with _hands(settings, **who) as hands:
+        place, data = settings.place(hands), settings.load_data()
+        against = None if kernel.against is None else settings.load_data(kernel.against)
+        missing_bytes = 0
+        for request in settings.requests():  # everything that can be wrong is found before anything runs
+            job = pipeline.plan_job(request, kernel, place, data, against)
+            missing_bytes += job.missing_bytes
+            if settings.verbose:
+                click.echo(_treatment(job), err=True)
+            if dry_run or explained:
+                projection = pipeline.project(job, explained=explained)
+                click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
+        pipeline.require_disk(place, missing_bytes)
+        if loses_precision(spec.precision, spec.dtypes):
+            click.echo(f"Warning: {_precision_warning(spec.precision, spec.dtypes)}", err=True)
         if dry_run or explained:
-            projection = pipeline.project(job, explained=explained)
-            click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
-    pipeline.require_disk(place, missing_bytes)
-    if loses_precision(spec.precision, spec.dtypes):
-        click.echo(f"Warning: {_precision_warning(spec.precision, spec.dtypes)}", err=True)
-    if dry_run or explained:
-        return 0
-    exit_code = 0
-    for request in settings.requests():
-        job = pipeline.plan_job(request, kernel, place, data, against)
-        with progress_bars(request.model, quiet=settings.quiet) as report:
-            result = pipeline.run_job(job, report)
-        click.echo(json.dumps(result) if settings.as_json else _summary(result))
-        if result["suspicion"] is not None:
-            click.echo(f"Error: {result['suspicion']}", err=True)
-            exit_code = 1
+            return 0
+        exit_code = 0
+        for request in settings.requests():
+            job = pipeline.plan_job(request, kernel, place, data, against)
+            with progress_bars(request.model, quiet=settings.quiet) as report:
+                result = pipeline.run_job(job, report)
+            click.echo(json.dumps(result) if settings.as_json else _summary(result))
+            if result["suspicion"] is not None:
+                click.echo(f"Error: {result['suspicion']}", err=True)
+                exit_code = 1
     return exit_code
+
+
+@contextmanager
+def _hands(
+    settings: Settings, *, workers: int | None, scheduler: str | None, part: str | None, tile_timeout: float | None
+) -> "Iterator[Hands]":
+    """Find who computes: this process, workers, or this process a part of the tiles.
+
+    Raises:
+        InputError: If more than one of them is asked for.
+    """
+    from ntkgen.kernel.compute import Hands
+    from ntkgen.kernel.distributed import open_team
+    from ntkgen.kernel.tiles import Part
+
+    if part is not None and (workers is not None or scheduler is not None):
+        raise InputError(
+            f"--part {part} is for processes that know nothing of each other, and workers share all parts: expected "
+            "one of the two. Leave out --part, or --workers and --scheduler."
+        )
+    chosen = None if part is None else Part.parse(part)
+    with open_team(workers, scheduler, settings.device, tile_timeout) as team:
+        if team is not None and not settings.quiet:
+            click.echo(f"{team.num_workers} workers; dask shows them at {team.dashboard}", err=True)
+        yield Hands(team, chosen)
 
 
 def _precision_warning(precision: str, dtypes: tuple[str, ...]) -> str:
@@ -182,6 +218,12 @@ def _explained(parts: list[dict[str, Any]]) -> list[str]:
 
 
 def _summary(result: dict[str, Any]) -> str:
+    if result["status"] != "complete":
+        return (
+            f"\n{result['model']} on {result['dataset']}: part {result['part']} of the kernel of {_samples(result)} is "
+            f"done.\n  {result['store']}\n  {result['tiles_missing']:,} of {result['tiles']:,} tiles are missing, "
+            "those of other parts. The last of them finishes the kernel, and so does the same command without --part.\n"
+        )
     accuracy = result["train_accuracy"]
     trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
     view = "kernel(output=0)" if result["output"] == "diagonal" else "array"

@@ -1,7 +1,6 @@
 """`ntkgen info`: what a store is, and what it still lacks."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,27 +11,26 @@ from ntkgen.units import human_bytes
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def info(path: Path, *, as_json: bool) -> None:
+def info(path: str, *, as_json: bool) -> None:
     """Say what the kernel store at PATH is, how many tiles are there and what is missing."""
+    from ntkgen.kernel.opening import open_store
     from ntkgen.kernel.report import describe
-    from ntkgen.kernel.store import open_store
 
     result = describe(open_store(path))
     click.echo(json.dumps(result) if as_json else _page(result))
 
 
 def _page(values: dict[str, Any]) -> str:
-    accuracy = values["provenance"].get("train_accuracy")
     there = values["tiles"] - values["tiles_missing"]
+    is_imported = "imported_from" in values["provenance"]
     lines = {
         "status": values["status"],
-        "network": f"{values['model']}, {values['num_params']:,} parameters, "
-        + ("taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"),
-        "data": f"{values['dataset']}, {_samples(values)}",
+        **_origin(values),
         "output": _output(values),
-        "kernel": f"J Jᵀ, {values['rows']:,} × {values['cols']:,}, {values['num_outputs']} per sample (sample-major)",
+        "kernel": f"{values['quantity']}, {values['rows']:,} × {values['cols']:,}, {values['num_outputs']} per sample "
+        "(sample-major)",
         "arrays": ", ".join(
             f"{name} (scale_factor {values['scale_factors'][name]:g})" if name in values["scale_factors"] else name
             for name in values["arrays"]
@@ -42,8 +40,8 @@ def _page(values: dict[str, Any]) -> str:
         "computed in": values["precision"] + _hint(values),
         "tiles": f"{there:,} of {values['tiles']:,}, {values['tile_side']:,} rows each",
         "size": human_bytes(values["stored_bytes"]),
-        **certificate_lines(values),
-        "1/√P": f"{values['predecessor_factor']:.6g} (the predecessor of this program stored J Jᵀ/√P)",
+        **({} if is_imported else certificate_lines(values)),
+        **_predecessor(values),
         "fingerprint": values["fingerprint"],
     }
     page = [values["store"], *aligned(lines)]
@@ -53,6 +51,25 @@ def _page(values: dict[str, Any]) -> str:
             f"  missing     {values['tiles_missing']:,} tiles, from {first}; finish with the same `ntkgen compute`"
         )
     return "\n".join(page)
+
+
+def _origin(values: dict[str, Any]) -> dict[str, str]:
+    """Write what the kernel was computed of, or what file it was imported from."""
+    made = values["provenance"]
+    if "imported_from" in made:
+        return {"imported": f"from {made['imported_from']}", "data": _samples(values)}
+    accuracy = made.get("train_accuracy")
+    trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
+    return {
+        "network": f"{values['model']}, {values['num_params']:,} parameters, {trained}",
+        "data": f"{values['dataset']}, {_samples(values)}",
+    }
+
+
+def _predecessor(values: dict[str, Any]) -> dict[str, str]:
+    if not values["num_params"]:  # imported, and nobody knows how many there were
+        return {}
+    return {"1/√P": f"{values['predecessor_factor']:.6g} (the predecessor of this program stored J Jᵀ/√P)"}
 
 
 def _samples(values: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ntkgen.pipeline import Report, ignore_report
+from ntkgen.progress import Report, ignore_report
 
 _UNITS = {
     "training": "steps",
@@ -13,6 +13,10 @@ _UNITS = {
     "exact product": "batches",
     "pairs": "pairs",
     "files": "files",
+    "recomputed": "tiles",
+    "mirrored": "tiles",
+    "imported": "tiles",
+    "waiting": "turns",
 }
 
 

@@ -2,12 +2,18 @@
 
 import dataclasses
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ntkgen.errors import Terminated
+
+TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
+
 if TYPE_CHECKING:
     from ntkgen.data import Dataset
+    from ntkgen.kernel.compute import Hands
     from ntkgen.pipeline import Place, TrainingRequest
 
 
@@ -21,9 +27,20 @@ def start_process() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+    signal.signal(signal.SIGTERM, _terminate)
+
     import torch
 
     torch.set_flush_denormal(True)
+
+
+def _terminate(*_: object) -> None:
+    """End as after Ctrl-C: the tile in flight is lost, what is finished is kept.
+
+    Raises:
+        Terminated: Always.
+    """
+    raise Terminated(TERMINATED)
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,8 @@ class Settings:
     repeats: int
     target_accuracy: float
     allow_unconverged: bool
-    out: Path
+    out: str
+    fsync: bool
     device: str
     as_json: bool
     verbose: bool
@@ -60,12 +78,15 @@ class Settings:
         loaded = data.load(self.dataset, data_dir=self.data_dir, split=split)
         return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
 
-    def place(self) -> "Place":
-        """Say where everything happens."""
+    def place(self, hands: "Hands | None" = None) -> "Place":
+        """Say where everything happens, and who computes."""
+        from ntkgen.folders import folder_of
+        from ntkgen.kernel.compute import ALONE
         from ntkgen.kernel.engine import choose_device
         from ntkgen.pipeline import Place
 
-        return Place(self.out, choose_device(self.device))
+        out = folder_of(self.out, fsync=self.fsync)
+        return Place(out, choose_device(self.device), hands or ALONE, self.data_dir)
 
     def requests(self) -> "list[TrainingRequest]":
         """List the networks: every model with every seed."""

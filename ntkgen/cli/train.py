@@ -23,7 +23,7 @@ def train(**options: Any) -> None:
 
     settings = Settings.pop_from(options)
     place, data = settings.place(), settings.load_data()
-    pipeline.require_writable(place.out)
+    place.out.require_writable()
     for request in settings.requests():
         pipeline.plan_training(request, data, place)
     for request in settings.requests():

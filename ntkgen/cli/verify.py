@@ -1,92 +1,300 @@
-"""`ntkgen verify`: every file of a store read, and on request a new certificate."""
+"""`ntkgen verify`: every file of a store read, some tiles made again, and on request a repair or a new certificate."""
 
 import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.certificate import certificate_lines
-from ntkgen.cli.options import SEED, aligned
+from ntkgen.cli.options import SEED, Bytes, aligned
 from ntkgen.cli.session import start_process
+from ntkgen.errors import InputError, NtkgenError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from ntkgen.kernel.certificate import Sampling
+    from ntkgen.kernel.recompute import Recomputed
+    from ntkgen.kernel.store import KernelStore
+    from ntkgen.kernel.verify import Damage
+    from ntkgen.progress import Report
 
-DAMAGED = 1  # the exit code where a store is not whole, or not what it should be
+# The exit codes where a store is not whole or not what it should be, and where nobody knows.
+DAMAGED, UNREACHED = 1, 2
+# People are shown so many damaged files of a store; --json has all of them.
+SHOWN = 20
 
 
 @click.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--repair", "repaired", is_flag=True, help="Remove what is damaged, so that it can be made anew.")
+@click.option(
+    "--recompute",
+    "num_recomputed",
+    type=click.IntRange(min=0),
+    help="Tiles to compute again, drawn at random [1, if that takes about a minute at most]; 0: none.",
+)
 @click.option("--certify", "certified", is_flag=True, help="Compare the kernel with the exact one again.")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR or data].")
-@click.option("--device", default="auto", show_default=True, help="Where the exact kernel is computed, as for compute.")
+@click.option("--device", default="auto", show_default=True, help="Where kernels are computed, as for compute.")
+@click.option("--memory", "memory_bytes", type=Bytes(), help="Memory for computing tiles again, as for compute.")
 @click.option("--probes", type=int, help="Random vectors of a certificate [10; 3 for the outputs trace and diagonal].")
 @click.option("--pairs", default=16, show_default=True, type=int, help="Pairs of samples of a certificate.")
-@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of both.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def verify(paths: tuple[Path, ...], *, probes: int | None, pairs: int, seed: int, as_json: bool, **options: Any) -> int:
-    """Read every file of the kernel stores at PATH... and compare it with its checksum.
+def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int, as_json: bool, **options: Any) -> int:
+    """Read every file of the kernel stores at PATH..., and compare it with its size and its checksum.
 
-    With --certify the kernel is also compared with the exact one, computed from the checkpoint beside the store and
-    its data set, and the certificate is written into the store. Exit code 1: something is damaged, missing or wrong.
+    A tile is also computed again, from the checkpoint beside the store and its data set, and must have the same bytes;
+    on another kind of machine than the store's, the same numbers but for rounding. Where these are not to be found, or
+    it would take long, this is left out, unless --recompute asks for it. PATH may be a URL, as s3://bucket/x.zarr.
+
+    With --repair damaged files are removed, and the same `ntkgen compute` makes them anew. With --certify the kernel is
+    compared with the exact one, and the certificate is written into the store.
+
+    Exit code 0: every store is whole, or nothing damaged is left in it (--repair); 1: something is damaged, missing,
+    not computed yet or wrong; 2: a path holds no store, or what was asked for cannot be done.
     """
     start_process()
     from ntkgen.kernel.certificate import Sampling, usual_sampling
 
     def sampling_of(output: str) -> Sampling:
-        return Sampling(usual_sampling(output).num_probes if probes is None else probes, pairs, seed)
+        return Sampling(usual_sampling(output).num_probes if probes is None else probes, pairs, options["seed"])
 
     sampling_of("full")  # numbers that cannot be meant are refused before anything is read
-    exit_code = 0
+    wanted, exit_code = _Wanted(sampling_of, **options), 0
     for path in paths:
-        result, problem = _verified(path, sampling_of, **options)
-        click.echo(json.dumps(result) if as_json else _page(result))
-        if problem is not None:
-            click.echo(f"Error: {problem}", err=True)
-            exit_code = DAMAGED
+        finding = _found(path, wanted)
+        if as_json or "error" not in finding.result:
+            click.echo(json.dumps(finding.result) if as_json else _page(finding.result))
+        for note in finding.notes:
+            click.echo(" ".join(note.split()), err=True)
+        for problem, code in finding.problems:
+            click.echo(f"Error: {' '.join(problem.split())}", err=True)
+            exit_code = max(exit_code, code)
     return exit_code
 
 
-def _verified(
-    path: Path,
-    sampling_of: "Callable[[str], Sampling]",
-    *,
-    certified: bool,
-    data_dir: Path | None,
-    device: str,
-    quiet: bool,
-) -> tuple[dict[str, Any], str | None]:
-    """Read one store, and certify it where it is whole; return what was found, and what is wrong."""
+@dataclass(frozen=True)
+class _Wanted:
+    """What is asked for beside the checksums, and with what it is done."""
+
+    sampling_of: "Callable[[str], Sampling]"
+    repaired: bool
+    num_recomputed: int | None
+    certified: bool
+    data_dir: Path | None
+    device: str
+    memory_bytes: int | None
+    seed: int
+    quiet: bool
+
+
+@dataclass
+class _Finding:
+    """What is printed of a store: the result, what is worth a line, and what is wrong, with its exit code."""
+
+    result: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+    problems: list[tuple[str, int]] = field(default_factory=list)
+
+
+def _found(path: str, wanted: _Wanted) -> _Finding:
+    """Verify one store; where there is none, or it cannot be reached, the others are read nevertheless."""
     from ntkgen.cli.progress import progress_bars
+    from ntkgen.folders import first_lines, is_remote_error
+
+    try:
+        with progress_bars(path.rstrip("/").rpartition("/")[2], quiet=wanted.quiet) as report:
+            return _verified(path, wanted, report)
+    except NtkgenError as error:
+        problem = (str(error), error.exit_code)
+    except Exception as error:
+        if not is_remote_error(error):
+            raise
+        problem = (f"{path} cannot be verified: {first_lines(error)}. Is the path right, and yours to use?", UNREACHED)
+    return _Finding({"store": path, "is_whole": None, "error": problem[0]}, problems=[problem])
+
+
+def _verified(path: str, wanted: _Wanted, report: "Report") -> _Finding:
+    """Read a store, make tiles again, remove what is damaged, certify what is whole: as far as is asked for."""
+    from ntkgen.kernel.verify import find_damage, repair
+
+    finding = _Finding({"store": path})
+    with _opened(path, wanted) as store:
+        damage = find_damage(store, report)
+        damage += _differing(store, damage, wanted, report, finding)
+        is_whole = not damage and store.manifest.is_complete
+        finding.result |= {"is_whole": is_whole, "damage": [vars(each) for each in damage]}
+        finding.result["removed"] = repair(store, damage) if wanted.repaired else []
+        if not is_whole:
+            _say_what_is_lacking(store, damage, wanted, finding)
+    if is_whole:
+        _describe_whole(store, wanted, report, finding)
+    return finding
+
+
+def _say_what_is_lacking(store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, finding: _Finding) -> None:
+    from ntkgen.kernel.verify import explain_damage, explain_unfinished, next_step, unfinished_tiles
+
+    unfinished = unfinished_tiles(store, damage)
+    finding.result |= {
+        "tiles": store.grid.num_tiles,
+        "tiles_missing": len(unfinished),
+        "next": next_step(store, damage),
+    }
+    if not wanted.repaired:
+        problem = explain_damage(store, damage) if damage else explain_unfinished(store, unfinished)
+        finding.problems.append((problem, DAMAGED))
+
+
+def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
+    """Say what a whole store holds; certify it first, if that is asked for."""
+    from ntkgen.kernel.opening import open_store
     from ntkgen.kernel.report import describe, suspicion
-    from ntkgen.kernel.store import open_store
-    from ntkgen.kernel.verify import explain_damage, find_damage
 
-    store = open_store(path)
-    with progress_bars(path.name, quiet=quiet) as report:
-        damage = find_damage(store, lambda done, total: report("files", done, total))
-        if certified and not damage:
-            from ntkgen import origin
-            from ntkgen.kernel.engine import choose_device
-
-            sampling = sampling_of(store.manifest.identity.get("output", "full"))
-            origin.certify_again(path, data_dir, sampling, choose_device(device), report)
-            store = open_store(path)
-    files = [{"file": each.file, "problem": each.problem} for each in damage]
-    result = {"store": str(path), "is_whole": not damage, "damage": files}
-    if damage:
-        return result, explain_damage(store, damage)
+    if wanted.certified:
+        _certify(store, wanted, report, finding)
+        store = open_store(store.folder)
+        finding.problems += [(wrong, DAMAGED)] if (wrong := suspicion(store)) else []
     described = describe(store)
     kept = ("rows", "cols", "num_col_samples", "output", "arrays", "certificate", "suspicious_tiles")
-    return result | {name: described[name] for name in kept}, suspicion(store) if certified else None
+    finding.result |= {name: described[name] for name in (*kept, "tiles", "tiles_missing")} | {"next": None}
+
+
+@contextmanager
+def _opened(path: str, wanted: _Wanted) -> "Iterator[KernelStore]":
+    """Open a store; to repair it, under its lock, and while nobody writes tiles."""
+    from ntkgen.kernel.opening import open_store
+    from ntkgen.lock import require_no_tile_writers, write_lock
+
+    store = open_store(path)
+    if not wanted.repaired:
+        yield store
+        return
+    with write_lock(store.folder):
+        require_no_tile_writers(store.folder)
+        yield open_store(store.folder, mode="r+")
+
+
+def _differing(
+    store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, report: "Report", finding: _Finding
+) -> "list[Damage]":
+    """Make some tiles again, and name the files that differ.
+
+    Where that cannot be done it is wrong if it was asked for, and else worth a line.
+    """
+    from ntkgen.kernel.verify import Damage
+
+    finding.result |= {"recomputed": [], "not_recomputed": None}
+    try:
+        again = _recomputed(store, damage, wanted, report)
+    except (InputError, StoreError) as error:
+        finding.result["not_recomputed"] = str(error)
+        if wanted.num_recomputed is None:
+            finding.notes.append(f"No tile of {store.name} was computed again. {error}")
+        else:
+            finding.problems.append((str(error), error.exit_code))
+        return []
+    finding.result["recomputed"] = [_plain(each) for each in again]
+    return [Damage(file, "different", each.tile) for each in again for file in each.different]
+
+
+def _recomputed(
+    store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, report: "Report"
+) -> "list[Recomputed]":
+    from ntkgen import origin
+    from ntkgen.kernel.engine import choose_device
+    from ntkgen.kernel.verify import whole_tiles
+
+    if wanted.num_recomputed == 0:
+        return []
+    _require_small_arrays(store, damage)
+    download = wanted.num_recomputed is not None or wanted.certified  # what nobody has asked for fetches nothing
+    device, memory = choose_device(wanted.device), wanted.memory_bytes
+    again = origin.Again(wanted.num_recomputed, wanted.seed, device, memory, wanted.data_dir, download)
+    return origin.recompute_again(store, whole_tiles(store, damage), again, report)
+
+
+def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> None:
+    """Refuse to compare tiles while it is not known of which samples they are, or how large.
+
+    Raises:
+        StoreError: If something beside tiles is damaged.
+    """
+    from ntkgen.kernel.report import first_few
+
+    if files := [each.file for each in damage if each.tile is None]:
+        raise StoreError(
+            f"Tiles of {store.name} cannot be compared: expected its diagonal, coordinates and metadata to be whole, "
+            f"found others damaged or missing ({first_few(files)}). An interrupted copy, or a disk error? Mend the "
+            f"store with --repair and the same `{store.command}`, then verify it again."
+        )
+
+
+def _certify(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
+    from ntkgen import origin
+    from ntkgen.kernel.engine import choose_device
+
+    sampling = wanted.sampling_of(store.manifest.identity.get("output", "full"))
+    try:
+        origin.certify_again(store.folder, wanted.data_dir, sampling, choose_device(wanted.device), report)
+    except NtkgenError as error:
+        finding.problems.append((str(error), error.exit_code))
+
+
+def _plain(again: "Recomputed") -> dict[str, Any]:
+    return {name: value for name, value in vars(again).items() if name != "different"} | {
+        "is_different": bool(again.different)
+    }
 
 
 def _page(result: dict[str, Any]) -> str:
-    if not result["is_whole"]:
-        return "\n".join([result["store"], *(f"  {each['problem']:<12}{each['file']}" for each in result["damage"])])
-    whole = f"every file of {', '.join(result['arrays'])} is whole, {result['rows']:,} × {result['cols']:,}"
-    return "\n".join([result["store"], *aligned({"checksums": whole, **certificate_lines(result)})])
+    """Write what was found of a store for people."""
+    again = _again(result["recomputed"])
+    if result["is_whole"]:
+        whole = f"every file of {', '.join(result['arrays'])} is whole, {result['rows']:,} × {result['cols']:,}"
+        return "\n".join([result["store"], *aligned({"checksums": whole, **again, **certificate_lines(result)})])
+    damage = [_damage_line(each) for each in result["damage"]]
+    more = {"": f"… and {len(damage) - SHOWN:,} files more; --json lists all"} if len(damage) > SHOWN else {}
+    return "\n".join(
+        [result["store"], *damage[:SHOWN], *aligned({**more, **_missing(result), **again, **_mending(result)})]
+    )
+
+
+def _damage_line(damage: dict[str, Any]) -> str:
+    tile = "" if damage["tile"] is None else "  tile ({}, {})".format(*damage["tile"])
+    return f"  {damage['problem']:<12}{damage['file']:<28}{tile}".rstrip()
+
+
+def _missing(result: dict[str, Any]) -> dict[str, str]:
+    missing = result["tiles_missing"]
+    return {"unfinished": f"{missing:,} of {result['tiles']:,} tiles are not computed yet"} if missing else {}
+
+
+def _mending(result: dict[str, Any]) -> dict[str, str]:
+    count = len(result["removed"])
+    removed = {"removed": f"{count:,} damaged {'file' if count == 1 else 'files'}"} if count else {}
+    return {**removed, "next": result["next"]}
+
+
+def _again(recomputed: list[dict[str, Any]]) -> dict[str, str]:
+    """Write in one line which tiles were computed again, and how they compare."""
+    from ntkgen.kernel.report import first_few
+
+    if not recomputed:
+        return {}
+    tiles = list(dict.fromkeys("({}, {})".format(*each["tile"]) for each in recomputed))
+    verdicts = dict.fromkeys(_verdict(each) for each in recomputed)
+    return {"recomputed": f"{'tile' if len(tiles) == 1 else 'tiles'} {first_few(tiles)}: {', '.join(verdicts)}"}
+
+
+def _verdict(each: dict[str, Any]) -> str:
+    if each["equal"]:
+        return f"{each['dtype']} equal in every bit"
+    allowed = f"{each['tolerance']:.1e} allowed" if each["tolerance"] else "none allowed on this machine"
+    return f"{each['dtype']} off by {each['max_error']:.1e} of the diagonal, {allowed}"

@@ -115,7 +115,7 @@ def _create_side(
             layout = ArrayLayout((grid.num_planes, n), (grid.num_planes, grid.side), ("output", axis))
         note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": COORDINATES[axis]}
         create_array(group, diagonal, "float64", layout, note)
-    if logits not in group:
+    if num_logits and logits not in group:
         note = {"long_name": "outputs of the network", "units": "1"}
         layout = ArrayLayout((n, num_logits), (grid.tile_samples, num_logits), (sample_axis, "output"))
         create_array(group, logits, "float64", layout, note)

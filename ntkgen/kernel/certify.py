@@ -147,7 +147,7 @@ def require_finished(store: KernelStore) -> None:
     if missing := store.missing_tiles():
         first = ", ".join(f"({tile.row}, {tile.col})" for tile in missing[:5])
         raise StoreError(
-            f"The store at {store.path} has no certificate yet: expected all of its {store.grid.num_tiles} tiles, and "
+            f"The store at {store.name} has no certificate yet: expected all of its {store.grid.num_tiles} tiles, and "
             f"{len(missing)} are missing ({first}{', …' if len(missing) > 5 else ''}). Was its computation "
             "interrupted? Run the same `ntkgen compute` again first."
         )
@@ -162,7 +162,7 @@ def require_model(store: KernelStore, model: nn.Module) -> None:
     theirs = store.manifest.identity.get("parameters")
     if theirs is not None and theirs != (mine := parameter_fingerprint(model)):
         raise FingerprintError(
-            f"The store at {store.path} was made from other parameters (fingerprint {theirs[:8]}…, this network "
+            f"The store at {store.name} was made from other parameters (fingerprint {theirs[:8]}…, this network "
             f"{mine[:8]}…): its error would be measured against another kernel. Is this another checkpoint, or was it "
             "trained or cast since? Load the one that the store's provenance names."
         )
@@ -178,7 +178,7 @@ def _check_size(store: KernelStore, chosen: OutputMap, exact: NTKOperator, input
             for n, other, m in (expected, (rows, cols, exact.num_outputs))
         )
         raise ShapeError(
-            f"The store at {store.path} is of {there}, and {here} are given. Are these other samples, or is it "
+            f"The store at {store.name} is of {there}, and {here} are given. Are these other samples, or is it "
             "another network? Pass what it was made of."
         )
 
@@ -252,9 +252,10 @@ def _places(store: KernelStore) -> list[tuple[int, int]]:
 def _refuse_tile(store: KernelStore, chunk: str, values: FloatArray) -> None:
     name, place = chunk.split("/c/")
     raise StoreError(
-        f"Tile ({place.replace('/', ', ')}) of {name} in {store.path} is not finite: expected numbers, found "
+        f"Tile ({place.replace('/', ', ')}) of {name} in {store.name} is not finite: expected numbers, found "
         f"{values.size - int(np.isfinite(values).sum())} of {values.size} entries infinite or NaN, as an empty tile "
-        f"reads. Was it overwritten? Remove {chunk} and run the same `ntkgen compute` again: it makes it anew."
+        f"reads. Was it overwritten? Run `ntkgen verify --repair {store.name}` and then the same `ntkgen compute` "
+        "again: it makes it anew."
     )
 
 

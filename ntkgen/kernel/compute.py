@@ -2,34 +2,36 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from zarr.abc.store import Store
 
 from ntkgen.checkpoint import parameter_fingerprint
-from ntkgen.errors import InputError, ShapeError
-from ntkgen.jacobian.measure import rates_of
+from ntkgen.errors import FingerprintError, InputError, ShapeError, StoreLockedError
+from ntkgen.folders import Folder, folder_of
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.certify import add_certificate, forget_certificate
-from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.distributed import Carried, Load, Team, open_team
+from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
 from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
+from ntkgen.kernel.opening import create_store, has_store, open_store
 from ntkgen.kernel.plan import Choices, Plan, make_plan
 from ntkgen.kernel.rounding import check_dtypes
-from ntkgen.kernel.store import KernelStore, create_store, open_store
-from ntkgen.kernel.tiles import TileGrid, make_grid
-from ntkgen.lock import write_lock
-
-# So many samples are looked at for two different ones to try a network on.
-PROBE_SAMPLES = 16
+from ntkgen.kernel.store import KernelStore
+from ntkgen.kernel.tidy import tidy
+from ntkgen.kernel.tiles import Part, TileGrid, make_grid
+from ntkgen.lock import require_no_tile_writers, tile_lock, without_tile_writers, write_lock
+from ntkgen.progress import Report, ignore_report
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,44 @@ class KernelSpec:
     certify: bool = True  # compare the finished kernel with the exact one
 
 
+@dataclass(frozen=True)
+class Hands:
+    """Who computes the tiles: this process; ``team``, the workers of a cluster; or this process a ``part`` of them."""
+
+    team: Team | None = None
+    part: Part | None = None
+
+
+ALONE = Hands()
+
+
+@dataclass(frozen=True)
+class KernelJob:
+    """A kernel to be made: of what, how, where, and by whom."""
+
+    model: nn.Module
+    inputs: Inputs
+    probe: Tensor  # some samples to try the network on
+    spec: KernelSpec
+    device: torch.device
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    hands: Hands = ALONE
+
+    def machine(self) -> engine.Machine:
+        """Describe what computes the tiles: this process, or the workers."""
+        if self.hands.team is not None:
+            return self.hands.team.machine(self.spec.precision, self.spec.memory_bytes)
+        return engine.machine(self.device, self.spec.precision, self.spec.memory_bytes)
+
+
 def compute(
     model: nn.Module,
     inputs: Tensor,  # (n, …)
     against: Tensor | None = None,  # (n', …)
     *,
-    store: str | PathLike[str],
+    store: str | PathLike[str] | Store,
     labels: Tensor | None = None,  # (n,)
-    report: engine.Report = lambda *_: None,
+    report: Report = ignore_report,
     **settings: Any,
 ) -> KernelStore:
     """Compute the empirical neural tangent kernel of a module into a Zarr store, tile by tile, or finish it.
@@ -66,11 +98,13 @@ def compute(
         model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
         inputs: The samples of the rows.
         against: The samples of the columns; those of the rows where it is left out.
-        store: Where the store is, or is to be.
+        store: Where the store is, or is to be: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
         labels: Integers to be stored beside the kernel; -1 where they are left out.
         report: Called with the stage, what is done and how much there is.
         **settings: The fields of `KernelSpec`: ``output``, ``precision``, ``dtypes``, ``layout``, ``tile_side``,
-            ``memory_bytes``, ``replan``, ``certify``.
+            ``memory_bytes``, ``replan``, ``certify``. Beside these ``fsync=False`` to be quicker and not safe from a
+            loss of power; and ``workers``, so many processes, or ``client``, a `dask.distributed.Client`, to compute on
+            several at a time.
 
     Raises:
         InputError: If there is no sample, or a setting that does not exist.
@@ -79,31 +113,101 @@ def compute(
         BudgetError: If the memory is too small.
         ModelError: If the kernel of this network is not defined.
     """
-    spec = _spec_of(settings)
-    given = _inputs_of(inputs, against, labels)
+    folder = folder_of(store, fsync=settings.pop("fsync", True))
+    workers, client = settings.pop("workers", None), settings.pop("client", None)
+    spec, given = _spec_of(settings), _inputs_of(inputs, against, labels)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
-    path = Path(store)
-    network, plan_anew = ready(model, given.x[:PROBE_SAMPLES], spec, given.counts, device)
-    budget = engine.memory_budget(device, spec.memory_bytes)
-    with write_lock(path):
-        opened = open_or_create(path, spec, identity_of(model, given, spec, network), given, {}, plan_anew)
-        if not opened.is_complete:
-            plan = opened.manifest.plan
-            engine.check_environment(plan, device)
-            cached = plan.cached_blocks(budget)
-            forget_certificate(opened)
-            engine.run(network, given.all, opened, cached_blocks=cached, report=report)
-        if spec.certify and opened.manifest.certificate is None:
-            add_certificate(opened, model, given, report=report)
-    return opened
+    job = KernelJob(model, given, given.x[:PROBE_SAMPLES], spec, device)
+    with open_team(workers, client, str(device)) as team:
+        return make(folder, dataclasses.replace(job, hands=Hands(team)), Carried(model, given), report)
+
+
+def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_report) -> KernelStore:
+    """Make a kernel, or what is missing of it, and certify it; of a part, that when it is the last one.
+
+    Args:
+        folder: Where the store is, or is to be.
+        job: What is to be made.
+        load: How a worker of a cluster comes by the network and its samples.
+        report: Called as the stages proceed.
+    """
+    if job.hands.part is not None:
+        return _make_part(folder, job, job.hands.part, report)
+    with write_lock(folder):
+        require_no_tile_writers(folder)
+        store, network = _opened(folder, job)
+        if not store.is_complete:
+            forget_certificate(store)
+            _run(store, network, job, load, report)
+        _certified(store, job, report)
+    return store
+
+
+def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[KernelStore, Network]:
+    network, plan_anew = ready(job)
+    identity = identity_of(job.model, job.inputs, job.spec, network)
+    store = open_or_create(folder, job.spec, identity, job.inputs, job.provenance, plan_anew)
+    if is_alone:
+        tidy(store, job.inputs.samples)
+    return store, network
+
+
+def _run(store: KernelStore, network: Network, job: KernelJob, load: Load, report: Report) -> None:
+    """Compute what is missing of a store, in this process or on the workers of a cluster."""
+    plan, machine = store.manifest.plan, job.machine()
+    cached_blocks = plan.cached_blocks(machine.budget)
+    if job.hands.team is not None:
+        job.hands.team.run(store, load, cached_blocks=cached_blocks, report=report)
+        return
+    engine.check_environment(plan, job.device)
+    engine.run(network, job.inputs.all, store, cached_blocks=cached_blocks, report=report)
+
+
+def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> KernelStore:
+    """Compute a part of the tiles beside other processes that compute the others.
+
+    Who comes first makes the store and its diagonal, for which the others wait; who is the last certifies the kernel.
+    """
+    with ExitStack() as writing:
+        with write_lock(folder, is_short=True, waiting=lambda: report("waiting", 0, 1)):
+            with without_tile_writers(folder) as is_alone:
+                store, network = _opened(folder, job, is_alone=is_alone)
+            writing.enter_context(tile_lock(folder))
+            plan = store.manifest.plan
+            engine.check_environment(plan, job.device)
+            cached_blocks = plan.cached_blocks(job.machine().budget)
+            missing = set(store.missing_tiles())
+            tiles = [tile for tile in part.of(list(plan.grid.tiles())) if tile in missing]
+            if tiles:
+                forget_certificate(store)
+                bench = engine.Bench(network, job.inputs.all, store, cached_blocks=cached_blocks)
+                engine.run_diagonal(bench, report)
+        if tiles:
+            engine.run_tiles(bench, tiles, cached_blocks, report)
+    _finish_last(folder, store, job, report)
+    return store
+
+
+def _finish_last(folder: Folder, store: KernelStore, job: KernelJob, report: Report) -> None:
+    """Mark a store complete, and certify it, unless other parts are at work or missing."""
+    with suppress(StoreLockedError), write_lock(folder, is_short=True), without_tile_writers(folder) as is_alone:
+        if is_alone and not store.missing_tiles() and not store.missing_blocks():
+            if not store.is_complete:
+                store.finalize()
+            _certified(store, job, report)
+
+
+def _certified(store: KernelStore, job: KernelJob, report: Report) -> None:
+    if job.spec.certify and store.manifest.certificate is None:
+        add_certificate(store, job.model, job.inputs, report=report)
 
 
 def _spec_of(settings: Mapping[str, Any]) -> KernelSpec:
     known = {field.name for field in dataclasses.fields(KernelSpec)}
     if unknown := set(settings) - known:
         raise InputError(
-            f"There is no setting {sorted(unknown)[0]!r}: expected one of {', '.join(sorted(known))}. Is it misspelt, "
-            "or an option of the command line under another name?"
+            f"There is no setting {sorted(unknown)[0]!r}: expected one of {', '.join(sorted(known))}, fsync, workers, "
+            "client. Is it misspelt, or an option of the command line under another name?"
         )
     spec = KernelSpec(**settings)
     return dataclasses.replace(spec, dtypes=check_dtypes(spec.dtypes))
@@ -131,20 +235,19 @@ def _inputs_of(x: Tensor, against: Tensor | None, labels: Tensor | None) -> Inpu
     return Inputs(x, Samples(np.arange(len(x)), marks, other), against)
 
 
-def ready(
-    model: nn.Module, probe: Tensor, spec: KernelSpec, counts: tuple[int, int | None], device: torch.device
-) -> tuple[Network, Callable[[], Plan]]:
-    """Prepare a network for the outputs that a spec asks for, and a way to plan its kernel."""
-    network = prepare(model, probe, policy(spec.precision), device)
+def ready(job: KernelJob) -> tuple[Network, Callable[[], Plan]]:
+    """Prepare a network for the outputs that are asked for, and a way to plan its kernel for what computes it."""
+    spec = job.spec
+    network = prepare(job.model, job.probe, policy(spec.precision), job.device)
     chosen = output_map(spec.output, network.profile.num_logits)
     network = network.seen_through(chosen.matrix)
-    choices = Choices(spec.precision, rates_of(device, spec.precision), reduction=chosen.reduction)
-    grid = _grid(network, spec, counts)
+    grid = _grid(network, spec, job.inputs.counts)
 
     def plan() -> Plan:
-        budget = engine.memory_budget(device, spec.memory_bytes)
-        made = make_plan(network.profile, grid, choices, budget=budget, environment=engine.environment(device))
-        made.cached_blocks(budget)  # raises where less is free than was planned with
+        machine = job.machine()
+        choices = Choices(spec.precision, machine.rates, reduction=chosen.reduction)
+        made = make_plan(network.profile, grid, choices, budget=machine.budget, environment=machine.environment)
+        made.cached_blocks(machine.budget)  # raises where less is free than was planned with
         return made
 
     return network, plan
@@ -183,12 +286,11 @@ def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, network: Net
         "precision": spec.precision,
         "tile_side": grid.side,
         "dtypes": list(spec.dtypes),
-        "layout": layout_of(spec, grid),
     }
 
 
 def open_or_create(
-    path: Path,
+    folder: Folder,
     spec: KernelSpec,
     identity: Mapping[str, Any],
     inputs: Inputs,
@@ -200,14 +302,27 @@ def open_or_create(
     Raises:
         FingerprintError: If there is one that was made of something else.
     """
-    if not path.exists():
+    if not has_store(folder):
         plan = plan_anew()
         manifest = Manifest(identity, provenance, plan, spec.dtypes, layout_of(spec, plan.grid))
-        return create_store(path, manifest, inputs.samples)
-    store = open_store(path, mode="r+")
-    check_identity(path, store.manifest, identity)
-    store.repair(inputs.samples)
+        return create_store(folder, manifest, inputs.samples)
+    store = open_store(folder, mode="r+")
+    check_identity(str(folder), store.manifest, identity)
+    check_layout(store, spec.layout)
     if spec.replan and not store.is_complete:  # the tiles that are there stay, within the stated bound
         changed = dataclasses.replace(store.manifest, plan=plan_anew(), replanned=store.manifest.replanned + 1)
         store.set_manifest(changed)
     return store
+
+
+def check_layout(store: KernelStore, layout: str) -> None:
+    """Refuse to make both triangles in a store of one; both hold what one does.
+
+    Raises:
+        FingerprintError: If both triangles are asked for by name, and one is stored.
+    """
+    if layout == "full" and store.manifest.layout == "upper":
+        raise FingerprintError(
+            f"The store at {store.name} holds one triangle (layout upper), and both are asked for. Was it made "
+            "without --layout full? Finish it without, then `ntkgen mirror` writes the other triangle."
+        )

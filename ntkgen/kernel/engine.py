@@ -1,11 +1,11 @@
 """Run a plan: for each missing tile, compute and commit."""
 
-import os
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from ntkgen.errors import InputError, PlanError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.contract import exact_diagonal, fill_kernel
+from ntkgen.jacobian.cost import Rates
 from ntkgen.jacobian.factors import BlockFactors, compute_factors
+from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network
-from ntkgen.jacobian.precision import exact_arithmetic
-from ntkgen.kernel.plan import Budget, Environment, Plan
+from ntkgen.jacobian.precision import exact_arithmetic, fixed_threads
+from ntkgen.kernel.plan import Band, Budget, Environment, Plan
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Block, Tile
-
-# Called with what is being made ("diagonal" or "tiles"), how much of it is done, and how much there is.
-Report = Callable[[str, int, int], None]
+from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
 
 
 def choose_device(name: str) -> torch.device:
@@ -65,27 +65,94 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def memory_budget(device: torch.device, requested: int | None) -> Budget:
-    """Say how many bytes a computation on a device may take."""
+@dataclass(frozen=True)
+class Machine:
+    """What there is to compute with: what bits depend on, the memory, and how fast each product is."""
+
+    environment: Environment
+    budget: Budget
+    rates: Rates
+
+
+def machine(device: torch.device, precision: str, memory_bytes: int | None, *, threads: int | None = None) -> Machine:
+    """Describe the machine at hand, as it is with some threads."""
+    budget = memory_budget(device, memory_bytes)
+    with fixed_threads(threads or torch.get_num_threads()):
+        return Machine(environment(device), budget, rates_of(device, precision))
+
+
+def memory_budget(device: torch.device, requested: int | None, *, sharers: int = 1, limit: int | None = None) -> Budget:
+    """Say how many bytes a computation on a device may take: as requested, or its share, or its process's limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
         memory = psutil.virtual_memory()
         free, total = memory.available, memory.total
-    return Budget.of(requested, total_bytes=total, free_bytes=free)
+    most = limit or total
+    return Budget.of(requested, total_bytes=min(total // sharers, most), free_bytes=min(free // sharers, most))
 
 
 def check_environment(plan: Plan, device: torch.device) -> None:
-    """Refuse to continue a plan whose bytes this machine would not repeat. Threads are set as planned.
+    """Refuse to continue a plan whose bytes this machine would not repeat."""
+    check_plan(plan, environment(device))
+
+
+def check_plan(plan: Plan, found: Environment) -> None:
+    """Refuse to continue a plan whose bytes a machine would not repeat. Threads are set as planned.
 
     Raises:
         PlanError: If device, its type or torch differ; the message names what does.
     """
-    if differences := plan.environment.differences(environment(device, plan.environment.threads)):
+    if differences := plan.environment.differences(replace(found, threads=plan.environment.threads)):
         raise PlanError(
             f"The store's plan cannot be repeated here ({'; '.join(differences)}): the tiles still missing would "
             "differ from the others in their last bits. Use a machine like the first, or add --replan to accept that."
         )
+
+
+class Bench:
+    """What computes tiles and commits them: a network, its samples, a store, and the factors at hand.
+
+    The whole run in this process, a part of it and a worker of a cluster all use one, so that there is one way in which
+    a tile comes about.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        samples: Tensor,  # (n, …), in the store's order
+        store: KernelStore,
+        *,
+        cached_blocks: int,
+    ) -> None:
+        self.store = store
+        self._plan = store.manifest.plan
+        self._network = network
+        _check_network(network, self._plan)
+
+        def compute(block: Block) -> BlockFactors:
+            return compute_factors(network, self._plan.jacobian, samples[block.start : block.stop])
+
+        self._factors = BlockCache(compute, cached_blocks)
+
+    def commit_diagonal(self, indices: Iterable[int], step: Step = ignore_step) -> None:
+        """Compute and commit the diagonal and the logits of some blocks that the store has named missing."""
+        with self._arithmetic():
+            for index in indices:
+                self.store.commit_block(index, *_diagonal_and_logits(self._plan, index, self._factors))
+                step()
+
+    def commit_tiles(self, bands: Iterable[Band], step: Step = ignore_step) -> None:
+        """Compute and commit some tiles, band by band."""
+        with self._arithmetic(), _writer(self.store) as commit:
+            for band in bands:
+                self._factors.hold(band.held)
+                for tile in band.tiles:
+                    commit(tile, compute_tile(self._plan, tile, self._factors))
+                    step()
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return exact_arithmetic(self._network.device, self._plan.environment.threads)
 
 
 def run(
@@ -94,33 +161,31 @@ def run(
     store: KernelStore,
     *,
     cached_blocks: int,
-    report: Report = lambda *_: None,
+    report: Report = ignore_report,
 ) -> None:
     """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
-    plan = store.manifest.plan
-    _check_network(network, plan)
-
-    def compute(block: Block) -> BlockFactors:
-        return compute_factors(network, plan.jacobian, samples[block.start : block.stop])
-
-    factors = BlockCache(compute, cached_blocks)
-    with exact_arithmetic(network.device, plan.environment.threads):
-        # from the end, so that the blocks at hand afterwards are those that the first band holds
-        for done, total, index in _counted(store.missing_blocks()[::-1], plan.num_sides):
-            report("diagonal", done, total)
-            store.commit_block(index, *_diagonal_and_logits(plan, index, factors))
-        report("diagonal", plan.num_sides, plan.num_sides)
-        store.create_kernels()
-        missing, done = store.missing_tiles(), 0
-        with _writer(store) as commit:
-            for band in plan.bands(missing, cached_blocks):
-                factors.hold(band.held)
-                for tile in band.tiles:
-                    report("tiles", plan.grid.num_tiles - len(missing) + done, plan.grid.num_tiles)
-                    commit(tile, compute_tile(plan, tile, factors))
-                    done += 1
-        report("tiles", plan.grid.num_tiles, plan.grid.num_tiles)
+    bench = Bench(network, samples, store, cached_blocks=cached_blocks)
+    run_diagonal(bench, report)
+    run_tiles(bench, store.missing_tiles(), cached_blocks, report)
     store.finalize()
+
+
+def run_diagonal(bench: Bench, report: Report = ignore_report) -> None:
+    """Compute the exact diagonal where it is missing, and make the arrays whose scales follow from it.
+
+    From the end, so that the blocks at hand afterwards are those that the first band of tiles holds.
+    """
+    store, total = bench.store, bench.store.manifest.plan.num_sides
+    missing = store.missing_blocks()[::-1]
+    bench.commit_diagonal(missing, counter(report, "diagonal", total - len(missing), total))
+    store.create_kernels()
+
+
+def run_tiles(bench: Bench, tiles: Sequence[Tile], cached_blocks: int, report: Report = ignore_report) -> None:
+    """Compute some tiles of a store that are missing."""
+    plan = bench.store.manifest.plan
+    step = counter(report, "tiles", plan.grid.num_tiles - len(tiles), plan.grid.num_tiles)
+    bench.commit_tiles(plan.bands(tiles, cached_blocks), step)
 
 
 @contextmanager
@@ -156,12 +221,6 @@ def _check_network(network: Network, plan: Plan) -> None:
         )
 
 
-def _counted(missing: list[Any], total: int) -> list[tuple[int, int, Any]]:
-    """Number what is missing from what is there: (done before it, total, it)."""
-    there = total - len(missing)
-    return [(there + position, total, item) for position, item in enumerate(missing)]
-
-
 def compute_tile(plan: Plan, tile: Tile, factors: Callable[..., BlockFactors]) -> npt.NDArray[Any]:
     """Compute one tile; on the diagonal, its upper blocks and their mirror."""
     rows, columns = plan.blocks(tile.row), plan.col_blocks(tile.col)
@@ -180,11 +239,3 @@ def _diagonal_and_logits(
     found = torch.cat(diagonals)  # (samples, outputs)
     reduced = {"none": found.flatten(), "trace": found.sum(1), "diagonal": found.mT}[plan.jacobian.reduction]
     return reduced.contiguous().numpy(), torch.cat(logits).numpy()
-
-
-def free_disk_bytes(path: str | os.PathLike[str]) -> int:
-    """Say how much room there is where a path lies or would lie."""
-    folder = os.path.abspath(path)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    return int(psutil.disk_usage(folder).free)

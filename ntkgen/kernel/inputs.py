@@ -8,6 +8,9 @@ from torch import Tensor
 from ntkgen.checkpoint import array_fingerprint
 from ntkgen.kernel.arrays import Samples
 
+# So many samples are looked at for two different ones to try a network on.
+PROBE_SAMPLES = 16
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import ntkgen
 from ntkgen.errors import FingerprintError
 from ntkgen.kernel.plan import Plan
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # Written in full while all dtypes together take at most this much; above, one triangle.
 FULL_LAYOUT_BYTES = 10 * 10**9
 
@@ -83,7 +82,7 @@ class Manifest:
         )
 
 
-def check_identity(path: Path, manifest: Manifest, identity: Mapping[str, Any]) -> None:
+def check_identity(path: str, manifest: Manifest, identity: Mapping[str, Any]) -> None:
     """Refuse to continue a store that was made of something else.
 
     Raises:

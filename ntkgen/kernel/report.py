@@ -17,8 +17,9 @@ def describe(store: KernelStore) -> dict[str, Any]:
     missing = store.missing_tiles()
     scales = {name: store.scale_factor(name) for name in store.array_names}
     return {
-        "store": str(store.path),
+        "store": store.name,
         "arrays": [f"ntk_{dtype}" for dtype in manifest.dtypes],
+        "quantity": manifest.provenance.get("quantity", "J Jᵀ"),
         "model": manifest.provenance.get("model"),
         "dataset": manifest.provenance.get("dataset"),
         "num_samples": store.grid.num_samples,
@@ -40,7 +41,8 @@ def describe(store: KernelStore) -> dict[str, Any]:
         "float16_underflow": store.float16_underflow,
         "certificate": None if missing else manifest.certificate,  # of a kernel that is no longer whole it says nothing
         "suspicious_tiles": suspicious_tiles(store),
-        "predecessor_factor": manifest.plan.profile.num_params**-0.5,
+        # what the predecessor of this program stored of this kernel; an imported one whose scale is unknown is that
+        "predecessor_factor": max(1, manifest.plan.profile.num_params) ** -0.5,
         "provenance": dict(manifest.provenance),
         "fingerprint": manifest.fingerprint,
     }
@@ -59,10 +61,10 @@ def suspicion(store: KernelStore) -> str | None:
         return None
     dtypes = "; ".join(f"{dtype}: {first_few(f'({i}, {j})' for i, j in each)}" for dtype, each in tiles.items())
     return (
-        f"The kernel at {store.path} differs from the exact one by more than rounding explains: expected errors of one "
+        f"The kernel at {store.name} differs from the exact one by more than rounding explains: expected errors of one "
         f"size for all blocks of samples, found larger ones in some tiles ({dtypes}). A damaged disk or memory, or a "
-        "mistake in ntkgen? `ntkgen verify` finds damaged files. Remove the files of these tiles and run the same "
-        "command again; if it says this again, please report it."
+        "mistake in ntkgen? `ntkgen verify --repair --recompute N` computes N tiles again and removes those that "
+        "differ; then run the same command again. If it says this again, please report it."
     )
 
 

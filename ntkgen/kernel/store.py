@@ -16,72 +16,102 @@ rectangular kernel, of rows against other samples, has col_diagonal, col_logits 
 Rows are sample-major. One unsharded chunk is one tile, `bytes` (little endian) and `crc32c`, no compressor, so a chunk
 has a known size and truncation shows in a directory listing. What is not stored reads as NaN. A tile is done when its
 chunks exist at their exact size; there is no other record of progress. With the layout `upper` only tiles with
-row <= col are stored (`storage_mode` of the array is `symmetric-upper`), with `full` all are (`square`).
+row <= col are stored (`storage_mode` of the array is `symmetric-upper`), with `full` all are (`square`). An imported
+kernel has no logits and no counts of underflow; its labels are -1.
 
 The group's attribute `ntkgen` is the manifest: what the kernel is of, its fingerprint, and the plan that its bytes
 follow. It holds no time, no path and no measurement, so that two runs of one command give equal bytes.
 """
 
-import contextlib
-import json
 import math
-import os
 import re
-import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from zarr.storage import LocalStore
 
-import ntkgen
 from ntkgen.errors import InputError, StoreError, UnknownNameError
+from ntkgen.folders import Folder, LocalFolder
 from ntkgen.kernel.arrays import (
     COORDINATES,
     ArrayLayout,
-    Samples,
     create_array,
-    create_static,
     side_arrays,
     small_arrays,
 )
-from ntkgen.kernel.manifest import FORMAT_VERSION, Manifest
+from ntkgen.kernel.manifest import Manifest
 from ntkgen.kernel.rounding import STORE_DTYPES, count_underflow, scale_of, to_stored
 from ntkgen.kernel.symmetric import SymmetricArray
 from ntkgen.kernel.tiles import Block, Tile, TileGrid
+from ntkgen.progress import Step
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
 CHECKSUM_BYTES = 4
 UNDERFLOW = "underflow_float16"
+ROOT = "zarr.json"
+# In the identity of a store that was not computed, and in its provenance: the file that it was made of.
+IMPORTED = "imported_from"
+STORAGE_MODES = {"full": "square", "upper": "symmetric-upper"}
+# Tiles that are read and written at a time where nothing is computed; each is held twice.
+THREADS = 2
+# The Rust pipeline, if the user has chosen it, does not write atomically.
+WRITING = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 
-_CHUNK_2D = re.compile(r"^\d+$")
+Mode = Literal["r", "r+"]
+
+_CHUNK = re.compile(r"\d+(/\d+)*\Z")
 
 FloatArray = npt.NDArray[np.floating]
 
 
 class KernelStore:
-    """An opened store. Reading needs no lock; writing is for one process at a time, under `write_lock`."""
+    """An opened store. Reading needs no lock; of writing processes each has its own tiles, and one all the rest."""
 
-    def __init__(self, path: Path, group: zarr.Group, manifest: Manifest) -> None:
-        self.path = path
+    def __init__(self, folder: Folder, group: zarr.Group, manifest: Manifest) -> None:
+        self.folder = folder
         self.manifest = manifest
-        self._group = group
+        self.group = group
 
     def __repr__(self) -> str:
         """Say what the kernel is of."""
         rows, cols = self.grid.num_rows, self.grid.num_cols
-        return f"<KernelStore {self.path}: {rows} × {cols}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
+        return f"<KernelStore {self.name}: {rows} × {cols}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
 
     @property
     def grid(self) -> TileGrid:
         """The tile grid, fixed when the store was created."""
         return self.manifest.plan.grid
+
+    @property
+    def name(self) -> str:
+        """Where the store lies, as a user writes it."""
+        return str(self.folder)
+
+    @property
+    def command(self) -> str:
+        """The command that made the store, and makes what is missing of it."""
+        return "ntkgen import" if IMPORTED in self.manifest.identity else "ntkgen compute"
+
+    @property
+    def path(self) -> Path:
+        """The folder of a store that lies on a disk.
+
+        Raises:
+            InputError: If it lies elsewhere.
+        """
+        if not isinstance(self.folder, LocalFolder):
+            raise InputError(
+                f"The store at {self.name} has no path: expected one on a disk, found one that is not. Use "
+                "store.folder, which reads and writes both."
+            )
+        return self.folder.path
 
     # reading -------------------------------------------------------------------------------------------------------
 
@@ -98,20 +128,26 @@ class KernelStore:
         dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
         if not self._has(f"ntk_{dtype}"):
             raise StoreError(
-                f"The store at {self.path} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
+                f"The store at {self.name} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
                 "those are made after the diagonal. Choose one of them, or finish the store with the same command."
             )
         manifest = self.manifest
         token = f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}"
-        return SymmetricArray(
-            self._array(f"ntk_{dtype}"), is_upper=manifest.layout == "upper", token=token, plane=output
+        view = SymmetricArray(
+            self.zarr_array(f"ntk_{dtype}"),
+            is_upper=manifest.layout == "upper",
+            token=token,
+            plane=output,
+            is_complete=manifest.is_complete,
         )
+        view.place = self.name
+        return view
 
     def _check_output(self, output: int | None) -> None:
         planes = self.grid.num_planes
         if (output is None) != (planes == 1) or (output is not None and not 0 <= output < planes):
             raise InputError(
-                f"The store at {self.path} holds {f'{planes} matrices, one for each output' if planes > 1 else 'one'}: "
+                f"The store at {self.name} holds {f'{planes} matrices, one for each output' if planes > 1 else 'one'}: "
                 f"expected {f'an output from 0 to {planes - 1}' if planes > 1 else 'no output'}, found {output}. Use "
                 f"{'store.kernel(output=0)' if planes > 1 else 'store.array'}."
             )
@@ -142,7 +178,7 @@ class KernelStore:
     @property
     def attributes(self) -> dict[str, Any]:
         """The group's attributes but for the manifest."""
-        return {name: value for name, value in self._group.attrs.asdict().items() if name != "ntkgen"}
+        return {name: value for name, value in self.group.attrs.asdict().items() if name != "ntkgen"}
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """Read one of the small arrays whole: diagonal, logits, a coordinate.
@@ -151,12 +187,12 @@ class KernelStore:
             StoreError: If the array is damaged.
             UnknownNameError: If there is none of that name.
         """
-        array = self._array(name)
+        array = self.zarr_array(name)
         try:
             return np.asarray(array[...])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
-                f"The array {name} of {self.path} is damaged ({error}): expected chunks that match their checksums. A "
+                f"The array {name} of {self.name} is damaged ({error}): expected chunks that match their checksums. A "
                 "disk error or an interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
             ) from error
 
@@ -167,7 +203,7 @@ class KernelStore:
 
     def scale_factor(self, name: str) -> float:
         """Say by what a kernel array is to be multiplied."""
-        return float(self._array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
+        return float(self.zarr_array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
 
     @property
     def float16_underflow(self) -> dict[str, int] | None:
@@ -179,39 +215,55 @@ class KernelStore:
 
     # progress ------------------------------------------------------------------------------------------------------
 
-    def missing_tiles(self) -> list[Tile]:
+    def missing_tiles(self, layout: str | None = None) -> list[Tile]:
         """List the tiles that are not there in every dtype and, with the full layout, on both sides."""
         missing: set[Tile] = set()
         for dtype in self.manifest.dtypes:
-            done = self._chunks(f"ntk_{dtype}", self.grid.side**2 * np.dtype(dtype).itemsize)
-            missing.update(tile for tile in self.grid.tiles() if not done.issuperset(self._chunks_of(tile)))
+            done = self._chunks(f"ntk_{dtype}", self._chunk_bytes(dtype) - CHECKSUM_BYTES)
+            missing.update(tile for tile in self.grid.tiles() if not done.issuperset(self.chunks_of(tile, layout)))
         return sorted(missing)
 
-    def _chunks_of(self, tile: Tile) -> list[tuple[int, ...]]:
+    def has_tile(self, tile: Tile) -> bool:
+        """Say whether a tile is there whole, as `missing_tiles` does for all."""
+        return all(
+            self.folder.size(f"ntk_{dtype}/c/{'/'.join(map(str, key))}") == self._chunk_bytes(dtype)
+            for dtype in self.manifest.dtypes
+            for key in self.chunks_of(tile)
+        )
+
+    def _chunk_bytes(self, dtype: str) -> int:
+        return self.grid.side**2 * np.dtype(dtype).itemsize + CHECKSUM_BYTES
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile on one side, in every dtype."""
+        return self.grid.num_planes * sum(map(self._chunk_bytes, self.manifest.dtypes))
+
+    def chunks_of(self, tile: Tile, layout: str | None = None) -> list[tuple[int, ...]]:
         """Name the chunks of a tile: on both sides with the full layout, and one per plane."""
-        places = {(tile.row, tile.col), (tile.col, tile.row) if self._is_mirrored else (tile.row, tile.col)}
+        is_mirrored = self._is_mirrored_in(layout or self.manifest.layout)
+        places = {(tile.row, tile.col), (tile.col, tile.row) if is_mirrored else (tile.row, tile.col)}
         if self.grid.num_planes == 1:
             return list(places)
         return [(plane, *place) for plane in range(self.grid.num_planes) for place in places]
 
-    @property
-    def _is_mirrored(self) -> bool:
-        return self.manifest.layout == "full" and self.grid.is_symmetric
+    def _is_mirrored_in(self, layout: str) -> bool:
+        return layout == "full" and self.grid.is_symmetric
 
     @property
     def is_complete(self) -> bool:
         """Say whether the store was finished, and nothing of it has gone since."""
-        has_all = self.manifest.is_complete and all(map(self._has, self._arrays()))
+        has_all = self.manifest.is_complete and all(map(self._has, self.arrays()))
         return has_all and not self.missing_tiles() and not self.missing_blocks()
 
     def _has(self, name: str) -> bool:
         """Say whether an array is there, with metadata that can be read."""
         try:
-            return isinstance(self._group.get(name), zarr.Array)
+            return isinstance(self.group.get(name), zarr.Array)
         except (ValueError, KeyError, TypeError):
             return False
 
-    def _array(self, name: str) -> "ZarrArray":
+    def zarr_array(self, name: str) -> "ZarrArray":
         """Look up an array.
 
         Raises:
@@ -219,33 +271,45 @@ class KernelStore:
             StoreError: If its metadata cannot be read.
         """
         try:
-            array = self._group[name]
+            array = self.group[name]
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"The metadata of {self.path / name} is damaged ({type(error).__name__}). A disk error or an "
+                f"The metadata of {self.name}/{name} is damaged ({type(error).__name__}). A disk error or an "
                 "interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
             ) from error
         except KeyError:
-            raise UnknownNameError("array", name, sorted(self._group.array_keys())) from None
+            raise UnknownNameError("array", name, sorted(self.group.array_keys())) from None
         assert isinstance(array, zarr.Array)
         return array
 
     def missing_blocks(self) -> list[int]:
         """List the blocks whose diagonal or logits are not there: of rows, then, numbered on, of other columns."""
         grid, missing, first = self.grid, [], 0
-        logit_bytes = grid.tile_samples * self.manifest.plan.profile.num_logits * 8
-        for (diagonal, logits), count in zip(side_arrays(grid), self._side_counts(), strict=True):
+        logit_bytes = grid.tile_samples * self.num_logits * 8
+        for (diagonal, logits), count in zip(side_arrays(grid), self.side_counts(), strict=True):
             there = {key[-1] for key in self._chunks(diagonal, grid.num_planes * grid.side * 8)}
-            there &= {key[0] for key in self._chunks(logits, logit_bytes)}
+            if self.num_logits:
+                there &= {key[0] for key in self._chunks(logits, logit_bytes)}
             missing += [first + index for index in range(count) if index not in there]
             first += count
         return missing
 
-    def _side_counts(self) -> list[int]:
+    @property
+    def num_logits(self) -> int:
+        """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
+        return self.manifest.plan.profile.num_logits
+
+    @property
+    def _counts_underflow(self) -> bool:
+        """Say whether entries that float16 cannot hold are counted: of an imported kernel nobody knows them."""
+        return "float16" in self.manifest.dtypes and IMPORTED not in self.manifest.identity
+
+    def side_counts(self) -> list[int]:
+        """Count the blocks of rows and, where they are other samples, of columns."""
         grid = self.grid
         return [grid.num_blocks] if grid.is_symmetric else [grid.num_blocks, grid.num_col_blocks]
 
-    def _side(self, index: int) -> tuple[tuple[str, str], int, Block]:
+    def side(self, index: int) -> tuple[tuple[str, str], int, Block]:
         """Locate a block that `missing_blocks` numbers: its arrays, its number among them, its samples."""
         names, rows = side_arrays(self.grid), self.grid.num_blocks
         if index < rows:
@@ -253,40 +317,28 @@ class KernelStore:
         return names[1], index - rows, self.grid.col_block(index - rows)
 
     def _chunks(self, name: str, payload_bytes: int) -> set[tuple[int, ...]]:
-        """List the chunks of an array that have their exact size, by directory scan."""
-        size = payload_bytes + CHECKSUM_BYTES
-        found: set[tuple[int, ...]] = set()
-
-        def scan(folder: Path, prefix: tuple[int, ...]) -> None:
-            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
-                for entry in entries:
-                    if not _CHUNK_2D.match(entry.name):
-                        continue
-                    key = (*prefix, int(entry.name))
-                    if entry.is_dir():
-                        scan(Path(entry.path), key)
-                    elif entry.stat().st_size == size:
-                        found.add(key)
-
-        scan(self.path / name / "c", ())
-        return found
+        """List the chunks of an array that have their exact size, by a listing of its folder."""
+        size, first = payload_bytes + CHECKSUM_BYTES, len(name) + len("/c/")
+        found = self.folder.sizes(f"{name}/c")
+        return {
+            tuple(map(int, key[first:].split("/")))
+            for key, there in found.items()
+            if there == size and _CHUNK.match(key, first)
+        }
 
     @property
     def stored_bytes(self) -> int:
         """Bytes of all files of the store, but for what is being written."""
-        total = 0
-        for file in self.path.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                total += file.stat().st_size if file.is_file() and file.suffix != ".partial" else 0
-        return total
+        return sum(self.folder.sizes().values())
 
     # writing -------------------------------------------------------------------------------------------------------
 
     def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
         """Store the exact diagonal and the logits of one block that `missing_blocks` has named."""
-        (diagonal_name, logits_name), _, block = self._side(index)
+        (diagonal_name, logits_name), _, block = self.side(index)
         rows = block.rows(self.grid.num_outputs)
-        self._write(logits_name, (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
+        if self.num_logits:
+            self._write(logits_name, (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
         region = (rows,) if self.grid.num_planes == 1 else (slice(None), rows)
         self._write(diagonal_name, region, to_stored(diagonal, "float64", 1.0))
 
@@ -294,27 +346,28 @@ class KernelStore:
         """Create the kernel arrays with their scales, which follow from the complete diagonal."""
         maxima = [float(self.read(diagonal).max()) for diagonal, _ in side_arrays(self.grid)]
         maximum = math.sqrt(maxima[0] * maxima[-1])  # by Cauchy–Schwarz
-        if "float16" in self.manifest.dtypes and not self._has(UNDERFLOW):
+        quantity = self.manifest.provenance.get("quantity", "J Jᵀ")
+        if self._counts_underflow and not self._has(UNDERFLOW):
             shape = (self.grid.num_blocks, self.grid.num_col_blocks, 2)
             note = {"long_name": "entries that float16 stores with fewer bits, and as zero", "units": "1"}
             layout = ArrayLayout(shape, (1, 1, 2), ("tile_row", "tile_col", "kind"))
-            create_array(self._group, UNDERFLOW, "int64", layout, note)
+            create_array(self.group, UNDERFLOW, "int64", layout, note)
         for dtype in self.manifest.dtypes:
             if self._has(f"ntk_{dtype}"):
                 continue
-            scale = scale_of(dtype, maximum)
+            scale = float(self.manifest.identity.get("scale_factor", scale_of(dtype, maximum)))
             attributes = {
-                "long_name": "empirical neural tangent kernel, J Jᵀ",
+                "long_name": f"empirical neural tangent kernel, {quantity}",
                 "units": "1",
                 "coordinates": " ".join(COORDINATES.values()),
-                "storage_mode": "square" if self.manifest.layout == "full" else "symmetric-upper",
+                "storage_mode": STORAGE_MODES[self.manifest.layout],
                 **({} if scale == 1 else {"scale_factor": scale}),
             }
             side, planes = self.grid.side, self.grid.num_planes
             layout = ArrayLayout((self.grid.num_rows, self.grid.num_cols), (side, side), ("row", "col"))
             if planes > 1:
                 layout = ArrayLayout((planes, *layout.shape), (1, *layout.chunks), ("output", *layout.dims))
-            create_array(self._group, f"ntk_{dtype}", dtype, layout, attributes)
+            create_array(self.group, f"ntk_{dtype}", dtype, layout, attributes)
 
     def commit(self, tile: Tile, values: FloatArray) -> None:
         """Store one computed tile, in every dtype, whole.
@@ -322,150 +375,100 @@ class KernelStore:
         Raises:
             DivergedError: If an entry is not finite; nothing of the tile is then written.
         """
-        m = self.grid.num_outputs
-        rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
-        assert values.shape[-2:] == (rows.stop - rows.start, cols.stop - cols.start)
+        assert values.shape[-2:] == tuple(part.stop - part.start for part in self._region(tile)[-2:])
         stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
         if "float16" in stored:
             counts = count_underflow(values, self.scale_factor("ntk_float16"))
             self._write(UNDERFLOW, (slice(tile.row, tile.row + 1), slice(tile.col, tile.col + 1)), counts[None, None])
-        planes: tuple[slice, ...] = () if self.grid.num_planes == 1 else (slice(None),)
-        for dtype, rounded in stored.items():
-            self._write(f"ntk_{dtype}", (*planes, rows, cols), rounded)
-            if self._is_mirrored and tile.row != tile.col:
-                self._write(f"ntk_{dtype}", (*planes, cols, rows), np.ascontiguousarray(rounded.swapaxes(-1, -2)))
+        self.commit_stored(tile, stored)
+
+    def commit_stored(self, tile: Tile, stored: Mapping[str, FloatArray]) -> None:
+        """Store one tile that is rounded and scaled already, by dtype."""
+        for dtype, values in stored.items():
+            self._write(f"ntk_{dtype}", self._region(tile), values)
+            if self._is_mirrored_in(self.manifest.layout) and tile.row != tile.col:
+                self._write_transpose(f"ntk_{dtype}", tile, values)
+
+    def mirror_tile(self, tile: Tile) -> None:
+        """Write the transpose of a stored tile off the diagonal on the other side, every bit as it is stored.
+
+        Raises:
+            StoreError: If the tile is damaged, or gone.
+        """
+        for name in self.array_names:
+            self._write_transpose(name, tile, self._read_stored(name, tile))
+
+    def write_each(self, write: Callable[[Tile], None], tiles: Iterable[Tile], step: Step) -> None:
+        """Write some tiles in a few threads, by a function that commits or mirrors one; count each."""
+        # around all threads: what each of them sets, and sets back, is then the same
+        with zarr.config.set(WRITING), ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(write, tiles):
+                step()
+
+    def _region(self, tile: Tile) -> tuple[slice, ...]:
+        """Locate a tile in the kernel arrays."""
+        m = self.grid.num_outputs
+        rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
+        return (rows, cols) if self.grid.num_planes == 1 else (slice(None), rows, cols)
+
+    def _read_stored(self, name: str, tile: Tile) -> FloatArray:
+        """Read a whole tile as it is stored.
+
+        Raises:
+            StoreError: If it is damaged, or gone.
+        """
+        try:
+            values = np.asarray(self.zarr_array(name)[self._region(tile)])
+            found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
+        except (ValueError, RuntimeError) as error:
+            found = str(error)
+        if found:
+            raise StoreError(
+                f"Tile ({tile.row}, {tile.col}) of {name} in {self.name} is damaged: expected finite numbers that "
+                f"match their checksum, found {found}. A disk error or an interrupted copy? Run `ntkgen verify "
+                f"--repair {self.name}`, then the same `{self.command}` again, which makes it anew."
+            )
+        return values
+
+    def _write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
+        *planes, rows, cols = self._region(tile)
+        self._write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
 
     def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
-        # the Rust pipeline, if the user has chosen it, does not write atomically
-        with zarr.config.set({"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}):
-            self._array(name).with_config({"write_empty_chunks": True})[region] = values
+        with zarr.config.set(WRITING):
+            self.zarr_array(name).with_config({"write_empty_chunks": True})[region] = values
 
     def set_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest, in one atomic write."""
-        self._group.attrs.update({"ntkgen": manifest.to_json()})
+        self.group.attrs.update({"ntkgen": manifest.to_json()})
         self.manifest = manifest
 
-    def repair(self, samples: Samples) -> None:
-        """Put in order what an interrupted write or a damaged disk left behind; only under the lock.
-
-        Left-over partial files go, small arrays that are damaged or gone are written anew, and chunks of the diagonal
-        and the logits that do not match their checksums are removed, so that they are computed anew. The tiles
-        themselves are not read.
-        """
-        for leftover in self.path.rglob("*.partial"):
-            leftover.unlink()
-        for name in ["zarr.json", *(f"{name}/zarr.json" for name in self._arrays())]:
-            if (self.path / name).exists() and not _is_json(self.path / name):
-                (self.path / name).unlink()
-        create_static(self._group, self.grid, samples, self.manifest.plan.profile.num_logits)
-        for side in range(sum(self._side_counts())):
-            (diagonal, logits), index, block = self._side(side)
-            rows, planes = block.rows(self.grid.num_outputs), self.grid.num_planes
-            self._remove_damaged(diagonal, str(index) if planes == 1 else f"0/{index}", (..., rows))
-            self._remove_damaged(logits, f"{index}/0", (slice(block.start, block.stop), ...))
-        if not self.missing_blocks():
-            self.create_kernels()
-
-    def _arrays(self) -> list[str]:
-        sides = [name for pair in side_arrays(self.grid) for name in pair]
+    def arrays(self) -> list[str]:
+        """Name all arrays that the finished store has."""
+        sides = [name for pair in side_arrays(self.grid) for name in pair[: 2 if self.num_logits else 1]]
         kernels = [f"ntk_{dtype}" for dtype in self.manifest.dtypes]
-        return [*small_arrays(self.grid), *sides, *kernels, *([UNDERFLOW] if "float16" in self.manifest.dtypes else [])]
+        return [*small_arrays(self.grid), *sides, *kernels, *([UNDERFLOW] if self._counts_underflow else [])]
 
-    def _remove_damaged(self, name: str, key: str, region: Any) -> None:
-        """Remove a chunk that does not match its checksum, so that it is computed anew."""
-        chunk = self.path / name / "c" / key
-        try:
-            _ = self._array(name)[region] if chunk.exists() else None
-        except (ValueError, RuntimeError):
-            chunk.unlink()
-
-    def finalize(self) -> None:
+    def finalize(self, layout: str | None = None) -> None:
         """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.
+
+        With another ``layout``, whose tiles are all there, it has that from then on: the manifest, which says so, is
+        written last.
 
         Raises:
             StoreError: If tiles are missing.
         """
-        if missing := self.missing_tiles():
+        layout = layout or self.manifest.layout
+        if missing := self.missing_tiles(layout):
             raise StoreError(
-                f"The store at {self.path} cannot be complete: {len(missing)} of {self.grid.num_tiles} tiles are "
+                f"The store at {self.name} cannot be complete: {len(missing)} of {self.grid.num_tiles} tiles are "
                 "missing. Was a file removed meanwhile? Run the same command again."
             )
+        if layout != self.manifest.layout:
+            for name in self.array_names:
+                self.zarr_array(name).attrs.update({"storage_mode": STORAGE_MODES[layout]})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Consolidated metadata")
-            self._group = zarr.consolidate_metadata(LocalStore(self.path))
-        done = Manifest(**{**vars(self.manifest), "is_complete": True})
+            self.group = zarr.consolidate_metadata(self.folder.zarr_store(read_only=False))
+        done = Manifest(**{**vars(self.manifest), "is_complete": True, "layout": layout})
         self.set_manifest(done)
-
-
-def create_store(path: Path, manifest: Manifest, samples: Samples) -> KernelStore:
-    """Create a store with everything but its numbers. It appears at its path whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".creating")
-    if draft.exists():
-        shutil.rmtree(draft)
-    grid = manifest.plan.grid
-    group = zarr.create_group(LocalStore(draft))
-    create_static(group, grid, samples, manifest.plan.profile.num_logits)
-    n, m = grid.num_samples, grid.num_outputs
-    model, dataset = (manifest.provenance.get(name, "?") for name in ("model", "dataset"))
-    group.attrs.put(
-        {
-            "title": f"Empirical neural tangent kernel of {model} on {dataset}, {n} samples × {m} outputs",
-            "Conventions": "CF-1.10",
-            "source": f"ntkgen {ntkgen.__version__}",
-            "ntkgen": manifest.to_json(),
-        }
-    )
-    draft.rename(path)
-    return open_store(path, mode="r+")
-
-
-def open_store(path: str | os.PathLike[str], mode: Literal["r", "r+"] = "r") -> KernelStore:
-    """Open a store; ``mode`` is ``r`` or, for the process that holds the lock, ``r+``.
-
-    Raises:
-        StoreError: If there is none at the path, or one of another format version.
-    """
-    place = Path(str(path).removeprefix("file://"))
-    if not (place / "zarr.json").exists():
-        raise StoreError(
-            f"There is no kernel store at {place}: expected a Zarr v3 group with a zarr.json, found "
-            f"{'a folder without one' if place.is_dir() else 'nothing'}. Is the path the folder ending in .zarr?"
-        )
-    try:
-        group = zarr.open_group(LocalStore(place, read_only=mode == "r"), mode=mode, use_consolidated=False)
-        values = _manifest_values(group.attrs.asdict())
-        version = values["format_version"]
-        manifest = Manifest.from_json(values) if version == FORMAT_VERSION else None
-    except (ValueError, KeyError, TypeError, OSError) as error:  # zarr's own errors are among these
-        raise StoreError(
-            f"What lies at {place} is not a kernel store: expected a Zarr v3 group with the attribute 'ntkgen', found "
-            f"otherwise ({type(error).__name__}: {' '.join(str(error).split())}). Was it made by another program, or "
-            "is its zarr.json damaged? Give the path of a store that `ntkgen compute` made."
-        ) from error
-    if manifest is None:
-        raise StoreError(
-            f"The store at {place} has format version {version}, and this ntkgen ({ntkgen.__version__}) reads version "
-            f"{FORMAT_VERSION}. Made by ntkgen {values.get('version')}: use that."
-        )
-    return KernelStore(place, group, manifest)
-
-
-def _manifest_values(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Find the manifest among a group's attributes.
-
-    Raises:
-        KeyError: If it is not there; the message says what is.
-    """
-    if "ntkgen" not in attributes:
-        raise KeyError(f"its attributes are {', '.join(attributes) or 'none'}")
-    values: Mapping[str, Any] = attributes["ntkgen"]
-    return values
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True

@@ -5,7 +5,8 @@ Rows are sample-major, ``row = sample · num_outputs + output``; this is the one
 
 import itertools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ntkgen.errors import InputError
@@ -67,6 +68,46 @@ class Tile:
 
     row: int
     col: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several equal parts of the tiles, for jobs that know nothing of each other; the first is number 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        """Write as the command line does."""
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read ``k/K``.
+
+        >>> Part.parse("2/8")
+        Part(number=2, count=8)
+
+        Raises:
+            InputError: If it is not written so, or there is no such part.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        part = cls(*map(int, found.groups())) if found else None
+        if part is None or not 1 <= part.number <= part.count:
+            raise InputError(
+                f"{text!r} is no part: expected k/K, from 1/K to K/K, as 3/8 for the third of eight. Do the jobs of an "
+                "array count from 0? Add 1."
+            )
+        return part
+
+    def of(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Take this part of some tiles: neighbours, so that they share factors.
+
+        >>> Part(2, 3).of([Tile(0, col) for col in range(7)])
+        [Tile(row=0, col=2), Tile(row=0, col=3)]
+        """
+        n = len(tiles)
+        return tiles[n * (self.number - 1) // self.count : n * self.number // self.count]
 
 
 @dataclass(frozen=True)

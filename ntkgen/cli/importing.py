@@ -1,0 +1,60 @@
+"""`ntkgen import`: a kernel of this program's predecessor, as one of our stores."""
+
+import json
+from typing import Any
+
+import click
+
+from ntkgen.cli.options import aligned
+from ntkgen.cli.session import start_process
+from ntkgen.units import human_bytes
+
+ONE_OR_MORE = click.IntRange(min=1)
+
+
+@click.command("import")
+@click.argument("path")
+@click.option("--samples", "num_samples", required=True, type=ONE_OR_MORE, help="Samples that the kernel is of.")
+@click.option("--outputs", "num_outputs", required=True, type=ONE_OR_MORE, help="Outputs of its network.")
+@click.option("--params", "num_params", type=ONE_OR_MORE, help="Trainable parameters P, by whose root it was divided.")
+@click.option("--out", metavar="STORE", help="The new store [beside PATH, its name ending in .imported.zarr].")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32", "float64"]),
+    help="Of a raw file whose name does not tell [from the name].",
+)
+@click.option("--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m].")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **facts: Any) -> None:
+    """Read the kernel at PATH that this program's predecessor wrote: ntk_float32.zarr, or the raw ntk_float32.bin.
+
+    The numbers stay as they are, J Jᵀ / √P in their dtype. With --params the new store says so in its scale_factor, and
+    `ntkgen.open` gives J Jᵀ. An interrupted import goes on with the same command; PATH is only read.
+
+    \b
+    ntkgen import ckpt/cifar_resnet18_0/ntk_float32.zarr --samples 50000 --outputs 10 --params 11173962
+    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    start_process()
+    from ntkgen.cli.progress import progress_bars
+    from ntkgen.kernel.foreign import Facts, default_target, import_kernel
+    from ntkgen.kernel.report import describe
+
+    target = default_target(path) if out is None else out
+    with progress_bars(path, quiet=quiet) as report:
+        store = import_kernel(path, target, Facts(**facts), report)
+    result = describe(store)
+    click.echo(json.dumps(result) if as_json else _page(result))
+
+
+def _page(values: dict[str, Any]) -> str:
+    name = values["arrays"][0]
+    scale = values["scale_factors"].get(name)
+    lines = {
+        "kernel": f"{values['provenance']['quantity']}, {values['rows']:,} × {values['cols']:,}",
+        "array": name if scale is None else f"{name} (scale_factor {scale:g})",
+        "from": values["provenance"]["imported_from"],
+        "tiles": f"{values['tiles']:,}, {values['tile_side']:,} rows each, layout {values['layout']}",
+        "size": human_bytes(values["stored_bytes"]),
+    }
+    return "\n".join([values["store"], *aligned(lines)])

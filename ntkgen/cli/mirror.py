@@ -1,0 +1,44 @@
+"""`ntkgen mirror`: the other triangle of a store."""
+
+import json
+from typing import Any
+
+import click
+
+from ntkgen.cli.session import start_process
+from ntkgen.units import human_bytes
+
+
+@click.command()
+@click.argument("path")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
+    """Write the other triangle of the finished kernel store at PATH, which then has the layout `full`.
+
+    Plain Zarr, dask and xarray read the whole matrix from it. An interrupted run goes on with the same command, and a
+    store that is full is left as it is. It takes about the room of the store once more.
+    """
+    start_process()
+    from ntkgen.cli.progress import progress_bars
+    from ntkgen.kernel import mirror as mirroring
+    from ntkgen.kernel.opening import open_store
+
+    store = open_store(path)
+    was_full = store.manifest.layout == "full"
+    with progress_bars(path, quiet=quiet) as report:
+        num_written = mirroring.mirror(store, report)
+    store = open_store(path)
+    result = {
+        "store": store.name,
+        "layout": store.manifest.layout,
+        "was_full": was_full,
+        "tiles_mirrored": num_written,
+        "stored_bytes": store.stored_bytes,
+    }
+    click.echo(json.dumps(result) if as_json else _summary(result))
+
+
+def _summary(result: dict[str, Any]) -> str:
+    what = "as it was" if result["was_full"] else f"{result['tiles_mirrored']:,} tiles mirrored"
+    return f"{result['store']}\n  layout {result['layout']}, {what}, {human_bytes(result['stored_bytes'])} in all"

@@ -1,0 +1,391 @@
+"""A folder of results, on a disk or in an object store, and one set of verbs for both.
+
+What is written is durable before it is seen: on a disk a file is written beside its place, forced to the disk, and then
+renamed, and the folder is forced to the disk too; an object store acknowledges an object when it is safe.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from zarr.abc.store import Store
+from zarr.core.buffer import Buffer
+from zarr.core.buffer.core import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import LocalStore, ObjectStore
+
+from ntkgen.errors import InputError
+
+PARTIAL = ".partial"
+# Requests to an object store at a time.
+REQUESTS = 32
+# What is written, and removed, to see whether anything can be.
+TRIAL = ".ntkgen-can-write"
+
+
+class Folder(ABC):
+    """Named files in one place. A key is a path below it, with slashes."""
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """Name the folder as a user writes it."""
+
+    @abstractmethod
+    def __truediv__(self, name: str) -> "Folder":
+        """Name a folder inside this one."""
+
+    @property
+    @abstractmethod
+    def parent(self) -> "Folder":
+        """The folder that this one lies in."""
+
+    @abstractmethod
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """List the keys below a prefix that is a folder, with their sizes in bytes; not what is being written."""
+
+    @abstractmethod
+    def read(self, key: str) -> bytes | None:
+        """Read a file whole; None where there is none."""
+
+    @abstractmethod
+    def write(self, key: str, data: bytes) -> None:
+        """Write a file, whole or not at all, and durably."""
+
+    @abstractmethod
+    def remove(self, key: str) -> None:
+        """Remove a file, if it is there."""
+
+    @abstractmethod
+    def zarr_store(self, *, read_only: bool) -> Store:
+        """Open the folder for Zarr."""
+
+    @abstractmethod
+    def size(self, key: str) -> int | None:
+        """Say how many bytes a file has; None where there is none."""
+
+    def has(self, key: str) -> bool:
+        """Say whether there is a file."""
+        return self.size(key) is not None
+
+    def sweep(self) -> None:
+        """Remove what interrupted writes have left behind; only while nobody writes. An object store leaves nothing."""
+        return
+
+    @property
+    def free_bytes(self) -> int | None:
+        """The room that is left; None where nobody knows."""
+        return None
+
+    def require_writable(self) -> None:
+        """Refuse a folder that cannot be written, or made; of an object store the first write will tell."""
+        return
+
+
+@dataclass(frozen=True)
+class LocalFolder(Folder):
+    """A folder of a file system. Without ``fsync`` a power loss may undo what was written."""
+
+    path: Path
+    fsync: bool = True
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> "LocalFolder":
+        return LocalFolder(self.path / name, self.fsync)
+
+    @property
+    def parent(self) -> "LocalFolder":
+        """The folder that this one lies in."""
+        return LocalFolder(self.path.parent, self.fsync)
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """List the keys below a prefix that is a folder, with their sizes in bytes, by directory scan."""
+        return dict(_scan(str(self.path / prefix), prefix))
+
+    def read(self, key: str) -> bytes | None:
+        """Read a file whole; None where there is none."""
+        try:
+            return (self.path / key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+
+    def size(self, key: str) -> int | None:
+        """Say how many bytes a file has; None where there is none."""
+        path = self.path / key
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a file, whole or not at all, and durably."""
+        write_file(self.path / key, data, fsync=self.fsync)
+
+    def remove(self, key: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / key).unlink(missing_ok=True)
+
+    def zarr_store(self, *, read_only: bool) -> Store:
+        """Open the folder for Zarr."""
+        return DurableStore(self.path, read_only=read_only, fsync=self.fsync)
+
+    def sweep(self) -> None:
+        """Remove what interrupted writes have left behind; only while nobody writes."""
+        for leftover in self.path.rglob(f"*{PARTIAL}"):
+            leftover.unlink(missing_ok=True)
+
+    @property
+    def free_bytes(self) -> int | None:
+        """The room that is left where the folder lies or would lie."""
+        return int(psutil.disk_usage(str(self._nearest)).free)
+
+    def require_writable(self) -> None:
+        """Refuse a folder that cannot be written, or made.
+
+        Raises:
+            InputError: If there is a file at the path or above it, or no permission.
+        """
+        nearest = self._nearest
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise InputError(
+                f"Nothing can be written below {nearest}: expected a folder with permission to write, found "
+                f"{'one without' if nearest.is_dir() else 'a file'}. Is --out spelled right? Choose another."
+            )
+
+    @property
+    def _nearest(self) -> Path:
+        absolute = self.path.absolute()
+        return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+
+
+@dataclass(frozen=True)
+class StoreFolder(Folder):
+    """A folder of an object store, named by its URL; or any Zarr store that a caller brings, which lies in no other."""
+
+    store: Store
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __truediv__(self, name: str) -> Folder:
+        return folder_of(f"{self.name}/{name}")
+
+    @property
+    def parent(self) -> Folder:
+        """The folder that this one lies in."""
+        return folder_of(self.name.rpartition("/")[0])
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """List the keys below a prefix that is a folder, with their sizes in bytes."""
+        return sync(_remote_sizes(self.store, prefix))
+
+    def read(self, key: str) -> bytes | None:
+        """Read a file whole; None where there is none."""
+        buffer = sync(self.store.get(key, default_buffer_prototype()))
+        return None if buffer is None else buffer.to_bytes()
+
+    def size(self, key: str) -> int | None:
+        """Say how many bytes a file has; None where there is none."""
+        try:
+            return sync(self.store.getsize(key))
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a file, whole or not at all."""
+        sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
+
+    def remove(self, key: str) -> None:
+        """Remove a file, if it is there."""
+        sync(self.store.delete(key))
+
+    def require_writable(self) -> None:
+        """Refuse a folder that cannot be written, by trying.
+
+        Raises:
+            InputError: If that fails.
+        """
+        try:
+            self.write(TRIAL, b"")
+            self.remove(TRIAL)
+        except Exception as error:
+            if not is_remote_error(error):
+                raise
+            raise InputError(
+                f"Nothing can be written to {self} ({first_lines(error)}): expected a bucket that exists, and the "
+                "right to write to it. Are the credentials set, for S3 in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY?"
+            ) from error
+
+    def zarr_store(self, *, read_only: bool) -> Store:
+        """Open the folder for Zarr."""
+        return self.store if read_only == self.store.read_only else self.store.with_read_only(read_only)
+
+
+def _scan(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            key = f"{prefix}/{entry.name}" if prefix else entry.name
+            if entry.is_dir():
+                yield from _scan(entry.path, key)
+            elif not entry.name.endswith(PARTIAL):
+                with contextlib.suppress(FileNotFoundError):
+                    yield key, entry.stat().st_size
+
+
+async def _remote_sizes(store: Store, prefix: str) -> dict[str, int]:
+    """List keys and sizes: of an object store, whose listing has both; of others, key by key."""
+    below = f"{prefix.rstrip('/')}/" if prefix else ""
+    if isinstance(store, ObjectStore):
+        import obstore
+
+        batches = [batch async for batch in obstore.list(store.store, prefix=below or None)]
+        return {item["path"]: item["size"] for batch in batches for item in batch}
+    keys = [key async for key in store.list_prefix(below)]
+    room = asyncio.Semaphore(REQUESTS)
+
+    async def size(key: str) -> int:
+        async with room:
+            return await store.getsize(key)
+
+    return dict(zip(keys, await asyncio.gather(*map(size, keys)), strict=True))
+
+
+def write_file(path: Path, data: Any, *, fsync: bool = True, exclusive: bool = False) -> None:
+    """Write a file, whole or not at all: beside its place, forced to the disk, renamed, the folder forced too.
+
+    Raises:
+        FileExistsError: If it is there, and must not be.
+    """
+    made = _make_folders(path.parent)
+    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with draft.open("wb") as file:
+            file.write(data)
+            if fsync:
+                file.flush()
+                os.fsync(file.fileno())
+        if exclusive:
+            os.link(draft, path)
+            draft.unlink()
+        else:
+            draft.replace(path)
+    except Exception:  # what ends the process leaves the draft, to be swept
+        draft.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent, *made} if fsync else ():
+        _force_folder(folder)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; return the folders that got a new entry."""
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return [above.parent for above in missing]
+
+
+def _force_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot do it, and need not
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}:
+            raise
+    finally:
+        os.close(handle)
+
+
+class DurableStore(LocalStore):
+    """Zarr's local store with writes that survive a loss of power; its own are atomic, but never forced to the disk."""
+
+    def __init__(self, root: Path | str, *, read_only: bool = False, fsync: bool = True) -> None:
+        super().__init__(root, read_only=read_only)
+        self.fsync = fsync
+
+    def with_read_only(self, read_only: bool = False) -> "DurableStore":  # noqa: FBT001, FBT002 - as in Zarr
+        """Open the same folder for reading, or for writing."""
+        return DurableStore(self.root, read_only=read_only, fsync=self.fsync)
+
+    async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:  # noqa: FBT001, FBT002 - as in Zarr
+        self._check_writable()
+        data = value.as_buffer_like()
+        await asyncio.to_thread(write_file, self.root / key, data, fsync=self.fsync, exclusive=exclusive)
+
+    def set_sync(self, key: str, value: Buffer) -> None:
+        """Write a value from a thread without an event loop, which newer versions of Zarr do."""
+        self._check_writable()
+        write_file(self.root / key, value.as_buffer_like(), fsync=self.fsync)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of a folder."""
+
+    folder: Folder
+    name: str
+
+    def __str__(self) -> str:
+        return str(self.folder / self.name)
+
+    @property
+    def exists(self) -> bool:
+        """Say whether it is there."""
+        return self.folder.has(self.name)
+
+
+def file_of(place: "File | str | os.PathLike[str]") -> File:
+    """Turn a path into a file of a local folder."""
+    return place if isinstance(place, File) else File(LocalFolder(Path(place).parent), Path(place).name)
+
+
+def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool = True) -> Folder:
+    """Turn a path, a URL (s3://, gs://, az://, file://) or a Zarr store into a folder.
+
+    Raises:
+        InputError: If the URL is of a kind that is not known, or what it needs is not installed.
+    """
+    if isinstance(place, Folder):
+        return place
+    if isinstance(place, LocalStore):
+        return LocalFolder(Path(place.root), fsync)
+    if isinstance(place, Store):
+        return StoreFolder(place, str(place))
+    scheme, separator, rest = os.fspath(place).partition("://")
+    if not separator or scheme == "file":
+        return LocalFolder(Path(rest if separator else place), fsync)
+    return _object_folder(os.fspath(place).rstrip("/"), scheme)
+
+
+def _object_folder(url: str, scheme: str) -> Folder:
+    if scheme not in {"s3", "gs", "az"}:
+        raise InputError(
+            f"{url} is no place that results can be written to: expected a folder, or a URL that begins with s3://, "
+            f"gs:// or az://, found {scheme}://. Is it misspelt?"
+        )
+    try:
+        from obstore.store import from_url
+    except ImportError:
+        raise InputError(
+            f"{url} lies in an object store, and the library for these is not installed (expected obstore). It comes "
+            "with an optional part of this package: pip install 'ntkgen[cloud]'."
+        ) from None
+    return StoreFolder(ObjectStore(from_url(url)), url)
+
+
+def is_remote_error(error: BaseException) -> bool:
+    """Say whether an error is one of an object store: no connection, no right, no bucket."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "obstore"
+
+
+def first_lines(error: BaseException) -> str:
+    """Write an error in one line, without the details that some libraries put below an empty one."""
+    return " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__

@@ -1,0 +1,431 @@
+"""The same tiles on a dask cluster: workers compute and commit, the coordinator hands out jobs and writes the rest.
+
+A job is some tiles of one band, or some blocks of the diagonal. A worker loads network and samples once, skips what is
+on disk already, commits its tiles with the code of a single process, and returns a few numbers. Each worker has one job
+at a time. A job whose worker has died is given to another, one that has stalled too.
+"""
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from zarr.storage import MemoryStore
+
+from ntkgen.errors import InputError, WorkerError
+from ntkgen.folders import Folder, LocalFolder, StoreFolder
+from ntkgen.kernel import engine
+from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.plan import Band, Budget
+from ntkgen.kernel.store import KernelStore
+from ntkgen.progress import Report, Step, counter, ignore_step
+
+if TYPE_CHECKING:
+    from distributed import Client, Future, Nanny
+
+# The environment variable that gives a worker its threads; else it has its part of the processors.
+THREADS = "NTKGEN_THREADS"
+
+# How a worker comes by the network and its samples.
+Load = Callable[[], tuple[nn.Module, Inputs]]
+
+# A run is cut into so many jobs per worker, of at most so many tiles.
+JOBS_PER_WORKER, TILES_PER_JOB = 8, 64
+# A job is taken for stalled after so many seconds, or so many times those of the longest so far.
+STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
+# So often is a job begun again whose worker died or stalled.
+MAX_TRIES = 10
+# So often is a job tried again on the same worker that has raised an error.
+RETRIES = 2
+POLL_SECONDS = 0.5
+CONNECT_SECONDS = 20
+WORKER_SECONDS = 60
+
+
+NO_TILES = Band((), ())
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker does at a time: blocks of the diagonal, or tiles of one band."""
+
+    indices: tuple[int, ...] = ()
+    band: Band = NO_TILES
+
+    @property
+    def size(self) -> int:
+        """Blocks or tiles."""
+        return len(self.indices) + len(self.band.tiles)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker says of a job: how long it took, or what kept it from this and will keep others too."""
+
+    seconds: float
+    error: Exception | None = None
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the workers have to know: which store, of what, and what they may use."""
+
+    place: Folder
+    load: Load
+    device: str
+    is_local: bool
+    cached_blocks: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker may take of its machine, or of its part of it where ``sharers`` workers share one."""
+
+    device: str
+    memory_bytes: int | None
+    sharers: int
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A network and its samples that are sent to the workers, rather than found by them."""
+
+    model: nn.Module
+    inputs: Inputs
+
+    def __call__(self) -> tuple[nn.Module, Inputs]:
+        """Hand both over."""
+        return self.model, self.inputs
+
+
+# the coordinator ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A job on its way."""
+
+    job: Job
+    tries: int
+    worker: str
+    since: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Team:
+    """The workers of a cluster, and what each of them computes on."""
+
+    client: "Client"
+    device: str
+    num_own: int = 0  # processes of ours on this machine; 0: the workers are somebody else's
+    tile_seconds: float | None = None  # after which a tile is taken for stalled
+
+    def machine(self, precision: str, memory_bytes: int | None) -> engine.Machine:
+        """Describe what a worker has; the least memory of all.
+
+        The memory asked for is that of all workers of ours together, and that of each of somebody else's.
+
+        Raises:
+            InputError: If there is none.
+        """
+        try:
+            self.client.wait_for_workers(1, timeout=WORKER_SECONDS)
+        except TimeoutError:
+            raise InputError(
+                f"The cluster at {self.address} has no workers: expected at least one, found none for {WORKER_SECONDS} "
+                "seconds. Do they still wait in a queue, or did they fail to start? Run the same command again when "
+                "there are some."
+            ) from None
+        from ntkgen.kernel import worker
+
+        hosts = self.client.run(socket.gethostname)
+        sharers = self.num_own or max(Counter(hosts.values()).values())
+        memory_bytes = memory_bytes // self.num_own if memory_bytes is not None and self.num_own else memory_bytes
+        share = Share(self.device, memory_bytes, sharers)
+        (found,) = self.client.run(worker.machine, share, precision, workers=[min(hosts)]).values()
+        budgets = self.client.run(worker.budget, share).values()
+        least: Budget = min(budgets, key=lambda budget: budget.available_bytes)
+        return engine.Machine(found.environment, least, found.rates)
+
+    @property
+    def address(self) -> str:
+        """Where the scheduler is."""
+        return str(self.client.scheduler_info(n_workers=0)["address"])
+
+    @property
+    def dashboard(self) -> str:
+        """Where dask shows what its workers do."""
+        return str(self.client.dashboard_link)
+
+    def run(self, store: KernelStore, load: Load, *, cached_blocks: int, report: Report) -> None:
+        """Compute and commit what a store is missing, as `engine.run` does in one process."""
+        from ntkgen.kernel import worker
+
+        _require_shared(store.folder)
+        order = Order(_absolute(store.folder), load, self.device, self.num_own > 0, cached_blocks)
+        name = f"ntkgen-{store.manifest.fingerprint[:16]}"
+        self.client.register_plugin(worker.Hand(order), name=name)
+        try:
+            self._run(store, name, cached_blocks, report)
+        finally:
+            self.client.unregister_worker_plugin(name)
+        store.finalize()
+
+    def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
+        plan, missing = store.manifest.plan, store.missing_blocks()
+        total = plan.num_sides
+        self._finish(
+            name, diagonal_jobs(missing, self.num_workers), counter(report, "diagonal", total - len(missing), total)
+        )
+        store.create_kernels()
+        tiles, total = store.missing_tiles(), plan.grid.num_tiles
+        jobs = tile_jobs(plan.bands(tiles, cached_blocks), len(tiles), self.num_workers)
+        self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total))
+
+    @property
+    def num_workers(self) -> int:
+        """Count the workers that there are, one at least."""
+        return max(1, len(self.workers()))
+
+    def _finish(self, name: str, jobs: Iterable[Job], step: Step = ignore_step) -> None:
+        """Have some jobs done, one at a time by each worker: a job that waits at a worker would share its fate."""
+        waiting = deque((job, 1) for job in jobs)
+        flying: dict[Future[Outcome], _Flight] = {}
+        given_up: set[str] = set()  # workers that stalled
+        longest = 0.0
+        try:
+            while waiting or flying:
+                there = self.workers() - given_up
+                for worker in sorted(there - {flight.worker for flight in flying.values()})[: len(waiting)]:
+                    job, tries = waiting.popleft()
+                    flying[self._submit(name, job, worker)] = _Flight(job, tries, worker)
+                for future in self._landed(list(flying)):
+                    flight = flying.pop(future)
+                    outcome = _outcome(future)
+                    future.release()
+                    if outcome is None:
+                        waiting.appendleft(_again(flight))
+                        continue
+                    longest = max(longest, outcome.seconds)
+                    for _ in range(flight.job.size):
+                        step()
+                for future, flight in list(flying.items()):
+                    if flight.worker in there and not self._has_stalled(flight, longest):
+                        continue
+                    waiting.appendleft(_again(flying.pop(future)))
+                    future.cancel(force=True)
+                    if flight.worker in there:
+                        given_up.add(flight.worker)
+                        self._restart(flight.worker)
+        finally:
+            self.client.cancel(list(flying), force=True)
+
+    def workers(self) -> set[str]:
+        """Name the workers that there are."""
+        return set(self.client.nthreads())
+
+    def _submit(self, name: str, job: Job, worker: str) -> "Future[Outcome]":
+        from ntkgen.kernel.worker import do_job
+
+        gpu = {"GPU": 1} if "GPU" in self._resources(worker) else None
+        return self.client.submit(do_job, name, job, workers=[worker], pure=False, retries=RETRIES, resources=gpu)
+
+    def _resources(self, worker: str) -> Mapping[str, float]:
+        found: Mapping[str, float] = (
+            self.client.scheduler_info(n_workers=-1)["workers"].get(worker, {}).get("resources", {})
+        )
+        return found
+
+    def _landed(self, futures: "Sequence[Future[Outcome]]") -> "set[Future[Outcome]]":
+        """Wait a moment for jobs to end."""
+        from distributed import wait
+
+        if not futures:
+            time.sleep(POLL_SECONDS)
+            return set()
+        try:
+            with self.client.as_current():
+                return set(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            return set()
+
+    def _has_stalled(self, flight: _Flight, longest: float) -> bool:
+        limit = max(STALLED_SECONDS, STALLED_RATIO * longest)
+        if self.tile_seconds is not None:
+            limit = self.tile_seconds * flight.job.size
+        return time.monotonic() - flight.since > limit
+
+    def _restart(self, worker: str) -> None:
+        """Restart a worker: one of ours by killing it, which is quick; another one by its nanny, if it has one."""
+        for nanny in self.nannies:
+            if nanny.worker_address == worker and nanny.pid is not None:
+                os.kill(nanny.pid, signal.SIGKILL)
+                return
+        with suppress(ValueError, OSError, TimeoutError):
+            self.client.restart_workers([worker], timeout=CONNECT_SECONDS, raise_for_error=False)
+
+    @property
+    def nannies(self) -> "list[Nanny]":
+        """What watches over the workers that are ours."""
+        return list(self.client.cluster.workers.values()) if self.num_own and self.client.cluster is not None else []
+
+
+def diagonal_jobs(indices: Sequence[int], num_workers: int) -> list[Job]:
+    """Cut the blocks of the diagonal into jobs.
+
+    >>> [job.indices for job in diagonal_jobs(range(5), 1)]
+    [(0,), (1,), (2,), (3,), (4,)]
+    """
+    size = _job_size(len(indices), num_workers)
+    return [Job(indices=tuple(indices[at : at + size])) for at in range(0, len(indices), size)]
+
+
+def tile_jobs(bands: Iterable[Band], num_tiles: int, num_workers: int) -> Iterator[Job]:
+    """Cut bands of tiles into jobs."""
+    size = _job_size(num_tiles, num_workers)
+    for band in bands:
+        for at in range(0, len(band.tiles), size):
+            yield Job(band=Band(band.held, band.tiles[at : at + size]))
+
+
+def _job_size(number: int, num_workers: int) -> int:
+    return max(1, min(TILES_PER_JOB, number // (JOBS_PER_WORKER * num_workers)))
+
+
+def _outcome(future: "Future[Outcome]") -> Outcome | None:
+    """Take what a worker has said; None where the job was lost with its worker.
+
+    Raises:
+        WorkerError: If the job has failed and will fail again.
+    """
+    from distributed import KilledWorker
+
+    if future.status == "finished":
+        outcome: Outcome = future.result()
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome
+    error = future.exception() if future.status == "error" else None
+    if error is None or isinstance(error, KilledWorker):
+        return None
+    raise WorkerError(
+        f"A worker could not do its job, three times ({type(error).__name__}: {error}): expected tiles, found this. Is "
+        "something missing on that machine, or too small? Its log says more. What is finished is kept."
+    ) from error
+
+
+def _again(flight: _Flight) -> tuple[Job, int]:
+    """Count a job that is to be begun again.
+
+    Raises:
+        WorkerError: If it was often enough.
+    """
+    if flight.tries >= MAX_TRIES:
+        raise WorkerError(
+            f"A job of {flight.job.size} tiles was lost or stalled {flight.tries} times, each time with its worker: "
+            "expected one of them to finish it. Are they killed for their memory, or for their time? Give less "
+            "--memory, a smaller --tile or more --tile-timeout. What is finished is kept."
+        )
+    return flight.job, flight.tries + 1
+
+
+def _absolute(folder: Folder) -> Folder:
+    """Name a folder so that a worker in another one finds it."""
+    return LocalFolder(folder.path.absolute(), folder.fsync) if isinstance(folder, LocalFolder) else folder
+
+
+def _require_shared(folder: Folder) -> None:
+    if isinstance(folder, StoreFolder) and isinstance(folder.store, MemoryStore):
+        raise InputError(
+            f"The store at {folder} lies in the memory of this process, where no worker can write to it: expected a "
+            "folder or an object store. Use one, or no workers."
+        )
+
+
+@contextmanager
+def open_team(
+    workers: int | None, client: "Client | str | None", device: str, tile_seconds: float | None = None
+) -> Iterator[Team | None]:
+    """Start some workers on this machine, or find those of a cluster; None where this process is to do the work.
+
+    Args:
+        workers: So many processes of our own.
+        client: A client of a running cluster, the address of its scheduler, or the scheduler's file.
+        device: What each computes on.
+        tile_seconds: After which a tile is taken for stalled.
+
+    Raises:
+        InputError: If both are given, or there is no such cluster.
+    """
+    if workers is not None and client is not None:
+        raise InputError(
+            "Workers of our own and a running cluster were both asked for: expected one of them. Leave out --workers "
+            "or --scheduler."
+        )
+    if workers is None and client is None:
+        yield None
+        return
+    with ExitStack() as held:
+        found = _connected(client, held) if client is not None else held.enter_context(_own_cluster(workers or 0))
+        yield Team(found, device, workers or 0, tile_seconds)
+
+
+@contextmanager
+def _own_cluster(workers: int) -> "Iterator[Client]":
+    """Start processes on this machine, with its threads shared among them; they end with this block or this process.
+
+    Raises:
+        InputError: If their number is none.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    if workers < 1:
+        raise InputError(f"--workers {workers} is no number of processes: expected 1 or more. Leave it out for none.")
+    threads = max(1, torch.get_num_threads() // workers)
+    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
+    environ = {THREADS: str(threads)}
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            memory_limit=0,
+            resources={"GPU": 1} if torch.cuda.is_available() else None,
+            dashboard_address="127.0.0.1:0",
+            env=environ,
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def _connected(client: "Client | str", held: ExitStack) -> "Client":
+    """Connect to a running cluster, by the address of its scheduler or the scheduler's file.
+
+    Raises:
+        InputError: If there is none.
+    """
+    from distributed import Client
+
+    if not isinstance(client, str):
+        return client
+    where = {"address": client} if "://" in client else {"scheduler_file": client}
+    try:
+        found: Client = held.enter_context(Client(**where, timeout=CONNECT_SECONDS, set_as_default=False))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No cluster answers at {client} ({' '.join(str(error).split())[:100]}): expected the address of a dask "
+            "scheduler, as tcp://host:8786, or the file that it has written. Is it running, and does a firewall let "
+            "this machine through? `dask scheduler` starts one."
+        ) from error
+    return found

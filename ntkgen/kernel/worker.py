@@ -1,0 +1,128 @@
+"""A worker of a dask cluster: it loads network and samples once, and computes and commits what it is told."""
+
+import errno
+import os
+import socket
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+
+import torch
+from distributed import Worker, WorkerPlugin, get_worker
+
+from ntkgen.checkpoint import parameter_fingerprint
+from ntkgen.errors import FingerprintError, NtkgenError
+from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.outputs import output_map
+from ntkgen.jacobian.precision import policy
+from ntkgen.kernel import engine
+from ntkgen.kernel.distributed import THREADS, Job, Order, Outcome, Share
+from ntkgen.kernel.inputs import PROBE_SAMPLES
+from ntkgen.kernel.opening import open_store
+from ntkgen.kernel.plan import Band, Budget
+from ntkgen.lock import tile_lock
+
+# Errors that would befall every other worker too.
+_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
+
+
+class Hand(WorkerPlugin):
+    """A worker's plugin: the bench it computes at, made with its first job and kept for the next ones."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+
+    def setup(self, worker: Worker) -> None:
+        """Note which worker this is; called by dask."""
+        self.number = worker.name if isinstance(worker.name, int) else 0
+        self.busy = threading.Lock()
+        self.held = ExitStack()
+        self.bench: engine.Bench | None = None
+
+    def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - as dask calls it
+        """Let go of everything; called by dask."""
+        self.bench = None
+        self.held.close()
+
+    def do(self, job: Job) -> Outcome:
+        """Do a job; an error that would befall every other worker too is returned, for all others it is tried again.
+
+        Raises:
+            OSError: If it is one that another try may not meet.
+        """
+        started = time.monotonic()
+        with self.busy:
+            try:
+                self._do(job)
+            except NtkgenError as error:
+                return Outcome(time.monotonic() - started, error)
+            except OSError as error:
+                if error.errno not in _FATAL:
+                    raise
+                return Outcome(time.monotonic() - started, error)
+        return Outcome(time.monotonic() - started)
+
+    def _do(self, job: Job) -> None:
+        if self.bench is None:
+            self.held.enter_context(tile_lock(self.order.place))
+            self.bench = make_bench(self.order, _device(self.order, self.number))
+        self.bench.commit_diagonal(job.indices)
+        tiles = tuple(tile for tile in job.band.tiles if not self.bench.store.has_tile(tile))
+        self.bench.commit_tiles([Band(job.band.held, tiles)] if tiles else [])
+
+
+def do_job(name: str, job: Job) -> Outcome:
+    """Do a job on the worker that this runs on."""
+    hand = get_worker().plugins[name]
+    assert isinstance(hand, Hand)
+    return hand.do(job)
+
+
+def make_bench(order: Order, device: torch.device) -> engine.Bench:
+    """Load network and samples, and check that they are those of the store.
+
+    Raises:
+        FingerprintError: If they are not.
+    """
+    store = open_store(order.place, mode="r+")
+    model, inputs = order.load()
+    identity = store.manifest.identity
+    found = {"parameters": parameter_fingerprint(model), "samples": inputs.fingerprint()}
+    if differing := [name for name, value in found.items() if identity.get(name) != value]:
+        raise FingerprintError(
+            f"A worker on {socket.gethostname()} has found other {' and '.join(differing)} than the store at "
+            f"{order.place} was made of. Does it see other files under the same paths? Give the workers the same "
+            "--data-dir and the same folder of results."
+        )
+    engine.check_environment(store.manifest.plan, device)
+    network = prepare(model.to(device), inputs.x[:PROBE_SAMPLES], policy(store.manifest.plan.precision), device)
+    network = network.seen_through(output_map(identity["output"], network.profile.num_logits).matrix)
+    return engine.Bench(network, inputs.all, store, cached_blocks=order.cached_blocks)
+
+
+def _device(order: Order, number: int) -> torch.device:
+    """Choose a worker's device: of the GPUs of a machine each of our own workers has its own."""
+    device = engine.choose_device(order.device)
+    is_ours = order.is_local and device.type == "cuda" and ":" not in order.device
+    return torch.device("cuda", number % torch.cuda.device_count()) if is_ours else device
+
+
+def machine(share: Share, precision: str, dask_worker: Worker) -> engine.Machine:
+    """Describe what a worker has: called on it by dask, which names it."""
+    device = engine.choose_device(share.device)
+    threads = int(os.environ.get(THREADS, "0")) or max(1, len(os.sched_getaffinity(0)) // share.sharers)
+    found = engine.machine(device, precision, share.memory_bytes, threads=threads)
+    return replace(found, budget=budget(share, dask_worker))
+
+
+def budget(share: Share, dask_worker: Worker) -> Budget:
+    """Say how many bytes a worker may take: what was asked for, or its part of the machine, or dask's limit for it."""
+    device = engine.choose_device(share.device)
+    limit = None if device.type == "cuda" else dask_worker.memory_manager.memory_limit
+    return engine.memory_budget(device, share.memory_bytes, sharers=_sharers(device, share.sharers), limit=limit)
+
+
+def _sharers(device: torch.device, on_host: int) -> int:
+    """Say how many of a host's workers share one device."""
+    return -(-on_host // torch.cuda.device_count()) if device.type == "cuda" else on_host

@@ -1,0 +1,265 @@
+"""The same tiles on workers: the same bytes, also when workers die, stall or meet errors."""
+
+import dataclasses
+import errno
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CPU, files_of, make_job, small_network
+from distributed import Client, LocalCluster
+
+import ntkgen
+from ntkgen.errors import FingerprintError, InputError, WorkerError
+from ntkgen.folders import LocalFolder
+from ntkgen.kernel import distributed, engine
+from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
+from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, open_team, tile_jobs
+from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.opening import open_store
+from ntkgen.kernel.plan import Band
+from ntkgen.kernel.tiles import Block, Tile
+from ntkgen.lock import tile_lock, write_lock
+
+SPEC = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=1 << 30)
+SHARED = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=2 << 30)  # by two
+
+
+@pytest.fixture(scope="module")
+def team():
+    """Two workers, started once."""
+    with open_team(2, None, "cpu") as team:
+        yield team
+
+
+@pytest.fixture(scope="module")
+def job():
+    """A kernel of 14 samples and 3 outputs in 5 × 5 tiles."""
+    made = make_job()
+    inputs = Inputs(made.x, made.samples)
+    return KernelJob(small_network(), inputs, made.x[:PROBE_SAMPLES], SPEC, CPU)
+
+
+@pytest.fixture(scope="module")
+def expected(job, tmp_path_factory):
+    """The bytes that one process writes."""
+    path = tmp_path_factory.mktemp("alone") / "k.zarr"
+    make(LocalFolder(path), job, Carried(job.model, job.inputs))
+    return files_of(path)
+
+
+def shared_out(job: KernelJob, team: Team) -> KernelJob:
+    return KernelJob(job.model, job.inputs, job.probe, SHARED, CPU, hands=Hands(team))
+
+
+# what is done ---------------------------------------------------------------------------------------------------------
+
+
+def test_workers_write_the_bytes_of_one_process(job, expected, team, tmp_path):
+    seen = []
+    place = LocalFolder(tmp_path / "k.zarr")
+    store = make(
+        place, shared_out(job, team), Carried(job.model, job.inputs), lambda *what: seen.append(what[:3])
+    )  # fmt: skip
+    assert store.is_complete
+    assert files_of(tmp_path / "k.zarr") == expected
+    assert [what for what in seen if what[0] == "diagonal"][-1] == ("diagonal", 5, 5)
+    assert [what[1] for what in seen if what[0] == "tiles"] == list(range(16))
+    assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]  # no lock is left
+
+
+def test_only_what_is_missing_is_computed(job, expected, team, tmp_path):
+    path = tmp_path / "k.zarr"
+    make(LocalFolder(path), shared_out(job, team), Carried(job.model, job.inputs))
+    chunks = [path / "ntk_float32/c/1/3", path / "ntk_float16/c/0/0"]
+    for chunk in chunks:
+        chunk.unlink()
+    before = {file: file.stat().st_mtime_ns for file in path.glob("ntk_*/c/*/*")}
+    make(LocalFolder(path), shared_out(job, team), Carried(job.model, job.inputs))
+    assert files_of(path) == expected
+    changed = {file for file in before if file.stat().st_mtime_ns != before[file]}
+    assert changed <= {path / f"ntk_{dtype}/c/{place}" for dtype in ("float16", "float32") for place in ("1/3", "0/0")}
+
+
+def test_a_client_and_a_number_of_workers_are_taken_from_python(job, expected, team, tmp_path):
+    x = job.inputs.x
+    alone = ntkgen.compute(job.model, x, store=tmp_path / "1.zarr", tile_side=9, memory_bytes=1 << 30)
+    ntkgen.compute(
+        job.model, x, store=tmp_path / "2.zarr", tile_side=9, memory_bytes=1 << 30, client=team.client
+    )  # fmt: skip
+    assert files_of(tmp_path / "2.zarr") == files_of(alone.path)
+    with pytest.raises(InputError, match="expected one of them"):
+        ntkgen.compute(job.model, x, store=tmp_path / "3.zarr", workers=2, client=team.client)
+    assert not (tmp_path / "3.zarr").exists()
+
+
+def test_a_store_in_this_process_alone_is_refused(job, team):
+    import zarr
+
+    with pytest.raises(InputError, match="in the memory of this process"):
+        ntkgen.compute(job.model, job.inputs.x, store=zarr.storage.MemoryStore(), tile_side=9, client=team.client)
+
+
+def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1)
+    with (
+        pytest.raises(InputError, match=r"No cluster answers at tcp://127\.0\.0\.1:9"),
+        open_team(None, "tcp://127.0.0.1:9", "cpu"),
+    ):
+        pass
+
+
+def test_a_cluster_without_workers_is_refused(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "WORKER_SECONDS", 1)
+    with (
+        LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0") as cluster,
+        Client(cluster, set_as_default=False) as client,
+        pytest.raises(InputError, match="has no workers"),
+    ):
+        ntkgen.compute(job.model, job.inputs.x, store=tmp_path / "k.zarr", client=client)
+
+
+# what goes wrong ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sabotaged:
+    """Loads network and samples, but for the first ``times``, when something happens instead."""
+
+    load: Carried
+    folder: Path  # where it is counted how often
+    kind: str
+    times: int = 1
+
+    def __call__(self):
+        for number in range(self.times):
+            try:
+                (self.folder / f"{self.kind}{number}").touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            getattr(self, self.kind)()
+        return self.load()
+
+    def kill(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def hang(self):
+        time.sleep(1000)
+
+    def stop(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def fail(self):
+        raise RuntimeError("cosmic rays")
+
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", ["kill", "hang", "stop", "fail"])
+def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
+    patient = dataclasses.replace(team, tile_seconds=8.0)
+    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, kind)
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, patient), load)
+    assert (tmp_path / f"{kind}0").exists()
+    assert files_of(tmp_path / "k.zarr") == expected
+
+
+def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done(job, expected, team, tmp_path):
+    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "fail", times=1000)
+    with pytest.raises(WorkerError, match="RuntimeError: cosmic rays"):
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+    assert files_of(tmp_path / "k.zarr") == expected
+
+
+def test_a_worker_that_dies_each_time_ends_the_run(job, team, monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "MAX_TRIES", 2)
+    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "kill", times=1000)
+    with pytest.raises(WorkerError, match="lost or stalled 2 times"):
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
+
+
+def test_a_full_disk_ends_the_run_at_once(job, team, tmp_path):
+    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "full", times=1000)
+    with pytest.raises(OSError, match="No space left") as raised:
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
+    assert raised.value.errno == errno.ENOSPC
+    assert Counter(file.name[:4] for file in tmp_path.iterdir())["full"] <= 2  # each worker has met it once at most
+
+
+def test_a_worker_that_finds_other_samples_refuses_them(job, team, tmp_path):
+    other = Inputs(job.inputs.x + 1, job.inputs.samples)
+    with pytest.raises(FingerprintError, match="other samples than the store"):
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, other))
+    assert not open_store(tmp_path / "k.zarr").is_complete
+
+
+def test_nothing_of_a_run_stays_with_the_workers(job, team, tmp_path):
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+    plugins = team.client.run(_plugins)
+    assert [name for names in plugins.values() for name in names if name.startswith("ntkgen")] == []
+    assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
+
+
+def _plugins(dask_worker):
+    return list(dask_worker.plugins)
+
+
+# planning -------------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_hold_every_tile_once_and_none_spans_two_bands():
+    tiles = [Tile(row, col) for row in range(6) for col in range(row, 6)]
+    bands = [Band((Block(0, 3),), tuple(tiles[:11])), Band((Block(3, 6),), tuple(tiles[11:]))]
+    for workers in (1, 2, 7):
+        jobs = list(tile_jobs(bands, len(tiles), workers))
+        assert [tile for job in jobs for tile in job.band.tiles] == tiles
+        assert all(
+            set(job.band.tiles) <= set(bands[0].tiles) or set(job.band.tiles) <= set(bands[1].tiles) for job in jobs
+        )
+        assert all(job.band.held in {band.held for band in bands} for job in jobs)
+        assert len(jobs) >= min(len(tiles), 2 * workers)
+
+
+def test_many_tiles_are_cut_into_jobs_of_a_bounded_size():
+    tiles = tuple(Tile(0, col) for col in range(10_000))
+    jobs = list(tile_jobs([Band((), tiles)], len(tiles), 2))
+    assert max(job.size for job in jobs) == distributed.TILES_PER_JOB
+    assert [job.size for job in diagonal_jobs(range(3), 2)] == [1, 1, 1]
+    assert Job(indices=(1, 2)).size == 2
+
+
+# several processes and one store --------------------------------------------------------------------------------------
+
+
+def test_a_machine_is_shared_in_equal_parts():
+    whole, half = engine.memory_budget(CPU, None), engine.memory_budget(CPU, None, sharers=2)
+    assert abs(half.planned_bytes - whole.planned_bytes / 2) <= 1
+    assert engine.memory_budget(CPU, None, sharers=2, limit=1000).available_bytes == 800
+    assert engine.memory_budget(CPU, 500, sharers=2).available_bytes == 500
+    before = torch.get_num_threads()
+    assert engine.machine(CPU, "float32", None, threads=2).environment.threads == 2
+    assert torch.get_num_threads() == before
+
+
+def test_workers_of_ours_share_the_memory_that_is_asked_for_and_those_of_others_have_it_each(team):
+    assert team.machine("float32", 1000).budget.available_bytes == 500
+    assert dataclasses.replace(team, num_own=0).machine("float32", 1000).budget.available_bytes == 1000
+    assert team.machine("float32", None).environment.threads == 1
+
+
+def test_workers_keep_a_whole_run_of_another_process_out(job, team, tmp_path, monkeypatch):
+    from ntkgen import lock
+    from ntkgen.errors import StoreLockedError
+
+    monkeypatch.setattr(lock, "ORPHAN_SECONDS", 0.3)
+    place = LocalFolder(tmp_path / "k.zarr")
+    with tile_lock(place), pytest.raises(StoreLockedError, match="writing tiles"):
+        make(place, job, Carried(job.model, job.inputs))
+    with write_lock(place), pytest.raises(StoreLockedError):
+        make(place, shared_out(job, team), Carried(job.model, job.inputs))

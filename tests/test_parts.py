@@ -1,0 +1,182 @@
+"""Parts of a kernel, each by a process that knows nothing of the others; and what SIGTERM does."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cases import CPU, files_of, make_job, small_network
+
+from ntkgen.errors import InputError, StoreLockedError
+from ntkgen.folders import LocalFolder
+from ntkgen.kernel import compute
+from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
+from ntkgen.kernel.distributed import Carried
+from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.opening import open_store
+from ntkgen.kernel.store import KernelStore
+from ntkgen.kernel.tiles import Part, Tile
+from ntkgen.lock import tile_lock, write_lock
+
+SPEC = KernelSpec(tile_side=9, layout="upper", memory_bytes=1 << 30)
+COMMAND = [
+    "compute", "--models", "logistic", "--dataset", "digits", "--epochs", "1", "--allow-unconverged",
+    "--subsample", "100", "--tile", "100", "--memory", "1GB", "--dtype", "float32", "--quiet",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def job():
+    """A kernel of 14 samples and 3 outputs in 5 × 5 tiles."""
+    made = make_job()
+    return KernelJob(small_network(), Inputs(made.x, made.samples), made.x[:PROBE_SAMPLES], SPEC, CPU)
+
+
+def part_of(job: KernelJob, text: str) -> KernelJob:
+    hands = Hands(part=Part.parse(text))
+    return KernelJob(job.model, job.inputs, job.probe, SPEC, CPU, hands=hands)
+
+
+def run(job: KernelJob, path: Path, report=lambda *_: None) -> KernelStore:
+    return make(LocalFolder(path), job, Carried(job.model, job.inputs), report)
+
+
+@pytest.fixture(scope="module")
+def expected(job, tmp_path_factory):
+    """The bytes that one process writes."""
+    path = tmp_path_factory.mktemp("alone") / "k.zarr"
+    run(job, path)
+    return files_of(path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 20])
+def test_the_last_part_finishes_the_kernel_whichever_it_is(job, expected, count, tmp_path):
+    path = tmp_path / "k.zarr"
+    order = [*range(2, count + 1), 1]
+    for done, number in enumerate(order, start=1):
+        store = run(part_of(job, f"{number}/{count}"), path)
+        assert store.is_complete == (len(store.missing_tiles()) == 0)
+        assert store.is_complete or done < count
+    assert files_of(path) == expected
+    assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
+
+
+def test_a_part_computes_its_tiles_and_no_others(job, tmp_path):
+    seen = []
+    store = run(part_of(job, "2/3"), tmp_path / "k.zarr", lambda *what: seen.append(what[:3]))
+    assert sum(stage == "tiles" for stage, *_ in seen) == 1 + 5
+    assert not store.is_complete
+    assert open_store(tmp_path / "k.zarr").manifest.certificate is None
+    tiles = list(store.grid.tiles())
+    assert store.missing_tiles() == [*tiles[:5], *tiles[10:]]
+
+
+def test_the_same_command_without_part_finishes_what_parts_have_left(job, expected, tmp_path):
+    run(part_of(job, "2/3"), tmp_path / "k.zarr")
+    run(job, tmp_path / "k.zarr")
+    assert files_of(tmp_path / "k.zarr") == expected
+
+
+def test_a_finished_kernel_is_left_alone_by_its_parts(job, expected, tmp_path):
+    path = tmp_path / "k.zarr"
+    run(job, path)
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    run(part_of(job, "1/2"), path)
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_a_part_beside_others_sweeps_nothing(job, tmp_path):
+    path = tmp_path / "k.zarr"
+    run(part_of(job, "1/3"), path)
+    draft = path / "ntk_float32" / "c" / "4.partial"
+    draft.write_bytes(b"another part is writing this")
+    with tile_lock(LocalFolder(path)):
+        run(part_of(job, "2/3"), path)
+    assert draft.exists()
+    run(part_of(job, "3/3"), path)
+    assert not draft.exists()
+    assert open_store(path).is_complete
+
+
+def test_a_part_is_not_begun_beside_a_whole_run(job, tmp_path):
+    with write_lock(LocalFolder(tmp_path / "k.zarr")), pytest.raises(StoreLockedError, match="Another process"):
+        run(part_of(job, "1/2"), tmp_path / "k.zarr")
+
+
+def test_the_diagonal_is_computed_by_the_first_part_alone(job, tmp_path, monkeypatch):
+    blocks, commit_block = [], KernelStore.commit_block
+
+    def counted(self, index, *values):
+        blocks.append(index)
+        commit_block(self, index, *values)
+
+    monkeypatch.setattr(KernelStore, "commit_block", counted)
+    for number in (1, 2):
+        run(part_of(job, f"{number}/2"), tmp_path / "k.zarr")
+    assert sorted(blocks) == [0, 1, 2, 3, 4]
+
+
+def test_a_certificate_is_made_by_the_last_part_alone(job, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(compute, "add_certificate", lambda store, *_, **__: made.append(store))
+    for number in (1, 2, 3):
+        run(part_of(job, f"{number}/3"), tmp_path / "k.zarr")
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3", ""])
+def test_what_is_no_part_is_refused(text):
+    with pytest.raises(InputError, match="expected k/K"):
+        Part.parse(text)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
+def test_the_parts_are_all_tiles_once(count):
+    tiles = [Tile(row, col) for row in range(6) for col in range(row, 6)]
+    parts = [Part(number, count).of(tiles) for number in range(1, count + 1)]
+    assert [tile for part in parts for tile in part] == tiles
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# processes ------------------------------------------------------------------------------------------------------------
+
+
+def start(out: Path, *options: str, **settings) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env["OMP_NUM_THREADS"] = "1"
+    command = [sys.executable, "-m", "ntkgen", *COMMAND, "--out", str(out), *options]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env, **settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert start(out).wait() == 0
+    return files_of(out)
+
+
+def test_two_parts_at_once_train_once_and_give_the_bytes_of_one_process(undisturbed, tmp_path):
+    parts = [start(tmp_path, "--part", f"{number}/2") for number in (1, 2)]
+    assert [part.wait() for part in parts] == [0, 0]
+    assert files_of(tmp_path) == undisturbed
+
+
+def num_chunks(out: Path) -> int:
+    return sum(1 for file in out.glob("*.zarr/ntk_float32/c/*/*") if file.suffix != ".partial")
+
+
+def test_sigterm_ends_as_ctrl_c_does_and_the_same_command_goes_on(undisturbed, tmp_path):
+    with start(tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and num_chunks(tmp_path) < 10:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+    assert process.returncode == 143
+    assert err.startswith("Terminated. What is finished is kept")
+    assert err.count("\n") == 1
+    assert 10 <= num_chunks(tmp_path) < 100
+    assert start(tmp_path).wait() == 0
+    assert files_of(tmp_path) == undisturbed
