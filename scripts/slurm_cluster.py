@@ -1,0 +1,88 @@
+"""Compute kernels on the nodes of a SLURM cluster, through dask-jobqueue: one worker per job, and per GPU.
+
+    pip install dask-jobqueue
+    python scripts/slurm_cluster.py --jobs 8 --gpus 1 -- --models resnet18 --dataset cifar --out /shared/runs
+
+What follows the two dashes are the options of `ntkgen compute`. This process coordinates: run it where it may stay, as
+on a login node or in a small job of its own. It starts and replaces the workers' jobs; theirs end in time, before SLURM
+ends them, and others take over.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What each job asks for."""
+
+    gpus: int
+    cores: int
+    memory: str
+    walltime: str
+    extra: tuple[str, ...] = ()  # lines for #SBATCH, as --partition=gpu
+
+
+def job_settings(asked: Resources) -> dict[str, Any]:
+    """Turn into the arguments of a dask-jobqueue cluster.
+
+    A worker has one thread of dask, since torch makes its own, and lives five minutes less than its job; dask's own
+    limit of its memory bounds what a tile may take.
+    """
+    lifetime = max(60, _seconds(asked.walltime) - 300)
+    directives = [*([f"--gres=gpu:{asked.gpus}"] if asked.gpus else []), *asked.extra]
+    worker = ["--nthreads", "1", "--lifetime", f"{lifetime}s", "--lifetime-stagger", "60s"]
+    return {
+        "cores": 1,
+        "processes": 1,
+        "job_cpu": asked.cores,
+        "memory": asked.memory,
+        "walltime": asked.walltime,
+        "job_extra_directives": directives,
+        "worker_extra_args": [*worker, *(["--resources", "GPU=1"] if asked.gpus else [])],
+        "job_script_prologue": [f"export NTKGEN_THREADS={asked.cores}"],
+        "scheduler_options": {"dashboard_address": ":0"},
+    }
+
+
+def _seconds(walltime: str) -> int:
+    """Read hours:minutes:seconds.
+
+    >>> _seconds("04:00:00")
+    14400
+    """
+    hours, minutes, seconds = map(int, walltime.split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def compute(address: str, options: tuple[str, ...]) -> int:
+    """Run `ntkgen compute` on the workers of a scheduler, and return its exit code."""
+    command = [sys.executable, "-m", "ntkgen", "compute", "--scheduler", address, *options]
+    return subprocess.run(command, check=False).returncode
+
+
+@click.command()
+@click.option("--jobs", default=2, show_default=True, type=click.IntRange(min=1), help="Workers, each a job.")
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=0), help="GPUs of a job.")
+@click.option("--cores", default=8, show_default=True, type=click.IntRange(min=1), help="Processor cores of a job.")
+@click.option("--memory", default="64GB", show_default=True, help="Memory of a job.")
+@click.option("--walltime", default="04:00:00", show_default=True, help="Time of a job.")
+@click.option(
+    "--sbatch", "extra", multiple=True, metavar="OPTION", help="Another option of sbatch, as --partition=gpu."
+)
+@click.argument("options", nargs=-1, required=True)
+def main(*, jobs: int, options: tuple[str, ...], **asked: Any) -> None:
+    """Compute on JOBS workers what OPTIONS, those of `ntkgen compute`, ask for."""
+    from dask_jobqueue import SLURMCluster
+
+    with SLURMCluster(**job_settings(Resources(**asked))) as cluster:
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # and replace those that have ended
+        sys.exit(compute(cluster.scheduler_address, options))
+
+
+if __name__ == "__main__":
+    main()
