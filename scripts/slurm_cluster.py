@@ -77,7 +77,7 @@ def compute(address: str, options: tuple[str, ...]) -> int:
 @click.argument("options", nargs=-1, required=True)
 def main(*, jobs: int, options: tuple[str, ...], **asked: Any) -> None:
     """Compute on JOBS workers what OPTIONS, those of `ntkgen compute`, ask for."""
-    from dask_jobqueue import SLURMCluster
+    from dask_jobqueue import SLURMCluster  # type: ignore[attr-defined]  # it has no __all__
 
     with SLURMCluster(**job_settings(Resources(**asked))) as cluster:
         cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # and replace those that have ended

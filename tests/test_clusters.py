@@ -98,6 +98,7 @@ echo "Submitted batch job $!"
 """
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_queue_make_a_kernel(expected, environment, tmp_path):
     """With a queue that starts each job at once on this machine."""
     pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")

@@ -160,9 +160,9 @@ class Sabotaged:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("kind", ["kill", "hang", "stop", "fail"])
+@pytest.mark.parametrize("kind", ["kill", "hang", pytest.param("stop", marks=pytest.mark.slow), "fail"])
 def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
-    patient = dataclasses.replace(team, tile_seconds=8.0)
+    patient = dataclasses.replace(team, tile_seconds=6.0)
     load = Sabotaged(Carried(job.model, job.inputs), tmp_path, kind)
     make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, patient), load)
     assert (tmp_path / f"{kind}0").exists()
@@ -208,6 +208,54 @@ def test_nothing_of_a_run_stays_with_the_workers(job, team, tmp_path):
 
 def _plugins(dask_worker):
     return list(dask_worker.plugins)
+
+
+def killing_before(monkeypatch, method: str, number: int) -> list[int]:
+    """Kill a worker just before dask's client calls a method for the so-and-so-many-th time."""
+    calls, called = [], getattr(Client, method)
+
+    def wrapped(self, *args, **options):
+        calls.append(len(calls))
+        if len(calls) == number:
+            nanny = next(iter(self.cluster.workers.values()))
+            os.kill(nanny.pid, signal.SIGKILL)
+        return called(self, *args, **options)
+
+    monkeypatch.setattr(Client, method, wrapped)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [("run", 1), ("run", 2), ("run", 3), ("register_plugin", 1), ("unregister_worker_plugin", 1)],
+)
+def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
+    job, expected, team, method, number, monkeypatch, tmp_path
+):
+    with monkeypatch.context() as patch:
+        calls = killing_before(patch, method, number)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+    assert len(calls) >= number
+    assert files_of(tmp_path / "k.zarr") == expected
+
+
+def test_workers_that_do_not_start_are_one_error(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("Nanny failed to start.")
+
+    monkeypatch.setattr("distributed.LocalCluster", refuse)
+    with pytest.raises(WorkerError, match=r"2 workers did not start \(Nanny failed"), open_team(2, None, "cpu"):
+        pass
+
+
+def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "WORKER_SECONDS", 2)
+    monkeypatch.setattr(Team, "workers", lambda team: set())
+    with open_team(1, None, "cpu") as alone, monkeypatch.context() as patch:
+        patch.setattr(Team, "_ask", lambda team, function, *args, **_: {"w": function(*args, None) if args else "host"})
+        patch.setattr("ntkgen.kernel.worker.budget", lambda share, _: engine.memory_budget(CPU, share.memory_bytes))
+        with pytest.raises(WorkerError, match="None of the 1 workers is left"):
+            make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), Carried(job.model, job.inputs))
 
 
 # planning -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from ntkgen.kernel.store import KernelStore
 from ntkgen.progress import Report, Step, counter, ignore_step
 
 if TYPE_CHECKING:
-    from distributed import Client, Future, Nanny
+    from distributed import Client, Future, LocalCluster, Nanny, WorkerPlugin
 
 # The environment variable that gives a worker its threads; else it has its part of the processors.
 THREADS = "NTKGEN_THREADS"
@@ -146,14 +146,32 @@ class Team:
             ) from None
         from ntkgen.kernel import worker
 
-        hosts = self.client.run(socket.gethostname)
+        hosts = self._ask(socket.gethostname)
         sharers = self.num_own or max(Counter(hosts.values()).values())
         memory_bytes = memory_bytes // self.num_own if memory_bytes is not None and self.num_own else memory_bytes
         share = Share(self.device, memory_bytes, sharers)
-        (found,) = self.client.run(worker.machine, share, precision, workers=[min(hosts)]).values()
-        budgets = self.client.run(worker.budget, share).values()
-        least: Budget = min(budgets, key=lambda budget: budget.available_bytes)
+        found = next(iter(self._ask(worker.machine, share, precision, only_one=True).values()))
+        budgets: Iterable[Budget] = self._ask(worker.budget, share).values()
+        least = min(budgets, key=lambda budget: budget.available_bytes)
         return engine.Machine(found.environment, least, found.rates)
+
+    def _ask(self, function: Callable[..., Any], *args: Any, only_one: bool = False) -> dict[str, Any]:
+        """Call a function on every worker, or on one; a worker that dies meanwhile does not answer.
+
+        Raises:
+            WorkerError: If none answers.
+        """
+        for _ in range(MAX_TRIES):
+            names = sorted(self.workers())[:1] if only_one else None
+            with suppress(OSError):  # a connection that closes: a worker died just then
+                answers: dict[str, Any] = self.client.run(function, *args, workers=names, on_error="ignore")
+                if answers:
+                    return answers
+            time.sleep(POLL_SECONDS)
+        raise WorkerError(
+            f"No worker of the cluster at {self.address} answers: expected one at least, asked {MAX_TRIES} times. Do "
+            "they die as soon as they are started? Their logs say more. What is finished is kept."
+        )
 
     @property
     def address(self) -> str:
@@ -172,12 +190,37 @@ class Team:
         _require_shared(store.folder)
         order = Order(_absolute(store.folder), load, self.device, self.num_own > 0, cached_blocks)
         name = f"ntkgen-{store.manifest.fingerprint[:16]}"
-        self.client.register_plugin(worker.Hand(order), name=name)
+        self._enlist(worker.Hand(order), name)
         try:
             self._run(store, name, cached_blocks, report)
         finally:
-            self.client.unregister_worker_plugin(name)
+            self._dismiss(name)
         store.finalize()
+
+    def _enlist(self, hand: "WorkerPlugin", name: str) -> None:
+        """Tell all workers, those that are yet to come too, what they have to know.
+
+        Raises:
+            WorkerError: If that fails again and again.
+        """
+        for _ in range(MAX_TRIES):
+            with suppress(OSError):  # a worker died just then; dask has noted the plugin before it told them
+                self.client.register_plugin(hand, name=name)
+                return
+            time.sleep(POLL_SECONDS)
+        raise WorkerError(
+            f"The workers of the cluster at {self.address} could not be told what to do: expected them to stay, tried "
+            f"{MAX_TRIES} times. Do they die as soon as they are started? Their logs say more."
+        )
+
+    def _dismiss(self, name: str) -> None:
+        """Have all workers let go of a run, and forget it."""
+        from ntkgen.kernel import worker
+
+        with suppress(OSError, ValueError):  # of a worker that died just then the system has taken everything back
+            self.client.run(worker.let_go, name, on_error="ignore")
+        with suppress(OSError, ValueError):
+            self.client.unregister_worker_plugin(name)
 
     def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
         plan, missing = store.manifest.plan, store.missing_blocks()
@@ -200,10 +243,12 @@ class Team:
         waiting = deque((job, 1) for job in jobs)
         flying: dict[Future[Outcome], _Flight] = {}
         given_up: set[str] = set()  # workers that stalled
-        longest = 0.0
+        longest, seen = 0.0, time.monotonic()
         try:
             while waiting or flying:
                 there = self.workers() - given_up
+                seen = time.monotonic() if there else seen
+                self._require_workers(time.monotonic() - seen)
                 for worker in sorted(there - {flight.worker for flight in flying.values()})[: len(waiting)]:
                     job, tries = waiting.popleft()
                     flying[self._submit(name, job, worker)] = _Flight(job, tries, worker)
@@ -227,6 +272,19 @@ class Team:
                         self._restart(flight.worker)
         finally:
             self.client.cancel(list(flying), force=True)
+
+    def _require_workers(self, seconds: float) -> None:
+        """Refuse to wait for workers of ours that do not come back; those of a queue may take hours.
+
+        Raises:
+            WorkerError: If there were none for too long.
+        """
+        if self.num_own and seconds > WORKER_SECONDS:
+            raise WorkerError(
+                f"None of the {self.num_own} workers is left: expected dask to start them again, waited "
+                f"{WORKER_SECONDS} seconds. Were they killed for their memory? Give less --memory or fewer --workers, "
+                "and run the same command again. What is finished is kept."
+            )
 
     def workers(self) -> set[str]:
         """Name the workers that there are."""
@@ -384,6 +442,7 @@ def _own_cluster(workers: int) -> "Iterator[Client]":
 
     Raises:
         InputError: If their number is none.
+        WorkerError: If they do not start.
     """
     import dask
     from distributed import Client, LocalCluster
@@ -393,20 +452,37 @@ def _own_cluster(workers: int) -> "Iterator[Client]":
     threads = max(1, torch.get_num_threads() // workers)
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
     environ = {THREADS: str(threads)}
-    with (
-        dask.config.set(settings),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            memory_limit=0,
-            resources={"GPU": 1} if torch.cuda.is_available() else None,
-            dashboard_address="127.0.0.1:0",
-            env=environ,
-            silence_logs=logging.CRITICAL,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
+    with dask.config.set(settings), ExitStack() as held:
+        try:
+            cluster = held.enter_context(
+                _closed_quietly(
+                    LocalCluster(
+                        n_workers=workers,
+                        threads_per_worker=1,
+                        memory_limit=0,
+                        resources={"GPU": 1} if torch.cuda.is_available() else None,
+                        dashboard_address="127.0.0.1:0",
+                        env=environ,
+                        silence_logs=logging.CRITICAL,
+                    )
+                )
+            )
+        except RuntimeError as error:
+            raise WorkerError(
+                f"The {workers} workers did not start ({error}): expected as many processes. Was one of them killed, "
+                "or is there too little memory for them? Run the same command again, with fewer --workers."
+            ) from error
+        yield held.enter_context(Client(cluster, set_as_default=False))
+
+
+@contextmanager
+def _closed_quietly(cluster: "LocalCluster") -> "Iterator[LocalCluster]":
+    """Close a cluster in the end, of which dask may have lost a worker that died while it was started (KeyError)."""
+    try:
+        yield cluster
+    finally:
+        with suppress(KeyError, OSError, TimeoutError):
+            cluster.close()
 
 
 def _connected(client: "Client | str", held: ExitStack) -> "Client":

@@ -42,6 +42,10 @@ class Hand(WorkerPlugin):
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - as dask calls it
         """Let go of everything; called by dask."""
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Drop the bench, and the right to write tiles."""
         self.bench = None
         self.held.close()
 
@@ -77,6 +81,13 @@ def do_job(name: str, job: Job) -> Outcome:
     hand = get_worker().plugins[name]
     assert isinstance(hand, Hand)
     return hand.do(job)
+
+
+def let_go(name: str, dask_worker: Worker) -> None:
+    """Have a worker let go of a run: called on it by dask, which names it."""
+    hand = dask_worker.plugins.get(name)
+    if isinstance(hand, Hand):
+        hand.let_go()
 
 
 def make_bench(order: Order, device: torch.device) -> engine.Bench:
