@@ -18,7 +18,7 @@ from ntkgen.errors import FingerprintError, InputError, WorkerError
 from ntkgen.folders import LocalFolder
 from ntkgen.kernel import distributed, engine
 from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
-from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, open_team, tile_jobs
+from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
 from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.plan import Band
@@ -265,7 +265,7 @@ def test_jobs_hold_every_tile_once_and_none_spans_two_bands():
     tiles = [Tile(row, col) for row in range(6) for col in range(row, 6)]
     bands = [Band((Block(0, 3),), tuple(tiles[:11])), Band((Block(3, 6),), tuple(tiles[11:]))]
     for workers in (1, 2, 7):
-        jobs = list(tile_jobs(bands, len(tiles), workers))
+        jobs = list(tile_jobs(bands, job_size(len(tiles), workers, 1.0)))
         assert [tile for job in jobs for tile in job.band.tiles] == tiles
         assert all(
             set(job.band.tiles) <= set(bands[0].tiles) or set(job.band.tiles) <= set(bands[1].tiles) for job in jobs
@@ -276,9 +276,20 @@ def test_jobs_hold_every_tile_once_and_none_spans_two_bands():
 
 def test_many_tiles_are_cut_into_jobs_of_a_bounded_size():
     tiles = tuple(Tile(0, col) for col in range(10_000))
-    jobs = list(tile_jobs([Band((), tiles)], len(tiles), 2))
+    jobs = list(tile_jobs([Band((), tiles)], job_size(len(tiles), 2, 0.0)))
     assert max(job.size for job in jobs) == distributed.TILES_PER_JOB
-    assert [job.size for job in diagonal_jobs(range(3), 2)] == [1, 1, 1]
+    slow = job_size(len(tiles), 2, pace=100.0)  # seconds a tile
+    assert slow == distributed.JOB_SECONDS // 100
+    assert job_size(len(tiles), 2, pace=1e6) == 1
+    assert [job.size for job in diagonal_jobs(range(3), 1)] == [1, 1, 1]
+
+
+def test_a_job_is_taken_for_stalled_after_many_times_what_the_plan_or_the_others_need(team):
+    flight = distributed._Flight(Job(indices=(1, 2)), 1, "w", since=time.monotonic() - 1000)
+    assert team._has_stalled(flight, longest=1.0)
+    assert not team._has_stalled(flight, longest=100.0)  # 20 times 200 seconds
+    assert dataclasses.replace(team, tile_seconds=400.0)._has_stalled(flight, longest=100.0)
+    assert not dataclasses.replace(team, tile_seconds=600.0)._has_stalled(flight, longest=1.0)
     assert Job(indices=(1, 2)).size == 2
 
 

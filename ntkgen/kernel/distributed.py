@@ -24,7 +24,7 @@ from ntkgen.errors import InputError, WorkerError
 from ntkgen.folders import Folder, LocalFolder, StoreFolder
 from ntkgen.kernel import engine
 from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.plan import Band, Budget
+from ntkgen.kernel.plan import Band, Budget, Plan
 from ntkgen.kernel.store import KernelStore
 from ntkgen.progress import Report, Step, counter, ignore_step
 
@@ -39,7 +39,9 @@ Load = Callable[[], tuple[nn.Module, Inputs]]
 
 # A run is cut into so many jobs per worker, of at most so many tiles.
 JOBS_PER_WORKER, TILES_PER_JOB = 8, 64
-# A job is taken for stalled after so many seconds, or so many times those of the longest so far.
+# … and is to take no longer than so, as far as the plan can tell.
+JOB_SECONDS = 300.0
+# A job is taken for stalled after so many seconds, or so many times those of the longest so far, or those planned.
 STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
 # So often is a job begun again whose worker died or stalled.
 MAX_TRIES = 10
@@ -223,27 +225,30 @@ class Team:
             self.client.unregister_worker_plugin(name)
 
     def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
-        plan, missing = store.manifest.plan, store.missing_blocks()
-        total = plan.num_sides
-        self._finish(
-            name, diagonal_jobs(missing, self.num_workers), counter(report, "diagonal", total - len(missing), total)
-        )
+        plan, missing, total = store.manifest.plan, store.missing_blocks(), store.manifest.plan.num_sides
+        pace = _seconds(plan, plan.projected_flops((), cached_blocks, missing)) / max(1, len(missing))
+        jobs = diagonal_jobs(missing, job_size(len(missing), self.num_workers, pace))
+        self._finish(name, jobs, counter(report, "diagonal", total - len(missing), total), pace)
         store.create_kernels()
         tiles, total = store.missing_tiles(), plan.grid.num_tiles
-        jobs = tile_jobs(plan.bands(tiles, cached_blocks), len(tiles), self.num_workers)
-        self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total))
+        pace = _seconds(plan, plan.projected_flops(tiles, cached_blocks)) / max(1, len(tiles))
+        jobs = tile_jobs(plan.bands(tiles, cached_blocks), job_size(len(tiles), self.num_workers, pace))
+        self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total), pace)
 
     @property
     def num_workers(self) -> int:
         """Count the workers that there are, one at least."""
         return max(1, len(self.workers()))
 
-    def _finish(self, name: str, jobs: Iterable[Job], step: Step = ignore_step) -> None:
-        """Have some jobs done, one at a time by each worker: a job that waits at a worker would share its fate."""
+    def _finish(self, name: str, jobs: Iterable[Job], step: Step = ignore_step, pace: float = 0.0) -> None:
+        """Have some jobs done, one at a time by each worker: a job that waits at a worker would share its fate.
+
+        The ``pace`` is the seconds that a tile may take, as far as the plan can tell.
+        """
         waiting = deque((job, 1) for job in jobs)
         flying: dict[Future[Outcome], _Flight] = {}
         given_up: set[str] = set()  # workers that stalled
-        longest, seen = 0.0, time.monotonic()
+        longest, seen = pace, time.monotonic()  # seconds of the slowest tile so far
         try:
             while waiting or flying:
                 there = self.workers() - given_up
@@ -259,7 +264,7 @@ class Team:
                     if outcome is None:
                         waiting.appendleft(_again(flight))
                         continue
-                    longest = max(longest, outcome.seconds)
+                    longest = max(longest, outcome.seconds / flight.job.size)
                     for _ in range(flight.job.size):
                         step()
                 for future, flight in list(flying.items()):
@@ -316,7 +321,7 @@ class Team:
             return set()
 
     def _has_stalled(self, flight: _Flight, longest: float) -> bool:
-        limit = max(STALLED_SECONDS, STALLED_RATIO * longest)
+        limit = max(STALLED_SECONDS, STALLED_RATIO * longest * flight.job.size)
         if self.tile_seconds is not None:
             limit = self.tile_seconds * flight.job.size
         return time.monotonic() - flight.since > limit
@@ -336,26 +341,35 @@ class Team:
         return list(self.client.cluster.workers.values()) if self.num_own and self.client.cluster is not None else []
 
 
-def diagonal_jobs(indices: Sequence[int], num_workers: int) -> list[Job]:
+def _seconds(plan: Plan, flops: int) -> float:
+    """Say how long some work takes at the rate of the plan's matrix products, in millions of multiply-adds a second."""
+    return flops / 2 / (plan.jacobian.rates.product * 1e6)
+
+
+def job_size(number: int, num_workers: int, pace: float) -> int:
+    """Choose how many tiles make a job: as many as give each worker some jobs, and each job some minutes at most.
+
+    >>> job_size(1000, 2, 0.1), job_size(1000, 2, 60.0), job_size(3, 2, 0.1)
+    (62, 5, 1)
+    """
+    in_time = int(JOB_SECONDS / pace) if pace else TILES_PER_JOB
+    return max(1, min(TILES_PER_JOB, number // (JOBS_PER_WORKER * num_workers), in_time))
+
+
+def diagonal_jobs(indices: Sequence[int], size: int) -> Iterator[Job]:
     """Cut the blocks of the diagonal into jobs.
 
-    >>> [job.indices for job in diagonal_jobs(range(5), 1)]
-    [(0,), (1,), (2,), (3,), (4,)]
+    >>> [job.indices for job in diagonal_jobs(range(5), 2)]
+    [(0, 1), (2, 3), (4,)]
     """
-    size = _job_size(len(indices), num_workers)
-    return [Job(indices=tuple(indices[at : at + size])) for at in range(0, len(indices), size)]
+    return (Job(indices=tuple(indices[at : at + size])) for at in range(0, len(indices), size))
 
 
-def tile_jobs(bands: Iterable[Band], num_tiles: int, num_workers: int) -> Iterator[Job]:
+def tile_jobs(bands: Iterable[Band], size: int) -> Iterator[Job]:
     """Cut bands of tiles into jobs."""
-    size = _job_size(num_tiles, num_workers)
     for band in bands:
         for at in range(0, len(band.tiles), size):
             yield Job(band=Band(band.held, band.tiles[at : at + size]))
-
-
-def _job_size(number: int, num_workers: int) -> int:
-    return max(1, min(TILES_PER_JOB, number // (JOBS_PER_WORKER * num_workers)))
 
 
 def _outcome(future: "Future[Outcome]") -> Outcome | None:
