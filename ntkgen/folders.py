@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import shutil
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ PARTIAL = ".partial"
 REQUESTS = 32
 # What is written, and removed, to see whether anything can be.
 TRIAL = ".ntkgen-can-write"
+# So much of a library's message is repeated in ours.
+MESSAGE_LENGTH = 300
 
 
 class Folder(ABC):
@@ -75,9 +78,14 @@ class Folder(ABC):
         """Say whether there is a file."""
         return self.size(key) is not None
 
-    def sweep(self) -> None:
-        """Remove what interrupted writes have left behind; only while nobody writes. An object store leaves nothing."""
+    def sweep(self, pattern: str = "*") -> None:  # noqa: ARG002 - an object store leaves nothing
+        """Remove what interrupted writes have left behind, of files that match a pattern; only while nobody writes."""
         return
+
+    def clear(self) -> None:
+        """Remove every file."""
+        for key in self.sizes():
+            self.remove(key)
 
     @property
     def free_bytes(self) -> int | None:
@@ -134,13 +142,17 @@ class LocalFolder(Folder):
         """Remove a file, if it is there."""
         (self.path / key).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove every file, and the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def zarr_store(self, *, read_only: bool) -> Store:
         """Open the folder for Zarr."""
         return DurableStore(self.path, read_only=read_only, fsync=self.fsync)
 
-    def sweep(self) -> None:
-        """Remove what interrupted writes have left behind; only while nobody writes."""
-        for leftover in self.path.rglob(f"*{PARTIAL}"):
+    def sweep(self, pattern: str = "*") -> None:
+        """Remove what interrupted writes have left behind, of files that match a pattern; only while nobody writes."""
+        for leftover in self.path.rglob(f"{pattern}{PARTIAL}") if pattern == "*" else self.path.glob(pattern + PARTIAL):
             leftover.unlink(missing_ok=True)
 
     @property
@@ -222,8 +234,10 @@ class StoreFolder(Folder):
             if not is_remote_error(error):
                 raise
             raise InputError(
-                f"Nothing can be written to {self} ({first_lines(error)}): expected a bucket that exists, and the "
-                "right to write to it. Are the credentials set, for S3 in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY?"
+                f"Nothing can be written to {self} ({first_lines(error)}): expected a server that answers, a bucket "
+                "that exists, and the right to write to it. Are the credentials set, for S3 AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, and for another server than Amazon's AWS_ENDPOINT_URL (with "
+                "AWS_ALLOW_HTTP=true where that is http)? Is the bucket's name right?"
             ) from error
 
     def zarr_store(self, *, read_only: bool) -> Store:
@@ -378,7 +392,16 @@ def _object_folder(url: str, scheme: str) -> Folder:
             f"{url} lies in an object store, and the library for these is not installed (expected obstore). It comes "
             "with an optional part of this package: pip install 'ntkgen[cloud]'."
         ) from None
-    return StoreFolder(ObjectStore(from_url(url)), url)
+    try:
+        return StoreFolder(ObjectStore(from_url(url)), url)
+    except Exception as error:
+        if not is_remote_error(error):
+            raise
+        raise InputError(
+            f"{url} names no place in an object store ({first_lines(error)}): expected {scheme}://BUCKET/FOLDER and "
+            "the settings that it needs in the environment. Is the bucket's name missing, or for az:// the account's "
+            "(AZURE_STORAGE_ACCOUNT_NAME)?"
+        ) from error
 
 
 def is_remote_error(error: BaseException) -> bool:
@@ -388,4 +411,5 @@ def is_remote_error(error: BaseException) -> bool:
 
 def first_lines(error: BaseException) -> str:
     """Write an error in one line, without the details that some libraries put below an empty one."""
-    return " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
+    text = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
+    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}…"

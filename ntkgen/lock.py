@@ -1,10 +1,10 @@
 """The right to write what lies at a path: of one process, or of several that write different tiles.
 
-Two lock files lie beside a store, and vanish with their last holder. NAME.lock is held by the one process that may
-change anything; a whole computation keeps it. NAME.tiles.lock is shared by the processes that write tiles without it:
-the workers of a cluster, and the parts of a job array. Leftovers are swept only where nobody holds either. The system
-drops the locks of a process that dies. Where a file system has no locks, and in object stores, there are none: two
-processes that do the same work there write equal bytes.
+Two lock files lie beside a store, and vanish with their last holder, unless it is killed. NAME.lock is held by the one
+process that may change anything; a whole computation keeps it. NAME.tiles.lock is shared by the processes that write
+tiles without it: the workers of a cluster, and the parts of a job array. Leftovers are swept only where nobody holds
+either. The system drops the locks of a process that dies. Where a file system has no locks, and in object stores, there
+are none: two processes that do the same work there write equal bytes.
 """
 
 import errno
@@ -133,7 +133,7 @@ def _take(lock: Path, kind: int) -> IO[str] | None:
     """Open and lock a file; None where another process holds it in a way that does not go with this."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        file = lock.open("a")
+        file = lock.open("a+")  # also for reading: where flock is made of record locks, a shared one needs that
         if not _try(file, kind):
             file.close()
             return None

@@ -193,6 +193,7 @@ def run_training(
 
     waiting = partial(report, "waiting", 0, 1) if is_part else None
     with write_lock(path.folder / path.name, is_short=is_part, waiting=waiting):
+        path.folder.sweep(f"{path.name}.*")
         checkpoint = training.train(
             model.to(place.device), data, recipe, path, target_accuracy=request.target_accuracy, report=tell
         )

@@ -15,7 +15,7 @@
 set -euo pipefail
 
 : "${SLURM_ARRAY_TASK_ID:?is set by sbatch --array; submit this script with sbatch}"
-part=$((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN + 1))
+part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1} + 1))
 
-# exec, so that the signal that announces the end reaches ntkgen itself
+# exec, so that the signal that announces the end reaches uv, which passes it on, and not this shell
 exec uv run ntkgen compute --part "$part/$SLURM_ARRAY_TASK_COUNT" --quiet "$@"

@@ -45,7 +45,7 @@ def job_settings(asked: Resources) -> dict[str, Any]:
         "job_extra_directives": directives,
         "worker_extra_args": [*worker, *(["--resources", "GPU=1"] if asked.gpus else [])],
         "job_script_prologue": [f"export NTKGEN_THREADS={asked.cores}"],
-        "scheduler_options": {"dashboard_address": ":0"},
+        "scheduler_options": {"dashboard_address": "127.0.0.1:0"},
     }
 
 

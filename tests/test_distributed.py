@@ -4,9 +4,13 @@ import dataclasses
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +20,14 @@ from distributed import Client, LocalCluster
 import ntkgen
 from ntkgen.errors import FingerprintError, InputError, WorkerError
 from ntkgen.folders import LocalFolder
-from ntkgen.kernel import distributed, engine
+from ntkgen.kernel import distributed, engine, worker
 from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
 from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
 from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.plan import Band
 from ntkgen.kernel.tiles import Block, Tile
-from ntkgen.lock import tile_lock, write_lock
+from ntkgen.lock import tile_lock, without_tile_writers, write_lock
 
 SPEC = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=1 << 30)
 SHARED = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=2 << 30)  # by two
@@ -147,6 +151,12 @@ class Sabotaged:
     def kill(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def litter(self):
+        place = self.folder / "k.zarr" / "diagonal" / "c"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "1.0a.partial").write_bytes(b"what it was writing")
+        self.kill()
+
     def hang(self):
         time.sleep(1000)
 
@@ -160,7 +170,7 @@ class Sabotaged:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("kind", ["kill", "hang", pytest.param("stop", marks=pytest.mark.slow), "fail"])
+@pytest.mark.parametrize("kind", ["kill", "litter", "hang", pytest.param("stop", marks=pytest.mark.slow), "fail"])
 def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
     patient = dataclasses.replace(team, tile_seconds=6.0)
     load = Sabotaged(Carried(job.model, job.inputs), tmp_path, kind)
@@ -256,6 +266,102 @@ def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_
         patch.setattr("ntkgen.kernel.worker.budget", lambda share, _: engine.memory_budget(CPU, share.memory_bytes))
         with pytest.raises(WorkerError, match="None of the 1 workers is left"):
             make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), Carried(job.model, job.inputs))
+
+
+@pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")  # two threads set and reset what is ignored
+def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expected, team, tmp_path):
+    shared = shared_out(job, team)
+    plain = dataclasses.replace(shared, spec=dataclasses.replace(SHARED, certify=False))
+    with ThreadPoolExecutor(2) as pool:
+        places = [LocalFolder(tmp_path / name) for name in ("1.zarr", "2.zarr")]
+        runs = [pool.submit(make, place, plain, Carried(job.model, job.inputs)) for place in places]
+        for run in runs:
+            run.result()
+    for place in places:
+        make(place, shared, Carried(job.model, job.inputs))  # with its certificate
+        assert files_of(place.path) == expected
+
+
+class Lingering:
+    """A bench that is told to end while it writes."""
+
+    def __init__(self, during):
+        self.during, self.store = during, self
+        self.written = 0
+
+    def has_tile(self, tile):
+        return False
+
+    def commit_diagonal(self, indices, step):
+        pass
+
+    def commit_tiles(self, bands, step):
+        for band in bands:
+            for _ in band.tiles:
+                self.written += 1
+                self.during()
+                step()
+
+
+def test_a_worker_that_is_told_to_let_go_ends_with_its_tile_and_keeps_others_out_until_then(tmp_path):
+    place, alone = LocalFolder(tmp_path / "k.zarr"), []
+    hand = worker.Hand(distributed.Order(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
+    hand.setup(SimpleNamespace(name=0))
+
+    def during():
+        hand.let_go()
+        with without_tile_writers(place) as is_alone:
+            alone.append(is_alone)
+
+    hand.bench = Lingering(during)
+    hand.held.enter_context(tile_lock(place))
+    bench = hand.bench
+    outcome = hand.do(Job(band=Band((), (Tile(0, 0), Tile(0, 1), Tile(0, 2)))))
+    assert isinstance(outcome.error, WorkerError)
+    assert (bench.written, alone) == (1, [False])
+    assert hand.bench is None
+    with without_tile_writers(place) as is_alone:
+        assert is_alone
+
+
+def test_workers_that_dask_has_given_up_are_started_anew(team):
+    team.machine("float32", None)
+    cluster = team.client.cluster
+    nanny = next(iter(cluster.workers.values()))
+    cluster.sync(nanny.close)
+    until = time.monotonic() + 60
+    while nanny.worker_address in team.workers() and time.monotonic() < until:
+        time.sleep(0.1)
+    while len(team.workers()) < 2 and time.monotonic() < until:
+        team._refill()
+        time.sleep(1)
+    assert len(team.workers()) == 2
+
+
+def test_a_scheduler_that_has_gone_is_one_error(team, monkeypatch):
+    def refuse(*_):
+        raise OSError("Timed out trying to connect")
+
+    monkeypatch.setattr(Client, "nthreads", refuse)
+    with pytest.raises(WorkerError, match="scheduler of the cluster does not answer"):
+        team.workers()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_too_and_is_one_line(tmp_path):
+    command = [
+        sys.executable, "-m", "ntkgen", "compute", "--models", "logistic", "--epochs", "0", "--subsample", "200",
+        "--tile", "50", "--workers", "2", "-q", "--out", str(tmp_path),
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while process.poll() is None and not any(tmp_path.glob("*.zarr/ntk_float32/c/0/0")):
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in err.splitlines() if line] == [
+        "Interrupted. What is finished is kept: the same command goes on from there."
+    ]
 
 
 # planning -------------------------------------------------------------------------------------------------------------

@@ -264,9 +264,21 @@ def test_a_computation_that_was_interrupted_is_refused_with_the_row(kind, tmp_pa
 def test_a_tile_of_zeros_is_refused_by_its_rows(tmp_path, target):
     K = kernel_of("float32")
     K[9:18, 27:36] = K[27:36, 9:18] = 0
-    with pytest.raises(StoreError, match=r"zeros alone at rows 9–17, columns 27–35"):
+    with pytest.raises(StoreError, match=r"zeros alone in row 0 of rows 9–17, columns 27–35"):
         import_kernel(WRITERS["raw"](tmp_path, K), target, FACTS)
-    assert not open_store(target).is_complete
+    assert not target.exists()  # nothing of it is left
+
+
+def test_a_hole_smaller_than_a_tile_is_refused(tmp_path, target):
+    K = kernel_of("float32")
+    K[9:12, 27:36] = K[27:36, 9:12] = 0
+    with pytest.raises(StoreError, match=r"zeros alone in row 0 of rows 9–17, columns 27–35"):
+        import_kernel(WRITERS["raw"](tmp_path, K), target, FACTS)
+
+
+def test_a_store_is_not_written_into_its_source(source):
+    with pytest.raises(InputError, match="expected another place"):
+        import_kernel(source, source / "inside.zarr", FACTS)
 
 
 @every_format

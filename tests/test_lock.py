@@ -146,6 +146,14 @@ def test_a_killed_long_holder_does_not_keep_a_short_one_from_waiting(place):
         assert (place.parent.path / "k.zarr.lock").read_text() == lock.SHORT
 
 
+def test_record_locks_as_those_of_nfs_do_too(place, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)  # of which a shared one needs a file that can be read
+    with tile_lock(place):
+        assert (place.parent.path / "k.zarr.tiles.lock").exists()
+    with write_lock(place):
+        pass
+
+
 def test_a_file_system_without_locks_is_warned_of(place, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")

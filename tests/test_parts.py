@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Part, Tile
-from ntkgen.lock import tile_lock, write_lock
+from ntkgen.lock import tile_lock, without_tile_writers, write_lock
 
 SPEC = KernelSpec(tile_side=9, layout="upper", memory_bytes=1 << 30)
 COMMAND = [
@@ -125,6 +128,32 @@ def test_a_certificate_is_made_by_the_last_part_alone(job, tmp_path, monkeypatch
     for number in (1, 2, 3):
         run(part_of(job, f"{number}/3"), tmp_path / "k.zarr")
     assert len(made) == 1
+
+
+def test_parts_that_end_together_leave_it_to_the_last_of_them(job, expected, tmp_path, monkeypatch):
+    """The first finds the second at work, and leaves; the second waits for the first, and finds nobody."""
+    path, looked, began = tmp_path / "k.zarr", [], threading.Event()
+
+    @contextmanager
+    def slowly(place, **options):
+        with without_tile_writers(place, **options) as is_alone:
+            if began.is_set():
+                looked.append(is_alone)
+                time.sleep(0.5)  # in which the other ends
+            yield is_alone
+
+    run(part_of(job, "1/3"), path)
+    with tile_lock(LocalFolder(path)):  # a third part is at work
+        run(part_of(job, "2/3"), path)
+    began.set()
+    monkeypatch.setattr(compute, "without_tile_writers", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        writer = pool.submit(run, part_of(job, "3/3"), path)
+        other = pool.submit(run, part_of(job, "1/3"), path)
+        for each in (writer, other):
+            each.result()
+    assert looked
+    assert files_of(path) == expected
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", "1/2/3", ""])

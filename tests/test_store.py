@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -410,6 +411,7 @@ NOT_A_STORE = {
     "another program's group": (foreign_group, "title"),
     "another program's group with our attribute": (foreign_group_with_our_attribute, "kernel store|format version"),
     "another program's array": (foreign_array, "array"),
+    "null": (lambda path: (path.mkdir(), (path / "zarr.json").write_text("null")), "damaged|kernel store"),
     "damaged metadata": (lambda path: (path.mkdir(), (path / "zarr.json").write_text("{")), "damaged|JSON"),
     "empty metadata": (lambda path: (path.mkdir(), (path / "zarr.json").touch()), "damaged|JSON"),
 }
@@ -481,6 +483,39 @@ def test_a_lock_taken_while_the_former_holder_leaves_excludes_the_next(tmp_path,
     monkeypatch.setattr(fcntl, "flock", late)
     with write_lock(path), pytest.raises(StoreLockedError), write_lock(path):
         pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtypes": ["float99"]}, {"dtypes": ["float16"]}, {"dtypes": []}, {"layout": "lower"}, {"certificate": [1]},
+        {"provenance": [1]}, {"identity": {"network": "0000"}}, {"fingerprint": "0" * 64}, {"plan": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_contradicts_itself_is_refused(copied, change):
+    metadata = json.loads((copied / "zarr.json").read_text())
+    metadata["attributes"]["ntkgen"]["identity"]["dtypes"] = ["float16", "float32"]
+    fingerprint = hashlib.sha256(json.dumps(metadata["attributes"]["ntkgen"]["identity"], sort_keys=True).encode())
+    metadata["attributes"]["ntkgen"]["fingerprint"] = fingerprint.hexdigest()
+    (copied / "zarr.json").write_text(json.dumps(metadata))
+    assert ntkgen.open(copied).manifest.dtypes == ("float16", "float32")
+    rewrite(copied, **change)
+    with pytest.raises(StoreError, match="is not a kernel store") as raised:
+        ntkgen.open(copied)
+    assert "\n" not in str(raised.value)
+
+
+def test_damaged_metadata_of_a_kernel_are_called_that(copied):
+    (copied / "ntk_float32/zarr.json").write_text("{")
+    with pytest.raises(StoreError, match=r"metadata of .*ntk_float32 is damaged"):
+        _ = ntkgen.open(copied).array
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "k.zarr").touch()
+    with pytest.raises(StoreError, match="found a file"):
+        has_store(LocalFolder(tmp_path / "k.zarr"))
 
 
 # creation -------------------------------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ def run(args: Sequence[str] | None = None) -> int:
         if not is_remote_error(error):
             raise
         is_full = isinstance(error, OSError) and error.errno in FULL
-        advice = "make room, then run the same command again" if is_full else "is the path right, and yours to write?"
+        advice = "Make room, then run the same command again" if is_full else "Is the path right, and open to you?"
         what = "The disk is full" if is_full else first_lines(error)
-        return _fail(f"{what}. What is finished is kept: {advice}", 1)
+        return _fail(f"{what}. What is finished is kept. {advice}", 1)
     return result if isinstance(result, int) else 0
 
 

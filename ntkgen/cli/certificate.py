@@ -7,6 +7,8 @@ def certificate_lines(values: dict[str, Any]) -> dict[str, str]:
     """Write the certificate of a described store, a line for each dtype, and what it means."""
     found = values["certificate"]
     if found is None:
+        if values.get("model") is None:
+            return {"certificate": "none: the network is not known here"}
         return {"certificate": "none yet; the same `ntkgen compute` makes one, or `ntkgen verify --certify`"}
     lines = {error["dtype"]: _error_line(error) for error in found["errors"]}
     sampled = f"{found['num_probes']} probes and {found['num_pairs']} pairs of samples, seed {found['seed']}"

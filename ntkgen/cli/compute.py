@@ -221,8 +221,8 @@ def _summary(result: dict[str, Any]) -> str:
     if result["status"] != "complete":
         return (
             f"\n{result['model']} on {result['dataset']}: part {result['part']} of the kernel of {_samples(result)} is "
-            f"done.\n  {result['store']}\n  {result['tiles_missing']:,} of {result['tiles']:,} tiles are missing, "
-            "those of other parts. The last of them finishes the kernel, and so does the same command without --part.\n"
+            f"done.\n  {result['store']}\n  {result['tiles_missing']:,} of {result['tiles']:,} tiles are missing. The "
+            "last of the other parts finishes the kernel, and so does the same command without --part.\n"
         )
     accuracy = result["train_accuracy"]
     trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"

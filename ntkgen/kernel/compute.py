@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -30,7 +31,7 @@ from ntkgen.kernel.rounding import check_dtypes
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tidy import tidy
 from ntkgen.kernel.tiles import Part, TileGrid, make_grid
-from ntkgen.lock import require_no_tile_writers, tile_lock, without_tile_writers, write_lock
+from ntkgen.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 from ntkgen.progress import Report, ignore_report
 
 
@@ -139,6 +140,9 @@ def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_rep
         if not store.is_complete:
             forget_certificate(store)
             _run(store, network, job, load, report)
+            with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
+                if is_alone:  # a worker that was killed has left what it was writing
+                    folder.sweep()
         _certified(store, job, report)
     return store
 
@@ -169,7 +173,7 @@ def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> Ke
     Who comes first makes the store and its diagonal, for which the others wait; who is the last certifies the kernel.
     """
     with ExitStack() as writing:
-        with write_lock(folder, is_short=True, waiting=lambda: report("waiting", 0, 1)):
+        with write_lock(folder, is_short=True, waiting=partial(report, "waiting", 0, 1)):
             with without_tile_writers(folder) as is_alone:
                 store, network = _opened(folder, job, is_alone=is_alone)
             writing.enter_context(tile_lock(folder))
@@ -184,13 +188,24 @@ def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> Ke
                 engine.run_diagonal(bench, report)
         if tiles:
             engine.run_tiles(bench, tiles, cached_blocks, report)
-    _finish_last(folder, store, job, report)
-    return store
+    _finish_last(folder, job, report)
+    return open_store(folder)
 
 
-def _finish_last(folder: Folder, store: KernelStore, job: KernelJob, report: Report) -> None:
-    """Mark a store complete, and certify it, unless other parts are at work or missing."""
-    with suppress(StoreLockedError), write_lock(folder, is_short=True), without_tile_writers(folder) as is_alone:
+def _finish_last(folder: Folder, job: KernelJob, report: Report) -> None:
+    """Mark a store complete, and certify it, unless other parts are at work or missing.
+
+    Who finds others at work leaves it to them: they wait for the lock, and look after him.
+    """
+    waiting = partial(report, "waiting", 0, 1)
+    with (
+        suppress(StoreLockedError),  # a whole run has begun, which finishes it
+        write_lock(folder, is_short=True, waiting=waiting),
+        without_tile_writers(folder) as is_alone,
+    ):
+        store = open_store(folder, mode="r+")  # as others have left it
+        if is_alone:
+            folder.sweep()  # what parts that were killed have left
         if is_alone and not store.missing_tiles() and not store.missing_blocks():
             if not store.is_complete:
                 store.finalize()

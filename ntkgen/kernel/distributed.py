@@ -10,10 +10,12 @@ import os
 import signal
 import socket
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,9 +49,9 @@ STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
 MAX_TRIES = 10
 # So often is a job tried again on the same worker that has raised an error.
 RETRIES = 2
-POLL_SECONDS = 0.5
+POLL_SECONDS, LOOK_SECONDS = 0.5, 0.01
 CONNECT_SECONDS = 20
-WORKER_SECONDS = 60
+WORKER_SECONDS, REFILL_SECONDS = 60, 10
 
 
 NO_TILES = Band((), ())
@@ -138,6 +140,7 @@ class Team:
         Raises:
             InputError: If there is none.
         """
+        self._refill()
         try:
             self.client.wait_for_workers(1, timeout=WORKER_SECONDS)
         except TimeoutError:
@@ -163,16 +166,19 @@ class Team:
         Raises:
             WorkerError: If none answers.
         """
-        for _ in range(MAX_TRIES):
-            names = sorted(self.workers())[:1] if only_one else None
+        until, tries = time.monotonic() + WORKER_SECONDS, 0
+        while time.monotonic() < until:
+            there = sorted(self.workers())
+            names = [there[tries % len(there)]] if only_one and there else None
             with suppress(OSError):  # a connection that closes: a worker died just then
                 answers: dict[str, Any] = self.client.run(function, *args, workers=names, on_error="ignore")
                 if answers:
                     return answers
             time.sleep(POLL_SECONDS)
+            tries += 1
         raise WorkerError(
-            f"No worker of the cluster at {self.address} answers: expected one at least, asked {MAX_TRIES} times. Do "
-            "they die as soon as they are started? Their logs say more. What is finished is kept."
+            f"No worker of the cluster at {self.address} answers: expected one at least, asked for {WORKER_SECONDS} "
+            "seconds. Do they die as soon as they are started? Their logs say more. What is finished is kept."
         )
 
     @property
@@ -191,7 +197,7 @@ class Team:
 
         _require_shared(store.folder)
         order = Order(_absolute(store.folder), load, self.device, self.num_own > 0, cached_blocks)
-        name = f"ntkgen-{store.manifest.fingerprint[:16]}"
+        name = f"ntkgen-{uuid.uuid4().hex}"  # of this run: another may make the same kernel elsewhere
         self._enlist(worker.Hand(order), name)
         try:
             self._run(store, name, cached_blocks, report)
@@ -248,12 +254,16 @@ class Team:
         waiting = deque((job, 1) for job in jobs)
         flying: dict[Future[Outcome], _Flight] = {}
         given_up: set[str] = set()  # workers that stalled
-        longest, seen = pace, time.monotonic()  # seconds of the slowest tile so far
+        longest = pace  # seconds of the slowest tile so far
+        seen = refilled = time.monotonic()
         try:
             while waiting or flying:
                 there = self.workers() - given_up
                 seen = time.monotonic() if there else seen
                 self._require_workers(time.monotonic() - seen)
+                if len(there) < self.num_own and time.monotonic() - refilled > REFILL_SECONDS:
+                    self._refill()
+                    refilled = time.monotonic()
                 for worker in sorted(there - {flight.worker for flight in flying.values()})[: len(waiting)]:
                     job, tries = waiting.popleft()
                     flying[self._submit(name, job, worker)] = _Flight(job, tries, worker)
@@ -278,6 +288,12 @@ class Team:
         finally:
             self.client.cancel(list(flying), force=True)
 
+    def _refill(self) -> None:
+        """Start workers of ours anew that dask has given up, as one that died while it was started."""
+        if self.num_own and self.client.cluster is not None:
+            with suppress(KeyError, OSError, RuntimeError):
+                self.client.cluster.scale(self.num_own)
+
     def _require_workers(self, seconds: float) -> None:
         """Refuse to wait for workers of ours that do not come back; those of a queue may take hours.
 
@@ -292,8 +308,19 @@ class Team:
             )
 
     def workers(self) -> set[str]:
-        """Name the workers that there are."""
-        return set(self.client.nthreads())
+        """Name the workers that there are.
+
+        Raises:
+            WorkerError: If the scheduler has gone.
+        """
+        try:
+            return set(self.client.nthreads())
+        except OSError as error:
+            raise WorkerError(
+                f"The scheduler of the cluster does not answer ({' '.join(str(error).split())[:100]}): expected it to "
+                "stay until the end. Was it stopped, or its machine? Start one, then run the same command again. What "
+                "is finished is kept."
+            ) from error
 
     def _submit(self, name: str, job: Job, worker: str) -> "Future[Outcome]":
         from ntkgen.kernel.worker import do_job
@@ -308,17 +335,11 @@ class Team:
         return found
 
     def _landed(self, futures: "Sequence[Future[Outcome]]") -> "set[Future[Outcome]]":
-        """Wait a moment for jobs to end."""
-        from distributed import wait
-
-        if not futures:
-            time.sleep(POLL_SECONDS)
-            return set()
-        try:
-            with self.client.as_current():
-                return set(wait(futures, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            return set()
+        """Wait a moment for jobs to end. dask's own `wait` changes the settings of the whole process meanwhile."""
+        until = time.monotonic() + POLL_SECONDS
+        while not (landed := {future for future in futures if future.done()}) and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+        return landed
 
     def _has_stalled(self, flight: _Flight, longest: float) -> bool:
         limit = max(STALLED_SECONDS, STALLED_RATIO * longest * flight.job.size)
@@ -477,6 +498,8 @@ def _own_cluster(workers: int) -> "Iterator[Client]":
                         resources={"GPU": 1} if torch.cuda.is_available() else None,
                         dashboard_address="127.0.0.1:0",
                         env=environ,
+                        preload="ntkgen.kernel.worker",
+                        local_directory=held.enter_context(TemporaryDirectory(prefix="ntkgen-workers-")),
                         silence_logs=logging.CRITICAL,
                     )
                 )

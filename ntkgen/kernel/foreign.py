@@ -106,7 +106,7 @@ class Foreign:
         """Refuse what is no kernel.
 
         Raises:
-            StoreError: If entries are not finite, or all are zero.
+            StoreError: If entries are not finite, or all of a row or a column are zero.
         """
         is_finite = np.isfinite(values)
         if not is_finite.all():
@@ -114,8 +114,9 @@ class Foreign:
                 f"{self.name} is not finite at {_where(rows, cols)}: expected numbers, found {(~is_finite).sum()} of "
                 f"{values.size} entries infinite or NaN. {_OVERFLOW}"
             )
-        if not values.any():
-            raise self._unfinished(f"zeros alone at {_where(rows, cols)}")
+        for axis, name in ((1, "row"), (0, "column")):
+            if len(empty := np.flatnonzero(~values.any(axis))):
+                raise self._unfinished(f"zeros alone in {name} {empty[0]} of {_where(rows, cols)}")
         return values
 
     def read_diagonal(self) -> npt.NDArray[np.float64]:  # (rows,)
@@ -199,6 +200,7 @@ def import_kernel(
     with write_lock(target):
         require_no_tile_writers(target)
         _require_room(target, foreign)
+        is_new = not has_store(target)
         store = _open_or_create(target, foreign, diagonal)
         _write_diagonal(store, diagonal)
         missing, total = store.missing_tiles(), store.grid.num_tiles
@@ -206,7 +208,12 @@ def import_kernel(
         def write(tile: Tile) -> None:
             store.commit_stored(tile, {foreign.dtype: foreign.read(*_region(store.grid, tile))})
 
-        store.write_each(write, missing, counter(report, "imported", total - len(missing), total))
+        try:
+            store.write_each(write, missing, counter(report, "imported", total - len(missing), total))
+        except StoreError:  # the source is refused, and what was begun of it is of no use
+            if is_new:
+                target.clear()
+            raise
         store.finalize()
     return store
 
@@ -292,6 +299,11 @@ def _open_array(folder: Folder, facts: Facts) -> "zarr.Array[Any]":
             f"shape {(facts.num_rows, facts.num_rows)}, found {array.shape}. Was it made with --subsample, or for "
             "another number of classes? Correct --samples or --outputs."
         )
+    if len(set(array.chunks)) != 1:
+        raise StoreError(
+            f"{folder} has chunks of {array.chunks} entries: expected square ones, as the predecessor writes them. Was "
+            "it written by something else? Copy it into an array with square chunks."
+        )
     if facts.dtype not in {None, array.dtype.name}:
         raise InputError(
             f"{folder} says itself in what dtype it is, {array.dtype.name}, and --dtype says {facts.dtype}: expected "
@@ -302,9 +314,9 @@ def _open_array(folder: Folder, facts: Facts) -> "zarr.Array[Any]":
 
 def _require_elsewhere(source: Folder, target: Folder) -> None:
     places = [_resolved(source), _resolved(target)]
-    if places[0] == places[1]:
+    if f"{places[1]}/".startswith(f"{places[0]}/"):
         raise InputError(
-            f"{source} cannot become a store where it lies: expected another place to write to, found the same. Was "
+            f"{source} cannot become a store where it lies: expected another place to write to, found {target}. Was "
             "the source meant to be replaced? Choose another --out, and remove the source afterwards."
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 import ntkgen
 from ntkgen.errors import FingerprintError
 from ntkgen.kernel.plan import Plan
+from ntkgen.kernel.rounding import STORE_DTYPES
 
 FORMAT_VERSION = 3
 # Written in full while all dtypes together take at most this much; above, one triangle.
@@ -69,8 +70,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        """Read back what `to_json` wrote."""
-        return cls(
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ValueError: If it is not what that writes.
+        """
+        made = cls(
             identity=values["identity"],
             provenance=values["provenance"],
             plan=Plan.from_json(values["plan"]),
@@ -80,6 +85,15 @@ class Manifest:
             replanned=values["replanned"],
             certificate=values["certificate"],
         )
+        if made.fingerprint != values["fingerprint"] or set(made.dtypes) - set(STORE_DTYPES) or not made.dtypes:
+            raise ValueError("the manifest does not agree with its own fingerprint")
+        if made.layout not in {"upper", "full"} or not isinstance(made.provenance, Mapping):
+            raise ValueError("the manifest has a layout or a provenance that none can have")
+        if made.certificate is not None and not hasattr(made.certificate, "get"):
+            raise ValueError("the manifest has a certificate that is none")
+        if list(made.dtypes) != list(made.identity.get("dtypes", made.dtypes)):
+            raise ValueError("the manifest names other dtypes than its identity")
+        return made
 
 
 def check_identity(path: str, manifest: Manifest, identity: Mapping[str, Any]) -> None:

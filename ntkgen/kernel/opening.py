@@ -62,11 +62,16 @@ def has_store(folder: Folder) -> bool:
     """Say whether a store was made in a folder, which then holds its zarr.json.
 
     Raises:
-        StoreError: If there are tiles without it: nobody knows what they are of.
+        StoreError: If there are tiles without it: nobody knows what they are of. Or if it is a file.
     """
     if folder.has(ROOT):
         return True
-    tiles = [key for key in folder.sizes() if key.startswith("ntk_")]
+    if isinstance(folder, LocalFolder) and folder.path.exists() and not folder.path.is_dir():
+        raise StoreError(
+            f"There can be no store at {folder}: expected a folder or nothing, found a file. Is it something else's? "
+            "Remove it, or choose another --out."
+        )
+    tiles = [key for key in folder.sizes() if key.startswith(("ntk_", "diagonal/c/", "logits/c/"))]
     if tiles:
         raise StoreError(
             f"The store at {folder} has lost its zarr.json: expected it beside {len(tiles)} files of its kernel, found "
@@ -94,7 +99,7 @@ def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r")
         values = _manifest_values(group.attrs.asdict())
         version = values["format_version"]
         manifest = Manifest.from_json(values) if version == FORMAT_VERSION else None
-    except (ValueError, KeyError, TypeError, OSError) as error:  # zarr's own errors are among these
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # zarr's own errors are among these
         raise StoreError(
             f"What lies at {folder} is not a kernel store: expected a Zarr v3 group with the attribute 'ntkgen', found "
             f"otherwise ({type(error).__name__}: {' '.join(str(error).split())}). Was it made by another program, or "

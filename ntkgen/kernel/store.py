@@ -20,7 +20,7 @@ row <= col are stored (`storage_mode` of the array is `symmetric-upper`), with `
 kernel has no logits and no counts of underflow; its labels are -1.
 
 The group's attribute `ntkgen` is the manifest: what the kernel is of, its fingerprint, and the plan that its bytes
-follow. It holds no time, no path and no measurement, so that two runs of one command give equal bytes.
+follow. It holds no time and no path, so that two runs of one command give equal bytes.
 """
 
 import math
@@ -127,6 +127,8 @@ class KernelStore:
         self._check_output(output)
         dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
         if not self._has(f"ntk_{dtype}"):
+            if dtype in self.manifest.dtypes and self.folder.has(f"ntk_{dtype}/zarr.json"):
+                self.zarr_array(f"ntk_{dtype}")  # raises, and says what is damaged
             raise StoreError(
                 f"The store at {self.name} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
                 "those are made after the diagonal. Choose one of them, or finish the store with the same command."
@@ -140,7 +142,7 @@ class KernelStore:
             plane=output,
             is_complete=manifest.is_complete,
         )
-        view.place = self.name
+        view.place, view.command = self.name, self.command
         return view
 
     def _check_output(self, output: int | None) -> None:
@@ -168,12 +170,20 @@ class KernelStore:
 
     @property
     def xarray(self) -> Any:
-        """The full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns."""
+        """The full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns.
+
+        Each coordinate is an index: ``.sel(row_label=3)`` are the rows of that label. One of a dimension at a time, so
+        that ``.sel(row_label=3).sel(row_output=0)`` are those of them that belong to the first output.
+        """
         import xarray
 
-        coords = {name: (axis, self.read(name)) for axis, names in COORDINATES.items() for name in names.split()}
+        names = {name: axis for axis, names in COORDINATES.items() for name in names.split()}
+        coords = {name: (axis, self.read(name)) for name, axis in names.items()}
         dims = ("row", "col") if self.grid.num_planes == 1 else ("output", "row", "col")
-        return xarray.DataArray(self.dask, dims=dims, coords=coords, name="ntk", attrs=self.attributes)
+        kernel = xarray.DataArray(self.dask, dims=dims, coords=coords, name="ntk", attrs=self.attributes)
+        for name in names:
+            kernel = kernel.set_xindex(name)
+        return kernel
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -468,7 +478,7 @@ class KernelStore:
             for name in self.array_names:
                 self.zarr_array(name).attrs.update({"storage_mode": STORAGE_MODES[layout]})
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consolidated metadata")
+            warnings.simplefilter("ignore")  # that these metadata are no part of Zarr v3 yet, and of foreign files
             self.group = zarr.consolidate_metadata(self.folder.zarr_store(read_only=False))
         done = Manifest(**{**vars(self.manifest), "is_complete": True, "layout": layout})
         self.set_manifest(done)

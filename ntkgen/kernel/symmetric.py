@@ -60,7 +60,7 @@ class SymmetricArray:
         self._is_upper = is_upper
         self._token = token
         # how errors name the store: who opens it knows better what a command takes
-        self.place = str(array.store).removeprefix("file://")
+        self.place, self.command = str(array.store).removeprefix("file://"), "ntkgen compute"
         self.scale = float(array.attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
         self.shape = (int(array.shape[-2]), int(array.shape[-1]))
         self.dtype = np.dtype(np.float32) if array.dtype == np.float16 else np.dtype(array.dtype)
@@ -152,7 +152,7 @@ class SymmetricArray:
             raise StoreError(
                 f"{self._name(tile)} is damaged ({error}): expected its chunk file {self._chunk(tile)} to match its "
                 f"checksum. A disk error or an interrupted copy? Run `ntkgen verify --repair {self.place}` and then "
-                "the same `ntkgen compute` again: it makes it anew."
+                "the same `{self.command}` again: it makes it anew."
             ) from error
         if is_required and np.isnan(values[0, 0]):  # no tile has a NaN, so that this is what an absent file reads as
             raise self._missing(tile)
@@ -242,7 +242,7 @@ class SymmetricArray:
             raise StoreError(
                 f"{self._name(tile)} is not finite: expected numbers, found {values.size - int(is_finite.sum())} of "
                 f"{values.size} entries infinite or NaN. Was it overwritten? Run `ntkgen verify --repair {self.place}` "
-                "and then the same `ntkgen compute` again: it makes it anew."
+                "and then the same `{self.command}` again: it makes it anew."
             )
         return part
 
@@ -279,10 +279,10 @@ class SymmetricArray:
     def _missing(self, tile: Place) -> StoreError:
         missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, and it reads as NaN. "
         if not self._is_complete:
-            return StoreError(f"{missing}Is the store unfinished? Run the same `ntkgen compute` again: it goes on.")
+            return StoreError(f"{missing}Is the store unfinished? Run the same `{self.command}` again: it goes on.")
         return StoreError(
             f"{missing}The store was finished: was the file removed since, or not copied? Run `ntkgen verify "
-            f"{self.place}`, which lists what else is gone, and then the same `ntkgen compute` again: it makes it anew."
+            f"{self.place}`, which lists what else is gone, and then the same `{self.command}` again: it makes it anew."
         )
 
     # dask ----------------------------------------------------------------------------------------------------------

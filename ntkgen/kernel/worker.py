@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import threading
 import time
@@ -12,7 +13,7 @@ import torch
 from distributed import Worker, WorkerPlugin, get_worker
 
 from ntkgen.checkpoint import parameter_fingerprint
-from ntkgen.errors import FingerprintError, NtkgenError
+from ntkgen.errors import FingerprintError, NtkgenError, WorkerError
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
@@ -27,6 +28,11 @@ from ntkgen.lock import tile_lock
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
+def dask_setup(worker: Worker) -> None:  # noqa: ARG001 - as dask calls it
+    """Leave Ctrl-C to the coordinator, which ends its workers: called by dask in a worker of ours as it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Hand(WorkerPlugin):
     """A worker's plugin: the bench it computes at, made with its first job and kept for the next ones."""
 
@@ -39,15 +45,31 @@ class Hand(WorkerPlugin):
         self.busy = threading.Lock()
         self.held = ExitStack()
         self.bench: engine.Bench | None = None
+        self.is_dismissed = False
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - as dask calls it
         """Let go of everything; called by dask."""
         self.let_go()
 
     def let_go(self) -> None:
-        """Drop the bench, and the right to write tiles."""
+        """Drop the bench, and the right to write tiles: now, or when the job at hand has come to its next tile."""
+        self.is_dismissed = True
+        if self.busy.acquire(blocking=False):
+            self._drop()
+            self.busy.release()
+
+    def _drop(self) -> None:
         self.bench = None
         self.held.close()
+
+    def _go_on(self) -> None:
+        """Stop where nobody waits for the rest of a job any more.
+
+        Raises:
+            WorkerError: If the run has ended.
+        """
+        if self.is_dismissed:
+            raise WorkerError("The run that this job is of has ended: expected no more of it. Was it interrupted?")
 
     def do(self, job: Job) -> Outcome:
         """Do a job; an error that would befall every other worker too is returned, for all others it is tried again.
@@ -65,15 +87,19 @@ class Hand(WorkerPlugin):
                 if error.errno not in _FATAL:
                     raise
                 return Outcome(time.monotonic() - started, error)
+            finally:
+                if self.is_dismissed:
+                    self._drop()
         return Outcome(time.monotonic() - started)
 
     def _do(self, job: Job) -> None:
+        self._go_on()
         if self.bench is None:
             self.held.enter_context(tile_lock(self.order.place))
             self.bench = make_bench(self.order, _device(self.order, self.number))
-        self.bench.commit_diagonal(job.indices)
+        self.bench.commit_diagonal(job.indices, self._go_on)
         tiles = tuple(tile for tile in job.band.tiles if not self.bench.store.has_tile(tile))
-        self.bench.commit_tiles([Band(job.band.held, tiles)] if tiles else [])
+        self.bench.commit_tiles([Band(job.band.held, tiles)] if tiles else [], self._go_on)
 
 
 def do_job(name: str, job: Job) -> Outcome:
