@@ -519,7 +519,7 @@ def test_scipy_takes_it_as_an_operator(kind):
     identity = np.eye(ROWS)
     for product in (operator @ identity, operator.T @ identity, operator.H @ identity):
         np.testing.assert_allclose(product, exact)
-    for product in (operator.matvec(identity[:, :1]), operator.rmatvec(identity[:, :1])):
+    for product in (operator.matmat(identity[:, :1]), operator.rmatmat(identity[:, :1])):
         assert_same(product, exact[:, :1])
     found = scipy.sparse.linalg.eigsh(operator, k=3, v0=np.ones(ROWS), return_eigenvectors=False)
     np.testing.assert_allclose(found, np.linalg.eigvalsh(exact)[-3:], rtol=1e-10)
