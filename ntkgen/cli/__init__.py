@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import click
 
 import ntkgen
+from ntkgen.cli.analyze import analyze
 from ntkgen.cli.compute import compute
 from ntkgen.cli.importing import import_
 from ntkgen.cli.info import info
 from ntkgen.cli.listings import datasets, models
 from ntkgen.cli.mirror import mirror
+from ntkgen.cli.plot import plot
+from ntkgen.cli.report import report
 from ntkgen.cli.session import TERMINATED
 from ntkgen.cli.train import train
 from ntkgen.cli.verify import verify
@@ -33,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (compute, train, info, verify, mirror, import_, models, datasets):
+for command in (compute, train, info, verify, mirror, import_, models, datasets, analyze, plot, report):
     cli.add_command(command)
 
 

@@ -17,6 +17,15 @@ _UNITS = {
     "mirrored": "tiles",
     "imported": "tiles",
     "waiting": "turns",
+    "matrix": "tiles",
+    "block means": "tiles",
+    "spectrum": "tiles",
+    "aligned": "tiles",
+    "compared": "tiles",
+    "predicted": "tiles",
+    "solved": "passes",
+    "integrated": "times",
+    "factor": "products",
 }
 
 

@@ -1,0 +1,180 @@
+"""The log-determinant of a much larger kernel, from those of the leading blocks of a small one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.linalg import qr, solve_triangular
+from scipy.special import gammaln
+
+from ntkgen.analysis.cholesky import FactorSettings
+from ntkgen.analysis.logdet import logdet, samples_of
+from ntkgen.analysis.matrix import FloatArray, Matrix
+from ntkgen.analysis.results import remembered
+from ntkgen.errors import InputError
+from ntkgen.progress import Report, ignore_report
+
+# Above this condition number the scaled columns do not determine their coefficients.
+MAX_CONDITION = 1e12
+
+
+@dataclass(frozen=True)
+class Law:
+    """What is fitted, and to which prefixes.
+
+    ``q`` terms ln x!/xⁱ and ``powers`` terms x⁻ⁱ beside ln x!, x and 1, with weights w = x^−α, to the prefixes of more
+    than ``burn_in`` samples; the last ``holdout`` of these, a fraction, are held out to measure the error.
+    """
+
+    to: int
+    burn_in: int | None = None  # samples; None: a tenth
+    q: int = 2
+    powers: int = 0
+    alpha: float = 0.0
+    holdout: float = 0.25
+
+    def __post_init__(self) -> None:
+        wrong = (
+            [f"--to of {self.to}, which must be positive"] * (self.to < 1)
+            + [f"--burn-in of {self.burn_in}, which must not be negative"] * ((self.burn_in or 0) < 0)
+            + [f"{min(self.q, self.powers)} terms, which must not be fewer than none"] * (min(self.q, self.powers) < 0)
+            + [f"--holdout of {self.holdout:g}, which must be from 0 to below 1"] * (not 0 <= self.holdout < 1)
+            + [f"--alpha of {self.alpha:g}, which must be a number"] * (not np.isfinite(self.alpha))
+        )
+        if wrong:
+            raise InputError(f"The law cannot be fitted: found {'; '.join(wrong)}. Is an option misspelt? Correct it.")
+
+    @property
+    def terms(self) -> list[str]:
+        """Name the functions of the basis."""
+        logarithmic = [f"ln x!/x^{i}" for i in range(1, self.q + 1)]
+        return ["ln x!", "x", "1", *logarithmic, *[f"x^-{i}" for i in range(1, self.powers + 1)]]
+
+    def basis(
+        self,
+        x: FloatArray,  # (points,)
+    ) -> FloatArray:  # (points, terms)
+        """Evaluate the basis.
+
+        >>> Law(to=9, q=1, powers=1).basis(np.array([2.0])).round(3).tolist()
+        [[0.693, 2.0, 1.0, 0.347, 0.5]]
+        """
+        factorial = gammaln(x + 1)
+        logarithmic = [factorial / x**i for i in range(1, self.q + 1)]
+        columns = [factorial, x, np.ones_like(x), *logarithmic, *[x**-i for i in range(1, self.powers + 1)]]
+        return np.stack(columns, axis=1)
+
+    def first_after(self, num_samples: int) -> int:
+        """Say how many samples the first prefix that counts has at least."""
+        return (num_samples // 10 if self.burn_in is None else self.burn_in) + 1
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Coefficients of a law, in the order of its terms, and how they were determined."""
+
+    law: Law
+    coefficients: FloatArray  # (terms,)
+    scales: FloatArray  # (terms,): norms of the weighted columns, by which they were divided
+    condition: float
+
+    def at(self, x: FloatArray) -> FloatArray:
+        """Evaluate the law."""
+        return np.asarray(self.law.basis(x) @ self.coefficients)
+
+
+def fit(
+    law: Law,
+    x: FloatArray,  # (points,)
+    y: FloatArray,  # (points,)
+) -> Fit:
+    """Fit a law by weighted least squares: a QR factorisation of the basis, its columns scaled to norm 1.
+
+    Raises:
+        InputError: If there are too few points, or these do not determine the coefficients.
+    """
+    num_terms = len(law.terms)
+    if len(x) < num_terms:
+        raise InputError(
+            f"There are too few prefixes to fit the law: expected at least {num_terms}, one for each term, found "
+            f"{len(x)} after burn-in and holdout. Is the kernel too small? Lower --q, --burn-in or --holdout."
+        )
+    weights = x**-law.alpha
+    design = law.basis(x) * weights[:, None]
+    scales = np.linalg.norm(design, axis=0)
+    Q, R = qr(design / scales, mode="economic")
+    condition = float(np.linalg.cond(R))
+    if condition > MAX_CONDITION:
+        raise InputError(
+            f"The prefixes do not determine the law: expected a condition number below {MAX_CONDITION:g}, found "
+            f"{condition:.3g} for {num_terms} terms and {len(x)} prefixes. Are there too many terms? Lower --q."
+        )
+    return Fit(law, solve_triangular(R, Q.T @ (weights * y)) / scales, scales, condition)
+
+
+def extrapolate(matrix: Matrix, law: Law, settings: FactorSettings, report: Report = ignore_report) -> dict[str, Any]:
+    """Predict the log-determinant of the kernel of more samples, from those of the leading blocks of this one.
+
+    With x samples of m outputs, log det K_x = −ν ln x! + c₁ x + c₀ + Σᵢ bᵢ ln x!/xⁱ + Σᵢ aᵢ x⁻ⁱ: adding a sample
+    multiplies the determinant by about x^−ν. The samples must be in random order. What is predicted is the mean course;
+    its error is that on the last prefixes, which a fit to those before them has not seen.
+
+    References:
+        Ameli, van der Heide, Hodgkinson, Roosta, Mahoney (2025), arXiv:2503.04424.
+    """
+
+    def compute() -> dict[str, Any]:
+        return fitted(law, *samples_of(of_blocks, matrix.num_outputs), matrix.num_outputs)
+
+    of_blocks = logdet(matrix, settings, prefixes=True, report=report)
+    asked = {**vars(law), "shift": float(settings.shift), "indefinite": settings.indefinite}
+    result = remembered(matrix, "extrapolate", asked, compute)
+    return {**result, "shift": float(settings.shift), "warnings": of_blocks["warnings"]}
+
+
+def fitted(law: Law, samples: Sequence[int], values: Sequence[float], num_outputs: int) -> dict[str, Any]:
+    """Fit a law to prefixes, and describe it: the prediction, its coefficients, and its error on those held out."""
+    x, y = np.asarray(samples, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    is_used = x >= law.first_after(int(x[-1]))
+    x, y = x[is_used], y[is_used]
+    found, rows = fit(law, x, y), law.to * num_outputs
+    predicted = float(found.at(np.array([float(law.to)]))[0])
+    return {
+        "to": law.to,
+        "to_rows": rows,
+        "logdet": predicted,
+        "logdet_per_row": predicted / rows,
+        "nu": float(-found.coefficients[0]),
+        "nu_per_output": float(-found.coefficients[0]) / num_outputs,
+        "coefficients": dict(zip(law.terms, found.coefficients.tolist(), strict=True)),
+        "column_scales": dict(zip(law.terms, found.scales.tolist(), strict=True)),
+        "condition": found.condition,
+        "q": law.q,
+        "powers": law.powers,
+        "alpha": law.alpha,
+        "burn_in": law.first_after(samples[-1]) - 1,
+        "unit": "samples",
+        "num_outputs": num_outputs,
+        "prefixes_used": len(x),
+        "fitted_from": int(x[0]),
+        "fitted_to": int(x[-1]),
+        "rms_residual": float(np.sqrt(np.mean((found.at(x) - y) ** 2))),
+        **_held_out(law, x, y, num_outputs),
+    }
+
+
+def _held_out(law: Law, x: FloatArray, y: FloatArray, num_outputs: int) -> dict[str, Any]:
+    """Fit the first prefixes, and measure the error on the last."""
+    count = int(law.holdout * len(x))
+    if not count:
+        return {"holdout": 0}
+    found, last = fit(law, x[:-count], y[:-count]), slice(-count, None)
+    errors = found.at(x[last]) - y[last]
+    return {
+        "holdout": count,
+        "holdout_from": int(x[last][0]),
+        "holdout_error": float(errors[-1]),
+        "holdout_error_relative": float(abs(errors[-1]) / max(abs(y[-1]), np.finfo(float).tiny)),
+        "holdout_error_per_row": float(np.max(np.abs(errors) / (x[last] * num_outputs))),
+    }

@@ -1,0 +1,239 @@
+"""A stored kernel as analysis sees it: rows, true float64 values, read in parts, and how much was read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ntkgen.errors import BudgetError, InputError, StoreError
+from ntkgen.kernel.rounding import STORE_DTYPES
+from ntkgen.kernel.store import KernelStore
+from ntkgen.kernel.symmetric import SymmetricArray, read_ahead
+from ntkgen.kernel.tiles import Tile
+from ntkgen.progress import ignore_step
+from ntkgen.units import human_bytes
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass
+class Matrix:
+    """A symmetric kernel, or the largest leading part of it that is there, read from one triangle.
+
+    A tile is read whole, whatever part of it is asked for; ``tiles_read`` counts them.
+    """
+
+    store: KernelStore
+    dtype: str
+    output: int | None
+    num_rows: int
+    view: SymmetricArray
+    tiles_read: int = field(default=0)
+
+    @property
+    def name(self) -> str:
+        """Where the store lies."""
+        return self.store.name
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows per sample, m."""
+        return self.store.grid.num_outputs
+
+    @property
+    def num_samples(self) -> int:
+        """Samples, n."""
+        return self.num_rows // self.num_outputs
+
+    @property
+    def side(self) -> int:
+        """Rows of a stored tile, T."""
+        return self.store.grid.side
+
+    @property
+    def num_tiles(self) -> int:
+        """Stored tiles of one triangle: those of one pass."""
+        blocks = -(-self.num_rows // self.side)
+        return blocks * (blocks + 1) // 2
+
+    @property
+    def passes(self) -> float:
+        """How often the stored triangle was read."""
+        return self.tiles_read / self.num_tiles
+
+    @property
+    def is_partial(self) -> bool:
+        """Say whether it is a leading part of a kernel that is not complete."""
+        return self.num_rows < self.store.grid.num_rows
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:  # (samples,)
+        """Labels of the samples.
+
+        Raises:
+            InputError: If the store has none.
+        """
+        labels: npt.NDArray[np.int64] = self.store.read("row_label")[: self.num_rows : self.num_outputs]
+        if (labels < 0).any():
+            raise InputError(
+                f"The store at {self.name} has no labels: expected one for each of its {self.num_samples} samples, "
+                "found none. Was it made in Python, or imported? ntkgen.compute(…, labels=…) stores them."
+            )
+        return labels
+
+    @property
+    def error_norm(self) -> float | None:
+        """The certificate's bound of ‖E‖_F, with 95 % confidence; None where there is no certificate."""
+        errors = (self.store.manifest.certificate or {}).get("errors", [])
+        found = [float(error["bound"]) for error in errors if error["dtype"] == self.dtype]
+        return found[0] if found and not self.is_partial else None
+
+    def matmat(self, V: npt.ArrayLike, *, step: Callable[[], None] = ignore_step) -> FloatArray:
+        """Multiply with vectors in float64, in one pass over the stored triangle."""
+
+        def count() -> None:
+            self.tiles_read += 1
+            step()
+
+        return self.view.matmat(V, step=count)
+
+    def block(self, rows: slice, cols: slice) -> FloatArray:
+        """Read a part: true values in float64."""
+        self.tiles_read += len(self._spanned(rows)) * len(self._spanned(cols))
+        return np.asarray(self.view[rows, cols], dtype=np.float64)
+
+    def tiles(self, *, step: Callable[[], None] = ignore_step) -> Iterator[tuple[slice, slice, FloatArray]]:
+        """Read each tile of one triangle once, row by row, as true float64 values; the next ones in threads meanwhile.
+
+        Holds four tiles.
+
+        Raises:
+            StoreError: If a tile is missing, damaged or not finite; the message names it.
+        """
+
+        def read(place: tuple[int, int]) -> FloatArray:
+            return np.asarray(self.view[self._span(place[0]), self._span(place[1])], dtype=np.float64)
+
+        for (row, col), values in read_ahead(read, [(tile.row, tile.col) for tile in tiles_of(self)]):
+            if not np.isfinite(values).all():
+                raise StoreError(
+                    f"Tile ({row}, {col}) of ntk_{self.dtype} in {self.name} is not finite: expected numbers, found "
+                    f"{np.count_nonzero(~np.isfinite(values))} of {values.size} entries infinite or NaN. Was it "
+                    f"overwritten? Run `ntkgen verify --repair {self.name}` and then the same `{self.store.command}` "
+                    "again: it makes it anew."
+                )
+            self.tiles_read += 1
+            step()
+            yield self._span(row), self._span(col), values
+
+    def dense(self, *, step: Callable[[], None] = ignore_step) -> FloatArray:  # (rows, rows), in Fortran's order
+        """Read the whole matrix, both triangles, in the order that LAPACK overwrites without a copy."""
+        values = np.empty((self.num_rows, self.num_rows), order="F")
+        for rows, cols, tile in self.tiles(step=step):
+            values[rows, cols] = tile
+            values[cols, rows] = tile.T
+        return values
+
+    def diagonal(self) -> FloatArray:
+        """Read the diagonal of what is stored, which is that of the store's exact diagonal but for rounding."""
+        spans = [slice(at, min(at + self.side, self.num_rows)) for at in range(0, self.num_rows, self.side)]
+        return np.concatenate([np.diagonal(self.block(span, span)) for span in spans])
+
+    def _span(self, block: int) -> slice:
+        return slice(block * self.side, min((block + 1) * self.side, self.num_rows))
+
+    def _spanned(self, rows: slice) -> range:
+        start, stop, _ = rows.indices(self.num_rows)
+        return range(start // self.side, -(-stop // self.side))
+
+
+def open_matrix(
+    store: KernelStore, *, dtype: str | None = None, output: int | None = None, allow_partial: bool = False
+) -> Matrix:
+    """View a store for analysis.
+
+    Args:
+        store: An opened store of a symmetric kernel.
+        dtype: Which of the stored kernels; the most precise one where it is left out.
+        output: Which matrix, of a store of the output `diagonal`.
+        allow_partial: Whether the largest complete leading part will do, where tiles are missing.
+
+    Raises:
+        StoreError: If tiles are missing, and may not be; or none is there.
+        InputError: If the kernel is rectangular.
+    """
+    if not store.grid.is_symmetric:
+        raise InputError(
+            f"The kernel at {store.name} is rectangular: expected one of samples with themselves, found one of "
+            f"{store.grid.num_rows:,} × {store.grid.num_cols:,}. Was it made with --against? Take the one made without."
+        )
+    num_rows = _rows_there(store, allow_partial=allow_partial)
+    chosen = dtype or max(store.manifest.dtypes, key=STORE_DTYPES.index)
+    store.kernel(chosen, output)  # raises where there is none
+    token = f"{store.manifest.fingerprint}-{num_rows}"
+    view = SymmetricArray(store.zarr_array(f"ntk_{chosen}"), is_upper=True, token=token, plane=output, is_complete=True)
+    view.place, view.shape = store.name, (num_rows, num_rows)
+    return Matrix(store, chosen, output, num_rows, view)
+
+
+def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
+    """Count the rows of the largest leading part whose tiles are all there.
+
+    Raises:
+        StoreError: If that is not all of them, and must be; or none.
+    """
+    missing, grid = store.missing_tiles(), store.grid
+    if not missing:
+        return grid.num_rows
+    blocks = min(tile.col for tile in missing)
+    if not allow_partial or not blocks:
+        some = f"; all tiles of its first {blocks * grid.side:,} rows are there, which --allow-partial takes" * (
+            blocks > 0
+        )
+        raise StoreError(
+            f"The kernel at {store.name} is not complete: expected {grid.num_tiles:,} tiles, {len(missing):,} are "
+            f"missing{some}. Is it still being computed? Run the same `{store.command}` again to finish it."
+        )
+    return blocks * grid.side
+
+
+def tiles_of(matrix: Matrix) -> list[Tile]:
+    """List the stored tiles of one triangle, row by row."""
+    blocks = -(-matrix.num_rows // matrix.side)
+    return [Tile(row, col) for row in range(blocks) for col in range(row, blocks)]
+
+
+def memory_left(memory_bytes: int) -> int:
+    """Say how much of a budget for the whole process is left: what Python and its libraries take counts too.
+
+    Raises:
+        InputError: If nothing is.
+    """
+    import psutil
+
+    taken = int(psutil.Process().memory_info().rss)
+    if taken >= memory_bytes:
+        raise InputError(
+            f"A memory limit of {memory_bytes / 1e6:,.0f} MB is too small: this program itself takes "
+            f"{taken / 1e6:,.0f} MB of it. Is the unit right? Raise --memory."
+        )
+    return memory_bytes - taken
+
+
+def require_memory(what: str, needed_bytes: int, memory_bytes: int) -> None:
+    """Refuse what does not fit in what a budget for the whole process leaves.
+
+    Raises:
+        BudgetError: If it does not.
+    """
+    left = memory_left(memory_bytes)
+    if needed_bytes > left:
+        raise BudgetError(
+            f"A memory limit of {human_bytes(memory_bytes)} is too small: expected {human_bytes(needed_bytes)} for "
+            f"{what}, found {human_bytes(left)} beside the program itself. Is there more? Raise --memory."
+        )
+
+
+Values = dict[str, Any]

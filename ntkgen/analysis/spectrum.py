@@ -1,0 +1,374 @@
+"""The spectrum of a stored kernel: all eigenvalues where they fit in memory, the largest where they do not.
+
+With the eigenvalues λ₁ ≥ … ≥ λ_N of K,
+
+    effective rank        exp(−Σ p log p), p = λ / Σ λ      (Roy, Vetterli 2007)
+    participation ratio   (Σ λ)² / Σ λ²
+    stable rank           ‖K‖_F² / ‖K‖₂² = Σ λ² / max λ²
+    condition             λ₁ / λ_N
+
+A kernel has no negative eigenvalues, but its rounded copy may: they count as zero in the effective rank, and are
+counted. The stored matrix is known to ‖E‖, the certificate's bound, and so is each eigenvalue: one below that is noise.
+
+References:
+    Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.linalg import eigvalsh
+
+from ntkgen.analysis.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
+from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
+from ntkgen.analysis.quadrature import Moments, estimate_effective_rank
+from ntkgen.analysis.results import remembered
+from ntkgen.errors import InputError
+from ntkgen.progress import Report, Step, counter, ignore_report
+
+# So many eigenvalues, where all of them do not fit and no number is given.
+USUAL_TOP = 50
+# Up to so many rows all eigenvalues take seconds, and --top just shortens their list.
+FEW_ROWS = 4096
+# Vectors in a block beyond the eigenvalues that are wanted, at least, and vectors in one at most: each takes time.
+OVERSAMPLING, MAX_BLOCK = 8, 1024
+# Blocks that the memory is to hold, so that this many passes need no restart; and the fewest it may hold.
+BLOCKS, MIN_BLOCKS = 8, 3
+# Tiles in float64 that are in memory while they are read and multiplied, with what reading takes.
+TILES_HELD = 6
+# Of the Krylov space of the inverse, in which the smallest eigenvalue is looked for.
+INVERSE_BLOCK, INVERSE_STEPS = 8, 24
+
+
+@dataclass(frozen=True)
+class SpectrumSettings:
+    """What is wanted: the ``top`` largest eigenvalues, or all if they fit in what the whole process may take.
+
+    ``tolerance`` is relative to each eigenvalue; with ``condition`` the smallest is computed out of core too, from a
+    Cholesky factor on disk.
+    """
+
+    memory_bytes: int = 10**9
+    top: int | None = None
+    tolerance: float = 1e-6
+    max_passes: int = 100
+    condition: bool = False
+
+
+def spectrum(
+    matrix: Matrix,
+    settings: SpectrumSettings | None = None,
+    *,
+    solve: Multiply | None = None,
+    report: Report = ignore_report,
+) -> dict[str, Any]:
+    """Compute eigenvalues, the largest first, with bounds on their errors, and what follows from all of them.
+
+    Where K fits in memory, LAPACK computes all of them in 4/3 N³ FLOPs and one pass. Elsewhere, or if there are many
+    and ``top`` asks for a few, block Krylov computes the largest: trace and norms come exactly from its first pass, the
+    effective rank is estimated from its Gaussian vectors without a further one, and the condition is known only if
+    there is something to ``solve`` with.
+
+    Args:
+        matrix: The kernel.
+        settings: What is wanted.
+        solve: Multiplies with K⁻¹; by default, if the settings ask for the condition, a Cholesky factor on disk.
+        report: Called as tiles are read.
+
+    Returns:
+        Plain values: ``eigenvalues``; ``residual_bounds``, within which of each of them there is one of K;
+        ``error_bounds`` of each (see `krylov.measure`); and the numbers above.
+
+    Raises:
+        InputError: If more eigenvalues are asked for than there are.
+        BudgetError: If the memory has no room for so many vectors.
+    """
+    settings = settings or SpectrumSettings()
+    _check(matrix, settings)
+    sizes = None if is_dense(matrix, settings) else plan_sizes(matrix, settings)
+    asked = {"method": "all"} if sizes is None else _asked(settings, has_inverse=solve is not None)
+
+    def compute() -> dict[str, Any]:
+        before = matrix.tiles_read
+        if sizes is None:
+            found = all_eigenvalues(matrix, report)
+        else:
+            found = largest_eigenvalues(matrix, sizes, settings, report)
+        passes = (matrix.tiles_read - before) / matrix.num_tiles
+        return {**found, "passes": round(passes, 6)}
+
+    def with_condition() -> dict[str, Any]:
+        found = compute()
+        if sizes is not None and (solve is not None or settings.condition):
+            found |= _condition(matrix, found, (settings, solve), report)
+        return found
+
+    result = remembered(matrix, "spectrum", asked, with_condition)
+    return _first(result, settings.top)
+
+
+def _asked(settings: SpectrumSettings, *, has_inverse: bool) -> dict[str, Any]:
+    condition = settings.condition or has_inverse
+    top = settings.top or USUAL_TOP
+    return {"top": top, "tolerance": settings.tolerance, "max_passes": settings.max_passes, "condition": condition}
+
+
+def _first(result: dict[str, Any], top: int | None) -> dict[str, Any]:
+    """Shorten the lists."""
+    lists = ("eigenvalues", "residual_bounds", "error_bounds")
+    return {name: value[:top] if name in lists else value for name, value in result.items()}
+
+
+def _check(matrix: Matrix, settings: SpectrumSettings) -> None:
+    if settings.top is not None and not 1 <= settings.top <= matrix.num_rows:
+        raise InputError(
+            f"The kernel at {matrix.name} has no {settings.top:,} eigenvalues: expected from 1 to its "
+            f"{matrix.num_rows:,} rows, found --top {settings.top:,}. Is another kernel meant? Lower --top."
+        )
+    if not 0 < settings.tolerance < 1 or settings.max_passes < 1:
+        raise InputError(
+            f"Eigenvalues cannot be computed to {settings.tolerance:g} in {settings.max_passes} passes: expected a "
+            "relative tolerance between 0 and 1 and at least one pass. Are the two exchanged? Correct --tolerance and "
+            "--max-passes."
+        )
+
+
+# how ------------------------------------------------------------------------------------------------------------------
+
+
+def reading_bytes(matrix: Matrix, vectors: int = 0) -> int:
+    """Estimate what reading and multiplying tiles takes, besides the vectors."""
+    return 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
+
+
+def is_dense(matrix: Matrix, settings: SpectrumSettings) -> bool:
+    """Say whether all eigenvalues are to be computed: they fit in memory, and are wanted or few."""
+    needed = 8 * matrix.num_rows * (matrix.num_rows + 128) + reading_bytes(matrix)
+    is_wanted = settings.top is None or matrix.num_rows <= FEW_ROWS
+    return is_wanted and needed <= memory_left(settings.memory_bytes)
+
+
+def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
+    """Choose the largest block of which the memory holds eight, or if need be three.
+
+    Raises:
+        BudgetError: If it does not hold three of the smallest, of some vectors more than there are eigenvalues wanted.
+    """
+    N, left = matrix.num_rows, memory_left(settings.memory_bytes)
+    smallest = min(N, min(settings.top or USUAL_TOP, N) + OVERSAMPLING)
+
+    def needed(sizes: Sizes) -> int:
+        return sizes.bytes + reading_bytes(matrix, sizes.block)
+
+    for block in range(min(N, max(MAX_BLOCK, smallest)), smallest - 1, -1):
+        if needed(sizes := Sizes(N, block, BLOCKS)) <= left:
+            return sizes
+    for num_blocks in range(BLOCKS - 1, MIN_BLOCKS, -1):
+        if needed(sizes := Sizes(N, smallest, num_blocks)) <= left:
+            return sizes
+    sizes = Sizes(N, smallest, MIN_BLOCKS)
+    what = f"{sizes.capacity + sizes.block:,} vectors of {N:,} rows and {TILES_HELD} tiles (lower --top takes fewer)"
+    require_memory(what, needed(sizes), settings.memory_bytes)
+    return sizes
+
+
+# all of them ----------------------------------------------------------------------------------------------------------
+
+
+def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> dict[str, Any]:
+    """Compute all eigenvalues by LAPACK, in float64, and what follows from them. Holds 8 N² bytes.
+
+    Its eigenvalues are those of K + F with ‖F‖₂ ≤ p(N) ε ‖K‖₂ for a p that grows slowly; N is taken for it.
+    """
+    K = matrix.dense(step=counter(report, "spectrum", 0, matrix.num_tiles))
+    moments = Moments(len(K), float(np.trace(K)), float(np.linalg.norm(K)) ** 2)
+    values = eigvalsh(K, overwrite_a=True, check_finite=False)[::-1]
+    bound = len(values) * EPSILON * float(np.abs(values).max())
+    smallest = float(values[-1])
+    return {
+        "method": "all",
+        "eigenvalues": values.tolist(),
+        "residual_bounds": [bound] * len(values),
+        "error_bounds": [bound] * len(values),
+        "is_converged": True,
+        "is_proven": True,
+        **_norms(moments, float(np.abs(values).max())),
+        "effective_rank": effective_rank(values),
+        "effective_rank_error": 0.0,
+        "smallest": smallest,
+        "smallest_error": bound,
+        **_ratio(float(values[0]), (smallest, bound)),
+        "num_negative": int((values < 0).sum()),
+        **_noise(matrix, values),
+    }
+
+
+def effective_rank(values: FloatArray) -> float:
+    """Compute exp(−Σ p log p) with p = max(λ, 0) / Σ max(λ, 0); 0 where no eigenvalue is positive.
+
+    >>> round(effective_rank(np.array([2.0, 2.0, 2.0, 0.0, -1e-9])), 6)
+    3.0
+    """
+    positive = values[values > 0]
+    p = positive / positive.sum()
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
+
+
+def _norms(moments: Moments, norm: float) -> dict[str, Any]:
+    return {
+        "trace": moments.trace,
+        "frobenius_norm": float(np.sqrt(moments.squares)),
+        "participation_ratio": moments.trace**2 / moments.squares if moments.squares else 0.0,
+        "stable_rank": moments.squares / norm**2 if norm else 0.0,
+    }
+
+
+def _ratio(largest: float, smallest: tuple[float, float]) -> dict[str, Any]:
+    """Compute λ₁ / λ_N and its error; None where λ_N is not told from zero by the computation."""
+    value, error = smallest
+    if value <= error:
+        return {"condition": None, "condition_error": None}
+    return {"condition": largest / value, "condition_error": largest / (value - error) - largest / value}
+
+
+def _noise(matrix: Matrix, values: FloatArray) -> dict[str, Any]:
+    """Count the eigenvalues that the error of the stored matrix leaves."""
+    norm = matrix.error_norm
+    return {"error_norm": norm, "num_above_error": None if norm is None else int((values > norm).sum())}
+
+
+# the largest ----------------------------------------------------------------------------------------------------------
+
+
+class Products:
+    """Multiplies a kernel with vectors, and adds up its trace and the squares of its entries in the first pass."""
+
+    def __init__(self, matrix: Matrix, report: Report = ignore_report) -> None:
+        self.matrix = matrix
+        self.moments: Moments | None = None
+        self._report = report
+        self._passes = 0
+
+    @property
+    def squares(self) -> float | None:
+        """‖K‖_F², once it is known."""
+        return None if self.moments is None else self.moments.squares
+
+    def __call__(self, V: FloatArray) -> FloatArray:
+        """Compute K V, in one pass."""
+        each = self.matrix.num_tiles
+        step = counter(self._report, "spectrum", self._passes * each, (self._passes + 1) * each)
+        self._passes += 1
+        if self.moments is not None:
+            return self.matrix.matmat(V, step=step)
+        product, self.moments = multiply_and_measure(self.matrix, V, step)
+        return product
+
+
+def multiply_and_measure(matrix: Matrix, V: FloatArray, step: Step) -> tuple[FloatArray, Moments]:
+    """Compute K V, tr K and ‖K‖_F² in one pass over one triangle."""
+    product, trace, squares = np.zeros_like(V, order="C"), 0.0, 0.0
+    for rows, cols, tile in matrix.tiles(step=step):
+        product[rows] += tile @ V[cols]
+        square = float(np.linalg.norm(tile)) ** 2
+        if rows == cols:
+            trace += float(np.trace(tile))
+            squares += square
+        else:
+            product[cols] += tile.T @ V[rows]
+            squares += 2 * square
+    return product, Moments(matrix.num_rows, trace, squares)
+
+
+def largest_eigenvalues(
+    matrix: Matrix, sizes: Sizes, settings: SpectrumSettings, report: Report = ignore_report
+) -> dict[str, Any]:
+    """Compute the largest eigenvalues out of core, and what can be said of the others."""
+    products = Products(matrix, report)
+    krylov = Krylov(products, sizes)
+    ranks: list[tuple[float, float]] = []
+
+    def estimate() -> None:
+        assert products.moments is not None
+        if krylov.is_lanczos and products.moments.trace > 0:
+            ranks.append(estimate_effective_rank(krylov, products.moments))
+
+    goal = Goal(min(settings.top or USUAL_TOP, sizes.num_rows), settings.tolerance, settings.max_passes)
+    found = run(krylov, goal, squares=lambda: products.squares, before_restart=estimate)
+    estimate()
+    assert products.moments is not None
+    rank, error = ranks[0] if ranks else (0.0, 0.0)
+    return {
+        "method": "largest",
+        "block": sizes.block,
+        "eigenvalues": found.values.tolist(),
+        "residual_bounds": found.residuals.tolist(),
+        "error_bounds": found.errors.tolist(),
+        "is_converged": found.is_converged,
+        "is_proven": found.is_proven,
+        **_norms(products.moments, float(np.abs(found.values).max())),
+        "effective_rank": rank,
+        "effective_rank_error": error,
+        "smallest": None,
+        "smallest_error": None,
+        "condition": None,
+        "condition_error": None,
+        "num_negative": None,
+        **_noise(matrix, found.values),
+    }
+
+
+# the smallest ---------------------------------------------------------------------------------------------------------
+
+
+def smallest_eigenvalue(
+    solve: Callable[[FloatArray], FloatArray], num_rows: int, tolerance: float = 1e-6
+) -> tuple[float, float]:
+    """Compute the smallest eigenvalue of a positive definite K and a bound on its error, by block Krylov on K⁻¹.
+
+    Args:
+        solve: Multiplies K⁻¹ with vectors; called a few times.
+        num_rows: Rows of K.
+        tolerance: Relative to the eigenvalue.
+    """
+    sizes = Sizes(num_rows, min(INVERSE_BLOCK, num_rows), INVERSE_STEPS)
+    found: Largest = run(Krylov(solve, sizes), Goal(1, tolerance, INVERSE_STEPS))
+    inverse, error = float(found.values[0]), float(found.errors[0])
+    return 1 / inverse, error / (inverse * (inverse + error))
+
+
+@contextmanager
+def _solving(matrix: Matrix, settings: SpectrumSettings, report: Report) -> Iterator[Multiply]:
+    """Solve with a Cholesky factor beside the store, which is made, and removed unless it was there before."""
+    from ntkgen.analysis.cholesky import FactorSettings, factored
+    from ntkgen.analysis.factor import place_of_factor
+
+    was_there = place_of_factor(matrix, 0.0)[0].has("zarr.json")
+    with factored(matrix, FactorSettings(settings.memory_bytes, keep=was_there), report) as (factor, _):
+        yield factor.solve
+
+
+def _condition(
+    matrix: Matrix, found: dict[str, Any], how: tuple[SpectrumSettings, Multiply | None], report: Report
+) -> dict[str, Any]:
+    """Compute the smallest eigenvalue and the condition, where K is positive definite to rounding."""
+    from ntkgen.analysis.cholesky import NotPositiveError
+
+    settings, solve = how
+    try:
+        if solve is not None:
+            smallest = smallest_eigenvalue(solve, matrix.num_rows)
+        else:
+            with _solving(matrix, settings, report) as solving:
+                smallest = smallest_eigenvalue(solving, matrix.num_rows)
+    except NotPositiveError as error:
+        return {"not_positive": str(error)}
+    return {
+        "smallest": smallest[0],
+        "smallest_error": smallest[1],
+        **_ratio(found["eigenvalues"][0], smallest),
+        "num_negative": 0,
+    }

@@ -1,0 +1,95 @@
+"""`ntkgen analyze`: from a stored kernel to an answer; one file per question."""
+
+import importlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ntkgen.cli.options import Bytes
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.matrix import Matrix
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+# The commands, each in the module of its name.
+QUESTIONS = ("spectrum", "density", "logdet", "extrapolate", "regress", "flow", "align", "compare")
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are loaded when they are asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as in click
+        """Name the commands in the order of what they build on."""
+        return list(QUESTIONS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as in click
+        """Load a command."""
+        if cmd_name not in QUESTIONS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"ntkgen.cli.analyze.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=LazyGroup)
+def analyze() -> None:
+    """Ask stored kernels for their spectrum, their log-determinant, what they predict, and how they differ.
+
+    Needs no torch and no GPU, and memory for a part of the kernel alone. Results are kept beside each store, in
+    STORE.analysis, and not computed twice.
+    """
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What every question is asked with."""
+
+    dtype: str | None
+    of_output: int | None
+    allow_partial: bool
+    memory_bytes: int
+    as_json: bool
+    quiet: bool
+
+    @classmethod
+    def pop_from(cls, options: dict[str, Any]) -> "Asked":
+        """Take these options out of a command's."""
+        return cls(**{name: options.pop(name) for name in cls.__dataclass_fields__})
+
+    def matrix(self, path: str) -> "Matrix":
+        """Open the store at a path for analysis."""
+        from ntkgen.analysis.matrix import open_matrix
+        from ntkgen.kernel.opening import open_store
+
+        return open_matrix(open_store(path), dtype=self.dtype, output=self.of_output, allow_partial=self.allow_partial)
+
+    def show(self, result: dict[str, Any], page: Sequence[str]) -> None:
+        """Print a result: one JSON object, or lines for people."""
+        click.echo(json.dumps(result) if self.as_json else "\n".join([result["store"], *page]))
+
+
+def shared_options(command: Command) -> Command:
+    """Add the options that every question has."""
+    options = [
+        click.option("--dtype", help="Which of the stored kernels [the most precise]."),
+        click.option("--of-output", type=int, help="Which matrix, of a kernel of the output `diagonal`."),
+        click.option(
+            "--allow-partial", is_flag=True, help="Take the largest complete leading part, if tiles are missing."
+        ),
+        click.option(
+            "--memory",
+            "memory_bytes",
+            type=Bytes(),
+            default="1GB",
+            show_default=True,
+            help="Memory that this process may take in all.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command

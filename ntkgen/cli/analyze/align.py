@@ -1,0 +1,39 @@
+"""`ntkgen analyze align`: how well a kernel is aligned with its labels."""
+
+from typing import Any
+
+import click
+
+from ntkgen.cli.analyze import Asked, shared_options
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@shared_options
+def align(paths: tuple[str, ...], **options: Any) -> None:
+    """Measure the alignment of the kernels at PATHS with their one-hot labels, plain and centred, in one pass.
+
+    1 is the kernel of the labels themselves, y yᵀ. For the whole kernel, and for each output by itself.
+    """
+    asked = Asked.pop_from(options)
+    from ntkgen.analysis import alignment
+    from ntkgen.cli.progress import progress_bars
+
+    for path in paths:
+        matrix = asked.matrix(path)
+        with progress_bars(path, quiet=asked.quiet) as report:
+            result = alignment.align(matrix, asked.memory_bytes, report)
+        asked.show(result, _page(result))
+
+
+def _page(result: dict[str, Any]) -> list[str]:
+    each = zip(result["output_alignment"], result["output_centered_alignment"], strict=True)
+    return [
+        f"  {'':<12}{'alignment':>10}{'centred':>10}",
+        f"  {'whole':<12}{_number(result['alignment'])}{_number(result['centered_alignment'])}",
+        *(f"  {f'output {a}':<12}{_number(plain)}{_number(centred)}" for a, (plain, centred) in enumerate(each)),
+    ]
+
+
+def _number(value: float | None) -> str:
+    return f"{'none' if value is None else f'{value:.4f}':>10}"

@@ -1,0 +1,90 @@
+"""`ntkgen analyze compare`: how far kernels of the same samples are from each other."""
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ntkgen.cli.analyze import Asked, shared_options
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.matrix import Matrix
+
+# Angles and ratios that the page lists.
+LISTED = 5
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True)
+@click.option("--top", type=int, help="Eigenvectors whose space is compared, and eigenvalues [10].")
+@shared_options
+def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
+    """Compare the kernel at the first of PATHS with each of the others, of the same samples.
+
+    Of checkpoints, widths, precisions or training data: distance, centred alignment (CKA), principal angles between the
+    eigenspaces, ratios of the eigenvalues. One store with several dtypes is compared with itself, the most precise one
+    first; where two kernels are of one network, what the lower precision costs is said too.
+    """
+    asked = Asked.pop_from(options)
+    from ntkgen.analysis import compare as comparing
+    from ntkgen.cli.progress import progress_bars
+
+    first, others = _matrices(asked, paths)
+    for second in others:
+        with progress_bars(second.name, quiet=asked.quiet) as report:
+            result = comparing.compare(first, second, top, asked.memory_bytes, report)
+        asked.show(result, _page(result))
+
+
+def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matrix]]":
+    """Open what is compared.
+
+    Raises:
+        UsageError: If there is nothing to compare with.
+    """
+    first = asked.matrix(paths[0])
+    if len(paths) > 1:
+        return first, [asked.matrix(path) for path in paths[1:]]
+    from ntkgen.analysis.matrix import open_matrix
+
+    store = first.store
+    dtypes = [dtype for dtype in reversed(store.manifest.dtypes) if dtype != first.dtype]
+    if not dtypes:
+        raise click.UsageError(f"{store.name} holds one kernel: give a second path to compare it with.")
+    others = [open_matrix(store, dtype=d, output=asked.of_output, allow_partial=asked.allow_partial) for d in dtypes]
+    return first, others
+
+
+def _page(result: dict[str, Any]) -> list[str]:
+    angles = _few([f"{angle:.3g}" for angle in result["principal_angles"]])
+    ratios = _few(["none" if ratio is None else f"{ratio:.4g}" for ratio in result["eigenvalue_ratios"]])
+    return [
+        f"  {result['dtype']}, against {result['reference']} ({result['reference_dtype']})",
+        f"  {'distance':<20}{_number(result['distance'])}",
+        f"  {'centred alignment':<20}{_number(result['centered_alignment'])}",
+        f"  {'principal angles':<20}{angles} rad, of the top {len(result['principal_angles'])} eigenvectors",
+        f"  {'eigenvalue ratios':<20}{ratios}",
+        *_cost(result["cost"]),
+    ]
+
+
+def _cost(cost: dict[str, Any] | None) -> list[str]:
+    if cost is None:
+        return []
+    lines = [
+        f"  The lower precision ({cost['lower_dtype']} at {cost['lower']}) costs",
+        f"    {'Frobenius error':<18}{cost['frobenius_error']:.3g}",
+        f"    {'eigenvalues':<18}{cost['eigenvalue_error']:.3g} of the largest, for {cost['eigenvalues_compared']:,}",
+    ]
+    if cost["logdet_error"] is not None:
+        lines.append(f"    {'log-determinant':<18}{cost['logdet_error']:+.6g} of {cost['logdet']:.6g}")
+    elif cost["not_positive"]:
+        lines.append(f"    {'log-determinant':<18}unknown: {cost['not_positive']:,} eigenvalues are not positive")
+    return lines
+
+
+def _few(texts: list[str]) -> str:
+    return ", ".join(texts[:LISTED]) + ", …" * (len(texts) > LISTED)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.6g}"

@@ -1,0 +1,55 @@
+"""`ntkgen analyze density`: how dense the eigenvalues of a kernel lie."""
+
+from typing import Any
+
+import click
+
+from ntkgen.cli.analyze import Asked, shared_options
+from ntkgen.cli.options import aligned
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@shared_options
+@click.option("--passes", type=int, default=20, show_default=True, help="Over the stored tiles, out of core.")
+@click.option("--bandwidth", type=float, default=0.1, show_default=True, help="How far to smooth, in decades.")
+def density(paths: tuple[str, ...], **options: Any) -> None:
+    """Compute the density of the eigenvalues of each kernel at PATH, on a logarithmic axis.
+
+    From all of them where they fit in memory, else by stochastic Lanczos quadrature, with error bars.
+    """
+    from ntkgen.analysis import density as densities
+    from ntkgen.cli.progress import progress_bars
+
+    asked = Asked.pop_from(options)
+    settings = densities.DensitySettings(asked.memory_bytes, **options)
+    for path in paths:
+        matrix = asked.matrix(path)
+        with progress_bars(path, quiet=asked.quiet) as report:
+            result = densities.density(matrix, settings, report)
+        asked.show(result, _page(result))
+
+
+def _page(result: dict[str, Any]) -> list[str]:
+    sampled = f"{result['passes']:g} passes with {result['probes']} Gaussian vectors"
+    lines = {"method": "all eigenvalues" if result["method"] == "all" else sampled}
+    if result["fraction_off_axis"] > 0:
+        lines["off axis"] = f"{100 * result['fraction_off_axis']:.3g} % are not positive, or not told from zero"
+    if result["resolved_above"] is not None:
+        lines["resolved"] = f"above {result['resolved_above']:.3g}; below, by single nodes far apart"
+    if result["error_norm"] is not None:
+        lines["error"] = f"‖E‖ ≤ {result['error_norm']:.3g}: what lies below is noise"
+    return [*aligned(lines), *_decade_lines(result)]
+
+
+def _decade_lines(result: dict[str, Any]) -> list[str]:
+    """Say how many eigenvalues there are in each decade."""
+    places, above = result["log10_eigenvalues"], result["fraction_above"]
+    if not places:
+        return []
+    decades = range(int(places[-1] // 1), int(places[0] // 1) - 1, -1)
+    at = [next((a for place, a in zip(places, above, strict=True) if place >= low), 0.0) for low in decades]
+    counts = [value - before for value, before in zip(at, [0.0, *at], strict=False)]
+    return [
+        f"  10^{low:<4} to 10^{low + 1:<4} {100 * count:8.3f} %" for low, count in zip(decades, counts, strict=True)
+    ]

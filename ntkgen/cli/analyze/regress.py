@@ -1,0 +1,100 @@
+"""`ntkgen analyze regress`: kernel ridge regression on the labels."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ntkgen.cli.analyze import Asked, shared_options
+from ntkgen.cli.options import ManyCommand, ManyOption
+
+if TYPE_CHECKING:
+    from ntkgen.kernel.store import KernelStore
+
+
+@click.command(cls=ManyCommand)
+@click.argument("paths", nargs=-1, required=True)
+@click.option(
+    "--shifts",
+    cls=ManyOption,
+    type=float,
+    metavar="λ...",
+    help="Ridge parameters, in the units of the kernel [10⁻⁶ to 10² times its mean eigenvalue, not below ‖E‖].",
+)
+@click.option(
+    "--offset",
+    type=click.Choice(["zero", "logits"]),
+    default="zero",
+    show_default=True,
+    help="What is fitted from: nothing, or the network's logits.",
+)
+@click.option("--test", help="Kernel of the same samples with test samples (`compute --against test`).")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "eigh", "cholesky", "cg"]),
+    default="auto",
+    show_default=True,
+    help="How to solve; auto takes the quickest that fits in memory.",
+)
+@shared_options
+def regress(paths: tuple[str, ...], **options: Any) -> None:
+    """Fit the labels by kernel ridge regression with the kernels at PATHS, for each of several λ.
+
+    Errors are mean squares: of the fitted samples, of samples left out one at a time with all of their outputs, and by
+    generalised cross-validation; with --test those of test samples too, and their accuracy.
+    """
+    asked = Asked.pop_from(options)
+    from ntkgen.analysis import regression
+    from ntkgen.cli.progress import progress_bars
+
+    options["test"] = test_store(options["test"], paths)
+    ridge = regression.Ridge(**{**options, "shifts": options["shifts"] or None})
+    for path in paths:
+        matrix = asked.matrix(path)
+        with progress_bars(path, quiet=asked.quiet) as report:
+            result = regression.regress(matrix, ridge, asked.memory_bytes, report)
+        asked.show(result, _page(result))
+
+
+def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
+    """Open the kernel with test samples, which belongs to one training kernel.
+
+    Raises:
+        UsageError: If there are several of those.
+    """
+    from ntkgen.kernel.opening import open_store
+
+    if path is not None and len(paths) > 1:
+        raise click.UsageError(f"--test belongs to one kernel, and {len(paths)} were given: ask for one at a time.")
+    return None if path is None else open_store(path)
+
+
+_COLUMNS = {
+    "train_error": "train",
+    "loo_error": "left out",
+    "gcv": "gcv",
+    "test_error": "test",
+    "train_accuracy": "train acc",
+    "loo_accuracy": "l.o. acc",
+    "test_accuracy": "test acc",
+}
+
+
+def _page(result: dict[str, Any]) -> list[str]:
+    columns = {name: title for name, title in _COLUMNS.items() if name in result}
+    lines = [f"  from {'the logits' if result['offset'] == 'logits' else 'zero'}, by {result['method']}"]
+    lines += ["  " + f"{'λ':>10}" + "".join(f"{title:>11}" for title in columns.values())]
+    for at, shift in enumerate(result["shifts"]):
+        numbers = "".join(_number(result[name][at], is_part="accuracy" in name) for name in columns)
+        lines.append(f"  {shift:>10.3g}{numbers}")
+    if result["method"] == "cg":
+        lines.append(f"  residuals at most {max(result['residual_bounds']):.1g}; nothing is known of samples left out")
+    if result["error_norm"] is not None and result["error_norm"] > min(result["shifts"]):
+        lines.append(f"  the kernel is known to ‖E‖ = {result['error_norm']:.2g}: λ below that fit its errors")
+    return lines
+
+
+def _number(value: float | None, *, is_part: bool) -> str:
+    if value is None:
+        return f"{'unknown':>11}"
+    return f"{value:>11.2%}" if is_part else f"{value:>11.4g}"

@@ -1,0 +1,144 @@
+"""`ntkgen plot`: pictures of a kernel, as files."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ntkgen.cli.analyze import Asked, shared_options
+from ntkgen.cli.options import ManyCommand, ManyOption
+from ntkgen.errors import InputError
+from ntkgen.folders import LocalFolder
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.matrix import Matrix
+    from ntkgen.analysis.plots_style import Picture
+
+KINDS = ("matrix", "spectrum", "density", "modes", "flow", "alignment", "logdet", "regression", "comparison")
+FORMATS = ("png", "svg")
+
+
+@click.command(cls=ManyCommand)
+@click.argument("paths", nargs=-1, required=True)
+@click.option(
+    "--kind",
+    "kinds",
+    cls=ManyOption,
+    type=click.Choice(KINDS),
+    metavar="KIND...",
+    help=f"Which pictures: {', '.join(KINDS)} [all that can be drawn].",
+)
+@click.option(
+    "--format",
+    "formats",
+    cls=ManyOption,
+    type=click.Choice(FORMATS),
+    default=("png",),
+    metavar="FORMAT...",
+    help="png, svg or both [png].",
+)
+@click.option("-o", "--out", default="plots", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@shared_options
+def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...], out: str, **options: Any) -> None:
+    """Draw the kernels at PATHS: the matrix, and what `ntkgen analyze` has found out about it.
+
+    What was not asked yet is found out now, where the kernel fits in --memory with its eigenvectors. Give the options
+    after the paths.
+
+    \b
+    ntkgen plot runs/lenet-digits-seed0-n500.zarr --kind matrix spectrum --format png svg
+    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    asked = Asked.pop_from(options)
+    from ntkgen.analysis.results import peak_bytes
+
+    folder = LocalFolder(Path(out))
+    folder.require_writable()
+    chosen, names = kinds or KINDS, unique_names(paths)
+    matrices = [asked.matrix(path) for path in paths]  # everything that can be wrong is found before anything runs
+    compared, refused = _compare(matrices, chosen, asked)
+    for index, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
+        pictures, missing = _draw(matrix, name, chosen, asked)
+        if index == 0 and compared is not None:
+            pictures.append(compared)
+        missing |= {"comparison": refused[matrix.name]} if matrix.name in refused else {}
+        _require_all(missing if kinds else {})
+        files = write_pictures(folder, name, pictures, formats)
+        result = {"store": matrix.name, "pictures": files, "left_out": missing, "peak_bytes": peak_bytes()}
+        asked.show(result, _page(result))
+
+
+def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "tuple[list[Picture], dict[str, str]]":
+    """Draw one kernel; say why some pictures of it cannot be drawn."""
+    from ntkgen.analysis.answers import gather
+    from ntkgen.analysis.plots import draw_all, left_out, questions_for
+    from ntkgen.cli.progress import progress_bars
+
+    with progress_bars(name, quiet=asked.quiet) as report:
+        answers = gather(matrix, asked.memory_bytes, questions_for(kinds), report)
+        return list(draw_all(answers, kinds, report).values()), left_out(answers, kinds)
+
+
+def _compare(
+    matrices: "Sequence[Matrix]", kinds: Sequence[str], asked: Asked
+) -> "tuple[Picture | None, dict[str, str]]":
+    """Draw what differs between the first kernel and the others; say why some cannot be compared, by store.
+
+    Raises:
+        InputError: If there is one kernel, and nothing but a comparison is asked for.
+    """
+    from ntkgen.analysis.answers import compare_all
+    from ntkgen.analysis.plots_compare import draw_comparison
+    from ntkgen.cli.progress import progress_bars
+
+    if "comparison" not in kinds:
+        return None, {}
+    if len(matrices) == 1 and kinds != KINDS:
+        raise InputError(
+            f"The kernel at {matrices[0].name} is compared with nothing: expected two paths or more, found one. Was "
+            "one left out? Give the others too, or leave comparison out of --kind."
+        )
+    with progress_bars("comparison", quiet=asked.quiet) as report:
+        results, refused = compare_all(matrices, asked.memory_bytes, report)
+    return draw_comparison(results) if results else None, refused
+
+
+def _require_all(missing: Mapping[str, str]) -> None:
+    """Refuse to leave out what was asked for.
+
+    Raises:
+        InputError: If something is missing.
+    """
+    if missing:
+        raise InputError(next(iter(missing.values())))
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """Name the pictures of each store after it; stores of one name in different folders are numbered.
+
+    >>> unique_names(["a/k.zarr", "b/k.zarr/", "b/c.zarr"])
+    ['k', 'k-2', 'c']
+    """
+    stems = [path.rstrip("/").rpartition("/")[2].removesuffix(".zarr") for path in paths]
+    numbers = [stems[:index].count(stem) + 1 for index, stem in enumerate(stems)]
+    return [stem if number == 1 else f"{stem}-{number}" for stem, number in zip(stems, numbers, strict=True)]
+
+
+def write_pictures(
+    folder: LocalFolder, name: str, pictures: "Sequence[Picture]", formats: Sequence[str]
+) -> list[dict[str, str]]:
+    """Write some pictures in some formats; return what was written, and what each shows."""
+    from ntkgen.analysis.plots_style import render
+
+    written = []
+    for picture in pictures:
+        for form in formats:
+            file = f"{name}-{picture.kind}.{form}"
+            folder.write(file, render(picture, form))
+            written.append({"kind": picture.kind, "file": str(folder.path / file), "caption": picture.caption})
+    return written
+
+
+def _page(result: dict[str, Any]) -> list[str]:
+    lines = [f"  {made['file']}" for made in result["pictures"]]
+    return lines + [f"  no {kind}: {reason}" for kind, reason in result["left_out"].items()]

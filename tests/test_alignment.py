@@ -1,0 +1,342 @@
+"""Targets of the rows of a kernel, and alignment with them, against NumPy on the dense matrix."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import make_job
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ntkgen import cli
+from ntkgen.analysis.alignment import Problem, Readout, TestSamples, align, centered_product, contrasts
+from ntkgen.analysis.matrix import open_matrix
+from ntkgen.errors import BudgetError, FingerprintError, InputError, StoreError
+from ntkgen.folders import folder_of
+from ntkgen.kernel.arrays import Samples
+from ntkgen.kernel.manifest import Manifest
+from ntkgen.kernel.opening import create_store, open_store
+from ntkgen.kernel.tiles import TileGrid
+
+MEMORY = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """What is put into a store: a kernel, and what it is of."""
+
+    kernel: np.ndarray  # (rows, cols), or (outputs, rows, cols)
+    labels: np.ndarray  # (samples,)
+    logits: np.ndarray  # (samples, classes)
+    output: str = "full"
+    tile_samples: int = 3
+    layout: str = "upper"
+    dtypes: tuple = ("float64",)
+    precision: str = "float64"
+    parameters: str = "3f2a"
+    samples: str = "91bc"
+    against: tuple | None = None  # labels and logits of the columns
+
+    @property
+    def grid(self):
+        planes = len(self.kernel) if self.kernel.ndim == 3 else 1
+        n, columns = len(self.labels), None if self.against is None else len(self.against[0])
+        return TileGrid(n, self.kernel.shape[-2] // n, self.tile_samples, columns, planes)
+
+
+PLANS = {}
+
+
+def plan_of(content):
+    """A plan with this grid and number of logits; everything else of it is of no use here."""
+    if "plan" not in PLANS:
+        PLANS["plan"] = make_job().plan
+    plan = PLANS["plan"]
+    profile = dataclasses.replace(plan.profile, num_logits=content.logits.shape[1])
+    return dataclasses.replace(plan, grid=content.grid, profile=profile)
+
+
+def filled(path, content, skip=()):
+    """Create a store with these numbers; without some tiles."""
+    names = ("output", "precision", "parameters", "samples")
+    identity = {name: getattr(content, name) for name in names} | {"dtypes": list(content.dtypes)}
+    provenance = {"model": "small", "dataset": "noise"}
+    manifest = Manifest(identity, provenance, plan_of(content), content.dtypes, content.layout)
+    other = None
+    if content.against is not None:
+        other = Samples(np.arange(len(content.against[0])), np.asarray(content.against[0]))
+    samples = Samples(np.arange(len(content.labels)) * 2, np.asarray(content.labels), other)
+    store = create_store(folder_of(path, fsync=False), manifest, samples)
+    _fill(store, content, skip)
+    return open_store(path)
+
+
+def _fill(store, content, skip):
+    grid, m = store.grid, store.grid.num_outputs
+    for index in store.missing_blocks():
+        (_, logits), _, block = store.side(index)
+        rows = block.rows(m)
+        diagonal = np.ones((*content.kernel.shape[:-2], rows.stop - rows.start))
+        if grid.is_symmetric:
+            diagonal = np.diagonal(content.kernel, axis1=-2, axis2=-1)[..., rows]
+        values = content.logits if logits == "logits" else content.against[1]
+        store.commit_block(index, diagonal, values[block.start : block.stop])
+    store.create_kernels()
+    for tile in grid.tiles():
+        rows, cols = grid.block(tile.row).rows(m), grid.col_block(tile.col).rows(m)
+        if (tile.row, tile.col) not in skip:
+            store.commit(tile, content.kernel[..., rows, cols])
+    if not skip:
+        store.finalize()
+
+
+def drawn(n=7, m=3, output="full", seed=0, **options):
+    """A kernel that is positive definite, and what it is of."""
+    rng = np.random.default_rng([seed, n, m])
+    per_sample = {"centered": m - 1, "trace": 1, "diagonal": 1}.get(output, 1 if output.startswith("index") else m)
+    planes = (m,) if output == "diagonal" else ()
+    J = rng.normal(size=(*planes, n * per_sample, n * per_sample + 4)) + 0.3
+    labels = rng.integers(0, m, n)
+    return Content(J @ J.swapaxes(-1, -2), labels, rng.normal(size=(n, m)), output, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+everywhere = given(
+    n=st.integers(2, 9),
+    m=st.integers(2, 4),
+    tile=st.integers(1, 10),
+    layout=st.sampled_from(["upper", "full"]),
+    seed=st.integers(0, 99),
+)
+few = settings(max_examples=12)
+
+
+def dense_alignment(K, Y):
+    """⟨K, Y Yᵀ⟩ / (‖K‖ ‖Y Yᵀ‖), by the definition."""
+    L = Y @ Y.T
+    return np.sum(K * L) / np.linalg.norm(K) / np.linalg.norm(L)
+
+
+def dense_centered_alignment(K, Y):
+    H = np.eye(len(K)) - 1 / len(K)
+    K, L = H @ K @ H, H @ Y @ Y.T @ H
+    if np.linalg.norm(L) < 1e-12:
+        return None
+    return np.sum(K * L) / np.linalg.norm(K) / np.linalg.norm(L)
+
+
+def agree(found, expected, tolerance=1e-10):
+    if expected is None or found is None:
+        assert found is expected
+    else:
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+
+
+def one_hot(content):
+    return np.eye(content.logits.shape[1])[content.labels]
+
+
+@everywhere
+@few
+def test_alignment_is_that_of_the_dense_matrix(n, m, tile, layout, seed):
+    content = drawn(n, m, seed=seed, tile_samples=tile, layout=layout)
+    with tempfile.TemporaryDirectory() as folder:
+        found = align(open_matrix(filled(Path(folder) / "k.zarr", content)), MEMORY)
+    K, Y = content.kernel, one_hot(content)
+    agree(found["alignment"], dense_alignment(K, Y.reshape(-1, 1)))
+    agree(found["centered_alignment"], dense_centered_alignment(K, Y.reshape(-1, 1)))
+    for a in range(m):
+        part, y = K[a::m, a::m], Y[:, [a]]
+        agree(found["output_alignment"][a], dense_alignment(part, y) if y.any() else None)
+        agree(found["output_centered_alignment"][a], dense_centered_alignment(part, y))
+    assert found["passes"] == 1
+
+
+@pytest.mark.parametrize("output", ["centered", "index:1", "trace", "diagonal"])
+def test_alignment_of_every_output_map(folder, output):
+    content = drawn(8, 3, output)
+    plane = 1 if output == "diagonal" else None
+    found = align(open_matrix(filled(folder / "k.zarr", content), output=plane), MEMORY)
+    K = content.kernel if plane is None else content.kernel[plane]
+    scores = one_hot(content)
+    Y = {"centered": (scores @ contrasts(3).T).reshape(-1, 1), "trace": scores}.get(output, scores[:, [1]])
+    agree(found["alignment"], dense_alignment(K, Y))
+    agree(found["centered_alignment"], dense_centered_alignment(K, Y))
+    assert len(found["output_alignment"]) == {"centered": 2, "trace": 3}.get(output, 1)
+    if output == "trace":
+        for a in range(3):
+            agree(found["output_alignment"][a], dense_alignment(K, Y[:, [a]]))
+            agree(found["output_centered_alignment"][a], dense_centered_alignment(K, Y[:, [a]]))
+
+
+def test_a_kernel_of_the_labels_alone_is_aligned_with_them(folder):
+    content = drawn(6, 2)
+    y = one_hot(content).reshape(-1, 1)
+    found = align(open_matrix(filled(folder / "k.zarr", dataclasses.replace(content, kernel=5 * y @ y.T))), MEMORY)
+    agree(found["alignment"], 1.0)
+    agree(found["centered_alignment"], 1.0)
+
+
+def test_what_is_constant_has_no_centered_alignment(folder):
+    content = dataclasses.replace(drawn(6, 2), kernel=np.full((12, 12), 0.1))
+    found = align(open_matrix(filled(folder / "k.zarr", content)), MEMORY)
+    assert found["centered_alignment"] is None
+    assert found["alignment"] > 0
+    one_class = dataclasses.replace(drawn(6, 2, "index:0"), labels=np.zeros(6, int))
+    assert align(open_matrix(filled(folder / "j.zarr", one_class)), MEMORY)["centered_alignment"] is None
+
+
+def test_a_leading_part_is_aligned_with_its_labels(folder):
+    content = drawn(9, 2)
+    store = filled(folder / "k.zarr", content, skip={(1, 2)})
+    with pytest.raises(StoreError, match="not complete"):
+        open_matrix(store)
+    found = align(open_matrix(store, allow_partial=True), MEMORY)
+    y = one_hot(content)[:6].reshape(-1, 1)
+    agree(found["alignment"], dense_alignment(content.kernel[:12, :12], y))
+    assert found["rows"] == 12
+
+
+def test_a_result_is_remembered_and_not_that_of_other_rows(folder):
+    store = filled(folder / "k.zarr", drawn(9, 2))
+    first = align(open_matrix(store), MEMORY)
+    again = open_matrix(store)
+    second = align(again, MEMORY)
+    assert (first["remembered"], second["remembered"], again.tiles_read) == (False, True, 0)
+    assert {k: v for k, v in first.items() if k != "remembered"} == {
+        k: v for k, v in second.items() if k != "remembered"
+    }
+
+
+@given(st.integers(1, 30), st.integers(0, 99))
+@few
+def test_centering_an_inner_product(rows, seed):
+    rng = np.random.default_rng([seed, rows])
+    K, L = (part + part.T for part in rng.normal(size=(2, rows, rows)) + 1)
+    H = np.eye(rows) - 1 / rows
+    expected = np.sum((H @ K @ H) * (H @ L @ H))
+    assert centered_product(np.sum(K * L), K.mean(1), L.mean(1)) == pytest.approx(expected, abs=1e-10 * rows**2)
+
+
+@pytest.mark.parametrize("m", [2, 3, 10])
+def test_the_contrasts_are_those_of_the_output_map(m):
+    from ntkgen.jacobian.outputs import contrast_matrix
+
+    assert np.array_equal(contrasts(m), contrast_matrix(m).numpy())
+
+
+@pytest.mark.parametrize("output", ["full", "centered", "index:2", "trace"])
+def test_scores_come_back_from_the_rows(output):
+    readout = Readout(output, 4, None, "k.zarr")
+    scores = np.random.default_rng(0).normal(size=(5, 4))
+    back = readout.scores(readout.mapped(scores))
+    expected = {"centered": scores - scores.mean(1, keepdims=True), "index:2": scores[:, [2]]}.get(output, scores)
+    np.testing.assert_allclose(back, expected, atol=1e-14)
+    labels = scores.argmax(1)
+    assert readout.accuracy(readout.targets(labels), labels) == 1
+    assert readout.accuracy(readout.targets((labels + 1) % 4), labels) < 1
+
+
+# what cannot be meant -------------------------------------------------------------------------------------------------
+
+
+def wrong_labels(value):
+    content = drawn(6, 3)
+    return dataclasses.replace(content, labels=np.where(np.arange(6) == 4, value, content.labels))
+
+
+@pytest.mark.parametrize(("label", "match"), [(3, "expected 0 to 2.*found 3"), (-1, "has no labels")])
+@pytest.mark.parametrize("command", ["align", "regress", "flow"])
+def test_labels_that_do_not_fit_are_one_line(folder, capsys, label, match, command):
+    filled(folder / "k.zarr", wrong_labels(label))
+    assert cli.run(["analyze", command, str(folder / "k.zarr")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    with pytest.raises(InputError, match=match):
+        Problem.of(open_matrix(open_store(folder / "k.zarr")), "zero")
+
+
+def test_the_sum_of_outputs_has_no_targets(folder):
+    store = filled(folder / "k.zarr", drawn(6, 1, "sum"))
+    with pytest.raises(InputError, match="Σ f"):
+        align(open_matrix(store), MEMORY)
+
+
+def test_too_little_memory_is_refused(folder):
+    with pytest.raises((BudgetError, InputError), match="memory limit"):
+        align(open_matrix(filled(folder / "k.zarr", drawn())), 1 << 20)
+
+
+def rectangle(content, num_test=5, seed=7, **changes):
+    """A kernel of the same training samples with others."""
+    rng = np.random.default_rng(seed)
+    m = content.kernel.shape[-2] // len(content.labels)
+    classes = content.logits.shape[1]
+    kernel = rng.normal(size=(*content.kernel.shape[:-1], num_test * m))
+    against = (rng.integers(0, classes, num_test), rng.normal(size=(num_test, classes)))
+    made = dataclasses.replace(content, kernel=kernel, against=against, layout="full", samples="0777")
+    return dataclasses.replace(made, **changes)
+
+
+def changed(values):
+    return np.where(np.arange(len(values)) == 2, (values + 1) % 3, values)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("parameters", lambda c: {"parameters": "other"}),
+        ("output", lambda c: {"output": "centered2"}),
+        ("row_label", lambda c: {"labels": changed(c.labels)}),
+        ("logits", lambda c: {"logits": c.logits + 1}),
+    ],
+)
+def test_a_test_kernel_of_other_rows_is_refused(folder, what, change):
+    content = drawn()
+    problem = Problem.of(open_matrix(filled(folder / "k.zarr", content)), "zero")
+    TestSamples.of(filled(folder / "good.zarr", rectangle(content, logits=content.logits + 1e-4)), problem, "zero")
+    other = filled(folder / "t.zarr", rectangle(content, **change(content)))
+    with pytest.raises(FingerprintError, match=f"the same {what}"):
+        TestSamples.of(other, problem, "zero")
+
+
+def test_a_test_kernel_must_be_rectangular_complete_and_labelled(folder):
+    content = drawn()
+    store = filled(folder / "k.zarr", content)
+    problem = Problem.of(open_matrix(store), "zero")
+    with pytest.raises(InputError, match="of samples with themselves"):
+        TestSamples.of(store, problem, "zero")
+    with pytest.raises(StoreError, match="not complete"):
+        TestSamples.of(filled(folder / "t.zarr", rectangle(content), skip={(0, 1)}), problem, "zero")
+    unlabelled = rectangle(content)
+    unlabelled = dataclasses.replace(unlabelled, against=(np.full(5, -1), unlabelled.against[1]))
+    with pytest.raises(InputError, match="no labels of its columns"):
+        TestSamples.of(filled(folder / "u.zarr", unlabelled), problem, "zero")
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_an_object_per_store(folder, capsys):
+    stores = [str(folder / f"{name}.zarr") for name in "ab"]
+    for seed, store in enumerate(stores):
+        filled(Path(store), drawn(seed=seed))
+    assert cli.run(["analyze", "align", "--memory", "8GB", *stores, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [result["store"] for result in found] == stores
+    for result in found:
+        assert {"alignment", "centered_alignment", "seconds", "peak_bytes"} <= set(result)
+        assert 0 < result["alignment"] < 1
+    assert cli.run(["analyze", "align", "--memory", "8GB", stores[0]]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith(stores[0])
+    assert f"{found[0]['alignment']:.4f}" in page
+    assert not math.isnan(found[1]["centered_alignment"])

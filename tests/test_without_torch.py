@@ -1,0 +1,63 @@
+"""`ntkgen analyze`, `ntkgen plot` and `ntkgen report` run where torch is not installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from filled import fill_store
+
+from ntkgen.cli.analyze import QUESTIONS
+
+# None in sys.modules makes `import torch` fail as where it is not installed.
+WITHOUT = (
+    "import sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision']));"
+    "from ntkgen import cli; sys.exit(cli.run(sys.argv[1:]))"
+)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """Two kernels of the same 16 samples, 2 outputs each."""
+    folder, labels = tmp_path_factory.mktemp("stores"), np.arange(16) % 2
+    first, K = fill_store(folder / "a.zarr", labels=labels, num_outputs=2)
+    second, _ = fill_store(folder / "b.zarr", K + np.eye(len(K)), labels=labels, num_outputs=2)
+    return first.name, second.name
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-c", WITHOUT, *args], capture_output=True, text=True, check=False)
+
+
+ARGUMENTS = {
+    **{question: ["analyze", question, "FIRST", "--json"] for question in QUESTIONS},
+    "extrapolate": ["analyze", "extrapolate", "FIRST", "--to", "100", "--json"],
+    "compare": ["analyze", "compare", "FIRST", "SECOND", "--top", "3", "--json"],
+    "plot": ["plot", "FIRST", "SECOND", "-o", "OUT", "--kind", "matrix", "regression", "comparison", "--json"],
+    "report": ["report", "FIRST", "SECOND", "-o", "OUT/report.html", "--json"],
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_commands_run_without_torch(stores, tmp_path, name):
+    places = {"FIRST": stores[0], "SECOND": stores[1]}
+    args = [places.get(arg, arg.replace("OUT", str(tmp_path))) for arg in ARGUMENTS[name]]
+    done = run(*args, "--memory", "1TB")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[0])
+    assert result["store"] in stores
+    assert result["peak_bytes"] > 0
+
+
+def test_every_question_is_asked():
+    assert set(QUESTIONS) < set(ARGUMENTS)
+    for question in QUESTIONS:
+        assert importlib.util.find_spec(f"ntkgen.cli.analyze.{question}"), question
+
+
+def test_torch_is_indeed_missing():
+    done = run("models")
+    assert done.returncode != 0
+    assert "torch" in done.stderr
