@@ -234,7 +234,7 @@ def _by_krylov(clock: Clock, memory_bytes: int, report: Report) -> Course:
             break
         last = slice(inside, inside + new.shape[1])
         basis[:, last], inside = new, last.stop
-        product = problem.matrix.matmat(new)
+        product = problem.readout.scale * problem.matrix.matmat(new)
         step()
         products[:inside, last] = basis[:, :inside].T @ product
         new, rest = _orthonormal(basis[:, :inside], product)
