@@ -199,7 +199,7 @@ def test_cross_entropy_predicts_through_what_was_learned(tmp_path):
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, says):
     path = str(tmp_path / "k.zarr")
     filled(path, drawn(6, 3, "index:1"))
-    assert cli.run(["analyze", "flow", "--memory", "8GB", path, *arguments]) == 2
+    assert cli.run(["analyze", "flow", path, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error
@@ -219,12 +219,12 @@ def test_the_command(tmp_path, capsys):
     path, test = str(tmp_path / "k.zarr"), str(tmp_path / "t.zarr")
     filled(path, content)
     filled(test, rectangle(content))
-    assert cli.run(["analyze", "flow", "--memory", "8GB", path, "--times", "0.1", "1", "--test", test, "--json"]) == 0
+    assert cli.run(["analyze", "flow", path, "--times", "0.1", "1", "--test", test, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["times"] == [0.1, 1.0]
     assert {"learning_times", "energies", "test_accuracy", "store", "seconds", "peak_bytes"} <= set(found)
     for arguments in ([], ["--loss", "cross-entropy", "--test", test]):
-        assert cli.run(["analyze", "flow", "--memory", "8GB", path, *arguments]) == 0
+        assert cli.run(["analyze", "flow", path, *arguments]) == 0
         page = capsys.readouterr().out.splitlines()
         assert page[0] == path
         assert len(page) >= 2 + flowing.NUM_TIMES

@@ -363,7 +363,7 @@ def test_it_warns_of_float16(capsys):
     errors = {"errors": [{"dtype": "float16", "bound": 0.001}]}
     for certificate, said in ((None, "it has no certificate"), (errors, "‖E‖ ≤ 0.001")):
         with kernel(15, dtypes=("float16",), certificate=certificate) as (matrix, _):
-            assert cli.run(["analyze", "logdet", "--memory", "8GB", matrix.name, "--json"]) == 0
+            assert cli.run(["analyze", "logdet", matrix.name, "--json"]) == 0
             captured = capsys.readouterr()
             assert captured.err.startswith("Warning: The kernel at")
             assert "float16" in captured.err
@@ -376,7 +376,7 @@ def test_a_shift_must_not_be_negative(shift, capsys):
     with kernel(3) as (matrix, _):
         with pytest.raises(InputError, match=r"A shift of .* expected a number that is not negative"):
             FactorSettings(MEMORY, shift=shift)
-        assert cli.run(["analyze", "logdet", "--memory", "8GB", matrix.name, "--shift", str(shift)]) == 2
+        assert cli.run(["analyze", "logdet", matrix.name, "--shift", str(shift)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -395,7 +395,7 @@ def test_an_entry_that_is_not_finite_is_named():
 def test_missing_tiles_are_counted_and_a_leading_part_will_do(capsys):
     with kernel(15, tile_samples=5, layout="upper") as (matrix, K):
         (Path(matrix.name) / "ntk_float64/c/1/2").unlink()
-        command = ["analyze", "logdet", "--memory", "8GB", matrix.name, "--json"]
+        command = ["analyze", "logdet", matrix.name, "--json"]
         assert cli.run(command) == 2
         assert "expected 6 tiles, 1 are missing" in capsys.readouterr().err
         assert cli.run([*command, "--allow-partial"]) == 0
@@ -409,8 +409,6 @@ def test_the_command_says_what_it_found(capsys):
         command = [
             "analyze",
             "logdet",
-            "--memory",
-            "8GB",
             matrix.name,
             "--shift",
             "0.5",
@@ -454,8 +452,6 @@ def commanded(path, *options):
         "ntkgen",
         "analyze",
         "logdet",
-        "--memory",
-        "8GB",
         str(path),
         "--memory",
         "1GB",

@@ -306,7 +306,7 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, says):
     path = str(tmp_path / "k.zarr")
     filled(path, singular())
     arguments = [path if argument == "K" else argument for argument in arguments]
-    assert cli.run(["analyze", "regress", "--memory", "8GB", path, *arguments]) == 2
+    assert cli.run(["analyze", "regress", path, *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert says in error
@@ -325,15 +325,13 @@ def test_the_command(tmp_path, capsys):
     path, test = str(tmp_path / "k.zarr"), str(tmp_path / "t.zarr")
     filled(path, content)
     filled(test, rectangle(content))
-    assert (
-        cli.run(["analyze", "regress", "--memory", "8GB", path, "--shifts", "0.1", "1", "--test", test, "--json"]) == 0
-    )
+    assert cli.run(["analyze", "regress", path, "--shifts", "0.1", "1", "--test", test, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["shifts"] == [0.1, 1.0]
     keys = {"train_error", "loo_error", "gcv", "test_accuracy", "store", "seconds", "peak_bytes", "offset"}
     assert keys <= set(found)
     for arguments in ([], ["--method", "cg"], ["--offset", "logits"]):
-        assert cli.run(["analyze", "regress", "--memory", "8GB", path, "--test", test, *arguments]) == 0
+        assert cli.run(["analyze", "regress", path, "--test", test, *arguments]) == 0
         page = capsys.readouterr().out.splitlines()
         assert page[0] == path
         assert len(page) >= 3 + 9

@@ -321,7 +321,7 @@ def _square(values: FloatArray) -> float:
     return float(np.vdot(values, values))
 
 
-def align(matrix: Matrix, memory_bytes: int, report: Report = ignore_report) -> dict[str, Any]:
+def align(matrix: Matrix, memory_bytes: int | None = None, report: Report = ignore_report) -> dict[str, Any]:
     """Measure how well a kernel is aligned with its labels, in one pass over the stored tiles.
 
     The alignment of K with the target kernel y yᵀ of the one-hot labels y is

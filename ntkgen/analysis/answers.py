@@ -30,6 +30,8 @@ COMPARISON = "compare"
 RICHNESS = {**QUESTIONS, COMPARISON: "eigenvalues"}
 # The matrix, its eigenvectors, and LAPACK's workspace.
 BYTES_PER_ENTRY = 24
+# Of kernels that take more, pictures find nothing out by themselves, unless a budget is given: it takes minutes.
+QUICK_BYTES = 10**9
 MAX_MODES = 1000
 # Eigenvalues and angles of two kernels that are compared in passing.
 TOP = 50
@@ -45,7 +47,10 @@ class Answers:
 
 
 def gather(
-    matrix: Matrix, memory_bytes: int, questions: Sequence[str] = tuple(QUESTIONS), report: Report = ignore_report
+    matrix: Matrix,
+    memory_bytes: int | None = None,
+    questions: Sequence[str] = tuple(QUESTIONS),
+    report: Report = ignore_report,
 ) -> Answers:
     """Read what was found out before and, where the kernel fits in memory, find out the rest."""
     found, lacking = dict[str, Result](), dict[str, str]()
@@ -63,7 +68,7 @@ def gather(
 
 
 def compare_all(
-    matrices: Sequence[Matrix], memory_bytes: int, report: Report = ignore_report
+    matrices: Sequence[Matrix], memory_bytes: int | None = None, report: Report = ignore_report
 ) -> tuple[list[Result], dict[str, str]]:
     """Compare the first kernel with each other one; where they cannot be compared, say why, by store."""
     from ntkgen.analysis.compare import compare
@@ -120,18 +125,19 @@ def _read(matrix: Matrix, data: bytes | None) -> Result | None:
     return {**identity["settings"], **result}
 
 
-def is_small(matrix: Matrix, memory_bytes: int) -> bool:
-    """Say whether a kernel fits in memory with its eigenvectors."""
-    return BYTES_PER_ENTRY * matrix.num_rows**2 <= memory_left(memory_bytes)
+def is_small(matrix: Matrix, memory_bytes: int | None) -> bool:
+    """Say whether a kernel fits in memory with its eigenvectors; without a budget, in what takes a minute or so."""
+    room = memory_left(memory_bytes) if memory_bytes is not None else min(memory_left(None), QUICK_BYTES)
+    return BYTES_PER_ENTRY * matrix.num_rows**2 <= room
 
 
-def _ask(matrix: Matrix, question: str, memory_bytes: int, report: Report) -> Result:
+def _ask(matrix: Matrix, question: str, memory_bytes: int | None, report: Report) -> Result:
     """Find out what nobody has asked before, with the usual settings."""
     _require_small(matrix, question, memory_bytes)
     return {**_ASKING[question](matrix, memory_bytes, report), "kind": question}
 
 
-def _require_small(matrix: Matrix, question: str, memory_bytes: int) -> None:
+def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> None:
     """Refuse to begin what could take long.
 
     Raises:
@@ -145,44 +151,44 @@ def _require_small(matrix: Matrix, question: str, memory_bytes: int) -> None:
         )
 
 
-def _spectrum(matrix: Matrix, memory_bytes: int, report: Report) -> Result:
+def _spectrum(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 
     return spectrum(matrix, SpectrumSettings(memory_bytes), report=report)
 
 
-def _density(matrix: Matrix, memory_bytes: int, report: Report) -> Result:
+def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.density import DensitySettings, density
 
     return density(matrix, DensitySettings(memory_bytes), report)
 
 
-def _logdet(matrix: Matrix, memory_bytes: int, report: Report) -> Result:
+def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.cholesky import FactorSettings
     from ntkgen.analysis.logdet import logdet
 
     return logdet(matrix, FactorSettings(memory_bytes), prefixes=True, report=report)
 
 
-def _regress(matrix: Matrix, memory_bytes: int, report: Report) -> Result:
+def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.regression import Ridge, regress
 
     return regress(matrix, Ridge(), memory_bytes, report)
 
 
-def _flow(matrix: Matrix, memory_bytes: int, report: Report) -> Result:
+def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.flow import Flow, flow
 
     return flow(matrix, Flow(num_modes=min(matrix.num_rows, MAX_MODES)), memory_bytes, report)
 
 
-def _align(matrix: Matrix, memory_bytes: int, report: Report) -> Result:
+def _align(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.alignment import align
 
     return align(matrix, memory_bytes, report)
 
 
-_ASKING: Mapping[str, Callable[[Matrix, int, Report], Result]] = {
+_ASKING: Mapping[str, Callable[[Matrix, int | None, Report], Result]] = {
     "spectrum": _spectrum,
     "density": _density,
     "logdet": _logdet,

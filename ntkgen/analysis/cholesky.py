@@ -46,7 +46,7 @@ class FactorSettings:
     ``keep`` the factor stays, to solve with.
     """
 
-    memory_bytes: int
+    memory_bytes: int | None = None
     shift: float = 0.0
     indefinite: bool = False
     keep: bool = False

@@ -33,7 +33,7 @@ TILES_HELD = 8
 
 
 def compare(
-    first: Matrix, second: Matrix, top: int | None, memory_bytes: int, report: Report = ignore_report
+    first: Matrix, second: Matrix, top: int | None, memory_bytes: int | None = None, report: Report = ignore_report
 ) -> dict[str, Any]:
     """Compare the kernel K of one store with the kernel L of another, row by row, in one pass over both.
 
@@ -81,7 +81,7 @@ class Pairing:
     """How two kernels are compared."""
 
     top: int
-    memory_bytes: int
+    memory_bytes: int | None
     is_dense: bool  # whether each of them fits in memory
 
 
@@ -215,7 +215,7 @@ class PairMoments:
         return ratio(centered_product(self.inner, *means), *kept)
 
 
-def _moments(first: Matrix, second: Matrix, memory_bytes: int, report: Report) -> PairMoments:
+def _moments(first: Matrix, second: Matrix, memory_bytes: int | None, report: Report) -> PairMoments:
     side = max(first.side, second.side)
     require_memory("two tiles of each kernel", 8 * TILES_HELD * min(side, first.num_rows) ** 2, memory_bytes)
     blocks = -(-first.num_rows // side)

@@ -29,7 +29,7 @@ class DensitySettings:
     ``bandwidth`` is the standard deviation, in decades, of the Gaussian that each eigenvalue is drawn as.
     """
 
-    memory_bytes: int = 10**9
+    memory_bytes: int | None = None
     passes: int = 20
     bandwidth: float = 0.1
 

@@ -43,7 +43,9 @@ class Flow:
     test: KernelStore | None = None
 
 
-def flow(matrix: Matrix, asked: Flow, memory_bytes: int, report: Report = ignore_report) -> dict[str, Any]:
+def flow(
+    matrix: Matrix, asked: Flow, memory_bytes: int | None = None, report: Report = ignore_report
+) -> dict[str, Any]:
     """Follow gradient flow on the labels, as the network linearised at its parameters does it.
 
     The loss is L = (1/c) Σᵢ ℓ(f(xᵢ), yᵢ) over the samples, with ℓ = ½ ‖f − y‖² or the cross-entropy of softmax f; its
@@ -104,7 +106,7 @@ def _check(problem: Problem, asked: Flow) -> None:
         )
 
 
-def _method(matrix: Matrix, asked: Flow, memory_bytes: int) -> str:
+def _method(matrix: Matrix, asked: Flow, memory_bytes: int | None) -> str:
     if asked.loss != "squared":
         return "ode"
     return "eigh" if bytes_of(matrix, "eigh") <= memory_left(memory_bytes) else "krylov"
@@ -208,14 +210,14 @@ class Subspace:
         )
 
 
-def _by_eigenvalues(clock: Clock, memory_bytes: int, report: Report) -> Course:
+def _by_eigenvalues(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
     require_memory("the eigenvectors", bytes_of(clock.problem.matrix, "eigh"), memory_bytes)
     values, vectors = eigenvalues_and_vectors(clock.problem.dense(report))
     whole = Subspace(values, vectors.T @ clock.problem.residual, np.zeros((0, len(values))))
     return whole.course(clock, "eigh", vectors)
 
 
-def _by_krylov(clock: Clock, memory_bytes: int, report: Report) -> Course:
+def _by_krylov(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
     """Follow the flow in the space of r, K r, K² r, … with r = y − f₀, each step of which is a pass.
 
     It ends when the bound is met at all times, nothing new is found, or the memory is full.
@@ -257,7 +259,7 @@ def _orthonormal(basis: FloatArray, vectors: FloatArray) -> tuple[FloatArray, Fl
     return Q, R @ (sizes[is_there, None] * B[is_there])
 
 
-def _most_steps(problem: Problem, memory_bytes: int) -> int:
+def _most_steps(problem: Problem, memory_bytes: int | None) -> int:
     """Count the steps whose vectors fit in memory, beside the tiles and the outputs at all times.
 
     Raises:
@@ -293,7 +295,7 @@ def _rotated(basis: FloatArray, rotation: FloatArray) -> FloatArray:
 # cross-entropy --------------------------------------------------------------------------------------------------------
 
 
-def _by_integration(clock: Clock, memory_bytes: int, report: Report) -> Course:
+def _by_integration(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
     """Integrate f' = K α', α' = (η/c) A (y − softmax), from f₀ and zero; each step is a product with K."""
     problem, shape = clock.problem, clock.problem.targets.shape
     vectors = 16 * (20 + 2 * NUM_TIMES) * problem.targets.size  # of all stages of a step, and at all times

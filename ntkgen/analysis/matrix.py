@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -205,14 +204,18 @@ def tiles_of(matrix: Matrix) -> list[Tile]:
     return [Tile(row, col) for row in range(blocks) for col in range(row, blocks)]
 
 
-def memory_left(memory_bytes: int) -> int:
+def memory_left(memory_bytes: int | None) -> int:
     """Say how much of a budget for the whole process is left: what Python and its libraries take counts too.
+
+    Without a budget that is 80 % of the memory that is free.
 
     Raises:
         InputError: If nothing is.
     """
     import psutil
 
+    if memory_bytes is None:
+        return int(psutil.virtual_memory().available) * 4 // 5
     taken = int(psutil.Process().memory_info().rss)
     if taken >= memory_bytes:
         raise InputError(
@@ -222,18 +225,19 @@ def memory_left(memory_bytes: int) -> int:
     return memory_bytes - taken
 
 
-def require_memory(what: str, needed_bytes: int, memory_bytes: int) -> None:
+def require_memory(what: str, needed_bytes: int, memory_bytes: int | None) -> None:
     """Refuse what does not fit in what a budget for the whole process leaves.
 
     Raises:
         BudgetError: If it does not.
     """
     left = memory_left(memory_bytes)
-    if needed_bytes > left:
-        raise BudgetError(
-            f"A memory limit of {human_bytes(memory_bytes)} is too small: expected {human_bytes(needed_bytes)} for "
-            f"{what}, found {human_bytes(left)} beside the program itself. Is there more? Raise --memory."
-        )
-
-
-Values = dict[str, Any]
+    if needed_bytes <= left:
+        return
+    limit = (
+        f"A memory limit of {human_bytes(memory_bytes)}" if memory_bytes else "What is free of this machine's memory"
+    )
+    raise BudgetError(
+        f"{limit} is too small: expected {human_bytes(needed_bytes)} for {what}, found {human_bytes(left)} beside the "
+        "program itself. Is there more? Raise --memory."
+    )

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
+from ntkgen.analysis.factor import WORKSPACE_BYTES
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.results import remembered
 from ntkgen.analysis.spectrum import reading_bytes
@@ -286,7 +287,9 @@ class Ridge:
     method: str = "auto"
 
 
-def regress(matrix: Matrix, ridge: Ridge, memory_bytes: int, report: Report = ignore_report) -> dict[str, Any]:
+def regress(
+    matrix: Matrix, ridge: Ridge, memory_bytes: int | None = None, report: Report = ignore_report
+) -> dict[str, Any]:
     """Fit one-hot labels by kernel ridge regression, for each λ, and measure how it does on samples it has not seen.
 
     f(x) = f₀(x) + K(x, X) α with α = G (y − f₀) and G = (K + λI)⁻¹ on the rows of the kernel: one per sample and
@@ -334,7 +337,7 @@ def _default_shifts(problem: Problem) -> tuple[float, ...]:
     return tuple(problem.readout.scale * factor * mean for factor in factors)
 
 
-def choose_method(matrix: Matrix, shifts: Sequence[float], memory_bytes: int) -> str:
+def choose_method(matrix: Matrix, shifts: Sequence[float], memory_bytes: int | None) -> str:
     """Choose the quickest of the methods that fit."""
     left = memory_left(memory_bytes)
     wanted = ("eigh", "cholesky") if len(shifts) > 1 else ("cholesky",)
@@ -346,7 +349,8 @@ def bytes_of(matrix: Matrix, method: str, columns: int = 1) -> int:
     rows, m = matrix.num_rows, matrix.num_outputs
     if method == "cg":
         return reading_bytes(matrix, columns + PROBES) + 10 * 8 * rows * (columns + PROBES)
-    return max(8 * rows**2 + reading_bytes(matrix), ENTRY_BYTES[method] * rows**2 + 8 * rows * (m + 64) + BLOCKS_BYTES)
+    solving = ENTRY_BYTES[method] * rows**2 + 8 * rows * (m + 64) + BLOCKS_BYTES + WORKSPACE_BYTES
+    return max(8 * rows**2 + reading_bytes(matrix), solving)
 
 
 def _check_shifts(problem: Problem, shifts: Sequence[float], method: str) -> None:
@@ -359,7 +363,7 @@ def _check_shifts(problem: Problem, shifts: Sequence[float], method: str) -> Non
         )
 
 
-def _fit(problem: Problem, shifts: Sequence[float], method: str, memory_bytes: int, report: Report) -> list[Fit]:
+def _fit(problem: Problem, shifts: Sequence[float], method: str, memory_bytes: int | None, report: Report) -> list[Fit]:
     needed = bytes_of(problem.matrix, method, problem.targets.shape[1])
     require_memory({"cg": "tiles and vectors"}.get(method, f"the matrix (method {method})"), needed, memory_bytes)
     if method == "cg":
@@ -370,7 +374,7 @@ def _fit(problem: Problem, shifts: Sequence[float], method: str, memory_bytes: i
     return [fit_by_cholesky(problem, shift, report) for shift in shifts]
 
 
-def _rank(problem: Problem, memory_bytes: int) -> int:
+def _rank(problem: Problem, memory_bytes: int | None) -> int:
     """Choose the rank of the preconditioner: what half of the memory holds that nothing else takes, four times."""
     room = memory_left(memory_bytes) - bytes_of(problem.matrix, "cg", problem.targets.shape[1])
     return max(0, min(MAX_RANK, problem.matrix.num_rows // 4, room // (2 * 4 * 8 * problem.matrix.num_rows)))

@@ -24,7 +24,7 @@ class Made:
     lacking: tuple[dict[str, str], ...]
 
 
-def make_report(matrices: Sequence[Matrix], memory_bytes: int, report: Report = ignore_report) -> Made:
+def make_report(matrices: Sequence[Matrix], memory_bytes: int | None = None, report: Report = ignore_report) -> Made:
     """Write a page on some kernels: what lies beside their stores and, of those that fit in memory, the rest."""
     every = [gather(matrix, memory_bytes, report=report) for matrix in matrices]
     titles = [title_of(answers) for answers in every]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from scipy.linalg import eigvalsh
 
+from ntkgen.analysis.factor import WORKSPACE_BYTES
 from ntkgen.analysis.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.quadrature import Moments, estimate_effective_rank
@@ -51,7 +52,7 @@ class SpectrumSettings:
     Cholesky factor on disk.
     """
 
-    memory_bytes: int = 10**9
+    memory_bytes: int | None = None
     top: int | None = None
     tolerance: float = 1e-6
     max_passes: int = 100
@@ -140,8 +141,8 @@ def _check(matrix: Matrix, settings: SpectrumSettings) -> None:
 
 
 def reading_bytes(matrix: Matrix, vectors: int = 0) -> int:
-    """Estimate what reading and multiplying tiles takes, besides the vectors."""
-    return 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
+    """Estimate what reading and multiplying tiles takes, besides the vectors, and what the BLAS keeps."""
+    return WORKSPACE_BYTES + 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
 
 
 def is_dense(matrix: Matrix, settings: SpectrumSettings) -> bool:

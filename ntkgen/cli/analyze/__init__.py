@@ -50,7 +50,7 @@ class Asked:
     dtype: str | None
     of_output: int | None
     allow_partial: bool
-    memory_bytes: int
+    memory_bytes: int | None
     as_json: bool
     quiet: bool
 
@@ -83,9 +83,7 @@ def shared_options(command: Command) -> Command:
             "--memory",
             "memory_bytes",
             type=Bytes(),
-            default="1GB",
-            show_default=True,
-            help="Memory that this process may take in all.",
+            help="Memory that this process may take in all [80 % of what is free].",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
