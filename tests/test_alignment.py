@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import make_job
+from filled import MEMORY, drawn, filled, one_hot, rectangle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,92 +16,7 @@ from ntkgen import cli
 from ntkgen.analysis.alignment import Problem, Readout, TestSamples, align, centered_product, contrasts
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, FingerprintError, InputError, StoreError
-from ntkgen.folders import folder_of
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store, open_store
-from ntkgen.kernel.tiles import TileGrid
-
-MEMORY = 1 << 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Content:
-    """What is put into a store: a kernel, and what it is of."""
-
-    kernel: np.ndarray  # (rows, cols), or (outputs, rows, cols)
-    labels: np.ndarray  # (samples,)
-    logits: np.ndarray  # (samples, classes)
-    output: str = "full"
-    tile_samples: int = 3
-    layout: str = "upper"
-    dtypes: tuple = ("float64",)
-    precision: str = "float64"
-    parameters: str = "3f2a"
-    samples: str = "91bc"
-    against: tuple | None = None  # labels and logits of the columns
-
-    @property
-    def grid(self):
-        planes = len(self.kernel) if self.kernel.ndim == 3 else 1
-        n, columns = len(self.labels), None if self.against is None else len(self.against[0])
-        return TileGrid(n, self.kernel.shape[-2] // n, self.tile_samples, columns, planes)
-
-
-PLANS = {}
-
-
-def plan_of(content):
-    """A plan with this grid and number of logits; everything else of it is of no use here."""
-    if "plan" not in PLANS:
-        PLANS["plan"] = make_job().plan
-    plan = PLANS["plan"]
-    profile = dataclasses.replace(plan.profile, num_logits=content.logits.shape[1])
-    return dataclasses.replace(plan, grid=content.grid, profile=profile)
-
-
-def filled(path, content, skip=()):
-    """Create a store with these numbers; without some tiles."""
-    names = ("output", "precision", "parameters", "samples")
-    identity = {name: getattr(content, name) for name in names} | {"dtypes": list(content.dtypes)}
-    provenance = {"model": "small", "dataset": "noise"}
-    manifest = Manifest(identity, provenance, plan_of(content), content.dtypes, content.layout)
-    other = None
-    if content.against is not None:
-        other = Samples(np.arange(len(content.against[0])), np.asarray(content.against[0]))
-    samples = Samples(np.arange(len(content.labels)) * 2, np.asarray(content.labels), other)
-    store = create_store(folder_of(path, fsync=False), manifest, samples)
-    _fill(store, content, skip)
-    return open_store(path)
-
-
-def _fill(store, content, skip):
-    grid, m = store.grid, store.grid.num_outputs
-    for index in store.missing_blocks():
-        (_, logits), _, block = store.side(index)
-        rows = block.rows(m)
-        diagonal = np.ones((*content.kernel.shape[:-2], rows.stop - rows.start))
-        if grid.is_symmetric:
-            diagonal = np.diagonal(content.kernel, axis1=-2, axis2=-1)[..., rows]
-        values = content.logits if logits == "logits" else content.against[1]
-        store.commit_block(index, diagonal, values[block.start : block.stop])
-    store.create_kernels()
-    for tile in grid.tiles():
-        rows, cols = grid.block(tile.row).rows(m), grid.col_block(tile.col).rows(m)
-        if (tile.row, tile.col) not in skip:
-            store.commit(tile, content.kernel[..., rows, cols])
-    if not skip:
-        store.finalize()
-
-
-def drawn(n=7, m=3, output="full", seed=0, **options):
-    """A kernel that is positive definite, and what it is of."""
-    rng = np.random.default_rng([seed, n, m])
-    per_sample = {"centered": m - 1, "trace": 1, "diagonal": 1}.get(output, 1 if output.startswith("index") else m)
-    planes = (m,) if output == "diagonal" else ()
-    J = rng.normal(size=(*planes, n * per_sample, n * per_sample + 4)) + 0.3
-    labels = rng.integers(0, m, n)
-    return Content(J @ J.swapaxes(-1, -2), labels, rng.normal(size=(n, m)), output, **options)
+from ntkgen.kernel.opening import open_store
 
 
 @pytest.fixture
@@ -138,10 +53,6 @@ def agree(found, expected, tolerance=1e-10):
         assert found is expected
     else:
         assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
-
-
-def one_hot(content):
-    return np.eye(content.logits.shape[1])[content.labels]
 
 
 @everywhere
@@ -273,17 +184,6 @@ def test_the_sum_of_outputs_has_no_targets(folder):
 def test_too_little_memory_is_refused(folder):
     with pytest.raises((BudgetError, InputError), match="memory limit"):
         align(open_matrix(filled(folder / "k.zarr", drawn())), 1 << 20)
-
-
-def rectangle(content, num_test=5, seed=7, **changes):
-    """A kernel of the same training samples with others."""
-    rng = np.random.default_rng(seed)
-    m = content.kernel.shape[-2] // len(content.labels)
-    classes = content.logits.shape[1]
-    kernel = rng.normal(size=(*content.kernel.shape[:-1], num_test * m))
-    against = (rng.integers(0, classes, num_test), rng.normal(size=(num_test, classes)))
-    made = dataclasses.replace(content, kernel=kernel, against=against, layout="full", samples="0777")
-    return dataclasses.replace(made, **changes)
 
 
 def changed(values):

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
+from filled import MEMORY, drawn, filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_alignment import MEMORY, drawn, filled
 
 from ntkgen import cli
 from ntkgen.analysis import compare as comparing

@@ -109,7 +109,7 @@ def test_a_store_in_this_process_alone_is_refused(job, team):
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr(distributed, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr("ntkgen.cluster.CONNECT_SECONDS", 1)
     with (
         pytest.raises(InputError, match=r"No cluster answers at tcp://127\.0\.0\.1:9"),
         open_team(None, "tcp://127.0.0.1:9", "cpu"),
@@ -118,7 +118,7 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
 
 
 def test_a_cluster_without_workers_is_refused(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "WORKER_SECONDS", 1)
+    monkeypatch.setattr("ntkgen.cluster.WORKER_SECONDS", 1)
     with (
         LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,

@@ -10,9 +10,9 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import scipy.special
+from filled import MEMORY, drawn, filled, one_hot, rectangle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_alignment import MEMORY, drawn, filled, one_hot, rectangle
 from test_regression import problem_of
 
 from ntkgen import cli

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filled import MEMORY, drawn, filled, one_hot, rectangle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_alignment import MEMORY, drawn, filled, one_hot, rectangle
 
 from ntkgen import cli
 from ntkgen.analysis import regression

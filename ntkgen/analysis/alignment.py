@@ -3,17 +3,24 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ntkgen.analysis.matrix import FloatArray, Matrix, require_memory
+from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.analysis.results import remembered
+from ntkgen.cluster import shared
 from ntkgen.errors import FingerprintError, InputError, StoreError
+from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.symmetric import SymmetricArray
-from ntkgen.progress import Report, counter, ignore_report
+from ntkgen.kernel.symmetric import Place, SymmetricArray
+from ntkgen.kernel.tiles import Tile
+from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 IntArray = npt.NDArray[np.int64]
 
@@ -193,6 +200,7 @@ class TestSamples:
     readout: Readout
     labels: IntArray
     offset: FloatArray  # (test rows, columns), f₀
+    client: "Client | None" = None  # of a cluster, whose workers share the pass over the tiles
 
     @classmethod
     def of(cls, store: KernelStore, problem: Problem, offset: str) -> "TestSamples":
@@ -211,23 +219,33 @@ class TestSamples:
                 f"The store at {store.name} has no labels of its columns: expected one for each test sample, found "
                 "none. Was it made in Python? `ntkgen compute --against test` stores them."
             )
-        readout = Readout.of(store, problem.matrix.output)
-        view = store.kernel(output=problem.matrix.output)
-        return cls(view, readout, labels, offset_of(readout, store, offset, "col_logits"))
+        readout, client = Readout.of(store, problem.matrix.output), problem.matrix.client
+        seen = store if client is None else open_store(shared(store.folder))
+        view = seen.kernel(output=problem.matrix.output)
+        return cls(view, readout, labels, offset_of(readout, store, offset, "col_logits"), client)
 
     def predict(self, alphas: Sequence[FloatArray], report: Report) -> list[FloatArray]:  # of (test rows, columns)
         """Find f₀ + Kₓᵀ α for several α, in one pass."""
         stacked = np.zeros((self.view.shape[0], sum(alpha.shape[1] for alpha in alphas)))
         stacked[: len(alphas[0])] = np.hstack(alphas)  # of a part of the training samples: zero for the others
-        places = -(-self.view.shape[0] // self.view.side) * -(-self.view.shape[1] // self.view.side)
-        step = counter(report, "predicted", 0, places)
-        product = self.view.matmat(stacked, transposed=True, step=step) * self.readout.scale
+        places = self.view.places()
+        step = counter(report, "predicted", 0, len(places))
+        if self.client is None:
+            (product,) = _predicted(places, self.view, stacked, step)
+        else:
+            (product,) = fold(self.client, _predicted, places, (self.view, stacked), step)
+        product *= self.readout.scale
         return [self.offset + part for part in np.split(product, len(alphas), axis=1)]
 
     def measure(self, values: FloatArray) -> tuple[float, float]:
         """Say how often the right class is predicted, and the mean squared distance from the targets."""
         error = float(np.mean((self.readout.targets(self.labels) - values) ** 2))
         return self.readout.accuracy(values, self.labels), error
+
+
+def _predicted(places: Sequence[Place], view: SymmetricArray, V: FloatArray, step: Step = ignore_step) -> Arrays:
+    """Multiply the transpose of some tiles with vectors."""
+    return (view.matmat(V, transposed=True, places=places, step=step),)
 
 
 def _require_rectangle(store: KernelStore) -> None:
@@ -386,14 +404,19 @@ def _sweep(
     report: Report,
 ) -> tuple[FloatArray, FloatArray, float]:
     """Find K V, ‖Kᵃᵃ‖² of each output a with itself, and ‖K‖², in one pass."""
-    m, products, square = matrix.num_outputs, np.zeros_like(V), 0.0
-    squares = np.zeros(m)
     step = counter(report, "aligned", 0, matrix.num_tiles)
-    for rows, cols, tile in matrix.tiles(step=step):
+    products, squares = matrix.fold(_swept, V, step=step)
+    return products, squares[1:], float(squares[0])
+
+
+def _swept(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
+    """Do so for some tiles: the product, and the squares, of the whole first."""
+    m, products = matrix.num_outputs, np.zeros_like(V)
+    squares = np.zeros(1 + m)
+    for rows, cols, tile in matrix.tiles(tiles, step=step):
         products[rows] += tile @ V[cols]
         if rows != cols:
             products[cols] += tile.T @ V[rows]
-        count = 1 if rows == cols else 2
-        square += count * _square(tile)
-        squares += [count * _square(np.ascontiguousarray(tile[a::m, a::m])) for a in range(m)]
-    return products, squares, square
+        parts = [tile, *(np.ascontiguousarray(tile[a::m, a::m]) for a in range(m))]
+        squares += [(1 if rows == cols else 2) * _square(part) for part in parts]
+    return products, squares

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ import scipy.linalg
 from ntkgen.analysis.alignment import EPSILON, centered_product, ratio
 from ntkgen.analysis.krylov import Goal, Krylov, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
+from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.analysis.results import remembered
 from ntkgen.analysis.spectrum import Products, SpectrumSettings, plan_sizes, reading_bytes
 from ntkgen.errors import FingerprintError, InputError
 from ntkgen.kernel.rounding import STORE_DTYPES
-from ntkgen.kernel.symmetric import read_ahead
-from ntkgen.progress import Report, Step, counter, ignore_report
+from ntkgen.kernel.symmetric import Place, read_ahead
+from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
 
 # The precisions that a kernel may be computed in, the least first.
 PRECISIONS = ("bfloat16", "tf32", "float32", "float64-accumulate", "float64")
@@ -176,6 +177,17 @@ class PairMoments:
     difference: float = 0.0  # ‖K − L‖²
     change: float = 0.0  # ⟨K − L, K + L⟩
 
+    @classmethod
+    def of(
+        cls, places: Sequence[Place], first: Matrix, second: Matrix, side: int, step: Step = ignore_step
+    ) -> "PairMoments":
+        """Sum over parts of both, of ``side`` rows and columns, each of which is read once."""
+        moments = cls(np.zeros((2, first.num_rows)), np.zeros(2))
+        for rows, cols, pair in _pairs(places, first, second, side):
+            moments.add(rows, cols, *pair)
+            step()
+        return moments
+
     def add(self, rows: slice, cols: slice, K: FloatArray, L: FloatArray) -> None:
         """Add what two parts above the diagonal, or one on it, say of both triangles."""
         count = 1 if rows == cols else 2
@@ -219,31 +231,48 @@ def _moments(first: Matrix, second: Matrix, memory_bytes: int | None, report: Re
     side = max(first.side, second.side)
     require_memory("two tiles of each kernel", 8 * TILES_HELD * min(side, first.num_rows) ** 2, memory_bytes)
     blocks = -(-first.num_rows // side)
-    step = counter(report, "compared", 0, blocks * (blocks + 1) // 2)
-    moments = PairMoments(np.zeros((2, first.num_rows)), np.zeros(2))
-    for rows, cols, pair in _pairs(first, second, side, step):
-        moments.add(rows, cols, *pair)
-    return moments
+    places = [(row, col) for row in range(blocks) for col in range(row, blocks)]
+    step = counter(report, "compared", 0, len(places))
+    if first.client is None:
+        return PairMoments.of(places, first, second, side, step)
+    for row, col in places:
+        _count(first, second, (_span(first, side, row), _span(first, side, col)))
+    sums = fold(first.client, _measured, places, (first.carried(), second.carried(), side), step)
+    return PairMoments(sums[0], sums[1], *(float(value) for value in sums[2]))
 
 
-def _pairs(first: Matrix, second: Matrix, side: int, step: Step) -> Iterator[tuple[slice, slice, FloatArray]]:
+def _measured(places: Sequence[Place], first: Matrix, second: Matrix, side: int) -> Arrays:
+    """Measure some parts of both, on a worker."""
+    found = PairMoments.of(places, first, second, side)
+    return found.row_sums, found.squares, np.array([found.inner, found.difference, found.change])
+
+
+def _pairs(
+    places: Sequence[Place], first: Matrix, second: Matrix, side: int
+) -> Iterator[tuple[slice, slice, FloatArray]]:
     """Read the same parts of both, those of the larger tiles; the next of them in a thread meanwhile."""
-    size, blocks = first.num_rows, -(-first.num_rows // side)
-    spans = [slice(at * side, min((at + 1) * side, size)) for at in range(blocks)]
 
-    def read(place: tuple[int, int]) -> FloatArray:  # (2, rows, cols)
-        rows, cols = spans[place[0]], spans[place[1]]
+    def read(place: Place) -> FloatArray:  # (2, rows, cols)
+        rows, cols = (_span(first, side, block) for block in place)
         pair = np.empty((2, rows.stop - rows.start, cols.stop - cols.start))
         for values, matrix in zip(pair, (first, second), strict=True):
             values[...] = matrix.view[rows, cols]
         return pair
 
-    places = [(row, col) for row in range(blocks) for col in range(row, blocks)]
     for (row, col), pair in read_ahead(read, places, 1):
-        for matrix in (first, second):
-            matrix.tiles_read += _spanned(spans[row], matrix.side) * _spanned(spans[col], matrix.side)
-        step()
-        yield spans[row], spans[col], pair
+        spans = _span(first, side, row), _span(first, side, col)
+        _count(first, second, spans)
+        yield *spans, pair
+
+
+def _span(matrix: Matrix, side: int, block: int) -> slice:
+    return slice(block * side, min((block + 1) * side, matrix.num_rows))
+
+
+def _count(first: Matrix, second: Matrix, spans: tuple[slice, slice]) -> None:
+    """Count the stored tiles that a part of both is read from."""
+    for matrix in (first, second):
+        matrix.tiles_read += _spanned(spans[0], matrix.side) * _spanned(spans[1], matrix.side)
 
 
 def _spanned(span: slice, side: int) -> int:

@@ -1,27 +1,38 @@
 """A stored kernel as analysis sees it: rows, true float64 values, read in parts, and how much was read."""
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ntkgen.analysis.passes import Arrays, fold
+from ntkgen.cluster import shared
 from ntkgen.errors import BudgetError, InputError, StoreError
+from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.rounding import STORE_DTYPES
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.symmetric import SymmetricArray, read_ahead
 from ntkgen.kernel.tiles import Tile
-from ntkgen.progress import ignore_step
+from ntkgen.progress import Step, ignore_step
 from ntkgen.units import human_bytes
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 FloatArray = npt.NDArray[np.float64]
+# Makes arrays of some tiles of a matrix and some vectors, which are then added up.
+Part = Callable[["Matrix", FloatArray, Sequence[Tile], Step], Arrays]
 
 
 @dataclass
 class Matrix:
     """A symmetric kernel, or the largest leading part of it that is there, read from one triangle.
 
-    A tile is read whole, whatever part of it is asked for; ``tiles_read`` counts them.
+    A tile is read whole, whatever part of it is asked for; ``tiles_read`` counts them. Where there is a client of a
+    dask cluster, its workers share each pass over the tiles.
     """
 
     store: KernelStore
@@ -30,6 +41,7 @@ class Matrix:
     num_rows: int
     view: SymmetricArray
     tiles_read: int = field(default=0)
+    client: "Client | None" = None
 
     @property
     def name(self) -> str:
@@ -89,21 +101,35 @@ class Matrix:
         found = [float(error["bound"]) for error in errors if error["dtype"] == self.dtype]
         return found[0] if found and not self.is_partial else None
 
-    def matmat(self, V: npt.ArrayLike, *, step: Callable[[], None] = ignore_step) -> FloatArray:
+    def matmat(self, V: npt.ArrayLike, *, step: Step = ignore_step) -> FloatArray:
         """Multiply with vectors in float64, in one pass over the stored triangle."""
+        return self.fold(_multiply, np.asarray(V, dtype=np.float64), step=step)[0]
 
-        def count() -> None:
-            self.tiles_read += 1
-            step()
+    def fold(self, part: Part, V: FloatArray, *, step: Step = ignore_step) -> Arrays:
+        """Add up arrays that are made of the tiles of one triangle and of vectors, in one pass.
 
-        return self.view.matmat(V, step=count)
+        On a cluster each worker makes them of some tiles, so that sums differ in their rounding from those of one
+        process.
+        """
+        tiles = tiles_of(self)
+        if self.client is None:
+            return part(self, V, tiles, step)
+        self.tiles_read += len(tiles)
+        return fold(self.client, _fold_on_worker, tiles, (part, self.carried(), V), step)
+
+    def carried(self) -> "Matrix":
+        """Make a copy that a worker can open where it is."""
+        store = open_store(shared(self.store.folder))
+        return _matrix_of(store, self.dtype, self.output, self.num_rows)
 
     def block(self, rows: slice, cols: slice) -> FloatArray:
         """Read a part: true values in float64."""
         self.tiles_read += len(self._spanned(rows)) * len(self._spanned(cols))
         return np.asarray(self.view[rows, cols], dtype=np.float64)
 
-    def tiles(self, *, step: Callable[[], None] = ignore_step) -> Iterator[tuple[slice, slice, FloatArray]]:
+    def tiles(
+        self, tiles: Sequence[Tile] | None = None, *, step: Step = ignore_step
+    ) -> Iterator[tuple[slice, slice, FloatArray]]:
         """Read each tile of one triangle once, row by row, as true float64 values; the next ones in threads meanwhile.
 
         Holds four tiles.
@@ -115,7 +141,7 @@ class Matrix:
         def read(place: tuple[int, int]) -> FloatArray:
             return np.asarray(self.view[self._span(place[0]), self._span(place[1])], dtype=np.float64)
 
-        for (row, col), values in read_ahead(read, [(tile.row, tile.col) for tile in tiles_of(self)]):
+        for (row, col), values in read_ahead(read, [(tile.row, tile.col) for tile in tiles or tiles_of(self)]):
             if not np.isfinite(values).all():
                 raise StoreError(
                     f"Tile ({row}, {col}) of ntk_{self.dtype} in {self.name} is not finite: expected numbers, found "
@@ -127,7 +153,7 @@ class Matrix:
             step()
             yield self._span(row), self._span(col), values
 
-    def dense(self, *, step: Callable[[], None] = ignore_step) -> FloatArray:  # (rows, rows), in Fortran's order
+    def dense(self, *, step: Step = ignore_step) -> FloatArray:  # (rows, rows), in Fortran's order
         """Read the whole matrix, both triangles, in the order that LAPACK overwrites without a copy."""
         values = np.empty((self.num_rows, self.num_rows), order="F")
         for rows, cols, tile in self.tiles(step=step):
@@ -149,7 +175,12 @@ class Matrix:
 
 
 def open_matrix(
-    store: KernelStore, *, dtype: str | None = None, output: int | None = None, allow_partial: bool = False
+    store: KernelStore,
+    *,
+    dtype: str | None = None,
+    output: int | None = None,
+    allow_partial: bool = False,
+    client: "Client | None" = None,
 ) -> Matrix:
     """View a store for analysis.
 
@@ -158,6 +189,8 @@ def open_matrix(
         dtype: Which of the stored kernels; the most precise one where it is left out.
         output: Which matrix, of a store of the output `diagonal`.
         allow_partial: Whether the largest complete leading part will do, where tiles are missing.
+        client: Of a dask cluster, whose workers see the same files: passes over the tiles are divided among them. What
+            is factored as a whole, by LAPACK or tile by tile, is factored in this process.
 
     Raises:
         StoreError: If tiles are missing, and may not be; or none is there.
@@ -171,10 +204,28 @@ def open_matrix(
     num_rows = _rows_there(store, allow_partial=allow_partial)
     chosen = dtype or max(store.manifest.dtypes, key=STORE_DTYPES.index)
     store.kernel(chosen, output)  # raises where there is none
+    return dataclasses.replace(_matrix_of(store, chosen, output, num_rows), client=client)
+
+
+def _matrix_of(store: KernelStore, dtype: str, output: int | None, num_rows: int) -> Matrix:
     token = f"{store.manifest.fingerprint}-{num_rows}"
-    view = SymmetricArray(store.zarr_array(f"ntk_{chosen}"), is_upper=True, token=token, plane=output, is_complete=True)
+    view = SymmetricArray(store.zarr_array(f"ntk_{dtype}"), is_upper=True, token=token, plane=output, is_complete=True)
     view.place, view.shape = store.name, (num_rows, num_rows)
-    return Matrix(store, chosen, output, num_rows, view)
+    return Matrix(store, dtype, output, num_rows, view)
+
+
+def _fold_on_worker(tiles: Sequence[Tile], part: Part, matrix: Matrix, V: FloatArray) -> Arrays:
+    return part(matrix, V, tiles, ignore_step)
+
+
+def _multiply(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
+    """Multiply some tiles with vectors."""
+
+    def count() -> None:
+        matrix.tiles_read += 1
+        step()
+
+    return (matrix.view.matmat(V, places=[(tile.row, tile.col) for tile in tiles], step=count),)
 
 
 def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:

@@ -14,7 +14,7 @@ References:
     Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,11 @@ from scipy.linalg import eigvalsh
 from ntkgen.analysis.factor import WORKSPACE_BYTES
 from ntkgen.analysis.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
+from ntkgen.analysis.passes import Arrays
 from ntkgen.analysis.quadrature import Moments, estimate_effective_rank
 from ntkgen.analysis.results import remembered
 from ntkgen.errors import InputError
+from ntkgen.kernel.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report
 
 # So many eigenvalues, where all of them do not fit and no number is given.
@@ -271,8 +273,14 @@ class Products:
 
 def multiply_and_measure(matrix: Matrix, V: FloatArray, step: Step) -> tuple[FloatArray, Moments]:
     """Compute K V, tr K and ‖K‖_F² in one pass over one triangle."""
+    product, sums = matrix.fold(_multiplied_and_measured, V, step=step)
+    return product, Moments(matrix.num_rows, *(float(each) for each in sums))
+
+
+def _multiplied_and_measured(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
+    """Do so for some tiles: the product, and both sums."""
     product, trace, squares = np.zeros_like(V, order="C"), 0.0, 0.0
-    for rows, cols, tile in matrix.tiles(step=step):
+    for rows, cols, tile in matrix.tiles(tiles, step=step):
         product[rows] += tile @ V[cols]
         square = float(np.linalg.norm(tile)) ** 2
         if rows == cols:
@@ -281,7 +289,7 @@ def multiply_and_measure(matrix: Matrix, V: FloatArray, step: Step) -> tuple[Flo
         else:
             product[cols] += tile.T @ V[rows]
             squares += 2 * square
-    return product, Moments(matrix.num_rows, trace, squares)
+    return product, np.array([trace, squares])
 
 
 def largest_eigenvalues(

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from zarr.storage import MemoryStore
 
+from ntkgen.cluster import CONNECT_SECONDS, WORKER_SECONDS, address_of, connected, shared, wait_for_a_worker
 from ntkgen.errors import InputError, WorkerError
-from ntkgen.folders import Folder, LocalFolder, StoreFolder
+from ntkgen.folders import Folder
 from ntkgen.kernel import engine
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.plan import Band, Budget, Plan
@@ -50,8 +50,7 @@ MAX_TRIES = 10
 # So often is a job tried again on the same worker that has raised an error.
 RETRIES = 2
 POLL_SECONDS, LOOK_SECONDS = 0.5, 0.01
-CONNECT_SECONDS = 20
-WORKER_SECONDS, REFILL_SECONDS = 60, 10
+REFILL_SECONDS = 10
 
 
 NO_TILES = Band((), ())
@@ -141,14 +140,7 @@ class Team:
             InputError: If there is none.
         """
         self._refill()
-        try:
-            self.client.wait_for_workers(1, timeout=WORKER_SECONDS)
-        except TimeoutError:
-            raise InputError(
-                f"The cluster at {self.address} has no workers: expected at least one, found none for {WORKER_SECONDS} "
-                "seconds. Do they still wait in a queue, or did they fail to start? Run the same command again when "
-                "there are some."
-            ) from None
+        wait_for_a_worker(self.client)
         from ntkgen.kernel import worker
 
         hosts = self._ask(socket.gethostname)
@@ -184,7 +176,7 @@ class Team:
     @property
     def address(self) -> str:
         """Where the scheduler is."""
-        return str(self.client.scheduler_info(n_workers=0)["address"])
+        return address_of(self.client)
 
     @property
     def dashboard(self) -> str:
@@ -195,8 +187,7 @@ class Team:
         """Compute and commit what a store is missing, as `engine.run` does in one process."""
         from ntkgen.kernel import worker
 
-        _require_shared(store.folder)
-        order = Order(_absolute(store.folder), load, self.device, self.num_own > 0, cached_blocks)
+        order = Order(shared(store.folder), load, self.device, self.num_own > 0, cached_blocks)
         name = f"ntkgen-{uuid.uuid4().hex}"  # of this run: another may make the same kernel elsewhere
         self._enlist(worker.Hand(order), name)
         try:
@@ -430,19 +421,6 @@ def _again(flight: _Flight) -> tuple[Job, int]:
     return flight.job, flight.tries + 1
 
 
-def _absolute(folder: Folder) -> Folder:
-    """Name a folder so that a worker in another one finds it."""
-    return LocalFolder(folder.path.absolute(), folder.fsync) if isinstance(folder, LocalFolder) else folder
-
-
-def _require_shared(folder: Folder) -> None:
-    if isinstance(folder, StoreFolder) and isinstance(folder.store, MemoryStore):
-        raise InputError(
-            f"The store at {folder} lies in the memory of this process, where no worker can write to it: expected a "
-            "folder or an object store. Use one, or no workers."
-        )
-
-
 @contextmanager
 def open_team(
     workers: int | None, client: "Client | str | None", device: str, tile_seconds: float | None = None
@@ -467,7 +445,11 @@ def open_team(
         yield None
         return
     with ExitStack() as held:
-        found = _connected(client, held) if client is not None else held.enter_context(_own_cluster(workers or 0))
+        found = client
+        if found is None:
+            found = held.enter_context(_own_cluster(workers or 0))
+        elif isinstance(found, str):
+            found = held.enter_context(connected(found))
         yield Team(found, device, workers or 0, tile_seconds)
 
 
@@ -520,25 +502,3 @@ def _closed_quietly(cluster: "LocalCluster") -> "Iterator[LocalCluster]":
     finally:
         with suppress(KeyError, OSError, TimeoutError):
             cluster.close()
-
-
-def _connected(client: "Client | str", held: ExitStack) -> "Client":
-    """Connect to a running cluster, by the address of its scheduler or the scheduler's file.
-
-    Raises:
-        InputError: If there is none.
-    """
-    from distributed import Client
-
-    if not isinstance(client, str):
-        return client
-    where = {"address": client} if "://" in client else {"scheduler_file": client}
-    try:
-        found: Client = held.enter_context(Client(**where, timeout=CONNECT_SECONDS, set_as_default=False))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"No cluster answers at {client} ({' '.join(str(error).split())[:100]}): expected the address of a dask "
-            "scheduler, as tcp://host:8786, or the file that it has written. Is it running, and does a firewall let "
-            "this machine through? `dask scheduler` starts one."
-        ) from error
-    return found

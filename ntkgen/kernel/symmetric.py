@@ -165,6 +165,7 @@ class SymmetricArray:
         V: npt.ArrayLike,  # (cols,) or (cols, vectors); of the transpose (rows,) or (rows, vectors)
         *,
         transposed: bool = False,
+        places: Sequence[Place] | None = None,  # the stored tiles that are multiplied, if not all
         step: Callable[[], None] = ignore_step,  # called after each tile
     ) -> FloatArray:  # (rows,) or (rows, vectors); of the transpose (cols,) or (cols, vectors)
         """Multiply the kernel, or its transpose, with vectors in float64, in one pass over the stored tiles.
@@ -182,7 +183,7 @@ class SymmetricArray:
         length, entries = self.shape if not transposed else self.shape[::-1]
         V = self._vectors(V, entries)
         product = np.zeros((length, *V.shape[1:]))
-        for tile, values in read_ahead(self._whole_tile, self._places()):
+        for tile, values in read_ahead(self._whole_tile, self.places() if places is None else places):
             rows, cols = self._region(tile)
             if not transposed:
                 product[rows] += self._part(tile, values, V[cols])
@@ -213,7 +214,7 @@ class SymmetricArray:
             rmatmat=lambda V: self.matmat(V, transposed=True),
         )
 
-    def _places(self) -> list[Place]:
+    def places(self) -> list[Place]:
         """List the stored tiles, row by row."""
         num_rows, num_cols = (-(-length // self.side) for length in self.shape)
         return [(i, j) for i in range(num_rows) for j in range(i if self._is_upper else 0, num_cols)]

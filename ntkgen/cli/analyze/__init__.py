@@ -11,6 +11,8 @@ import click
 from ntkgen.cli.options import Bytes
 
 if TYPE_CHECKING:
+    from distributed import Client
+
     from ntkgen.analysis.matrix import Matrix
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -53,18 +55,31 @@ class Asked:
     memory_bytes: int | None
     as_json: bool
     quiet: bool
+    client: "Client | None"
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> "Asked":
-        """Take these options out of a command's."""
-        return cls(**{name: options.pop(name) for name in cls.__dataclass_fields__})
+        """Take these options out of a command's, and connect to the cluster until the command ends."""
+        scheduler, client = options.pop("scheduler"), None
+        if scheduler is not None:
+            from ntkgen.cluster import connected
+
+            client = click.get_current_context().with_resource(connected(scheduler))
+        names = [name for name in cls.__dataclass_fields__ if name != "client"]
+        return cls(**{name: options.pop(name) for name in names}, client=client)
 
     def matrix(self, path: str) -> "Matrix":
         """Open the store at a path for analysis."""
         from ntkgen.analysis.matrix import open_matrix
         from ntkgen.kernel.opening import open_store
 
-        return open_matrix(open_store(path), dtype=self.dtype, output=self.of_output, allow_partial=self.allow_partial)
+        return open_matrix(
+            open_store(path),
+            dtype=self.dtype,
+            output=self.of_output,
+            allow_partial=self.allow_partial,
+            client=self.client,
+        )
 
     def show(self, result: dict[str, Any], page: Sequence[str]) -> None:
         """Print a result: one JSON object, or lines for people."""
@@ -84,6 +99,11 @@ def shared_options(command: Command) -> Command:
             "memory_bytes",
             type=Bytes(),
             help="Memory that this process may take in all [80 % of what is free].",
+        ),
+        click.option(
+            "--scheduler",
+            metavar="ADDRESS|FILE",
+            help="Divide passes over the tiles among the workers of a running dask cluster.",
         ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout."),
         click.option("-q", "--quiet", is_flag=True, help="No progress bars."),

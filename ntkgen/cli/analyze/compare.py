@@ -1,5 +1,6 @@
 """`ntkgen analyze compare`: how far kernels of the same samples are from each other."""
 
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,13 +45,11 @@ def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matri
     first = asked.matrix(paths[0])
     if len(paths) > 1:
         return first, [asked.matrix(path) for path in paths[1:]]
-    from ntkgen.analysis.matrix import open_matrix
-
     store = first.store
     dtypes = [dtype for dtype in reversed(store.manifest.dtypes) if dtype != first.dtype]
     if not dtypes:
         raise click.UsageError(f"{store.name} holds one kernel: give a second path to compare it with.")
-    others = [open_matrix(store, dtype=d, output=asked.of_output, allow_partial=asked.allow_partial) for d in dtypes]
+    others = [dataclasses.replace(asked, dtype=dtype).matrix(paths[0]) for dtype in dtypes]
     return first, others
 
 

@@ -1,0 +1,73 @@
+"""A running dask cluster, as whatever divides its work needs it."""
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from zarr.storage import MemoryStore
+
+from ntkgen.errors import InputError
+from ntkgen.folders import Folder, LocalFolder, StoreFolder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from distributed import Client
+
+CONNECT_SECONDS, WORKER_SECONDS = 20, 60
+
+
+@contextmanager
+def connected(place: str) -> "Iterator[Client]":
+    """Connect to a cluster, by the address of its scheduler or the scheduler's file, for the time of this block.
+
+    Raises:
+        InputError: If there is none.
+    """
+    from distributed import Client
+
+    where = {"address": place} if "://" in place else {"scheduler_file": place}
+    try:
+        client = Client(**where, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"No cluster answers at {place} ({' '.join(str(error).split())[:100]}): expected the address of a dask "
+            "scheduler, as tcp://host:8786, or the file that it has written. Is it running, and does a firewall let "
+            "this machine through? `dask scheduler` starts one."
+        ) from error
+    with client:
+        yield client
+
+
+def wait_for_a_worker(client: "Client") -> None:
+    """Wait until a cluster has a worker.
+
+    Raises:
+        InputError: If none comes.
+    """
+    try:
+        client.wait_for_workers(1, timeout=WORKER_SECONDS)
+    except TimeoutError:
+        raise InputError(
+            f"The cluster at {address_of(client)} has no workers: expected at least one, found none for "
+            f"{WORKER_SECONDS} seconds. Do they still wait in a queue, or did they fail to start? Run the same command "
+            "again when there are some."
+        ) from None
+
+
+def address_of(client: "Client") -> str:
+    """Say where the scheduler is."""
+    return str(client.scheduler_info(n_workers=0)["address"])
+
+
+def shared(folder: Folder) -> Folder:
+    """Name a folder so that a worker, which runs in another one, finds it.
+
+    Raises:
+        InputError: If it lies in this process's memory.
+    """
+    if isinstance(folder, StoreFolder) and isinstance(folder.store, MemoryStore):
+        raise InputError(
+            f"The store at {folder} lies in the memory of this process, where no worker finds it: expected a folder or "
+            "an object store. Use one, or no workers."
+        )
+    return LocalFolder(folder.path.absolute(), folder.fsync) if isinstance(folder, LocalFolder) else folder
