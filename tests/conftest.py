@@ -15,6 +15,12 @@ settings.register_profile("ntkgen", deadline=None, derandomize=True, database=No
 settings.load_profile("ntkgen")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Run one process more than there are processors: many tests wait, for processes that they have started."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Use one thread: the networks are so small that handing work to a second takes most of the time."""

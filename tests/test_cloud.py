@@ -153,6 +153,7 @@ def test_parts_share_a_bucket_once_the_network_is_there(run, bucket, local):
     assert objects(bucket) == local
 
 
+@pytest.mark.slow  # each worker imports torch
 def test_workers_write_to_a_bucket(run, bucket, local, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert run(*COMMAND, "--out", bucket, "--workers", "2", "--memory", "2GB")[0] == 0

@@ -33,6 +33,7 @@ def expected(environment, tmp_path_factory):
     return files_of(out)
 
 
+@pytest.mark.slow
 def test_workers_that_were_started_by_hand_are_found_by_the_schedulers_file(expected, environment, tmp_path):
     file, out = tmp_path / "scheduler.json", tmp_path / "runs"
     dask = [sys.executable, "-m", "dask"]

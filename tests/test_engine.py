@@ -263,6 +263,14 @@ def test_one_tile_is_written_at_a_time_and_in_the_order_of_computation(job, tmp_
     assert len(written) == 15
 
 
+@pytest.fixture(scope="module")
+def straight(job, tmp_path_factory):
+    """The files of a run that nothing stops."""
+    path = tmp_path_factory.mktemp("straight") / "k.zarr"
+    job.run(job.create(path))
+    return files_of(path)
+
+
 FAILURES = {
     "diverged": DivergedError("an entry is not finite"),
     "disk full": OSError(errno.ENOSPC, "No space left on device"),
@@ -272,9 +280,10 @@ FAILURES = {
 
 @pytest.mark.parametrize("what", FAILURES)
 @pytest.mark.parametrize("count", [0, 1, 7, 14])
-def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(job, what, count, tmp_path, monkeypatch):
+def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(
+    job, straight, what, count, tmp_path, monkeypatch
+):
     """Of the first tile, of one among others, and of the last, after which nothing is committed any more."""
-    job.run(job.create(tmp_path / "straight.zarr"))
     store, commit, written = job.create(tmp_path / "k.zarr"), KernelStore.commit, []
 
     def failing(self, tile, values):
@@ -293,14 +302,13 @@ def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(jo
     assert len(reopened.missing_tiles()) == 15 - count
     assert not any(thread.name.startswith("ntkgen-writer") for thread in threading.enumerate())
     job.resume(store.path)
-    assert files_of(store.path) == files_of(tmp_path / "straight.zarr")
+    assert files_of(store.path) == straight
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, DivergedError])
 @pytest.mark.parametrize("count", [0, 1, 7, 14])
-def test_what_was_computed_before_an_interruption_is_committed(job, error, count, tmp_path, monkeypatch):
+def test_what_was_computed_before_an_interruption_is_committed(job, straight, error, count, tmp_path, monkeypatch):
     """Ctrl-C comes while a tile is computed: those before it are on disk, and the store is continued."""
-    job.run(job.create(tmp_path / "straight.zarr"))
     store, compute_tile, computed = job.create(tmp_path / "k.zarr"), engine.compute_tile, []
 
     def interrupted(plan, tile, factors):
@@ -317,7 +325,7 @@ def test_what_was_computed_before_an_interruption_is_committed(job, error, count
     assert set(reopened.missing_tiles()) == set(job.plan.grid.tiles()) - set(computed)
     assert not list(store.path.rglob("*.partial"))
     job.resume(store.path)
-    assert files_of(store.path) == files_of(tmp_path / "straight.zarr")
+    assert files_of(store.path) == straight
 
 
 def test_a_kernel_that_does_not_fit_a_store_dtype_diverges_in_the_callers_hands(tmp_path, monkeypatch):

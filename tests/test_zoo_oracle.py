@@ -16,6 +16,8 @@ from ntkgen.jacobian.reference import reference_ntk
 
 # Those whose reference takes no more than about two seconds on one core; the others take up to minutes.
 QUICK = {"lenet", "logistic", "mobilenetv2", "wrn-28-2"}
+# What is computed several times over.
+QUICK_TO_REPEAT = QUICK - {"mobilenetv2"}
 # Two forward passes and a few backward ones are quick for these too.
 QUICK_TO_PREPARE = QUICK | {"resnet9", "resnet18"}
 
@@ -107,7 +109,7 @@ def cut_into_single_samples(model: nn.Module, x: Tensor, monkeypatch: pytest.Mon
     return ntkgen.ntk(model, x)
 
 
-@every_model(QUICK)
+@every_model(QUICK_TO_REPEAT)
 def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, monkeypatch):
     """No more than batches change the kernel by plain autograd, where rounding grows from layer to layer."""
     model, x, threads = smooth(network(name)), noise(2, seed=1), torch.get_num_threads()
@@ -122,7 +124,7 @@ def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, mo
     assert max(errors) <= 1e-5 or max(errors) <= 3 * cut_error(*kernels_by_autograd(model, x))
 
 
-@every_model(QUICK)
+@every_model(QUICK_TO_REPEAT)
 def test_blocks_do_not_change_a_network_with_kinks_whose_batches_stay_the_same(name, monkeypatch):
     """In batches of another size a ReLU may flip, which changes the network itself: as it does for plain autograd."""
     monkeypatch.setattr(dense, "BATCH_SIZE", 1)
