@@ -320,6 +320,9 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         "shuffle_seed": job.kernel.shuffle_seed,
         "against": job.kernel.against,
         "against_subsample": job.kernel.against_subsample,
+        "raw_images": not (job.data.zoo_sized or job.data.name.endswith(".npz")),  # those have no other size
+        "num_epochs": job.recipe.num_epochs,
+        "target_accuracy": job.training.target_accuracy,
         "epochs": checkpoint.epoch,
         "train_accuracy": checkpoint.train_accuracy,
         "train_loss": checkpoint.train_loss,
