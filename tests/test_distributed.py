@@ -249,6 +249,27 @@ def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
     assert files_of(tmp_path / "k.zarr") == expected
 
 
+def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, expected, team, monkeypatch, tmp_path):
+    """A job that has ended, as far as the scheduler knows, but whose outcome is lost before it is fetched."""
+    landed, killed = Team._landed, []
+
+    def landing(self, futures):
+        found = landed(self, futures)
+        if found and not killed:
+            future = next(iter(found))
+            (worker,) = self.client.who_has([future])[future.key]
+            killed.append(worker)
+            (nanny,) = (nanny for nanny in self.nannies if nanny.worker_address == worker)
+            os.kill(nanny.pid, signal.SIGKILL)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Team, "_landed", landing)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+    assert killed
+    assert files_of(tmp_path / "k.zarr") == expected
+
+
 def test_workers_that_do_not_start_are_one_error(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("Nanny failed to start.")

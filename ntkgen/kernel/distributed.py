@@ -13,6 +13,7 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -49,7 +50,7 @@ STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
 MAX_TRIES = 10
 # So often is a job tried again on the same worker that has raised an error.
 RETRIES = 2
-POLL_SECONDS, LOOK_SECONDS = 0.5, 0.01
+POLL_SECONDS, LOOK_SECONDS, FETCH_SECONDS = 0.5, 0.01, 2.0
 REFILL_SECONDS = 10
 
 
@@ -260,7 +261,7 @@ class Team:
                     flying[self._submit(name, job, worker)] = _Flight(job, tries, worker)
                 for future in self._landed(list(flying)):
                     flight = flying.pop(future)
-                    outcome = _outcome(future)
+                    outcome = self._outcome(future, flight.worker)
                     future.release()
                     if outcome is None:
                         waiting.appendleft(_again(flight))
@@ -332,6 +333,28 @@ class Team:
             time.sleep(LOOK_SECONDS)
         return landed
 
+    def _outcome(self, future: "Future[Outcome]", worker: str) -> Outcome | None:
+        """Take what a worker has said; None where the job was lost with its worker.
+
+        An outcome stays with its worker until it is fetched. Of one that dies in between the scheduler would wait for
+        ever, since no other worker may do the job again.
+        """
+        while future.status in {"finished", "error"} and worker in self.workers():
+            try:
+                if future.status == "error":
+                    _require_lost(future.exception(timeout=FETCH_SECONDS))
+                    return None
+                outcome: Outcome = future.result(timeout=FETCH_SECONDS)
+            except TimeoutError:
+                continue
+            except CancelledError:
+                return None
+            if outcome.error is not None:
+                raise outcome.error
+            return outcome
+        future.cancel(force=True)
+        return None
+
     def _has_stalled(self, flight: _Flight, longest: float) -> bool:
         limit = max(STALLED_SECONDS, STALLED_RATIO * longest * flight.job.size)
         if self.tile_seconds is not None:
@@ -384,26 +407,19 @@ def tile_jobs(bands: Iterable[Band], size: int) -> Iterator[Job]:
             yield Job(band=Band(band.held, band.tiles[at : at + size]))
 
 
-def _outcome(future: "Future[Outcome]") -> Outcome | None:
-    """Take what a worker has said; None where the job was lost with its worker.
+def _require_lost(error: BaseException | None) -> None:
+    """Take it that a job was lost with its worker, if that is the error.
 
     Raises:
-        WorkerError: If the job has failed and will fail again.
+        WorkerError: If the job has failed otherwise, and will fail again.
     """
     from distributed import KilledWorker
 
-    if future.status == "finished":
-        outcome: Outcome = future.result()
-        if outcome.error is not None:
-            raise outcome.error
-        return outcome
-    error = future.exception() if future.status == "error" else None
-    if error is None or isinstance(error, KilledWorker):
-        return None
-    raise WorkerError(
-        f"A worker could not do its job, three times ({type(error).__name__}: {error}): expected tiles, found this. Is "
-        "something missing on that machine, or too small? Its log says more. What is finished is kept."
-    ) from error
+    if error is not None and not isinstance(error, KilledWorker):
+        raise WorkerError(
+            f"A worker could not do its job, three times ({type(error).__name__}: {error}): expected tiles, found "
+            "this. Is something missing on that machine, or too small? Its log says more. What is finished is kept."
+        ) from error
 
 
 def _again(flight: _Flight) -> tuple[Job, int]:
