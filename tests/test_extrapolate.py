@@ -14,7 +14,7 @@ from scipy.special import gammaln
 
 from ntkgen import cli
 from ntkgen.analysis.cholesky import FactorSettings
-from ntkgen.analysis.extrapolate import Law, extrapolate, fit, fitted
+from ntkgen.analysis.extrapolate import Law, extrapolate, fit, fitted, warnings_of
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import InputError
 from ntkgen.folders import LocalFolder
@@ -112,6 +112,16 @@ def test_the_error_on_held_out_prefixes_is_that_of_a_fit_that_has_not_seen_them(
     assert found["holdout_error_relative"] == pytest.approx(100 / abs(y[-1]), rel=1e-5)
     assert found["holdout_error_per_row"] == pytest.approx(100 / 800, rel=1e-5)
     assert fitted(Law(to=1000, holdout=0.0), X, y, 2)["holdout"] == 0
+
+
+def test_a_prediction_that_depends_on_which_prefixes_were_fitted_is_not_to_be_trusted():
+    y = -3 * gammaln(X + 1) + 7 * X + np.where(X > 300, 20.0, 0.0) * (X - 300)
+    found = fitted(Law(to=100_000, burn_in=0), X, y, 2) | {"store": "k.zarr"}
+    assert found["holdout_logdet"] == pytest.approx(-3 * gammaln(100_001) + 700_000, rel=1e-6)
+    (warning,) = warnings_of(found)
+    assert "not determined by the kernel at k.zarr" in warning
+    assert warnings_of(fitted(Law(to=100_000), X, -3 * gammaln(X + 1) + 7 * X, 2)) == []
+    assert warnings_of(fitted(Law(to=100_000, holdout=0.0), X, y, 2)) == []
 
 
 def test_the_settings_are_recorded_and_the_result_remembered():

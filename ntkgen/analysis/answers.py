@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ntkgen
 from ntkgen.analysis.matrix import Matrix, memory_left
-from ntkgen.analysis.results import folder_of_results
+from ntkgen.analysis.results import VERSION, folder_of_results
 from ntkgen.errors import InputError, NtkgenError
 from ntkgen.progress import Report, ignore_report
 
@@ -120,7 +119,7 @@ def _read(matrix: Matrix, data: bytes | None) -> Result | None:
     except (ValueError, KeyError):
         return None
     names = ("fingerprint", "replanned", "dtype", "output", "rows", "version")
-    if [identity.get(name) for name in names] != [*_identity(matrix), matrix.num_rows, ntkgen.__version__]:
+    if [identity.get(name) for name in names] != [*_identity(matrix), matrix.num_rows, VERSION]:
         return None
     return {**identity["settings"], **result}
 

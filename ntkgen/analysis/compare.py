@@ -11,6 +11,7 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.alignment import EPSILON, centered_product, ratio
+from ntkgen.analysis.dense import eigenvalues
 from ntkgen.analysis.krylov import Goal, Krylov, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.passes import Arrays, fold
@@ -372,8 +373,7 @@ def _cost(
 
 def _all_eigenvalues(matrix: Matrix, report: Report) -> FloatArray:
     K = matrix.dense(step=counter(report, "matrix", 0, matrix.num_tiles))
-    values: FloatArray = scipy.linalg.eigvalsh(K, overwrite_a=True, check_finite=False)[::-1]
-    return values
+    return eigenvalues(K, report)
 
 
 def _logdet(values: FloatArray) -> float | None:

@@ -17,6 +17,8 @@ from ntkgen.progress import Report, ignore_report
 
 # Above this condition number the scaled columns do not determine their coefficients.
 MAX_CONDITION = 1e12
+# Two fits, one of them without the last prefixes, may differ by so much of what they predict.
+UNSURE = 0.05
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,20 @@ def extrapolate(matrix: Matrix, law: Law, settings: FactorSettings, report: Repo
     of_blocks = logdet(matrix, settings, prefixes=True, report=report)
     asked = {**vars(law), "shift": float(settings.shift), "indefinite": settings.indefinite}
     result = remembered(matrix, "extrapolate", asked, compute)
-    return {**result, "shift": float(settings.shift), "warnings": of_blocks["warnings"]}
+    return {**result, "shift": float(settings.shift), "warnings": [*of_blocks["warnings"], *warnings_of(result)]}
+
+
+def warnings_of(result: dict[str, Any]) -> list[str]:
+    """Say that a prediction depends on which prefixes were fitted, if it does."""
+    predicted, other = result["logdet"], result.get("holdout_logdet")
+    if other is None or abs(other - predicted) <= UNSURE * abs(predicted):
+        return []
+    return [
+        f"The log-determinant of {result['to']:,} samples is not determined by the kernel at {result['store']}: fitted "
+        f"to all prefixes up to {result['fitted_to']:,} samples the law predicts {predicted:.6g} nats, to those below "
+        f"{result['holdout_from']:,} it predicts {other:.6g}. Compute a larger kernel, predict one that is less large, "
+        "or lower --q; the samples must be in random order (--shuffle-seed)."
+    ]
 
 
 def fitted(law: Law, samples: Sequence[int], values: Sequence[float], num_outputs: int) -> dict[str, Any]:
@@ -172,6 +187,7 @@ def _held_out(law: Law, x: FloatArray, y: FloatArray, num_outputs: int) -> dict[
     found, last = fit(law, x[:-count], y[:-count]), slice(-count, None)
     errors = found.at(x[last]) - y[last]
     return {
+        "holdout_logdet": float(found.at(np.array([float(law.to)]))[0]),
         "holdout": count,
         "holdout_from": int(x[last][0]),
         "holdout_error": float(errors[-1]),

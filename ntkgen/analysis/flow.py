@@ -10,8 +10,9 @@ import scipy.sparse.linalg
 import scipy.special
 
 from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
+from ntkgen.analysis.dense import eigenvalues_and_vectors
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.regression import bytes_of, eigenvalues_and_vectors, named
+from ntkgen.analysis.regression import bytes_of, named
 from ntkgen.analysis.results import remembered
 from ntkgen.analysis.spectrum import reading_bytes
 from ntkgen.errors import DivergedError, InputError
@@ -212,7 +213,7 @@ class Subspace:
 
 def _by_eigenvalues(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
     require_memory("the eigenvectors", bytes_of(clock.problem.matrix, "eigh"), memory_bytes)
-    values, vectors = eigenvalues_and_vectors(clock.problem.dense(report))
+    values, vectors = eigenvalues_and_vectors(clock.problem.dense(report), report)
     whole = Subspace(values, vectors.T @ clock.problem.residual, np.zeros((0, len(values))))
     return whole.course(clock, "eigh", vectors)
 

@@ -8,6 +8,7 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
+from ntkgen.analysis.dense import eigenvalues_and_vectors
 from ntkgen.analysis.factor import WORKSPACE_BYTES
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.results import remembered
@@ -63,7 +64,7 @@ def fit_by_eigenvalues(problem: Problem, shifts: Sequence[float], report: Report
     Raises:
         InputError: If K + λI is not positive definite, beyond rounding.
     """
-    values, vectors = eigenvalues_and_vectors(problem.dense(report))
+    values, vectors = eigenvalues_and_vectors(problem.dense(report), report)
     tiny = len(values) * EPSILON * float(np.abs(values).max())
     projected = vectors.T @ problem.residual
     fits = []
@@ -75,12 +76,6 @@ def fit_by_eigenvalues(problem: Problem, shifts: Sequence[float], report: Report
         blocks = _diagonal_blocks(vectors, weights, problem.matrix.num_outputs)
         fits.append(Fit(shift, alpha, float(weights.sum()), left_out(blocks, alpha)))
     return fits
-
-
-def eigenvalues_and_vectors(K: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Decompose a matrix in Fortran's order, which is overwritten; eigenvalues ascend."""
-    values, vectors = scipy.linalg.eigh(K, overwrite_a=True, check_finite=False, driver="evd")
-    return values, vectors
 
 
 def _diagonal_blocks(vectors: FloatArray, weights: FloatArray, m: int) -> FloatArray:  # (samples, m, m)

@@ -10,6 +10,9 @@ import ntkgen
 from ntkgen.analysis.matrix import Matrix
 from ntkgen.folders import Folder
 
+# What another version of this program, or of what it writes here, has kept is computed anew.
+VERSION = f"{ntkgen.__version__}-2"
+
 
 def folder_of_results(matrix: Matrix) -> Folder:
     """Where the results of a store lie: beside it, since foreign files in a Zarr group are warned of."""
@@ -33,7 +36,7 @@ def remembered(
         "output": matrix.output,
         "rows": matrix.num_rows,
         "settings": dict(settings),
-        "version": ntkgen.__version__,
+        "version": VERSION,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder, name = folder_of_results(matrix), f"{kind}-{digest}.json"

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.linalg import eigvalsh
 
+from ntkgen.analysis.dense import eigenvalues
 from ntkgen.analysis.factor import WORKSPACE_BYTES
 from ntkgen.analysis.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
@@ -188,7 +188,7 @@ def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> dict[str,
     """
     K = matrix.dense(step=counter(report, "spectrum", 0, matrix.num_tiles))
     moments = Moments(len(K), float(np.trace(K)), float(np.linalg.norm(K)) ** 2)
-    values = eigvalsh(K, overwrite_a=True, check_finite=False)[::-1]
+    values = eigenvalues(K, report)
     bound = len(values) * EPSILON * float(np.abs(values).max())
     smallest = float(values[-1])
     return {

@@ -20,6 +20,7 @@ _UNITS = {
     "matrix": "tiles",
     "block means": "tiles",
     "spectrum": "tiles",
+    "eigenvalues": "matrices",
     "aligned": "tiles",
     "compared": "tiles",
     "predicted": "tiles",

@@ -50,6 +50,7 @@ def _page(result: dict[str, Any]) -> list[str]:
     if result["holdout"]:
         lines["error"] = (
             f"{result['holdout_error']:.4g} nats ({100 * result['holdout_error_relative']:.3g} %) at "
-            f"{result['fitted_to']:,} samples, by a fit below {result['holdout_from']:,}"
+            f"{result['fitted_to']:,} samples, by a fit below {result['holdout_from']:,}, which predicts "
+            f"{result['holdout_logdet']:.8g} nats for {result['to']:,}"
         )
     return aligned(lines)
