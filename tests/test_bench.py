@@ -164,3 +164,16 @@ def test_published_hours_are_compared_in_kind():
     assert script.compare_with_published({**result, "precision": "bfloat16"})["ratio"] == pytest.approx(14 / 6.3)
     assert script.compare_with_published({**result, "width": 16})["ratio"] is None
     assert set(script.COMPARED_WITH) == set(sys.modules["ntkgen.jacobian.precision"].POLICIES)
+
+
+def test_questions_to_a_kernel_are_timed_and_compared_with_what_is_known(run, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("bench_analysis"), "PRODUCT_SIDE", 64)
+    code, printed = run("bench_analysis", "--rows", "305", "--trials", "1", "--json", "--memory", "1GB")
+    assert code == 0
+    results = {found["question"]: found for found in map(json.loads, printed.out.splitlines())}
+    assert set(results) == {"spectrum", "density", "logdet"}
+    assert all(found["rows"] == 300 and found["peak_bytes"] > 0 for found in results.values())
+    assert max(results["spectrum"]["error"], results["logdet"]["error"]) < 1e-6
+    assert results["logdet"]["ratio"] == results["logdet"]["gflops"] / results["logdet"]["product_gflops"]
+    code, printed = run("bench_analysis", "--rows", "300", "--trials", "1")
+    assert [line.split()[0] for line in printed.out.splitlines()] == list(results)

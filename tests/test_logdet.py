@@ -3,18 +3,15 @@
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from cases import make_job
 from filled import fill_store
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -27,10 +24,6 @@ from ntkgen.analysis.logdet import logdet
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, DiskSpaceError, InputError, StoreError, StoreLockedError
 from ntkgen.folders import LocalFolder
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store
-from ntkgen.kernel.tiles import make_grid
 from ntkgen.lock import write_lock
 
 MEMORY = 1 << 40
@@ -439,60 +432,3 @@ def test_it_is_that_of_detkit(assume):
         found = logdet(matrix, SETTINGS)
         assert found["sign"] == sign
         assert found["logdet"] == pytest.approx(expected, abs=1e-10 * 30)
-
-
-# at full size ---------------------------------------------------------------------------------------------------------
-
-
-def commanded(path, *options):
-    """The command in a process of its own, within 1 GB."""
-    command = [
-        sys.executable,
-        "-m",
-        "ntkgen",
-        "analyze",
-        "logdet",
-        str(path),
-        "--memory",
-        "1GB",
-        "--json",
-        *options,
-    ]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-def test_twenty_thousand_rows_within_a_gigabyte_and_killed(tmp_path):
-    """40 × 40 tiles in panels of some: killed when the second is being written, it ends with the same bits."""
-    grid, rng = make_grid(2000, 10), np.random.default_rng(0)
-    X = rng.normal(size=(20_000, 300)) * np.logspace(1, -1, 300)
-    plan = dataclasses.replace(make_job().plan, grid=grid)
-    manifest = Manifest({"network": "3f2a"}, {}, plan, ("float32",), "upper")
-    store = create_store(tmp_path / "k.zarr", manifest, Samples(np.arange(2000), np.zeros(2000, np.int64)))
-    for index in range(grid.num_blocks):
-        rows = grid.block(index).rows(10)
-        store.commit_block(index, np.square(X[rows]).sum(1) + 1, np.zeros((len(grid.block(index)), store.num_logits)))
-    store.create_kernels()
-    for tile in grid.tiles():
-        rows, cols = (grid.block(at).rows(10) for at in (tile.row, tile.col))
-        store.commit(
-            tile, X[rows] @ X[cols].T + (tile.row == tile.col) * np.eye(rows.stop - rows.start, cols.stop - cols.start)
-        )
-    store.finalize()
-    process = commanded(store.path)
-    while process.poll() is None and len(list(tmp_path.glob("k.zarr.analysis/*/factor/c/39/*"))) < 10:
-        time.sleep(0.01)
-    assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    found = json.loads(commanded(store.path).communicate()[0])
-    assert found["peak_bytes"] < 10**9
-    for file in tmp_path.glob("k.zarr.analysis/logdet*"):
-        file.unlink()
-    undisturbed = json.loads(commanded(store.path).communicate()[0])
-    print({name: undisturbed[name] for name in ("seconds", "gflops", "peak_bytes", "panel_rows")})
-    assert undisturbed["peak_bytes"] < 10**9
-    assert found["logdet"] == undisturbed["logdet"]
-    exact = np.linalg.slogdet(np.eye(300) + X.T @ X).logabsdet  # by Sylvester's identity; the rest is float32
-    assert found["logdet"] == pytest.approx(exact, abs=0.1)
-    assert list(tmp_path.glob("k.zarr.analysis/factor*")) == []

@@ -334,6 +334,34 @@ def test_the_command_of_the_page_makes_the_same_bytes_again(run, without_picture
     assert command in Checked(Path("report.html").read_text()).words
 
 
+QUESTIONS_ASKED = {
+    "spectrum": ["--top", "3"],
+    "density": ["--bandwidth", "0.3"],
+    "logdet": ["--prefixes", "--shift", "0.5"],
+    "extrapolate": ["--to", "40", "--q", "0", "--burn-in", "1", "--holdout", "0.2", "--shift", "0.5"],
+    "regress": ["--shifts", "0.5", "2.0", "--offset", "logits"],
+    "flow": ["--loss", "cross-entropy", "--times", "0.5", "1.5", "--modes", "7"],
+    "align": [],
+}
+
+
+def test_the_commands_of_the_page_ask_the_same_again(run, without_pictures, tmp_path):
+    """What they find lies beside the store already."""
+    store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, num_outputs=3)
+    for question, options in QUESTIONS_ASKED.items():
+        assert run("analyze", question, store.name, *options)[0] == 0
+    assert run("report", store.name)[0] == 0
+    lines = "\n".join(Checked(Path("report.html").read_text()).text).splitlines()
+    commands = [line.strip() for line in lines if line.strip().startswith("ntkgen analyze")]
+    found = {command.split()[2]: shlex.split(command)[1:] for command in commands}
+    assert set(found) == set(QUESTIONS_ASKED)
+    for question, command in found.items():
+        code, out, _ = run(*command, "--json")
+        assert code == 0, command
+        assert json.loads(out)["remembered"], command
+        assert set(QUESTIONS_ASKED[question]) <= {*command, "--top", "3"}, command
+
+
 def test_a_store_that_says_how_long_it_was_trained_needs_no_checkpoint(tmp_path):
     provenance = {**PROVENANCE, "num_epochs": 30, "target_accuracy": 80.0, "raw_images": True, "against": None}
     store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, provenance=provenance)

@@ -1,8 +1,6 @@
 """Eigenvalues of stored kernels, all of them and the largest, against NumPy on the dense matrix."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -478,62 +476,3 @@ def test_the_page_says_what_was_done(tmp_path, by_krylov):
     assert "not computed: all eigenvalues do not fit" in shown.output
     shown = CliRunner().invoke(cli, ["analyze", "spectrum", path])
     assert "60 of 60 eigenvalues, 1 passes, by LAPACK" in shown.output
-
-
-# a large kernel -------------------------------------------------------------------------------------------------------
-
-
-def fill_large(folder, values, side):
-    """Store H diag(values) H for a reflection H = I − 2 v vᵀ, whose eigenvalues are known, as float32, tile by tile."""
-    import dataclasses
-
-    from cases import make_job
-
-    from ntkgen.kernel.arrays import Samples
-    from ntkgen.kernel.manifest import Manifest
-    from ntkgen.kernel.opening import create_store
-    from ntkgen.kernel.tiles import TileGrid
-
-    N, rng = len(values), np.random.default_rng(0)
-    d, v = rng.permutation(values), rng.normal(size=len(values))
-    v /= np.linalg.norm(v)
-    w = d * v
-    outer = 4 * float(v @ w)
-    grid = TileGrid(N // 10, 10, side // 10)
-    plan = dataclasses.replace(make_job().plan, grid=grid)
-    plan = dataclasses.replace(plan, profile=dataclasses.replace(plan.profile, num_logits=10))
-    store = create_store(
-        folder, Manifest({"network": "x"}, {}, plan, ("float32",), "upper"), Samples(*np.zeros((2, N // 10), int))
-    )
-    for index in store.missing_blocks():
-        rows = grid.block(index).rows(10)
-        store.commit_block(index, d[rows], np.zeros((len(grid.block(index)), 10)))
-    store.create_kernels()
-    for tile in grid.tiles():
-        r, c = grid.block(tile.row).rows(10), grid.block(tile.col).rows(10)
-        K = np.outer(v[r], outer * v[c] - 2 * w[c]) - 2 * np.outer(w[r], v[c])
-        if r == c:
-            np.einsum("ii->i", K)[:] += d[r]
-        store.commit(tile, K)
-    store.finalize()
-
-
-@pytest.mark.slow
-def test_a_large_kernel_within_a_gigabyte(tmp_path):
-    """20,000 rows of float32 in 1 GB: trace, norm and 50 eigenvalues to 10⁻⁶, in at most eight passes."""
-    values = np.sort(np.arange(1, 20_001) ** -0.4 * 100)[::-1]
-    values[:5] *= [3000, 200, 50, 20, 5]
-    fill_large(tmp_path / "k.zarr", values, 2500)
-    command = "from ntkgen.cli import main; main()"
-    arguments = ["analyze", "spectrum", str(tmp_path / "k.zarr"), "--top", "50", "--memory", "1GB", "--json"]
-    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    told = {name: result[name] for name in ("seconds", "peak_bytes", "passes", "block", "effective_rank_error")}
-    print(told)
-    assert result["peak_bytes"] < 1e9, told
-    assert result["passes"] <= 8, told
-    np.testing.assert_allclose(result["eigenvalues"], values[:50], rtol=1e-6)
-    assert result["trace"] == pytest.approx(values.sum(), rel=1e-6)
-    assert result["frobenius_norm"] == pytest.approx(np.linalg.norm(values), rel=1e-6)
-    assert abs(result["effective_rank"] - entropy_rank(values)) <= result["effective_rank_error"], told

@@ -196,6 +196,7 @@ class TestSamples:
 
     __test__ = False  # pytest would take it for a test
 
+    name: str  # where the store lies
     view: SymmetricArray  # (rows, columns of the store)
     readout: Readout
     labels: IntArray
@@ -222,7 +223,7 @@ class TestSamples:
         readout, client = Readout.of(store, problem.matrix.output), problem.matrix.client
         seen = store if client is None else open_store(shared(store.folder))
         view = seen.kernel(output=problem.matrix.output)
-        return cls(view, readout, labels, offset_of(readout, store, offset, "col_logits"), client)
+        return cls(store.name, view, readout, labels, offset_of(readout, store, offset, "col_logits"), client)
 
     def predict(self, alphas: Sequence[FloatArray], report: Report) -> list[FloatArray]:  # of (test rows, columns)
         """Find f₀ + Kₓᵀ α for several α, in one pass."""

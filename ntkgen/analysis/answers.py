@@ -121,7 +121,7 @@ def _read(matrix: Matrix, data: bytes | None) -> Result | None:
     names = ("fingerprint", "replanned", "dtype", "output", "rows", "version")
     if [identity.get(name) for name in names] != [*_identity(matrix), matrix.num_rows, VERSION]:
         return None
-    return {**identity["settings"], **result}
+    return {**identity["settings"], **result, "asked": identity["settings"]}
 
 
 def is_small(matrix: Matrix, memory_bytes: int | None) -> bool:

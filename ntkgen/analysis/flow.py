@@ -367,6 +367,7 @@ def _described(clock: Clock, course: Course, test: TestSamples | None, report: R
     }
     if test is not None:
         measured = [test.measure(values) for values in test.predict(course.alphas, report)]
+        result["test_store"] = test.name
         result["test_accuracy"] = [accuracy for accuracy, _ in measured]
         if asked.loss == "squared":
             result["test_error"] = [error for _, error in measured]

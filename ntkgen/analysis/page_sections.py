@@ -9,7 +9,7 @@ from ntkgen.analysis.answers import Answers, Result
 from ntkgen.analysis.page import Section, code, facts, figure, paragraph, table
 from ntkgen.analysis.plots_compare import draw_comparison, short
 from ntkgen.analysis.plots_style import Picture
-from ntkgen.analysis.reproduce import citation, recipe_of
+from ntkgen.analysis.reproduce import citation, question_command, recipe_of
 from ntkgen.kernel.report import describe
 from ntkgen.kernel.store import IMPORTED
 from ntkgen.units import human_bytes
@@ -224,7 +224,7 @@ def _provenance(values: Mapping[str, Any]) -> Section:
 def _reproduce(answers: Answers) -> Section:
     recipe = recipe_of(answers.matrix.store)
     path = shlex.quote(answers.matrix.name)
-    asked = [f"ntkgen analyze {question} {path}" for question in answers.found]
+    asked = [question_command(question, result, answers.matrix.name) for question, result in answers.found.items()]
     body = code(recipe.commands) + "".join(map(paragraph, recipe.notes))
     check = paragraph("To see that the store holds what it should, and to ask the questions of this page again:")
     return Section("How to reproduce", body + check + code([f"ntkgen verify {path}", *asked]))

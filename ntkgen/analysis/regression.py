@@ -395,4 +395,5 @@ def _described(problem: Problem, fits: list[Fit], test: TestSamples | None, repo
     if test is not None:
         values = test.predict([fit.alpha for fit in fits], report)
         result["test_accuracy"], result["test_error"] = map(list, zip(*map(test.measure, values), strict=True))
+        result["test_store"] = test.name
     return result

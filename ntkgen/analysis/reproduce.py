@@ -21,6 +21,15 @@ _OF_SAMPLES = {
     "against_subsample": "--against-subsample",
 }
 
+# Options of questions whose name is not that of the setting, and values that an option has unless it is given.
+_FLAGS = {"num_modes": "--modes"}
+_USUAL = {
+    "tolerance": 1e-6, "max_passes": 100, "bandwidth": 0.1, "shift": 0.0, "q": 2, "powers": 0, "alpha": 0.0,
+    "holdout": 0.25, "offset": "zero", "loss": "squared", "rate": 1.0, "num_modes": 100,
+}  # fmt: skip
+# Settings that follow from others, or from the kernel and the memory.
+_IMPLIED = {"method", "test"}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -86,6 +95,21 @@ def _notes(made: Mapping[str, Any], *, is_untrained: bool) -> list[str]:
     if str(made["dataset"]).endswith(".npz"):
         notes.append(f"{made['dataset']} is a file of one's own; the store knows its contents by their fingerprint.")
     return notes
+
+
+def question_command(question: str, result: Mapping[str, Any], path: str) -> str:
+    """Write the command that asks a question of a kernel again, with what was asked."""
+    words = ["ntkgen", "analyze", question, path, *["--prefixes"] * (question == "logdet")]
+    asked = {name: value for name, value in result.get("asked", {}).items() if name not in _IMPLIED}
+    for name, value in asked.items():
+        if value is None or value is False or value == _USUAL.get(name):
+            continue
+        words.append(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
+        if value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    if "test_store" in result:
+        words += ["--test", result["test_store"]]
+    return shlex.join(words)
 
 
 def _called(manifest: Manifest) -> Recipe:

@@ -43,8 +43,8 @@ FORMATS = ("png", "svg")
 def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...], out: str, **options: Any) -> None:
     """Draw the kernels at PATHS: the matrix, and what `ntkgen analyze` has found out about it.
 
-    What was not asked yet is found out now, where the kernel fits in --memory with its eigenvectors. Give the options
-    after the paths.
+    What was not asked yet is found out now, where the kernel fits with its eigenvectors in 1 GB, or in --memory. Give
+    the options after the paths.
 
     \b
     ntkgen plot runs/lenet-digits-seed0-n500.zarr --kind matrix spectrum --format png svg

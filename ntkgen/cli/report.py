@@ -17,8 +17,8 @@ def report(paths: tuple[str, ...], out: str, **options: Any) -> None:
     """Write one page on the kernels at PATHS, in HTML, with everything in it: it needs no network and no other file.
 
     Pictures, tables that a click sorts, where each kernel comes from, how accurate it is, how to make it again and how
-    to cite it. What was not asked yet is found out now, where a kernel fits in --memory with its eigenvectors; of a
-    larger one `ntkgen analyze` asks first.
+    to cite it. What was not asked yet is found out now, where a kernel fits with its eigenvectors in 1 GB, or in
+    --memory; of a larger one `ntkgen analyze` asks first.
     """
     asked = Asked.pop_from(options)
     from ntkgen.analysis.report import make_report

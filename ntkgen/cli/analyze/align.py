@@ -7,7 +7,7 @@ import click
 from ntkgen.cli.analyze import Asked, shared_options
 
 
-@click.command()
+@click.command(short_help="Alignment with the labels.")
 @click.argument("paths", nargs=-1, required=True)
 @shared_options
 def align(paths: tuple[str, ...], **options: Any) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 LISTED = 5
 
 
-@click.command()
+@click.command(short_help="Distance, CKA, angles and ratios of kernels.")
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--top", type=int, help="Eigenvectors whose space is compared, and eigenvalues [10].")
 @shared_options

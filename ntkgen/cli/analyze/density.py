@@ -8,7 +8,7 @@ from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import aligned
 
 
-@click.command()
+@click.command(short_help="Density of the eigenvalues on a logarithmic axis.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--passes", type=int, default=20, show_default=True, help="Over the stored tiles, out of core.")

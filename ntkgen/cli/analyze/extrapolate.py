@@ -8,7 +8,7 @@ from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import aligned
 
 
-@click.command()
+@click.command(short_help="Log-determinant of a much larger kernel.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--to", type=int, required=True, metavar="N_SAMPLES", help="Samples of the larger kernel.")

@@ -12,7 +12,7 @@ from ntkgen.cli.options import ManyCommand, ManyOption
 LISTED = 10
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=ManyCommand, short_help="Gradient flow on the labels.")
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
     "--loss",

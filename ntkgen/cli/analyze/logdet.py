@@ -12,7 +12,7 @@ from ntkgen.units import human_bytes
 SHOWN = 10
 
 
-@click.command()
+@click.command(short_help="Log-determinant, by a Cholesky factor on disk.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--shift", type=float, default=0.0, show_default=True, help="λ of K + λI.")

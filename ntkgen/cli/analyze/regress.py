@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ntkgen.kernel.store import KernelStore
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=ManyCommand, short_help="Kernel ridge regression on the labels.")
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
     "--shifts",

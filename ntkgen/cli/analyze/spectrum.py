@@ -11,7 +11,7 @@ from ntkgen.cli.options import FiniteRange, aligned
 SHOWN = 10
 
 
-@click.command()
+@click.command(short_help="Eigenvalues, and the numbers that sum them up.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--top", type=int, metavar="K", help="The K largest alone [all; 50 where all do not fit in memory].")
