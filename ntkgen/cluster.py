@@ -1,7 +1,9 @@
 """A running dask cluster, as whatever divides its work needs it."""
 
+import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 from zarr.storage import MemoryStore
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
-CONNECT_SECONDS, WORKER_SECONDS = 20, 60
+CONNECT_SECONDS, WORKER_SECONDS, POLL_SECONDS = 20, 60, 0.1
 
 
 @contextmanager
@@ -26,16 +28,30 @@ def connected(place: str) -> "Iterator[Client]":
     from distributed import Client
 
     where = {"address": place} if "://" in place else {"scheduler_file": place}
+    until = time.monotonic() + CONNECT_SECONDS
+    while "://" not in place and not Path(place).exists():  # dask itself would wait for ever
+        if time.monotonic() > until:
+            _refuse(place, "there is no such file")
+        time.sleep(POLL_SECONDS)
     try:
         client = Client(**where, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"No cluster answers at {place} ({' '.join(str(error).split())[:100]}): expected the address of a dask "
-            "scheduler, as tcp://host:8786, or the file that it has written. Is it running, and does a firewall let "
-            "this machine through? `dask scheduler` starts one."
-        ) from error
+        _refuse(place, str(error), error)
     with client:
         yield client
+
+
+def _refuse(place: str, why: str, error: Exception | None = None) -> NoReturn:
+    """Say that there is no cluster.
+
+    Raises:
+        InputError: Always.
+    """
+    raise InputError(
+        f"No cluster answers at {place} ({' '.join(why.split())[:100]}): expected the address of a dask scheduler, as "
+        "tcp://host:8786, or the file that it has written. Is it running, and does a firewall let this machine "
+        "through? `dask scheduler` starts one."
+    ) from error
 
 
 def wait_for_a_worker(client: "Client") -> None:

@@ -168,10 +168,11 @@ def test_commands_take_a_scheduler(client, tmp_path, monkeypatch, capsys):
     )
 
 
-def test_no_scheduler_there_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("place", ["tcp://127.0.0.1:9", "no/file.json", "."])
+def test_no_scheduler_there_is_one_line(tmp_path, monkeypatch, capsys, place):
     fill(tmp_path, "upper")
     monkeypatch.setattr("ntkgen.cluster.CONNECT_SECONDS", 1)
-    assert cli.run(["analyze", "align", str(tmp_path / "k.zarr"), "--scheduler", "tcp://127.0.0.1:9"]) == 2
+    assert cli.run(["analyze", "align", str(tmp_path / "k.zarr"), "--scheduler", place]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No cluster answers" in error
