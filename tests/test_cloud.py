@@ -1,5 +1,6 @@
 """Kernels in an object store: a real S3 server on this machine, started by the tests."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -21,7 +22,8 @@ from ntkgen.errors import InputError, StoreError
 from ntkgen.folders import folder_of
 
 obstore = pytest.importorskip("obstore", reason="the optional part ntkgen[cloud] is not installed")
-moto = pytest.importorskip("moto.server", reason="moto, the S3 server of these tests, is not installed")
+if importlib.util.find_spec("moto") is None:
+    pytest.skip("moto, the S3 server of these tests, is not installed", allow_module_level=True)
 
 COMMAND = [
     "compute", "--models", "logistic", "--dataset", "digits", "--epochs", "1", "--allow-unconverged",
@@ -33,6 +35,8 @@ STORE = "logistic-digits-seed0-n60.zarr"
 @pytest.fixture(scope="module")
 def server():
     """Start the server on a free port of this machine."""
+    from moto import server as moto  # takes more than a second
+
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     found = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     found.start()

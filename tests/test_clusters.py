@@ -58,6 +58,7 @@ def test_workers_that_were_started_by_hand_are_found_by_the_schedulers_file(expe
     assert files_of(out) == expected
 
 
+@pytest.mark.slow
 def test_an_array_of_jobs_makes_one_kernel(expected, environment, tmp_path):
     for number in (7, 8):  # an array may begin anywhere
         job = {"SLURM_ARRAY_TASK_ID": str(number), "SLURM_ARRAY_TASK_MIN": "7", "SLURM_ARRAY_TASK_COUNT": "2"}

@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections import Counter
 from functools import cache
-from itertools import product
+from itertools import product, starmap
 
 import pytest
 import torch
@@ -343,9 +343,10 @@ def shares(one, other):
 
 
 @every_way
-@pytest.mark.parametrize("panel", [1, 4])
-@pytest.mark.parametrize("numbers", [1, 1_000, 30_000])
-@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+@pytest.mark.parametrize(
+    ("panel", "numbers", "precision"),
+    [(1, 1, "float64"), (4, 1, "float64"), (4, 1_000, "bfloat16"), (4, 1_000, "float64"), (1, 30_000, "float64")],
+)
 def test_no_more_numbers_are_alive_than_are_counted(name, order, uses_pixels, panel, numbers, precision):
     """Beside the result, of which a block with itself has four in the end, when all else is gone."""
     layer = layer_of(name, order, uses_pixels)
@@ -411,7 +412,9 @@ CUTS = [
 
 
 @every_case
-@pytest.mark.parametrize("order", [None, *ORDERS])
+@pytest.mark.parametrize(
+    "order", [None, "ordered", *(pytest.param(o, marks=pytest.mark.slow) for o in ("explicit", "gram"))]
+)
 def test_slices_of_any_size_give_the_same_kernel(name, order):
     """With room for one number, or two, or three, every loop over samples, outputs and channels takes single steps."""
     whole = kernel_of(name, "float32", pieces_of(8, 8, 16, 1 << 22))
@@ -461,12 +464,18 @@ def rectangle_of(name):
 
 # Relative Frobenius error that a policy may have against the reference; of bfloat16, 8 bits in every factor.
 POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], "bfloat16": 2e-2}
-every_precision = pytest.mark.parametrize("precision", ["float64", "float32", "float64-accumulate", "bfloat16"])
+PRECISIONS = ["float64", "float32", "float64-accumulate", "bfloat16"]
+every_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+def quick_or_slow(order, precision):
+    """Each order forced in each policy; those that differ in their sums alone when there is time."""
+    is_quick = order is None or precision in {"float64", "float32"}
+    return pytest.param(order, precision, marks=() if is_quick else pytest.mark.slow)
 
 
 @every_case
-@pytest.mark.parametrize("order", [None, *ORDERS])
-@every_precision
+@pytest.mark.parametrize(("order", "precision"), list(starmap(quick_or_slow, product([None, *ORDERS], PRECISIONS))))
 def test_equals_the_reference(name, order, precision):
     case = CASES[name]()
     num_layers = len(network_of(name, precision)[0].profile.layers)

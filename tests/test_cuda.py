@@ -17,10 +17,9 @@ from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy, reduce
 from ntkgen.jacobian.products import Products, routes
 from ntkgen.kernel import engine
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
-]
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device here", allow_module_level=True)
+pytestmark = pytest.mark.gpu
 
 
 CUDA = torch.device("cuda")

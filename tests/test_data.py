@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from torchvision import datasets
 
 from ntkgen import catalog, official
 from ntkgen.augment import Augmentation
@@ -537,7 +536,7 @@ def test_a_download_that_fails_halfway_keeps_what_was_there(tmp_path, monkeypatc
                 (Path(root) / "empty").mkdir()
             raise failure
 
-    monkeypatch.setattr(datasets, "MNIST", Failing)
+    monkeypatch.setattr("torchvision.datasets.MNIST", Failing)
     (tmp_path / "empty-before").mkdir()
     with pytest.raises(DataError, match=r"found train-labels-idx1-ubyte\. This machine may have no way to the network"):
         load("mnist", data_dir=tmp_path)
@@ -558,18 +557,18 @@ def test_what_is_there_is_not_downloaded_and_what_is_not_is_downloaded_silently(
 
     shrink(monkeypatch, "mnist", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "MNIST", Fetched)
+        patch.setattr("torchvision.datasets.MNIST", Fetched)
         assert load("mnist", data_dir=tmp_path).num_samples == 3
     assert asked == [False, True]
     assert capsys.readouterr().out == ""
 
     write_mnist(tmp_path)
-    monkeypatch.setattr(datasets.MNIST, "download", lambda self: pytest.fail("downloaded what is there"))
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda self: pytest.fail("downloaded what is there"))
     assert load("mnist", data_dir=tmp_path).num_samples == 3
 
 
 def test_without_leave_to_download_a_missing_data_set_is_an_error_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.MNIST, "download", lambda self: pytest.fail("downloaded without leave"))
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", lambda self: pytest.fail("downloaded without leave"))
     with pytest.raises(DataError, match=r"mnist is missing: .* Allow the download, or put the files into") as error:
         load("mnist", data_dir=tmp_path, download=False)
     assert_one_line(error)

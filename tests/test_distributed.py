@@ -170,7 +170,9 @@ class Sabotaged:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("kind", ["kill", "litter", "hang", pytest.param("stop", marks=pytest.mark.slow), "fail"])
+@pytest.mark.parametrize(
+    "kind", ["kill", "litter", "fail", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hang", "stop"))]
+)
 def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
     patient = dataclasses.replace(team, tile_seconds=6.0)
     load = Sabotaged(Carried(job.model, job.inputs), tmp_path, kind)
@@ -237,7 +239,14 @@ def killing_before(monkeypatch, method: str, number: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("method", "number"),
-    [("run", 1), ("run", 2), ("run", 3), ("register_plugin", 1), ("unregister_worker_plugin", 1)],
+    [
+        ("run", 1),
+        ("register_plugin", 1),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("run", 2), ("run", 3), ("unregister_worker_plugin", 1))
+        ),
+    ],
 )
 def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
     job, expected, team, method, number, monkeypatch, tmp_path
@@ -279,6 +288,7 @@ def test_workers_that_do_not_start_are_one_error(monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "WORKER_SECONDS", 2)
     monkeypatch.setattr(Team, "workers", lambda team: set())
@@ -345,6 +355,7 @@ def test_a_worker_that_is_told_to_let_go_ends_with_its_tile_and_keeps_others_out
         assert is_alone
 
 
+@pytest.mark.slow
 def test_workers_that_dask_has_given_up_are_started_anew(team):
     team.machine("float32", None)
     cluster = team.client.cluster

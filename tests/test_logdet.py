@@ -77,7 +77,7 @@ CUTS = {
 }
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.fixed_dictionaries(CUTS), st.sampled_from([0.0, 0.7]))
 def test_it_is_that_of_the_dense_matrix(values, shift):
     side, panel_tiles = values.pop("side"), values.pop("panel_tiles")

@@ -95,8 +95,18 @@ def fill(folder: Path, layout: str):
 
 
 @pytest.mark.usefixtures("out_of_core")
-@pytest.mark.parametrize("layout", ["upper", "full"])
-@pytest.mark.parametrize("ask", [ask_spectrum, ask_density, ask_align, ask_regress, ask_flow, ask_compare])
+@pytest.mark.parametrize(
+    ("ask", "layout"),
+    [
+        (ask_spectrum, "upper"),
+        (ask_spectrum, "full"),
+        (ask_density, "upper"),
+        (ask_align, "full"),
+        (ask_regress, "upper"),
+        (ask_flow, "full"),
+        (ask_compare, "upper"),
+    ],
+)
 def test_workers_find_the_same(client, ask, layout, tmp_path, monkeypatch):
     folder = fill(tmp_path, layout)
     monkeypatch.chdir(folder)  # the workers know no relative path

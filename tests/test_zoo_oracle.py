@@ -19,7 +19,7 @@ QUICK = {"lenet", "logistic", "mobilenetv2", "wrn-28-2"}
 # What is computed several times over.
 QUICK_TO_REPEAT = QUICK - {"mobilenetv2"}
 # Two forward passes and a few backward ones are quick for these too.
-QUICK_TO_PREPARE = QUICK | {"resnet9", "resnet18"}
+QUICK_TO_PREPARE = QUICK | {"resnet9"}
 
 
 def every_model(quick: set[str]) -> pytest.MarkDecorator:
