@@ -240,11 +240,10 @@ def killing_before(monkeypatch, method: str, number: int) -> list[int]:
 @pytest.mark.parametrize(
     ("method", "number"),
     [
-        ("run", 1),
         ("register_plugin", 1),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("run", 2), ("run", 3), ("unregister_worker_plugin", 1))
+            for each in (("run", 1), ("run", 2), ("run", 3), ("unregister_worker_plugin", 1))
         ),
     ],
 )

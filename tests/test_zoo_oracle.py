@@ -74,14 +74,14 @@ def error_of_float32(name: str) -> float:
     return max(relative_error(K, reference_of(name)) for K in kernels_by_autograd(network(name), noise(2, seed=1)))
 
 
-@every_model(QUICK)
+@every_model(QUICK_TO_REPEAT)
 def test_equals_the_reference_in_float64(name):
     found = ntkgen.ntk(network(name), noise(2, seed=1), precision="float64")
     assert relative_error(found, reference_of(name)) < TOLERANCES["float64"]
 
 
 @every_model(QUICK)
-@pytest.mark.parametrize("precision", ["float32", "float64-accumulate"])
+@pytest.mark.parametrize("precision", ["float32", pytest.param("float64-accumulate", marks=pytest.mark.slow)])
 def test_equals_the_reference_in_float32_as_well_as_autograd_does(name, precision):
     found = ntkgen.ntk(network(name), noise(2, seed=1), precision=precision)
     error = relative_error(found, reference_of(name))
