@@ -96,8 +96,10 @@ def error_of(result: dict[str, Any], question: str, values: FloatArray) -> float
         return float(np.abs(found / known - 1).max())
     if question == "logdet":
         return abs(float(result["logdet"]) / float(np.log(values).sum()) - 1)
-    above = np.array([(np.log10(values) > place).mean() for place in result["log10_eigenvalues"]])
-    return float(np.abs(np.array(result["fraction_above"]) - above).max())
+    places, width = np.log10(values), result["bandwidth"]
+    away = (np.array(result["log10_eigenvalues"])[:, None] - places) / width
+    known = np.exp(-(away**2) / 2).mean(1) / (width * np.sqrt(2 * np.pi))
+    return float(np.abs(np.array(result["density"]) - known).max() / known.max())
 
 
 def measured(store: KernelStore, question: str, values: FloatArray, memory: int, trials: int) -> dict[str, Any]:

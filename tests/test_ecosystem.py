@@ -119,3 +119,14 @@ def test_the_example_refuses_one_triangle(tmp_path):
     with pytest.raises(SystemExit, match="ntkgen mirror"):
         example().read(store.name)
     assert ntkgen.open(store.name).xarray.shape == (21, 21)
+
+
+def test_the_peak_of_memory_is_that_of_the_process_alone():
+    """Of a child of a large process too, in which `getrusage` counts what the parent held."""
+    held = np.ones(30_000_000)
+    code = "from ntkgen.analysis.results import peak_bytes; import numpy; print(peak_bytes())"
+    first = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert first < held.nbytes + 10**7
+    code = code.replace("print", "x = numpy.ones(10_000_000); print")
+    second = int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+    assert second - first == pytest.approx(8e7, rel=0.2)

@@ -88,4 +88,4 @@ def test_a_log_determinant_killed_and_resumed_has_the_same_bits_at_half_the_spee
 
 
 def test_the_density_of_a_large_kernel_is_within_its_errors(bench, store, values):
-    assert bench.error_of(answer(asked(store, "density")), "density", values) < 0.02
+    assert bench.error_of(answer(asked(store, "density")), "density", values) < 0.05
