@@ -7,6 +7,8 @@ import torch
 from cases import Job, make_job
 from hypothesis import settings
 
+from ntkgen import cli
+
 # Plans by the built-in rates, here and in every process that a test starts: what is planned is not what is measured.
 os.environ["NTKGEN_RATES"] = "default"
 
@@ -41,3 +43,16 @@ def denormal_numbers():
 def job() -> Job:
     """A kernel of 14 samples and 3 outputs in 5 × 5 tiles, computed in float32."""
     return make_job()
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*args):
+        code = cli.run([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_command

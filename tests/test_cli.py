@@ -12,25 +12,12 @@ import pytest
 import zarr
 
 import ntkgen
-from ntkgen import cli, data, pipeline
+from ntkgen import data, pipeline
 from ntkgen.folders import LocalFolder
 from ntkgen.kernel.compute import KernelSpec
 from ntkgen.kernel.store import KernelStore
 
 FAST = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6", "--tile", "20"]
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*args):
-        code = cli.run([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
 
 
 @pytest.fixture

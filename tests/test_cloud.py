@@ -17,7 +17,6 @@ import xarray as xr
 from cases import small_network
 
 import ntkgen
-from ntkgen import cli
 from ntkgen.errors import InputError, StoreError
 from ntkgen.folders import folder_of
 
@@ -58,19 +57,6 @@ def bucket(server, monkeypatch, request):
     with urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")):
         pass
     return f"s3://{name}"
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*args):
-        code = cli.run([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
 
 
 def objects(url):

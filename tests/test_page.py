@@ -16,7 +16,6 @@ import pytest
 from cases import files_of
 from filled import PROVENANCE, fill_store
 
-from ntkgen import cli
 from ntkgen.analysis import page, report, reproduce
 from ntkgen.analysis.answers import compare_all
 from ntkgen.analysis.matrix import open_matrix
@@ -291,19 +290,6 @@ def test_a_screenshot_shows_something(tmp_path, single, width):
 
 
 # how to reproduce -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*args):
-        code = cli.run([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
 
 
 COMMANDS = {

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 import ntkgen
-from ntkgen import cli, origin, zoo
+from ntkgen import origin, zoo
 from ntkgen.errors import BudgetError, FingerprintError
 from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.inputs import Inputs
@@ -184,19 +184,6 @@ def test_tiles_are_drawn_once_each_in_order_and_by_their_seed(side, count, seed)
 # the command ----------------------------------------------------------------------------------------------------------
 
 DIGITS = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "40", "--tile", "100", "--no-fsync"]
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*args):
-        code = cli.run([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
 
 
 @pytest.fixture

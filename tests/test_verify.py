@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 import ntkgen
-from ntkgen import cli
 from ntkgen.folders import PARTIAL, LocalFolder
 from ntkgen.kernel import verify
 from ntkgen.kernel.opening import open_store
@@ -418,19 +417,6 @@ def test_many_files_are_read_in_turns_and_few_threads(upper, monkeypatch):
 # the command ----------------------------------------------------------------------------------------------------------
 
 DIGITS = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "40", "--tile", "100", "--no-fsync"]
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*args):
-        code = cli.run([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run_command
 
 
 @pytest.fixture

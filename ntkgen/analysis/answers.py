@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ntkgen.analysis.matrix import Matrix, memory_left
-from ntkgen.analysis.results import VERSION, folder_of_results
+from ntkgen.analysis.results import VERSION, folder_of_results, identity_of
 from ntkgen.errors import InputError, NtkgenError
 from ntkgen.progress import Report, ignore_report
 
@@ -118,8 +118,8 @@ def _read(matrix: Matrix, data: bytes | None) -> Result | None:
         identity = result.pop("identity")
     except (ValueError, KeyError):
         return None
-    names = ("fingerprint", "replanned", "dtype", "output", "rows", "version")
-    if [identity.get(name) for name in names] != [*_identity(matrix), matrix.num_rows, VERSION]:
+    wanted = {**identity_of(matrix), "version": VERSION}
+    if {name: identity.get(name) for name in wanted} != wanted:
         return None
     return {**identity["settings"], **result, "asked": identity["settings"]}
 

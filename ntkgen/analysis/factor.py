@@ -18,7 +18,7 @@ import zarr
 from scipy.linalg import solve_triangular
 
 from ntkgen.analysis.matrix import FloatArray, Matrix
-from ntkgen.analysis.results import folder_of_results
+from ntkgen.analysis.results import folder_of_results, identity_of
 from ntkgen.errors import BudgetError, StoreError
 from ntkgen.folders import Folder, LocalFolder
 from ntkgen.kernel.arrays import ArrayLayout, create_array
@@ -253,15 +253,7 @@ def _divide(tile: FloatArray, X: FloatArray, *, is_transposed: bool) -> FloatArr
 
 def place_of_factor(matrix: Matrix, shift: float) -> tuple[Folder, dict[str, Any]]:
     """Say where the factor of K + λI lies, beside the store, and what it is of."""
-    identity = {
-        "fingerprint": matrix.store.manifest.fingerprint,
-        "replanned": matrix.store.manifest.replanned,
-        "dtype": matrix.dtype,
-        "output": matrix.output,
-        "rows": matrix.num_rows,
-        "shift": float(shift),
-        "format_version": FORMAT_VERSION,
-    }
+    identity = {**identity_of(matrix), "shift": float(shift), "format_version": FORMAT_VERSION}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return folder_of_results(matrix) / f"factor-{digest}.zarr", identity
 

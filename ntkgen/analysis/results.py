@@ -21,6 +21,17 @@ def folder_of_results(matrix: Matrix) -> Folder:
     return folder.parent / f"{matrix.name.rpartition('/')[2]}.analysis"
 
 
+def identity_of(matrix: Matrix) -> dict[str, Any]:
+    """Say which numbers a matrix is of."""
+    return {
+        "fingerprint": matrix.store.manifest.fingerprint,
+        "replanned": matrix.store.manifest.replanned,
+        "dtype": matrix.dtype,
+        "output": matrix.output,
+        "rows": matrix.num_rows,
+    }
+
+
 def remembered(
     matrix: Matrix, kind: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -30,15 +41,7 @@ def remembered(
     kernel is known by the store's fingerprint, its dtype, the rows that are there and whether it was replanned; a store
     that was repaired has the same.
     """
-    identity = {
-        "fingerprint": matrix.store.manifest.fingerprint,
-        "replanned": matrix.store.manifest.replanned,
-        "dtype": matrix.dtype,
-        "output": matrix.output,
-        "rows": matrix.num_rows,
-        "settings": dict(settings),
-        "version": VERSION,
-    }
+    identity = {**identity_of(matrix), "settings": dict(settings), "version": VERSION}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder, name = folder_of_results(matrix), f"{kind}-{digest}.json"
     if (found := _read(folder.read(name))) is not None:
