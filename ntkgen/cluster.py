@@ -1,5 +1,6 @@
 """A running dask cluster, as whatever divides its work needs it."""
 
+import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,8 @@ def connected(place: str) -> "Iterator[Client]":
     """
     from distributed import Client
 
+    if re.fullmatch(r"[\w.-]+:\d+", place):
+        place = f"tcp://{place}"
     where = {"address": place} if "://" in place else {"scheduler_file": place}
     until = time.monotonic() + CONNECT_SECONDS
     while "://" not in place and not Path(place).exists():  # dask itself would wait for ever

@@ -72,6 +72,12 @@ class StoreError(NtkgenError, OSError):
     exit_code = 2
 
 
+class DamagedTileError(StoreError):
+    """What a store holds is not what was written."""
+
+    exit_code = 1
+
+
 class StoreLockedError(NtkgenError, BlockingIOError):
     """Another process is writing this store or this checkpoint."""
 

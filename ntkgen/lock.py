@@ -54,7 +54,7 @@ def write_lock(
     if file is None:
         raise StoreLockedError(
             f"Another process is writing {path} (it holds {lock.name}). Two writers would do the same work twice. "
-            "Wait for it, or give this one another --out."
+            "Wait for it; what computes may also be given another --out."
         )
     with file:
         file.truncate(0)

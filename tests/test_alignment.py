@@ -175,6 +175,17 @@ def test_labels_that_do_not_fit_are_one_line(folder, capsys, label, match, comma
         Problem.of(open_matrix(open_store(folder / "k.zarr")), "zero")
 
 
+def test_a_damaged_tile_is_one_line_and_a_failure(folder, capsys):
+    filled(folder / "k.zarr", drawn())
+    chunk = folder / "k.zarr/ntk_float64/c/0/1"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    assert cli.run(["analyze", "align", str(folder / "k.zarr")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "verify --repair" in error
+    assert not set("{}\\") & set(error)
+
+
 def test_the_sum_of_outputs_has_no_targets(folder):
     store = filled(folder / "k.zarr", drawn(6, 1, "sum"))
     with pytest.raises(InputError, match="Σ f"):

@@ -190,6 +190,7 @@ def test_cross_entropy_predicts_through_what_was_learned(tmp_path):
     [
         (["--rate", "0"], "--rate 0"),
         (["--normalisation=-1"], "--normalisation -1"),
+        (["--normalisation", "0"], "--normalisation 0"),
         (["--times=-1"], "--times -1"),
         (["--times", "inf"], "--times inf"),
         (["--modes", "0"], "--modes 0"),

@@ -17,7 +17,7 @@ from cases import files_of
 from filled import PROVENANCE, fill_store
 
 from ntkgen.analysis import page, report, reproduce
-from ntkgen.analysis.answers import compare_all
+from ntkgen.analysis.answers import compare_all, gather
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.page import Section, facts, table, write_page
 from ntkgen.analysis.page_sections import comparison
@@ -322,13 +322,31 @@ def test_the_command_of_the_page_makes_the_same_bytes_again(run, without_picture
 
 QUESTIONS_ASKED = {
     "spectrum": ["--top", "3"],
-    "density": ["--bandwidth", "0.3"],
-    "logdet": ["--prefixes", "--shift", "0.5"],
+    "density": [],
+    "logdet": ["--prefixes"],
     "extrapolate": ["--to", "40", "--q", "0", "--burn-in", "1", "--holdout", "0.2", "--shift", "0.5"],
-    "regress": ["--shifts", "0.5", "2.0", "--offset", "logits"],
-    "flow": ["--loss", "cross-entropy", "--times", "0.5", "1.5", "--modes", "7"],
+    "regress": ["--shifts", "0.5", "2.0"],
+    "flow": ["--times", "0.5", "1.5", "--modes", "7"],
     "align": [],
 }
+UNUSUAL = {
+    "density": ["--bandwidth", "0.3"],
+    "logdet": ["--shift", "0.5"],
+    "regress": ["--offset", "logits"],
+    "flow": ["--loss", "cross-entropy"],
+}
+
+
+def test_what_was_asked_otherwise_than_usual_is_not_compared_with_other_kernels(run, tmp_path):
+    store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, num_outputs=3)
+    for question, options in UNUSUAL.items():
+        assert run("analyze", question, store.name, *options)[0] == 0
+    found = gather(open_matrix(store)).found
+    asked = (found["density"]["bandwidth"], found["logdet"]["shift"], found["regress"]["offset"], found["flow"]["loss"])
+    assert asked == (0.1, 0.0, "zero", "squared")
+    code, out, err = run("plot", store.name, "--kind", "modes", "flow", "--json")
+    assert (code, err) == (0, "")
+    assert len(json.loads(out)["pictures"]) == 2
 
 
 def test_the_commands_of_the_page_ask_the_same_again(run, without_pictures, tmp_path):

@@ -402,7 +402,7 @@ def fake_matrix(num_rows, side):
 @pytest.mark.parametrize("num_rows", [20_000, 100_000])
 def test_the_plan_fills_the_memory_and_no_more(monkeypatch, left, num_rows):
     with_left(monkeypatch, left)
-    matrix, wanted = fake_matrix(num_rows, 1000), SpectrumSettings(top=50)
+    matrix, wanted = fake_matrix(num_rows, 1000), SpectrumSettings(1, top=50)
     if left < 1e9 and num_rows > 20_000:
         return
     sizes = spectra.plan_sizes(matrix, wanted)
@@ -412,6 +412,12 @@ def test_the_plan_fills_the_memory_and_no_more(monkeypatch, left, num_rows):
     larger = Sizes(num_rows, sizes.block + has_all, sizes.num_blocks + (not has_all))
     is_most = larger.bytes + spectra.reading_bytes(matrix, larger.block) > left
     assert is_most or sizes.block == spectra.MAX_BLOCK
+
+
+def test_without_a_budget_blocks_stay_small(monkeypatch):
+    with_left(monkeypatch, 40e9)
+    assert spectra.plan_sizes(fake_matrix(20_000, 1000), SpectrumSettings(top=50)).block == spectra.UNASKED_BLOCK
+    assert spectra.plan_sizes(fake_matrix(20_000, 1000), SpectrumSettings(top=400)).block == 408
 
 
 def test_all_are_computed_where_they_fit_and_are_wanted(monkeypatch):

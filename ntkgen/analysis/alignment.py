@@ -87,6 +87,15 @@ class Readout:
         return int(self.name.removeprefix("index:")) if self.name.startswith("index:") else self.plane
 
     @property
+    def names(self) -> list[str]:
+        """Name what the rows of a sample are, or the columns of what belongs to them."""
+        if self.one_class is not None:
+            return [f"output {self.one_class}"]
+        if self.name == "centered":
+            return [f"contrast {row}" for row in range(self.num_logits - 1)]
+        return [f"output {output}" for output in range(self.num_logits)]
+
+    @property
     def columns(self) -> int:
         """Columns of what belongs to the rows."""
         return self.num_logits if self.name == "trace" else 1
@@ -378,6 +387,7 @@ def _aligned(matrix: Matrix, readout: Readout, Y: FloatArray, report: Report) ->
     return {
         "alignment": whole.plain,
         "centered_alignment": whole.centered,
+        "output_names": readout.names,
         "output_alignment": [seen.plain for seen in each],
         "output_centered_alignment": [seen.centered for seen in each],
         "output": readout.name,

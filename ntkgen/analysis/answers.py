@@ -32,6 +32,13 @@ BYTES_PER_ENTRY = 24
 # Of kernels that take more, pictures find nothing out by themselves, unless a budget is given: it takes minutes.
 QUICK_BYTES = 10**9
 MAX_MODES = 1000
+# How questions are asked unless somebody wants something else.
+USUAL: Mapping[str, Mapping[str, Any]] = {
+    "density": {"bandwidth": 0.1},
+    "logdet": {"shift": 0.0},
+    "regress": {"offset": "zero"},
+    "flow": {"loss": "squared", "rate": 1.0, "offset": "zero"},
+}
 # Eigenvalues and angles of two kernels that are compared in passing.
 TOP = 50
 
@@ -55,14 +62,17 @@ def gather(
     found, lacking = dict[str, Result](), dict[str, str]()
     kept = _kept(matrix)
     for question in questions:
-        if of_it := [result for result in kept if result["kind"] == question]:
-            found[question] = max(of_it, key=_richness)
+        best = max((result for result in kept if result["kind"] == question), key=_richness, default=None)
+        if best is not None:
+            found[question] = best
+        if question not in _ASKING or (best is not None and _is_usual(best)):
             continue
         try:
-            if question in _ASKING:
-                found[question] = _ask(matrix, question, memory_bytes, report)
+            found[question] = _ask(matrix, question, memory_bytes, report)
         except NtkgenError as error:
-            lacking[question] = str(error)
+            if best is None or not _is_drawable(best):
+                found.pop(question, None)
+                lacking[question] = str(error)
     return Answers(matrix, found, lacking)
 
 
@@ -94,10 +104,21 @@ def _identity(matrix: Matrix) -> list[Any]:
     return [manifest.fingerprint, manifest.replanned, matrix.dtype, matrix.output]
 
 
-def _richness(result: Result) -> tuple[bool, int, float]:
-    """Say how much a result holds; of equals the one with the least shift is preferred."""
+def _is_usual(result: Result) -> bool:
+    """Say whether a question was asked as others are, so that answers of several kernels can be compared."""
+    return all(result.get(name, value) == value for name, value in USUAL.get(result["kind"], {}).items())
+
+
+def _is_drawable(result: Result) -> bool:
+    """Say whether a result has what pictures are made of: the flow of the cross-entropy has no modes."""
+    return result["kind"] != "flow" or "energies" in result
+
+
+def _richness(result: Result) -> tuple[bool, bool, int, float, int]:
+    """Say how much a result holds; what was asked as usual comes first, and of equals the one with the least shift."""
     size = len(result.get(RICHNESS[result["kind"]]) or [])
-    return "test_accuracy" in result, size, -float(result.get("shift") or 0.0)
+    shift, to = float(result.get("shift") or 0.0), int(result.get("to") or 0)
+    return _is_usual(result), "test_accuracy" in result, size, -shift, to
 
 
 def _kept(matrix: Matrix) -> list[Result]:

@@ -45,7 +45,8 @@ def density(matrix: Matrix, settings: DensitySettings | None = None, report: Rep
     Returns:
         Plain values: ``log10_eigenvalues``, the points of the axis; ``density`` and ``density_errors`` there, the
         latter twice the standard error; ``fraction_above`` of the eigenvalues above each point, not smoothed;
-        ``fraction_off_axis``, of those that are not positive or indistinguishable from zero.
+        ``fraction_off_axis``, of those that are not positive or indistinguishable from zero. Below ``resolved_above``
+        no error is known, and ``density_errors`` are None.
 
     Raises:
         InputError: If a setting makes no sense.
@@ -138,14 +139,16 @@ def draw(rule: Quadrature, num_rows: int, bandwidth: float) -> dict[str, Any]:
     samples = smooth @ weights
     errors = 2 * standard_error(samples) if rule.num_known < len(rule.nodes) else np.zeros(len(axis))
     order = np.argsort(places)
+    resolved = _resolved_above(np.sort(places), bandwidth, is_exact=rule.num_known == len(rule.nodes))
+    known = np.ones(len(axis), dtype=bool) if resolved is None else axis >= math.log10(resolved)
     above = np.append(np.cumsum(weights.mean(axis=1)[order][::-1])[::-1], 0.0)
     return {
         "log10_eigenvalues": axis.tolist(),
         "density": samples.mean(axis=1).tolist(),
-        "density_errors": errors.tolist(),
+        "density_errors": [float(error) if is_known else None for error, is_known in zip(errors, known, strict=True)],
         "fraction_above": above[np.searchsorted(places[order], axis, side="right")].tolist(),
         "fraction_off_axis": float(rule.weights[~is_on_axis].mean(axis=1).sum() / num_rows),
-        "resolved_above": _resolved_above(places[order], bandwidth, is_exact=rule.num_known == len(rule.nodes)),
+        "resolved_above": resolved,
     }
 
 

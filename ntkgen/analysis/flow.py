@@ -91,7 +91,11 @@ def _check(problem: Problem, asked: Flow) -> None:
     Raises:
         InputError: If a number is wrong, or the cross-entropy lacks logits.
     """
-    numbers = {"--rate": asked.rate, "--normalisation": asked.normalisation or 1.0, "--modes": asked.num_modes}
+    numbers = {
+        "--rate": asked.rate,
+        "--normalisation": 1.0 if asked.normalisation is None else asked.normalisation,
+        "--modes": asked.num_modes,
+    }
     wrong = [f"{name} {value:g}" for name, value in numbers.items() if not 0 < value < np.inf]
     wrong += [f"--times {time:g}" for time in asked.times or () if not 0 <= time < np.inf]
     if wrong:

@@ -187,8 +187,8 @@ def _alignment(answers: Answers, pictures: Pictures) -> Section:
     result = answers.found.get("align")
     if result is None:
         return Section("Alignment with the labels", _lacking(answers, "align"))
-    each = zip(result["output_alignment"], result["output_centered_alignment"], strict=True)
-    rows = [(str(output), plain, centred) for output, (plain, centred) in enumerate(each)]
+    each = zip(result["output_names"], result["output_alignment"], result["output_centered_alignment"], strict=True)
+    rows = [(name.removeprefix("output "), plain, centred) for name, plain, centred in each]
     rows.append(("whole", result["alignment"], result["centered_alignment"]))
     columns = ("Output", "Alignment", "Centred alignment")
     body = _shown(pictures, "alignment") + table(columns, rows, "Alignment by output")
@@ -247,7 +247,7 @@ def _line(answers: Answers) -> tuple[Any, ...]:
         answers.matrix.num_rows,
         next(iter(found["spectrum"].get("eigenvalues") or []), None),
         found["spectrum"].get("effective_rank"),
-        found["logdet"].get("logdet"),
+        found["logdet"].get("logdet") if not found["logdet"].get("shift") else None,
         min(errors, default=None),
         found["align"].get("alignment"),
         answers.matrix.error_norm,

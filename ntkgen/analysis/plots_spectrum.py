@@ -102,7 +102,7 @@ def draw_density(result: Result) -> Picture:
     """
     values = 10.0 ** np.asarray(result["log10_eigenvalues"], dtype=np.float64)
     density = np.asarray(result["density"], dtype=np.float64)
-    errors = np.asarray(result["density_errors"], dtype=np.float64)
+    errors = np.nan_to_num(np.asarray(result["density_errors"], dtype=np.float64))  # unknown below what is resolved
     with styled():
         figure, (left, right) = new_axes(2)
         left.plot(values, density, color=DARK, label="density")
@@ -159,10 +159,11 @@ def draw_alignment(result: Result) -> Picture:
                 line = {"plain": "-", "centred": "--"}[name]
                 axes.axhline(whole[name], color=WARM, linestyle=line, label=f"{name}, whole kernel")
         axes.axhline(0, color=BLACK, linewidth=0.8)
-        axes.set(xlabel="output", ylabel="alignment with the labels", title="Kernel–target alignment")
+        names = result["output_names"]
+        axes.set(xlabel=names[0].split()[0], ylabel="alignment with the labels", title="Kernel–target alignment")
         axes.grid(visible=False, axis="x")
         every = -(-count // MAX_BARS)
-        axes.set_xticks(range(0, count, every))
+        axes.set_xticks(range(0, count, every), [name.split()[1] for name in names[::every]])
         legend(axes)
     caption = (
         f"How well the kernel agrees with that of the one-hot labels, 1 being y yᵀ itself: {_number(whole['plain'])} "

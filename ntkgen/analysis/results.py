@@ -12,7 +12,7 @@ from ntkgen.analysis.matrix import Matrix
 from ntkgen.folders import Folder
 
 # What another version of this program, or of what it writes here, has kept is computed anew.
-VERSION = f"{ntkgen.__version__}-2"
+VERSION = f"{ntkgen.__version__}-3"
 
 
 def folder_of_results(matrix: Matrix) -> Folder:

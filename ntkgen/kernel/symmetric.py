@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ntkgen.errors import InputError, ShapeError, StoreError
+from ntkgen.errors import DamagedTileError, InputError, ShapeError, StoreError
 
 if TYPE_CHECKING:
     import zarr
@@ -39,6 +39,11 @@ def read_ahead(
             values = waiting.popleft().result()
             waiting.extend(pool.submit(read, following) for following in places[position : position + 1])
             yield place, values
+
+
+def _words(error: Exception) -> str:
+    """Quote an error without the bytes that it may show."""
+    return str(error).split("\n", maxsplit=1)[0].partition(". ")[0]
 
 
 class SymmetricArray:
@@ -144,15 +149,16 @@ class SymmetricArray:
         """Read a part of one stored tile, as it is stored.
 
         Raises:
-            StoreError: If the tile is damaged, or is required and missing.
+            DamagedTileError: If the tile is damaged.
+            StoreError: If it is required, and missing.
         """
         try:
             values = np.asarray(self._array[region if self._plane is None else (self._plane, *region)])
         except (ValueError, RuntimeError) as error:
-            raise StoreError(
-                f"{self._name(tile)} is damaged ({error}): expected its chunk file {self._chunk(tile)} to match its "
-                f"checksum. A disk error or an interrupted copy? Run `ntkgen verify --repair {self.place}` and then "
-                "the same `{self.command}` again: it makes it anew."
+            raise DamagedTileError(
+                f"{self._name(tile)} is damaged ({_words(error)}): expected its chunk file {self._chunk(tile)} to "
+                "match its checksum. A disk error or an interrupted copy? Run `ntkgen verify --repair "
+                f"{self.place}` and then the same `{self.command}` again: it makes it anew."
             ) from error
         if is_required and np.isnan(values[0, 0]):  # no tile has a NaN, so that this is what an absent file reads as
             raise self._missing(tile)
@@ -235,15 +241,15 @@ class SymmetricArray:
         """Multiply one tile.
 
         Raises:
-            StoreError: If it holds what is not finite, which the product shows at a fraction of the cost.
+            DamagedTileError: If it holds what is not finite, which the product shows at a fraction of the cost.
         """
         with np.errstate(invalid="ignore", over="ignore"):
             part: FloatArray = values @ V
         if not np.isfinite(part).all() and not (is_finite := np.isfinite(values)).all():
-            raise StoreError(
+            raise DamagedTileError(
                 f"{self._name(tile)} is not finite: expected numbers, found {values.size - int(is_finite.sum())} of "
                 f"{values.size} entries infinite or NaN. Was it overwritten? Run `ntkgen verify --repair {self.place}` "
-                "and then the same `{self.command}` again: it makes it anew."
+                f"and then the same `{self.command}` again: it makes it anew."
             )
         return part
 

@@ -13,6 +13,9 @@ from ntkgen.cli.analyze import Asked, shared_options
 def align(paths: tuple[str, ...], **options: Any) -> None:
     """Measure the alignment of the kernels at PATHS with their one-hot labels, plain and centred, in one pass.
 
+    Centred is H K H with H = I − 11ᵀ/N over all N rows: of the whole kernel over those of all outputs together, of one
+    output over its samples.
+
     1 is the kernel of the labels themselves, y yᵀ. For the whole kernel, and for each output by itself.
     """
     asked = Asked.pop_from(options)
@@ -27,11 +30,11 @@ def align(paths: tuple[str, ...], **options: Any) -> None:
 
 
 def _page(result: dict[str, Any]) -> list[str]:
-    each = zip(result["output_alignment"], result["output_centered_alignment"], strict=True)
+    each = zip(result["output_names"], result["output_alignment"], result["output_centered_alignment"], strict=True)
     return [
         f"  {'':<12}{'alignment':>10}{'centred':>10}",
         f"  {'whole':<12}{_number(result['alignment'])}{_number(result['centered_alignment'])}",
-        *(f"  {f'output {a}':<12}{_number(plain)}{_number(centred)}" for a, (plain, centred) in enumerate(each)),
+        *(f"  {name:<12}{_number(plain)}{_number(centred)}" for name, plain, centred in each),
     ]
 
 

@@ -50,6 +50,12 @@ def _decade_lines(result: dict[str, Any]) -> list[str]:
     decades = range(int(places[-1] // 1), int(places[0] // 1) - 1, -1)
     at = [next((a for place, a in zip(places, above, strict=True) if place >= low), 0.0) for low in decades]
     counts = [value - before for value, before in zip(at, [0.0, *at], strict=False)]
-    return [
-        f"  10^{low:<4} to 10^{low + 1:<4} {100 * count:8.3f} %" for low, count in zip(decades, counts, strict=True)
+    limit = result["resolved_above"]
+    is_known = [limit is None or 10.0**low >= limit for low in decades]
+    lines = [
+        f"  10^{low:<4} to 10^{low + 1:<4} {100 * count:8.3f} %"
+        for low, count, known in zip(decades, counts, is_known, strict=True)
+        if known
     ]
+    rest = sum(count for count, known in zip(counts, is_known, strict=True) if not known)
+    return lines if all(is_known) else [*lines, f"  below         {100 * rest:11.3f} %, not resolved"]
