@@ -11,7 +11,8 @@ class Report(Protocol):
     """Called as a stage proceeds, with a note for people.
 
     The stages are ``training``, ``diagonal``, ``tiles``, of the certificate ``stored product``, ``exact product`` and
-    ``pairs``, of a verification ``files`` and ``recomputed``; and ``mirrored``, ``imported``.
+    ``pairs``, of a verification ``files`` and ``recomputed``; ``mirrored``, ``imported``; and those of analysis, each
+    named after what it counts. `ntkgen.cli.progress` has the unit of each.
     """
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:

@@ -238,7 +238,7 @@ def _moments(first: Matrix, second: Matrix, memory_bytes: int | None, report: Re
         return PairMoments.of(places, first, second, side, step)
     for row, col in places:
         _count(first, second, (_span(first, side, row), _span(first, side, col)))
-    sums = fold(first.client, _measured, places, (first.carried(), second.carried(), side), step)
+    sums = fold(first.client, _measured, places, (first.carried, second.carried, side), step)
     return PairMoments(sums[0], sums[1], *(float(value) for value in sums[2]))
 
 

@@ -8,7 +8,6 @@ their exact size; there is no other record of progress.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from scipy.linalg import solve_triangular
 from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import folder_of_results, identity_of
 from ntkgen.errors import BudgetError, StoreError
-from ntkgen.folders import Folder, LocalFolder
+from ntkgen.folders import Folder
 from ntkgen.kernel.arrays import ArrayLayout, create_array
 from ntkgen.kernel.store import CHECKSUM_BYTES
 from ntkgen.kernel.symmetric import Place, read_ahead
@@ -306,11 +305,7 @@ def _array(group: zarr.Group, name: str) -> "ZarrArray":
 def remove_folder(folder: Folder) -> None:
     """Remove a folder with what is in it; what says what it is goes first."""
     folder.remove("zarr.json")
-    if isinstance(folder, LocalFolder):
-        shutil.rmtree(folder.path, ignore_errors=True)
-        return
-    for key in folder.sizes():
-        folder.remove(key)
+    folder.clear()
 
 
 def prefix_logdets(pivots: Iterable[float]) -> FloatArray:

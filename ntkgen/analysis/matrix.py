@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -115,10 +116,11 @@ class Matrix:
         if self.client is None:
             return part(self, V, tiles, step)
         self.tiles_read += len(tiles)
-        return fold(self.client, _fold_on_worker, tiles, (part, self.carried(), V), step)
+        return fold(self.client, _fold_on_worker, tiles, (part, self.carried, V), step)
 
+    @cached_property
     def carried(self) -> "Matrix":
-        """Make a copy that a worker can open where it is."""
+        """A copy that a worker can open where it is."""
         store = open_store(shared(self.store.folder))
         return _matrix_of(store, self.dtype, self.output, self.num_rows)
 
@@ -141,7 +143,9 @@ class Matrix:
         def read(place: tuple[int, int]) -> FloatArray:
             return np.asarray(self.view[self._span(place[0]), self._span(place[1])], dtype=np.float64)
 
-        for (row, col), values in read_ahead(read, [(tile.row, tile.col) for tile in tiles or tiles_of(self)]):
+        for (row, col), values in read_ahead(
+            read, [(tile.row, tile.col) for tile in (tiles_of(self) if tiles is None else tiles)]
+        ):
             if not np.isfinite(values).all():
                 raise StoreError(
                     f"Tile ({row}, {col}) of ntk_{self.dtype} in {self.name} is not finite: expected numbers, found "
@@ -251,8 +255,7 @@ def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
 
 def tiles_of(matrix: Matrix) -> list[Tile]:
     """List the stored tiles of one triangle, row by row."""
-    blocks = -(-matrix.num_rows // matrix.side)
-    return [Tile(row, col) for row in range(blocks) for col in range(row, blocks)]
+    return [Tile(*place) for place in matrix.view.places()]
 
 
 def memory_left(memory_bytes: int | None) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.errors import DamagedTileError, InputError, ShapeError, StoreError
+from ntkgen.progress import Step, ignore_step
 
 if TYPE_CHECKING:
     import zarr
@@ -23,10 +24,6 @@ Place = tuple[int, int]  # of a tile: its row and its column of tiles
 # Tiles that are read while another is multiplied. Two keep up with the products of a few vectors from a local disk, and
 # each more would hold one more tile in float64, 134 MB with 4096 rows.
 TILES_AHEAD = 2
-
-
-def ignore_step() -> None:
-    """Report nothing."""
 
 
 def read_ahead(
@@ -172,7 +169,7 @@ class SymmetricArray:
         *,
         transposed: bool = False,
         places: Sequence[Place] | None = None,  # the stored tiles that are multiplied, if not all
-        step: Callable[[], None] = ignore_step,  # called after each tile
+        step: Step = ignore_step,  # called after each tile
     ) -> FloatArray:  # (rows,) or (rows, vectors); of the transpose (cols,) or (cols, vectors)
         """Multiply the kernel, or its transpose, with vectors in float64, in one pass over the stored tiles.
 
