@@ -46,6 +46,36 @@ class ModelError(InputError):
     """The network is one whose kernel is not defined: it mixes samples, or it has no trainable parameter."""
 
 
+class RuleError(ModelError):
+    """For a batch of samples, the rules of some parameters do not give what autograd gives.
+
+    Attributes:
+        params: The full names of these parameters.
+    """
+
+    def __init__(self, params: Iterable[str]) -> None:
+        super().__init__(tuple(params))
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        names: tuple[str, ...] = self.args[0]
+        return names
+
+    def __str__(self) -> str:
+        """Build the message.
+
+        >>> print(RuleError(["fc.weight"]))  # doctest: +ELLIPSIS
+        The network treats the samples of some batch otherwise than the first ones: the gradients of fc.weight ...
+        """
+        return (
+            f"The network treats the samples of some batch otherwise than the first ones: the gradients of "
+            f"{', '.join(self.params)} were expected to follow from what goes in and out of their layers, and do not. "
+            "Does it route, sort or replace samples by their content? Add --replan to compute these parameters "
+            "sample by sample."
+        )
+
+
 class FingerprintError(InputError):
     """What is on disk was made from other parameters, other data or other settings."""
 

@@ -18,10 +18,11 @@ from ntkgen.checkpoint import Checkpoint, Recipe
 from ntkgen.data import Dataset, check_labels, sample_order
 from ntkgen.errors import DiskSpaceError, InputError
 from ntkgen.folders import File, Folder, LocalFolder
+from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.kernel import engine
 from ntkgen.kernel.compute import ALONE, Hands, KernelJob, KernelSpec, layout_of, make, ready
 from ntkgen.kernel.explain import Work, explain
-from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import has_store, open_store
 from ntkgen.kernel.plan import Budget, Plan
 from ntkgen.kernel.report import describe, suspicion
@@ -234,7 +235,7 @@ def plan_job(
     inputs = _inputs(kernel, data, against)
     place.out.require_writable()
     model, recipe = plan_training(request, data, place)
-    asked = KernelJob(model, inputs, _probe(data), kernel.spec, place.device, hands=place.hands)
+    asked = KernelJob(model, inputs, _probe(inputs, data), kernel.spec, place.device, hands=place.hands)
     network, plan_anew = ready(asked)
     check_labels(data.labels, network.profile.num_logits)
     machine = asked.machine()
@@ -270,9 +271,9 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
     )
 
 
-def _probe(data: Dataset) -> Tensor:
-    """Take some samples to try a network on, whichever the kernel is of."""
-    return data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples)))
+def _probe(inputs: Inputs, data: Dataset) -> Tensor:
+    """Take some samples to try a network on: of the kernel's and, where those are few, of the data set's."""
+    return torch.cat([inputs.probe, data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples)))])
 
 
 def require_disk(place: Place, missing_bytes: int) -> None:
@@ -296,9 +297,14 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
     checkpoint, _ = run_training(job.training, job.data, job.place, (job.model, job.recipe), report)
     checkpoints.load_state(job.model, checkpoint)
     kernel = KernelJob(
-        job.model, job.inputs, _probe(job.data), job.kernel.spec, job.place.device, _provenance(job, checkpoint),
-        job.place.hands,
-    )  # fmt: skip
+        model=job.model,
+        inputs=job.inputs,
+        probe=_probe(job.inputs, job.data),
+        spec=job.kernel.spec,
+        device=job.place.device,
+        provenance=_provenance(job, checkpoint),
+        hands=job.place.hands,
+    )
     store = make(job.store, kernel, partial(load_parts, job.store, job.place.data_dir, job.data.name), report)
     return describe(store) | {
         "suspicion": suspicion(store),

@@ -227,7 +227,7 @@ def bench(name: str, model: nn.Module, settings: Settings) -> dict[str, Any]:
     """Measure one network, and put all numbers together."""
     model = model.to(settings.device)
     subject = Subject(name, model, random_samples(settings.n, settings.seed).to(settings.device))
-    plan = dense.plan_ntk(model, subject.x, precision=settings.precision)
+    plan = dense.plan_ntk(model, subject.x, asked=dense.Request(precision=settings.precision))
     baseline, work = make_baseline(subject, settings, plan.network.profile), count_work(plan)
     del plan
     say(f"{name}: matrix-product peak")

@@ -29,9 +29,10 @@ from full_jacobian import timed
 from torch import Tensor
 
 from ntkgen.errors import InputError
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract, exact_diagonal
 from ntkgen.jacobian.cost import factor_macs, product_macs
-from ntkgen.jacobian.factors import BlockFactors, compute_factors
+from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy

@@ -590,9 +590,10 @@ def unused_head() -> Case:
 
 @case
 def jacobian_of_zeros() -> Case:
-    """The outputs depend on no trainable parameter, yet there are some."""
-    model = Call(lambda self, x: self.used(x), used=nn.Linear(4, 2).requires_grad_(False), unused=nn.Linear(4, 2))
-    return Case(model, torch.randn(4, 4), ("unused.weight", "unused.bias"))
+    """The outputs depend on the trainable parameters, and the gradient is zero."""
+    forward = lambda self, x: self.frozen(x) + 0 * self.trained(x)  # noqa: E731
+    model = Call(forward, frozen=nn.Linear(4, 2).requires_grad_(False), trained=nn.Linear(4, 2))
+    return Case(model, torch.randn(4, 4))
 
 
 @case

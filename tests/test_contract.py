@@ -23,6 +23,7 @@ from ntkgen.jacobian import contract as contraction
 from ntkgen.jacobian import dense
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.choice import plan_jacobian
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract, exact_diagonal, fill_kernel
 from ntkgen.jacobian.cost import (
     DIAGONAL_NUMBERS,
@@ -34,7 +35,7 @@ from ntkgen.jacobian.cost import (
     contraction_numbers,
     product_macs,
 )
-from ntkgen.jacobian.factors import BlockFactors, PairFactor, compute_factors
+from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.products import routes

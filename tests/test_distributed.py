@@ -23,7 +23,7 @@ from ntkgen.folders import LocalFolder
 from ntkgen.kernel import distributed, engine, worker
 from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
 from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
-from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.plan import Band
 from ntkgen.kernel.tiles import Block, Tile
@@ -45,7 +45,7 @@ def job():
     """A kernel of 14 samples and 3 outputs in 5 × 5 tiles."""
     made = make_job()
     inputs = Inputs(made.x, made.samples)
-    return KernelJob(small_network(), inputs, made.x[:PROBE_SAMPLES], SPEC, CPU)
+    return KernelJob(small_network(), inputs, made.x, SPEC, CPU)
 
 
 @pytest.fixture(scope="module")

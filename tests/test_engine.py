@@ -13,7 +13,7 @@ from torch import nn
 
 from ntkgen.errors import DivergedError, InputError, PlanError
 from ntkgen.jacobian.cache import BlockCache
-from ntkgen.jacobian.factors import compute_factors
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.reference import reference_ntk

@@ -11,9 +11,9 @@ import ntkgen
 from ntkgen.jacobian import dense
 from ntkgen.jacobian.capture import cotangents, record
 from ntkgen.jacobian.choice import plan_jacobian
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract
 from ntkgen.jacobian.cost import ORDERS
-from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.jacobian.reference import jacobian_rows, trainable

@@ -208,6 +208,8 @@ def test_a_measurement_gives_rates_of_one_digit_and_a_route_that_works(precision
 
 def test_plans_go_by_the_rates_that_were_found(measured, file):
     model, x = torch.nn.Linear(4, 2), torch.ones(3, 4)
-    assert dense.plan_ntk(model, x, precision="float64").jacobian.rates == dataclasses.replace(FOUND, touching=1)
+    assert dense.plan_ntk(model, x, asked=dense.Request(precision="float64")).jacobian.rates == dataclasses.replace(
+        FOUND, touching=1
+    )
     assert measured == [(CPU, "float64")]
     assert torch.equal(ntkgen.ntk(model, x, precision="float64").diagonal(), torch.full((6,), 5.0).double())

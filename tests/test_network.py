@@ -18,9 +18,9 @@ from ntkgen.errors import ModelError, ShapeError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.capture import record
 from ntkgen.jacobian.choice import plan_jacobian
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import fill_kernel
 from ntkgen.jacobian.cost import ORDERS
-from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.kernel.tiles import Block
@@ -183,9 +183,9 @@ REFUSED = {
     ),
     "no axis of outputs": (
         lambda: Call(lambda self, x: self.fc(x).sum(1), fc=nn.Linear(4, 2)),
-        r"must return one row per sample, \(2, outputs\), and returned \(2,\)",
+        r"must return one row per sample, \(3, outputs\), and returned \(3,\)",
     ),
-    "two axes of outputs": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))), r"returned \(2, 2, 3\)"),
+    "two axes of outputs": (lambda: nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3))), r"returned \(3, 2, 3\)"),
     "one row for all samples": (
         lambda: Call(lambda self, x: self.fc(x).sum(0, keepdim=True), fc=nn.Linear(4, 2)),
         r"returned \(1, 2\)",

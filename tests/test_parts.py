@@ -18,7 +18,7 @@ from ntkgen.folders import LocalFolder
 from ntkgen.kernel import compute
 from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
 from ntkgen.kernel.distributed import Carried
-from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Part, Tile
@@ -35,7 +35,7 @@ COMMAND = [
 def job():
     """A kernel of 14 samples and 3 outputs in 5 × 5 tiles."""
     made = make_job()
-    return KernelJob(small_network(), Inputs(made.x, made.samples), made.x[:PROBE_SAMPLES], SPEC, CPU)
+    return KernelJob(small_network(), Inputs(made.x, made.samples), made.x, SPEC, CPU)
 
 
 def part_of(job: KernelJob, text: str) -> KernelJob:

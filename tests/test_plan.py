@@ -13,8 +13,8 @@ from strategies import grids, rates, rectangles
 from ntkgen.errors import BudgetError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.choice import plan_jacobian
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.cost import ORDERS, SIZES, LayerShape, NetworkProfile, factor_macs, product_macs, sizes_for
-from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.kernel import engine

@@ -14,8 +14,8 @@ from torch import nn
 
 import ntkgen
 from ntkgen.jacobian.choice import plan_jacobian
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract, exact_diagonal
-from ntkgen.jacobian.factors import compute_factors
 from ntkgen.jacobian.layers import RULES, LayerRule, padding_of
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy

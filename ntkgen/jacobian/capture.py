@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: its detached input, its output in the graph, and whether gradients pass it on their way."""
+    """One call of a layer: its detached input, its output in the graph, and whether gradients pass it on their way.
+
+    ``shapes`` are those of input and output, of the whole batch with its padding.
+    """
 
     x: Tensor
     output: Tensor
     passes_back: bool
+    shapes: tuple[torch.Size, torch.Size]
 
 
 @dataclass
@@ -43,7 +47,8 @@ def _recording_hooks(layers: dict[str, nn.Module], recording: Recording) -> Iter
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
                 return None
-            recording.uses.setdefault(name, []).append(Use(x.detach()[: recording.count], output, x.requires_grad))
+            use = Use(x.detach()[: recording.count], output, x.requires_grad, (x.shape, output.shape))
+            recording.uses.setdefault(name, []).append(use)
             return output.clone()
 
         return hook
@@ -59,7 +64,7 @@ def record(module: nn.Module, layers: dict[str, nn.Module], batch: Tensor, count
     """Run one forward pass and record the named layers, for the first ``count`` samples of the batch."""
     recording = Recording(len(batch) if count is None else count)
     with _recording_hooks(layers, recording):
-        recording.outputs = module(batch)
+        recording.outputs = module(batch.clone())  # the network may overwrite it
     return recording
 
 
@@ -67,19 +72,18 @@ def cotangents(recording: Recording) -> Iterator[dict[str, list[Tensor]]]:
     """Yield, output by output, the gradient of that output with respect to every recorded layer output.
 
     Samples do not mix, so one backward pass per output serves the whole batch. Layers that the output does not depend
-    on get zeros.
+    on get zeros. The graph stays, for the check of the batch.
     """
     outputs = recording.outputs
-    num_outputs = outputs.shape[1]
-    for index in range(num_outputs):
+    for index in range(outputs.shape[1]):
         weights = torch.zeros_like(outputs[0])
         weights[index] = 1
-        yield pull_back(recording, weights, retain_graph=index + 1 < num_outputs)
+        yield pull_back(recording, weights, retain_graph=True)
 
 
 def pull_back(
     recording: Recording,
-    weights: Tensor,  # (outputs,)
+    weights: Tensor,  # (outputs,), or (samples, outputs)
     *,
     retain_graph: bool = False,
 ) -> dict[str, list[Tensor]]:
@@ -92,9 +96,15 @@ def pull_back(
     return by_layer
 
 
+def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
+    """Sum up the outputs; torch takes the gradient of a scalar without loading its symbolic shapes, for seconds."""
+    return (outputs * weights).sum()
+
+
 def _gradients(outputs: Tensor, nodes: Sequence[Tensor], weights: Tensor, *, retain_graph: bool) -> Sequence[Tensor]:
     if not nodes:
         return []
-    selector = weights.expand_as(outputs)
-    grads = torch.autograd.grad(outputs, nodes, selector, retain_graph=retain_graph, allow_unused=True)
+    if not outputs.requires_grad:
+        return [torch.zeros_like(node) for node in nodes]
+    grads = torch.autograd.grad(weighted_sum(outputs, weights), nodes, retain_graph=retain_graph, allow_unused=True)
     return [torch.zeros_like(node) if grad is None else grad for node, grad in zip(nodes, grads, strict=True)]

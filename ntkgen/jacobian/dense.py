@@ -1,21 +1,24 @@
 """The kernel of two batches as a tensor: `ntkgen.ntk`."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ntkgen.errors import InputError, ShapeError, UnknownNameError
+from ntkgen.errors import InputError, RuleError, ShapeError, UnknownNameError
 from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import fill_kernel
 from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, product_macs, sizes_for
-from ntkgen.jacobian.factors import BlockFactors, compute_factors
+from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
-from ntkgen.jacobian.network import Network, prepare
+from ntkgen.jacobian.network import Network, more_excluded, prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.probe import in_turns
 from ntkgen.kernel.tiles import Block, block_pairs
 
 # Blocks of at most this many bytes of factors, two at a time, keep any batch in bounded memory.
@@ -66,7 +69,22 @@ def ntk(
     """
     _check_batches(x1, x2)
     _check_orders(orders)
-    return compute_ntk(plan_ntk(model, x1, x2, output=output, precision=precision, orders=orders))
+    asked = Request(output, precision, tuple(orders))
+    while True:
+        try:
+            return compute_ntk(plan_ntk(model, x1, x2, asked))
+        except RuleError as error:  # some batch has shown that a rule does not hold: begin again without it
+            asked = dataclasses.replace(asked, excluded=more_excluded(asked.excluded, error))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: the output, the precision policy, orders of multiplication, and parameters without a rule."""
+
+    output: str = "full"
+    precision: str = "float32"
+    orders: tuple[Order, ...] = ()
+    excluded: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -92,22 +110,24 @@ def plan_ntk(
     model: nn.Module,
     x1: Tensor,
     x2: Tensor | None = None,
-    *,
-    output: str = "full",
-    precision: str = "float32",
-    orders: Sequence[Order] = (),
+    asked: Request = Request(),
 ) -> DensePlan:
     """Prepare a network and plan the kernel of two batches, in the largest blocks that fit the bound."""
     x = x1 if x2 is None else torch.cat([x1, x2])
-    network = prepare(model, x, policy(precision))
-    chosen = output_map(output, network.profile.num_logits)
+    network = prepare(model, in_turns(x1, x2), policy(asked.precision), excluded=asked.excluded)
+    chosen = output_map(asked.output, network.profile.num_logits)
     network = network.seen_through(chosen.matrix)
-    rates = rates_of(network.device, precision)
+    rates = rates_of(network.device, asked.precision)
 
     def planned(block: int) -> JacobianPlan:
         sizes = sizes_for(network.device.type, block, BATCH_SIZE)
         return plan_jacobian(
-            network.profile, sizes, precision=precision, rates=rates, reduction=chosen.reduction, orders=orders
+            network.profile,
+            sizes,
+            precision=asked.precision,
+            rates=rates,
+            reduction=chosen.reduction,
+            orders=asked.orders,
         )
 
     longest = max(len(x1), len(x) - len(x1))

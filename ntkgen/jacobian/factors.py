@@ -1,19 +1,12 @@
 """What is kept of a block of samples: dense Jacobian rows, or (inputs, cotangents), per layer."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ntkgen.jacobian.capture import Recording, cotangents, record
-from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
-from ntkgen.jacobian.network import Layer, Network
-from ntkgen.jacobian.products import rows_of
-from ntkgen.jacobian.reference import jacobian_rows, trainable
-from ntkgen.jacobian.windows import Windows, pixels_of
-from ntkgen.kernel.tiles import Block
+from ntkgen.jacobian.cost import LayerPlan
+from ntkgen.jacobian.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -45,115 +38,3 @@ class BlockFactors:
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.logits)
-
-
-def compute_factors(
-    network: Network,
-    plan: JacobianPlan,
-    x: Tensor,  # (samples, …)
-) -> BlockFactors:
-    """Compute the factors of a block of samples, batch by batch.
-
-    A ragged batch is padded with its last sample, so that every pass has the same shape and a sample's factors have the
-    same bits whichever tile asks for them.
-    """
-    block = _empty_factors(network, plan, len(x))
-    for batch in Block(0, len(x)).pieces(plan.batch_size):
-        _fill_batch(block, network, plan, slice(batch.start, batch.stop), network.input(x[batch.start : batch.stop]))
-    return block
-
-
-def _empty_factors(network: Network, plan: JacobianPlan, samples: int) -> BlockFactors:
-    m = plan.num_outputs
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=network.precision.factor_dtype, device=network.device)
-
-    pairs = []
-    for layer in plan.layers:
-        if not layer.keeps_rows:
-            shape = layer.shape
-            inputs = empty(samples, shape.groups, *_kept_inputs(layer))
-            grads = empty(samples, m, shape.groups, shape.channels, shape.positions)
-            windows = network.windows[shape.name] if layer.uses_pixels else None
-            pairs.append(PairFactor(layer, inputs, grads, windows))
-    logits = torch.empty(
-        samples, network.profile.num_logits, dtype=network.precision.compute_dtype, device=network.device
-    )
-    return BlockFactors(logits, empty(samples, m, plan.row_numbers // m), tuple(pairs))
-
-
-def _kept_inputs(layer: LayerPlan) -> tuple[int, int]:
-    shape = layer.shape
-    if layer.uses_pixels:
-        return shape.pixels, shape.inputs // shape.taps
-    return (shape.inputs, shape.positions) if layer.order == "explicit" else (shape.positions, shape.inputs)
-
-
-def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> None:
-    """Run one batch, padded, and write its factors to their place in the block."""
-    padding = samples[-1:].expand(plan.batch_size - len(samples), *samples.shape[1:])
-    recording = record(network.module, network.layer_modules, torch.cat([samples, padding]), len(samples))
-    block.logits[batch] = recording.outputs[: recording.count].detach()
-    recording.outputs = network.mapped(recording.outputs)
-    pairs = {pair.plan.shape.name: pair for pair in block.pairs}
-    inputs: dict[str, list[Tensor]] = {}  # of the layers whose rows are kept, in the dtype in which those are summed
-    wide = network.precision.accumulate_dtype
-    for layer in network.layers:
-        if not layer.has_matrix:
-            continue
-        if layer.name in pairs:
-            _fill_inputs(pairs[layer.name], layer, recording, batch)
-        else:
-            inputs[layer.name] = [_positions_last(layer, use.x).to(wide) for use in recording.uses[layer.name]]
-    for output, grads in enumerate(cotangents(recording)):
-        column = 0
-        for layer in network.layers:
-            g = grads[layer.name]
-            if layer.name in pairs:
-                parts = [layer.rule.cotangents(layer.module, grad).mT for grad in g]
-                pairs[layer.name].cotangents[batch, output] = _joined(parts, 3)
-            for rows in _layer_rows(layer, recording, g, inputs.get(layer.name, ()), plan.rates.route):
-                block.rows[batch, output, column : column + rows.shape[1]] = rows
-                column += rows.shape[1]
-    if network.fallback:
-        params = {name: value for name, value in trainable(network.module).items() if name in network.fallback}
-        for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample's rows at a time
-            rows = jacobian_rows(network.module, params, sample[None])[0]
-            block.rows[index, :, column:] = network.mapped(rows.mT).mT
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _positions_last(layer: Layer, x: Tensor) -> Tensor:  # (samples, groups, k, T)
-    return layer.rule.inputs(layer.module, x).mT.contiguous()
-
-
-def _fill_inputs(pair: PairFactor, layer: Layer, recording: Recording, batch: slice) -> None:
-    uses = recording.uses[layer.name]
-    if pair.plan.uses_pixels:
-        pair.inputs[batch] = pixels_of(layer.module, uses[0].x)
-        return
-    parts = _joined([layer.rule.inputs(layer.module, use.x) for use in uses], 2)
-    pair.inputs[batch] = parts.mT if pair.plan.order == "explicit" else parts
-
-
-def _layer_rows(
-    layer: Layer, recording: Recording, grads: list[Tensor], inputs: Sequence[Tensor], route: str
-) -> list[Tensor]:  # each (samples, parameter)
-    """Form the rows of a layer's parameters for one output, summed over its uses; of the matrix if inputs are given."""
-    found = []
-    if inputs:
-        parts = [
-            rows_of(layer.rule.cotangents(layer.module, grad).mT.to(a.dtype), a, route).flatten(1)
-            for grad, a in zip(grads, inputs, strict=True)
-        ]
-        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
-    for vector in layer.vectors:
-        rule = layer.rule.vectors[vector]
-        uses = recording.uses[layer.name]
-        parts = [rule(layer.module, use.x, grad) for use, grad in zip(uses, grads, strict=True)]
-        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
-    return found

@@ -4,8 +4,10 @@ A layer's weight matrix has, for one sample and output o, the Jacobian row ``Σ_
 inputs a and the cotangents g are. Its other parameters are vectors, with rows that are sums over positions.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -260,3 +262,47 @@ def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
             "or name the parameter in vectors."
         )
     RULES[module_type] = rule
+
+
+# the layers of a network ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module with a rule, and those of its trainable parameters that the rule treats."""
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    has_matrix: bool
+    vectors: tuple[str, ...]
+
+    def full_name(self, param: str) -> str:
+        """Name a parameter as `nn.Module.named_parameters` does."""
+        return f"{self.name}.{param}" if self.name else param
+
+    def params(self) -> Iterator[str]:
+        """Name the treated parameters, relative to the module: the matrix first, then the vectors."""
+        if self.has_matrix:
+            assert self.rule.matrix is not None
+            yield self.rule.matrix
+        yield from self.vectors
+
+    def without(self, excluded: Collection[str]) -> "Layer":
+        """Drop the parameters of these full names."""
+        kept = {param for param in self.params() if self.full_name(param) not in excluded}
+        vectors = tuple(vector for vector in self.vectors if vector in kept)
+        return dataclasses.replace(self, has_matrix=self.rule.matrix in kept, vectors=vectors)
+
+
+def layers_with_rules(module: nn.Module) -> Iterator[Layer]:
+    """Find the modules with a rule. A parameter that two modules own is tied, and belongs to neither."""
+    owners = Counter(id(param) for child in module.modules() for param in child.parameters(recurse=False))
+    for name, child in module.named_modules():
+        rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
+        if rule is None or not rule.applies(child):
+            continue
+        own = {n for n, p in child.named_parameters(recurse=False) if p.requires_grad and owners[id(p)] == 1}
+        layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
+        if any(layer.params()):
+            yield layer

@@ -1,58 +1,25 @@
 """A user's module made ready: our evaluation copy of it, and which rule treats which parameter, checked by value."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from ntkgen.errors import ModelError, ShapeError
-from ntkgen.jacobian.capture import Recording, Use, pull_back, record
+from ntkgen.errors import ModelError, RuleError, ShapeError
+from ntkgen.jacobian.capture import Recording, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
-from ntkgen.jacobian.layers import CONVOLUTION, RULES, LayerRule
+from ntkgen.jacobian.coverage import draw_directions
+from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
+from ntkgen.jacobian.probe import NotInThisDtypeError, Trial, choose_samples, try_network
+from ntkgen.jacobian.reach import require_reached
 from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
 from ntkgen.jacobian.windows import Windows, windows_of
 
-# How far a rule's rows may be from autograd's, relative to their norm. Wrong rules are off by per cents, and deep
-# networks in float32 by a tenth of one: the check is made in float64 wherever the network can be run in it.
-COVERAGE_TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-9}
-
-
-class _NotInThisDtypeError(ModelError):
-    """The network raised, or cast, when it was run in a dtype; it may run in another."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A module with a rule, and those of its trainable parameters that the rule treats."""
-
-    name: str
-    module: nn.Module
-    rule: LayerRule
-    has_matrix: bool
-    vectors: tuple[str, ...]
-
-    def full_name(self, param: str) -> str:
-        """Name a parameter as `nn.Module.named_parameters` does."""
-        return f"{self.name}.{param}" if self.name else param
-
-    def params(self) -> Iterator[str]:
-        """Name the treated parameters, relative to the module: the matrix first, then the vectors."""
-        if self.has_matrix:
-            assert self.rule.matrix is not None
-            yield self.rule.matrix
-        yield from self.vectors
-
-    def without(self, excluded: set[str]) -> "Layer":
-        """Drop the parameters of these full names."""
-        kept = {param for param in self.params() if self.full_name(param) not in excluded}
-        vectors = tuple(vector for vector in self.vectors if vector in kept)
-        return dataclasses.replace(self, has_matrix=self.rule.matrix in kept, vectors=vectors)
+# The shapes of input and output of each use of a layer, for one sample.
+UseShapes = tuple[tuple[torch.Size, torch.Size], ...]
 
 
 @dataclass(frozen=True)
@@ -65,6 +32,8 @@ class Network:
     layers: tuple[Layer, ...]
     fallback: tuple[str, ...]
     profile: NetworkProfile
+    use_shapes: Mapping[str, UseShapes]  # of each layer, to which every batch must keep
+    directions: Mapping[str, Tensor]  # with which the weight matrix of each layer is checked, (groups, k, directions)
     windows: Mapping[str, Windows] = field(default_factory=dict)  # of the convolutions that move in steps of one
     transform: Tensor | None = None  # (outputs, logits): the kernel is of A f; None: of f
 
@@ -108,12 +77,13 @@ def prepare(
     x: Tensor,  # (samples, …): a few samples that the network accepts
     precision: Precision,
     device: torch.device | None = None,
+    excluded: Collection[str] = (),
 ) -> Network:
     """Copy a module and decide, by value, how each of its parameters is treated.
 
-    For two samples and a random v, ``Σ_o v_o · row_o`` of every parameter with a rule must equal
-    ``autograd.grad(v · f)``. A parameter that differs (a hook that never fires, a rule that does not fit) is left to
-    `torch.func`, as are tied weights and parameters of layers without a rule.
+    For a few samples and random weights w, ``Σ_io w_io · row_io`` of every parameter with a rule must equal
+    ``autograd.grad(Σ_io w_io f_io)``. A parameter that differs (a hook that never fires, a rule that does not fit) is
+    left to `torch.func`, as are tied weights, parameters of layers without a rule, and those ``excluded`` by name.
 
     Raises:
         ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
@@ -126,70 +96,79 @@ def prepare(
             "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
         )
     _refuse_batch_statistics(model)
-    pair = x[_different_samples(x)]
+    samples = choose_samples(x)
     with exact_arithmetic(device):
-        module, num_outputs, wrong = _checked_copy(model, pair, precision.compute_dtype, device)
-        layers = tuple(kept for layer in _layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
-        treated = {layer.full_name(param) for layer in layers for param in layer.params()}
-        fallback = tuple(name for name in trainable(module) if name not in treated)
-        sample = as_input(pair[:1], precision.compute_dtype, device)
+        module, trial = _tried_copy(model, samples, precision.compute_dtype, device)
+        require_reached(model, module, samples, trial.reached)
+        wrong = trial.disproved | set(excluded)
+        layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
+        sample = as_input(samples[:1], precision.compute_dtype, device)
         recording, activations = _record_one(module, layers, sample)
         windows = _windows(layers, recording)
+    shapes = tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix)
+    treated = {layer.full_name(param) for layer in layers for param in layer.params()}
     own = trainable(module)
+    fallback = tuple(name for name in own if name not in treated)
     profile = NetworkProfile(
-        num_outputs=num_outputs,
+        num_outputs=trial.num_outputs,
         num_params=sum(param.numel() for param in own.values()),
-        layers=tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix),
+        layers=shapes,
         dense_params=sum(own[layer.full_name(v)].numel() for layer in layers for v in layer.vectors)
         + sum(own[name].numel() for name in fallback),
         fallback=fallback,
         activation_numbers=activations,
         input_numbers=sample.numel(),
-        num_logits=num_outputs,
+        num_logits=trial.num_outputs,
     )
-    return Network(module, precision, device, layers, fallback, profile, windows)
+    return Network(
+        module=module,
+        precision=precision,
+        device=device,
+        layers=layers,
+        fallback=fallback,
+        profile=profile,
+        use_shapes={layer.name: use_shapes(recording, layer) for layer in layers},
+        directions={shape.name: draw_directions(shape.groups, shape.inputs, recording.outputs) for shape in shapes},
+        windows=windows,
+    )
+
+
+def more_excluded(excluded: frozenset[str], error: RuleError) -> frozenset[str]:
+    """Add the parameters whose rule was found not to hold for a batch to those that are left to `torch.func`.
+
+    Raises:
+        RuleError: If they are there already.
+    """
+    found = excluded.union(error.params)
+    if found == excluded:
+        raise error
+    return found
+
+
+def use_shapes(recording: Recording, layer: Layer) -> UseShapes:
+    """List the shapes, without the axis of samples, of what goes into a layer and comes out of it."""
+    return tuple((into[1:], out[1:]) for into, out in (use.shapes for use in recording.uses.get(layer.name, ())))
 
 
 def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _checked_copy(
-    model: nn.Module, pair: Tensor, dtype: torch.dtype, device: torch.device
-) -> tuple[nn.Module, int, set[str]]:
-    """Copy a module, count its outputs, and name the parameters whose rule does not hold.
+def _tried_copy(model: nn.Module, samples: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Trial]:
+    """Copy a module, and try it on a few samples.
 
-    The check is made on a copy in float64, which is gone before the one in another dtype is made.
+    It is tried on a copy in float64, which is gone before the one in another dtype is made.
     """
     judge = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
     try:
-        found = _check_by_value(judge, pair)
-    except _NotInThisDtypeError:  # it may cast to float32 on its way
+        trial = try_network(judge, samples)
+    except NotInThisDtypeError:  # it may cast to float32 on its way
         judge = evaluation_copy(model, dtype, device)
-        found = _check_by_value(judge, pair)
-        return judge, *found
+        return judge, try_network(judge, samples)
     if dtype != torch.float64:
         del judge
         judge = evaluation_copy(model, dtype, device)
-    return judge, *found
-
-
-def _check_by_value(module: nn.Module, pair: Tensor) -> tuple[int, set[str]]:
-    """Count a network's outputs, and name the parameters whose rule does not hold.
-
-    Raises:
-        ModelError: If its kernel is not defined.
-    """
-    param = next(module.parameters())
-    samples = as_input(pair, param.dtype, param.device)
-    num_outputs = _check_outputs(module, samples)
-    return num_outputs, _uncovered(module, tuple(_layers_with_rules(module)), samples)
-
-
-def _different_samples(x: Tensor) -> list[int]:
-    """Choose two samples, different ones if there are any: equal ones could mix unnoticed."""
-    other = (index for index in range(1, len(x)) if not torch.equal(x[index], x[0]))
-    return [0, next(other, 1)] if len(x) > 1 else [0]
+    return judge, trial
 
 
 def _refuse_batch_statistics(module: nn.Module) -> None:
@@ -200,141 +179,6 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
                 "norm was expected to have running statistics, and has none (track_running_stats=False). The kernel of "
                 "one sample would depend on the others. Build the network with track_running_stats=True and train it."
             )
-
-
-def _check_outputs(module: nn.Module, pair: Tensor) -> int:
-    """Run the network on two samples, together and apart, and return its number of outputs.
-
-    Raises:
-        _NotInThisDtypeError: If it raises, or returns another dtype.
-        ModelError: If it does not return (samples, outputs), or a sample's outputs depend on the other sample.
-    """
-    with torch.no_grad():
-        try:
-            together = module(pair)
-            apart = [module(sample[None]) for sample in pair]
-        except Exception as error:  # the network is somebody else's code: whatever it raises is its own error
-            raise _NotInThisDtypeError(
-                f"The network cannot take these samples, of shape {tuple(pair.shape[1:])} and {pair.dtype} each "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Is it made for another size or "
-                "number of channels? Give it samples of the kind it was made for."
-            ) from error
-        if not isinstance(together, Tensor) or together.ndim != 2 or len(together) != len(pair):
-            found = tuple(together.shape) if isinstance(together, Tensor) else type(together).__name__
-            raise ModelError(
-                f"The network must return one row per sample, ({len(pair)}, outputs), and returned {found}. Is there a "
-                "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
-            )
-        if together.dtype != pair.dtype and pair.is_floating_point():
-            raise _NotInThisDtypeError(
-                f"The network returns {together.dtype} where its parameters and samples are {pair.dtype}: its forward "
-                "pass rounds on its own. Remove the cast, so that --precision says how the kernel is computed."
-            )
-        if not together.isfinite().all():
-            raise ModelError(
-                "The network's outputs are not finite: expected numbers, found infinity or NaN for the first samples. "
-                "Did its training diverge, or do the samples have values that are not finite? Repair what made them."
-            )
-    alone = torch.cat(apart)
-    difference = float((together - alone).abs().max())
-    scale = float(alone.abs().max())
-    if difference > COVERAGE_TOLERANCE[together.dtype] * 10 * max(scale, 1e-30):
-        raise ModelError(
-            f"The network mixes the samples of a batch even in evaluation mode: alone and in a batch of {len(pair)} a "
-            f"sample's outputs differ by {difference:.1e} (largest output {scale:.1e}), expected rounding only. Does a "
-            "layer use batch statistics or randomness? Replace it by one that treats samples one by one."
-        )
-    return int(together.shape[1])
-
-
-def _layers_with_rules(module: nn.Module) -> Iterator[Layer]:
-    """Find the modules with a rule. A parameter that two modules own is tied, and belongs to neither."""
-    owners = Counter(id(param) for child in module.modules() for param in child.parameters(recurse=False))
-    for name, child in module.named_modules():
-        rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
-        if rule is None or not rule.applies(child):
-            continue
-        own = {n for n, p in child.named_parameters(recurse=False) if p.requires_grad and owners[id(p)] == 1}
-        layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
-        if any(layer.params()):
-            yield layer
-
-
-def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> set[str]:
-    """Name the parameters whose rows, as their rule gives them, are not what autograd gives."""
-    if not layers:
-        return set()
-    recording = record(module, {layer.name: layer.module for layer in layers}, pair)
-    num_outputs = recording.outputs.shape[1]
-    weights = torch.randn(
-        num_outputs, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float64, device="cpu"
-    )
-    weights = weights.to(recording.outputs)
-    grads = pull_back(recording, weights)  # rows are linear in the cotangents, so that one pass checks all outputs
-    treated = {layer.full_name(param): (layer, param) for layer in layers for param in layer.params()}
-    params = {name: param for name, param in module.named_parameters() if name in treated}
-
-    def holds(sample: slice, name: str, grad: Tensor | None) -> bool:
-        layer, param = treated[name]
-        uses, of_layer = recording.uses.get(layer.name, []), grads.get(layer.name, [])
-        if not _fits(uses, of_layer, len(pair)):
-            return False
-        uses = [dataclasses.replace(use, x=use.x[sample]) for use in uses]
-        with suppress(Exception):  # to raise is one way in which a rule does not hold
-            return _close(param_rows(layer, param, uses, [each[sample] for each in of_layer])[0], grad)
-        return False
-
-    covered = set(treated)
-    for sample in (slice(index, index + 1) for index in range(len(pair))):
-        covered &= _true_of_gradients(module(pair[sample])[0] @ weights, params, partial(holds, sample))
-    return set(treated) - covered
-
-
-def _true_of_gradients(
-    target: Tensor, params: Mapping[str, Tensor], holds: Callable[[str, Tensor | None], bool]
-) -> set[str]:
-    """Name the parameters of whose gradient something is true, looking at one gradient at a time.
-
-    All gradients together are as large as the network, and go unused: each is dropped as soon as it has been seen.
-    """
-    found: dict[str, bool] = {}
-    with ExitStack() as stack:
-        for name, param in params.items():
-
-            def see(param: Tensor, name: str = name) -> None:
-                found[name] = holds(name, param.grad)
-                param.grad = None
-
-            stack.callback(param.register_post_accumulate_grad_hook(see).remove)
-        if target.requires_grad:
-            target.backward(inputs=list(params.values()))
-    return {name for name in params if (found[name] if name in found else holds(name, None))}
-
-
-def _fits(uses: Sequence[Use], grads: Sequence[Tensor], samples: int) -> bool:
-    """Say whether a layer was called at all, and with samples as the first axis of what goes in and comes out."""
-    return bool(uses) and all(len(use.x) == len(grad) == samples for use, grad in zip(uses, grads, strict=True))
-
-
-def _close(row: Tensor, grad: Tensor | None) -> bool:
-    expected = torch.zeros_like(row) if grad is None else grad.flatten()
-    if row.shape != expected.shape:
-        return False
-    return bool((row - expected).norm() <= COVERAGE_TOLERANCE[row.dtype] * expected.norm())
-
-
-def param_rows(
-    layer: Layer, param: str, uses: Sequence[Use], grads: Sequence[Tensor]
-) -> Tensor:  # (samples, parameter)
-    """Form the Jacobian rows of one parameter for one output, summed over the uses of its layer."""
-    rows = []
-    for use, grad in zip(uses, grads, strict=True):
-        if param == layer.rule.matrix:
-            g, a = layer.rule.cotangents(layer.module, grad), layer.rule.inputs(layer.module, use.x)
-            rows.append((g.mT @ a).flatten(1))
-        else:
-            rows.append(layer.rule.vectors[param](layer.module, use.x, grad))
-    return rows[0] if len(rows) == 1 else torch.stack(rows).sum(0)
 
 
 def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) -> tuple[Recording, int]:

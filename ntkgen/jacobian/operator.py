@@ -15,8 +15,9 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.errors import InputError, ShapeError
-from ntkgen.jacobian.network import COVERAGE_TOLERANCE, prepare
+from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.probe import in_turns
 from ntkgen.jacobian.reference import as_input
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 BATCH_SIZE = 32
 # So many bytes of Jᵀ V, a column of which has as many numbers as the network parameters, are held at a time.
 DIRECTION_BYTES = 1 << 30
-# The network is tried on so many samples, among which two different ones are looked for.
-PROBE_SAMPLES = 16
+
+# How far products in other modes may be from those in reverse mode, relative to their norm.
+COVERAGE_TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-9}
 
 # One tensor per trainable parameter, (columns, *parameter): several vectors in the space of parameters.
 Directions = list[Tensor]
@@ -251,7 +253,7 @@ class NTKOperator:
         _check_samples(x1, x2)
         if batch_size < 1:
             raise InputError(f"The batch size must be at least 1, and is {batch_size}. Pass a positive number.")
-        network = prepare(model, x1[:PROBE_SAMPLES], policy(precision), _device(model, precision))
+        network = prepare(model, in_turns(x1, x2), policy(precision), _device(model, precision))
         self.dtype, self.device = network.precision.compute_dtype, network.device
         self._module, self._num_params = network.module, network.profile.num_params
         self._transform = None if transform is None else as_input(transform.to(self.dtype), self.dtype, self.device)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ntkgen.jacobian.layers import Convolution, padded, padding_of
@@ -17,6 +18,11 @@ class Axis:
     taps: int
     dilation: int
     padding: int
+
+    @property
+    def padding_after(self) -> int:
+        """Zeros behind the last pixel."""
+        return self.positions + self.dilation * (self.taps - 1) - self.pixels - self.padding
 
     def overlaps(self) -> list[tuple[slice, slice]]:
         """List, tap by tap, the windows whose tap lies within the axis, and the pixels that these taps are.
@@ -48,6 +54,21 @@ class Windows:
     def taps(self) -> int:
         """Pixels of a window, w."""
         return math.prod(axis.taps for axis in self.axes)
+
+    def project(
+        self,
+        pixels: Tensor,  # (samples, groups, P, channels)
+        directions: Tensor,  # (groups, channels · w, d)
+    ) -> Tensor:  # (samples, groups, T, d)
+        """Multiply each window with some vectors: a convolution of the pixels, with the vectors as its filters."""
+        samples, groups, _, channels = pixels.shape
+        images = pixels.mT.reshape(samples, groups * channels, *(axis.pixels for axis in self.axes))
+        pads = [pad for axis in reversed(self.axes) for pad in (axis.padding, axis.padding_after)]
+        filters = directions.mT.reshape(-1, channels, *(axis.taps for axis in self.axes))
+        convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.axes)]
+        dilation = [axis.dilation for axis in self.axes]
+        found = convolve(F.pad(images, pads), filters, dilation=dilation, groups=groups)
+        return found.reshape(samples, groups, directions.shape[2], -1).mT
 
     def gram(
         self,

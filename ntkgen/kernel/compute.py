@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from zarr.abc.store import Store
 
 from ntkgen.checkpoint import parameter_fingerprint
-from ntkgen.errors import FingerprintError, InputError, ShapeError, StoreLockedError
+from ntkgen.errors import FingerprintError, InputError, RuleError, ShapeError, StoreLockedError
 from ntkgen.folders import Folder, folder_of
-from ntkgen.jacobian.network import Network, prepare
+from ntkgen.jacobian.network import Network, more_excluded, prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.certify import add_certificate, forget_certificate
 from ntkgen.kernel.distributed import Carried, Load, Team, open_team
-from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.kernel.opening import create_store, has_store, open_store
 from ntkgen.kernel.plan import Choices, Plan, make_plan
@@ -71,6 +71,7 @@ class KernelJob:
     device: torch.device
     provenance: Mapping[str, Any] = field(default_factory=dict)
     hands: Hands = ALONE
+    excluded: frozenset[str] = frozenset()  # parameters whose rule was found not to hold for some batch
 
     def machine(self) -> engine.Machine:
         """Describe what computes the tiles: this process, or the workers."""
@@ -118,7 +119,7 @@ def compute(
     workers, client = settings.pop("workers", None), settings.pop("client", None)
     spec, given = _spec_of(settings), _inputs_of(inputs, against, labels)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
-    job = KernelJob(model, given, given.x[:PROBE_SAMPLES], spec, device)
+    job = KernelJob(model, given, given.probe, spec, device)
     with open_team(workers, client, str(device)) as team:
         return make(folder, dataclasses.replace(job, hands=Hands(team)), Carried(model, given), report)
 
@@ -139,7 +140,7 @@ def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_rep
         store, network = _opened(folder, job)
         if not store.is_complete:
             forget_certificate(store)
-            _run(store, network, job, load, report)
+            store = _run_without_wrong_rules(store, network, job, load, report)
             with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
                 if is_alone:  # a worker that was killed has left what it was writing
                     folder.sweep()
@@ -147,7 +148,37 @@ def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_rep
     return store
 
 
+def _run_without_wrong_rules(
+    store: KernelStore, network: Network, job: KernelJob, load: Load, report: Report
+) -> KernelStore:
+    """Compute what is missing; where a batch shows that a rule does not hold, begin the store anew without it."""
+    excluded = job.excluded
+    while True:
+        try:
+            _run(store, network, job, load, report)
+        except RuleError as error:
+            excluded = more_excluded(excluded, error)
+            store, network = begin_anew(store, dataclasses.replace(job, excluded=excluded))
+        else:
+            return store
+
+
+def begin_anew(store: KernelStore, job: KernelJob) -> tuple[KernelStore, Network]:
+    """Replace a store that has no tile yet by one whose plan excludes some rules.
+
+    Raises:
+        RuleError: If it has a tile: which ones such a rule has spoilt is not known.
+    """
+    if len(store.missing_tiles()) < store.grid.num_tiles:
+        raise RuleError(sorted(job.excluded))
+    store.folder.clear()
+    return _opened(store.folder, job)
+
+
 def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[KernelStore, Network]:
+    if has_store(folder):  # as it was begun
+        planned = open_store(folder).manifest.plan.profile.fallback
+        job = dataclasses.replace(job, excluded=job.excluded.union(planned))
     network, plan_anew = ready(job)
     identity = identity_of(job.model, job.inputs, job.spec, network)
     store = open_or_create(folder, job.spec, identity, job.inputs, job.provenance, plan_anew)
@@ -177,19 +208,40 @@ def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> Ke
             with without_tile_writers(folder) as is_alone:
                 store, network = _opened(folder, job, is_alone=is_alone)
             writing.enter_context(tile_lock(folder))
-            plan = store.manifest.plan
-            engine.check_environment(plan, job.device)
-            cached_blocks = plan.cached_blocks(job.machine().budget)
             missing = set(store.missing_tiles())
-            tiles = [tile for tile in part.of(list(plan.grid.tiles())) if tile in missing]
+            tiles = [tile for tile in part.of(list(store.grid.tiles())) if tile in missing]
             if tiles:
                 forget_certificate(store)
-                bench = engine.Bench(network, job.inputs.all, store, cached_blocks=cached_blocks)
-                engine.run_diagonal(bench, report)
+                bench = _bench_with_diagonal(store, network, job, report, is_alone=is_alone)
         if tiles:
-            engine.run_tiles(bench, tiles, cached_blocks, report)
+            engine.run_tiles(bench, tiles, bench.cached_blocks, report)
     _finish_last(folder, job, report)
     return open_store(folder)
+
+
+def _bench_with_diagonal(
+    store: KernelStore, network: Network, job: KernelJob, report: Report, *, is_alone: bool
+) -> engine.Bench:
+    """Compute what is missing of the diagonal, and begin anew where a batch shows that a rule does not hold.
+
+    Raises:
+        RuleError: If that shows while other parts are at work.
+    """
+    excluded = job.excluded
+    while True:
+        plan = store.manifest.plan
+        engine.check_environment(plan, job.device)
+        cached_blocks = plan.cached_blocks(job.machine().budget)
+        bench = engine.Bench(network, job.inputs.all, store, cached_blocks=cached_blocks)
+        try:
+            engine.run_diagonal(bench, report)
+        except RuleError as error:
+            if not is_alone:
+                raise
+            excluded = more_excluded(excluded, error)
+            store, network = begin_anew(store, dataclasses.replace(job, excluded=excluded))
+        else:
+            return bench
 
 
 def _finish_last(folder: Folder, job: KernelJob, report: Report) -> None:
@@ -253,7 +305,7 @@ def _inputs_of(x: Tensor, against: Tensor | None, labels: Tensor | None) -> Inpu
 def ready(job: KernelJob) -> tuple[Network, Callable[[], Plan]]:
     """Prepare a network for the outputs that are asked for, and a way to plan its kernel for what computes it."""
     spec = job.spec
-    network = prepare(job.model, job.probe, policy(spec.precision), job.device)
+    network = prepare(job.model, job.probe, policy(spec.precision), job.device, job.excluded)
     chosen = output_map(spec.output, network.profile.num_logits)
     network = network.seen_through(chosen.matrix)
     grid = _grid(network, spec, job.inputs.counts)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from ntkgen.errors import InputError, PlanError
 from ntkgen.jacobian.cache import BlockCache
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import exact_diagonal, fill_kernel
 from ntkgen.jacobian.cost import Rates
-from ntkgen.jacobian.factors import BlockFactors, compute_factors
+from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic, fixed_threads
@@ -126,6 +127,7 @@ class Bench:
         cached_blocks: int,
     ) -> None:
         self.store = store
+        self.cached_blocks = cached_blocks
         self._plan = store.manifest.plan
         self._network = network
         _check_network(network, self._plan)

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from ntkgen.checkpoint import array_fingerprint
+from ntkgen.jacobian.probe import in_turns
 from ntkgen.kernel.arrays import Samples
-
-# So many samples are looked at for two different ones to try a network on.
-PROBE_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -24,6 +22,11 @@ class Inputs:
     def all(self) -> Tensor:
         """Every sample once, those of the rows first."""
         return self.x if self.against is None else torch.cat([self.x, self.against])
+
+    @property
+    def probe(self) -> Tensor:
+        """Some samples to try a network on, of rows and columns."""
+        return in_turns(self.x, self.against)
 
     @property
     def counts(self) -> tuple[int, int | None]:

@@ -24,7 +24,7 @@ from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import side_arrays
 from ntkgen.kernel.certify import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF, require_model
-from ntkgen.kernel.inputs import PROBE_SAMPLES, Inputs
+from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import ROOT, open_store
 from ntkgen.kernel.plan import Band, Budget
 from ntkgen.kernel.store import CHECKSUM_BYTES, UNDERFLOW, KernelStore
@@ -137,7 +137,8 @@ def tolerance_of(dtype: str, precision: str) -> float:
 
 
 def _prepared(store: KernelStore, model: nn.Module, inputs: Inputs, device: torch.device) -> Network:
-    network = prepare(model.to(device), inputs.x[:PROBE_SAMPLES], policy(store.manifest.plan.precision), device)
+    plan = store.manifest.plan
+    network = prepare(model.to(device), inputs.probe, policy(plan.precision), device, plan.profile.fallback)
     chosen = output_map(store.manifest.identity.get("output", "full"), network.profile.num_logits)
     return network.seen_through(chosen.matrix)
 

@@ -19,7 +19,6 @@ from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.distributed import THREADS, Job, Order, Outcome, Share
-from ntkgen.kernel.inputs import PROBE_SAMPLES
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.plan import Band, Budget
 from ntkgen.lock import tile_lock
@@ -133,7 +132,8 @@ def make_bench(order: Order, device: torch.device) -> engine.Bench:
             "--data-dir and the same folder of results."
         )
     engine.check_environment(store.manifest.plan, device)
-    network = prepare(model.to(device), inputs.x[:PROBE_SAMPLES], policy(store.manifest.plan.precision), device)
+    plan = store.manifest.plan
+    network = prepare(model.to(device), inputs.probe, policy(plan.precision), device, plan.profile.fallback)
     network = network.seen_through(output_map(identity["output"], network.profile.num_logits).matrix)
     return engine.Bench(network, inputs.all, store, cached_blocks=order.cached_blocks)
 

@@ -1,0 +1,118 @@
+"""Rules held against autograd by value: the gradient of Σ_io w_io f_o(x_i) as the rules give it, and as it is.
+
+The weights w are Gaussian, one for each sample and output. The gradient is linear in the rows of the Jacobian, so a
+wrong row changes it. A row that belongs to another sample changes it too, because the samples have different weights.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ntkgen.jacobian.capture import weighted_sum
+
+# How far a rule's rows may be from autograd's, relative to their norm, by the dtype of what is kept of a sample. Wrong
+# rules are off by per cents. Both sides come from one forward pass, so that no unit changes its sign between them.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2e-2}
+# A gradient that is zero but for rounding is judged by this part of the gradient of all parameters together.
+SCALE_FLOOR = 1e-3
+# A weight matrix is compared by its products with so many random vectors: the whole of it costs as much as a backward
+# pass. With two of them a wrong matrix of rank one is missed once in a million times.
+NUM_DIRECTIONS = 2
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a rule says of the gradient of one parameter.
+
+    ``value`` is the flattened gradient; with ``directions`` it is the products of a weight matrix's gradient with them.
+    """
+
+    value: Tensor  # (parameter,), or (groups, channels, directions)
+    directions: Tensor | None = None  # (groups, inputs, directions)
+
+    def compare(self, grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Give the norm of the difference from autograd's gradient, and the norm of that."""
+        if grad is None:
+            return self.value.norm(), torch.zeros_like(self.value.norm())
+        expected, norm = grad.flatten(), grad.norm()
+        if self.directions is not None:
+            groups, channels, _ = self.value.shape
+            expected = grad.reshape(groups, channels, -1) @ self.directions
+            norm = norm * math.sqrt(self.directions.shape[2])
+        if self.value.shape != expected.shape:
+            return torch.full_like(norm, torch.inf), norm
+        return (self.value - expected).norm(), norm
+
+
+def draw_weights(outputs: Tensor, count: int) -> Tensor:  # (samples, outputs)
+    """Draw a weight for each of the first ``count`` samples and each output; those of the padding are zero."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randn(count, outputs.shape[1], generator=generator, dtype=torch.float64, device="cpu")
+    weights = torch.zeros_like(outputs, requires_grad=False)
+    weights[:count] = drawn.to(weights)
+    return weights
+
+
+def draw_directions(groups: int, inputs: int, like: Tensor) -> Tensor:  # (groups, inputs, directions)
+    """Draw the vectors with which a weight matrix is multiplied."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    drawn = torch.randn(groups, inputs, NUM_DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(like.device, like.dtype)
+
+
+def rows_product(
+    cotangents: Tensor,  # (samples, groups, channels, positions), weighted and summed over the outputs
+    projected: Tensor,  # (samples, groups, positions, directions)
+) -> Tensor:  # (groups, channels, directions)
+    """Multiply the weighted sum of all rows with the directions, Σ_i Σ_t g_i[t] (a_i[t] · v)."""
+    return (cotangents @ projected).sum(0)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What one backward pass through the whole network shows of its parameters."""
+
+    reached: frozenset[str]  # a gradient comes to them
+    disproved: frozenset[str]  # their rule says something else than autograd
+
+
+def hold_against_autograd(
+    outputs: Tensor,  # (samples, outputs), in the graph
+    weights: Tensor,  # (samples, outputs)
+    params: Mapping[str, nn.Parameter],
+    claims: Mapping[str, Claim],
+    tolerance: float,
+) -> Findings:
+    """Compare the claims with the gradients of Σ w f with respect to some parameters; frees the graph.
+
+    All gradients together are as large as the network, and go unused: each is dropped as soon as it has been seen.
+    """
+    compared = {name: claim.compare(None) for name, claim in claims.items()}
+    reached = set()
+    with ExitStack() as stack:
+        for name, param in params.items():
+
+            def see(param: Tensor, name: str = name) -> None:
+                reached.add(name)
+                if name in claims:
+                    compared[name] = claims[name].compare(param.grad)
+                param.grad = None
+
+            stack.callback(param.register_post_accumulate_grad_hook(see).remove)
+        if outputs.requires_grad and params:
+            weighted_sum(outputs, weights).backward(inputs=list(params.values()))
+    return Findings(frozenset(reached), frozenset(_beyond(compared, tolerance)))
+
+
+def _beyond(compared: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> Iterator[str]:
+    """Name what differs by more than the tolerance, relative to its norm or to a part of the norm of all."""
+    if not compared:
+        return
+    errors, norms = (torch.stack(each).cpu().double() for each in zip(*compared.values(), strict=True))
+    scale = torch.maximum(norms, SCALE_FLOOR * norms.norm())
+    holds: list[bool] = (errors <= tolerance * scale).tolist()  # false for what is not a number
+    yield from (name for name, is_close in zip(compared, holds, strict=True) if not is_close)
