@@ -20,8 +20,9 @@ from ntkgen.errors import DiskSpaceError, InputError
 from ntkgen.folders import File, Folder, LocalFolder
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.kernel import engine
-from ntkgen.kernel.compute import ALONE, Hands, KernelJob, KernelSpec, layout_of, make, ready
+from ntkgen.kernel.compute import ALONE, Hands, KernelJob, layout_of, make, ready
 from ntkgen.kernel.explain import Work, explain
+from ntkgen.kernel.identity import KernelSpec
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import has_store, open_store
 from ntkgen.kernel.plan import Budget, Plan

@@ -14,7 +14,7 @@ import zarr
 import ntkgen
 from ntkgen import data, pipeline
 from ntkgen.folders import LocalFolder
-from ntkgen.kernel.compute import KernelSpec
+from ntkgen.kernel.identity import KernelSpec
 from ntkgen.kernel.store import KernelStore
 
 FAST = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6", "--tile", "20"]

@@ -21,8 +21,9 @@ import ntkgen
 from ntkgen.errors import FingerprintError, InputError, WorkerError
 from ntkgen.folders import LocalFolder
 from ntkgen.kernel import distributed, engine, worker
-from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
+from ntkgen.kernel.compute import Hands, KernelJob, make
 from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
+from ntkgen.kernel.identity import KernelSpec
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.plan import Band

@@ -16,8 +16,9 @@ from cases import CPU, files_of, make_job, small_network
 from ntkgen.errors import InputError, StoreLockedError
 from ntkgen.folders import LocalFolder
 from ntkgen.kernel import compute
-from ntkgen.kernel.compute import Hands, KernelJob, KernelSpec, make
+from ntkgen.kernel.compute import Hands, KernelJob, make
 from ntkgen.kernel.distributed import Carried
+from ntkgen.kernel.identity import KernelSpec
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.store import KernelStore

@@ -86,7 +86,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.kernel.compute import KernelSpec
+    from ntkgen.kernel.identity import KernelSpec
     from ntkgen.kernel.report import loses_precision
     from ntkgen.kernel.rounding import check_dtypes
 

@@ -60,10 +60,15 @@ def _kept_inputs(layer: LayerPlan) -> tuple[int, int]:
     return (shape.inputs, shape.positions) if layer.order == "explicit" else (shape.positions, shape.inputs)
 
 
+def pad_batch(samples: Tensor, batch_size: int) -> Tensor:
+    """Fill a ragged batch up with its last sample."""
+    return torch.cat([samples, samples[-1:].expand(batch_size - len(samples), *samples.shape[1:])])
+
+
 def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> None:
     """Run one batch, padded, and write its factors to their place in the block."""
-    padding = samples[-1:].expand(plan.batch_size - len(samples), *samples.shape[1:])
-    recording = record(network.module, network.layer_modules, torch.cat([samples, padding]), len(samples))
+    padded = pad_batch(samples, plan.batch_size)
+    recording = record(network.module, network.layer_modules, padded, len(samples))
     block.logits[batch] = recording.outputs[: recording.count].detach()
     require_planned_uses(network, recording)
     recording.outputs = network.mapped(recording.outputs)

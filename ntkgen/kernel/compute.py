@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from zarr.abc.store import Store
 
-from ntkgen.checkpoint import parameter_fingerprint
 from ntkgen.errors import FingerprintError, InputError, RuleError, ShapeError, StoreLockedError
 from ntkgen.folders import Folder, folder_of
 from ntkgen.jacobian.network import Network, more_excluded, prepare
@@ -23,6 +22,7 @@ from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
 from ntkgen.kernel.certify import add_certificate, forget_certificate
 from ntkgen.kernel.distributed import Carried, Load, Team, open_team
+from ntkgen.kernel.identity import KernelSpec, identity_of, require_same_logits
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.kernel.opening import create_store, has_store, open_store
@@ -33,20 +33,6 @@ from ntkgen.kernel.tidy import tidy
 from ntkgen.kernel.tiles import Part, TileGrid, make_grid
 from ntkgen.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 from ntkgen.progress import Report, ignore_report
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """How a kernel is computed and stored."""
-
-    output: str = "full"
-    precision: str = "float32"
-    dtypes: tuple[str, ...] = ("float16", "float32")
-    layout: str = "auto"
-    tile_side: int | None = None
-    memory_bytes: int | None = None
-    replan: bool = False
-    certify: bool = True  # compare the finished kernel with the exact one
 
 
 @dataclass(frozen=True)
@@ -180,10 +166,12 @@ def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[K
         planned = open_store(folder).manifest.plan.profile.fallback
         job = dataclasses.replace(job, excluded=job.excluded.union(planned))
     network, plan_anew = ready(job)
-    identity = identity_of(job.model, job.inputs, job.spec, network)
+    grid = _grid(network, job.spec, job.inputs.counts)
+    identity = identity_of(job.model, job.inputs, job.spec, grid)
     store = open_or_create(folder, job.spec, identity, job.inputs, job.provenance, plan_anew)
     if is_alone:
         tidy(store, job.inputs.samples)
+    require_same_logits(store, network, job.inputs)
     return store, network
 
 
@@ -341,19 +329,6 @@ def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
             "one, whose columns are other samples than its rows. Use --layout auto."
         )
     return "full"
-
-
-def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, network: Network) -> dict[str, Any]:
-    """Collect what a run that continues a store must agree with."""
-    grid = _grid(network, spec, inputs.counts)
-    return {
-        "parameters": parameter_fingerprint(model),
-        "samples": inputs.fingerprint(),
-        "output": spec.output,
-        "precision": spec.precision,
-        "tile_side": grid.side,
-        "dtypes": list(spec.dtypes),
-    }
 
 
 def open_or_create(

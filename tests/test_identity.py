@@ -1,0 +1,76 @@
+"""A store is of one network: equal parameters do not make equal networks."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import Call
+from torch import Tensor, nn
+
+import ntkgen
+from ntkgen.errors import FingerprintError
+from ntkgen.kernel import engine
+
+
+def network(activation=F.relu, eps=1e-5):
+    def forward(self: Call, x: Tensor) -> Tensor:
+        return self.out(activation(self.norm(self.body(x))))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Call(forward, body=nn.Linear(4, 6), norm=nn.LayerNorm(6, eps=eps), out=nn.Linear(6, 3))
+
+
+def samples() -> Tensor:
+    return torch.randn(11, 4, generator=torch.Generator().manual_seed(0))
+
+
+SETTINGS = {"dtypes": ("float32",), "tile_side": 9}
+OTHERS = {
+    "another activation": lambda: network(torch.tanh),
+    "a similar activation": lambda: network(F.relu6),
+    "another epsilon": lambda: network(eps=1e-3),
+    "a rounded forward pass": lambda: network(lambda h: F.relu(h.bfloat16().to(h.dtype))),
+    "a factor in the code": lambda: network(lambda h: 1.001 * F.relu(h)),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name != "a similar activation"])
+def test_a_network_with_the_same_parameters_does_not_get_the_kernel_of_another(name, tmp_path):
+    store = ntkgen.compute(network(), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
+    before = store.array[:, :]
+    with pytest.raises(FingerprintError, match="another network with the same parameters") as raised:
+        ntkgen.compute(OTHERS[name](), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
+    assert "\n" not in str(raised.value)
+    again = ntkgen.compute(network(), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
+    assert (again.array[:, :] == before).all()
+
+
+def test_it_does_not_continue_a_store_whose_rows_are_there_either(tmp_path):
+    x, folder = samples(), tmp_path / "k.zarr"
+    store = ntkgen.compute(network(), x[:6], x[6:], store=folder, certify=False, **SETTINGS)
+    for name in ("diagonal", "logits"):  # the columns alone are known
+        shutil.rmtree(folder / name / "c")
+    assert store.missing_blocks() == [0, 1]
+    with pytest.raises(FingerprintError, match="another network"):
+        ntkgen.compute(network(torch.tanh), x[:6], x[6:], store=folder, certify=False, **SETTINGS)
+    ntkgen.compute(network(), x[:6], x[6:], store=folder, certify=False, **SETTINGS)
+
+
+def test_another_machine_may_add_up_in_another_order(tmp_path, monkeypatch):
+    """It gets a finished kernel where its logits are the stored ones up to rounding."""
+    ntkgen.compute(network(), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
+    here = engine.environment(torch.device("cpu"))
+    monkeypatch.setattr(engine, "environment", lambda *_: dataclasses.replace(here, device_name="another processor"))
+    nearly = network(lambda h: F.relu(h) * (1 + 1e-5))
+    assert ntkgen.compute(nearly, samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS).is_complete
+    with pytest.raises(FingerprintError, match="another network"):
+        ntkgen.compute(network(torch.tanh), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
+
+
+def test_an_activation_that_no_sample_tells_apart_is_the_same_function(tmp_path):
+    ntkgen.compute(network(), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
+    capped = OTHERS["a similar activation"]()  # no unit is above six
+    assert ntkgen.compute(capped, samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS).is_complete
