@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ntkgen.errors import ModelError, ShapeError
 from ntkgen.jacobian.capture import Recording, Use, pull_back, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_plain_module
 from ntkgen.jacobian.layers import CONVOLUTION, RULES, LayerRule
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
-from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
+from ntkgen.jacobian.reference import trainable
 from ntkgen.jacobian.windows import Windows, windows_of
 
 # How far a rule's rows may be from autograd's, relative to their norm. Wrong rules are off by per cents, and deep
@@ -118,6 +119,7 @@ def prepare(
     Raises:
         ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
     """
+    require_plain_module(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     check_device(precision, device)
     if not any(param.requires_grad for param in model.parameters()):
@@ -211,8 +213,8 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
     """
     with torch.no_grad():
         try:
-            together = module(pair)
-            apart = [module(sample[None]) for sample in pair]
+            together = outputs_of(module, pair)
+            apart = [outputs_of(module, sample[None]) for sample in pair]
         except Exception as error:  # the network is somebody else's code: whatever it raises is its own error
             raise _NotInThisDtypeError(
                 f"The network cannot take these samples, of shape {tuple(pair.shape[1:])} and {pair.dtype} each "
@@ -286,7 +288,7 @@ def _uncovered(module: nn.Module, layers: tuple[Layer, ...], pair: Tensor) -> se
 
     covered = set(treated)
     for sample in (slice(index, index + 1) for index in range(len(pair))):
-        covered &= _true_of_gradients(module(pair[sample])[0] @ weights, params, partial(holds, sample))
+        covered &= _true_of_gradients(outputs_of(module, pair[sample])[0] @ weights, params, partial(holds, sample))
     return set(treated) - covered
 
 

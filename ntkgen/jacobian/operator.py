@@ -15,9 +15,9 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.errors import InputError, ShapeError
+from ntkgen.jacobian.evaluation import as_input, outputs_of
 from ntkgen.jacobian.network import COVERAGE_TOLERANCE, prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
-from ntkgen.jacobian.reference import as_input
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -67,7 +67,7 @@ def add_pullback(
     total: Directions,
 ) -> None:
     """Add Jᵀ V of one batch to a running total: one forward pass, and one backward pass per column."""
-    outputs = module(batch)
+    outputs = outputs_of(module, batch)
     if not outputs.requires_grad:
         return
     for column, cotangent in enumerate(cotangents):
@@ -88,7 +88,7 @@ def push_forward(
 
     def outputs(values: list[Tensor]) -> Tensor:
         by_name = {name: values[index] for name, index in places.items()}
-        result: Tensor = functional_call(module, by_name, (batch,), tie_weights=False)
+        result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
         return result
 
     params = [param.detach() for param in _params(module)]
@@ -105,7 +105,7 @@ def push_double_backward(
 
     Costs up to three times as much as forward mode, and needs each backward formula to be differentiable itself.
     """
-    outputs = module(batch)
+    outputs = outputs_of(module, batch)
     cotangents = torch.zeros_like(outputs).requires_grad_()
     if not outputs.requires_grad:
         return torch.zeros(len(directions[0]), *outputs.shape).to(outputs)
@@ -126,7 +126,7 @@ def push_rows(
     """Compute J U of one batch row by row of J, in reverse mode: one backward pass per sample and output."""
     samples = []
     for sample in batch:
-        outputs = module(sample[None])[0]
+        outputs = outputs_of(module, sample[None])[0]
         products = torch.zeros(len(directions[0]), len(outputs)).to(outputs.detach())
         for index in range(len(outputs) if outputs.requires_grad else 0):
             grads = torch.autograd.grad(outputs[index], _params(module), retain_graph=True, allow_unused=True)
