@@ -86,6 +86,20 @@ def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None) ->
     module._apply(cast)
 
 
+def require_real_outputs(outputs: object) -> None:
+    """Refuse a network whose outputs are complex.
+
+    Raises:
+        ModelError: If they are.
+    """
+    if isinstance(outputs, Tensor) and outputs.is_complex():
+        raise ModelError(
+            f"The network returns complex numbers, {outputs.dtype}: expected real ones, because kernels of "
+            "complex outputs are not supported. Is a real part or an absolute value missing at the end? Wrap it in a "
+            "module that returns torch.view_as_real(outputs).flatten(1), for two outputs in place of each."
+        )
+
+
 # refusals -------------------------------------------------------------------------------------------------------------
 
 

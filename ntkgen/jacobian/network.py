@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ntkgen.errors import ModelError, ShapeError
 from ntkgen.jacobian.capture import Recording, Use, pull_back, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
-from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_plain_module
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_plain_module, require_real_outputs
 from ntkgen.jacobian.layers import CONVOLUTION, RULES, LayerRule
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
+from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import trainable
 from ntkgen.jacobian.windows import Windows, windows_of
 
@@ -140,10 +141,10 @@ def prepare(
     own = trainable(module)
     profile = NetworkProfile(
         num_outputs=num_outputs,
-        num_params=sum(param.numel() for param in own.values()),
+        num_params=count_real_numbers(own.values()),
         layers=tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix),
         dense_params=sum(own[layer.full_name(v)].numel() for layer in layers for v in layer.vectors)
-        + sum(own[name].numel() for name in fallback),
+        + count_real_numbers(own[name] for name in fallback),
         fallback=fallback,
         activation_numbers=activations,
         input_numbers=sample.numel(),
@@ -165,10 +166,10 @@ def _checked_copy(
     """
     judge = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
     try:
-        found = _check_by_value(judge, pair)
+        found = _check_by_value(judge, pair, torch.float64)
     except _NotInThisDtypeError:  # it may cast to float32 on its way
         judge = evaluation_copy(model, dtype, device)
-        found = _check_by_value(judge, pair)
+        found = _check_by_value(judge, pair, dtype)
         return judge, *found
     if dtype != torch.float64:
         del judge
@@ -176,14 +177,13 @@ def _checked_copy(
     return judge, *found
 
 
-def _check_by_value(module: nn.Module, pair: Tensor) -> tuple[int, set[str]]:
+def _check_by_value(module: nn.Module, pair: Tensor, dtype: torch.dtype) -> tuple[int, set[str]]:
     """Count a network's outputs, and name the parameters whose rule does not hold.
 
     Raises:
         ModelError: If its kernel is not defined.
     """
-    param = next(module.parameters())
-    samples = as_input(pair, param.dtype, param.device)
+    samples = as_input(pair, dtype, next(module.parameters()).device)
     num_outputs = _check_outputs(module, samples)
     return num_outputs, _uncovered(module, tuple(_layers_with_rules(module)), samples)
 
@@ -227,6 +227,7 @@ def _check_outputs(module: nn.Module, pair: Tensor) -> int:
                 f"The network must return one row per sample, ({len(pair)}, outputs), and returned {found}. Is there a "
                 "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
             )
+        require_real_outputs(together)
         if together.dtype != pair.dtype and pair.is_floating_point():
             raise _NotInThisDtypeError(
                 f"The network returns {together.dtype} where its parameters and samples are {pair.dtype}: its forward "
@@ -256,7 +257,11 @@ def _layers_with_rules(module: nn.Module) -> Iterator[Layer]:
         rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
         if rule is None or not rule.applies(child):
             continue
-        own = {n for n, p in child.named_parameters(recurse=False) if p.requires_grad and owners[id(p)] == 1}
+        own = {
+            n
+            for n, p in child.named_parameters(recurse=False)
+            if p.requires_grad and owners[id(p)] == 1 and not p.is_complex()  # no rule is made for complex numbers
+        }
         layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
         if any(layer.params()):
             yield layer
@@ -345,7 +350,7 @@ def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) ->
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size() * (2 if tensor.is_complex() else 1)
         return tensor
 
     params = {param.untyped_storage().data_ptr() for param in module.parameters()}

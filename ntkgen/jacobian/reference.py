@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of
+from ntkgen.jacobian.batches import ArrayLike, checked_batches
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_real_outputs
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.reals import count_real_numbers, real_numbers
 
@@ -69,8 +70,8 @@ def _groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str
 
 def reference_ntk(
     model: nn.Module,
-    x1: Tensor,  # (n₁, …)
-    x2: Tensor | None = None,  # (n₂, …)
+    x1: ArrayLike,  # (n₁, …)
+    x2: ArrayLike | None = None,  # (n₂, …)
     *,
     max_bytes: int = MAX_JACOBIAN_BYTES,
 ) -> Tensor:  # (n₁ m, n₂ m), float64, on the CPU
@@ -79,16 +80,19 @@ def reference_ntk(
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4.
     """
+    rows_of, columns_of = checked_batches(x1, x2)
     device = torch.device("cpu")  # MPS has no float64
     module = evaluation_copy(model, torch.float64, device)
-    left = as_input(x1, torch.float64, device)
-    right = left if x2 is None else as_input(x2, torch.float64, device)
-    samples = len(left) + (0 if x2 is None else len(right))
+    left = as_input(rows_of, torch.float64, device)
+    right = left if columns_of is None else as_input(columns_of, torch.float64, device)
+    samples = len(left) + (0 if columns_of is None else len(right))
     with exact_arithmetic(device):
-        num_outputs = outputs_of(module, left[:1]).shape[1]
-        kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64)
+        outputs = outputs_of(module, left[:1])
+        require_real_outputs(outputs)
+        num_outputs = outputs.shape[1]
+        kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64, device=device)
         for group in _groups(trainable(module), max_bytes // (8 * samples * num_outputs)):
             rows = jacobian_rows(module, group, left).flatten(0, 1)
-            columns = rows if x2 is None else jacobian_rows(module, group, right).flatten(0, 1)
+            columns = rows if columns_of is None else jacobian_rows(module, group, right).flatten(0, 1)
             kernel.addmm_(rows, columns.T)
     return kernel
