@@ -285,6 +285,30 @@ def test_two_functions_that_share_a_variable_share_it_in_the_copy():
     assert_exact(build)
 
 
+class Held:
+    """An object of somebody's own, with a function that holds the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.act = lambda x: x * module.slope
+
+
+IN_FLOAT64 = [functools.partial(ntkgen.ntk, precision="float64"), ntkgen.reference_ntk, ntkgen.NTKOperator]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("entry", IN_FLOAT64)
+def test_a_copy_that_goes_on_to_use_the_original_is_refused(dtype, entry, monkeypatch):
+    model = Slope("method").to(dtype)
+    monkeypatch.setitem(globals(), "everywhere", model)
+    model.act = lambda x: x * everywhere.slope.to(x)  # noqa: F821
+    other = Slope("method").to(dtype)
+    other.held = Held(other)
+    other.forward = types.MethodType(lambda self, x: self.out(self.held.act(self.fc(x))), other)
+    for network in (model, other):
+        with pytest.raises(ModelError, match="uses slope of the original"):
+            entry(network, noise(2, 3))
+
+
 # evaluation mode ------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +337,37 @@ class Fits(nn.Linear):
 def test_a_train_method_of_another_kind_is_refused():
     with pytest.raises(ModelError, match=r"eval\(\) raised TypeError.*Rename"):
         ntkgen.ntk(Fits(3, 2), noise(2, 3))
+
+
+def compiled_inside():
+    return nn.Sequential(torch.compile(nn.Linear(3, 4), backend="eager"), nn.Tanh(), nn.Linear(4, 2))
+
+
+def compiled_twice():
+    return torch.compile(compiled_inside(), backend="eager")
+
+
+def averaged():
+    return torch.optim.swa_utils.AveragedModel(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+
+def in_parallel():
+    return nn.DataParallel(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+
+def traced_by_fx():
+    return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+
+
+@pytest.mark.parametrize("build", [compiled_inside, compiled_twice, averaged, in_parallel, traced_by_fx])
+def test_a_module_in_a_wrapper_is_what_it_wraps(build):
+    plain = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    model, x = seeded(build), noise(4, 3)
+    K, wrapped = ntkgen.reference_ntk(plain, x), list(model.modules())
+    assert torch.equal(ntkgen.reference_ntk(model, x), K)
+    assert relative_error(ntkgen.ntk(model, x, precision="float64"), K) < 1e-12
+    assert relative_error(ntkgen.NTKOperator(model, x) @ torch.eye(8), K) < 1e-12
+    assert list(model.modules()) == wrapped
 
 
 # parameters that are tied or made -------------------------------------------------------------------------------------

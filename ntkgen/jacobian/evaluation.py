@@ -48,7 +48,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
     """
     require_plain_module(model)
     with torch.inference_mode(mode=False):
-        module = _copied(model)
+        module = _not_compiled(_copied(model))
         _into_evaluation_mode(module)
         _cast(module, dtype, device)
         for child in module.modules():
@@ -57,6 +57,20 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
         for param in module.parameters():  # bits must not depend on whether it was trained channels-last
             param.data = param.data.resolve_conj().contiguous()
     return module
+
+
+def _not_compiled(module: nn.Module) -> nn.Module:
+    """Take the modules that torch.compile has wrapped: the same function, whose layers can be followed."""
+    for child in list(module.modules()):
+        for name, part in child._modules.items():
+            child._modules[name] = None if part is None else _wrapped_by_compile(part)
+    return _wrapped_by_compile(module)
+
+
+def _wrapped_by_compile(module: nn.Module) -> nn.Module:
+    # by name, since to import what compiles takes seconds
+    is_compiled = type(module).__module__ == "torch._dynamo.eval_frame" and isinstance(module._orig_mod, nn.Module)
+    return module._orig_mod if is_compiled else module  # type: ignore[return-value]
 
 
 def _into_evaluation_mode(module: nn.Module) -> None:
@@ -98,6 +112,29 @@ def require_real_outputs(outputs: object) -> None:
             "complex outputs are not supported. Is a real part or an absolute value missing at the end? Wrap it in a "
             "module that returns torch.view_as_real(outputs).flatten(1), for two outputs in place of each."
         )
+
+
+def require_own_parameters(outputs: Tensor, model: nn.Module) -> None:
+    """Refuse outputs of our copy that depend on parameters of the user's own module, of which it is a copy.
+
+    Raises:
+        ModelError: If they do: the kernel would lack the rows of these.
+    """
+    theirs = {id(param): name for name, param in model.named_parameters()}
+    seen, open_nodes = set(), [outputs.grad_fn]
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        open_nodes += [before for before, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)  # of the nodes that accumulate the gradient of a leaf
+        if id(leaf) in theirs:
+            raise ModelError(
+                f"{type(model).__name__} cannot be copied: its copy was expected to use its own parameters, and uses "
+                f"{theirs[id(leaf)]} of the original. Does a function or an object that it holds refer to the network "
+                "by a global name? Let it refer to the module that it is called on, through self or an argument."
+            )
 
 
 # refusals -------------------------------------------------------------------------------------------------------------

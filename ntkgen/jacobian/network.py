@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from ntkgen.errors import ModelError, ShapeError
 from ntkgen.jacobian.capture import Recording, Use, pull_back, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
-from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_plain_module, require_real_outputs
+from ntkgen.jacobian.evaluation import (
+    as_input,
+    evaluation_copy,
+    outputs_of,
+    require_own_parameters,
+    require_plain_module,
+    require_real_outputs,
+)
 from ntkgen.jacobian.layers import CONVOLUTION, RULES, LayerRule
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
 from ntkgen.jacobian.reals import count_real_numbers
@@ -137,6 +144,7 @@ def prepare(
         fallback = tuple(name for name in trainable(module) if name not in treated)
         sample = as_input(pair[:1], precision.compute_dtype, device)
         recording, activations = _record_one(module, layers, sample)
+        require_own_parameters(recording.outputs, model)
         windows = _windows(layers, recording)
     own = trainable(module)
     profile = NetworkProfile(

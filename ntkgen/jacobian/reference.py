@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
-from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_real_outputs
+from ntkgen.jacobian.evaluation import (
+    as_input,
+    evaluation_copy,
+    outputs_of,
+    require_own_parameters,
+    require_real_outputs,
+)
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.reals import count_real_numbers, real_numbers
 
@@ -89,6 +95,7 @@ def reference_ntk(
     with exact_arithmetic(device):
         outputs = outputs_of(module, left[:1])
         require_real_outputs(outputs)
+        require_own_parameters(outputs, model)
         num_outputs = outputs.shape[1]
         kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64, device=device)
         for group in _groups(trainable(module), max_bytes // (8 * samples * num_outputs)):
