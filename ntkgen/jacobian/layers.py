@@ -217,7 +217,7 @@ RULES: dict[type[nn.Module], LayerRule] = {
 
 
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
-    """Treat every module of exactly this type by a rule, in place of `torch.func` or of the rule there was.
+    """Treat every module of exactly this type by a rule, in place of autograd or of the rule there was.
 
     Whether the rule holds is checked by value, for every network and parameter, against autograd on two of the samples:
     a parameter for which it does not is computed as if there were no rule, which is slower and as exact.

@@ -122,7 +122,7 @@ def prepare(
 
     For two samples and a random v, ``Σ_o v_o · row_o`` of every parameter with a rule must equal
     ``autograd.grad(v · f)``. A parameter that differs (a hook that never fires, a rule that does not fit) is left to
-    `torch.func`, as are tied weights and parameters of layers without a rule.
+    autograd, as are tied weights and parameters of layers without a rule.
 
     Raises:
         ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
