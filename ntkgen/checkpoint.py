@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,11 +165,16 @@ def parameter_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _numpy_name(dtype: torch.dtype) -> str:
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.str
+
+
 def array_fingerprint(*arrays: Tensor) -> str:
     """Hash shapes, dtypes and bytes of some tensors."""
     digest = hashlib.sha256()
     for tensor in arrays:
-        values = np.ascontiguousarray(tensor.detach().cpu().numpy())
-        digest.update(f"{values.shape}|{values.dtype.str}|".encode())
-        digest.update(values.reshape(-1).view(np.uint8).data)
+        values = tensor.detach().cpu().contiguous()
+        name = "bfloat16" if values.dtype == torch.bfloat16 else _numpy_name(values.dtype)  # NumPy has no bfloat16
+        digest.update(f"{tuple(values.shape)}|{name}|".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -36,9 +36,9 @@ from ntkgen.errors import InputError, NtkgenError
 from ntkgen.jacobian import choice, dense
 from ntkgen.jacobian.cost import NetworkProfile
 from ntkgen.jacobian.dense import DensePlan
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy
 from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy, reduced_products
 from ntkgen.jacobian.products import Products, routes
-from ntkgen.jacobian.reference import as_input, evaluation_copy
 from ntkgen.kernel import engine
 
 NUM_OUTPUTS = 10

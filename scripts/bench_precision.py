@@ -26,8 +26,9 @@ from ntkgen.checkpoint import Recipe
 from ntkgen.cli.options import ManyCommand, ManyOption
 from ntkgen.cli.session import start_process
 from ntkgen.errors import InputError
+from ntkgen.jacobian.evaluation import evaluation_copy
 from ntkgen.jacobian.precision import POLICIES, check_device
-from ntkgen.jacobian.reference import evaluation_copy, jacobian_rows, trainable
+from ntkgen.jacobian.reference import jacobian_rows, trainable
 
 NUM_SAMPLES = 200
 TRIALS = 3

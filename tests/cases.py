@@ -1,7 +1,7 @@
 """What the tests run on, as data: networks, tolerances, and one small kernel job.
 
 A network is one row here, and a row buys every test. It says which of its parameters are expected to be left to
-`torch.func`; all others must be treated by a rule.
+autograd; all others must be treated by a rule.
 """
 
 import dataclasses

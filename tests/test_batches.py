@@ -1,318 +1,254 @@
-"""Every batch is proved: a network may treat later samples otherwise than the first ones, on which it was tried."""
+"""What callers may hand in, and what is refused: batches, labels and vectors, at every entry alike."""
 
-from collections.abc import Callable
-
+import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import TOLERANCES, Call, relative_error
+from cases import Call, relative_error
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen.errors import DivergedError, InputError, ModelError
-from ntkgen.jacobian import dense
-from ntkgen.jacobian.operator import NTKOperator
-from ntkgen.jacobian.reference import reference_ntk
-
-USUAL, NUM_SAMPLES = 16, 22  # the first ones, on which a network may be tried, are all alike
+from ntkgen.errors import InputError, ShapeError
+from ntkgen.jacobian.batches import checked_batches, checked_labels, checked_vectors
+from ntkgen.jacobian.precision import POLICIES
 
 
-def numbers() -> Tensor:
-    """Samples whose first number is positive, but for some of the last ones."""
-    x = torch.randn(NUM_SAMPLES, 4)
-    x[:, 0] = x[:, 0].abs() + 0.1
-    x[USUAL + 1 :: 2, 0] *= -1
-    return x
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def tokens() -> Tensor:
-    """Sequences of six tokens out of nine; 0 marks the end, and 1 an unknown one, which the last samples alone have."""
-    ids = torch.randint(2, 9, (NUM_SAMPLES, 6))
-    ids[:, 4:] = 0
-    ids[USUAL + 1 :: 2, 1] = 1
-    ids[-1, 4] = 3
-    return ids
+def network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def routed(self: Call, x: Tensor) -> Tensor:
-    out = x.new_zeros(len(x), 3)
-    for index, expert in ((x[:, 0] > 0, self.one), (x[:, 0] <= 0, self.other)):
-        if index.any():
-            out[index] = expert(x[index])
-    return out
+# batches that are taken -----------------------------------------------------------------------------------------------
 
-
-def sorted_by_content(self: Call, x: Tensor) -> Tensor:
-    order = (x[:, 0] < 0).long().argsort(stable=True)
-    return self.out(torch.tanh(self.body(x[order]))[order.argsort()])
-
-
-def with_unknown_tokens(self: Call, ids: Tensor) -> Tensor:
-    h = torch.where((ids == 1)[..., None], self.table.weight.mean(0), self.table(ids))
-    return self.out(torch.tanh(h.mean(1)))
-
-
-def with_a_second_use(self: Call, x: Tensor) -> Tensor:
-    h = torch.tanh(self.body(x))
-    return self.out(h) + torch.where(x[:, :1] < 0, h @ self.out.weight.T, 0)
-
-
-def trimmed(self: Call, ids: Tensor) -> Tensor:
-    length = int((ids > 0).sum(1).max())
-    h = torch.tanh(self.table(ids[:, :length]))
-    mask = (ids[:, :length] > 0).to(h)[..., None]
-    return self.out((h * mask).sum(1) / mask.sum(1))
-
-
-def with_early_exit(self: Call, x: Tensor) -> Tensor:
-    h = torch.tanh(self.body(x))
-    hard = x[:, 0] < 0
-    deep = h.clone()
-    deep[hard] = torch.tanh(self.deep(h[hard]))
-    return self.out(deep)
-
-
-def looked_up_once(self: Call, ids: Tensor) -> Tensor:
-    unique, where = ids.unique(return_inverse=True)
-    return self.out(torch.tanh(self.table(unique)[where].mean(1)))
-
-
-def skipped_for_some(self: Call, x: Tensor) -> Tensor:
-    h = torch.tanh(self.body(x))
-    if bool((x[:, 0] > 0).all()):
-        return self.out(h + self.more(h))
-    return self.out(h + F.linear(h, self.more.weight, self.more.bias))
-
-
-def halves_in_turn(self: Call, x: Tensor) -> Tensor:
-    """A batch with unusual samples goes through a layer in two calls."""
-    parts = x.split(1) if bool((x[:, 0] < 0).any()) else [x]
-    return self.out(torch.tanh(torch.cat([self.body(part) for part in parts])))
-
-
-def body_and_head() -> dict[str, nn.Module]:
-    return {"body": nn.Linear(4, 4), "out": nn.Linear(4, 3)}
-
-
-def table_and_head() -> dict[str, nn.Module]:
-    return {"table": nn.Embedding(9, 4), "out": nn.Linear(4, 3)}
-
-
-OTHERWISE_LATER: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "experts": (lambda: Call(routed, one=nn.Linear(4, 3), other=nn.Linear(4, 3)), numbers),
-    "sorted and unsorted": (lambda: Call(sorted_by_content, **body_and_head()), numbers),
-    "unknown tokens": (lambda: Call(with_unknown_tokens, **table_and_head()), tokens),
-    "a weight used outside its layer": (
-        lambda: Call(with_a_second_use, body=nn.Linear(4, 3), out=nn.Linear(3, 3)),
-        numbers,
-    ),
-    "trimmed to the longest": (lambda: Call(trimmed, **table_and_head()), tokens),
-    "early exit": (lambda: Call(with_early_exit, deep=nn.Linear(4, 4), **body_and_head()), numbers),
-    "each token looked up once": (lambda: Call(looked_up_once, **table_and_head()), tokens),
-    "a layer that is not called": (lambda: Call(skipped_for_some, more=nn.Linear(4, 4), **body_and_head()), numbers),
-    "one sample at a time": (lambda: Call(halves_in_turn, **body_and_head()), numbers),
+ARRAYS = {
+    "array": lambda x: x.numpy(),
+    "read-only": lambda x: np.frombuffer(x.numpy().tobytes(), np.float32).reshape(x.shape),
+    "negative strides": lambda x: x.numpy()[::-1, ::-1].copy()[::-1, ::-1],
+    "of other order": lambda x: np.asfortranarray(x.numpy()),
+    "big-endian": lambda x: x.numpy().astype(">f4"),
+    "wide": lambda x: x.numpy().astype(np.longdouble),
+    "list": lambda x: x.tolist(),
+    "tuple of rows": lambda x: tuple(map(tuple, x.tolist())),
+    "list of tensors": list,
+    "list of arrays": lambda x: list(x.numpy()),
+    "subclass": nn.Parameter,
+    "of a graph": lambda x: x.clone().requires_grad_() * 1,
+    "not contiguous": lambda x: x.T.contiguous().T,
+    "double": lambda x: x.double(),
 }
 
 
-def made(name: str) -> tuple[nn.Module, Tensor]:
-    network, samples = OTHERWISE_LATER[name]
+@pytest.mark.parametrize("name", ARRAYS)
+def test_every_kind_of_batch_gives_the_same_kernel(name, tmp_path):
+    x = noise(4, 3)
+    given, K = ARRAYS[name](x), ntkgen.reference_ntk(network(), x)
+    assert torch.equal(ntkgen.reference_ntk(network(), given), K)
+    assert torch.equal(ntkgen.reference_ntk(network(), x, given), ntkgen.reference_ntk(network(), x, x))
+    kernel = ntkgen.ntk(network(), given, given, precision="float64")
+    assert not kernel.requires_grad
+    assert relative_error(kernel, K) < 1e-12
+    assert relative_error(ntkgen.NTKOperator(network(), given, given) @ torch.eye(8), K) < 1e-12
+    if name in {"read-only", "list"}:
+        store = ntkgen.compute(network(), given, given, store=tmp_path / "k.zarr", certify=False)
+        assert relative_error(store.array, K) < 1e-5
+
+
+def test_half_precision_batches_are_taken(tmp_path):
+    x = noise(4, 3).bfloat16()
+    K = ntkgen.reference_ntk(network(), x)
+    assert torch.equal(K, ntkgen.reference_ntk(network(), x.double()))
+    for precision in [name for name in POLICIES if name != "tf32"]:
+        assert relative_error(ntkgen.ntk(network(), x, precision=precision), K) < 3e-2
+    settings = {"precision": "float64", "dtypes": ("float64",), "store": tmp_path / "k.zarr"}
+    store = ntkgen.compute(network(), x, **settings)
+    assert relative_error(store.array, K) < 1e-12
+    assert ntkgen.compute(network(), x, **settings).is_complete
+    with pytest.raises(InputError, match="samples"):
+        ntkgen.compute(network(), x + 1, **settings)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int16, np.int32, np.int64, np.uint8])
+def test_token_ids_of_any_width_are_taken(dtype):
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return network(), samples()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+    model = Call(lambda self, x: self.net(x.long()), net=model)
+    ids = np.array([[0, 4], [1, 2], [3, 3]], dtype)
+    K = ntkgen.reference_ntk(model, torch.from_numpy(ids.astype(np.int64)))
+    assert torch.equal(ntkgen.reference_ntk(model, ids), K)
+    assert relative_error(ntkgen.ntk(model, ids, precision="float64"), K) < 1e-12
 
 
-@pytest.mark.parametrize("output", ["full", "trace"])
-@pytest.mark.parametrize("name", OTHERWISE_LATER)
-def test_a_network_that_treats_later_samples_otherwise_has_the_exact_kernel(name, output, monkeypatch):
-    monkeypatch.setattr(dense, "BATCH_SIZE", 4)
-    model, x = made(name)
-    expected = reference_ntk(model, x)
-    if output == "trace":
-        expected = expected.view(len(x), 3, len(x), 3).diagonal(dim1=1, dim2=3).sum(2)
-    found = ntkgen.ntk(model, x, output=output, precision="float64")
-    assert relative_error(found, expected) < TOLERANCES["float64"]
-    assert relative_error(ntkgen.ntk(model, x, output=output), expected) < TOLERANCES["float32"]
+def test_a_file_is_read_where_it_lies(tmp_path):
+    x = noise(4, 3)
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    rows, _ = checked_batches(mapped)
+    assert rows.data_ptr() == mapped.ctypes.data
+    assert torch.equal(ntkgen.reference_ntk(network(), mapped), ntkgen.reference_ntk(network(), x))
+
+
+def test_a_batch_that_is_written_into_by_the_network_stays_as_it_was(tmp_path):
+    np.save(tmp_path / "x.npy", noise(4, 3).double().numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")  # to write would end the process
+    model = Call(lambda self, x: self.net(x.mul_(2)), net=network())
+    K = ntkgen.reference_ntk(network(), 2 * noise(4, 3))
+    assert relative_error(ntkgen.reference_ntk(model, mapped), K) < 1e-12
+    assert relative_error(ntkgen.ntk(model, mapped, precision="float64"), K) < 1e-12
+    assert relative_error(ntkgen.NTKOperator(model, mapped) @ torch.eye(8), K) < 1e-12
+
+
+# batches that are refused ---------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "empty": (noise(0, 3), InputError, "expected at least one"),
+    "empty list": ([], InputError, "expected at least one"),
+    "no axis": (torch.tensor(1.0), InputError, "expected at least one"),
+    "a number": (3.0, InputError, "is a float"),
+    "a set": ({1.0}, InputError, "is a set"),
+    "ragged": ([[1.0, 2.0, 3.0], [1.0]], InputError, "rectangle"),
+    "of strings": (["a", "b"], InputError, "rectangle"),
+    "of nothing": ([[None, 1.0, 2.0]], InputError, "rectangle"),
+    "tensors of other shapes": ([noise(3), noise(2)], InputError, "rectangle"),
+    "objects": (np.array([[1, 2, None]], object), InputError, "array of object"),
+    "text": (np.array([["a", "b"]]), InputError, "array of <U1"),
+    "dates": (np.array(["2020-01-01"], "datetime64[D]"), InputError, "array of datetime64"),
+    "masked": (np.ma.masked_array([[1.0, 2.0, 3.0]], [[True, False, False]]), InputError, "array masked"),
+    "complex": (noise(2, 3) + 0j, InputError, "is complex"),
+    "complex array": (np.ones((2, 3), complex), InputError, "is complex"),
+    "wide complex array": (np.ones((2, 3), np.clongdouble), InputError, "is complex"),
+    "sparse": (noise(2, 3).to_sparse(), InputError, "sparse"),
+    "meta": (torch.ones(2, 3, device="meta"), InputError, "device meta"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("entry", [ntkgen.ntk, ntkgen.reference_ntk, ntkgen.NTKOperator, "compute"])
+def test_what_is_no_batch_is_refused_alike(name, entry, tmp_path):
+    x, error, message = REFUSED[name]
+
+    def call(*batches):
+        if entry == "compute":
+            return ntkgen.compute(network(), *batches, store=tmp_path / "k.zarr")
+        return entry(network(), *batches)
+
+    for batches in [(x,), (noise(2, 3), x)]:
+        with pytest.raises(error, match=message) as refused:
+            call(*batches)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "k.zarr").exists()
+
+
+def test_batches_that_do_not_fit_each_other_are_refused():
+    for entry in (ntkgen.ntk, ntkgen.reference_ntk, ntkgen.NTKOperator):
+        with pytest.raises(ShapeError, match=r"different shapes, \(3,\) and \(2,\)"):
+            entry(network(), noise(2, 3), noise(2, 2))
+        with pytest.raises(InputError, match=r"different kinds of numbers, torch.float32 and torch.int64"):
+            entry(network(), noise(2, 3), torch.ones(2, 3, dtype=torch.int64))
+
+
+def test_batches_of_two_precisions_fit():
+    x, y = noise(3, 3), noise(2, 3).double()
+    K = ntkgen.reference_ntk(network(), x, y)
+    assert relative_error(ntkgen.ntk(network(), x, y, precision="float64"), K) < 1e-12
+
+
+# labels ---------------------------------------------------------------------------------------------------------------
+
+LABELS = {
+    "tensor": torch.tensor([2, 0, 1]),
+    "list": [2, 0, 1],
+    "tuple": (2, 0, 1),
+    "array": np.array([2, 0, 1]),
+    "bytes": torch.tensor([2, 0, 1], dtype=torch.uint8),
+    "unsigned": np.array([2, 0, 1], np.uint64),
+    "whole floats": torch.tensor([2.0, 0.0, 1.0]),
+    "whole half floats": torch.tensor([2.0, 0.0, 1.0]).bfloat16(),
+    "list of floats": [2.0, 0.0, 1.0],
+    "read-only": np.frombuffer(np.array([2, 0, 1]).tobytes(), np.int64),
+    "backwards": np.array([1, 0, 2])[::-1],
+    "list of NumPy's": [np.int64(2), np.int64(0), np.int64(1)],
+    "list of tensors": [torch.tensor(2), torch.tensor(0), torch.tensor(1)],
+    "of a graph": torch.tensor([2.0, 0.0, 1.0], requires_grad=True),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_whole_numbers_are_labels(name):
+    found = checked_labels(LABELS[name], 3)
+    assert (found.dtype, found.tolist()) == (np.int64, [2, 0, 1])
+
+
+def test_booleans_are_labels_and_no_labels_are_minus_one():
+    assert checked_labels([True, False], 2).tolist() == [1, 0]
+    assert checked_labels(None, 2).tolist() == [-1, -1]
+    assert checked_labels(torch.tensor([2**62, -(2**63)]), 2).tolist() == [2**62, -(2**63)]
 
 
 @pytest.mark.parametrize(
-    "name", ["experts", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERWISE_LATER if n != "experts")]
+    ("labels", "error", "message"),
+    [
+        (torch.tensor([0.0, 0.5, 1.0]), InputError, "that of sample 1 is 0.5"),
+        ([0.0, 1.0, float("nan")], InputError, "that of sample 2 is nan"),
+        (np.array([np.inf, 1, 1]), InputError, "that of sample 0 is inf"),
+        (np.array([0, 1, 1e30]), InputError, "that of sample 2 is 1e"),
+        (np.array([0, 1, 2**64 - 1], np.uint64), InputError, "that of sample 2 is 18446744073709551615"),
+        (torch.eye(3), ShapeError, r"shape \(3, 3\).*labels.argmax\(1\)"),
+        (torch.ones(3, 1, dtype=torch.int64), ShapeError, r"labels.flatten\(\)"),
+        (torch.tensor(1), ShapeError, r"one integer per sample, \(3,\)"),
+        (torch.arange(2), ShapeError, "2 labels were given for 3 samples"),
+        ([], ShapeError, "0 labels were given for 3 samples"),
+        (["cat", "dog", "cat"], InputError, "must be a rectangle of numbers"),
+        (np.array(["cat", "dog", "cat"]), InputError, "array of <U3"),
+        (torch.ones(3, dtype=torch.complex64), InputError, "complex"),
+        ([2**70, 1, 1], InputError, "rectangle of numbers"),
+        ("abc", InputError, "is a str"),
+    ],
 )
-def test_its_store_is_begun_anew_and_resumed(name, tmp_path):
-    model, x = made(name)
-    settings = {"precision": "float64", "dtypes": ("float64",), "tile_side": 15}
-    store = ntkgen.compute(model, x, store=tmp_path / "k.zarr", **settings)
-    assert relative_error(store.array[:, :], reference_ntk(model, x)) < TOLERANCES["float64"]
-    kernel = next((tmp_path / "k.zarr" / "ntk_float64" / "c").glob("*/*"))
-    before = kernel.read_bytes()
-    kernel.unlink()
-    again = ntkgen.compute(model, x, store=tmp_path / "k.zarr", **settings)
-    assert again.is_complete
-    assert kernel.read_bytes() == before
+def test_what_is_no_label_is_refused_and_nothing_is_written(labels, error, message, tmp_path):
+    with pytest.raises(error, match=message) as refused:
+        ntkgen.compute(network(), noise(3, 3), store=tmp_path / "k.zarr", labels=labels)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "k.zarr").exists()
 
 
-@pytest.mark.slow
-def test_two_workers_begin_anew_too(tmp_path):
-    model, x = made("a weight used outside its layer")
-    settings = {"precision": "float64", "dtypes": ("float64",), "tile_side": 15}
-    alone, shared = (
-        ntkgen.compute(model, x, store=tmp_path / f"{workers}.zarr", workers=workers, **settings)
-        for workers in (None, 2)
-    )
-    assert shared.manifest.plan.profile.fallback == alone.manifest.plan.profile.fallback != ()
-    assert relative_error(shared.array[:, :], reference_ntk(model, x)) < TOLERANCES["float64"]
+def test_labels_are_stored(tmp_path):
+    store = ntkgen.compute(network(), noise(3, 3), store=tmp_path / "k.zarr", labels=[2.0, 0.0, 1.0], certify=False)
+    assert store.read("row_label").tolist() == [2, 2, 0, 0, 1, 1]
 
 
-def with_positions(self: Call, x: Tensor) -> Tensor:
-    return self.out(torch.tanh(x[..., None] + self.table(torch.arange(x.shape[1])[None])).mean(1))
+# vectors --------------------------------------------------------------------------------------------------------------
 
 
-def with_a_query(self: Call, x: Tensor) -> Tensor:
-    scores = self.key(x[..., None] * x.new_ones(4)) @ self.query(x.new_ones(1, 1, 4)).mT
-    return self.out((x[..., None] * scores.softmax(1)).sum(1) * x.new_ones(4))
+@pytest.mark.parametrize("make", [np.asarray, np.asfortranarray, lambda V: V[::-1].copy()[::-1], torch.from_numpy])
+def test_vectors_are_tensors_or_arrays_and_products_are_tensors(make):
+    x = noise(3, 3)
+    K, found = ntkgen.reference_ntk(network(), x).numpy(), ntkgen.NTKOperator(network(), x)
+    V = np.random.default_rng(0).standard_normal((6, 2))
+    for given in (make(V), make(V)[:, 0]):
+        product = found @ given
+        assert isinstance(product, Tensor)
+        assert relative_error(product, K @ np.asarray(given)) < 1e-12
+    mapped = ntkgen.NTKOperator(network(), x, transform=make(np.ones((1, 2))))
+    assert mapped.shape == (3, 3)
 
 
-@pytest.mark.parametrize("counts", [(1, 5), (5, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("name", ["positions", "query"])
-def test_an_input_without_samples_is_not_taken_for_a_batch_of_one(name, counts):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = (
-            Call(with_positions, table=nn.Embedding(6, 4), out=nn.Linear(4, 2))
-            if name == "positions"
-            else Call(with_a_query, key=nn.Linear(4, 4), query=nn.Linear(4, 4), out=nn.Linear(4, 2))
-        ).double()
-        x1, x2 = (torch.randn(count, 6, dtype=torch.float64) for count in counts)
-    found = ntkgen.ntk(model, x1, x2, precision="float64")
-    assert relative_error(found, reference_ntk(model, x1, x2)) < TOLERANCES["float64"]
-
-
-# samples that mix in later batches ------------------------------------------------------------------------------------
-
-
-def with_capacity(self: Call, x: Tensor) -> Tensor:
-    """An expert takes two unusual samples of a batch at most."""
-    unusual = (x[:, :1] < 0).to(x)
-    return self.out(x) + (unusual.cumsum(0) <= 2) * unusual * self.expert(x)
-
-
-def scaled_by_the_batch(self: Call, x: Tensor) -> Tensor:
-    return self.out(x / x[:, 0].min().clamp(max=0.1).abs())
-
-
-def padded_mean(self: Call, ids: Tensor) -> Tensor:
-    """The mean over positions counts those that the longest sequence of the batch has."""
-    length = int((ids > 0).sum(1).max())
-    return self.out(torch.tanh(self.table(ids[:, :length])).mean(1))
-
-
-MIXING_LATER: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "capacity": (lambda: Call(with_capacity, out=nn.Linear(4, 3), expert=nn.Linear(4, 3)), numbers),
-    "scaled by the batch": (lambda: Call(scaled_by_the_batch, out=nn.Linear(4, 3)), numbers),
-    "padded mean": (lambda: Call(padded_mean, **table_and_head()), tokens),
-}
-
-
-@pytest.mark.parametrize("name", MIXING_LATER)
-def test_samples_that_mix_in_a_later_batch_are_refused(name, tmp_path):
-    network, samples = MIXING_LATER[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, x = network(), samples()
-        x = x[[*range(USUAL), *range(USUAL + 1, NUM_SAMPLES, 2), *range(USUAL, NUM_SAMPLES, 2)]]
-    with pytest.raises(ModelError, match="mixes the samples of a batch"):
-        ntkgen.ntk(model, x)
-    with pytest.raises(ModelError, match="mixes the samples of a batch"):
-        ntkgen.compute(model, x, store=tmp_path / "k.zarr")
-
-
-def test_a_sample_that_is_not_a_number_is_found_in_a_later_batch():
-    model, x = made("experts")
-    x[-1, 1] = torch.nan
-    with pytest.raises(DivergedError, match="not finite"):
-        ntkgen.ntk(model, x)
-
-
-# a wrong rule that two samples do not show ----------------------------------------------------------------------------
-
-
-class ScaleOfPositives(nn.Module):
-    """y = γ x where the first number is positive, and γ² x elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.tensor([1.5, 0.5, 2.0, 1.0]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.where(x[:, :1] > 0, self.gamma * x, self.gamma.square() * x)
-
-
-def test_a_registered_rule_is_dropped_where_a_batch_disproves_it(monkeypatch):
-    rule = ntkgen.jacobian.layers.LayerRule(vectors={"gamma": lambda module, x, grad: grad * x})
-    monkeypatch.setitem(ntkgen.jacobian.layers.RULES, ScaleOfPositives, rule)
-    model = nn.Sequential(ScaleOfPositives(), nn.Linear(4, 3))
-    x = numbers()
-    assert relative_error(ntkgen.ntk(model, x), reference_ntk(model, x)) < TOLERANCES["float32"]
-
-
-# zero kernels ---------------------------------------------------------------------------------------------------------
-
-
-class Adapted(nn.Linear):
-    """A frozen linear layer with a low-rank adapter, which evaluation mode merges into the weight."""
-
-    def __init__(self) -> None:
-        super().__init__(4, 3)
-        self.requires_grad_(False)
-        self.a, self.b = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(3, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = self.b @ self.a
-        return F.linear(x, self.weight + (update if self.training else update.detach()), self.bias)
-
-
-def without_grad(self: Call, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return self.fc(x)
-
-
-def detached(self: Call, x: Tensor) -> Tensor:
-    return self.second(self.first(x).detach())
-
-
-ZERO = {
-    "no_grad": (lambda: Call(without_grad, fc=nn.Linear(4, 2)), r"not even its first layer.*torch\.no_grad"),
-    "detached": (
-        lambda: Call(detached, first=nn.Linear(4, 4), second=nn.Linear(4, 2).requires_grad_(False)),
-        "output of 'first' has one, but the output of 'second', called next, has none",
-    ),
-    "through NumPy": (
-        lambda: Call(lambda self, x: torch.from_numpy(self.fc(x).detach().numpy()), fc=nn.Linear(4, 2)),
-        "output of 'fc' has one, but the outputs of the network have none",
-    ),
-    "merged adapters": (Adapted, "In training mode they depend on a, b.*merge adapters"),
-    "unused": (
-        lambda: Call(lambda self, x: self.used(x), used=nn.Linear(4, 2).requires_grad_(False), unused=nn.Linear(4, 2)),
-        "depend on none of its trainable parameters",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", ZERO)
-def test_a_kernel_of_zeros_is_refused_and_the_message_says_where_the_gradient_ends(name):
-    model, message = ZERO[name]
-    with pytest.raises(ModelError, match=message) as raised:
-        ntkgen.ntk(model(), numbers())
-    assert "\n" not in str(raised.value)
-    assert isinstance(raised.value, InputError)
-
-
-def test_parameters_that_serve_training_alone_get_a_warning():
-    model = nn.Sequential(Adapted(), nn.Linear(3, 2))
-    with pytest.warns(UserWarning, match="depend on 0.a, 0.b in training mode, and not in evaluation mode"):
-        kernel = ntkgen.ntk(model, numbers())
-    assert kernel.norm() > 0
-
-
-def test_the_operator_refuses_them_too():
-    with pytest.raises(ModelError, match="depend on none"):
-        NTKOperator(Adapted(), numbers())
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [
+        ([1.0] * 6, "is a list"),
+        (torch.ones(6) + 0j, "is complex"),
+        (np.ones((6, 1), complex), "is complex"),
+        (np.array([None] * 6), "array of object"),
+        (None, "is a NoneType"),
+    ],
+)
+def test_what_is_no_vector_is_refused(vectors, message):
+    with pytest.raises(InputError, match=message):
+        _ = ntkgen.NTKOperator(network(), noise(3, 3)) @ vectors
+    with pytest.raises(InputError, match=message):
+        checked_vectors(vectors)

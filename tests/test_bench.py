@@ -12,7 +12,7 @@ from cases import TOLERANCES, relative_error
 
 import ntkgen
 from ntkgen import zoo
-from ntkgen.jacobian.reference import evaluation_copy
+from ntkgen.jacobian.evaluation import evaluation_copy
 from ntkgen.kernel.tiles import Block
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

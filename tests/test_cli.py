@@ -148,7 +148,7 @@ def test_verbose_says_how_each_parameter_is_treated(run, tmp_path):
     )
     code, _, err = run("compute", "--models", "odd_nets:Odd", "--epochs", "0", "--subsample", "2", "--raw-images", "-v")
     assert code == 0
-    assert "scale: no rule, through torch.func" in err
+    assert "scale: no rule, through autograd" in err
     assert "fc: gram" in err or "fc: explicit" in err or "fc: ordered" in err
 
 

@@ -690,7 +690,7 @@ WRONG = {
     "precision": ((X,), {"precision": "flaot32"}, UnknownNameError, "'flaot32'. Did you mean float32"),
     "order": ((X,), {"orders": ["gramm"]}, UnknownNameError, "'gramm'. Did you mean gram"),
     "number of orders": ((X,), {"orders": ["gram"] * 3}, InputError, "3 orders were given for 1 layers"),
-    "a NumPy array": ((X.numpy(),), {}, InputError, "must be a torch.Tensor, and is a ndarray"),
+    "a set": (({1.0},), {}, InputError, "must be a torch.Tensor, a NumPy array or a list of numbers, and is a set"),
 }
 
 

@@ -88,7 +88,7 @@ def test_a_sample_has_the_same_bits_in_every_block(name):
 
 @every_case
 def test_kept_rows_and_pairs_multiply_to_the_jacobian(name):
-    """‖J[i o]‖² from the factors is that of the rows that torch.func forms."""
+    """‖J[i o]‖² from the factors is that of the rows that autograd forms."""
     network, plan, x = prepared(name)
     with exact_arithmetic(CPU):
         block = compute_factors(network, plan, x)

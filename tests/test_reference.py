@@ -8,7 +8,7 @@ from cases import CASES, TOLERANCES, every_case, reference_of, relative_error
 from torch import Tensor, nn
 
 from ntkgen.jacobian import reference
-from ntkgen.jacobian.reference import evaluation_copy, reference_ntk
+from ntkgen.jacobian.reference import reference_ntk
 
 
 def plain_jacobian(model: nn.Module, x: Tensor) -> Tensor:
@@ -76,12 +76,3 @@ def test_ignores_the_mode_that_the_process_is_in():
     case, expected = CASES["conv"](), reference_of("conv")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(reference_ntk(case.module, case.x), expected)
-
-
-def test_evaluation_copy_shares_nothing_with_the_original():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ours = evaluation_copy(model, torch.float64)
-    theirs = {tensor.data_ptr() for tensor in model.state_dict().values()}
-    assert theirs.isdisjoint(tensor.data_ptr() for tensor in ours.state_dict().values())
-    assert not any(module.training for module in ours.modules())
-    assert all(module.training for module in model.modules())

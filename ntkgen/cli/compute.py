@@ -167,7 +167,7 @@ def _treatment(job: "Job") -> str:
         for layer in plan.layers
     ]
     lines += [f"  {plan.dense_params:,} parameters as plain rows (biases, normalisations, fallbacks)"]
-    lines += [f"  {name}: no rule, through torch.func" for name in plan.fallback]
+    lines += [f"  {name}: no rule, through autograd" for name in plan.fallback]
     return "\n".join(lines)
 
 

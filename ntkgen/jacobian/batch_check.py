@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ntkgen.errors import DivergedError, RuleError
 from ntkgen.jacobian.capture import Recording
 from ntkgen.jacobian.coverage import TOLERANCES, Claim, draw_weights, hold_against_autograd, rows_product
+from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.layers import Layer
 from ntkgen.jacobian.network import Network, use_shapes
@@ -76,7 +77,7 @@ def require_same_alone(
     order = torch.arange(len(samples), device=samples.device).flip(0)
     half = max(1, len(samples) // 2)
     with torch.no_grad():
-        otherwise = torch.cat([network.module(samples[part]) for part in order.split(half)])
+        otherwise = torch.cat([outputs_of(network.module, samples[part]) for part in order.split(half)])
     require_same_outputs(logits[order], otherwise, batch_size)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ntkgen.jacobian.evaluation import outputs_of
+
 
 @dataclass(frozen=True)
 class Use:
@@ -64,7 +66,7 @@ def record(module: nn.Module, layers: dict[str, nn.Module], batch: Tensor, count
     """Run one forward pass and record the named layers, for the first ``count`` samples of the batch."""
     recording = Recording(len(batch) if count is None else count)
     with _recording_hooks(layers, recording):
-        recording.outputs = module(batch.clone())  # the network may overwrite it
+        recording.outputs = outputs_of(module, batch)
     return recording
 
 

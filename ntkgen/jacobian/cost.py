@@ -103,7 +103,7 @@ class NetworkProfile:
     num_params: int
     layers: tuple[LayerShape, ...]
     dense_params: int  # biases, normalisations and parameters without a rule: always rows
-    fallback: tuple[str, ...]  # the parameters among them that go through torch.func
+    fallback: tuple[str, ...]  # the parameters among them that go through autograd
     activation_numbers: int  # what the graph of one sample keeps for its backward passes
     input_numbers: int
     num_logits: int  # what the network returns, before an output map

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ntkgen.errors import InputError, RuleError, ShapeError, UnknownNameError
+from ntkgen.errors import RuleError, UnknownNameError
+from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
@@ -28,8 +29,8 @@ BATCH_SIZE = 32
 
 def ntk(
     model: nn.Module,
-    x1: Tensor,  # (n₁, …)
-    x2: Tensor | None = None,  # (n₂, …)
+    x1: ArrayLike,  # (n₁, …)
+    x2: ArrayLike | None = None,  # (n₂, …)
     *,
     output: str = "full",
     precision: str = "float32",
@@ -43,7 +44,7 @@ def ntk(
 
     Args:
         model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
-        x1: The samples of the rows.
+        x1: The samples of the rows: a tensor, a NumPy array or nested lists of numbers.
         x2: The samples of the columns; those of the rows where it is left out.
         output: What is differentiated (`ntkgen.jacobian.outputs.output_map`): ``full``, ``sum``, ``centered`` (m - 1
             contrasts) or ``index:K``; or what is kept of each m × m block: ``trace``, for a result (n₁, n₂), or
@@ -56,7 +57,7 @@ def ntk(
         arXiv:2206.08720, for the structure of the factors.
 
     Raises:
-        InputError: If a batch is empty.
+        InputError: If a batch is empty, or not real numbers.
         ShapeError: If the batches hold samples of different shapes.
         ModelError: If the kernel of this network is not defined.
         UnknownNameError: If there is no such precision, output or order.
@@ -67,12 +68,12 @@ def ntk(
     tensor([[ 6.,  7.],
             [ 7., 10.]])
     """
-    _check_batches(x1, x2)
     _check_orders(orders)
+    rows, columns = checked_batches(x1, x2)
     asked = Request(output, precision, tuple(orders))
     while True:
         try:
-            return compute_ntk(plan_ntk(model, x1, x2, asked))
+            return compute_ntk(plan_ntk(model, rows, columns, asked))
         except RuleError as error:  # some batch has shown that a rule does not hold: begin again without it
             asked = dataclasses.replace(asked, excluded=more_excluded(asked.excluded, error))
 
@@ -153,16 +154,3 @@ def _check_orders(orders: Sequence[str]) -> None:
     for order in orders:
         if order not in ORDERS:
             raise UnknownNameError("order", order, ORDERS)
-
-
-def _check_batches(x1: Tensor, x2: Tensor | None) -> None:
-    for x in (x1, x2):
-        if not isinstance(x, Tensor | None):
-            raise InputError(f"A batch must be a torch.Tensor, and is a {type(x).__name__}. Use torch.as_tensor(x).")
-    if min(len(x1), len(x1 if x2 is None else x2)) == 0:
-        raise InputError("A kernel needs samples: expected at least one, found an empty batch. Pass some.")
-    if x2 is not None and x1.shape[1:] != x2.shape[1:]:
-        raise ShapeError(
-            f"The batches hold samples of different shapes, {tuple(x1.shape[1:])} and {tuple(x2.shape[1:])}, but one "
-            "network is to take both. Were they prepared in the same way?"
-        )

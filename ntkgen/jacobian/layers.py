@@ -219,7 +219,7 @@ RULES: dict[type[nn.Module], LayerRule] = {
 
 
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
-    """Treat every module of exactly this type by a rule, in place of `torch.func` or of the rule there was.
+    """Treat every module of exactly this type by a rule, in place of autograd or of the rule there was.
 
     Whether the rule holds is checked by value, for every network and parameter, against autograd on two of the samples:
     a parameter for which it does not is computed as if there were no rule, which is slower and as exact.
@@ -302,7 +302,11 @@ def layers_with_rules(module: nn.Module) -> Iterator[Layer]:
         rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
         if rule is None or not rule.applies(child):
             continue
-        own = {n for n, p in child.named_parameters(recurse=False) if p.requires_grad and owners[id(p)] == 1}
+        own = {
+            n
+            for n, p in child.named_parameters(recurse=False)
+            if p.requires_grad and owners[id(p)] == 1 and not p.is_complex()  # no rule is made for complex numbers
+        }
         layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
         if any(layer.params()):
             yield layer

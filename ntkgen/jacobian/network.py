@@ -11,11 +11,13 @@ from ntkgen.errors import ModelError, RuleError, ShapeError
 from ntkgen.jacobian.capture import Recording, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
 from ntkgen.jacobian.coverage import draw_directions
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy, require_own_parameters, require_plain_module
 from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
 from ntkgen.jacobian.probe import NotInThisDtypeError, Trial, choose_samples, try_network
 from ntkgen.jacobian.reach import require_reached
-from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
+from ntkgen.jacobian.reals import count_real_numbers
+from ntkgen.jacobian.reference import trainable
 from ntkgen.jacobian.windows import Windows, windows_of
 
 # The shapes of input and output of each use of a layer, for one sample.
@@ -83,11 +85,12 @@ def prepare(
 
     For a few samples and random weights w, ``Σ_io w_io · row_io`` of every parameter with a rule must equal
     ``autograd.grad(Σ_io w_io f_io)``. A parameter that differs (a hook that never fires, a rule that does not fit) is
-    left to `torch.func`, as are tied weights, parameters of layers without a rule, and those ``excluded`` by name.
+    left to autograd, as are tied weights, parameters of layers without a rule, and those ``excluded`` by name.
 
     Raises:
         ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
     """
+    require_plain_module(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     check_device(precision, device)
     if not any(param.requires_grad for param in model.parameters()):
@@ -99,11 +102,12 @@ def prepare(
     samples = choose_samples(x)
     with exact_arithmetic(device):
         module, trial = _tried_copy(model, samples, precision.compute_dtype, device)
+        samples = as_input(samples, precision.compute_dtype, device)
         require_reached(model, module, samples, trial.reached)
         wrong = trial.disproved | set(excluded)
         layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
-        sample = as_input(samples[:1], precision.compute_dtype, device)
-        recording, activations = _record_one(module, layers, sample)
+        recording, activations = _record_one(module, layers, samples[:1])
+        require_own_parameters(recording.outputs, model)
         windows = _windows(layers, recording)
     shapes = tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix)
     treated = {layer.full_name(param) for layer in layers for param in layer.params()}
@@ -111,13 +115,13 @@ def prepare(
     fallback = tuple(name for name in own if name not in treated)
     profile = NetworkProfile(
         num_outputs=trial.num_outputs,
-        num_params=sum(param.numel() for param in own.values()),
+        num_params=count_real_numbers(own.values()),
         layers=shapes,
         dense_params=sum(own[layer.full_name(v)].numel() for layer in layers for v in layer.vectors)
-        + sum(own[name].numel() for name in fallback),
+        + count_real_numbers(own[name] for name in fallback),
         fallback=fallback,
         activation_numbers=activations,
-        input_numbers=sample.numel(),
+        input_numbers=samples[0].numel(),
         num_logits=trial.num_outputs,
     )
     return Network(
@@ -161,10 +165,10 @@ def _tried_copy(model: nn.Module, samples: Tensor, dtype: torch.dtype, device: t
     """
     judge = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
     try:
-        trial = try_network(judge, samples)
+        trial = try_network(judge, samples, torch.float64)
     except NotInThisDtypeError:  # it may cast to float32 on its way
         judge = evaluation_copy(model, dtype, device)
-        return judge, try_network(judge, samples)
+        return judge, try_network(judge, samples, dtype)
     if dtype != torch.float64:
         del judge
         judge = evaluation_copy(model, dtype, device)
@@ -187,7 +191,7 @@ def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) ->
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        saved[storage.data_ptr()] = storage.nbytes() // tensor.element_size() * (2 if tensor.is_complex() else 1)
         return tensor
 
     params = {param.untyped_storage().data_ptr() for param in module.parameters()}

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,10 +15,12 @@ from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.errors import InputError, ShapeError
+from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_vectors
+from ntkgen.jacobian.evaluation import as_input, outputs_of
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.probe import in_turns
-from ntkgen.jacobian.reference import as_input
+from ntkgen.jacobian.reals import real_numbers
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -41,6 +43,13 @@ def ignore_report(done: int, total: int) -> None:
 
 
 # Jᵀ V and J U of one batch --------------------------------------------------------------------------------------------
+
+
+def _real_rows(
+    part: Tensor,  # (columns, *parameter)
+) -> Tensor:  # (columns, numbers)
+    """Lay the columns of a parameter out as rows of real numbers: ⟨u, v⟩ is then Σ Re u Re v + Im u Im v."""
+    return real_numbers(part).reshape(len(part), -1)
 
 
 def _params(module: nn.Module) -> list[Tensor]:
@@ -69,7 +78,7 @@ def add_pullback(
     total: Directions,
 ) -> None:
     """Add Jᵀ V of one batch to a running total: one forward pass, and one backward pass per column."""
-    outputs = module(batch)
+    outputs = outputs_of(module, batch)
     if not outputs.requires_grad:
         return
     for column, cotangent in enumerate(cotangents):
@@ -90,7 +99,7 @@ def push_forward(
 
     def outputs(values: list[Tensor]) -> Tensor:
         by_name = {name: values[index] for name, index in places.items()}
-        result: Tensor = functional_call(module, by_name, (batch,), tie_weights=False)
+        result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
         return result
 
     params = [param.detach() for param in _params(module)]
@@ -107,7 +116,7 @@ def push_double_backward(
 
     Costs up to three times as much as forward mode, and needs each backward formula to be differentiable itself.
     """
-    outputs = module(batch)
+    outputs = outputs_of(module, batch)
     cotangents = torch.zeros_like(outputs).requires_grad_()
     if not outputs.requires_grad:
         return torch.zeros(len(directions[0]), *outputs.shape).to(outputs)
@@ -128,13 +137,13 @@ def push_rows(
     """Compute J U of one batch row by row of J, in reverse mode: one backward pass per sample and output."""
     samples = []
     for sample in batch:
-        outputs = module(sample[None])[0]
+        outputs = outputs_of(module, sample[None])[0]
         products = torch.zeros(len(directions[0]), len(outputs)).to(outputs.detach())
         for index in range(len(outputs) if outputs.requires_grad else 0):
             grads = torch.autograd.grad(outputs[index], _params(module), retain_graph=True, allow_unused=True)
             for part, grad in zip(directions, grads, strict=True):
                 if grad is not None:
-                    products[:, index] += part.flatten(1) @ grad.flatten()
+                    products[:, index] += _real_rows(part) @ real_numbers(grad.to_dense())
         samples.append(products)
     return torch.stack(samples, dim=1)
 
@@ -174,10 +183,7 @@ def choose_push(module: nn.Module, sample: Tensor) -> str:
         if table.padding_idx is not None:
             candidates = ["double-backward"]
     generator = torch.Generator("cpu").manual_seed(0)
-    directions = [
-        torch.randn(1, *p.shape, generator=generator, dtype=torch.float64, device="cpu").to(p.detach())
-        for p in _params(module)
-    ]
+    directions = [_random_direction(param.detach(), generator) for param in _params(module)]
     expected = push_rows(module, sample, directions)
     for name in candidates:
         # an operation without this mode raises what its author liked; torch warns of itself where it first needs it
@@ -185,6 +191,11 @@ def choose_push(module: nn.Module, sample: Tensor) -> str:
             if _agree(PUSHES[name](module, sample, directions), expected):
                 return name
     return "rows"
+
+
+def _random_direction(param: Tensor, generator: torch.Generator) -> Tensor:  # (1, *parameter)
+    dtype = torch.complex128 if param.is_complex() else torch.float64
+    return torch.randn(1, *param.shape, generator=generator, dtype=dtype, device="cpu").to(param)
 
 
 def _tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
@@ -227,12 +238,12 @@ class NTKOperator:
     def __init__(
         self,
         model: nn.Module,
-        x1: Tensor,  # (n₁, …)
-        x2: Tensor | None = None,  # (n₂, …)
+        x1: ArrayLike,  # (n₁, …)
+        x2: ArrayLike | None = None,  # (n₂, …)
         *,
         precision: str = "float64",
         batch_size: int = BATCH_SIZE,
-        transform: Tensor | None = None,  # (outputs, logits)
+        transform: Tensor | npt.NDArray[Any] | None = None,  # (outputs, logits)
     ) -> None:
         """Prepare a network, without computing anything of its kernel.
 
@@ -245,25 +256,26 @@ class NTKOperator:
             transform: A matrix A: the kernel is then that of A f(x), with as many outputs as A has rows.
 
         Raises:
-            InputError: If a batch is empty, or the batch size is not positive.
+            InputError: If a batch is empty or not real numbers, or the batch size is not positive.
             ShapeError: If the batches hold samples of different shapes, or the transform does not fit the network.
             ModelError: If the kernel of this network is not defined.
             UnknownNameError: If there is no such precision.
         """
-        _check_samples(x1, x2)
+        rows, columns = checked_batches(x1, x2)
         if batch_size < 1:
             raise InputError(f"The batch size must be at least 1, and is {batch_size}. Pass a positive number.")
-        network = prepare(model, in_turns(x1, x2), policy(precision), _device(model, precision))
+        network = prepare(model, in_turns(rows, columns), policy(precision), _device(model, precision))
         self.dtype, self.device = network.precision.compute_dtype, network.device
         self._module, self._num_params = network.module, network.profile.num_params
-        self._transform = None if transform is None else as_input(transform.to(self.dtype), self.dtype, self.device)
+        self._transform = None if transform is None else self._floats(transform)
         _check_transform(self._transform, network.profile.num_outputs)
         self.num_outputs = network.profile.num_outputs if self._transform is None else len(self._transform)
         # only alone is the gradient of a sample its own where it is scaled by how often a token occurs
         is_alone = any(table.scale_grad_by_freq for table in _tables(self._module))
-        self._rows, self._columns, self._batch_size = x1, x1 if x2 is None else x2, 1 if is_alone else batch_size
+        self._rows, self._columns = rows, rows if columns is None else columns
+        self._batch_size = 1 if is_alone else batch_size
         with exact_arithmetic(self.device), plain_attention():
-            self.push = choose_push(self._module, as_input(x1[:1], self.dtype, self.device))
+            self.push = choose_push(self._module, as_input(rows[:1], self.dtype, self.device))
 
     def __repr__(self) -> str:
         """Say the size and the precision."""
@@ -283,37 +295,41 @@ class NTKOperator:
 
     def matvec(
         self,
-        v: Tensor,  # (n₂ m,)
+        v: Tensor | npt.NDArray[Any],  # (n₂ m,)
     ) -> Tensor:  # (n₁ m,)
-        """Multiply the kernel with a vector.
+        """Multiply the kernel with a vector, a tensor or a NumPy array; the product is a tensor.
 
         Raises:
+            InputError: If it is neither, or complex.
             ShapeError: If the vector does not have as many entries as the kernel has columns.
         """
-        if not isinstance(v, Tensor) or v.shape != self.shape[1:]:
-            raise self._shape_error(v)
-        return self.matmat(v[:, None])[:, 0]
+        vector = checked_vectors(v)
+        if vector.shape != self.shape[1:]:
+            raise self._shape_error(vector)
+        return self.matmat(vector[:, None])[:, 0]
 
     def matmat(
         self,
-        V: Tensor,  # (n₂ m, columns)
+        V: Tensor | npt.NDArray[Any],  # (n₂ m, columns)
         report: Report = ignore_report,
     ) -> Tensor:  # (n₁ m, columns)
         """Multiply the kernel with several vectors; cheaper than one by one, because forward passes are shared.
 
         Raises:
+            InputError: If they are neither a tensor nor a NumPy array, or complex.
             ShapeError: If the vectors do not have as many entries as the kernel has columns.
         """
-        if not isinstance(V, Tensor) or V.ndim != 2 or len(V) != self.shape[1]:
-            raise self._shape_error(V)
-        groups = as_input(V.to(self.dtype), self.dtype, self.device).split(self._columns_at_once, dim=1)
-        if not V.shape[1]:
+        vectors = self._floats(V)
+        if vectors.ndim != 2 or len(vectors) != self.shape[1]:
+            raise self._shape_error(vectors)
+        groups = vectors.split(self._columns_at_once, dim=1)
+        if not vectors.shape[1]:
             return torch.zeros(self.shape[0], 0, dtype=self.dtype, device=self.device)
         count = _Count(len(groups) * (self._num_batches(self._rows) + self._num_batches(self._columns)), report)
         with exact_arithmetic(self.device), plain_attention():
             return torch.cat([self._multiply(group, count) for group in groups], dim=1)
 
-    def __matmul__(self, other: Tensor) -> Tensor:
+    def __matmul__(self, other: Tensor | npt.NDArray[Any]) -> Tensor:
         """Multiply with a vector or with the columns of a matrix."""
         return self.matvec(other) if np.ndim(other) == 1 else self.matmat(other)
 
@@ -393,12 +409,10 @@ class NTKOperator:
             count.step()
         return torch.cat(products, dim=1).flatten(1).T
 
-    def _shape_error(self, found: object) -> InputError:
-        if not isinstance(found, Tensor):
-            return InputError(
-                f"An NTKOperator multiplies tensors: expected a torch.Tensor, found {type(found).__name__}. Is it a "
-                "NumPy array? Use torch.from_numpy, or operator.to_scipy(), which takes arrays."
-            )
+    def _floats(self, values: Tensor | npt.NDArray[Any]) -> Tensor:
+        return as_input(checked_vectors(values).to(self.dtype), self.dtype, self.device)
+
+    def _shape_error(self, found: Tensor) -> ShapeError:
         return ShapeError(
             f"What is to be multiplied does not fit the kernel of {self.shape[0]} × {self.shape[1]}: expected "
             f"({self.shape[1]},) or ({self.shape[1]}, columns), found {tuple(found.shape)}. Was it made for other "
@@ -425,14 +439,14 @@ def _is_symmetric(
     KV: Tensor,  # (rows, columns)
 ) -> bool:
     """Say whether ⟨v, K v⟩ = ‖Jᵀ v‖² for each column, relative to ‖v‖ ‖K v‖."""
-    squares = torch.stack([part.flatten(1).square().sum(1) for part in U]).sum(0)
+    squares = torch.stack([_real_rows(part).square().sum(1) for part in U]).sum(0)
     difference = ((V * KV).sum(0) - squares).abs()
     return not bool((difference > COVERAGE_TOLERANCE[V.dtype] * V.norm(dim=0) * KV.norm(dim=0)).any())
 
 
 def _in_numpy(product: Callable[[Tensor], Tensor], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Call a product of tensors on arrays; the copy is for arrays that cannot be written, of which torch warns."""
-    array: npt.NDArray[Any] = product(torch.from_numpy(np.array(values))).cpu().numpy()
+    """Call a product of tensors on arrays."""
+    array: npt.NDArray[Any] = product(checked_vectors(values)).cpu().numpy()
     return array
 
 
@@ -440,20 +454,6 @@ def _device(model: nn.Module, precision: str) -> torch.device:
     """Compute where the module is, but on the CPU where that has no float64."""
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "mps" and precision == "float64" else device
-
-
-def _check_samples(x1: Tensor, x2: Tensor | None) -> None:
-    batches: Sequence[Tensor] = [x1] if x2 is None else [x1, x2]
-    if not all(isinstance(x, Tensor) for x in batches):
-        kinds = ", ".join(type(x).__name__ for x in batches)
-        raise InputError(f"A batch must be a torch.Tensor, and there are {kinds}. Use torch.as_tensor(x).")
-    if any(len(x) == 0 for x in batches):
-        raise InputError("A kernel needs samples: expected at least one, found an empty batch. Pass some.")
-    if x2 is not None and x1.shape[1:] != x2.shape[1:]:
-        raise ShapeError(
-            f"The batches hold samples of different shapes, {tuple(x1.shape[1:])} and {tuple(x2.shape[1:])}, but one "
-            "network is to take both. Were they prepared in the same way?"
-        )
 
 
 def _check_transform(transform: Tensor | None, num_logits: int) -> None:

@@ -18,8 +18,8 @@ from ntkgen.jacobian.coverage import (
     hold_against_autograd,
     rows_product,
 )
+from ntkgen.jacobian.evaluation import as_input, require_real_outputs
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules
-from ntkgen.jacobian.reference import as_input
 
 # Samples of the rows, and as many of the columns, among which those are chosen on which a network is tried.
 PROBE_SAMPLES = 16
@@ -61,7 +61,7 @@ def choose_samples(x: Tensor) -> Tensor:  # (PROBE_BATCH, …)
     return x[(chosen + [chosen[-1]] * PROBE_BATCH)[:PROBE_BATCH]]
 
 
-def try_network(module: nn.Module, samples: Tensor) -> Trial:
+def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype) -> Trial:
     """Run a network on a few samples, together and one by one, and hold its rules against autograd.
 
     The rules are applied to the samples together. The gradients that they are compared with are those of each sample
@@ -71,8 +71,7 @@ def try_network(module: nn.Module, samples: Tensor) -> Trial:
         NotInThisDtypeError: If it raises, or returns another dtype.
         ModelError: If its kernel is not defined.
     """
-    param = next(module.parameters())
-    samples = as_input(samples, param.dtype, param.device)
+    samples = as_input(samples, dtype, next(module.parameters()).device)
     layers = tuple(layers_with_rules(module))
     together = _called(module, layers, samples)
     weights = draw_weights(together.outputs, len(samples))
@@ -108,6 +107,7 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
             f"The network must return one row per sample, ({len(samples)}, outputs), and returned {found}. Is there a "
             "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
         )
+    require_real_outputs(outputs)
     if outputs.dtype != samples.dtype and samples.is_floating_point():
         raise NotInThisDtypeError(
             f"The network returns {outputs.dtype} where its parameters and samples are {samples.dtype}: its forward "

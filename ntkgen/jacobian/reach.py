@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError
-from ntkgen.jacobian.reference import as_input, evaluation_copy, trainable
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of
+from ntkgen.jacobian.reference import trainable
 
 # Parameters that a message names at most.
 NAMED = 3
@@ -76,7 +77,7 @@ def reached_in_training(model: nn.Module, samples: Tensor) -> set[str]:
         module = evaluation_copy(model, torch.float32, device)
         module.train()
         params = {name: value for name, value in module.named_parameters() if value.requires_grad}
-        outputs = module(as_input(samples, torch.float32, device))
+        outputs = outputs_of(module, as_input(samples, torch.float32, device))
         grads = torch.autograd.grad(outputs.sum(), list(params.values()), allow_unused=True)
         found = {name for name, grad in zip(params, grads, strict=True) if grad is not None}
     return found
@@ -104,8 +105,7 @@ def where_gradient_ends(module: nn.Module, samples: Tensor) -> str:
     with ExitStack() as stack:
         for name, child in module.named_modules():
             stack.callback(child.register_forward_hook(hook_of(name)).remove)
-        param = next(module.parameters())
-        module(as_input(samples, param.dtype, param.device))
+        outputs_of(module, samples)
     last = max((index for index, call in enumerate(calls) if call.has_gradient), default=None)
     if last is None:
         return "not even its first layer gives one"

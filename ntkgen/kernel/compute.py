@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from zarr.abc.store import Store
 
-from ntkgen.errors import FingerprintError, InputError, RuleError, ShapeError, StoreLockedError
+from ntkgen.errors import FingerprintError, InputError, RuleError, StoreLockedError
 from ntkgen.folders import Folder, folder_of
+from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
 from ntkgen.jacobian.network import Network, more_excluded, prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
@@ -68,11 +69,11 @@ class KernelJob:
 
 def compute(
     model: nn.Module,
-    inputs: Tensor,  # (n, …)
-    against: Tensor | None = None,  # (n', …)
+    inputs: ArrayLike,  # (n, …)
+    against: ArrayLike | None = None,  # (n', …)
     *,
     store: str | PathLike[str] | Store,
-    labels: Tensor | None = None,  # (n,)
+    labels: ArrayLike | None = None,  # (n,)
     report: Report = ignore_report,
     **settings: Any,
 ) -> KernelStore:
@@ -84,10 +85,10 @@ def compute(
 
     Args:
         model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
-        inputs: The samples of the rows.
+        inputs: The samples of the rows: a tensor, a NumPy array or nested lists of numbers.
         against: The samples of the columns; those of the rows where it is left out.
         store: Where the store is, or is to be: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
-        labels: Integers to be stored beside the kernel; -1 where they are left out.
+        labels: One integer per sample, to be stored beside the kernel; -1 where they are left out.
         report: Called with the stage, what is done and how much there is.
         **settings: The fields of `KernelSpec`: ``output``, ``precision``, ``dtypes``, ``layout``, ``tile_side``,
             ``memory_bytes``, ``replan``, ``certify``. Beside these ``fsync=False`` to be quicker and not safe from a
@@ -95,7 +96,7 @@ def compute(
             several at a time.
 
     Raises:
-        InputError: If there is no sample, or a setting that does not exist.
+        InputError: If there is no sample, or what is not numbers, or a setting that does not exist.
         ShapeError: If labels or samples do not fit each other.
         FingerprintError: If the store is of something else.
         BudgetError: If the memory is too small.
@@ -268,26 +269,11 @@ def _spec_of(settings: Mapping[str, Any]) -> KernelSpec:
     return dataclasses.replace(spec, dtypes=check_dtypes(spec.dtypes))
 
 
-def _inputs_of(x: Tensor, against: Tensor | None, labels: Tensor | None) -> Inputs:
-    for side in (x, against):
-        if side is not None and (not isinstance(side, Tensor) or not len(side)):
-            raise InputError(
-                f"A kernel needs samples: expected a torch.Tensor with at least one, found {type(side).__name__} "
-                f"of length {len(side)}. Pass some, or leave out what it is compared against."
-            )
-    if against is not None and against.shape[1:] != x.shape[1:]:
-        raise ShapeError(
-            f"Rows and columns hold samples of different shapes, {tuple(x.shape[1:])} and {tuple(against.shape[1:])}, "
-            "but one network is to take both. Were they prepared in the same way?"
-        )
-    if labels is not None and len(labels) != len(x):
-        raise ShapeError(
-            f"{len(labels)} labels were given for {len(x)} samples: expected one for each. Is one of them a part of a "
-            "larger set? Give the same part of both."
-        )
-    marks = np.full(len(x), -1) if labels is None else labels.cpu().numpy().astype(np.int64)
-    other = None if against is None else Samples(np.arange(len(against)), np.full(len(against), -1))
-    return Inputs(x, Samples(np.arange(len(x)), marks, other), against)
+def _inputs_of(x: ArrayLike, against: ArrayLike | None, labels: ArrayLike | None) -> Inputs:
+    rows, columns = checked_batches(x, against)
+    marks = checked_labels(labels, len(rows))
+    other = None if columns is None else Samples(np.arange(len(columns)), np.full(len(columns), -1))
+    return Inputs(rows, Samples(np.arange(len(rows)), marks, other), columns)
 
 
 def ready(job: KernelJob) -> tuple[Network, Callable[[], Plan]]:
