@@ -81,7 +81,7 @@ def peak_bytes() -> int:
     import sys
 
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(most if sys.platform == "darwin" else most * 1024)
