@@ -10,6 +10,7 @@ from typing import Any
 import ntkgen
 from ntkgen.analysis.matrix import Matrix
 from ntkgen.folders import Folder
+from ntkgen.paths import beside
 
 # What another version of this program, or of what it writes here, has kept is computed anew.
 VERSION = f"{ntkgen.__version__}-3"
@@ -18,7 +19,7 @@ VERSION = f"{ntkgen.__version__}-3"
 def folder_of_results(matrix: Matrix) -> Folder:
     """Where the results of a store lie: beside it, since foreign files in a Zarr group are warned of."""
     folder = matrix.store.folder
-    return folder.parent / f"{matrix.name.rpartition('/')[2]}.analysis"
+    return folder.parent / beside(Path(folder.name), ".analysis").name
 
 
 def identity_of(matrix: Matrix) -> dict[str, Any]:
