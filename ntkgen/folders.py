@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -225,7 +226,16 @@ class StoreFolder(Folder):
 
     @property
     def parent(self) -> Folder:
-        """The folder that this one lies in."""
+        """The folder that this one lies in.
+
+        Raises:
+            InputError: If it is a Zarr store that a caller has brought.
+        """
+        if not isinstance(self.store, ObjectStore):
+            raise InputError(
+                f"Nothing lies beside {self}: expected a folder or a URL, found a {type(self.store).__name__}. Was it "
+                "to be read alone? Give the path of a folder."
+            )
         return folder_of(self.url.rpartition("/")[0])
 
     @property
@@ -251,6 +261,7 @@ class StoreFolder(Folder):
 
     def write(self, key: str, data: bytes) -> None:
         """Write a file, whole or not at all."""
+        self._require_replaceable()
         sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
 
     def remove(self, key: str) -> None:
@@ -277,8 +288,36 @@ class StoreFolder(Folder):
             ) from error
 
     def zarr_store(self, *, read_only: bool) -> Store:
-        """Open the folder for Zarr."""
-        return self.store if read_only == self.store.read_only else self.store.with_read_only(read_only)
+        """Open the folder for Zarr.
+
+        Raises:
+            InputError: If a store that a caller has brought cannot be opened in that way.
+        """
+        if not read_only:
+            self._require_replaceable()
+        if read_only == self.store.read_only:
+            return self.store
+        try:
+            return self.store.with_read_only(read_only)
+        except NotImplementedError:
+            raise InputError(
+                f"The {type(self.store).__name__} {self} cannot be opened for {'reading' if read_only else 'writing'} "
+                f"alone: expected one that is, found read_only={self.store.read_only}. Open it so, as "
+                f"{type(self.store).__name__}(…, read_only={read_only})."
+            ) from None
+
+    def _require_replaceable(self) -> None:
+        """Refuse to write where nothing that is written can be changed, as in a zip file.
+
+        Raises:
+            InputError: If it is so.
+        """
+        if not self.store.supports_deletes:
+            raise InputError(
+                f"A kernel cannot be computed into {self}: expected a store whose files can be replaced, found a "
+                f"{type(self.store).__name__}, which only grows. Compute into a folder, then pack that: a kernel in a "
+                "zip file can be read."
+            )
 
 
 def _scan(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
@@ -358,11 +397,27 @@ def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool =
     if isinstance(place, LocalStore):
         return LocalFolder(Path(place.root), fsync)
     if isinstance(place, Store):
+        _open(place)
         return StoreFolder(place, str(place))
     scheme, separator, rest = os.fspath(place).partition("://")
     if not separator or scheme == "file":
         return LocalFolder(Path(rest if separator else place), fsync)
     return _object_folder(os.fspath(place).rstrip("/"), scheme)
+
+
+def _open(store: Store) -> None:
+    """Open a store that is not, as `ZipStore` is until then; Zarr does so itself, but not for each of its methods.
+
+    Raises:
+        InputError: If it cannot be opened.
+    """
+    try:
+        sync(store._ensure_open())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"The {type(store).__name__} {store} cannot be opened ({first_lines(error)}): expected a store that is "
+            "there and of that kind. Is its path right, and its file whole?"
+        ) from error
 
 
 def _object_folder(url: str, scheme: str) -> Folder:
