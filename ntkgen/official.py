@@ -81,7 +81,7 @@ def _open_torchvision(
     train = split == "train"
     if name in {"cifar10", "cifar100"}:
         source = getattr(datasets, name.upper())(root, train=train, download=download)
-        return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets)
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets, device="cpu")
     if name == "svhn":
         source = datasets.SVHN(root, split=split, download=download)
         return torch.from_numpy(source.data), torch.from_numpy(source.labels)

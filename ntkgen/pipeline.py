@@ -272,7 +272,7 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
 
 def _probe(data: Dataset) -> Tensor:
     """Take some samples to try a network on, whichever the kernel is of."""
-    return data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples)))
+    return data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples), device="cpu"))
 
 
 def require_disk(place: Place, missing_bytes: int) -> None:

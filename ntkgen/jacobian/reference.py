@@ -103,7 +103,7 @@ def reference_ntk(
     samples = len(left) + (0 if x2 is None else len(right))
     with exact_arithmetic(device):
         num_outputs = module(left[:1]).shape[1]
-        kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64)
+        kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64, device=device)
         for group in _groups(trainable(module), max_bytes // (8 * samples * num_outputs)):
             rows = jacobian_rows(module, group, left).flatten(0, 1)
             columns = rows if x2 is None else jacobian_rows(module, group, right).flatten(0, 1)
