@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ntkgen.alone import alone
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
@@ -102,7 +103,8 @@ def plan_ntk(
     network = prepare(model, x, policy(precision))
     chosen = output_map(output, network.profile.num_logits)
     network = network.seen_through(chosen.matrix)
-    rates = rates_of(network.device, precision)
+    with alone():  # a measurement
+        rates = rates_of(network.device, precision)
 
     def planned(block: int) -> JacobianPlan:
         sizes = sizes_for(network.device.type, block, BATCH_SIZE)
