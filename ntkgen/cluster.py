@@ -10,6 +10,7 @@ from zarr.storage import MemoryStore
 
 from ntkgen.errors import InputError
 from ntkgen.folders import Folder, LocalFolder, StoreFolder
+from ntkgen.paths import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,9 +31,11 @@ def connected(place: str) -> "Iterator[Client]":
 
     if re.fullmatch(r"[\w.-]+:\d+", place):
         place = f"tcp://{place}"
-    where = {"address": place} if "://" in place else {"scheduler_file": place}
+    is_file = "://" not in place
+    place = str(expanded(place)) if is_file else place
+    where = {"scheduler_file" if is_file else "address": place}
     until = time.monotonic() + CONNECT_SECONDS
-    while "://" not in place and not Path(place).exists():  # dask itself would wait for ever
+    while is_file and not Path(place).exists():  # dask itself would wait for ever
         if time.monotonic() > until:
             _refuse(place, "there is no such file")
         time.sleep(POLL_SECONDS)
@@ -89,4 +92,4 @@ def shared(folder: Folder) -> Folder:
             f"The store at {folder} lies in the memory of this process, where no worker finds it: expected a folder or "
             "an object store. Use one, or no workers."
         )
-    return LocalFolder(folder.path.absolute(), folder.fsync) if isinstance(folder, LocalFolder) else folder
+    return LocalFolder(folder.path, folder.fsync) if isinstance(folder, LocalFolder) else folder

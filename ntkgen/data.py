@@ -131,8 +131,9 @@ def sample_order(
             "It may be meant for another data set or split. Use a number in that range, or leave it out to take all."
         )
     if shuffle_seed is None:
-        return torch.arange(num_samples)[:subsample]
-    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(shuffle_seed))[:subsample]
+        return torch.arange(num_samples, device="cpu")[:subsample]
+    generator = torch.Generator("cpu").manual_seed(shuffle_seed)
+    return torch.randperm(num_samples, generator=generator, device="cpu")[:subsample]
 
 
 def check_labels(

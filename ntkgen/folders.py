@@ -1,31 +1,29 @@
 """A folder of results, on a disk or in an object store, and one set of verbs for both.
 
-What is written is durable before it is seen: on a disk a file is written beside its place, forced to the disk, and then
-renamed, and the folder is forced to the disk too; an object store acknowledges an object when it is safe.
+What is written is durable before it is seen: of a disk `ntkgen.durable` says how, and an object store acknowledges an
+object when it is safe.
 """
 
 import asyncio
 import contextlib
-import errno
 import os
 import shutil
-import uuid
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 from zarr.abc.store import Store
-from zarr.core.buffer import Buffer
 from zarr.core.buffer.core import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import LocalStore, ObjectStore
 
+from ntkgen import paths
+from ntkgen.durable import PARTIAL, DurableStore, write_file
 from ntkgen.errors import InputError
 
-PARTIAL = ".partial"
 # Requests to an object store at a time.
 REQUESTS = 32
 # What is written, and removed, to see whether anything can be.
@@ -49,6 +47,11 @@ class Folder(ABC):
     @abstractmethod
     def parent(self) -> "Folder":
         """The folder that this one lies in."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called in the folder that it lies in."""
 
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int]:
@@ -99,21 +102,36 @@ class Folder(ABC):
 
 @dataclass(frozen=True)
 class LocalFolder(Folder):
-    """A folder of a file system. Without ``fsync`` a power loss may undo what was written."""
+    """A folder of a file system. Without ``fsync`` a power loss may undo what was written.
+
+    Its path is made absolute, and it is shown as it was given.
+    """
 
     path: Path
     fsync: bool = True
+    shown: str = field(default="", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shown", self.shown or str(self.path))
+        object.__setattr__(self, "path", paths.absolute(self.path))
 
     def __str__(self) -> str:
-        return str(self.path)
+        return self.shown
 
     def __truediv__(self, name: str) -> "LocalFolder":
-        return LocalFolder(self.path / name, self.fsync)
+        return LocalFolder(self.path / name, self.fsync, str(Path(self.shown) / name))
 
     @property
     def parent(self) -> "LocalFolder":
         """The folder that this one lies in."""
-        return LocalFolder(self.path.parent, self.fsync)
+        shown = Path(self.shown)
+        above = shown.parent if shown.name not in {"", "..", "~"} else shown / ".."
+        return LocalFolder(self.path.parent, self.fsync, str(above))
+
+    @property
+    def name(self) -> str:
+        """What it is called in the folder that it lies in."""
+        return self.path.name
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """List the keys below a prefix that is a folder, with their sizes in bytes, by directory scan."""
@@ -166,6 +184,7 @@ class LocalFolder(Folder):
         Raises:
             InputError: If there is a file at the path or above it, or no permission.
         """
+        self.require_no_dangling_link()
         nearest = self._nearest
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(
@@ -173,10 +192,23 @@ class LocalFolder(Folder):
                 f"{'one without' if nearest.is_dir() else 'a file'}. Is --out spelled right? Choose another."
             )
 
+    def require_no_dangling_link(self) -> None:
+        """Refuse a folder that is, or lies below, a symbolic link to nothing.
+
+        Raises:
+            InputError: If it does.
+        """
+        for place in (self.path, *self.path.parents):
+            if place.is_symlink() and not place.exists():
+                raise InputError(
+                    f"Nothing can be written to {self}: expected a folder or nothing there, found {place}, a symbolic "
+                    f"link to {os.readlink(place)}, which is not there. Was it moved, or its disk not mounted? Make "
+                    "that folder, or remove the link."
+                )
+
     @property
     def _nearest(self) -> Path:
-        absolute = self.path.absolute()
-        return next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+        return next(folder for folder in (self.path, *self.path.parents) if folder.exists())
 
 
 @dataclass(frozen=True)
@@ -184,18 +216,32 @@ class StoreFolder(Folder):
     """A folder of an object store, named by its URL; or any Zarr store that a caller brings, which lies in no other."""
 
     store: Store
-    name: str
+    url: str
 
     def __str__(self) -> str:
-        return self.name
+        return self.url
 
     def __truediv__(self, name: str) -> Folder:
-        return folder_of(f"{self.name}/{name}")
+        return folder_of(f"{self.url}/{name}")
 
     @property
     def parent(self) -> Folder:
-        """The folder that this one lies in."""
-        return folder_of(self.name.rpartition("/")[0])
+        """The folder that this one lies in.
+
+        Raises:
+            InputError: If it is a Zarr store that a caller has brought.
+        """
+        if not isinstance(self.store, ObjectStore):
+            raise InputError(
+                f"Nothing lies beside {self}: expected a folder or a URL, found a {type(self.store).__name__}. Was it "
+                "to be read alone? Give the path of a folder."
+            )
+        return folder_of(self.url.rpartition("/")[0])
+
+    @property
+    def name(self) -> str:
+        """What it is called in the folder that it lies in."""
+        return self.url.rpartition("/")[2]
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """List the keys below a prefix that is a folder, with their sizes in bytes."""
@@ -215,6 +261,7 @@ class StoreFolder(Folder):
 
     def write(self, key: str, data: bytes) -> None:
         """Write a file, whole or not at all."""
+        self._require_replaceable()
         sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
 
     def remove(self, key: str) -> None:
@@ -241,8 +288,36 @@ class StoreFolder(Folder):
             ) from error
 
     def zarr_store(self, *, read_only: bool) -> Store:
-        """Open the folder for Zarr."""
-        return self.store if read_only == self.store.read_only else self.store.with_read_only(read_only)
+        """Open the folder for Zarr.
+
+        Raises:
+            InputError: If a store that a caller has brought cannot be opened in that way.
+        """
+        if not read_only:
+            self._require_replaceable()
+        if read_only == self.store.read_only:
+            return self.store
+        try:
+            return self.store.with_read_only(read_only)
+        except NotImplementedError:
+            raise InputError(
+                f"The {type(self.store).__name__} {self} cannot be opened for {'reading' if read_only else 'writing'} "
+                f"alone: expected one that is, found read_only={self.store.read_only}. Open it so, as "
+                f"{type(self.store).__name__}(…, read_only={read_only})."
+            ) from None
+
+    def _require_replaceable(self) -> None:
+        """Refuse to write where nothing that is written can be changed, as in a zip file.
+
+        Raises:
+            InputError: If it is so.
+        """
+        if not self.store.supports_deletes:
+            raise InputError(
+                f"A kernel cannot be computed into {self}: expected a store whose files can be replaced, found a "
+                f"{type(self.store).__name__}, which only grows. Compute into a folder, then pack that: a kernel in a "
+                "zip file can be read."
+            )
 
 
 def _scan(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
@@ -274,72 +349,6 @@ async def _remote_sizes(store: Store, prefix: str) -> dict[str, int]:
     return dict(zip(keys, await asyncio.gather(*map(size, keys)), strict=True))
 
 
-def write_file(path: Path, data: Any, *, fsync: bool = True, exclusive: bool = False) -> None:
-    """Write a file, whole or not at all: beside its place, forced to the disk, renamed, the folder forced too.
-
-    Raises:
-        FileExistsError: If it is there, and must not be.
-    """
-    made = _make_folders(path.parent)
-    draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        with draft.open("wb") as file:
-            file.write(data)
-            if fsync:
-                file.flush()
-                os.fsync(file.fileno())
-        if exclusive:
-            os.link(draft, path)
-            draft.unlink()
-        else:
-            draft.replace(path)
-    except Exception:  # what ends the process leaves the draft, to be swept
-        draft.unlink(missing_ok=True)
-        raise
-    for folder in {path.parent, *made} if fsync else ():
-        _force_folder(folder)
-
-
-def _make_folders(folder: Path) -> list[Path]:
-    """Make a folder and those above it; return the folders that got a new entry."""
-    missing = [above for above in (folder, *folder.parents) if not above.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    return [above.parent for above in missing]
-
-
-def _force_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # some network file systems cannot do it, and need not
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}:
-            raise
-    finally:
-        os.close(handle)
-
-
-class DurableStore(LocalStore):
-    """Zarr's local store with writes that survive a loss of power; its own are atomic, but never forced to the disk."""
-
-    def __init__(self, root: Path | str, *, read_only: bool = False, fsync: bool = True) -> None:
-        super().__init__(root, read_only=read_only)
-        self.fsync = fsync
-
-    def with_read_only(self, read_only: bool = False) -> "DurableStore":  # noqa: FBT001, FBT002 - as in Zarr
-        """Open the same folder for reading, or for writing."""
-        return DurableStore(self.root, read_only=read_only, fsync=self.fsync)
-
-    async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:  # noqa: FBT001, FBT002 - as in Zarr
-        self._check_writable()
-        data = value.as_buffer_like()
-        await asyncio.to_thread(write_file, self.root / key, data, fsync=self.fsync, exclusive=exclusive)
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        """Write a value from a thread without an event loop, which newer versions of Zarr do."""
-        self._check_writable()
-        write_file(self.root / key, value.as_buffer_like(), fsync=self.fsync)
-
-
 @dataclass(frozen=True)
 class File:
     """A file of a folder."""
@@ -355,10 +364,26 @@ class File:
         """Say whether it is there."""
         return self.folder.has(self.name)
 
+    def require_writable(self) -> None:
+        """Refuse a file that cannot be written.
+
+        Raises:
+            InputError: If there is a folder in its place, or its own folder cannot be written.
+        """
+        if isinstance(self.folder, LocalFolder) and (self.folder.path / self.name).is_dir():
+            raise InputError(
+                f"No file can be written to {self}: expected a file or nothing, found a folder. Was a name left out? "
+                "Give the name of a file in it."
+            )
+        self.folder.require_writable()
+
 
 def file_of(place: "File | str | os.PathLike[str]") -> File:
     """Turn a path into a file of a local folder."""
-    return place if isinstance(place, File) else File(LocalFolder(Path(place).parent), Path(place).name)
+    if isinstance(place, File):
+        return place
+    folder = LocalFolder(Path(place))
+    return File(folder.parent, folder.name)
 
 
 def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool = True) -> Folder:
@@ -372,11 +397,27 @@ def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool =
     if isinstance(place, LocalStore):
         return LocalFolder(Path(place.root), fsync)
     if isinstance(place, Store):
+        _open(place)
         return StoreFolder(place, str(place))
     scheme, separator, rest = os.fspath(place).partition("://")
     if not separator or scheme == "file":
         return LocalFolder(Path(rest if separator else place), fsync)
     return _object_folder(os.fspath(place).rstrip("/"), scheme)
+
+
+def _open(store: Store) -> None:
+    """Open a store that is not, as `ZipStore` is until then; Zarr does so itself, but not for each of its methods.
+
+    Raises:
+        InputError: If it cannot be opened.
+    """
+    try:
+        sync(store._ensure_open())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"The {type(store).__name__} {store} cannot be opened ({first_lines(error)}): expected a store that is "
+            "there and of that kind. Is its path right, and its file whole?"
+        ) from error
 
 
 def _object_folder(url: str, scheme: str) -> Folder:

@@ -19,6 +19,7 @@ from typing import IO
 
 from ntkgen.errors import StoreLockedError
 from ntkgen.folders import Folder, LocalFolder
+from ntkgen.paths import absolute, beside
 
 # What a lock file says of its holder: that others may wait for it, or not.
 SHORT, WHOLE = "short", "whole"
@@ -47,7 +48,7 @@ def write_lock(
     if path is None:
         yield
         return
-    lock = path.with_name(path.name + ".lock")
+    lock = beside(path, ".lock")
     while (file := _take(lock, fcntl.LOCK_EX)) is None and waiting is not None and _is_short(lock):
         waiting()
         time.sleep(POLL_SECONDS)
@@ -121,12 +122,15 @@ def require_no_tile_writers(place: Folder | Path) -> None:
 
 def _local(place: Folder | Path) -> Path | None:
     if isinstance(place, Path):
-        return place
-    return place.path if isinstance(place, LocalFolder) else None
+        return absolute(place)
+    if not isinstance(place, LocalFolder):
+        return None
+    place.require_no_dangling_link()
+    return place.path
 
 
 def _tiles(path: Path) -> Path:
-    return path.with_name(path.name + ".tiles.lock")
+    return beside(path, ".tiles.lock")
 
 
 def _take(lock: Path, kind: int) -> IO[str] | None:

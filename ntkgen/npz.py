@@ -11,6 +11,7 @@ from torch import Tensor
 from ntkgen.catalog import DATASETS
 from ntkgen.errors import DataError
 from ntkgen.official import UNREADABLE, one_line
+from ntkgen.paths import expanded
 
 # Labels above this, and above the number of samples, are identifiers or a mistake.
 MAX_CLASSES = 10_000
@@ -24,7 +25,7 @@ def load_npz(
     Raises:
         DataError: If it is missing, or not what it should be.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         raise DataError(
             f"Data file {path} is missing: expected a file, found none from {Path.cwd()}. The path may be misspelt, or "

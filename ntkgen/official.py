@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ntkgen.catalog import DatasetInfo
 from ntkgen.errors import DataError
+from ntkgen.paths import absolute
 
 DATA_DIR_VARIABLE = "NTKGEN_DATA_DIR"
 
@@ -30,7 +31,7 @@ UNREADABLE = (
 
 def data_directory(data_dir: Path | None) -> Path:
     """Choose the folder of the data sets: the argument, NTKGEN_DATA_DIR, or ``data`` in the current directory."""
-    return Path(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data").expanduser().absolute()
+    return absolute(data_dir or os.environ.get(DATA_DIR_VARIABLE) or "data")
 
 
 def load_official(info: DatasetInfo, data_dir: Path, split: str, *, download: bool) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def _open_torchvision(
     train = split == "train"
     if name in {"cifar10", "cifar100"}:
         source = getattr(datasets, name.upper())(root, train=train, download=download)
-        return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets)
+        return torch.from_numpy(source.data).permute(0, 3, 1, 2), torch.tensor(source.targets, device="cpu")
     if name == "svhn":
         source = datasets.SVHN(root, split=split, download=download)
         return torch.from_numpy(source.data), torch.from_numpy(source.labels)

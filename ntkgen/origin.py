@@ -28,6 +28,7 @@ from ntkgen.kernel.recompute import Means, Recomputed, draw_tiles, recompute
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Tile
 from ntkgen.lock import write_lock
+from ntkgen.paths import expanded
 from ntkgen.progress import Report, ignore_report
 
 # What is recomputed without being asked for takes at most so many operations: about a minute on two cores.
@@ -109,7 +110,7 @@ def _locate(name: str, folders: list[Path | None]) -> str:
     """
     if not name.endswith(".npz"):
         return name
-    places = [folder / name for folder in folders if folder is not None]
+    places = [expanded(folder / name) for folder in folders if folder is not None]
     for place in places:
         if place.exists():
             return str(place)

@@ -274,7 +274,8 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
 
 def _probe(inputs: Inputs, data: Dataset) -> Tensor:
     """Take some samples to try a network on: of the kernel's and, where those are few, of the data set's."""
-    return torch.cat([inputs.probe, data.inputs(torch.arange(min(PROBE_SAMPLES, data.num_samples)))])
+    few = torch.arange(min(PROBE_SAMPLES, data.num_samples), device="cpu")
+    return torch.cat([inputs.probe, data.inputs(few)])
 
 
 def require_disk(place: Place, missing_bytes: int) -> None:

@@ -53,7 +53,9 @@ class _Run:
             weight_decay=recipe.weight_decay,
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=max(1, recipe.num_epochs))
-        self.order = torch.Generator().manual_seed(recipe.seed)  # of samples and augmentation; dropout has torch's own
+        self.order = torch.Generator("cpu").manual_seed(
+            recipe.seed
+        )  # of samples and augmentation; dropout has torch's own
         self.amp_dtype = torch.bfloat16 if _has_bfloat16(self.device) else torch.float16
         scaled = self.device.type == "cuda" and self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)  # bfloat16 needs no scaling
@@ -171,7 +173,7 @@ def _training_mode(device: torch.device, seed: int, threads: int) -> Iterator[No
 
 
 def _num_steps(run: _Run, data: Dataset) -> int:
-    return len(_batches(torch.arange(data.num_samples), run.recipe.batch_size))
+    return len(_batches(torch.arange(data.num_samples, device="cpu"), run.recipe.batch_size))
 
 
 def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> float:
@@ -181,7 +183,7 @@ def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> f
         DivergedError: If a loss is not finite.
     """
     run.model.train()
-    order = torch.randperm(data.num_samples, generator=run.order)
+    order = torch.randperm(data.num_samples, generator=run.order, device="cpu")
     total = 0.0
     for step, ids in enumerate(_batches(order, run.recipe.batch_size)):
         loss = _train_step(run, data.batch(ids, run.order), data.labels[ids.to(data.labels.device)])
@@ -228,7 +230,7 @@ def train_accuracy(model: nn.Module, data: Dataset) -> float:
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for ids in torch.arange(data.num_samples).split(EVALUATION_BATCH):
+        for ids in torch.arange(data.num_samples, device="cpu").split(EVALUATION_BATCH):
             predicted = model(data.inputs(ids)).argmax(1)
             correct += int((predicted == data.labels[ids.to(data.labels.device)]).sum())
     model.train(was_training)

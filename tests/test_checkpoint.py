@@ -1,14 +1,17 @@
 """Checkpoints: whole or not at all, plain values only, and refused where they do not fit."""
 
+import copy
 import dataclasses
+import threading
 
 import pytest
 import torch
 from torch import nn
 
+import ntkgen
 from ntkgen import checkpoint as checkpoints
 from ntkgen.checkpoint import Checkpoint, Recipe, array_fingerprint, parameter_fingerprint
-from ntkgen.errors import FingerprintError, StoreError
+from ntkgen.errors import FingerprintError, ModelError, StoreError
 
 RECIPE = Recipe(model="tiny", dataset="digits", data_fingerprint="abc")
 
@@ -119,3 +122,124 @@ def test_the_array_fingerprint_sees_shape_dtype_and_values():
     variants = [x, x.reshape(2, 3), x.double(), x + 1]
     assert len({array_fingerprint(variant) for variant in variants}) == 4
     assert array_fingerprint(x) == array_fingerprint(x.clone())
+
+
+# what earlier versions have written in stores -------------------------------------------------------------------------
+
+
+def fixed_network():
+    """A module with parameters, frozen and tied ones, buffers and several dtypes, made without random numbers."""
+    model = nn.Sequential(
+        nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Embedding(2, 2).bfloat16(), nn.Linear(3, 2, bias=False)
+    )
+    model[3].weight.requires_grad_(False)
+    for at, tensor in enumerate(model.state_dict().values()):
+        tensor.copy_(torch.arange(at, at + tensor.numel()).view(tensor.shape) / 4)
+    model.register_parameter("tied", model[0].weight)
+    model.register_buffer("flags", torch.tensor([True, False]))
+    model.register_buffer("nothing", torch.empty(0))
+    return model
+
+
+def test_fingerprints_are_those_of_the_first_version():
+    expected = "4ab271206549316f61da09cb7a4e7774b12aa8b2102b4a9f79095f060c1823ec"
+    assert parameter_fingerprint(fixed_network()) == expected
+    arrays = [
+        torch.arange(6.0).view(2, 3).T,
+        torch.tensor(3),
+        torch.tensor([True]),
+        torch.empty(0, 2),
+        torch.tensor([1 + 2j]),
+    ]
+    assert array_fingerprint(*arrays) == "5fcbdc2386e840fdae2351ea63db0241eba8ae6ab9989de5447e5bbe59f31ab3"
+
+
+# what they did not see, or failed at ----------------------------------------------------------------------------------
+
+
+class Extra(nn.Linear):
+    """A module that says more of itself than its tensors."""
+
+    def __init__(self, state):
+        super().__init__(2, 2, bias=False)
+        nn.init.ones_(self.weight)
+        self.state = state
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state = state
+
+
+def test_the_parameter_fingerprint_sees_what_a_module_says_of_itself():
+    states = [
+        None, 1, "1", {"scale": 1.0}, {"scale": 2.0}, [1.0], (1.0,), b"ab", {"a", "b"}, {"t": torch.ones(2)},
+        {"t": torch.ones(2).bfloat16()}, {"t": torch.ones(1, 2)}, torch.ones(2), torch.ones(2, dtype=torch.uint8),
+    ]  # fmt: skip
+    assert len({parameter_fingerprint(Extra(state)) for state in states}) == len(states)
+    for state in states:
+        assert parameter_fingerprint(Extra(state)) == parameter_fingerprint(copy.deepcopy(Extra(state)))
+
+
+def test_equal_states_have_equal_fingerprints():
+    """Sets whose items come in another order, as in another process, and strings that are one object or two."""
+    assert list({0, 8}) != list({8, 0})
+    assert parameter_fingerprint(Extra({0, 8})) == parameter_fingerprint(Extra({8, 0}))
+    name = "".join(["a", "b"])
+    assert parameter_fingerprint(Extra(("ab", "ab"))) == parameter_fingerprint(Extra(("ab", name)))
+
+
+def test_what_cannot_be_written_down_is_refused():
+    with pytest.raises(ModelError, match="get_extra_state"):
+        parameter_fingerprint(Extra({"lock": threading.Lock()}))
+
+
+def test_the_parameter_fingerprint_sees_buffers_that_are_not_saved():
+    def network(value, name="scale"):
+        model = fixed_network()
+        model[1].register_buffer(name, value, persistent=False)
+        return model
+
+    one = torch.ones(2)
+    models = [fixed_network(), network(one), network(2 * one), network(one, "shift"), network(one.long())]
+    models += [network(torch.tensor([1 + 1j])), network(torch.tensor([1 - 1j])), network(None)]
+    prints = [parameter_fingerprint(model) for model in models]
+    assert len(set(prints[:-1])) == len(models) - 1
+    assert prints[-1] == prints[0]  # a buffer that is None is none
+
+
+def test_a_parameter_that_its_module_does_not_save_is_seen():
+    class Forgetful(nn.Linear):
+        def state_dict(self, *args, **kwargs):
+            return {}
+
+    prints = set()
+    for value in (1.0, 2.0):
+        model = Forgetful(2, 2)
+        nn.init.constant_(model.weight, value)
+        nn.init.zeros_(model.bias)
+        prints.add(parameter_fingerprint(model))
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64, torch.float16, torch.bool, torch.float8_e5m2])
+def test_arrays_of_every_dtype_have_fingerprints(dtype):
+    x = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    variants = [x, x[:1], x.T[:, :1], x.to(torch.complex128)]
+    assert len({array_fingerprint(variant) for variant in variants}) == 4
+    assert array_fingerprint(x) == array_fingerprint(x.clone())
+
+
+def test_conjugates_and_strides_do_not_change_a_fingerprint():
+    z = torch.tensor([[1 + 2j, 3 - 1j]])
+    assert array_fingerprint(z.conj()) == array_fingerprint(z.conj().resolve_conj()) != array_fingerprint(z)
+    assert array_fingerprint(z.T) == array_fingerprint(z.T.contiguous())
+
+
+def test_a_batch_in_bfloat16_is_computed(tmp_path):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model = nn.Linear(4, 2)
+    store = ntkgen.compute(model, x, store=tmp_path / "k.zarr", fsync=False)
+    again = ntkgen.compute(model, x.float(), store=tmp_path / "l.zarr", fsync=False)
+    assert (store.array[:] == again.array[:]).all()

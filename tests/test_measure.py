@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pwd
 import stat
 import subprocess
 import sys
@@ -166,6 +167,17 @@ def test_it_is_kept_in_the_home_where_no_other_place_is_named(measured, tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
     look_up()
     assert (tmp_path / ".cache" / "ntkgen" / "rates.json").exists()
+
+
+def test_a_user_without_a_home_measures_each_time(measured, monkeypatch):
+    def unknown(*_):
+        raise KeyError
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert look_up() == dataclasses.replace(FOUND, touching=1)
+    assert look_up() == dataclasses.replace(FOUND, touching=2)
 
 
 # without a measurement ------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 import ntkgen
-from ntkgen.folders import PARTIAL, LocalFolder
+from ntkgen.durable import PARTIAL
+from ntkgen.folders import LocalFolder
 from ntkgen.kernel import verify
 from ntkgen.kernel.opening import open_store
 from ntkgen.kernel.tiles import Tile

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ntkgen.analysis.matrix import Matrix, memory_left
-from ntkgen.analysis.results import VERSION, folder_of_results, identity_of
+from ntkgen.analysis.results import VERSION, identity_of, kept_files
 from ntkgen.errors import InputError, NtkgenError
 from ntkgen.progress import Report, ignore_report
 
@@ -123,8 +123,10 @@ def _richness(result: Result) -> tuple[bool, bool, int, float, int]:
 
 def _kept(matrix: Matrix) -> list[Result]:
     """Read the results beside the store that are of this matrix, each with its kind."""
-    folder = folder_of_results(matrix)
-    kept = []
+    folder = kept_files(matrix)
+    kept: list[Result] = []
+    if folder is None:
+        return kept
     for name in sorted(folder.sizes()):
         kind, _, rest = name.rpartition("-")
         if kind in RICHNESS and rest.endswith(".json") and (result := _read(matrix, folder.read(name))):

@@ -27,6 +27,7 @@ from ntkgen.analysis.factor import (
     reading_bytes,
 )
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
+from ntkgen.analysis.results import require_room_beside
 from ntkgen.errors import DiskSpaceError, InputError, NtkgenError, StoreError
 from ntkgen.kernel.store import WRITING
 from ntkgen.kernel.symmetric import read_ahead
@@ -80,7 +81,9 @@ def factored(matrix: Matrix, settings: FactorSettings, report: Report = ignore_r
         BudgetError: If the memory has no room for a panel.
         DiskSpaceError: If the disk has no room for the factor.
         StoreLockedError: If another process is making it.
+        InputError: If nothing can be written beside the store.
     """
+    require_room_beside(matrix, "A factor")
     folder, identity = place_of_factor(matrix, settings.shift)
     with write_lock(folder):
         folder.sweep()

@@ -9,16 +9,47 @@ from typing import Any
 
 import ntkgen
 from ntkgen.analysis.matrix import Matrix
-from ntkgen.folders import Folder
+from ntkgen.errors import InputError
+from ntkgen.folders import Folder, first_lines, is_remote_error
+from ntkgen.paths import beside
 
 # What another version of this program, or of what it writes here, has kept is computed anew.
 VERSION = f"{ntkgen.__version__}-3"
 
 
 def folder_of_results(matrix: Matrix) -> Folder:
-    """Where the results of a store lie: beside it, since foreign files in a Zarr group are warned of."""
+    """Where the results of a store lie: beside it, since foreign files in a Zarr group are warned of.
+
+    Raises:
+        InputError: If there is no such place, as of a store in this process's memory.
+    """
     folder = matrix.store.folder
-    return folder.parent / f"{matrix.name.rpartition('/')[2]}.analysis"
+    return folder.parent / beside(Path(folder.name), ".analysis").name
+
+
+def kept_files(matrix: Matrix) -> Folder | None:
+    """Where the results of a store lie; None where there is no place beside it."""
+    try:
+        return folder_of_results(matrix)
+    except InputError:
+        return None
+
+
+def require_room_beside(matrix: Matrix, what: str) -> None:
+    """Refuse to begin what needs files beside a store where none can be written.
+
+    Raises:
+        InputError: If that is so; the message says what to do.
+    """
+    try:
+        folder_of_results(matrix).require_writable()
+    except InputError as error:
+        raise InputError(
+            f"{what} of {matrix.name} needs a file beside the store, in {matrix.name}.analysis, and none can be "
+            "written there: expected a folder with permission to write, found none. Does the store belong to somebody "
+            f"else, or lie on a disk that is only read? Make a link to it in a folder of yours (ln -s {matrix.name} .) "
+            "and give the link's path, or copy the store: what is written lies beside the path that is given."
+        ) from error
 
 
 def identity_of(matrix: Matrix) -> dict[str, Any]:
@@ -39,12 +70,12 @@ def remembered(
 
     What is computed must be plain values; ``store``, ``dtype``, ``rows``, ``seconds`` and ``peak_bytes`` are added. The
     kernel is known by the store's fingerprint, its dtype, the rows that are there and whether it was replanned; a store
-    that was repaired has the same.
+    that was repaired has the same. What cannot be kept is returned all the same, with the reason as ``not_kept``.
     """
     identity = {**identity_of(matrix), "settings": dict(settings), "version": VERSION}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder, name = folder_of_results(matrix), f"{kind}-{digest}.json"
-    if (found := _read(folder.read(name))) is not None:
+    folder, name = kept_files(matrix), f"{kind}-{digest}.json"
+    if folder is not None and (found := _read(folder.read(name))) is not None:
         return {**found, "store": matrix.name, "remembered": True}
     started = time.monotonic()
     result = compute()
@@ -57,8 +88,21 @@ def remembered(
         "peak_bytes": peak_bytes(),
         "remembered": False,
     }
-    folder.write(name, json.dumps({**result, "identity": identity}, indent=1).encode())
-    return result
+    reason = _keep(folder, name, {**result, "identity": identity})
+    return result if reason is None else {**result, "not_kept": reason}
+
+
+def _keep(folder: Folder | None, name: str, result: Mapping[str, Any]) -> str | None:
+    """Write a result beside its store; say why that cannot be, where what was found out must not be lost with it."""
+    if folder is None:
+        return "nothing lies beside such a store"
+    try:
+        folder.write(name, json.dumps(result, indent=1).encode())
+    except Exception as error:
+        if not is_remote_error(error):
+            raise
+        return first_lines(error)
+    return None
 
 
 def _read(data: bytes | None) -> dict[str, Any] | None:
@@ -81,7 +125,7 @@ def peak_bytes() -> int:
     import sys
 
     try:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     except OSError:
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(most if sys.platform == "darwin" else most * 1024)

@@ -19,6 +19,7 @@ from ntkgen.cli.mirror import mirror
 from ntkgen.cli.plot import plot
 from ntkgen.cli.report import report
 from ntkgen.cli.session import TERMINATED
+from ntkgen.cli.terminal import spelled_streams
 from ntkgen.cli.train import train
 from ntkgen.cli.verify import verify
 from ntkgen.errors import NtkgenError, Terminated
@@ -47,6 +48,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    with spelled_streams():
+        return _run(args)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         result = cli.main(args, prog_name="ntkgen", standalone_mode=False)
     except NtkgenError as error:

@@ -1,5 +1,6 @@
 """`ntkgen plot`: pictures of a kernel, as files."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,7 @@ def unique_names(paths: Sequence[str]) -> list[str]:
     >>> unique_names(["a/k.zarr", "b/k.zarr/", "b/c.zarr"])
     ['k', 'k-2', 'c']
     """
-    stems = [path.rstrip("/").rpartition("/")[2].removesuffix(".zarr") for path in paths]
+    stems = [os.path.basename(os.path.abspath(os.path.expanduser(path))).removesuffix(".zarr") for path in paths]
     numbers = [stems[:index].count(stem) + 1 for index, stem in enumerate(stems)]
     return [stem if number == 1 else f"{stem}-{number}" for stem, number in zip(stems, numbers, strict=True)]
 
@@ -135,7 +136,7 @@ def write_pictures(
         for form in formats:
             file = f"{name}-{picture.kind}.{form}"
             folder.write(file, render(picture, form))
-            written.append({"kind": picture.kind, "file": str(folder.path / file), "caption": picture.caption})
+            written.append({"kind": picture.kind, "file": str(folder / file), "caption": picture.caption})
     return written
 
 

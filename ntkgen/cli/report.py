@@ -1,6 +1,5 @@
 """`ntkgen report`: one page on some kernels, for people."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -25,14 +24,14 @@ def report(paths: tuple[str, ...], out: str, **options: Any) -> None:
     from ntkgen.analysis.results import peak_bytes
     from ntkgen.cli.plot import unique_names
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.folders import LocalFolder
+    from ntkgen.folders import file_of
 
-    folder = LocalFolder(Path(out).parent)
-    folder.require_writable()
+    file = file_of(out)
+    file.require_writable()
     matrices = [asked.matrix(path) for path in paths]
     with progress_bars(", ".join(unique_names(paths)), quiet=asked.quiet) as progress:
         made = make_report(matrices, asked.memory_bytes, progress)
-    folder.write(Path(out).name, made.page)
+    file.folder.write(file.name, made.page)
     for matrix, lacking in zip(matrices, made.lacking, strict=True):
         result = {
             "store": matrix.name,

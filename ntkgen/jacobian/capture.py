@@ -33,7 +33,7 @@ class Recording:
 
     count: int
     uses: dict[str, list[Use]] = field(default_factory=dict)
-    outputs: Tensor = field(default_factory=lambda: torch.empty(0))
+    outputs: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 @contextmanager

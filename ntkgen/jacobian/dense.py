@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ntkgen.alone import alone
 from ntkgen.errors import RuleError, UnknownNameError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.cache import BlockCache, count_samples
@@ -118,7 +119,8 @@ def plan_ntk(
     network = prepare(model, in_turns(x1, x2), policy(asked.precision), excluded=asked.excluded)
     chosen = output_map(asked.output, network.profile.num_logits)
     network = network.seen_through(chosen.matrix)
-    rates = rates_of(network.device, asked.precision)
+    with alone():  # a measurement
+        rates = rates_of(network.device, asked.precision)
 
     def planned(block: int) -> JacobianPlan:
         sizes = sizes_for(network.device.type, block, BATCH_SIZE)

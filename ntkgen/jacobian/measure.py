@@ -25,17 +25,27 @@ def rates_of(device: torch.device, precision: str) -> Rates:
     """Look up a device's rates for a precision policy, or measure them, which takes a fraction of a second.
 
     They are kept in ``$XDG_CACHE_HOME/ntkgen/rates.json`` (``~/.cache`` by default). The environment variable
-    ``NTKGEN_RATES=default`` takes the built-in ones instead.
+    ``NTKGEN_RATES=default`` takes the built-in ones instead. Without a home directory they are not kept.
     """
     if os.environ.get("NTKGEN_RATES") == "default":
         return Rates()
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ntkgen" / "rates.json"
+    file = _file()
     key = f"{_device_name(device)}, torch {torch.__version__}, {torch.get_num_threads()} threads, {precision}"
-    known = _read(file)
+    known = {} if file is None else _read(file)
     if key not in known:
         known[key] = dataclasses.asdict(measure(device, policy(precision)))
-        _write(file, known)
+        if file is not None:
+            _write(file, known)
     return Rates(**known[key])
+
+
+def _file() -> Path | None:
+    """Say where rates are kept; None for a user without a home, as in some containers, who measures each time."""
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
+    return caches / "ntkgen" / "rates.json"
 
 
 def _device_name(device: torch.device) -> str:
@@ -46,7 +56,7 @@ def _device_name(device: torch.device) -> str:
 
 def _read(file: Path) -> dict[str, dict[str, Any]]:
     try:
-        known = json.loads(file.read_text())
+        known = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {key: value for key, value in known.items() if _are_rates(value)} if isinstance(known, dict) else {}
@@ -63,7 +73,7 @@ def _write(file: Path, known: dict[str, dict[str, Any]]) -> None:
     with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(known, indent=1))
+        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
         draft.replace(file)
 
 

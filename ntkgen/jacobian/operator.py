@@ -119,7 +119,7 @@ def push_double_backward(
     outputs = outputs_of(module, batch)
     cotangents = torch.zeros_like(outputs).requires_grad_()
     if not outputs.requires_grad:
-        return torch.zeros(len(directions[0]), *outputs.shape).to(outputs)
+        return cotangents.new_zeros(len(directions[0]), *outputs.shape)
     grads = torch.autograd.grad(outputs, _params(module), cotangents, create_graph=True, allow_unused=True)
     used = [index for index, grad in enumerate(grads) if grad is not None and grad.requires_grad]
     columns = []
@@ -138,7 +138,7 @@ def push_rows(
     samples = []
     for sample in batch:
         outputs = outputs_of(module, sample[None])[0]
-        products = torch.zeros(len(directions[0]), len(outputs)).to(outputs.detach())
+        products = outputs.detach().new_zeros(len(directions[0]), len(outputs))
         for index in range(len(outputs) if outputs.requires_grad else 0):
             grads = torch.autograd.grad(outputs[index], _params(module), retain_graph=True, allow_unused=True)
             for part, grad in zip(directions, grads, strict=True):

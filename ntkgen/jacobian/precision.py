@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ntkgen.alone import alone
 from ntkgen.errors import InputError, UnknownNameError
 
 Rounding = Literal["ieee", "tf32", "bf16"]
@@ -76,8 +77,10 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
 
     Gradients on, inference mode and autocast off, no TF32 and no bfloat16 inside float32 products, deterministic cuDNN
     algorithms, and the number of threads that the plan records (matrix products differ bitwise between thread counts).
+    These are switches of the process: another thread of it that computes too waits until this block ends.
     """
     with ExitStack() as stack:
+        stack.enter_context(alone())
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
@@ -92,12 +95,13 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
 @contextmanager
 def fixed_threads(threads: int) -> Iterator[None]:
     """Use so many threads, whose number decides the last bits of matrix products."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with alone():
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.plan import Band, Budget, Plan
 from ntkgen.kernel.store import KernelStore
 from ntkgen.progress import Report, Step, counter, ignore_step
+from ntkgen.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
 
 if TYPE_CHECKING:
     from distributed import Client, Future, LocalCluster, Nanny, WorkerPlugin
@@ -474,9 +476,10 @@ def _own_cluster(workers: int) -> "Iterator[Client]":
     """Start processes on this machine, with its threads shared among them; they end with this block or this process.
 
     Raises:
-        InputError: If their number is none.
+        InputError: If their number is none, or each of them comes to this call too.
         WorkerError: If they do not start.
     """
+    require_main_guard()
     import dask
     from distributed import Client, LocalCluster
 
@@ -485,28 +488,30 @@ def _own_cluster(workers: int) -> "Iterator[Client]":
     threads = max(1, torch.get_num_threads() // workers)
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
     environ = {THREADS: str(threads)}
-    with dask.config.set(settings), ExitStack() as held:
-        try:
-            cluster = held.enter_context(
-                _closed_quietly(
-                    LocalCluster(
-                        n_workers=workers,
-                        threads_per_worker=1,
-                        memory_limit=0,
-                        resources={"GPU": 1} if torch.cuda.is_available() else None,
-                        dashboard_address="127.0.0.1:0",
-                        env=environ,
-                        preload="ntkgen.kernel.worker",
-                        local_directory=held.enter_context(TemporaryDirectory(prefix="ntkgen-workers-")),
-                        silence_logs=logging.CRITICAL,
-                    )
+    with dask.config.set(settings), without_missing_script(), ExitStack() as held:
+        folder = Path(held.enter_context(TemporaryDirectory(prefix="ntkgen-workers-")))
+        (folder / "workers").mkdir()
+        with starting_processes(folder) as was_called_again:
+            try:
+                cluster = LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=1,
+                    memory_limit=0,
+                    resources={"GPU": 1} if torch.cuda.is_available() else None,
+                    dashboard_address="127.0.0.1:0",
+                    env=environ,
+                    preload="ntkgen.kernel.worker",
+                    local_directory=str(folder / "workers"),
+                    silence_logs=logging.CRITICAL,
                 )
-            )
-        except RuntimeError as error:
-            raise WorkerError(
-                f"The {workers} workers did not start ({error}): expected as many processes. Was one of them killed, "
-                "or is there too little memory for them? Run the same command again, with fewer --workers."
-            ) from error
+            except RuntimeError as error:
+                if was_called_again():
+                    raise InputError(unguarded()) from None
+                raise WorkerError(
+                    f"The {workers} workers did not start ({error}): expected as many processes. Was one of them "
+                    "killed, or is there too little memory for them? Run the same command again, with fewer --workers."
+                ) from error
+        held.enter_context(_closed_quietly(cluster))
         yield held.enter_context(Client(cluster, set_as_default=False))
 
 

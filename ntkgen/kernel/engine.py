@@ -60,7 +60,7 @@ def environment(device: torch.device, threads: int | None = None) -> Environment
 def _cpu_model() -> str:
     """Name the processor: matrix libraries choose their kernels by it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -223,8 +223,17 @@ def default_target(source: str) -> str:
 
     >>> default_target("ckpt/ntk_float32.zarr/"), default_target("ntk_float16.bin")
     ('ckpt/ntk_float32.imported.zarr', 'ntk_float16.imported.zarr')
+
+    Raises:
+        InputError: If the source has no name.
     """
-    return f"{source.rstrip('/').removesuffix('.zarr').removesuffix('.bin')}.imported.zarr"
+    whole = source.rstrip("/")
+    if whole.rpartition("/")[2] in {"", ".", "..", "~"}:
+        raise InputError(
+            f"The path {source} has no name to call the new store by: expected one that ends in a name. Is it the "
+            "current folder? Say with --out where the store is to be."
+        )
+    return f"{whole.removesuffix('.zarr').removesuffix('.bin')}.imported.zarr"
 
 
 def open_foreign(folder: Folder, facts: Facts) -> Foreign:

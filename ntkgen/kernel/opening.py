@@ -93,8 +93,8 @@ def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r")
             f"There is no kernel store at {folder}: expected a Zarr v3 group with a zarr.json, found "
             f"{_found_instead(folder)}. Is the path the folder ending in .zarr?"
         )
+    store = folder.zarr_store(read_only=mode == "r")
     try:
-        store = folder.zarr_store(read_only=mode == "r")
         group = zarr.open_group(store, mode=mode, use_consolidated=False)
         values = _manifest_values(group.attrs.asdict())
         version = values["format_version"]

@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from ntkgen.alone import alone
 from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.folders import Folder, LocalFolder
 from ntkgen.kernel.arrays import (
@@ -477,7 +478,7 @@ class KernelStore:
         if layout != self.manifest.layout:
             for name in self.array_names:
                 self.zarr_array(name).attrs.update({"storage_mode": STORAGE_MODES[layout]})
-        with warnings.catch_warnings():
+        with alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that these metadata are no part of Zarr v3 yet, and of foreign files
             self.group = zarr.consolidate_metadata(self.folder.zarr_store(read_only=False))
         done = Manifest(**{**vars(self.manifest), "is_complete": True, "layout": layout})

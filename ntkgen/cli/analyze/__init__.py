@@ -82,8 +82,14 @@ class Asked:
         )
 
     def show(self, result: dict[str, Any], page: Sequence[str]) -> None:
-        """Print a result: one JSON object, or lines for people."""
+        """Print a result: one JSON object, or lines for people; and say so where it could not be kept."""
         click.echo(json.dumps(result) if self.as_json else "\n".join([result["store"], *page]))
+        if "not_kept" in result:
+            click.echo(
+                f"Warning: The result is not kept beside {result['store']}, and is computed again when it is asked for "
+                f"({result['not_kept']}).",
+                err=True,
+            )
 
 
 def shared_options(command: Command) -> Command:
