@@ -72,6 +72,23 @@ def jacobian_rows(
     return torch.stack(rows)
 
 
+def sampled_rows(
+    module: nn.Module,
+    sample: Tensor,
+    cotangents: Tensor,  # (rows, outputs)
+) -> Tensor:  # (rows, params)
+    """Form the Jacobian rows of vᵀ f of one sample for some v, by a backward pass each; a complex number is two."""
+    params = [param for param in module.parameters() if param.requires_grad]
+    outputs = module(sample[None])[0]
+    rows = []
+    for v in cotangents if outputs.requires_grad else ():
+        grads = torch.autograd.grad(outputs, params, v, retain_graph=True, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+        rows.append(torch.cat([(torch.view_as_real(p) if p.is_complex() else p).flatten() for p in parts]))
+    num_params = sum(param.numel() * (1 + param.is_complex()) for param in params)
+    return torch.stack(rows) if rows else cotangents.new_zeros(len(cotangents), num_params)
+
+
 def _groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str, Tensor]]:
     """Cut the parameters, in order, into groups of at most ``max_numbers`` scalars (a larger one stands alone)."""
     group: dict[str, Tensor] = {}

@@ -12,38 +12,39 @@ outputs below each other, whose Frobenius norm is that of all of them.
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkgen.checkpoint import parameter_fingerprint
-from ntkgen.errors import FingerprintError, ShapeError, StoreError
+from ntkgen.errors import FingerprintError, ModelError, ShapeError, StoreError
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.outputs import OutputMap, output_map
-from ntkgen.jacobian.reference import reference_ntk
-from ntkgen.kernel.certificate import USUAL_SAMPLING, Certificate, Sampling, StoredError, upper_bound, usual_sampling
+from ntkgen.kernel.arrays import side_arrays
+from ntkgen.kernel.certificate import (
+    BLOCK_RATIO,
+    HALF_SUBNORMAL,
+    POLICY_ROUNDOFF,
+    UNIT_ROUNDOFF,
+    USUAL_SAMPLING,
+    Certificate,
+    Sampling,
+    StoredError,
+    allowed_error,
+    upper_bound,
+    usual_sampling,
+)
 from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.pairs import Pairs, ReferenceRows, kernels_of, max_pair_errors
 from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.symmetric import SymmetricArray
-from ntkgen.kernel.tiles import Block, TileGrid
+from ntkgen.kernel.tiles import TileGrid
 
 # A block of samples is suspicious whose error is so many times what rounding explains.
 SUSPICIOUS_RATIO = 10.0
-# Rounding to a store dtype changes x by at most x times the first, and by at most the second below its normal numbers.
-UNIT_ROUNDOFF = {"float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
-HALF_SUBNORMAL = {"float16": 2.0**-25, "float32": 2.0**-150, "float64": 0.0}
-# Rounding once to what is kept of a sample changes it by so much.
-POLICY_ROUNDOFF = {
-    "float64": 2.0**-53,
-    "float64-accumulate": 2.0**-24,
-    "float32": 2.0**-24,
-    "tf32": 2.0**-11,
-    "bfloat16": 2.0**-9,
-}
-
+# A kernel J₁ J₂ᵀ below so many times ‖J₁‖_F ‖J₂‖_F is judged as if it were so large.
+SMALL_PRODUCT = 1e-3
 FloatArray = npt.NDArray[np.float64]
 # Called with what is being done ("stored product", "exact product" or "pairs"), how much of it is done, and all of it.
 Report = Callable[[str, int, int], None]
@@ -67,8 +68,8 @@ def certify(
     """Compare a finished store with the exact kernel of a network and its samples.
 
     Costs one pass over the tiles per store dtype, about s forward and 2 s backward passes per sample in float64 (m
-    times as many for the outputs `trace` and `diagonal`), and two dense Jacobians per pair. Below about 10⁻¹⁵ ‖K‖_F the
-    error is the operator's own. Where the module has no float64 (mps), the CPU computes.
+    times as many for the outputs `trace` and `diagonal`), and a backward pass per sampled row of a pair. Below about
+    10⁻¹⁵ ‖K‖_F the error is the operator's own. Where the module's device has no float64 (mps), the CPU computes.
 
     Args:
         store: The store; all its tiles are there. It says which output map its kernel is of.
@@ -90,18 +91,42 @@ def certify(
     require_finished(store)
     require_model(store, model)
     chosen = output_map(store.manifest.identity.get("output", "full"), store.manifest.plan.profile.num_logits)
-    exact = NTKOperator(model, inputs.x, inputs.against, transform=chosen.matrix)
+    exact = exact_operator(model, inputs.x, inputs.against, chosen.matrix)
     _check_size(store, chosen, exact, inputs)
     V = draw_probes(grid.num_cols, sampling)
     step = counted(report, "stored product", len(dtypes) * grid.num_planes * len(_places(store)))
     stored = {dtype: stored_product(store, dtype, V, step) for dtype in dtypes}
     KV = exact_product(exact, chosen, V, report)
-    pairs = draw_pairs((grid.num_samples, grid.num_cols // grid.num_outputs), sampling)
-    pair_errors = max_pair_errors(store, pairs, lambda i, j: exact_pair(model, inputs, (i, j), chosen), report)
+    pairs = Pairs.draw(store, chosen, exact.num_outputs, sampling)
+    pair_errors = max_pair_errors(store, pairs, ReferenceRows.of(model, inputs, chosen, exact), report)
     errors = tuple(_stored_error(store, dtype, stored[dtype] - KV, KV, pair_errors[dtype]) for dtype in dtypes)
     return Certificate(
-        sampling.num_probes, len(pairs), sampling.seed, _norm(KV), errors, seconds=time.monotonic() - started
+        sampling.num_probes,
+        len(pairs.places),
+        sampling.seed,
+        _norm(KV),
+        errors,
+        exact_dtype=str(exact.dtype).removeprefix("torch."),
+        num_pair_outputs=pairs.num_outputs,
+        seconds=time.monotonic() - started,
     )
+
+
+def exact_operator(
+    model: nn.Module,
+    x1: Tensor,  # (n₁, …)
+    x2: Tensor | None = None,  # (n₂, …)
+    transform: Tensor | None = None,  # (outputs, logits)
+) -> NTKOperator:
+    """Make the exact kernel as an operator: in float64, or where the network cannot be run in that, in float32.
+
+    Raises:
+        ModelError: If it can be run in neither.
+    """
+    try:
+        return NTKOperator(model, x1, x2, transform=transform)
+    except ModelError:
+        return NTKOperator(model, x1, x2, transform=transform, precision="float32")
 
 
 def add_certificate(
@@ -113,7 +138,8 @@ def add_certificate(
     report: Report = ignore_report,
 ) -> Certificate:
     """Certify a finished store, and write the certificate into it; only under its lock."""
-    sampling = sampling or usual_sampling(store.manifest.identity.get("output", "full"))
+    num_logits = store.manifest.plan.profile.num_logits
+    sampling = sampling or usual_sampling(store.manifest.identity.get("output", "full"), num_logits)
     found = certify(store, model, inputs, sampling, report=report)
     store.finalize()  # again: a group opened anew would lose its gathered metadata with the next attribute
     store.set_manifest(dataclasses.replace(store.manifest, certificate=found.to_json()))
@@ -191,18 +217,6 @@ def draw_probes(num_cols: int, sampling: Sampling) -> FloatArray:  # (cols, prob
     return np.random.default_rng([sampling.seed, 0]).standard_normal((num_cols, sampling.num_probes))
 
 
-def draw_pairs(counts: tuple[int, int], sampling: Sampling) -> list[tuple[int, int]]:
-    """Draw pairs of a sample of the rows and one of the columns, each at most once, from all of them.
-
-    >>> len(draw_pairs((3, 2), Sampling(num_pairs=299)))
-    6
-    """
-    total = counts[0] * counts[1]
-    generator = np.random.default_rng([sampling.seed, 1])
-    drawn = generator.choice(total, size=min(sampling.num_pairs, total), replace=False)
-    return [divmod(int(number), counts[1]) for number in drawn]
-
-
 # products -------------------------------------------------------------------------------------------------------------
 
 
@@ -235,12 +249,6 @@ def stored_product(
                 product[plane, cols] += values.T @ V[rows]
             step()
     return product
-
-
-def kernels_of(store: KernelStore, dtype: str) -> list[SymmetricArray]:
-    """View what is stored in one dtype as matrices: one, or one per output."""
-    planes = store.grid.num_planes
-    return [store.kernel(dtype, None if planes == 1 else plane) for plane in range(planes)]
 
 
 def _places(store: KernelStore) -> list[tuple[int, int]]:
@@ -298,12 +306,14 @@ def _norm(product: FloatArray) -> float:
     return float(np.linalg.norm(product) / np.sqrt(product.shape[-1]))
 
 
-def _block_norms(
+def sample_norms(
     grid: TileGrid,
     product: FloatArray,  # (planes, rows, probes)
-) -> FloatArray:  # (blocks,)
-    blocks = (grid.block(index).rows(grid.num_outputs) for index in range(grid.num_blocks))
-    return np.array([_norm(product[:, rows]) for rows in blocks])
+) -> list[FloatArray]:  # (samples,) of each block
+    """Estimate ‖A_i‖_F for the rows of each sample i, block by block."""
+    of_samples = product.reshape(grid.num_planes, grid.num_samples, -1)
+    norms = np.linalg.norm(of_samples, axis=(0, 2)) / np.sqrt(product.shape[-1])
+    return [norms[block.start : block.stop] for block in map(grid.block, range(grid.num_blocks))]
 
 
 def _stored_error(
@@ -316,35 +326,68 @@ def _stored_error(
     """Turn the difference of the two products into what the certificate says of a store dtype."""
     error, norm = _norm(EV), _norm(KV) or 1.0  # beside a kernel of zeros the error is absolute
     bound = upper_bound(error, EV.shape[-1])
-    block_errors = _block_norms(store.grid, EV)
-    explained = explained_errors(store, dtype, _block_norms(store.grid, KV))
+    suspicious, exceeding = _wrong_blocks(store, dtype, sample_norms(store.grid, EV), sample_norms(store.grid, KV))
     return StoredError(
         dtype=dtype,
         error=error,
         bound=bound,
         relative_error=error / norm,
         relative_bound=bound / norm,
+        allowed=_allowed(store, dtype, _norm(KV)) / norm,
         max_pair_error=max_pair_error,
-        block_errors=tuple(block_errors.tolist()),
-        suspicious=suspicious_blocks(block_errors, explained),
+        block_errors=tuple(map(_joined, sample_norms(store.grid, EV))),
+        suspicious=suspicious,
+        exceeding=exceeding,
     )
 
 
-def explained_errors(
-    store: KernelStore,
-    dtype: str,
-    block_norms: FloatArray,  # (blocks,): ‖K_b‖_F
-) -> FloatArray:  # (blocks,)
-    """Bound by how much rounding each entry once may change the rows of each block, in the Frobenius norm.
+def _joined(norms: FloatArray) -> float:
+    return float(np.linalg.norm(norms))
 
-    That is u ‖K_b‖_F, with u the unit roundoff of the store dtype or of the computation, whichever is larger, and half
-    a subnormal number per entry: float16 has no smaller ones for samples whose kernel is far below the largest.
+
+def _wrong_blocks(
+    store: KernelStore, dtype: str, errors: list[FloatArray], kernels: list[FloatArray]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Name the blocks whose error is out of line, and those whose error is too large, of the norms by sample.
+
+    The size of a block is √(‖K_b‖_F ‖K‖_F): K_b = J_b Jᵀ inherits the rounding of both factors, and samples with small
+    gradients that are orthogonal to the others have a K_b far below that. An error out of line counts where it is too
+    large as well, or where the block's samples usually have it: a ReLU whose input is within rounding of zero changes
+    one sample, and a wrong tile all of them.
+    """
+    precision, lost = store.manifest.plan.precision, _lost_in(store, dtype)
+    sizes = np.sqrt(np.array(list(map(_joined, kernels))) * _joined(np.concatenate(kernels)))
+    explained = max(UNIT_ROUNDOFF[dtype], POLICY_ROUNDOFF[precision]) * sizes + lost
+    whole = np.array(list(map(_joined, errors)))
+    usual = np.array([np.quantile(each, 0.5, method="lower") * np.sqrt(len(each)) for each in errors])
+    exceeding = set(np.flatnonzero(whole > allowed_error(precision, dtype, ratio=BLOCK_RATIO) * sizes + lost).tolist())
+    counting = exceeding | set(suspicious_blocks(usual, explained))
+    return tuple(b for b in suspicious_blocks(whole, explained) if b in counting), tuple(sorted(exceeding))
+
+
+def _lost_in(store: KernelStore, dtype: str) -> FloatArray:  # (blocks,)
+    """Bound what the rows of each block lose in a store dtype that has no smaller numbers, in the Frobenius norm.
+
+    That is half a subnormal number per entry: float16 has no smaller ones for samples whose kernel is far below the
+    largest.
     """
     grid = store.grid
     rows = np.array([len(grid.block(index)) for index in range(grid.num_blocks)]) * grid.num_outputs
-    absolute = HALF_SUBNORMAL[dtype] * store.scale_factor(f"ntk_{dtype}")
-    relative = max(UNIT_ROUNDOFF[dtype], POLICY_ROUNDOFF[store.manifest.plan.precision])
-    return np.asarray(relative * block_norms + absolute * np.sqrt(rows * float(grid.num_cols * grid.num_planes)))
+    entry = HALF_SUBNORMAL[dtype] * store.scale_factor(f"ntk_{dtype}")
+    return np.asarray(entry * np.sqrt(rows * float(grid.num_cols * grid.num_planes)))
+
+
+def _allowed(store: KernelStore, dtype: str, kernel_norm: float) -> float:
+    """Bound the ‖E‖_F that the policy and the store dtype explain.
+
+    A rectangular kernel may be far smaller than its factors, K = J₁ J₂ᵀ, whose rounding it inherits.
+    """
+    size = kernel_norm
+    if not store.grid.is_symmetric:
+        rows, cols = (store.read(diagonal) for diagonal, _ in side_arrays(store.grid))
+        size = max(size, SMALL_PRODUCT * float(np.sqrt(np.sum(rows.sum(-1) * cols.sum(-1)))))
+    explained = allowed_error(store.manifest.plan.precision, dtype) * size
+    return explained + float(np.linalg.norm(_lost_in(store, dtype)))
 
 
 def suspicious_blocks(
@@ -367,63 +410,3 @@ def suspicious_blocks(
         ratios = errors / np.maximum(explained, np.finfo(np.float64).tiny)
     usual = max(1.0, float(np.quantile(ratios, 0.25, method="lower")))
     return tuple(np.flatnonzero(ratios > SUSPICIOUS_RATIO * usual).tolist())
-
-
-# pairs of samples -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExactPair:
-    """The kernel of two samples by the reference: their block, and √(K_rr K_cc) of its entries."""
-
-    values: FloatArray  # (planes, outputs, outputs)
-    scale: FloatArray  # (planes, outputs, outputs)
-
-
-def mapped_kernel(
-    kernel: FloatArray,  # (n₁ logits, n₂ logits)
-    chosen: OutputMap,
-    num_logits: int,
-) -> FloatArray:  # (planes, n₁ outputs, n₂ outputs)
-    """Turn the kernel of all logits, as the reference has it, into what a store of an output map holds."""
-    n1, n2 = (length // num_logits for length in kernel.shape)
-    blocks = kernel.reshape(n1, num_logits, n2, num_logits)
-    if chosen.reduction == "trace":
-        return np.asarray(np.einsum("iaja->ij", blocks))[None]
-    if chosen.reduction == "diagonal":
-        return np.asarray(np.einsum("iaja->aij", blocks))
-    if chosen.matrix is None:
-        return kernel[None]
-    A = chosen.matrix.numpy()
-    return np.asarray(np.einsum("oa,iajb,pb->iojp", A, blocks, A).reshape(1, n1 * len(A), n2 * len(A)))
-
-
-def exact_pair(model: nn.Module, inputs: Inputs, pair: tuple[int, int], chosen: OutputMap) -> ExactPair:
-    """Recompute the kernel of a sample of the rows and one of the columns with the reference."""
-    columns = inputs.x if inputs.against is None else inputs.against
-    full = reference_ntk(model, torch.stack([inputs.x[pair[0]], columns[pair[1]]])).numpy()
-    kernel = mapped_kernel(full, chosen, len(full) // 2)
-    m = kernel.shape[1] // 2
-    diagonal = np.diagonal(kernel, axis1=1, axis2=2)
-    return ExactPair(kernel[:, :m, m:], np.sqrt(diagonal[:, :m, None] * diagonal[:, None, m:]))
-
-
-def max_pair_errors(
-    store: KernelStore,
-    pairs: list[tuple[int, int]],
-    exact: Callable[[int, int], ExactPair],
-    report: Report = ignore_report,
-) -> dict[str, float]:
-    """Find the largest |K̃_rc − K_rc| / √(K_rr K_cc) of some pairs of samples, for each store dtype."""
-    kernels = {dtype: kernels_of(store, dtype) for dtype in store.manifest.dtypes}
-    largest = dict.fromkeys(kernels, 0.0)
-    for done, (i, j) in enumerate(pairs, start=1):
-        expected = exact(i, j)
-        rows, cols = (Block(index, index + 1).rows(store.grid.num_outputs) for index in (i, j))
-        scale = np.where(expected.scale > 0, expected.scale, 1.0)  # beside zeros the error is absolute
-        for dtype, planes in kernels.items():
-            values = np.stack([kernel[rows, cols] for kernel in planes]).astype(np.float64)
-            errors = np.abs(values - expected.values) / scale
-            largest[dtype] = max(largest[dtype], float(errors.max()))
-        report("pairs", done, len(pairs))
-    return largest
