@@ -34,9 +34,9 @@ from ntkgen.kernel.certify import (
     draw_probes,
     forget_certificate,
     stored_product,
-    suspicious_blocks,
 )
 from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.judgement import suspicious_blocks
 from ntkgen.kernel.manifest import Manifest
 from ntkgen.kernel.opening import create_store, open_store
 from ntkgen.kernel.pairs import draw_pairs, kernels_of, mapped_kernel
