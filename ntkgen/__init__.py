@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ntkgen.jacobian.operator import NTKOperator as NTKOperator
     from ntkgen.jacobian.reference import reference_ntk as reference_ntk
     from ntkgen.kernel.compute import compute as compute
-    from ntkgen.kernel.opening import open_store as open  # noqa: A004
+    from ntkgen.kernel.opening import open_kernel as open  # noqa: A004
     from ntkgen.kernel.store import KernelStore as KernelStore
 
 __version__ = "0.1.0"
@@ -21,7 +21,7 @@ _HOMES = {
     "compute": ("ntkgen.kernel.compute", "compute"),
     "KernelStore": ("ntkgen.kernel.store", "KernelStore"),
     "ntk": ("ntkgen.jacobian.dense", "ntk"),
-    "open": ("ntkgen.kernel.opening", "open_store"),
+    "open": ("ntkgen.kernel.opening", "open_kernel"),
     "reference_ntk": ("ntkgen.jacobian.reference", "reference_ntk"),
 }
 

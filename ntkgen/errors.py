@@ -122,6 +122,14 @@ class DivergedError(NtkgenError, FloatingPointError):
     """A loss or a kernel entry is not finite."""
 
 
+class InaccurateKernelError(NtkgenError, ArithmeticError):
+    """A finished kernel differs from the exact one by more than its precision policy explains; its store stays."""
+
+
+class InaccurateKernelWarning(UserWarning):
+    """A kernel was opened whose certificate says that it is wrong."""
+
+
 class WorkerError(NtkgenError, RuntimeError):
     """The workers of a cluster could not do what they were told."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from ntkgen import checkpoint as checkpoints
 from ntkgen import training, zoo
 from ntkgen.checkpoint import Checkpoint, Recipe
 from ntkgen.data import Dataset, check_labels, sample_order
-from ntkgen.errors import DiskSpaceError, InputError
+from ntkgen.errors import DiskSpaceError, InaccurateKernelError, InputError
 from ntkgen.folders import File, Folder, LocalFolder
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.kernel import engine
@@ -26,7 +27,7 @@ from ntkgen.kernel.identity import KernelSpec
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import has_store, open_store
 from ntkgen.kernel.plan import Budget, Plan
-from ntkgen.kernel.report import describe, suspicion
+from ntkgen.kernel.report import describe
 from ntkgen.lock import write_lock
 from ntkgen.origin import load_parts, take
 from ntkgen.progress import Report, ignore_report
@@ -294,7 +295,7 @@ def require_disk(place: Place, missing_bytes: int) -> None:
 
 
 def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
-    """Train and compute what is missing, certify it, and describe the finished kernel."""
+    """Train and compute what is missing, certify it, and describe the finished kernel, good or not."""
     started = time.monotonic()
     checkpoint, _ = run_training(job.training, job.data, job.place, (job.model, job.recipe), report)
     checkpoints.load_state(job.model, checkpoint)
@@ -307,9 +308,10 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
         provenance=_provenance(job, checkpoint),
         hands=job.place.hands,
     )
-    store = make(job.store, kernel, partial(load_parts, job.store, job.place.data_dir, job.data.name), report)
-    return describe(store) | {
-        "suspicion": suspicion(store),
+    load = partial(load_parts, job.store, job.place.data_dir, job.data.name)
+    with suppress(InaccurateKernelError):  # the description says so, and other kernels are still to be made
+        make(job.store, kernel, load, report)
+    return describe(open_store(job.store)) | {
         "part": None if job.place.hands.part is None else str(job.place.hands.part),
         "checkpoint": str(job.checkpoint),
         "train_accuracy": checkpoint.train_accuracy,

@@ -15,7 +15,7 @@ import numpy as np
 
 import ntkgen
 from ntkgen.jacobian.outputs import output_map
-from ntkgen.kernel.certify import kernels_of, mapped_kernel
+from ntkgen.kernel.pairs import kernels_of, mapped_kernel
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tiles import Block
 from ntkgen.origin import Origin, load_origin

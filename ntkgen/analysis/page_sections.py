@@ -64,7 +64,7 @@ def _what(answers: Answers, values: Mapping[str, Any], pictures: Pictures) -> Se
         "Lies at": values["store"],
     }
     known = {key: value for key, value in lines.items() if value is not None}
-    return Section("What it is", facts(known, "What the kernel is") + _shown(pictures, "matrix"))
+    return Section("What it is", _wrong(values) + facts(known, "What the kernel is") + _shown(pictures, "matrix"))
 
 
 def _network(values: Mapping[str, Any]) -> str | None:
@@ -195,6 +195,10 @@ def _alignment(answers: Answers, pictures: Pictures) -> Section:
     return Section("Alignment with the labels", body + _shown(pictures, "modes", "flow") + _lacking(answers, "flow"))
 
 
+def _wrong(values: Mapping[str, Any]) -> str:
+    return "" if values["inaccuracy"] is None else paragraph(values["inaccuracy"], kind="warning")
+
+
 def _certificate(values: Mapping[str, Any]) -> Section:
     found = values["certificate"]
     if found is None:
@@ -212,7 +216,9 @@ def _certificate(values: Mapping[str, Any]) -> Section:
         "Stored as", "‖E‖_F, estimate", "‖E‖_F, bound", "Bound ÷ ‖K‖_F", "Largest entry error ÷ √(K_rr K_cc)",
         "Suspicious blocks",
     )  # fmt: skip
-    return Section("Precision certificate", paragraph(words) + table(columns, rows, "Precision certificate"))
+    return Section(
+        "Precision certificate", _wrong(values) + paragraph(words) + table(columns, rows, "Precision certificate")
+    )
 
 
 def _provenance(values: Mapping[str, Any]) -> Section:

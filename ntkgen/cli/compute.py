@@ -118,8 +118,8 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
             with progress_bars(request.model, quiet=settings.quiet) as report:
                 result = pipeline.run_job(job, report)
             click.echo(json.dumps(result) if settings.as_json else _summary(result))
-            if result["suspicion"] is not None:
-                click.echo(f"Error: {result['suspicion']}", err=True)
+            if result["inaccuracy"] is not None:
+                click.echo(f"Error: {result['inaccuracy']}", err=True)
                 exit_code = 1
     return exit_code
 
@@ -224,11 +224,12 @@ def _summary(result: dict[str, Any]) -> str:
             f"done.\n  {result['store']}\n  {result['tiles_missing']:,} of {result['tiles']:,} tiles are missing. The "
             "last of the other parts finishes the kernel, and so does the same command without --part.\n"
         )
-    accuracy = result["train_accuracy"]
+    accuracy, is_good = result["train_accuracy"], result["inaccuracy"] is None
     trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
     view = "kernel(output=0)" if result["output"] == "diagonal" else "array"
     return (
-        f"\n{result['model']} on {result['dataset']}, {trained}: the kernel of {_samples(result)} is complete.\n"
+        f"\n{result['model']} on {result['dataset']}, {trained}: the kernel of {_samples(result)} is complete"
+        f"{'' if is_good else ', and WRONG'}.\n"
         f"  {result['store']}\n"
         f"  {' and '.join(result['arrays'])}, {_size(result)}, layout {result['layout']}, "
         f"{human_bytes(result['stored_bytes'])}, {result['seconds']:.1f} s\n"

@@ -13,13 +13,20 @@ from ntkgen.units import human_bytes
 @click.command()
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def info(path: str, *, as_json: bool) -> None:
-    """Say what the kernel store at PATH is, how many tiles are there and what is missing."""
+def info(path: str, *, as_json: bool) -> int:
+    """Say what the kernel store at PATH is, how many tiles are there and what is missing.
+
+    Exit code 1: its certificate finds the kernel wrong.
+    """
     from ntkgen.kernel.opening import open_store
     from ntkgen.kernel.report import describe
 
     result = describe(open_store(path))
     click.echo(json.dumps(result) if as_json else _page(result))
+    if result["inaccuracy"] is None:
+        return 0
+    click.echo(f"Error: {result['inaccuracy']}", err=True)
+    return 1
 
 
 def _page(values: dict[str, Any]) -> str:

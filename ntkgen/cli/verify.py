@@ -42,11 +42,11 @@ SHOWN = 20
 @click.option("--device", default="auto", show_default=True, help="Where kernels are computed, as for compute.")
 @click.option("--memory", "memory_bytes", type=Bytes(), help="Memory for computing tiles again, as for compute.")
 @click.option("--probes", type=int, help="Random vectors of a certificate [10; 3 for the outputs trace and diagonal].")
-@click.option("--pairs", default=16, show_default=True, type=int, help="Pairs of samples of a certificate.")
+@click.option("--pairs", type=int, help="Pairs of samples of a certificate [16; fewer for the trace of many outputs].")
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int, as_json: bool, **options: Any) -> int:
+def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_json: bool, **options: Any) -> int:
     """Read every file of the kernel stores at PATH..., and compare it with its size and its checksum.
 
     A tile is also computed again, from the checkpoint beside the store and its data set, and must have the same bytes;
@@ -62,10 +62,12 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int, as_json: b
     start_process()
     from ntkgen.kernel.certificate import Sampling, usual_sampling
 
-    def sampling_of(output: str) -> Sampling:
-        return Sampling(usual_sampling(output).num_probes if probes is None else probes, pairs, options["seed"])
+    def sampling_of(output: str, num_logits: int) -> Sampling:
+        usual = usual_sampling(output, num_logits)
+        counts = (usual.num_probes if probes is None else probes, usual.num_pairs if pairs is None else pairs)
+        return Sampling(*counts, options["seed"])
 
-    sampling_of("full")  # numbers that cannot be meant are refused before anything is read
+    sampling_of("full", 1)  # numbers that cannot be meant are refused before anything is read
     wanted, exit_code = _Wanted(sampling_of, **options), 0
     for path in paths:
         finding = _found(path, wanted)
@@ -83,7 +85,7 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int, as_json: b
 class _Wanted:
     """What is asked for beside the checksums, and with what it is done."""
 
-    sampling_of: "Callable[[str], Sampling]"
+    sampling_of: "Callable[[str, int], Sampling]"
     repaired: bool
     num_recomputed: int | None
     certified: bool
@@ -155,14 +157,17 @@ def _say_what_is_lacking(store: "KernelStore", damage: "Sequence[Damage]", wante
 def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
     """Say what a whole store holds; certify it first, if that is asked for."""
     from ntkgen.kernel.opening import open_store
-    from ntkgen.kernel.report import describe, suspicion
+    from ntkgen.kernel.report import describe
 
     if wanted.certified:
         _certify(store, wanted, report, finding)
         store = open_store(store.folder)
-        finding.problems += [(wrong, DAMAGED)] if (wrong := suspicion(store)) else []
     described = describe(store)
-    kept = ("rows", "cols", "num_col_samples", "output", "arrays", "certificate", "suspicious_tiles")
+    finding.problems += [(wrong, DAMAGED)] if (wrong := described["inaccuracy"]) else []
+    kept = (
+        "rows", "cols", "num_col_samples", "num_logits", "output", "arrays", "certificate", "inaccuracy",
+        "suspicious_tiles",
+    )  # fmt: skip
     finding.result |= {name: described[name] for name in (*kept, "tiles", "tiles_missing")} | {"next": None}
 
 
@@ -240,7 +245,8 @@ def _certify(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _
     from ntkgen import origin
     from ntkgen.kernel.engine import choose_device
 
-    sampling = wanted.sampling_of(store.manifest.identity.get("output", "full"))
+    num_logits = store.manifest.plan.profile.num_logits
+    sampling = wanted.sampling_of(store.manifest.identity.get("output", "full"), num_logits)
     try:
         origin.certify_again(store.folder, wanted.data_dir, sampling, choose_device(wanted.device), report)
     except NtkgenError as error:

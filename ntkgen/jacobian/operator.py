@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.errors import InputError, ShapeError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_vectors
+from ntkgen.jacobian.capture import weighted_sum
 from ntkgen.jacobian.evaluation import as_input, outputs_of
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
@@ -83,7 +84,8 @@ def add_pullback(
         return
     for column, cotangent in enumerate(cotangents):
         retain = column + 1 < len(cotangents)
-        grads = torch.autograd.grad(outputs, _params(module), cotangent, retain_graph=retain, allow_unused=True)
+        target = weighted_sum(outputs, cotangent)
+        grads = torch.autograd.grad(target, _params(module), retain_graph=retain, allow_unused=True)
         for part, grad in zip(total, grads, strict=True):
             if grad is not None:
                 part[column] += grad
@@ -120,7 +122,8 @@ def push_double_backward(
     cotangents = torch.zeros_like(outputs).requires_grad_()
     if not outputs.requires_grad:
         return cotangents.new_zeros(len(directions[0]), *outputs.shape)
-    grads = torch.autograd.grad(outputs, _params(module), cotangents, create_graph=True, allow_unused=True)
+    target = weighted_sum(outputs, cotangents)
+    grads = torch.autograd.grad(target, _params(module), create_graph=True, allow_unused=True)
     used = [index for index, grad in enumerate(grads) if grad is not None and grad.requires_grad]
     columns = []
     for column in range(len(directions[0])):

@@ -62,6 +62,17 @@ def _row(
     ).detach()
 
 
+def sampled_rows(
+    module: nn.Module,
+    sample: Tensor,
+    cotangents: Tensor,  # (rows, outputs)
+) -> Tensor:  # (rows, params)
+    """Form the Jacobian rows of vᵀ f of one sample for some v, by a backward pass each; a complex number is two."""
+    params = [param for param in module.parameters() if param.requires_grad]
+    outputs = outputs_of(module, sample[None])[0]
+    return torch.stack([_row(outputs @ v, params) for v in cotangents])
+
+
 def _groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str, Tensor]]:
     """Cut the parameters, in order, into groups of at most ``max_numbers`` scalars (a larger one stands alone)."""
     group: dict[str, Tensor] = {}

@@ -12,37 +12,21 @@ outputs below each other, whose Frobenius norm is that of all of them.
 import dataclasses
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkgen.checkpoint import parameter_fingerprint
-from ntkgen.errors import FingerprintError, ShapeError, StoreError
+from ntkgen.errors import FingerprintError, ModelError, ShapeError, StoreError
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.outputs import OutputMap, output_map
-from ntkgen.jacobian.reference import reference_ntk
-from ntkgen.kernel.certificate import USUAL_SAMPLING, Certificate, Sampling, StoredError, upper_bound, usual_sampling
+from ntkgen.kernel.certificate import USUAL_SAMPLING, Certificate, Sampling, usual_sampling
 from ntkgen.kernel.inputs import Inputs
+from ntkgen.kernel.judgement import norm_of, stored_error
+from ntkgen.kernel.pairs import Pairs, ReferenceRows, kernels_of, max_pair_errors
 from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.symmetric import SymmetricArray
-from ntkgen.kernel.tiles import Block, TileGrid
-
-# A block of samples is suspicious whose error is so many times what rounding explains.
-SUSPICIOUS_RATIO = 10.0
-# Rounding to a store dtype changes x by at most x times the first, and by at most the second below its normal numbers.
-UNIT_ROUNDOFF = {"float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
-HALF_SUBNORMAL = {"float16": 2.0**-25, "float32": 2.0**-150, "float64": 0.0}
-# Rounding once to what is kept of a sample changes it by so much.
-POLICY_ROUNDOFF = {
-    "float64": 2.0**-53,
-    "float64-accumulate": 2.0**-24,
-    "float32": 2.0**-24,
-    "tf32": 2.0**-11,
-    "bfloat16": 2.0**-9,
-}
 
 FloatArray = npt.NDArray[np.float64]
 # Called with what is being done ("stored product", "exact product" or "pairs"), how much of it is done, and all of it.
@@ -67,8 +51,8 @@ def certify(
     """Compare a finished store with the exact kernel of a network and its samples.
 
     Costs one pass over the tiles per store dtype, about s forward and 2 s backward passes per sample in float64 (m
-    times as many for the outputs `trace` and `diagonal`), and two dense Jacobians per pair. Below about 10⁻¹⁵ ‖K‖_F the
-    error is the operator's own. Where the module has no float64 (mps), the CPU computes.
+    times as many for the outputs `trace` and `diagonal`), and a backward pass per sampled row of a pair. Below about
+    10⁻¹⁵ ‖K‖_F the error is the operator's own. Where the module's device has no float64 (mps), the CPU computes.
 
     Args:
         store: The store; all its tiles are there. It says which output map its kernel is of.
@@ -90,18 +74,42 @@ def certify(
     require_finished(store)
     require_model(store, model)
     chosen = output_map(store.manifest.identity.get("output", "full"), store.manifest.plan.profile.num_logits)
-    exact = NTKOperator(model, inputs.x, inputs.against, transform=chosen.matrix)
+    exact = exact_operator(model, inputs.x, inputs.against, chosen.matrix)
     _check_size(store, chosen, exact, inputs)
     V = draw_probes(grid.num_cols, sampling)
     step = counted(report, "stored product", len(dtypes) * grid.num_planes * len(_places(store)))
     stored = {dtype: stored_product(store, dtype, V, step) for dtype in dtypes}
     KV = exact_product(exact, chosen, V, report)
-    pairs = draw_pairs((grid.num_samples, grid.num_cols // grid.num_outputs), sampling)
-    pair_errors = max_pair_errors(store, pairs, lambda i, j: exact_pair(model, inputs, (i, j), chosen), report)
-    errors = tuple(_stored_error(store, dtype, stored[dtype] - KV, KV, pair_errors[dtype]) for dtype in dtypes)
+    pairs = Pairs.draw(store, chosen, exact.num_outputs, sampling)
+    pair_errors = max_pair_errors(store, pairs, ReferenceRows.of(model, inputs, chosen, exact), report)
+    errors = tuple(stored_error(store, dtype, stored[dtype] - KV, KV, pair_errors[dtype]) for dtype in dtypes)
     return Certificate(
-        sampling.num_probes, len(pairs), sampling.seed, _norm(KV), errors, seconds=time.monotonic() - started
+        sampling.num_probes,
+        len(pairs.places),
+        sampling.seed,
+        norm_of(KV),
+        errors,
+        exact_dtype=str(exact.dtype).removeprefix("torch."),
+        num_pair_outputs=pairs.num_outputs,
+        seconds=time.monotonic() - started,
     )
+
+
+def exact_operator(
+    model: nn.Module,
+    x1: Tensor,  # (n₁, …)
+    x2: Tensor | None = None,  # (n₂, …)
+    transform: Tensor | None = None,  # (outputs, logits)
+) -> NTKOperator:
+    """Make the exact kernel as an operator: in float64, or where the network cannot be run in that, in float32.
+
+    Raises:
+        ModelError: If it can be run in neither.
+    """
+    try:
+        return NTKOperator(model, x1, x2, transform=transform)
+    except ModelError:
+        return NTKOperator(model, x1, x2, transform=transform, precision="float32")
 
 
 def add_certificate(
@@ -113,7 +121,8 @@ def add_certificate(
     report: Report = ignore_report,
 ) -> Certificate:
     """Certify a finished store, and write the certificate into it; only under its lock."""
-    sampling = sampling or usual_sampling(store.manifest.identity.get("output", "full"))
+    num_logits = store.manifest.plan.profile.num_logits
+    sampling = sampling or usual_sampling(store.manifest.identity.get("output", "full"), num_logits)
     found = certify(store, model, inputs, sampling, report=report)
     store.finalize()  # again: a group opened anew would lose its gathered metadata with the next attribute
     store.set_manifest(dataclasses.replace(store.manifest, certificate=found.to_json()))
@@ -191,18 +200,6 @@ def draw_probes(num_cols: int, sampling: Sampling) -> FloatArray:  # (cols, prob
     return np.random.default_rng([sampling.seed, 0]).standard_normal((num_cols, sampling.num_probes))
 
 
-def draw_pairs(counts: tuple[int, int], sampling: Sampling) -> list[tuple[int, int]]:
-    """Draw pairs of a sample of the rows and one of the columns, each at most once, from all of them.
-
-    >>> len(draw_pairs((3, 2), Sampling(num_pairs=299)))
-    6
-    """
-    total = counts[0] * counts[1]
-    generator = np.random.default_rng([sampling.seed, 1])
-    drawn = generator.choice(total, size=min(sampling.num_pairs, total), replace=False)
-    return [divmod(int(number), counts[1]) for number in drawn]
-
-
 # products -------------------------------------------------------------------------------------------------------------
 
 
@@ -235,12 +232,6 @@ def stored_product(
                 product[plane, cols] += values.T @ V[rows]
             step()
     return product
-
-
-def kernels_of(store: KernelStore, dtype: str) -> list[SymmetricArray]:
-    """View what is stored in one dtype as matrices: one, or one per output."""
-    planes = store.grid.num_planes
-    return [store.kernel(dtype, None if planes == 1 else plane) for plane in range(planes)]
 
 
 def _places(store: KernelStore) -> list[tuple[int, int]]:
@@ -288,142 +279,3 @@ def exact_product(
 def _matmat(exact: NTKOperator, V: FloatArray, report: Callable[[int, int], None]) -> FloatArray:
     product: FloatArray = exact.matmat(torch.from_numpy(V), report).cpu().numpy()
     return product
-
-
-# errors ---------------------------------------------------------------------------------------------------------------
-
-
-def _norm(product: FloatArray) -> float:
-    """Estimate ‖A‖_F from A V, ‖A V‖_F / √s: its square has the mean ‖A‖²_F."""
-    return float(np.linalg.norm(product) / np.sqrt(product.shape[-1]))
-
-
-def _block_norms(
-    grid: TileGrid,
-    product: FloatArray,  # (planes, rows, probes)
-) -> FloatArray:  # (blocks,)
-    blocks = (grid.block(index).rows(grid.num_outputs) for index in range(grid.num_blocks))
-    return np.array([_norm(product[:, rows]) for rows in blocks])
-
-
-def _stored_error(
-    store: KernelStore,
-    dtype: str,
-    EV: FloatArray,  # (planes, rows, probes)
-    KV: FloatArray,  # (planes, rows, probes)
-    max_pair_error: float,
-) -> StoredError:
-    """Turn the difference of the two products into what the certificate says of a store dtype."""
-    error, norm = _norm(EV), _norm(KV) or 1.0  # beside a kernel of zeros the error is absolute
-    bound = upper_bound(error, EV.shape[-1])
-    block_errors = _block_norms(store.grid, EV)
-    explained = explained_errors(store, dtype, _block_norms(store.grid, KV))
-    return StoredError(
-        dtype=dtype,
-        error=error,
-        bound=bound,
-        relative_error=error / norm,
-        relative_bound=bound / norm,
-        max_pair_error=max_pair_error,
-        block_errors=tuple(block_errors.tolist()),
-        suspicious=suspicious_blocks(block_errors, explained),
-    )
-
-
-def explained_errors(
-    store: KernelStore,
-    dtype: str,
-    block_norms: FloatArray,  # (blocks,): ‖K_b‖_F
-) -> FloatArray:  # (blocks,)
-    """Bound by how much rounding each entry once may change the rows of each block, in the Frobenius norm.
-
-    That is u ‖K_b‖_F, with u the unit roundoff of the store dtype or of the computation, whichever is larger, and half
-    a subnormal number per entry: float16 has no smaller ones for samples whose kernel is far below the largest.
-    """
-    grid = store.grid
-    rows = np.array([len(grid.block(index)) for index in range(grid.num_blocks)]) * grid.num_outputs
-    absolute = HALF_SUBNORMAL[dtype] * store.scale_factor(f"ntk_{dtype}")
-    relative = max(UNIT_ROUNDOFF[dtype], POLICY_ROUNDOFF[store.manifest.plan.precision])
-    return np.asarray(relative * block_norms + absolute * np.sqrt(rows * float(grid.num_cols * grid.num_planes)))
-
-
-def suspicious_blocks(
-    errors: FloatArray,  # (blocks,)
-    explained: FloatArray,  # (blocks,)
-) -> tuple[int, ...]:
-    """Name the blocks whose error is out of line.
-
-    The ratio of a block's error to what rounding once explains is at most about 1 where storing rounds most, and
-    larger, but of one size for all blocks, where the computation does. Suspicious is a block with more than ten times
-    the ratio of the blocks' lower quartile, and more than ten. It is the quartile because two wrong blocks of three
-    would mislead the median.
-
-    >>> suspicious_blocks(np.array([1.0, 1.2, 40.0, 0.9, 55.0]), np.full(5, 1.0))
-    (2, 4)
-    >>> suspicious_blocks(np.array([100.0, 120.0, 90.0]), np.full(3, 1.0))  # all alike: a less precise computation
-    ()
-    """
-    with np.errstate(over="ignore"):
-        ratios = errors / np.maximum(explained, np.finfo(np.float64).tiny)
-    usual = max(1.0, float(np.quantile(ratios, 0.25, method="lower")))
-    return tuple(np.flatnonzero(ratios > SUSPICIOUS_RATIO * usual).tolist())
-
-
-# pairs of samples -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExactPair:
-    """The kernel of two samples by the reference: their block, and √(K_rr K_cc) of its entries."""
-
-    values: FloatArray  # (planes, outputs, outputs)
-    scale: FloatArray  # (planes, outputs, outputs)
-
-
-def mapped_kernel(
-    kernel: FloatArray,  # (n₁ logits, n₂ logits)
-    chosen: OutputMap,
-    num_logits: int,
-) -> FloatArray:  # (planes, n₁ outputs, n₂ outputs)
-    """Turn the kernel of all logits, as the reference has it, into what a store of an output map holds."""
-    n1, n2 = (length // num_logits for length in kernel.shape)
-    blocks = kernel.reshape(n1, num_logits, n2, num_logits)
-    if chosen.reduction == "trace":
-        return np.asarray(np.einsum("iaja->ij", blocks))[None]
-    if chosen.reduction == "diagonal":
-        return np.asarray(np.einsum("iaja->aij", blocks))
-    if chosen.matrix is None:
-        return kernel[None]
-    A = chosen.matrix.numpy()
-    return np.asarray(np.einsum("oa,iajb,pb->iojp", A, blocks, A).reshape(1, n1 * len(A), n2 * len(A)))
-
-
-def exact_pair(model: nn.Module, inputs: Inputs, pair: tuple[int, int], chosen: OutputMap) -> ExactPair:
-    """Recompute the kernel of a sample of the rows and one of the columns with the reference."""
-    columns = inputs.x if inputs.against is None else inputs.against
-    full = reference_ntk(model, torch.stack([inputs.x[pair[0]], columns[pair[1]]])).numpy()
-    kernel = mapped_kernel(full, chosen, len(full) // 2)
-    m = kernel.shape[1] // 2
-    diagonal = np.diagonal(kernel, axis1=1, axis2=2)
-    return ExactPair(kernel[:, :m, m:], np.sqrt(diagonal[:, :m, None] * diagonal[:, None, m:]))
-
-
-def max_pair_errors(
-    store: KernelStore,
-    pairs: list[tuple[int, int]],
-    exact: Callable[[int, int], ExactPair],
-    report: Report = ignore_report,
-) -> dict[str, float]:
-    """Find the largest |K̃_rc − K_rc| / √(K_rr K_cc) of some pairs of samples, for each store dtype."""
-    kernels = {dtype: kernels_of(store, dtype) for dtype in store.manifest.dtypes}
-    largest = dict.fromkeys(kernels, 0.0)
-    for done, (i, j) in enumerate(pairs, start=1):
-        expected = exact(i, j)
-        rows, cols = (Block(index, index + 1).rows(store.grid.num_outputs) for index in (i, j))
-        scale = np.where(expected.scale > 0, expected.scale, 1.0)  # beside zeros the error is absolute
-        for dtype, planes in kernels.items():
-            values = np.stack([kernel[rows, cols] for kernel in planes]).astype(np.float64)
-            errors = np.abs(values - expected.values) / scale
-            largest[dtype] = max(largest[dtype], float(errors.max()))
-        report("pairs", done, len(pairs))
-    return largest

@@ -21,13 +21,14 @@ from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.certify import add_certificate, forget_certificate
+from ntkgen.kernel.certify import add_certificate, exact_operator, forget_certificate
 from ntkgen.kernel.distributed import Carried, Load, Team, open_team
 from ntkgen.kernel.identity import KernelSpec, identity_of, require_same_logits
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.kernel.opening import create_store, has_store, open_store
 from ntkgen.kernel.plan import Choices, Plan, make_plan
+from ntkgen.kernel.report import require_accurate
 from ntkgen.kernel.rounding import check_dtypes
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.tidy import tidy
@@ -101,6 +102,8 @@ def compute(
         FingerprintError: If the store is of something else.
         BudgetError: If the memory is too small.
         ModelError: If the kernel of this network is not defined.
+        InaccurateKernelError: If the finished kernel is not what it should be, whenever it is asked for. The store is
+            complete, and can be opened.
     """
     folder = folder_of(store, fsync=settings.pop("fsync", True))
     workers, client = settings.pop("workers", None), settings.pop("client", None)
@@ -119,14 +122,25 @@ def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_rep
         job: What is to be made.
         load: How a worker of a cluster comes by the network and its samples.
         report: Called as the stages proceed.
+
+    Raises:
+        InaccurateKernelError: If the certificate finds the finished kernel wrong, now or when it was made.
     """
     if job.hands.part is not None:
-        return _make_part(folder, job, job.hands.part, report)
+        store = _make_part(folder, job, job.hands.part, report)
+    else:
+        store = _make_whole(folder, job, load, report)
+    require_accurate(store)  # last: everything is committed, and no lock is held
+    return store
+
+
+def _make_whole(folder: Folder, job: KernelJob, load: Load, report: Report) -> KernelStore:
     with write_lock(folder):
         require_no_tile_writers(folder)
         store, network = _opened(folder, job)
         if not store.is_complete:
             forget_certificate(store)
+            _require_certifiable(job)
             store = _run_without_wrong_rules(store, network, job, load, report)
             with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
                 if is_alone:  # a worker that was killed has left what it was writing
@@ -201,6 +215,7 @@ def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> Ke
             tiles = [tile for tile in part.of(list(store.grid.tiles())) if tile in missing]
             if tiles:
                 forget_certificate(store)
+                _require_certifiable(job)
                 bench = _bench_with_diagonal(store, network, job, report, is_alone=is_alone)
         if tiles:
             engine.run_tiles(bench, tiles, bench.cached_blocks, report)
@@ -251,6 +266,16 @@ def _finish_last(folder: Folder, job: KernelJob, report: Report) -> None:
             if not store.is_complete:
                 store.finalize()
             _certified(store, job, report)
+
+
+def _require_certifiable(job: KernelJob) -> None:
+    """Try the exact kernel on a few samples before the work begins, so that no finished kernel waits for it in vain.
+
+    Raises:
+        ModelError: If the network can be run neither in float64 nor in its own dtype.
+    """
+    if job.spec.certify:
+        exact_operator(job.model, job.probe)
 
 
 def _certified(store: KernelStore, job: KernelJob, report: Report) -> None:

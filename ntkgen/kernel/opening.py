@@ -1,6 +1,7 @@
 """A store made, found or opened at a path, a URL or in a Zarr store."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,10 +11,11 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 import ntkgen
-from ntkgen.errors import StoreError
+from ntkgen.errors import InaccurateKernelWarning, StoreError
 from ntkgen.folders import Folder, LocalFolder, folder_of
 from ntkgen.kernel.arrays import Samples, create_static
 from ntkgen.kernel.manifest import FORMAT_VERSION, Manifest
+from ntkgen.kernel.report import inaccuracy
 from ntkgen.kernel.store import IMPORTED, KernelStore
 
 ROOT = "zarr.json"
@@ -112,6 +114,21 @@ def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r")
             f"{FORMAT_VERSION}. Made by ntkgen {values.get('version')}: use that."
         )
     return KernelStore(folder, group, manifest)
+
+
+def open_kernel(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r") -> KernelStore:
+    """Open a store as `open_store` does, and warn where its certificate finds the kernel wrong.
+
+    Raises:
+        StoreError: If there is none, or one of another format version.
+
+    Warns:
+        InaccurateKernelWarning: If no one should take its numbers for the kernel's.
+    """
+    store = open_store(place, mode)
+    if (wrong := inaccuracy(store)) is not None:
+        warnings.warn(wrong, InaccurateKernelWarning, stacklevel=2)
+    return store
 
 
 def _found_instead(folder: Folder) -> str:

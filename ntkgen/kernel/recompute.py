@@ -23,7 +23,8 @@ from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import side_arrays
-from ntkgen.kernel.certify import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF, require_model
+from ntkgen.kernel.certificate import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF
+from ntkgen.kernel.certify import require_model
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.opening import ROOT, open_store
 from ntkgen.kernel.plan import Band, Budget

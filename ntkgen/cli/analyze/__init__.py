@@ -69,12 +69,16 @@ class Asked:
         return cls(**{name: options.pop(name) for name in names}, client=client)
 
     def matrix(self, path: str) -> "Matrix":
-        """Open the store at a path for analysis."""
+        """Open the store at a path for analysis; say it once if its kernel is wrong."""
         from ntkgen.analysis.matrix import open_matrix
         from ntkgen.kernel.opening import open_store
+        from ntkgen.kernel.report import inaccuracy
 
+        store = open_store(path)
+        if (wrong := inaccuracy(store)) is not None:
+            click.echo(f"Warning: {wrong}", err=True)
         return open_matrix(
-            open_store(path),
+            store,
             dtype=self.dtype,
             output=self.of_output,
             allow_partial=self.allow_partial,
