@@ -53,8 +53,8 @@ def beside(path: Path, suffix: str) -> Path:
 
     >>> beside(Path("runs/k.zarr"), ".lock").name
     'k.zarr.lock'
-    >>> beside(Path("runs") / ("k" * 250), ".lock").name[-18:]
-    'kkkk-68aa6b5a.lock'
+    >>> beside(Path("runs") / ("k" * 251), ".lock").name[-18:]
+    'kkkk-3b8059c6.lock'
 
     Raises:
         InputError: If it is the root of the file system, which nothing lies beside.

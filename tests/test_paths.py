@@ -11,8 +11,9 @@ import torch
 from filled import PROVENANCE, fill_store, gram
 
 import ntkgen
-from ntkgen import official
+from ntkgen import cluster, official
 from ntkgen.cli.plot import unique_names
+from ntkgen.cluster import connected
 from ntkgen.errors import InputError
 from ntkgen.folders import LocalFolder, file_of, folder_of
 from ntkgen.kernel.store import KernelStore
@@ -89,6 +90,12 @@ def test_data_sets_are_looked_for_in_the_home(home):
     assert official.data_directory(Path("~/data")) == home / "data"
     (home / "mine.npz").touch()
     assert _locate("mine.npz", [Path("~")]) == str(home / "mine.npz")
+
+
+def test_the_file_of_a_scheduler_is_looked_for_in_the_home(home, monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0)
+    with pytest.raises(InputError, match=f"No cluster answers at {home}/scheduler.json"), connected("~/scheduler.json"):
+        pass
 
 
 def test_without_a_home_a_kernel_is_computed_and_a_tilde_is_refused(no_home, tmp_path, monkeypatch):
