@@ -5,11 +5,22 @@ import dataclasses
 import math
 from collections import Counter
 from functools import cache
-from itertools import product, starmap
+from itertools import product
 
 import pytest
 import torch
-from cases import CASES, CPU, TOLERANCES, Call, every_case, reference_of, relative_error
+from cases import (
+    CASES,
+    CPU,
+    TOLERANCES,
+    Call,
+    chosen,
+    chosen_cases,
+    chosen_cases_in_turn,
+    in_turn,
+    reference_of,
+    relative_error,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import layer_shapes, pieces, pieces_of
@@ -270,7 +281,7 @@ class Executed(TorchDispatchMode):
 
 
 @every_reduced_way
-@every_room
+@pytest.mark.parametrize("room", chosen(ROOMS, ["some by some"]))
 @pytest.mark.parametrize("is_diagonal", [True, False])
 def test_as_many_multiply_adds_are_done_as_planned(name, order, uses_pixels, reduction, room, is_diagonal):
     """On the diagonal only those above the staircase; rows are built for each product, and there only once."""
@@ -411,10 +422,7 @@ CUTS = [
 ]
 
 
-@every_case
-@pytest.mark.parametrize(
-    "order", [None, "ordered", *(pytest.param(o, marks=pytest.mark.slow) for o in ("explicit", "gram"))]
-)
+@chosen_cases_in_turn("name order", [None, *ORDERS])
 def test_slices_of_any_size_give_the_same_kernel(name, order):
     """With room for one number, or two, or three, every loop over samples, outputs and channels takes single steps."""
     whole = kernel_of(name, "float32", pieces_of(8, 8, 16, 1 << 22))
@@ -424,9 +432,7 @@ def test_slices_of_any_size_give_the_same_kernel(name, order):
         assert (found - whole).abs().max() <= 1e-6 * whole.diagonal().max(), sizes
 
 
-@every_case
-@pytest.mark.parametrize("reduction", ["trace", "diagonal"])
-@pytest.mark.parametrize("order", [None, "explicit", "gram"])
+@chosen_cases_in_turn("name reduction order", ["trace", "diagonal"], [None, "explicit", "gram"])
 def test_reductions_are_those_of_the_reference(name, reduction, order):
     expected = reference_of(name)
     m = len(expected) // len(network_of(name, "float64")[1])
@@ -465,17 +471,9 @@ def rectangle_of(name):
 # Relative Frobenius error that a policy may have against the reference; of bfloat16, 8 bits in every factor.
 POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], "bfloat16": 2e-2}
 PRECISIONS = ["float64", "float32", "float64-accumulate", "bfloat16"]
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
-def quick_or_slow(order, precision):
-    """Each order forced in each policy; those that differ in their sums alone when there is time."""
-    is_quick = order is None or precision in {"float64", "float32"}
-    return pytest.param(order, precision, marks=() if is_quick else pytest.mark.slow)
-
-
-@every_case
-@pytest.mark.parametrize(("order", "precision"), list(starmap(quick_or_slow, product([None, *ORDERS], PRECISIONS))))
+@in_turn("name order precision", CASES, [None, *ORDERS], PRECISIONS, always=[(None, "float64")])
 def test_equals_the_reference(name, order, precision):
     case = CASES[name]()
     num_layers = len(network_of(name, precision)[0].profile.layers)
@@ -520,8 +518,7 @@ def test_a_network_that_can_only_be_run_in_float32_is_run_in_float32(what):
 # algebra --------------------------------------------------------------------------------------------------------------
 
 
-@every_case
-@every_precision
+@chosen_cases_in_turn("name precision", PRECISIONS)
 def test_is_symmetric_to_the_last_bit_and_positive_semidefinite(name, precision):
     case = CASES[name]()
     K = ntkgen.ntk(case.module, case.x, precision=precision)
@@ -530,7 +527,7 @@ def test_is_symmetric_to_the_last_bit_and_positive_semidefinite(name, precision)
     assert eigenvalues[0] >= -10 * POLICY_TOLERANCES[precision] * eigenvalues[-1].abs()
 
 
-@every_case
+@chosen_cases
 def test_kernels_of_complementary_parameters_add_up(name):
     case = CASES[name]()
     halves = []
@@ -544,7 +541,7 @@ def test_kernels_of_complementary_parameters_add_up(name):
     assert min(half.norm() for half in halves) > 0 or name == "jacobian_of_zeros"
 
 
-@every_case
+@chosen_cases
 def test_permuting_samples_permutes_rows_and_columns(name):
     case = CASES[name]()
     K = ntkgen.ntk(case.module, case.x, precision="float64")
@@ -570,7 +567,7 @@ def test_a_row_is_one_output_of_one_sample(name):
     assert K.trace() == pytest.approx(float(trace), rel=1e-13)
 
 
-@every_case
+@chosen_cases
 def test_does_not_depend_on_how_the_work_is_cut(name, monkeypatch):
     case = CASES[name]()
     whole = ntkgen.ntk(case.module, case.x)
@@ -603,7 +600,7 @@ def test_a_diagonal_of_a_million_squares_is_as_exact_as_any(order, samples):
     assert (ntkgen.ntk(model, x, orders=orders) - exact).abs().max() < 1e-6 * exact.diagonal().max()
 
 
-@every_case
+@chosen_cases
 def test_does_not_depend_on_how_many_threads_compute(name):
     case, before = CASES[name](), torch.get_num_threads()
     alone = ntkgen.ntk(case.module, case.x)
