@@ -21,6 +21,7 @@ def noise(*shape: int) -> Tensor:
 
 
 @every_case
+@pytest.mark.numeric
 def test_the_operator_is_the_reference(name):
     case, K = CASES[name](), reference_of(name)
     found = NTKOperator(case.module, case.x, batch_size=2)
@@ -69,6 +70,7 @@ def test_rectangular_kernels_and_their_transposes(name):
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "batch_norm_2d", "transformer"])
+@pytest.mark.numeric
 def test_float32_is_float32(name):
     case = CASES[name]()
     found = NTKOperator(case.module, case.x, precision="float32")

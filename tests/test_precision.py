@@ -327,6 +327,7 @@ def eigenvalue_errors(model: nn.Module, x: torch.Tensor, order: str, precision: 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.numeric
 def test_float64_sums_of_float32_factors_keep_eigenvalues_that_float32_loses(order, outputs):
     """Down to 2⁻⁴⁰, 1e-12 of the largest one: to 1 % there, where float32 has rounding and nothing else."""
     model, x = linear_model_of_known_spectrum(outputs)
@@ -391,6 +392,7 @@ NETWORKS = {"smooth": lambda: (convolutional(nn.Tanh, nn.AvgPool2d), noise(24)),
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.numeric
 def test_float32_factors_keep_every_eigenvalue_to_what_the_rounded_jacobian_allows(kind):
     """|λ̃ / λ − 1| ≤ 2 η √(λ_max / λ), and a log-determinant to their mean; the η of factors may be twice autograd's."""
     model, x = NETWORKS[kind]()
@@ -404,6 +406,7 @@ def test_float32_factors_keep_every_eigenvalue_to_what_the_rounded_jacobian_allo
     assert abs(log_determinant_per_row(found) - log_determinant_per_row(exact)) <= allowed.mean()
 
 
+@pytest.mark.numeric
 def test_a_relu_input_within_rounding_of_zero_costs_the_rows_of_its_sample():
     """On the two sides of a kink there are two Jacobians. Which one float32 takes depends on the processor."""
     model, x = away_from_kinks()
