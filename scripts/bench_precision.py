@@ -5,8 +5,10 @@
 Two kernels are computed with every policy that the device has: of a wide MLP (GELU, 2 × 512) trained long on the first
 two principal components of the digits, whose kernel is ill-conditioned, and of a LeNet trained on the digits to 99.5 %.
 For each: relative Frobenius error and largest relative eigenvalue error against float64, negative eigenvalues, the
-log-determinant per row in nats and its difference, and seconds. Then η = ‖J̃ − J‖₂ / ‖J‖₂ of untrained networks, J̃ the
-Jacobian in float32, from which relative eigenvalue errors of `float64-accumulate` follow, 2 η √(λ_max / λ).
+log-determinant per row in nats and its difference, and seconds; and flips, how many signs of ReLU inputs and maxima of
+pooling windows differ between the passes in float32 and in float64, which is up to the processor. Then
+η = ‖J̃ − J‖₂ / ‖J‖₂ of untrained networks, J̃ the Jacobian in float32, from which relative eigenvalue errors of
+`float64-accumulate` follow, 2 η √(λ_max / λ).
 """
 
 import json
@@ -76,9 +78,35 @@ def lenet() -> tuple[nn.Module, Tensor]:
 CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"mlp": mlp, "lenet": lenet}
 
 
+def num_flips(model: nn.Module, x: Tensor) -> int:
+    """Count what float32 decides otherwise than float64: the sign of a ReLU input, the place of a maximum."""
+    single, double = (
+        _decisions(evaluation_copy(model, dtype), x.to(dtype)) for dtype in (torch.float32, torch.float64)
+    )
+    return sum(int((one != other).sum()) for one, other in zip(single, double, strict=True))
+
+
+@torch.no_grad()
+def _decisions(model: nn.Module, x: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def decided(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if isinstance(module, nn.ReLU):
+            found.append(args[0] > 0)
+        if isinstance(module, nn.MaxPool2d):
+            largest, places = nn.functional.max_pool2d(args[0], module.kernel_size, module.stride, return_indices=True)
+            found.append(torch.where(largest > 0, places, 0))  # no gradient passes what a ReLU has made zero
+
+    for module in model.modules():
+        module.register_forward_pre_hook(decided)
+    model(x)
+    return found
+
+
 def compare(case: str) -> list[dict[str, Any]]:
     """Compute a case's kernel with every policy, and compare the spectra with that of float64."""
     model, x = CASES[case]()
+    flips = num_flips(model, x)
     exact = np.linalg.eigvalsh(ntkgen.ntk(model, x, precision="float64").numpy())
     reference = ntkgen.ntk(model, x, precision="float64").numpy()
     rows = []
@@ -93,13 +121,14 @@ def compare(case: str) -> list[dict[str, Any]]:
             kernel = ntkgen.ntk(model, x, precision=name)
             seconds.append(time.perf_counter() - start)
         rows.append(
-            {"case": case, "precision": name, "rows": len(exact), "condition": exact[-1] / exact[0]}
+            {"case": case, "precision": name, "rows": len(exact), "condition": exact[-1] / exact[0], "flips": flips}
             | differences(kernel.double().numpy(), reference, exact)
             | {"seconds": statistics.median(seconds), "seconds_all": seconds}
         )
     stored = reference.astype(np.float32).astype(np.float64)
     rows.append(
         {"case": case, "precision": "float64, stored as float32", "rows": len(exact), "condition": exact[-1] / exact[0]}
+        | {"flips": flips}
         | differences(stored, reference, exact)
     )
     return rows
@@ -148,7 +177,7 @@ def main(cases: tuple[str, ...], networks: tuple[str, ...], *, as_json: bool) ->
         if as_json:
             print("\n".join(json.dumps(row) for row in rows), flush=True)
             continue
-        print(f"\n{case}: {rows[0]['rows']} rows, condition {rows[0]['condition']:.1e}\n")
+        print(f"\n{case}: {rows[0]['rows']} rows, condition {rows[0]['condition']:.1e}, {rows[0]['flips']} flips\n")
         print("| precision | relative error | largest eigenvalue error | negative | log-det per row | difference | s |")
         print("|---|---|---|---|---|---|---|")
         for row in rows:

@@ -5,8 +5,9 @@ autograd; all others must be treated by a rule.
 """
 
 import dataclasses
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,8 @@ from ntkgen.lock import write_lock
 
 # Relative Frobenius error that a kernel computed or stored in a dtype may have against the reference.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3}
+# ‖J̃ − J‖₂ / ‖J‖₂ of a Jacobian in float32, on any machine: a few roundings of 6e-8 a layer. Measured: 1e-7 to 4e-7.
+FLOAT32_JACOBIAN = 1e-6
 
 CPU = torch.device("cpu")
 
@@ -855,6 +858,54 @@ def pretrained_in_bfloat16() -> Case:
 def every_case(test: Callable[..., None]) -> Callable[..., None]:
     """Run a test once per network, under its name."""
     return pytest.mark.parametrize("name", CASES)(test)
+
+
+# One of each kind: of layer, of axes, of use, of parameter without a rule, of what the outputs do not depend on.
+CHOSEN = (
+    "mlp", "one_sample", "sequence_first", "conv", "conv_groups", "conv_stride", "conv_same_reflect", "conv3d",
+    "batch_norm_2d", "layer_norm_of_two_axes", "group_norm", "weight_norm", "residual_in_place", "tied_weights",
+    "reused_at_two_sizes", "frozen_weight", "jacobian_of_zeros", "separate_heads",
+    "embedding_of_repeated_and_padding_tokens", "language_model", "bare_parameter", "attention_batch_first", "lstm",
+)  # fmt: skip
+
+
+def chosen(values: Iterable[Any], some: Container[Any]) -> list[Any]:
+    """List the values of a parameter: those that are not among some are slow."""
+    every = {value: value if isinstance(value, tuple) else (value,) for value in values}
+    return [value if value in some else pytest.param(*each, marks=pytest.mark.slow) for value, each in every.items()]
+
+
+def chosen_cases(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test once per network, where another shows that each is treated rightly: all but the chosen ones slow."""
+    return pytest.mark.parametrize("name", chosen(CASES, CHOSEN))(test)
+
+
+def in_turn(
+    argnames: str,
+    values: Iterable[Any],
+    *others: Sequence[Any],
+    always: Sequence[tuple[Any, ...]] = (),
+) -> pytest.MarkDecorator:
+    """Run a test with every combination of some parameters, of which only a few are not slow.
+
+    Each of the values is among these few: with what is ``always`` of the others, and with one other combination, in
+    turn, so that each of those is among them too. A value that is slow is so with all.
+    """
+    combinations = list(itertools.product(*others))
+    rest = [number for number, each in enumerate(combinations) if each not in always]
+    params = []
+    for at, value in enumerate(values):
+        name, marks = (value.values[0], value.marks) if isinstance(value, type(pytest.param())) else (value, ())
+        for number, each in enumerate(combinations):
+            is_quick = number == rest[at % len(rest)] or number not in rest
+            params.append(pytest.param(name, *each, marks=marks or (() if is_quick else pytest.mark.slow)))
+    return pytest.mark.parametrize(argnames.split(), params)
+
+
+def chosen_cases_in_turn(argnames: str, *others: Sequence[Any]) -> pytest.MarkDecorator:
+    """Run a test once per network and combination: the chosen networks with one each, in turn, the others slow."""
+    first_chosen = [*CHOSEN, *(name for name in CASES if name not in CHOSEN)]
+    return in_turn(argnames, chosen(first_chosen, CHOSEN), *others)
 
 
 @cache

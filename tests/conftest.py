@@ -3,31 +3,30 @@
 import os
 
 import pytest
+import strategies  # noqa: F401 - which loads the profile of hypothesis
 import torch
 from cases import Job, make_job
-from hypothesis import settings
 
 from ntkgen import cli
 
 # Plans by the built-in rates, here and in every process that a test starts: what is planned is not what is measured.
 os.environ["NTKGEN_RATES"] = "default"
 
-# The same examples in every run, none of them timed, nothing written into the checkout.
-settings.register_profile("ntkgen", deadline=None, derandomize=True, database=None, max_examples=60)
-settings.load_profile("ntkgen")
-
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Run one process more than there are processors: many tests wait, for processes that they have started."""
-    return min(4, (os.cpu_count() or 1) + 1)
+    """Run a process per processor: each imports torch and collects every test, which takes it several seconds."""
+    return min(4, os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Use one thread: the networks are so small that handing work to a second takes most of the time."""
+    """Use one thread: the networks are so small that handing work to a second takes most of the time.
+
+    NTKGEN_TEST_THREADS says otherwise, for a run that looks for what depends on their number.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("NTKGEN_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filled import MEMORY, drawn, filled, one_hot, rectangle
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis.alignment import Problem, Readout, TestSamples, align, centered_product, contrasts
@@ -31,7 +32,6 @@ everywhere = given(
     layout=st.sampled_from(["upper", "full"]),
     seed=st.integers(0, 99),
 )
-few = settings(max_examples=12)
 
 
 def dense_alignment(K, Y):

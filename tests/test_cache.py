@@ -46,7 +46,8 @@ class Model:
         for block in released:  # as if they had streamed past just now
             self.there.remove(block)
             self.there.append(block)
-        self.held = [block for block in blocks if block in self.there]
+        kept = [block for block in self.held if block in blocks]  # who was held first is the first to leave, later
+        self.held = [*kept, *(block for block in blocks if block in self.there and block not in kept)]
         for block in blocks:
             if block not in self.there:
                 self.make(block)

@@ -631,12 +631,11 @@ def test_verify_finds_wrong_numbers_that_have_a_right_checksum(run):
     assert "(1, 3)" in err
 
 
-def test_the_whole_way_in_a_process_of_its_own(tmp_path):
-    command = [sys.executable, "-m", "ntkgen"]
-    options = {"cwd": tmp_path, "capture_output": True, "text": True}
-    computed = subprocess.run([*command, *FAST[:-2], "--output", "centered"], check=False, **options)
+def test_the_whole_way_in_a_process_of_its_own(run, tmp_path):
+    command = [sys.executable, "-m", "ntkgen", *FAST[:-2], "--output", "centered"]
+    computed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (computed.returncode, computed.stderr) == (0, "")
     store = next((tmp_path / "runs").glob("*.zarr"))
     (store / "ntk_float32/c/0/0").unlink()
-    verified = subprocess.run([*command, "verify", store], check=False, **options)
-    assert (verified.returncode, verified.stderr.count("\n")) == (1, 1)
+    code, _, err = run("verify", store)
+    assert (code, err.count("\n")) == (1, 1)

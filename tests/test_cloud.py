@@ -99,6 +99,7 @@ def test_a_stored_kernel_is_read_from_the_bucket(run, bucket, local):
         assert np.array_equal(found["ntk_float32"].values, here.array[:])
 
 
+@pytest.mark.slow
 def test_a_killed_writer_is_followed_by_one_that_goes_on(run, bucket, local):
     out = f"{bucket}/runs"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

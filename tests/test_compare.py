@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 from filled import MEMORY, drawn, filled
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis import compare as comparing
@@ -18,7 +19,6 @@ from ntkgen.analysis.compare import compare
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, FingerprintError, InputError
 
-few = settings(max_examples=15)
 tiles = st.integers(1, 9)
 layouts = st.sampled_from(["upper", "full"])
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from cases import files_of, relative_error, small_network
+from cases import files_of, in_turn, relative_error, small_network
 from torch import nn
 
 import ntkgen
@@ -29,8 +29,7 @@ def test_the_store_holds_the_kernel_and_its_labels(tmp_path):
     assert store.read("row_label").tolist() == [label for label in range(7) for _ in range(3)]
 
 
-@pytest.mark.parametrize("layout", ["upper", "full"])
-@pytest.mark.parametrize("output", ["sum", "centered", "index:2", "trace", "diagonal"])
+@in_turn("output layout", ["sum", "centered", "index:2", "trace", "diagonal"], ["upper", "full"])
 def test_output_maps_are_stored(tmp_path, output, layout):
     x, m = samples(5), 3
     store = ntkgen.compute(
@@ -88,8 +87,7 @@ def test_rectangular_kernels_are_stored_whole(tmp_path, rows, columns):
     assert relative_error(found, blocks.reshape(3 * rows, -1)) < 1e-3
 
 
-@pytest.mark.parametrize("against", [None, samples(4, seed=2)])
-@pytest.mark.parametrize("output", ["full", "diagonal"])
+@in_turn("output against", ["full", "diagonal"], [None, samples(4, seed=2)])
 def test_an_interrupted_store_goes_on_to_equal_bytes(tmp_path, output, against):
     settings = {"output": output, "tile_side": 6 if output == "full" else 2}
     whole = ntkgen.compute(small_network(), samples(5), against, store=tmp_path / "whole.zarr", **settings)

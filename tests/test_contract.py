@@ -5,11 +5,23 @@ import dataclasses
 import math
 from collections import Counter
 from functools import cache
-from itertools import product, starmap
+from itertools import product
 
 import pytest
 import torch
-from cases import CASES, CPU, TOLERANCES, Call, every_case, reference_of, relative_error
+from cases import (
+    CASES,
+    CHOSEN,
+    CPU,
+    TOLERANCES,
+    Call,
+    chosen,
+    chosen_cases,
+    chosen_cases_in_turn,
+    in_turn,
+    reference_of,
+    relative_error,
+)
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import layer_shapes, pieces, pieces_of
@@ -150,6 +162,7 @@ every_room = pytest.mark.parametrize("room", ROOMS)
 
 @every_reduced_way
 @every_room
+@pytest.mark.numeric
 def test_every_order_is_the_definition(name, order, uses_pixels, reduction, room):
     layer = layer_of(name, order, uses_pixels)
     left, right = random_factors(layer, 5, seed=0), random_factors(layer, 4, seed=1)
@@ -271,7 +284,7 @@ class Executed(TorchDispatchMode):
 
 
 @every_reduced_way
-@every_room
+@pytest.mark.parametrize("room", chosen(ROOMS, ["some by some"]))
 @pytest.mark.parametrize("is_diagonal", [True, False])
 def test_as_many_multiply_adds_are_done_as_planned(name, order, uses_pixels, reduction, room, is_diagonal):
     """On the diagonal only those above the staircase; rows are built for each product, and there only once."""
@@ -306,6 +319,7 @@ def rounded(block, dtype):
 @pytest.mark.skipif("onednn" not in routes(CPU), reason="torch was built without oneDNN")
 @every_way
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64-accumulate"])
+@pytest.mark.numeric
 def test_the_other_route_is_taken_for_float32_and_gives_the_same_kernel(name, order, uses_pixels, precision):
     layer = layer_of(name, order, uses_pixels)
     blocks = [rounded(random_factors(layer, n, seed=n), policy(precision).factor_dtype) for n in (5, 4)]
@@ -343,13 +357,14 @@ def shares(one, other):
     return isinstance(other, torch.Tensor) and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
-@every_way
-@pytest.mark.parametrize(
-    ("panel", "numbers", "precision"),
-    [(1, 1, "float64"), (4, 1, "float64"), (4, 1_000, "bfloat16"), (4, 1_000, "float64"), (1, 30_000, "float64")],
-)
-def test_no_more_numbers_are_alive_than_are_counted(name, order, uses_pixels, panel, numbers, precision):
+# Samples of a panel, numbers of an intermediate, precision.
+ALIVE = [(4, 1_000, "float64"), (1, 30_000, "float64"), (4, 1_000, "bfloat16"), (1, 1, "float64"), (4, 1, "float64")]
+
+
+@in_turn("way work", WAYS, ALIVE)
+def test_no_more_numbers_are_alive_than_are_counted(way, work):
     """Beside the result, of which a block with itself has four in the end, when all else is gone."""
+    (name, order, uses_pixels), (panel, numbers, precision) = way, work
     layer = layer_of(name, order, uses_pixels)
     plan = plan_of(layer, pieces_of(10, 1, panel, numbers), precision=precision)
     plan = dataclasses.replace(plan, dense_params=0)  # whose rows would be more than all else
@@ -412,10 +427,8 @@ CUTS = [
 ]
 
 
-@every_case
-@pytest.mark.parametrize(
-    "order", [None, "ordered", *(pytest.param(o, marks=pytest.mark.slow) for o in ("explicit", "gram"))]
-)
+@chosen_cases_in_turn("name order", [None, *ORDERS])
+@pytest.mark.numeric
 def test_slices_of_any_size_give_the_same_kernel(name, order):
     """With room for one number, or two, or three, every loop over samples, outputs and channels takes single steps."""
     whole = kernel_of(name, "float32", pieces_of(8, 8, 16, 1 << 22))
@@ -425,9 +438,7 @@ def test_slices_of_any_size_give_the_same_kernel(name, order):
         assert (found - whole).abs().max() <= 1e-6 * whole.diagonal().max(), sizes
 
 
-@every_case
-@pytest.mark.parametrize("reduction", ["trace", "diagonal"])
-@pytest.mark.parametrize("order", [None, "explicit", "gram"])
+@chosen_cases_in_turn("name reduction order", ["trace", "diagonal"], [None, "explicit", "gram"])
 def test_reductions_are_those_of_the_reference(name, reduction, order):
     expected = reference_of(name)
     m = len(expected) // len(network_of(name, "float64")[1])
@@ -466,17 +477,10 @@ def rectangle_of(name):
 # Relative Frobenius error that a policy may have against the reference; of bfloat16, 8 bits in every factor.
 POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], "bfloat16": 2e-2}
 PRECISIONS = ["float64", "float32", "float64-accumulate", "bfloat16"]
-every_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
-def quick_or_slow(order, precision):
-    """Each order forced in each policy; those that differ in their sums alone when there is time."""
-    is_quick = order is None or precision in {"float64", "float32"}
-    return pytest.param(order, precision, marks=() if is_quick else pytest.mark.slow)
-
-
-@every_case
-@pytest.mark.parametrize(("order", "precision"), list(starmap(quick_or_slow, product([None, *ORDERS], PRECISIONS))))
+@in_turn("name order precision", CASES, [None, *ORDERS], PRECISIONS, always=[(None, "float64")])
+@pytest.mark.numeric
 def test_equals_the_reference(name, order, precision):
     case = CASES[name]()
     num_layers = len(network_of(name, precision)[0].profile.layers)
@@ -509,6 +513,7 @@ OWN_FLOATS = {
 
 
 @pytest.mark.parametrize("what", OWN_FLOATS)
+@pytest.mark.numeric
 def test_a_network_that_can_only_be_run_in_float32_is_run_in_float32(what):
     model = Call(OWN_FLOATS[what], cell=torch.nn.Linear(4, 5), out=torch.nn.Linear(5, 2))
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
@@ -521,8 +526,8 @@ def test_a_network_that_can_only_be_run_in_float32_is_run_in_float32(what):
 # algebra --------------------------------------------------------------------------------------------------------------
 
 
-@every_case
-@every_precision
+@chosen_cases_in_turn("name precision", PRECISIONS)
+@pytest.mark.numeric
 def test_is_symmetric_to_the_last_bit_and_positive_semidefinite(name, precision):
     case = CASES[name]()
     K = ntkgen.ntk(case.module, case.x, precision=precision)
@@ -531,7 +536,7 @@ def test_is_symmetric_to_the_last_bit_and_positive_semidefinite(name, precision)
     assert eigenvalues[0] >= -10 * POLICY_TOLERANCES[precision] * eigenvalues[-1].abs()
 
 
-@every_case
+@chosen_cases
 def test_kernels_of_complementary_parameters_add_up(name):
     case = CASES[name]()
     halves = []
@@ -545,7 +550,7 @@ def test_kernels_of_complementary_parameters_add_up(name):
     assert min(half.norm() for half in halves) > 0 or name == "jacobian_of_zeros"
 
 
-@every_case
+@chosen_cases
 def test_permuting_samples_permutes_rows_and_columns(name):
     case = CASES[name]()
     K = ntkgen.ntk(case.module, case.x, precision="float64")
@@ -571,7 +576,8 @@ def test_a_row_is_one_output_of_one_sample(name):
     assert K.trace() == pytest.approx(float(trace), rel=1e-13)
 
 
-@every_case
+@pytest.mark.parametrize("name", chosen(CASES, CHOSEN[::3]))
+@pytest.mark.numeric
 def test_does_not_depend_on_how_the_work_is_cut(name, monkeypatch):
     case = CASES[name]()
     whole = ntkgen.ntk(case.module, case.x)
@@ -596,6 +602,7 @@ def test_does_not_depend_on_how_the_work_is_cut(name, monkeypatch):
 
 @pytest.mark.parametrize("order", [None, *ORDERS])
 @pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.numeric
 def test_a_diagonal_of_a_million_squares_is_as_exact_as_any(order, samples):
     model = nn.Sequential(nn.Conv2d(512, 512, 2, bias=False), nn.Flatten(), nn.Linear(512, 3))
     x = torch.rand(samples, 512, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -604,7 +611,8 @@ def test_a_diagonal_of_a_million_squares_is_as_exact_as_any(order, samples):
     assert (ntkgen.ntk(model, x, orders=orders) - exact).abs().max() < 1e-6 * exact.diagonal().max()
 
 
-@every_case
+@pytest.mark.parametrize("name", chosen(CASES, CHOSEN[::4]))
+@pytest.mark.numeric
 def test_does_not_depend_on_how_many_threads_compute(name):
     case, before = CASES[name](), torch.get_num_threads()
     alone = ntkgen.ntk(case.module, case.x)

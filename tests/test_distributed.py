@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CPU, files_of, make_job, small_network
+from cases import CPU, chosen, files_of, make_job, small_network
 from distributed import Client, LocalCluster
 
 import ntkgen
@@ -171,11 +171,9 @@ class Sabotaged:
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize(
-    "kind", ["kill", "litter", "fail", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hang", "stop"))]
-)
+@pytest.mark.parametrize("kind", chosen(["kill", "litter", "fail", "hang", "stop"], ["litter"]))
 def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
-    patient = dataclasses.replace(team, tile_seconds=6.0)
+    patient = team if kind in {"kill", "litter", "fail"} else dataclasses.replace(team, tile_seconds=6.0)
     load = Sabotaged(Carried(job.model, job.inputs), tmp_path, kind)
     make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, patient), load)
     assert (tmp_path / f"{kind}0").exists()
@@ -190,6 +188,7 @@ def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done
     assert files_of(tmp_path / "k.zarr") == expected
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_each_time_ends_the_run(job, team, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "MAX_TRIES", 2)
     load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "kill", times=1000)
@@ -197,6 +196,7 @@ def test_a_worker_that_dies_each_time_ends_the_run(job, team, monkeypatch, tmp_p
         make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_at_once(job, team, tmp_path):
     load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "full", times=1000)
     with pytest.raises(OSError, match="No space left") as raised:
@@ -238,15 +238,10 @@ def killing_before(monkeypatch, method: str, number: int) -> list[int]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "number"),
-    [
-        ("register_plugin", 1),
-        *(
-            pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("run", 1), ("run", 2), ("run", 3), ("unregister_worker_plugin", 1))
-        ),
-    ],
+    [("register_plugin", 1), ("run", 1), ("run", 2), ("run", 3), ("unregister_worker_plugin", 1)],
 )
 def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
     job, expected, team, method, number, monkeypatch, tmp_path
@@ -258,6 +253,7 @@ def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
     assert files_of(tmp_path / "k.zarr") == expected
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, expected, team, monkeypatch, tmp_path):
     """A job that has ended, as far as the scheduler knows, but whose outcome is lost before it is fetched."""
     landed, killed = Team._landed, []

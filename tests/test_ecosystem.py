@@ -121,6 +121,7 @@ def test_the_example_refuses_one_triangle(tmp_path):
     assert ntkgen.open(store.name).xarray.shape == (21, 21)
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_is_that_of_the_process_alone():
     """Of a child of a large process too, in which `getrusage` counts what the parent held."""
     held = np.ones(30_000_000)

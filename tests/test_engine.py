@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from cases import CASES, CPU, TOLERANCES, Job, cut, files_of, make_job, relative_error
+from cases import CASES, CPU, TOLERANCES, Job, chosen, cut, files_of, in_turn, make_job, relative_error
 from torch import nn
 
 from ntkgen.errors import DivergedError, InputError, PlanError
@@ -80,7 +80,7 @@ def test_any_number_of_samples_is_a_kernel(num_samples, tmp_path):
 # bytes ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block_samples", [1, 2, 3])
+@pytest.mark.parametrize("block_samples", chosen([1, 2, 3], [2]))
 def test_bytes_do_not_depend_on_how_much_is_cached(block_samples, tmp_path):
     job = make_job(block_samples=block_samples)
     found = []
@@ -90,7 +90,7 @@ def test_bytes_do_not_depend_on_how_much_is_cached(block_samples, tmp_path):
     assert all(files == found[0] for files in found)
 
 
-@pytest.mark.parametrize("precision", ["float64", "float64-accumulate", "bfloat16"])
+@pytest.mark.parametrize("precision", chosen(["float64", "float64-accumulate", "bfloat16"], ["bfloat16"]))
 def test_neither_do_they_in_another_precision(precision, tmp_path):
     job = make_job(precision=precision, block_samples=2)
     found = []
@@ -120,7 +120,7 @@ def test_a_tile_does_not_depend_on_what_was_computed_before(job):
     assert in_order == backwards == alone
 
 
-@pytest.mark.parametrize("block_samples", [2, 3])
+@pytest.mark.parametrize("block_samples", chosen([2, 3], [2]))
 def test_a_store_whose_tiles_are_made_in_any_order_has_the_same_bytes(block_samples, tmp_path):
     """Whichever tiles were there already, and however much of the rest is at hand."""
     job = make_job(block_samples=block_samples)
@@ -136,7 +136,8 @@ def test_a_store_whose_tiles_are_made_in_any_order_has_the_same_bytes(block_samp
         assert files_of(path) == expected
 
 
-@pytest.mark.parametrize("block_samples", [1, 2])
+@pytest.mark.parametrize("block_samples", chosen([1, 2], [2]))
+@pytest.mark.numeric
 def test_smaller_blocks_give_the_same_kernel_to_rounding(job, block_samples, tmp_path):
     whole = job.run(job.create(tmp_path / "whole.zarr")).array[:]
     pieces = dataclasses.replace(job, plan=cut(job.plan, block_samples))
@@ -145,7 +146,8 @@ def test_smaller_blocks_give_the_same_kernel_to_rounding(job, block_samples, tmp
     assert np.array_equal(store.array[:], store.array[:].T)
 
 
-@pytest.mark.parametrize("side", [3, 6, 21, 42])
+@pytest.mark.parametrize("side", chosen([3, 6, 21, 42], [6, 42]))
+@pytest.mark.numeric
 def test_other_tiles_give_the_same_kernel_to_rounding(job, side, tmp_path):
     expected = job.run(job.create(tmp_path / "k.zarr")).array[:]
     other = make_job(side=side)
@@ -193,12 +195,16 @@ def create(job, path):
     return create_store(path, manifest, samples(grid.num_samples, columns))
 
 
-@pytest.mark.parametrize("reduction", ["none", "trace", "diagonal"])
-@pytest.mark.parametrize(("num_rows", "num_columns"), [(8, None), (8, 5), (2, 7)])
-@pytest.mark.parametrize("block_samples", [2, 3])
-def test_reduced_and_rectangular_kernels_are_those_of_the_reference(
-    reduction, num_rows, num_columns, block_samples, tmp_path
-):
+@in_turn(
+    "reduction size block_samples",
+    ["none", "trace", "diagonal"],
+    [(8, None), (8, 5), (2, 7)],
+    [3, 2],
+    always=[((8, 5), 3)],
+)
+@pytest.mark.numeric
+def test_reduced_and_rectangular_kernels_are_those_of_the_reference(reduction, size, block_samples, tmp_path):
+    num_rows, num_columns = size
     job = reduced_job(reduction, num_rows, num_columns)
     job = dataclasses.replace(job, plan=cut(job.plan, block_samples))
     whole = job.reference.reshape(len(job.x), 3, len(job.x), 3)
@@ -278,8 +284,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("what", FAILURES)
-@pytest.mark.parametrize("count", [0, 1, 7, 14])
+@in_turn("what count", FAILURES, [0, 7, 14, 1])
 def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(
     job, straight, what, count, tmp_path, monkeypatch
 ):
@@ -305,8 +310,7 @@ def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(
     assert files_of(store.path) == straight
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, DivergedError])
-@pytest.mark.parametrize("count", [0, 1, 7, 14])
+@in_turn("error count", [KeyboardInterrupt, MemoryError, DivergedError], [7, 0, 14, 1])
 def test_what_was_computed_before_an_interruption_is_committed(job, straight, error, count, tmp_path, monkeypatch):
     """Ctrl-C comes while a tile is computed: those before it are on disk, and the store is continued."""
     store, compute_tile, computed = job.create(tmp_path / "k.zarr"), engine.compute_tile, []

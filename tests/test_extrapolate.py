@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filled import fill_store
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import gammaln
 
@@ -45,7 +45,6 @@ def power_law(num_samples, num_outputs, nu, log_scale=1.0):
 numbers = st.floats(-5, 5)
 
 
-@settings(max_examples=30)
 @given(st.integers(0, 2), st.integers(0, 1), st.floats(-1, 1), st.lists(numbers, min_size=6, max_size=6))
 def test_the_coefficients_of_a_law_are_found(q, powers, alpha, coefficients):
     law = Law(to=9, q=q, powers=powers, alpha=alpha)

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from cases import CASES, CPU, every_case, make_job, relative_error
+from cases import CASES, CPU, chosen, chosen_cases, chosen_cases_in_turn, in_turn, make_job, relative_error
 from strategies import pieces_of
 
 import ntkgen
@@ -31,8 +31,7 @@ def tensors_of(block):
     return [block.logits, block.rows, *(t for pair in block.pairs for t in (pair.inputs, pair.cotangents))]
 
 
-@every_case
-@pytest.mark.parametrize("order", [None, *ORDERS])
+@chosen_cases_in_turn("name order", [None, *ORDERS])
 def test_as_many_numbers_are_kept_as_planned(name, order):
     num_layers = len(prepared(name)[0].profile.layers)
     network, plan, x = prepared(name, orders=[order] * num_layers if order else ())
@@ -57,7 +56,8 @@ def test_as_many_bytes_are_kept_as_planned_and_a_few_more_of_logits(name, precis
     assert 0 <= kept - len(x) * plan.factor_bytes <= block.logits.nbytes
 
 
-@every_case
+@chosen_cases
+@pytest.mark.numeric
 def test_factors_are_those_of_every_sample_alone(name):
     network, plan, x = prepared(name, batch_size=3)
     single = plan_jacobian(network.profile, pieces_of(4, 1, 16, 1 << 20), precision="float64")
@@ -67,7 +67,7 @@ def test_factors_are_those_of_every_sample_alone(name):
         assert relative_error(one, other) < 1e-12
 
 
-@every_case
+@chosen_cases
 def test_logits_are_the_outputs_in_evaluation_mode(name):
     network, plan, x = prepared(name)
     with exact_arithmetic(CPU):
@@ -77,6 +77,7 @@ def test_logits_are_the_outputs_in_evaluation_mode(name):
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "residual_in_place", "transformer"])
+@pytest.mark.numeric
 def test_a_sample_has_the_same_bits_in_every_block(name):
     network, plan, x = prepared(name, "float32")
     with exact_arithmetic(CPU):
@@ -86,7 +87,7 @@ def test_a_sample_has_the_same_bits_in_every_block(name):
         assert torch.equal(tensor[2:3], one)  # a batch of its own, padded
 
 
-@every_case
+@chosen_cases
 def test_kept_rows_and_pairs_multiply_to_the_jacobian(name):
     """‖J[i o]‖² from the factors is that of the rows that autograd forms."""
     network, plan, x = prepared(name)
@@ -150,8 +151,7 @@ def test_no_more_blocks_are_alive_than_the_cache_may_hold(monkeypatch):
     assert watch.peak == 2
 
 
-@pytest.mark.parametrize("block_samples", [1, 3])
-@pytest.mark.parametrize("cached", [2, 3, 4, 6, 9])
+@in_turn("cached block_samples", chosen([2, 3, 4, 6, 9], [2, 3, 9]), [1, 3])
 def test_no_more_blocks_are_alive_in_a_run_than_were_allowed(block_samples, cached, monkeypatch, tmp_path):
     watch = Watch(compute_factors)
     monkeypatch.setattr(engine, "compute_factors", watch)

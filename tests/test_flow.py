@@ -10,9 +10,11 @@ import pytest
 import scipy.integrate
 import scipy.linalg
 import scipy.special
+from cases import in_turn
 from filled import MEMORY, drawn, filled, one_hot, rectangle
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 from test_regression import problem_of
 
 from ntkgen import cli
@@ -23,7 +25,6 @@ from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError
 
 TIMES = (0.0, 0.02, 0.3, 5.0)
-few = settings(max_examples=6)
 
 
 def flowed(content, asked, time, f0=None):
@@ -158,8 +159,7 @@ def integrated(content, times, offset):
     return [scipy.special.log_softmax(f.reshape(n, len(A)) @ A, axis=1) for f in found.y.T]
 
 
-@pytest.mark.parametrize("output", ["full", "centered", "trace"])
-@pytest.mark.parametrize("offset", ["zero", "logits"])
+@in_turn("output offset", ["full", "centered", "trace"], ["zero", "logits"])
 def test_the_flow_of_the_cross_entropy(tmp_path, output, offset):
     content = drawn(6, 3, output)
     asked = Flow("cross-entropy", times=TIMES, offset=offset)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from cases import files_of
+from cases import files_of, in_turn
 
 import ntkgen
 from ntkgen import cli
@@ -70,9 +70,7 @@ def upper_of(K, side):
     return np.where(blocks[:, None] <= blocks[None, :], K, np.nan).astype(K.dtype)
 
 
-@every_format
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("side", [9, None], ids=["small tiles", "usual tiles"])
+@in_turn("kind dtype side", WRITERS, DTYPES, [9, None], always=[("float32", None)])
 def test_every_stored_bit_is_kept_and_the_scale_makes_it_the_kernel(kind, dtype, side, tmp_path, target):
     K = kernel_of(dtype)
     source = WRITERS[kind](tmp_path, K)

@@ -13,8 +13,9 @@ from unittest import mock
 import numpy as np
 import pytest
 from filled import fill_store
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
+from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis import blas, cholesky
@@ -77,7 +78,7 @@ CUTS = {
 }
 
 
-@settings(max_examples=12)
+@few
 @given(st.fixed_dictionaries(CUTS), st.sampled_from([0.0, 0.7]))
 def test_it_is_that_of_the_dense_matrix(values, shift):
     side, panel_tiles = values.pop("side"), values.pop("panel_tiles")
@@ -100,7 +101,7 @@ def test_it_is_that_of_the_dense_matrix(values, shift):
             np.testing.assert_allclose(L, np.linalg.cholesky(K), atol=1e-12)
 
 
-@settings(max_examples=15)
+@few
 @given(st.fixed_dictionaries(CUTS), st.floats(-9.0, -0.1))
 def test_an_indefinite_kernel_has_ldl(values, lowest):
     side, panel_tiles = values.pop("side"), values.pop("panel_tiles")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from cases import chosen
 from torch import Tensor, nn
 
 from models import MODELS
@@ -31,6 +32,9 @@ NUM_PARAMS = {
 RESNETS = [name for name in NUM_PARAMS if name.startswith("resnet")]
 
 every_model = pytest.mark.parametrize("name", NUM_PARAMS)
+# One of each family, and not the largest, where a network is built and run.
+FAMILIES = ("resnet9", "resnet50", "mobilenet", "mobilenetv2", "vgg11", "lenet", "wrn-28-2", "logistic", "densenet121")
+model_of_each_family = pytest.mark.parametrize("name", chosen(NUM_PARAMS, FAMILIES))
 
 
 def count(network: nn.Module) -> int:
@@ -57,14 +61,14 @@ def test_parameter_count(name):
         assert count(MODELS[name](num_classes=10)) == NUM_PARAMS[name]
 
 
-@every_model
-@pytest.mark.parametrize("num_classes", [10, 7])
+@model_of_each_family
+@pytest.mark.parametrize("num_classes", [7])
 def test_logits_have_one_column_per_class(name, num_classes):
     with torch.device("meta"):
         assert MODELS[name](num_classes=num_classes)(torch.empty(2, 3, 32, 32)).shape == (2, num_classes)
 
 
-@every_model
+@model_of_each_family
 @torch.no_grad()
 def test_evaluation_of_a_sample_ignores_the_rest_of_the_batch(name):
     network = small(name, seed=0).eval()
@@ -77,7 +81,7 @@ def test_evaluation_of_a_sample_ignores_the_rest_of_the_batch(name):
     assert not torch.allclose(first[1], second[1], **tolerance)
 
 
-@every_model
+@model_of_each_family
 def test_the_seed_fixes_the_parameters(name):
     networks = [small(name, seed) for seed in (0, 0, 1)]
     for param, same, other in zip(*(network.parameters() for network in networks), strict=True):
@@ -107,7 +111,7 @@ def test_only_the_resnets_take_a_width():
         MODELS["vgg11"](width=32)
 
 
-@pytest.mark.parametrize("name", RESNETS)
+@pytest.mark.parametrize("name", chosen(RESNETS, FAMILIES))
 def test_width_scales_every_layer(name):
     with torch.device("meta"):
         narrow, default = MODELS[name](width=32), MODELS[name]()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, CPU, TOLERANCES, Call, every_case, reference_of, relative_error
+from cases import CASES, CPU, TOLERANCES, Call, chosen_cases_in_turn, every_case, in_turn, reference_of, relative_error
 from strategies import pieces_of
 from torch import nn
 
@@ -26,8 +26,7 @@ from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.kernel.tiles import Block
 
 
-@every_case
-@pytest.mark.parametrize("precision", [name for name in POLICIES if name != "tf32"])  # which is for other devices
+@in_turn("name precision", CASES, [name for name in POLICIES if name != "tf32"])  # which is for other devices
 def test_a_rule_treats_every_parameter_that_it_holds_for_and_no_other(name, precision):
     case = CASES[name]()
     network = prepare(case.module, case.x, policy(precision))
@@ -115,8 +114,7 @@ def network_of(name):
     return prepare(case.module, case.x, policy("float64")), case.x
 
 
-@every_case
-@pytest.mark.parametrize("more", [-1, 0, 2])
+@chosen_cases_in_turn("name more", [-1, 0, 2])
 def test_a_kernel_seen_through_a_matrix_is_that_of_the_mapped_outputs(name, more):
     """(I ⊗ A) K (I ⊗ A)ᵀ, also of the parameters without a rule; A has fewer rows than logits, as many, or more."""
     network, x = network_of(name)
@@ -250,8 +248,7 @@ def randomness() -> list[object]:
     return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
 
 
-@every_case
-@pytest.mark.parametrize("training", [True, False])
+@chosen_cases_in_turn("name training", [True, False])
 def test_nothing_of_the_users_changes(name, training):
     case = CASES[name]()
     module, x = case.module.train(training), case.x

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, TOLERANCES, every_case, reference_of, relative_error
+from cases import CASES, TOLERANCES, chosen_cases, every_case, reference_of, relative_error
 from scipy.sparse.linalg import eigsh, svds
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ def noise(*shape: int) -> Tensor:
 
 
 @every_case
+@pytest.mark.numeric
 def test_the_operator_is_the_reference(name):
     case, K = CASES[name](), reference_of(name)
     found = NTKOperator(case.module, case.x, batch_size=2)
@@ -44,7 +45,7 @@ def test_the_cheapest_way_is_chosen(name):
     assert NTKOperator(case.module, case.x).push == WITHOUT_FORWARD_MODE.get(name, "forward")
 
 
-@every_case
+@chosen_cases
 def test_every_way_to_the_product_is_the_same(name):
     case = CASES[name]()
     found = NTKOperator(case.module, case.x, batch_size=3)
@@ -55,7 +56,7 @@ def test_every_way_to_the_product_is_the_same(name):
         assert found.push == push
 
 
-@every_case
+@chosen_cases
 def test_rectangular_kernels_and_their_transposes(name):
     case = CASES[name]()
     left, right = case.halves
@@ -69,6 +70,7 @@ def test_rectangular_kernels_and_their_transposes(name):
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv", "batch_norm_2d", "transformer"])
+@pytest.mark.numeric
 def test_float32_is_float32(name):
     case = CASES[name]()
     found = NTKOperator(case.module, case.x, precision="float32")

@@ -401,7 +401,7 @@ def test_a_citation_names_the_kernel_and_the_paper(stored):
 # the command ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_writes_one_file(run, stored):
+def test_the_command_writes_one_file(run, stored, without_pictures):
     code, out, err = run("report", stored[0].name, "-o", "here/r.html", "--json", "--memory", "1TB")
     assert (code, err) == (0, "")
     result = json.loads(out)

@@ -99,11 +99,11 @@ def fill(folder: Path, layout: str):
     ("ask", "layout"),
     [
         (ask_spectrum, "upper"),
-        (ask_spectrum, "full"),
+        pytest.param(ask_spectrum, "full", marks=pytest.mark.slow),
         (ask_density, "upper"),
         (ask_align, "full"),
         (ask_regress, "upper"),
-        (ask_flow, "full"),
+        pytest.param(ask_flow, "full", marks=pytest.mark.slow),
         (ask_compare, "upper"),
     ],
 )
@@ -156,7 +156,8 @@ def die(_places, _nothing):
     os._exit(1)
 
 
-@pytest.mark.parametrize("allowed", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("allowed", [0, 3])
 def test_a_part_that_kills_its_workers_is_one_error(allowed):
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=60) as cluster,

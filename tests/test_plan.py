@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from cases import CASES, CPU, cut, make_job
+from cases import CASES, CPU, cut, in_turn, make_job
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grids, rates, rectangles
@@ -45,9 +45,9 @@ def read_back(plan):
     return Plan.from_json(json.loads(json.dumps(plan.to_json())))
 
 
-@pytest.mark.parametrize("name", ["mlp", "conv_groups", "transformer", "only_bare_parameters"])
-@pytest.mark.parametrize("order", [None, *ORDERS])
-@pytest.mark.parametrize("precision", POLICIES)
+@in_turn(
+    "precision name order", POLICIES, ["mlp", "conv_groups", "transformer", "only_bare_parameters"], [None, *ORDERS]
+)
 def test_a_plan_survives_json(name, order, precision):
     case = CASES[name]()
     profile = prepare(case.module, case.x, policy("float64")).profile
@@ -246,8 +246,7 @@ def computed(monkeypatch):
     return samples
 
 
-@pytest.mark.parametrize("block_samples", [1, 2, 3])
-@pytest.mark.parametrize("capacity", [2, 3, 5, 14])
+@in_turn("capacity block_samples", [2, 3, 5, 14], [1, 2, 3])
 def test_as_many_factors_are_computed_as_counted(block_samples, capacity, computed):
     job = make_job(block_samples=block_samples)
     cache = cache_of(job, capacity)
@@ -260,8 +259,7 @@ def test_as_many_factors_are_computed_as_counted(block_samples, capacity, comput
     assert sum(computed) == count_factor_samples(job.plan, tiles, capacity)
 
 
-@pytest.mark.parametrize("block_samples", [1, 2, 3])
-@pytest.mark.parametrize("capacity", [2, 3, 4, 5, 8])
+@in_turn("capacity block_samples", [2, 3, 4, 5, 8], [1, 2, 3])
 def test_a_whole_run_computes_as_many_factors_as_counted(block_samples, capacity, computed, tmp_path):
     job = make_job(block_samples=block_samples)
     job.run(job.create(tmp_path / "k.zarr"), cached_blocks=capacity)
@@ -269,8 +267,7 @@ def test_a_whole_run_computes_as_many_factors_as_counted(block_samples, capacity
     assert sum(computed) == count_factor_samples(job.plan, job.plan.grid.tiles(), capacity, blocks)
 
 
-@pytest.mark.parametrize("done", [0, 1, 7, 14])
-@pytest.mark.parametrize("capacity", [2, 4])
+@in_turn("done capacity", [0, 1, 7, 14], [2, 4])
 def test_a_resumed_run_computes_as_many_factors_as_counted(done, capacity, computed, tmp_path):
     job = make_job()
     store = job.create(tmp_path / "k.zarr")

@@ -11,12 +11,14 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import numpy as np
 import pytest
+from cases import chosen
 from filled import fill_store, gram
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from matplotlib.text import Text
+from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis import answers, plots, plots_matrix, plots_style
@@ -45,7 +47,7 @@ def matrix(stored):
 # the matrix -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@few
 @given(
     labels=st.lists(st.integers(-1, 3), min_size=1, max_size=9),
     m=st.integers(1, 3),
@@ -183,7 +185,7 @@ SHAPES = {  # labels, outputs
 }
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=chosen(SHAPES, ["many classes"]))
 def pictures(request, tmp_path_factory):
     labels, m = SHAPES[request.param]
     path = tmp_path_factory.mktemp("plots") / "k.zarr"

@@ -133,6 +133,7 @@ def test_too_little_memory_is_refused(store, job):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.numeric
 def test_on_another_machine_rounding_is_allowed_and_no_more(job, shape):
     store = other_machine(made(job, MemoryStore(), shape))
     assert not must_be_equal(store, CPU)

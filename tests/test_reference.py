@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, TOLERANCES, every_case, reference_of, relative_error
+from cases import CASES, TOLERANCES, chosen_cases, every_case, reference_of, relative_error
 from torch import Tensor, nn
 
 from ntkgen.jacobian import reference
@@ -33,7 +33,7 @@ def test_equals_plain_autograd(name):
     assert relative_error(reference_of(name), J @ J.T) < 1e-13
 
 
-@every_case
+@chosen_cases
 def test_of_two_batches_equals_plain_autograd(name):
     case = CASES[name]()
     J1, J2 = (plain_jacobian(case.module, x) for x in case.halves)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import in_turn
 from filled import MEMORY, drawn, filled, one_hot, rectangle
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis import regression
@@ -20,7 +22,6 @@ from ntkgen.errors import InputError
 from ntkgen.progress import ignore_report
 
 SHIFTS = (0.3, 2.0, 50.0)
-few = settings(max_examples=6)
 problems = given(
     n=st.integers(2, 8),
     m=st.integers(1, 4),
@@ -80,9 +81,13 @@ def test_errors_are_those_of_the_dense_matrix(n, m, tile, layout, offset, seed, 
     assert (found["offset"], found["method"]) == (offset, method)
 
 
-@pytest.mark.parametrize("output", ["centered", "index:1", "trace"])
-@pytest.mark.parametrize("method", ["eigh", "cholesky", "cg"])
-@pytest.mark.parametrize("offset", ["zero", "logits"])
+@in_turn(
+    "output method offset",
+    ["centered", "index:1", "trace"],
+    ["eigh", "cholesky", "cg"],
+    ["logits", "zero"],
+    always=[("cg", "logits")],
+)
 def test_errors_of_every_output_map(tmp_path, output, method, offset):
     content = drawn(8, 3, output)
     found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Ridge(SHIFTS, offset, None, method), MEMORY)
@@ -132,9 +137,7 @@ def test_accuracies_are_those_of_the_predictions(tmp_path):
 # test samples ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("output", ["full", "centered", "trace", "index:1"])
-@pytest.mark.parametrize("offset", ["zero", "logits"])
-@pytest.mark.parametrize("method", ["eigh", "cg"])
+@in_turn("output offset method", ["full", "centered", "trace", "index:1"], ["zero", "logits"], ["eigh", "cg"])
 def test_predictions_for_test_samples(tmp_path, output, offset, method):
     content = drawn(8, 3, output)
     other = rectangle(content, 6)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import chosen, in_turn
 from click.testing import CliRunner
 from filled import fill_store, gram
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from strategies import few
 
 from ntkgen.analysis import spectrum as spectra
 from ntkgen.analysis.krylov import Goal, Krylov, Sizes, householder_qr, measure, run, subtract_span, tall_qr
@@ -71,7 +73,7 @@ shapes = st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 5))  # s
 kinds = st.sampled_from([(layout, dtype) for layout in ("upper", "full") for dtype in ("float32", "float64")])
 
 
-@settings(max_examples=12)
+@few
 @given(shapes, kinds, st.integers(0, 5))
 def test_all_eigenvalues_are_those_of_the_dense_matrix(shape, kind, seed):
     (n, m, tile), (layout, dtype) = shape, kind
@@ -90,7 +92,7 @@ def test_all_eigenvalues_are_those_of_the_dense_matrix(shape, kind, seed):
     assert (result["passes"], result["num_negative"], result["method"]) == (1, 0, "all")
 
 
-@settings(max_examples=12)
+@few
 @given(st.tuples(st.integers(12, 20), st.integers(1, 3), st.integers(2, 9)), kinds, st.integers(1, 5))
 def test_the_largest_are_those_of_the_dense_matrix(shape, kind, top):
     (n, m, tile), (layout, dtype) = shape, kind
@@ -283,7 +285,7 @@ def test_steps_end_where_they_are_to_end():
     assert (krylov.steps, found.is_converged) == (9, False)
 
 
-@pytest.mark.parametrize("power", [0.3, 0.8, 1.2])
+@pytest.mark.parametrize("power", chosen([0.3, 0.8, 1.2], [0.8]))
 def test_eight_passes_do_where_the_spectrum_falls_by_15_percent_within_a_block(power):
     """On spectra that fall like a power, with a few large eigenvalues before: 50 eigenvalues to 10⁻⁶."""
     block = 80
@@ -298,7 +300,6 @@ def test_eight_passes_do_where_the_spectrum_falls_by_15_percent_within_a_block(p
 
 
 @given(st.integers(1, 30), st.integers(1, 8), st.sampled_from([1.0, 1e-6, 1e-9, 1e-13, 0.0]), st.booleans())
-@settings(max_examples=40)
 def test_tall_factors(rows, cols, small, by_householder):
     cols = min(rows, cols)
     W = np.random.default_rng([rows, cols]).normal(size=(rows, cols))
@@ -344,8 +345,7 @@ def test_the_rules_of_gauss_and_radau_enclose_each_probe():
     np.testing.assert_allclose(above, below, rtol=0.05)
 
 
-@pytest.mark.parametrize("power", [0.1, 0.5, 1.0, 2.0])
-@pytest.mark.parametrize("seed", range(4))
+@in_turn("power seed", [0.1, 0.5, 1.0, 2.0], range(4))
 def test_the_effective_rank_is_within_its_error(power, seed):
     values = np.arange(1, 401) ** -power
     krylov = krylov_of(np.diag(values), 20, 8, steps=4, seed=seed)

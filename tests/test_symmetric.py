@@ -267,16 +267,17 @@ def test_a_slice_of_dask_reads_the_tiles_it_needs(tiles):
 
 
 def test_dask_is_quick_with_many_tiles():
+    """In a second on a new machine; what grows with the square of the tiles would take minutes on any."""
     array = zarr.create_array(MemoryStore(), shape=(1198, 1198), chunks=(4, 4), dtype="float32", fill_value=np.nan)
     counting = Counting(array)
     K = SymmetricArray(counting, is_upper=True, token="3f2a")
-    started = time.perf_counter()
+    started = time.process_time()
     kernel = K.to_dask()
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 20
     assert kernel.numblocks == (300, 300)
-    started = time.perf_counter()
+    started = time.process_time()
     (part,) = dask.optimize(kernel[:, :50])
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 20
     assert len(dict(part.__dask_graph__())) <= 300 * 13 * 2  # a read and its alias
     assert K.to_dask(tiles_per_chunk=30).numblocks == (10, 10)
     assert counting.read == []

@@ -14,11 +14,9 @@ from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk
 
-# Those whose reference takes no more than about two seconds on one core; the others take up to minutes.
-QUICK = {"lenet", "logistic", "mobilenetv2", "wrn-28-2"}
-# What is computed several times over.
-QUICK_TO_REPEAT = QUICK - {"mobilenetv2"}
-# Two forward passes and a few backward ones are quick for these too.
+# Those whose reference takes a fraction of a second on one core; the others take up to minutes.
+QUICK = {"lenet", "logistic"}
+# Two forward passes and a few backward ones are quick for this one too, which has residuals and batch norms.
 QUICK_TO_PREPARE = QUICK | {"resnet9"}
 
 
@@ -74,7 +72,8 @@ def error_of_float32(name: str) -> float:
     return max(relative_error(K, reference_of(name)) for K in kernels_by_autograd(network(name), noise(2, seed=1)))
 
 
-@every_model(QUICK_TO_REPEAT)
+@every_model(QUICK)
+@pytest.mark.numeric
 def test_equals_the_reference_in_float64(name):
     found = ntkgen.ntk(network(name), noise(2, seed=1), precision="float64")
     assert relative_error(found, reference_of(name)) < TOLERANCES["float64"]
@@ -82,6 +81,7 @@ def test_equals_the_reference_in_float64(name):
 
 @every_model(QUICK)
 @pytest.mark.parametrize("precision", ["float32", pytest.param("float64-accumulate", marks=pytest.mark.slow)])
+@pytest.mark.numeric
 def test_equals_the_reference_in_float32_as_well_as_autograd_does(name, precision):
     found = ntkgen.ntk(network(name), noise(2, seed=1), precision=precision)
     error = relative_error(found, reference_of(name))
@@ -109,7 +109,8 @@ def cut_into_single_samples(model: nn.Module, x: Tensor, monkeypatch: pytest.Mon
     return ntkgen.ntk(model, x)
 
 
-@every_model(QUICK_TO_REPEAT)
+@every_model(QUICK)
+@pytest.mark.numeric
 def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, monkeypatch):
     """No more than batches change the kernel by plain autograd, where rounding grows from layer to layer."""
     model, x, threads = smooth(network(name)), noise(2, seed=1), torch.get_num_threads()
@@ -124,7 +125,8 @@ def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, mo
     assert max(errors) <= 1e-5 or max(errors) <= 3 * cut_error(*kernels_by_autograd(model, x))
 
 
-@every_model(QUICK_TO_REPEAT)
+@every_model(QUICK)
+@pytest.mark.numeric
 def test_blocks_do_not_change_a_network_with_kinks_whose_batches_stay_the_same(name, monkeypatch):
     """In batches of another size a ReLU may flip, which changes the network itself: as it does for plain autograd."""
     monkeypatch.setattr(dense, "BATCH_SIZE", 1)
