@@ -156,3 +156,18 @@ def fill_store(
         certificate=certificate,
     )
     return filled(path, content), K
+
+
+def certificate_of(dtype: str, bound: float) -> dict[str, Any]:
+    """A certificate that finds a kernel good, with a bound on ‖E‖_F."""
+    error = {
+        "dtype": dtype,
+        "error": bound / 2,
+        "bound": bound,
+        "relative_error": 0.0,
+        "relative_bound": 0.0,
+        "max_pair_error": 0.0,
+        "block_errors": [],
+        "suspicious": [],
+    }
+    return {"num_probes": 10, "num_pairs": 16, "seed": 0, "kernel_norm": 1.0, "errors": [error]}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from cases import make_job
+from cases import in_turn, make_job
 from torch import nn
 
 import ntkgen
@@ -70,9 +70,7 @@ def plant_tile(monkeypatch):
 FAULTS = {"rule": plant_rule, "batch": plant_batch, "tile": plant_tile}
 
 
-@pytest.mark.parametrize("output", ["full", "trace"])
-@pytest.mark.parametrize("is_rectangular", [False, True], ids=["square", "rectangular"])
-@pytest.mark.parametrize("fault", FAULTS)
+@in_turn("fault is_rectangular output", FAULTS, [False, True], ["full", "trace"])
 def test_a_planted_fault_is_an_error_of_the_library(fault, is_rectangular, output, job, others, tmp_path, monkeypatch):
     settings = {"output": output, "tile_side": 9 if output == "full" else 3}
     given = others if is_rectangular else None

@@ -75,6 +75,7 @@ def local(run):
     return files("runs")
 
 
+@pytest.mark.slow
 def test_a_kernel_and_its_network_go_to_the_bucket_as_to_a_folder(run, bucket, local, tmp_path):
     code, out, err = run(*COMMAND, "--out", f"{bucket}/some/runs", "--json")
     assert (code, err) == (0, "")
@@ -115,6 +116,7 @@ def test_a_killed_writer_is_followed_by_one_that_goes_on(run, bucket, local):
     assert objects(out) == local
 
 
+@pytest.mark.slow
 def test_damage_in_the_bucket_is_found_repaired_and_made_anew(run, bucket, local):
     run(*COMMAND, "--out", bucket)
     folder = folder_of(f"{bucket}/{STORE}")
@@ -132,6 +134,7 @@ def test_damage_in_the_bucket_is_found_repaired_and_made_anew(run, bucket, local
     assert objects(bucket) == local
 
 
+@pytest.mark.slow
 def test_parts_share_a_bucket_once_the_network_is_there(run, bucket, local):
     code, _, err = run(*COMMAND, "--out", bucket, "--part", "1/2")
     assert code == 2

@@ -168,6 +168,7 @@ class Killed(BaseException):
     """Not an `Exception`, so that nothing cleans up, as after SIGKILL."""
 
 
+@pytest.mark.slow
 def test_stopped_at_any_write_it_goes_on_to_equal_bytes(source, tmp_path, monkeypatch):
     import_kernel(source, tmp_path / "k.zarr", FACTS)
     expected, rename = files_of(tmp_path / "k.zarr"), os.replace

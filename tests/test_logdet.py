@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from filled import fill_store
+from filled import certificate_of, fill_store
 from hypothesis import event, given
 from hypothesis import strategies as st
 from strategies import few
@@ -144,7 +144,7 @@ def test_an_indefinite_kernel_solves_and_has_prefixes_at_tile_boundaries():
 def test_a_pivot_that_is_not_positive_is_named(at):
     K = symmetric(40)
     K[at, at] -= 1 / np.linalg.inv(K[: at + 1, : at + 1])[at, at] + 0.5  # the pivot becomes −0.5
-    errors = {"errors": [{"dtype": "float64", "bound": 0.0123}]}
+    errors = certificate_of("float64", 0.0123)
     with kernel(20, K=K, certificate=errors) as (matrix, K), cut(8, 2), pytest.raises(NotPositiveError) as caught:
         logdet(matrix, SETTINGS)
     before = np.linalg.slogdet(K[:at, :at]).logabsdet
@@ -342,7 +342,7 @@ def test_scipy_gives_the_addresses():
 
 @pytest.mark.parametrize(("bound", "warned"), [(0.02, False), (0.11, True)])
 def test_it_warns_of_an_error_that_exceeds_the_smallest_eigenvalue(bound, warned):
-    errors = {"errors": [{"dtype": "float64", "bound": bound}]}
+    errors = certificate_of("float64", bound)
     with kernel(15, certificate=errors) as (matrix, K), cut(7, 2):
         found = logdet(matrix, SETTINGS)
         smallest = np.linalg.eigvalsh(K)[0]
@@ -354,7 +354,7 @@ def test_it_warns_of_an_error_that_exceeds_the_smallest_eigenvalue(bound, warned
 
 
 def test_it_warns_of_float16(capsys):
-    errors = {"errors": [{"dtype": "float16", "bound": 0.001}]}
+    errors = certificate_of("float16", 0.001)
     for certificate, said in ((None, "it has no certificate"), (errors, "‖E‖ ≤ 0.001")):
         with kernel(15, dtypes=("float16",), certificate=certificate) as (matrix, _):
             assert cli.run(["analyze", "logdet", matrix.name, "--json"]) == 0

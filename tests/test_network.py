@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, CPU, TOLERANCES, Call, chosen_cases_in_turn, every_case, in_turn, reference_of, relative_error
+from cases import CASES, CPU, TOLERANCES, Call, chosen_cases_in_turn, every_case, reference_of, relative_error
 from strategies import pieces_of
 from torch import nn
 
@@ -26,7 +26,7 @@ from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.kernel.tiles import Block
 
 
-@in_turn("name precision", CASES, [name for name in POLICIES if name != "tf32"])  # which is for other devices
+@chosen_cases_in_turn("name precision", [name for name in POLICIES if name != "tf32"])  # which is for other devices
 def test_a_rule_treats_every_parameter_that_it_holds_for_and_no_other(name, precision):
     case = CASES[name]()
     network = prepare(case.module, case.x, policy(precision))

@@ -20,7 +20,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-@every_case
+@chosen_cases
 @pytest.mark.numeric
 def test_the_operator_is_the_reference(name):
     case, K = CASES[name](), reference_of(name)

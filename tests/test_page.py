@@ -89,7 +89,7 @@ def double(stored):
     return make_report([open_matrix(store) for store in stored], MEMORY).page.decode()
 
 
-@pytest.fixture(params=["single", "double"])
+@pytest.fixture(params=["single", pytest.param("double", marks=pytest.mark.slow)])
 def text(request):
     return request.getfixturevalue(request.param)
 

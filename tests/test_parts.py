@@ -206,6 +206,7 @@ def num_chunks(out: Path) -> int:
     return sum(1 for file in out.glob("*.zarr/ntk_float32/c/*/*") if file.suffix != ".partial")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_as_ctrl_c_does_and_the_same_command_goes_on(undisturbed, tmp_path):
     with start(tmp_path, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and num_chunks(tmp_path) < 10:

@@ -197,6 +197,7 @@ def pictures(request, tmp_path_factory):
     return every_picture(store)
 
 
+@pytest.mark.slow
 def test_no_text_covers_another(pictures):
     for picture in pictures:
         assert_readable(picture.figure)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import chosen, in_turn
 from click.testing import CliRunner
-from filled import fill_store, gram
+from filled import certificate_of, fill_store, gram
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import few
@@ -126,7 +126,7 @@ def test_negative_eigenvalues_are_counted_and_have_no_weight(tmp_path):
 
 
 def test_what_is_below_the_error_is_called_noise(tmp_path):
-    certificate = {"errors": [{"dtype": "float64", "bound": 0.5}]}
+    certificate = certificate_of("float64", 0.5)
     K = with_eigenvalues(np.array([9.0, 4.0, 1.0, 0.4, 0.1, 0.01]))
     matrix = store_of(tmp_path / "k.zarr", K, certificate=certificate)
     result = spectrum(matrix)

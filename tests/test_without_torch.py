@@ -43,12 +43,11 @@ ARGUMENTS = {
 }
 
 
-def test_commands_run_without_torch(stores, tmp_path):
+@pytest.mark.parametrize("names", [("spectrum", "compare"), pytest.param(ARGUMENTS, marks=pytest.mark.slow)])
+def test_commands_run_without_torch(names, stores, tmp_path):
     """All in one process, which is as good and quicker."""
     places = {"FIRST": stores[0], "SECOND": stores[1]}
-    commands = [
-        [places.get(arg, arg.replace("OUT", str(tmp_path))) for arg in arguments] for arguments in ARGUMENTS.values()
-    ]
+    commands = [[places.get(arg, arg.replace("OUT", str(tmp_path))) for arg in ARGUMENTS[name]] for name in names]
     done = run(commands)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]

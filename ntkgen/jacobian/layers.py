@@ -37,8 +37,8 @@ class LayerRule:
     ``inputs`` maps the layer's input to (samples, groups, positions, k) and ``cotangents`` the gradient of its output
     to (samples, groups, positions, c), such that the row of ``matrix``, flattened, is Σ_t g[t] ⊗ a[t], group by group.
     ``vectors`` maps each other parameter to a function of (module, input, gradient) that gives its rows
-    (samples, parameter). ``applies`` says whether the rule holds for a module as it is configured, where two samples
-    might not show that it does not.
+    (samples, parameter). ``applies`` says whether the rule holds for a module as it is configured, where a few
+    samples might not show that it does not.
     """
 
     matrix: str | None = None
@@ -221,8 +221,9 @@ RULES: dict[type[nn.Module], LayerRule] = {
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
     """Treat every module of exactly this type by a rule, in place of autograd or of the rule there was.
 
-    Whether the rule holds is checked by value, for every network and parameter, against autograd on two of the samples:
-    a parameter for which it does not is computed as if there were no rule, which is slower and as exact.
+    Whether the rule holds is checked by value against autograd, for every network and parameter: on a few samples, and
+    then on every batch. A parameter for which it does not is computed as if there were no rule, which is slower and as
+    exact.
 
     Args:
         module_type: The layer's class. A subclass of it needs a rule of its own, as it may compute something else.

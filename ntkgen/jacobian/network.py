@@ -138,7 +138,7 @@ def prepare(
 
 
 def more_excluded(excluded: frozenset[str], error: RuleError) -> frozenset[str]:
-    """Add the parameters whose rule was found not to hold for a batch to those that are left to `torch.func`.
+    """Add the parameters whose rule was found not to hold for a batch to those that are left to autograd.
 
     Raises:
         RuleError: If they are there already.

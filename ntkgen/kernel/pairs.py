@@ -113,7 +113,9 @@ class ReferenceRows:
         """Prepare a network as the operator has it: in its dtype, on its device."""
         module = evaluation_copy(model, exact.dtype, exact.device)
         columns = inputs.x if inputs.against is None else inputs.against
-        matrix = torch.eye(exact.num_outputs, dtype=torch.float64) if chosen.matrix is None else chosen.matrix
+        matrix = (
+            torch.eye(exact.num_outputs, dtype=torch.float64, device="cpu") if chosen.matrix is None else chosen.matrix
+        )
         at_once = affordable_outputs(sum(param.numel() for param in module.parameters() if param.requires_grad))
         return cls(module, (inputs.x, columns), matrix.to(exact.device, exact.dtype), chosen.reduction, at_once)
 

@@ -172,11 +172,11 @@ class Plan:
 
     @property
     def preparing_bytes(self) -> int:
-        """Bytes with which the network is made ready: a float64 copy, and the check of its rules on two samples."""
+        """Bytes with which the network is made ready: a float64 copy, and the check of its rules on three samples."""
         shapes, copy = self.profile.layers, self.profile.num_params * 6 // 5  # a fifth is what allocators lose
         inputs = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
         params = max((shape.num_params for shape in shapes), default=0)
-        return 8 * (copy + 2 * ACTIVATION_COPIES * self.profile.activation_numbers + 2 * inputs + 5 * params)
+        return 8 * (copy + 3 * ACTIVATION_COPIES * self.profile.activation_numbers + 3 * inputs + 5 * params)
 
     @property
     def minimum_bytes(self) -> int:
