@@ -1,16 +1,17 @@
-"""What the check of every batch costs: `ntkgen.ntk` with it and without it, in turns.
+"""What the proof of every batch costs: the part of the time of `ntkgen.ntk` that its checks take.
 
     python scripts/bench_checks.py --models lenet resnet18 vgg11 --n 128 --trials 5
 
-Prints a line per network: the median seconds of both, and the median, least and most of the ratio of each pair of
-turns, in wall time and in processor time.
+The checks are timed within the run that they are a part of, so that a busy machine slows both alike. Prints a line per
+network: the median seconds of the run, and the median, least and most of what the checks add to the rest, in per cent.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,49 +21,51 @@ from ntkgen import zoo
 from ntkgen.jacobian import compute
 
 SAMPLE_SHAPE = (3, 32, 32)
-CHECKS = ("require_true_factors", "require_same_alone", "require_planned_uses")
+CHECKS = ("require_planned_uses", "require_true_factors", "require_same_alone")
 
 
 @contextmanager
-def without_checks() -> Iterator[None]:
-    """Leave every batch unchecked meanwhile."""
+def timed_checks() -> Iterator[list[float]]:
+    """Collect the seconds of every check meanwhile."""
     kept = {name: getattr(compute, name) for name in CHECKS}
+    seconds: list[float] = []
+
+    def timed(check: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any) -> None:
+            started = time.perf_counter()
+            check(*args)
+            seconds.append(time.perf_counter() - started)
+
+        return run
+
     try:
-        for name in CHECKS:
-            setattr(compute, name, lambda *_: None)
-        yield
+        for name, check in kept.items():
+            setattr(compute, name, timed(check))
+        yield seconds
     finally:
         for name, check in kept.items():
             setattr(compute, name, check)
 
 
-def timed(model: nn.Module, x: Tensor, precision: str) -> tuple[float, float]:
-    """Time one kernel, in wall seconds and in seconds of all processors."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    ntkgen.ntk(model, x, precision=precision)
-    return time.perf_counter() - wall, time.process_time() - cpu
+def run_once(model: nn.Module, x: Tensor, precision: str) -> tuple[float, float]:
+    """Time one kernel: all of it, and its checks."""
+    with timed_checks() as checks:
+        started = time.perf_counter()
+        ntkgen.ntk(model, x, precision=precision)
+        return time.perf_counter() - started, sum(checks)
 
 
 def measure(name: str, count: int, trials: int, precision: str) -> str:
-    """Time both ways in turns, after a run of each that is not counted."""
+    """Time some runs, after one that is not counted."""
     model = zoo.build(name, 10, seed=0)
     x = torch.randn(count, *SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
-    checked, unchecked = [], []
-    for _ in range(trials + 1):
-        checked.append(timed(model, x, precision))
-        with without_checks():
-            unchecked.append(timed(model, x, precision))
-    wall, cpu = ([a[kind] / b[kind] for a, b in zip(checked[1:], unchecked[1:], strict=True)] for kind in (0, 1))
-    seconds = [statistics.median(each[0] for each in turns[1:]) for turns in (checked, unchecked)]
+    runs = [run_once(model, x, precision) for _ in range(trials + 1)][1:]
+    added = [100 * checks / (total - checks) for total, checks in runs]
+    seconds = statistics.median(total for total, _ in runs)
     return (
-        f"{name:<12} n = {count}: {seconds[0]:.2f} s with the checks, {seconds[1]:.2f} s without; ratio in wall time "
-        f"{spread(wall)}, in processor time {spread(cpu)}"
+        f"{name:<10} n = {count}, {precision}, {torch.get_num_threads()} threads: {seconds:.2f} s; the checks add "
+        f"{statistics.median(added):.1f} % ({min(added):.1f} to {max(added):.1f}), {trials} runs"
     )
-
-
-def spread(ratios: list[float]) -> str:
-    """Write the median, the least and the most."""
-    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def main() -> None:

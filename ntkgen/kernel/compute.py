@@ -21,7 +21,7 @@ from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 from ntkgen.kernel import engine
 from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.certify import add_certificate, exact_operator, forget_certificate
+from ntkgen.kernel.certify import add_certificate, forget_certificate
 from ntkgen.kernel.distributed import Carried, Load, Team, open_team
 from ntkgen.kernel.identity import KernelSpec, identity_of, require_same_logits
 from ntkgen.kernel.inputs import Inputs
@@ -140,7 +140,6 @@ def _make_whole(folder: Folder, job: KernelJob, load: Load, report: Report) -> K
         store, network = _opened(folder, job)
         if not store.is_complete:
             forget_certificate(store)
-            _require_certifiable(job)
             store = _run_without_wrong_rules(store, network, job, load, report)
             with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
                 if is_alone:  # a worker that was killed has left what it was writing
@@ -215,7 +214,6 @@ def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> Ke
             tiles = [tile for tile in part.of(list(store.grid.tiles())) if tile in missing]
             if tiles:
                 forget_certificate(store)
-                _require_certifiable(job)
                 bench = _bench_with_diagonal(store, network, job, report, is_alone=is_alone)
         if tiles:
             engine.run_tiles(bench, tiles, bench.cached_blocks, report)
@@ -266,16 +264,6 @@ def _finish_last(folder: Folder, job: KernelJob, report: Report) -> None:
             if not store.is_complete:
                 store.finalize()
             _certified(store, job, report)
-
-
-def _require_certifiable(job: KernelJob) -> None:
-    """Try the exact kernel on a few samples before the work begins, so that no finished kernel waits for it in vain.
-
-    Raises:
-        ModelError: If the network can be run neither in float64 nor in its own dtype.
-    """
-    if job.spec.certify:
-        exact_operator(job.model, job.probe)
 
 
 def _certified(store: KernelStore, job: KernelJob, report: Report) -> None:
