@@ -166,6 +166,7 @@ def test_published_hours_are_compared_in_kind():
     assert set(script.COMPARED_WITH) == set(sys.modules["ntkgen.jacobian.precision"].POLICIES)
 
 
+@pytest.mark.slow
 def test_questions_to_a_kernel_are_timed_and_compared_with_what_is_known(run, monkeypatch):
     bench = importlib.import_module("bench_analysis")
     monkeypatch.setattr(bench, "PRODUCT_SIDE", 64)

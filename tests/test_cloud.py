@@ -18,7 +18,7 @@ from cases import small_network
 
 import ntkgen
 from ntkgen.errors import InputError, StoreError
-from ntkgen.folders import folder_of
+from ntkgen.folders import LocalFolder, folder_of
 
 obstore = pytest.importorskip("obstore", reason="the optional part ntkgen[cloud] is not installed")
 if importlib.util.find_spec("moto") is None:
@@ -68,11 +68,18 @@ def files(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
 
 
+LOCAL = {}
+
+
 @pytest.fixture
 def local(run):
-    """The bytes of the same command in a folder."""
-    assert run(*COMMAND)[0] == 0
-    return files("runs")
+    """The bytes of the same command in a folder, for which it is run once."""
+    if not LOCAL:
+        assert run(*COMMAND)[0] == 0
+        LOCAL.update(files("runs"))
+    for name, data in LOCAL.items():
+        LocalFolder(Path("runs"), fsync=False).write(name, data)
+    return dict(LOCAL)
 
 
 @pytest.mark.slow

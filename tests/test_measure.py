@@ -191,6 +191,7 @@ def test_the_default_rates_are_neither_measured_nor_written(precision, measured,
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_takes_the_default_rates_from_its_surroundings(tmp_path):
     script = (
         "import torch\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import chosen
 from distributed import Client, LocalCluster
 from filled import MEMORY, drawn, filled, rectangle
 from zarr.storage import MemoryStore
@@ -100,7 +101,7 @@ def fill(folder: Path, layout: str):
     [
         (ask_spectrum, "upper"),
         pytest.param(ask_spectrum, "full", marks=pytest.mark.slow),
-        (ask_density, "upper"),
+        pytest.param(ask_density, "upper", marks=pytest.mark.slow),
         (ask_align, "full"),
         (ask_regress, "upper"),
         pytest.param(ask_flow, "full", marks=pytest.mark.slow),
@@ -179,7 +180,7 @@ def test_commands_take_a_scheduler(client, tmp_path, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("place", ["tcp://127.0.0.1:9", "no/file.json", "."])
+@pytest.mark.parametrize("place", chosen(["tcp://127.0.0.1:9", "no/file.json", "."], ["tcp://127.0.0.1:9"]))
 def test_no_scheduler_there_is_one_line(tmp_path, monkeypatch, capsys, place):
     fill(tmp_path, "upper")
     monkeypatch.setattr("ntkgen.cluster.CONNECT_SECONDS", 1)

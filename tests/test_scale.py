@@ -40,6 +40,7 @@ def seconds(function):
     return min(times)
 
 
+@pytest.mark.slow
 def test_the_time_to_list_what_is_missing_grows_with_the_number_of_tiles(job, tmp_path):
     few, many = many_tiles(job, 30, tmp_path / "few.zarr"), many_tiles(job, 90, tmp_path / "many.zarr")
     assert few.missing_tiles() == many.missing_tiles() == []

@@ -192,7 +192,7 @@ def test_stopped_at_any_write_and_resumed_gives_equal_bytes(layout, tmp_path, mo
 def test_stopped_after_any_number_of_tiles_and_resumed_gives_equal_bytes(job, finished, layout, stage, tmp_path):
     total = {"diagonal": 5, "tiles": 15}[stage]
     # the last: after the diagonal and before the kernels are created, or after all tiles
-    for stop in sorted({0, 1, 2, total // 2, total - 1, total}):
+    for stop in (0, 1, total // 2, total):
 
         def report(what, done, _total, stop=stop):
             if (what, done) == (stage, stop):
@@ -254,7 +254,7 @@ for argument in sys.argv[2:]:
 """
 COORDINATE_CHUNKS = 7
 # in the diagonal, before the first tile, among the tiles, and once all are there
-KILL_AT = {"upper": (3, 11, 25), "full": (0, 60)}
+KILL_AT = {"upper": (3, 25), "full": (30,)}
 
 
 def test_killed_processes_are_resumed_to_equal_bytes(job, finished, tmp_path):
@@ -331,7 +331,10 @@ def test_a_chunk_that_is_not_whole_is_missing_and_made_anew(job, finished, layou
     assert files_of(path) == files
 
 
-@in_turn("damage dtype", ["first byte", "a byte within", "checksum", "zeros", "half", "empty"], ["float16", "float32"])
+BAD = ["a byte within", "checksum", "half", "first byte", "zeros", "empty"]
+
+
+@in_turn("damage dtype", chosen(BAD, BAD[:3]), ["float16", "float32"])
 def test_a_damaged_tile_is_named_and_never_read(finished, copied, dtype, damage):
     for name in [name for name in finished["upper"].files if name.startswith(f"ntk_{dtype}/c/")]:
         whole = (copied / name).read_bytes()
@@ -676,6 +679,7 @@ def test_our_xarray_is_the_full_matrix_with_its_coordinates(job, finished):
     assert "14 samples × 3 outputs" in K.attrs["title"]
 
 
+@pytest.mark.slow
 def test_reading_imports_no_torch(finished):
     script = (
         "import sys, ntkgen\n"

@@ -151,6 +151,7 @@ def test_every_file_that_is_harmed_is_found_removed_and_made_anew(made, first):
     assert files_of(store.path) == before
 
 
+@pytest.mark.slow
 def test_one_harmed_file_of_each_array_at_a_time(upper):
     store = upper()
     before = files_of(store.path)

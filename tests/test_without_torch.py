@@ -38,8 +38,8 @@ ARGUMENTS = {
     **{question: ["analyze", question, "FIRST", "--json"] for question in QUESTIONS},
     "extrapolate": ["analyze", "extrapolate", "FIRST", "--to", "100", "--json"],
     "compare": ["analyze", "compare", "FIRST", "SECOND", "--top", "3", "--json"],
-    "plot": ["plot", "FIRST", "SECOND", "-o", "OUT", "--kind", "matrix", "regression", "comparison", "--json"],
-    "report": ["report", "FIRST", "SECOND", "-o", "OUT/report.html", "--json"],
+    "plot": ["plot", "FIRST", "SECOND", "-o", "OUT", "--kind", "matrix", "comparison", "--json"],
+    "report": ["report", "FIRST", "-o", "OUT/report.html", "--json"],
 }
 
 

@@ -76,6 +76,7 @@ def test_the_listing_builds_no_parameters():
     assert "1512.03385" in rows["resnet152"]["paper"]
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_modules_of_the_current_directory(mylab, tmp_path):
     script = "import sys; from ntkgen import zoo; print(zoo.build('mylab_nets:wide', 10, seed=0))"
     done = subprocess.run(
