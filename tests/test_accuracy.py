@@ -261,14 +261,14 @@ def test_info_says_in_which_dtype_it_was_compared(run, tmp_path, job):
     assert "the exact one in float32, since the network cannot be run in float64" in run("info", tmp_path / "k.zarr")[1]
 
 
-def test_what_cannot_be_certified_is_found_before_the_work(job, tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise ntkgen.errors.ModelError("It cannot be run.")
+def test_what_no_dtype_can_run_is_found_before_the_work(job, tmp_path):
+    class InNeither(InFloat32):
+        def forward(self, x):
+            raise RuntimeError("not implemented for any dtype")
 
-    monkeypatch.setattr(computation, "exact_operator", refuse)
-    with pytest.raises(ntkgen.errors.ModelError):
-        computed(tmp_path, job)
-    assert len(open_store(tmp_path / "k.zarr").missing_tiles()) == 15
+    with pytest.raises(ntkgen.errors.ModelError, match="not implemented for any dtype"):
+        ntkgen.compute(InNeither(), job.x, store=tmp_path / "k.zarr", fsync=False)
+    assert not (tmp_path / "k.zarr").exists()
 
 
 # what it costs --------------------------------------------------------------------------------------------------------
