@@ -160,16 +160,16 @@ FAULTS = (
     ),
     Fault(
         "not atomic: a file is written in its place",
-        "folders.py",
-        'draft = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL}")',
+        "durable.py",
+        'draft = beside(path, f".{uuid.uuid4().hex}{PARTIAL}")',
         "draft = path",
         "folders store kill",
     ),
     Fault(
         "wrong fingerprint: which parameters are trainable is not hashed",
         "checkpoint.py",
-        "{values.dtype}|{name in trainable}|",
-        "{values.dtype}|",
+        'value, f"{name in trainable}|")',
+        'value, "")',
         "checkpoint compute",
     ),
     Fault(
