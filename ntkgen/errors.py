@@ -71,8 +71,8 @@ class RuleError(ModelError):
         return (
             f"The network treats the samples of some batch otherwise than the first ones: the gradients of "
             f"{', '.join(self.params)} were expected to follow from what goes in and out of their layers, and do not. "
-            "Does it route, sort or replace samples by their content? Add --replan to compute these parameters "
-            "sample by sample."
+            "Does it route, sort or replace samples by their content? Where a store is there, remove it and run the "
+            "same command again: these parameters are then computed sample by sample."
         )
 
 

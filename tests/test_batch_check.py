@@ -1,5 +1,6 @@
 """Every batch is proved: a network may treat later samples otherwise than the first ones, on which it was tried."""
 
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,8 @@ from cases import TOLERANCES, Call, relative_error
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen.errors import DivergedError, InputError, ModelError
-from ntkgen.jacobian import dense
+from ntkgen.errors import DivergedError, InputError, ModelError, RuleError
+from ntkgen.jacobian import compute, dense
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.reference import reference_ntk
 
@@ -184,6 +185,23 @@ def test_an_input_without_samples_is_not_taken_for_a_batch_of_one(name, counts):
         x1, x2 = (torch.randn(count, 6, dtype=torch.float64) for count in counts)
     found = ntkgen.ntk(model, x1, x2, precision="float64")
     assert relative_error(found, reference_ntk(model, x1, x2)) < TOLERANCES["float64"]
+
+
+def test_a_store_with_tiles_is_not_begun_anew_and_the_advice_helps(tmp_path, monkeypatch):
+    """Which of its tiles a wrong rule has spoilt is not known: they were made by a version that did not check."""
+    model, x = made("a weight used outside its layer")
+    folder, settings = tmp_path / "k.zarr", {"dtypes": ("float32",), "tile_side": 15, "certify": False}
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(compute, "require_true_factors", lambda *_: None)
+        ntkgen.compute(model, x, store=folder, **settings)
+    shutil.rmtree(folder / "diagonal" / "c")
+    before = {path: path.read_bytes() for path in (folder / "ntk_float32" / "c").glob("*/*")}
+    with pytest.raises(RuleError, match="remove it and run the same command again"):
+        ntkgen.compute(model, x, store=folder, **settings)
+    assert {path: path.read_bytes() for path in before} == before  # nothing of the user's is removed
+    shutil.rmtree(folder)
+    store = ntkgen.compute(model, x, store=folder, **settings)
+    assert relative_error(store.array[:, :], reference_ntk(model, x)) < TOLERANCES["float32"]
 
 
 # samples that mix in later batches ------------------------------------------------------------------------------------
