@@ -6,7 +6,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from ntkgen.kernel.tidy import tidy
 from ntkgen.kernel.tiles import Part, TileGrid, make_grid
 from ntkgen.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 from ntkgen.progress import Report, ignore_report
+
+# What an attempt at a store gives.
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def _make_whole(folder: Folder, job: KernelJob, load: Load, report: Report) -> K
         store, network = _opened(folder, job)
         if not store.is_complete:
             forget_certificate(store)
-            store = _run_without_wrong_rules(store, network, job, load, report)
+            store = _without_wrong_rules(store, network, job, partial(_run, job=job, load=load, report=report))
             with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
                 if is_alone:  # a worker that was killed has left what it was writing
                     folder.sweep()
@@ -148,19 +151,28 @@ def _make_whole(folder: Folder, job: KernelJob, load: Load, report: Report) -> K
     return store
 
 
-def _run_without_wrong_rules(
-    store: KernelStore, network: Network, job: KernelJob, load: Load, report: Report
-) -> KernelStore:
-    """Compute what is missing; where a batch shows that a rule does not hold, begin the store anew without it."""
+def _without_wrong_rules(
+    store: KernelStore,
+    network: Network,
+    job: KernelJob,
+    attempt: Callable[[KernelStore, Network], T],
+    *,
+    is_alone: bool = True,
+) -> T:
+    """Compute on a store; where a batch shows that a rule does not hold, begin the store anew without it.
+
+    Raises:
+        RuleError: If that shows while other parts are at work.
+    """
     excluded = job.excluded
     while True:
         try:
-            _run(store, network, job, load, report)
+            return attempt(store, network)
         except RuleError as error:
+            if not is_alone:
+                raise
             excluded = more_excluded(excluded, error)
             store, network = begin_anew(store, dataclasses.replace(job, excluded=excluded))
-        else:
-            return store
 
 
 def begin_anew(store: KernelStore, job: KernelJob) -> tuple[KernelStore, Network]:
@@ -189,15 +201,16 @@ def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[K
     return store, network
 
 
-def _run(store: KernelStore, network: Network, job: KernelJob, load: Load, report: Report) -> None:
+def _run(store: KernelStore, network: Network, job: KernelJob, load: Load, report: Report) -> KernelStore:
     """Compute what is missing of a store, in this process or on the workers of a cluster."""
     plan, machine = store.manifest.plan, job.machine()
     cached_blocks = plan.cached_blocks(machine.budget)
     if job.hands.team is not None:
         job.hands.team.run(store, load, cached_blocks=cached_blocks, report=report)
-        return
-    engine.check_environment(plan, job.device)
-    engine.run(network, job.inputs.all, store, cached_blocks=cached_blocks, report=report)
+    else:
+        engine.check_environment(plan, job.device)
+        engine.run(network, job.inputs.all, store, cached_blocks=cached_blocks, report=report)
+    return store
 
 
 def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> KernelStore:
@@ -214,36 +227,22 @@ def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> Ke
             tiles = [tile for tile in part.of(list(store.grid.tiles())) if tile in missing]
             if tiles:
                 forget_certificate(store)
-                bench = _bench_with_diagonal(store, network, job, report, is_alone=is_alone)
+                attempt = partial(_bench_with_diagonal, job=job, report=report)
+                bench = _without_wrong_rules(store, network, job, attempt, is_alone=is_alone)
         if tiles:
             engine.run_tiles(bench, tiles, bench.cached_blocks, report)
     _finish_last(folder, job, report)
     return open_store(folder)
 
 
-def _bench_with_diagonal(
-    store: KernelStore, network: Network, job: KernelJob, report: Report, *, is_alone: bool
-) -> engine.Bench:
-    """Compute what is missing of the diagonal, and begin anew where a batch shows that a rule does not hold.
-
-    Raises:
-        RuleError: If that shows while other parts are at work.
-    """
-    excluded = job.excluded
-    while True:
-        plan = store.manifest.plan
-        engine.check_environment(plan, job.device)
-        cached_blocks = plan.cached_blocks(job.machine().budget)
-        bench = engine.Bench(network, job.inputs.all, store, cached_blocks=cached_blocks)
-        try:
-            engine.run_diagonal(bench, report)
-        except RuleError as error:
-            if not is_alone:
-                raise
-            excluded = more_excluded(excluded, error)
-            store, network = begin_anew(store, dataclasses.replace(job, excluded=excluded))
-        else:
-            return bench
+def _bench_with_diagonal(store: KernelStore, network: Network, job: KernelJob, report: Report) -> engine.Bench:
+    """Compute what is missing of the diagonal, and keep what has computed it."""
+    plan = store.manifest.plan
+    engine.check_environment(plan, job.device)
+    cached_blocks = plan.cached_blocks(job.machine().budget)
+    bench = engine.Bench(network, job.inputs.all, store, cached_blocks=cached_blocks)
+    engine.run_diagonal(bench, report)
+    return bench
 
 
 def _finish_last(folder: Folder, job: KernelJob, report: Report) -> None:
