@@ -27,14 +27,9 @@ from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.judgement import norm_of, stored_error
 from ntkgen.kernel.pairs import Pairs, ReferenceRows, kernels_of, max_pair_errors
 from ntkgen.kernel.store import KernelStore
+from ntkgen.progress import Report, ignore_report
 
 FloatArray = npt.NDArray[np.float64]
-# Called with what is being done ("stored product", "exact product" or "pairs"), how much of it is done, and all of it.
-Report = Callable[[str, int, int], None]
-
-
-def ignore_report(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 # the driver -----------------------------------------------------------------------------------------------------------

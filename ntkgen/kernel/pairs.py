@@ -4,7 +4,6 @@ An entry is the product of two Jacobian rows. Each is formed by one backward pas
 of them than are kept at a time.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,25 +15,22 @@ from ntkgen.jacobian.evaluation import as_input, evaluation_copy
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.outputs import OutputMap
 from ntkgen.jacobian.precision import exact_arithmetic, widen
-from ntkgen.jacobian.reference import sampled_rows
+from ntkgen.jacobian.reals import count_real_numbers
+from ntkgen.jacobian.reference import sampled_rows, trainable
 from ntkgen.kernel.certificate import Sampling
 from ntkgen.kernel.inputs import Inputs
 from ntkgen.kernel.store import KernelStore
 from ntkgen.kernel.symmetric import SymmetricArray
 from ntkgen.kernel.tiles import Block
+from ntkgen.progress import Report, ignore_report
 
-# Of each sample of a pair so many outputs are compared, or as many as have rows of so many bytes together.
+# Maximum number of outputs of a sample that are compared, and maximum bytes of their Jacobian rows together.
 MAX_OUTPUTS = 16
 MAX_ROW_BYTES = 1 << 29
-# Rows that are needed again are kept in so many bytes.
+# Maximum bytes of the rows that are kept to be used again.
 MAX_KEPT_BYTES = 1 << 30
 
 FloatArray = npt.NDArray[np.float64]
-Report = Callable[[str, int, int], None]
-
-
-def ignore_report(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 # what is drawn --------------------------------------------------------------------------------------------------------
@@ -116,7 +112,7 @@ class ReferenceRows:
         matrix = (
             torch.eye(exact.num_outputs, dtype=torch.float64, device="cpu") if chosen.matrix is None else chosen.matrix
         )
-        at_once = affordable_outputs(sum(param.numel() for param in module.parameters() if param.requires_grad))
+        at_once = affordable_outputs(count_real_numbers(trainable(module).values()))
         return cls(module, (inputs.x, columns), matrix.to(exact.device, exact.dtype), chosen.reduction, at_once)
 
     def rows(self, side: int, sample: int, outputs: tuple[int, ...]) -> Tensor:  # (outputs, params), float64
