@@ -9,10 +9,10 @@ from ntkgen.jacobian.batch_check import require_planned_uses, require_same_alone
 from ntkgen.jacobian.capture import Recording, cotangents, record
 from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
-from ntkgen.jacobian.layers import Layer
+from ntkgen.jacobian.layers import Layer, sum_over_uses
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of
-from ntkgen.jacobian.reference import jacobian_rows, trainable
+from ntkgen.jacobian.reference import jacobian_rows
 from ntkgen.jacobian.windows import pixels_of
 from ntkgen.kernel.tiles import Block
 
@@ -96,9 +96,8 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
     del recording  # and with it the graph
     require_same_alone(network, samples, block.logits[batch], plan.batch_size)
     if network.fallback:
-        params = {name: value for name, value in trainable(network.module).items() if name in network.fallback}
         for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample's rows at a time
-            rows = jacobian_rows(network.module, params, sample[None])[0]
+            rows = jacobian_rows(network.module, network.fallback, sample[None])[0]
             block.rows[index, :, column:] = network.mapped(rows.mT).mT
 
 
@@ -125,14 +124,14 @@ def _layer_rows(
     """Form the rows of a layer's parameters for one output, summed over its uses; of the matrix if inputs are given."""
     found = []
     if inputs:
-        parts = [
-            rows_of(layer.rule.cotangents(layer.module, grad).mT.to(a.dtype), a, route).flatten(1)
-            for grad, a in zip(grads, inputs, strict=True)
-        ]
-        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+        found.append(
+            sum_over_uses(
+                rows_of(layer.rule.cotangents(layer.module, grad).mT.to(a.dtype), a, route).flatten(1)
+                for grad, a in zip(grads, inputs, strict=True)
+            )
+        )
     for vector in layer.vectors:
         rule = layer.rule.vectors[vector]
         uses = recording.uses[layer.name]
-        parts = [rule(layer.module, use.x, grad) for use, grad in zip(uses, grads, strict=True)]
-        found.append(parts[0] if len(parts) == 1 else torch.stack(parts).sum(0))
+        found.append(sum_over_uses(rule(layer.module, use.x, grad) for use, grad in zip(uses, grads, strict=True)))
     return found

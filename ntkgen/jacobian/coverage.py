@@ -52,7 +52,7 @@ def draw_weights(outputs: Tensor, count: int) -> Tensor:  # (samples, outputs)
     """Draw a weight for each of the first ``count`` samples and each output; those of the padding are zero."""
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(count, outputs.shape[1], generator=generator, dtype=torch.float64, device="cpu")
-    weights = torch.zeros_like(outputs, requires_grad=False)
+    weights = torch.zeros_like(outputs)
     weights[:count] = drawn.to(weights)
     return weights
 
@@ -91,7 +91,7 @@ def hold_against_autograd(
 
     All gradients together are as large as the network, and go unused: each is dropped as soon as it has been seen.
     """
-    compared = {name: claim.compare(None) for name, claim in claims.items()}
+    compared: dict[str, tuple[Tensor, Tensor]] = {}
     reached = set()
     with ExitStack() as stack:
         for name, param in params.items():
@@ -105,6 +105,7 @@ def hold_against_autograd(
             stack.callback(param.register_post_accumulate_grad_hook(see).remove)
         if outputs.requires_grad and params:
             weighted_sum(outputs, weights).backward(inputs=list(params.values()))
+    compared |= {name: claim.compare(None) for name, claim in claims.items() if name not in compared}
     return Findings(frozenset(reached), frozenset(_beyond(compared, tolerance)))
 
 

@@ -7,7 +7,7 @@ inputs a and the cotangents g are. Its other parameters are vectors, with rows t
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -294,6 +294,12 @@ class Layer:
         kept = {param for param in self.params() if self.full_name(param) not in excluded}
         vectors = tuple(vector for vector in self.vectors if vector in kept)
         return dataclasses.replace(self, has_matrix=self.rule.matrix in kept, vectors=vectors)
+
+
+def sum_over_uses(parts: Iterable[Tensor]) -> Tensor:
+    """Add up what the uses of a layer contribute; of one use, that itself."""
+    first, *others = parts
+    return torch.stack([first, *others]).sum(0) if others else first
 
 
 def layers_with_rules(module: nn.Module) -> Iterator[Layer]:

@@ -1,6 +1,6 @@
 """A network tried on a few samples: what it returns, which rules hold, and which parameters its outputs depend on."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from ntkgen.jacobian.coverage import (
     rows_product,
 )
 from ntkgen.jacobian.evaluation import as_input, require_real_outputs
-from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules
+from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
 
 # Samples of the rows, and as many of the columns, among which those are chosen on which a network is tried.
 PROBE_SAMPLES = 16
@@ -185,9 +185,3 @@ def _matrix_claim(layer: Layer, uses: Sequence[Use], grads: Sequence[Tensor]) ->
         for a, grad in zip(inputs, grads, strict=True)
     )
     return Claim(sum_over_uses(parts), directions)
-
-
-def sum_over_uses(parts: Iterator[Tensor]) -> Tensor:
-    """Add up what the uses of a layer contribute; of one use, that itself."""
-    first, *others = parts
-    return torch.stack([first, *others]).sum(0) if others else first
