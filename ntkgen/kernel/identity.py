@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ntkgen.checkpoint import parameter_fingerprint
 from ntkgen.errors import FingerprintError, StoreError
 from ntkgen.jacobian.compute import pad_batch
+from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.kernel import engine
@@ -73,7 +74,8 @@ def require_same_logits(store: KernelStore, network: Network, inputs: Inputs) ->
     is_same_machine = not plan.environment.differences(engine.environment(network.device, plan.environment.threads))
     samples = network.input(inputs.all[batch.start : batch.stop])
     with exact_arithmetic(network.device, plan.environment.threads), torch.no_grad():
-        found = network.module(pad_batch(samples, plan.jacobian.batch_size))[: len(samples)].cpu().double()
+        logits = outputs_of(network.module, pad_batch(samples, plan.jacobian.batch_size))
+        found = logits[: len(samples)].cpu().double()
     tolerance = (SAME_MACHINE if is_same_machine else OTHER_MACHINE)[network.precision.compute_dtype]
     difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= tolerance * max(scale, 1e-30):
