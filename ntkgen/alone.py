@@ -16,7 +16,7 @@ _LOCK = threading.RLock()
 def alone() -> Iterator[None]:
     """Wait until no other thread of this process is in such a block; a thread that is may enter another.
 
-    Whoever writes what is computed must not wait here: the thread that computes waits for him.
+    A thread that writes tiles must not enter such a block: the thread that computes waits for it, and holds the lock.
     """
     with _LOCK:
         yield

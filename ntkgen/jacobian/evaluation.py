@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ntkgen.errors import ModelError
 
-# So many parts of one network that cannot be copied are shared; a copy that meets more is refused.
+# Maximum number of parts that cannot be copied and are shared. A network with more of them is refused.
 MAX_SHARED_PARTS = 1000
 
 Memo = dict[int, Any]

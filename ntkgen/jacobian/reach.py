@@ -22,7 +22,7 @@ class UnreachedParameterWarning(UserWarning):
 
 
 def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reached: Collection[str]) -> None:
-    """Refuse a network no trainable parameter of which its outputs depend on: its kernel would be zero.
+    """Refuse a network whose outputs depend on none of its trainable parameters: its kernel would be zero.
 
     Parameters that they depend on in training mode alone have a part of zero in the kernel, and get a warning.
 
@@ -47,9 +47,9 @@ def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reache
         )
     if only_in_training:
         warnings.warn(
-            f"The outputs depend on {_listed(only_in_training)} in training mode, and not in evaluation mode, of which "
-            "the kernel is: these parameters add nothing to it. Does eval() merge adapters into frozen weights? Keep "
-            "them apart, or ignore this warning where the parameters serve training alone.",
+            f"The outputs depend on {_listed(only_in_training)} in training mode, and not in evaluation mode. The "
+            "kernel is that of evaluation mode: these parameters add nothing to it. Does eval() merge adapters into "
+            "frozen weights? Keep them apart, or ignore this warning where the parameters serve training alone.",
             UnreachedParameterWarning,
             stacklevel=2,
         )
