@@ -5,6 +5,7 @@ batch by batch: ``scale`` to [0, 1], ``resize`` to the zoo's 3×32×32, in train
 """
 
 import dataclasses
+import functools
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,8 +232,15 @@ def _check_has_split(name: str, split: str) -> None:
 
 def _load_digits(info: DatasetInfo, split: str) -> Dataset:
     _check_has_split(info.name, split)
+    images, labels = _digits()
+    return _named_dataset(info, images.clone(), labels.clone())
+
+
+@functools.cache
+def _digits() -> tuple[Tensor, Tensor]:
+    """Read the digits once in a process: they are a text file, which takes longer to parse than to train on."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     images = torch.from_numpy(bunch.images).to(torch.float32).div_(16).unsqueeze(1)
-    return _named_dataset(info, images, torch.from_numpy(bunch.target).to(torch.int64))
+    return images, torch.from_numpy(bunch.target).to(torch.int64)

@@ -84,8 +84,12 @@ class _Run:
             "threads": torch.get_num_threads(),
         }
         is_finished = self.epoch >= self.recipe.num_epochs or (accuracy is not None and accuracy >= target_accuracy)
-        state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        return Checkpoint(self.recipe, self.epoch, accuracy, loss, is_finished, state, training)
+        return Checkpoint(self.recipe, self.epoch, accuracy, loss, is_finished, _state(self.model), training)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Copy parameters and buffers to the processor."""
+    return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
 
 
 def train(
@@ -114,6 +118,10 @@ def train(
         checkpoints.check_recipe(path, found, recipe)
         if found.is_finished:  # kernels may have been made of it
             return found
+    elif recipe.num_epochs == 0:  # without an optimizer, which loads torch's compiler: more than a second
+        found = Checkpoint(recipe, 0, None, None, is_finished=True, state=_state(model), training={})
+        checkpoints.save(path, found)
+        return found
     device = next(model.parameters()).device
     threads = torch.get_num_threads() if found is None else found.training["threads"]
     with _training_mode(device, recipe.seed, threads):

@@ -49,16 +49,19 @@ class ArrayLayout:
 
 def _create_small(group: zarr.Group, name: str, values: npt.NDArray[np.int64], axis: str, meaning: str) -> None:
     """Write a small array whole, unless it is there with these values."""
-    if name not in group:
+    if name in group:
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        try:
+            if np.array_equal(np.asarray(array[...]), values):
+                return
+        except (ValueError, RuntimeError):  # a damaged chunk
+            pass
+    else:
         layout = ArrayLayout(values.shape, values.shape, (axis,))
-        create_array(group, name, "int64", layout, {"long_name": meaning})
-    array = group[name]
-    assert isinstance(array, zarr.Array)
-    try:
-        if np.array_equal(np.asarray(array[...]), values):
+        array = create_array(group, name, "int64", layout, {"long_name": meaning})
+        if (values == array.fill_value).all():  # as labels that nobody gave: what has no chunk reads so
             return
-    except (ValueError, RuntimeError):  # a damaged chunk
-        pass
     array.with_config({"write_empty_chunks": True})[...] = values
 
 

@@ -79,6 +79,7 @@ class KernelStore:
         self.folder = folder
         self.manifest = manifest
         self.group = group
+        self._written: dict[str, ZarrArray] = {}
 
     def __repr__(self) -> str:
         """Say what the kernel is of."""
@@ -447,7 +448,9 @@ class KernelStore:
 
     def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
         with zarr.config.set(WRITING):
-            self.zarr_array(name).with_config({"write_empty_chunks": True})[region] = values
+            if name not in self._written:  # opened once: its metadata is a file, or a request, of its own
+                self._written[name] = self.zarr_array(name).with_config({"write_empty_chunks": True})
+            self._written[name][region] = values
 
     def set_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest, in one atomic write."""
