@@ -256,7 +256,7 @@ def _copied(tree: Path, copy: Path) -> Path:
 def _tried(copy: Path, fault: Fault, *, every_test: bool) -> tuple[int, str]:
     """Plant a fault, run tests until the first failure, and take it out again."""
     file = copy / "ntkgen" / fault.file
-    text = file.read_text()
+    text = file.read_text() if file.exists() else ""
     if text.count(fault.right) != 1:
         return 2, f"NOT THERE: {fault.file} has no line, or several, of {fault.right.strip()!r}"
     file.write_text(text.replace(fault.right, fault.wrong))

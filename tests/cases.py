@@ -966,9 +966,9 @@ def small_network() -> nn.Module:
 
 
 def make_job(
-    num_samples: int = 14, precision: str = "float32", block_samples: int | None = None, **options: Any
+    num_samples: int = 11, precision: str = "float32", block_samples: int | None = None, **options: Any
 ) -> Job:
-    """Plan a kernel of 3 outputs in tiles of 3 samples: 5 × 5 tiles for 14 samples, the last block ragged."""
+    """Plan a kernel of 3 outputs in tiles of 3 samples: 4 × 4 tiles for 11 samples, the last block ragged."""
     module = options.get("module") or small_network()
     x = torch.randn(num_samples, 1, 4, 4, generator=torch.Generator().manual_seed(1)) * options.get("scale", 1)
     network = prepare(module, x, policy(precision))

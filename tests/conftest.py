@@ -1,13 +1,13 @@
 """The switches under which all tests run, and the fixtures that several files share."""
 
+import gc
 import os
+from typing import TYPE_CHECKING
 
 import pytest
-import strategies  # noqa: F401 - which loads the profile of hypothesis
-import torch
-from cases import Job, make_job
 
-from ntkgen import cli
+if TYPE_CHECKING:
+    from cases import Job
 
 # Plans by the built-in rates, here and in every process that a test starts: what is planned is not what is measured.
 os.environ["NTKGEN_RATES"] = "default"
@@ -19,12 +19,26 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the profile of hypothesis where tests are run; the process that hands them out imports nothing of ours."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
+        import strategies  # noqa: F401
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off what is imported: it walks the objects of torch again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Use one thread: the networks are so small that handing work to a second takes most of the time.
 
     NTKGEN_TEST_THREADS says otherwise, for a run that looks for what depends on their number.
     """
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(int(os.environ.get("NTKGEN_TEST_THREADS", "1")))
     yield
@@ -34,19 +48,25 @@ def one_thread():
 @pytest.fixture(autouse=True)
 def denormal_numbers():
     """Keep them for the next test in this process: commands, run within it, flush them to zero."""
+    import torch
+
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="session")
-def job() -> Job:
-    """A kernel of 14 samples and 3 outputs in 5 × 5 tiles, computed in float32."""
+def job() -> "Job":
+    """A kernel of 11 samples and 3 outputs in 4 × 4 tiles, computed in float32."""
+    from cases import make_job
+
     return make_job()
 
 
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
     """Run a command in an empty folder; return exit code, stdout and stderr."""
+    from ntkgen import cli
+
     monkeypatch.chdir(tmp_path)
 
     def run_command(*args):

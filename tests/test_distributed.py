@@ -43,7 +43,7 @@ def team():
 
 @pytest.fixture(scope="module")
 def job():
-    """A kernel of 14 samples and 3 outputs in 5 × 5 tiles."""
+    """A kernel of 11 samples and 3 outputs in 4 × 4 tiles."""
     made = make_job()
     inputs = Inputs(made.x, made.samples)
     return KernelJob(small_network(), inputs, made.x, SPEC, CPU)
@@ -72,8 +72,8 @@ def test_workers_write_the_bytes_of_one_process(job, expected, team, tmp_path):
     )  # fmt: skip
     assert store.is_complete
     assert files_of(tmp_path / "k.zarr") == expected
-    assert [what for what in seen if what[0] == "diagonal"][-1] == ("diagonal", 5, 5)
-    assert [what[1] for what in seen if what[0] == "tiles"] == list(range(16))
+    assert [what for what in seen if what[0] == "diagonal"][-1] == ("diagonal", 4, 4)
+    assert [what[1] for what in seen if what[0] == "tiles"] == list(range(11))
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]  # no lock is left
 
 

@@ -146,7 +146,7 @@ def test_smaller_blocks_give_the_same_kernel_to_rounding(job, block_samples, tmp
     assert np.array_equal(store.array[:], store.array[:].T)
 
 
-@pytest.mark.parametrize("side", chosen([3, 6, 21, 42], [6]))
+@pytest.mark.parametrize("side", chosen([3, 6, 21, 33], [6]))
 @pytest.mark.numeric
 def test_other_tiles_give_the_same_kernel_to_rounding(job, side, tmp_path):
     expected = job.run(job.create(tmp_path / "k.zarr")).array[:]
@@ -215,7 +215,7 @@ def test_reduced_and_rectangular_kernels_are_those_of_the_reference(reduction, s
         "diagonal": np.einsum("iojo->oij", block),
     }[reduction]
     found = []
-    for cached in (2, 4, 20):
+    for cached in (2, 20):
         store = job.run(create(job, tmp_path / f"{cached}.zarr"), cached)
         found.append(files_of(store.path))
         outputs = range(3) if reduction == "diagonal" else [None]
@@ -266,7 +266,7 @@ def test_one_tile_is_written_at_a_time_and_in_the_order_of_computation(job, tmp_
     monkeypatch.setattr(engine, "compute_tile", counted)
     job.run(job.create(tmp_path / "k.zarr"))
     assert written == computed
-    assert len(written) == 15
+    assert len(written) == 10
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +284,7 @@ FAILURES = {
 }
 
 
-@in_turn("what count", FAILURES, [0, 7, 14, 1])
+@in_turn("what count", FAILURES, [0, 5, 9, 1])
 def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(
     job, straight, what, count, tmp_path, monkeypatch
 ):
@@ -304,13 +304,13 @@ def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(
     assert raised.value is FAILURES[what]
     reopened = open_store(store.path)
     assert not reopened.is_complete
-    assert len(reopened.missing_tiles()) == 15 - count
+    assert len(reopened.missing_tiles()) == 10 - count
     assert not any(thread.name.startswith("ntkgen-writer") for thread in threading.enumerate())
     job.resume(store.path)
     assert files_of(store.path) == straight
 
 
-@in_turn("error count", [KeyboardInterrupt, MemoryError, DivergedError], [7, 0, 14, 1])
+@in_turn("error count", [KeyboardInterrupt, MemoryError, DivergedError], [5, 0, 9, 1])
 def test_what_was_computed_before_an_interruption_is_committed(job, straight, error, count, tmp_path, monkeypatch):
     """Ctrl-C comes while a tile is computed: those before it are on disk, and the store is continued."""
     store, compute_tile, computed = job.create(tmp_path / "k.zarr"), engine.compute_tile, []
@@ -366,7 +366,7 @@ def test_threads_are_as_planned_within_and_as_before_without(threads, tmp_path, 
 
     monkeypatch.setattr(engine, "compute_tile", watched)
     job.run(job.create(tmp_path / "k.zarr"))
-    assert (set(seen), len(seen)) == ({threads}, 15)
+    assert (set(seen), len(seen)) == ({threads}, 10)
     assert torch.get_num_threads() == before
 
 
@@ -396,12 +396,12 @@ def test_the_report_counts_what_is_done_of_how_much(job, tmp_path):
     seen = []
     store = job.create(tmp_path / "k.zarr")
     job.run(store, report=lambda *what: seen.append(what))
-    assert seen == [("diagonal", n, 5) for n in range(6)] + [("tiles", n, 15) for n in range(16)]
+    assert seen == [("diagonal", n, 4) for n in range(5)] + [("tiles", n, 10) for n in range(11)]
     for name in ("ntk_float16/c/0/1", "ntk_float32/c/3/3", "diagonal/c/0"):
         (store.path / name).unlink()
     seen.clear()
     job.run(store, report=lambda *what: seen.append(what))
-    assert seen == [("diagonal", 4, 5), ("diagonal", 5, 5), ("tiles", 13, 15), ("tiles", 14, 15), ("tiles", 15, 15)]
+    assert seen == [("diagonal", 3, 4), ("diagonal", 4, 4), ("tiles", 8, 10), ("tiles", 9, 10), ("tiles", 10, 10)]
 
 
 def test_a_network_that_diverged_is_refused_before_any_tile(tmp_path):

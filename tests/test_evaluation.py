@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 import torch
-from cases import Call, relative_error
+from cases import Call, in_turn, relative_error
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -507,8 +507,7 @@ class InPlace(nn.Module):
         return self.fc(x)
 
 
-@pytest.mark.parametrize("way", ["plain", "relu", "parameter", "slice"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@in_turn("way dtype", ["plain", "relu", "parameter", "slice"], [torch.float64, torch.float32])
 def test_a_network_that_works_in_place_overwrites_nothing(way, dtype, tmp_path):
     x, model = noise(5, 3).to(dtype), model_of(way)
     before = x.clone()

@@ -156,6 +156,6 @@ def test_no_more_blocks_are_alive_than_the_cache_may_hold(monkeypatch):
 def test_no_more_blocks_are_alive_in_a_run_than_were_allowed(block_samples, cached, monkeypatch, tmp_path):
     watch = Watch(compute_factors)
     monkeypatch.setattr(engine, "compute_factors", watch)
-    job = make_job(num_samples=20, block_samples=block_samples)
+    job = make_job(block_samples=block_samples)
     job.run(job.create(tmp_path / "k.zarr"), cached)
-    assert watch.peak == min(cached, -(-20 // block_samples))
+    assert watch.peak == min(cached, -(-len(job.x) // block_samples))

@@ -224,7 +224,7 @@ METADATA = {
     "empty": lambda text: "",
     "other JSON": lambda text: "[1]",
     "no text": lambda text: b"\xff\xfe",
-    "another shape": lambda text: text.replace("42", "43"),
+    "another shape": lambda text: text.replace("33", "34"),
     "another scale": lambda text: text.replace('"scale_factor": ', '"scale_factor": 1'),
     "another checksum": lambda text: text.replace("crc32c", "crc32d"),
     "another node": lambda text: text.replace('"array"', '"group"'),
@@ -292,7 +292,7 @@ def test_what_is_not_computed_yet_is_no_damage(job, tmp_path):
     assert len(whole_tiles(store, [])) >= 4
     message = explain_unfinished(store, unfinished_tiles(store, []))
     assert "Run the same `ntkgen compute` again" in message
-    assert f"all of its 15 tiles and the mark of completion, found {len(whole_tiles(store, []))} tiles" in message
+    assert f"all of its 10 tiles and the mark of completion, found {len(whole_tiles(store, []))} tiles" in message
 
 
 def test_damage_is_found_in_an_unfinished_store_and_made_anew_with_the_rest(job, tmp_path):
@@ -394,7 +394,7 @@ def test_a_store_that_lies_in_no_folder_is_read_and_repaired_too(job):
     store = make()
     before = contents()
     for number, (kind, change) in enumerate(HARMS.items()):
-        name = f"ntk_float32/c/0/{number}" if number < 5 else f"ntk_float16/c/1/{number - 3}"
+        name = f"ntk_float32/c/0/{number}" if number < 4 else f"ntk_float16/c/1/{number - 3}"
         store.folder.remove(name) if change(before[name]) is None else store.folder.write(name, change(before[name]))
         assert Damage(name, PROBLEMS.get(kind, kind), tile_of(store, name)) in find_damage(store)
     assert len(find_damage(store)) == len(HARMS)
@@ -405,15 +405,15 @@ def test_a_store_that_lies_in_no_folder_is_read_and_repaired_too(job):
 
 def test_many_files_are_read_in_turns_and_few_threads(upper, monkeypatch):
     store = upper()
-    for index in range(5):
-        harm(store.path / f"ntk_float32/c/{index}/4", "last bit")
+    for index in range(4):
+        harm(store.path / f"ntk_float32/c/{index}/3", "last bit")
     found = find_damage(store)
     for limits in ({"TURN_FILES": 1}, {"TURN_FILES": 3}, {"HELD_BYTES": 1}):
         with monkeypatch.context() as patch:
             for name, value in limits.items():
                 patch.setattr(verify, name, value)
             assert find_damage(store) == found
-    assert [damage.tile for damage in found] == [(index, 4) for index in range(5)]
+    assert [damage.tile for damage in found] == [(index, 3) for index in range(4)]
 
 
 # the command ----------------------------------------------------------------------------------------------------------
