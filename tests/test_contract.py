@@ -483,7 +483,9 @@ POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], 
 PRECISIONS = ["float64", "float32", "float64-accumulate", "bfloat16"]
 
 
-def assert_equals_the_reference(name, order, precision):
+@in_turn("name order precision", CASES, [None, *ORDERS], PRECISIONS, always=[(None, "float64")])
+@pytest.mark.numeric
+def test_equals_the_reference(name, order, precision):
     case = CASES[name]()
     num_layers = len(network_of(name, precision)[0].profile.layers)
     options = {"precision": precision, "orders": [order] * num_layers if order else ()}
@@ -493,18 +495,6 @@ def assert_equals_the_reference(name, order, precision):
     assert torch.equal(square, square.T)
     assert relative_error(square, reference_of(name)) < POLICY_TOLERANCES[precision]
     assert relative_error(rectangle, rectangle_of(name)) < POLICY_TOLERANCES[precision]
-
-
-@in_turn("name order precision", CASES, [None, *ORDERS], PRECISIONS[:2])
-@pytest.mark.numeric
-def test_equals_the_reference(name, order, precision):
-    assert_equals_the_reference(name, order, precision)
-
-
-@chosen_cases_in_turn("name order precision", [None, *ORDERS], PRECISIONS[2:])
-@pytest.mark.numeric
-def test_equals_the_reference_where_factors_are_rounded(name, order, precision):
-    assert_equals_the_reference(name, order, precision)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -215,7 +215,7 @@ def test_reduced_and_rectangular_kernels_are_those_of_the_reference(reduction, s
         "diagonal": np.einsum("iojo->oij", block),
     }[reduction]
     found = []
-    for cached in (2, 20):
+    for cached in (2, 4, 20):
         store = job.run(create(job, tmp_path / f"{cached}.zarr"), cached)
         found.append(files_of(store.path))
         outputs = range(3) if reduction == "diagonal" else [None]
