@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from cases import in_turn, make_job
+from cases import chosen, in_turn, make_job
 from torch import nn
 
 import ntkgen
@@ -162,7 +162,7 @@ def require_good(store):
     return found
 
 
-@pytest.mark.parametrize("precision", [name for name in POLICIES if name != "tf32"])
+@pytest.mark.parametrize("precision", chosen([name for name in POLICIES if name != "tf32"], ["float32", "bfloat16"]))
 def test_a_good_kernel_of_each_policy_is_good(precision, job, others, tmp_path):
     require_good(computed(tmp_path, job, precision=precision, dtypes=DTYPES))
     found = computed(tmp_path / "rectangular", job, others, precision=precision, dtypes=DTYPES, output="trace")

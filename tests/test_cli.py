@@ -221,6 +221,7 @@ def test_a_store_of_something_else_is_refused_and_kept(run, tmp_path):
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_both_triangles_hold_what_one_does_but_not_the_other_way_round(run):
     assert run(*FAST, "--layout", "upper")[0] == 0
     assert run(*FAST)[0] == 0
@@ -362,6 +363,7 @@ def test_replan_leaves_a_complete_store_alone(run):
     assert (store / "zarr.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_higher_target_does_not_touch_what_a_store_was_made_of(run):
     options = ["compute", "--models", "logistic", "--subsample", "4", "--lr", "0.01", "--bs", "256"]
     assert run(*options, "--target-accuracy", "20")[0] == 0
@@ -504,6 +506,7 @@ def test_a_finished_kernel_is_certified_and_pages_say_what_that_means(run):
     assert f"{bound:.3g} in float32" in run(*FAST)[1]
 
 
+@pytest.mark.slow
 def test_a_store_without_a_certificate_gets_one_by_the_same_command(run):
     run(*FAST)
     store = the_store()
@@ -542,6 +545,7 @@ def test_a_suspicious_kernel_is_stored_and_said_to_be_so_with_exit_code_1(run, m
     assert run("verify", the_store(), "--certify")[0] == 1
 
 
+@pytest.mark.slow
 def test_what_is_computed_more_precisely_than_stored_is_said_once(run):
     careful = [*FAST, "--precision", "float64-accumulate"]
     code, _, err = run(*careful, "--models", "logistic", "lenet", "--no-certify")
@@ -592,6 +596,7 @@ def test_verify_names_what_is_damaged_and_missing_and_what_to_do(run):
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_verify_of_several_stores_reads_all_of_them(run):
     run(*FAST)
     run(*FAST[:-2], "--subsample", "4")
@@ -603,6 +608,7 @@ def test_verify_of_several_stores_reads_all_of_them(run):
     assert run("verify", "nothing.zarr")[0] == 2
 
 
+@pytest.mark.slow
 def test_verify_certifies_anew_with_other_probes(run):
     run(*FAST)
     store = the_store()
@@ -632,7 +638,10 @@ def test_verify_finds_wrong_numbers_that_have_a_right_checksum(run):
 
 
 def test_the_whole_way_in_a_process_of_its_own(run, tmp_path):
-    command = [sys.executable, "-m", "ntkgen", *FAST[:-2], "--output", "centered", "--no-certify"]
+    images = np.random.default_rng(0).random((6, 3, 32, 32), np.float32)
+    np.savez(tmp_path / "six.npz", x=images, y=np.arange(6))
+    options = ["--models", "logistic", "--dataset", "six.npz", "--epochs", "0", "--output", "centered", "--no-certify"]
+    command = [sys.executable, "-m", "ntkgen", "compute", *options]
     computed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (computed.returncode, computed.stderr) == (0, "")
     store = next((tmp_path / "runs").glob("*.zarr"))

@@ -161,6 +161,7 @@ def test_workers_write_to_a_bucket(run, bucket, local, monkeypatch):
     assert objects(bucket) == local
 
 
+@pytest.mark.slow
 def test_a_url_and_any_zarr_store_are_taken_from_python(bucket):
     x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     stored = ntkgen.compute(small_network(), x, store=f"{bucket}/k.zarr", tile_side=6)

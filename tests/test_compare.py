@@ -110,6 +110,7 @@ def test_a_constant_is_no_difference_to_the_centred_alignment(tmp_path):
     assert compare(*matrices(tmp_path / "x", content, flat), 1, MEMORY)["centered_alignment"] is None
 
 
+@pytest.mark.slow
 def test_the_space_of_a_large_kernel_is_found_by_products(tmp_path, monkeypatch):
     first, second = pair_of(30, 4)
     spectrum = 0.8 ** np.arange(120)

@@ -18,6 +18,7 @@ from cases import (
     chosen,
     chosen_cases,
     chosen_cases_in_turn,
+    every_case,
     in_turn,
     reference_of,
     relative_error,
@@ -483,9 +484,19 @@ POLICY_TOLERANCES = {**TOLERANCES, "float64-accumulate": TOLERANCES["float32"], 
 PRECISIONS = ["float64", "float32", "float64-accumulate", "bfloat16"]
 
 
-@in_turn("name order precision", CASES, [None, *ORDERS], PRECISIONS, always=[(None, "float64")])
+@every_case
 @pytest.mark.numeric
-def test_equals_the_reference(name, order, precision):
+def test_equals_the_reference(name):
+    require_the_reference(name, None, "float64")
+
+
+@chosen_cases_in_turn("name order precision", [None, *ORDERS], PRECISIONS)
+@pytest.mark.numeric
+def test_equals_the_reference_in_every_order_and_precision(name, order, precision):
+    require_the_reference(name, order, precision)
+
+
+def require_the_reference(name, order, precision):
     case = CASES[name]()
     num_layers = len(network_of(name, precision)[0].profile.layers)
     options = {"precision": precision, "orders": [order] * num_layers if order else ()}

@@ -76,6 +76,7 @@ def assert_one_line(error: pytest.ExceptionInfo) -> None:
 # names
 
 
+@pytest.mark.slow
 def test_importing_data_imports_neither_torchvision_nor_sklearn():
     code = "import sys, ntkgen.data; print([m for m in ('torchvision', 'sklearn') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

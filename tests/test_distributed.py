@@ -295,6 +295,7 @@ def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_
             make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), Carried(job.model, job.inputs))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")  # two threads set and reset what is ignored
 def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expected, team, tmp_path):
     shared = shared_out(job, team)

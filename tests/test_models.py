@@ -34,6 +34,7 @@ RESNETS = [name for name in NUM_PARAMS if name.startswith("resnet")]
 every_model = pytest.mark.parametrize("name", NUM_PARAMS)
 # One of each family, and not the largest, where a network is built and run.
 FAMILIES = ("resnet9", "resnet50", "mobilenet", "mobilenetv2", "vgg11", "lenet", "wrn-28-2", "logistic", "densenet121")
+some_models = pytest.mark.parametrize("name", chosen(NUM_PARAMS, FAMILIES[::3]))
 model_of_each_family = pytest.mark.parametrize("name", chosen(NUM_PARAMS, FAMILIES))
 
 
@@ -61,7 +62,7 @@ def test_parameter_count(name):
         assert count(MODELS[name](num_classes=10)) == NUM_PARAMS[name]
 
 
-@model_of_each_family
+@some_models
 @pytest.mark.parametrize("num_classes", [7])
 def test_logits_have_one_column_per_class(name, num_classes):
     with torch.device("meta"):
@@ -81,7 +82,7 @@ def test_evaluation_of_a_sample_ignores_the_rest_of_the_batch(name):
     assert not torch.allclose(first[1], second[1], **tolerance)
 
 
-@model_of_each_family
+@some_models
 def test_the_seed_fixes_the_parameters(name):
     networks = [small(name, seed) for seed in (0, 0, 1)]
     for param, same, other in zip(*(network.parameters() for network in networks), strict=True):
@@ -90,6 +91,7 @@ def test_the_seed_fixes_the_parameters(name):
         assert param.ndim == 1 or not torch.equal(param, other)
 
 
+@pytest.mark.slow
 @every_model
 def test_parameters_and_batch_statistics_are_all_that_is_stored(name):
     with torch.device("meta"):

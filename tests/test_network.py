@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, CPU, TOLERANCES, Call, chosen_cases_in_turn, every_case, reference_of, relative_error
+from cases import (
+    CASES,
+    CPU,
+    TOLERANCES,
+    Call,
+    chosen_cases,
+    chosen_cases_in_turn,
+    reference_of,
+    relative_error,
+)
 from strategies import pieces_of
 from torch import nn
 
@@ -36,7 +45,7 @@ def test_a_rule_treats_every_parameter_that_it_holds_for_and_no_other(name, prec
     assert sorted([*treated, *network.fallback]) == sorted(trainable)
 
 
-@every_case
+@chosen_cases
 def test_the_profile_counts_every_trainable_scalar_once(name):
     case = CASES[name]()
     profile = prepare(case.module, case.x, policy("float32")).profile

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, TOLERANCES, chosen_cases, every_case, reference_of, relative_error
+from cases import CASES, CHOSEN, TOLERANCES, chosen, chosen_cases, reference_of, relative_error
 from scipy.sparse.linalg import eigsh, svds
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ WITHOUT_FORWARD_MODE = {
 }
 
 
-@every_case
+@pytest.mark.parametrize("name", chosen(CASES, [*CHOSEN, *WITHOUT_FORWARD_MODE]))
 def test_the_cheapest_way_is_chosen(name):
     case = CASES[name]()
     assert NTKOperator(case.module, case.x).push == WITHOUT_FORWARD_MODE.get(name, "forward")

@@ -163,6 +163,7 @@ def test_every_section_is_there_and_says_numbers(single, stored):
     assert "arXiv" in found.words
 
 
+@pytest.mark.slow
 def test_several_kernels_are_compared(double):
     words = Checked(double).words
     assert "2 neural tangent kernels" in words
@@ -340,6 +341,7 @@ UNUSUAL = {
 }
 
 
+@pytest.mark.slow
 def test_what_was_asked_otherwise_than_usual_is_not_compared_with_other_kernels(run, tmp_path):
     store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, num_outputs=3)
     for question, options in UNUSUAL.items():

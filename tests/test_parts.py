@@ -133,6 +133,7 @@ def test_a_certificate_is_made_by_the_last_part_alone(job, tmp_path, monkeypatch
     assert len(made) == 1
 
 
+@pytest.mark.slow
 def test_parts_that_end_together_leave_it_to_the_last_of_them(job, expected, tmp_path, monkeypatch):
     """The first finds the second at work, and leaves; the second waits for the first, and finds nobody."""
     path, looked, began = tmp_path / "k.zarr", [], threading.Event()

@@ -32,9 +32,9 @@ from ntkgen.kernel.opening import open_store
 
 @pytest.fixture(scope="module")
 def client():
-    """Two workers, in another folder than these tests."""
+    """A worker with two threads, in another folder than these tests."""
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0") as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=2, memory_limit=0, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         client.run(os.chdir, "/")
@@ -180,6 +180,7 @@ def test_commands_take_a_scheduler(client, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", chosen(["tcp://127.0.0.1:9", "no/file.json", "."], ["tcp://127.0.0.1:9"]))
 def test_no_scheduler_there_is_one_line(tmp_path, monkeypatch, capsys, place):
     fill(tmp_path, "upper")

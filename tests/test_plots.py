@@ -185,7 +185,7 @@ SHAPES = {  # labels, outputs
 }
 
 
-@pytest.fixture(scope="module", params=chosen(SHAPES, ["many classes"]))
+@pytest.fixture(scope="module", params=chosen(SHAPES, ["usual"]))
 def pictures(request, tmp_path_factory):
     labels, m = SHAPES[request.param]
     path = tmp_path_factory.mktemp("plots") / "k.zarr"
@@ -223,6 +223,7 @@ def test_pictures_are_files_of_both_formats(pictures):
         assert b"<text" not in svg  # shapes, which need no font
 
 
+@pytest.mark.slow
 def test_equal_pictures_have_equal_bytes(matrix):
     picture, same = draw_matrix(matrix), draw_matrix(matrix)
     for form in plots_style.FORMATS:
@@ -275,6 +276,7 @@ def test_the_spectrum_shows_what_is_negative_and_what_is_not_known():
     assert "The 3 largest of 10" in draw_spectrum({**result, "rows": 10}).caption
 
 
+@pytest.mark.slow
 def test_the_determinant_is_drawn_against_whole_samples():
     from ntkgen.analysis.plots_logdet import draw_logdet
 
@@ -292,6 +294,7 @@ def test_the_determinant_is_drawn_against_whole_samples():
     assert "−8" in draw_logdet(result, 2).caption
 
 
+@pytest.mark.slow
 def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
     from ntkgen.analysis.cholesky import FactorSettings
     from ntkgen.analysis.extrapolate import Law, extrapolate
@@ -440,6 +443,7 @@ def test_bad_input_is_one_line_and_draws_nothing(run, stored, args, message):
     assert not Path("plots").exists()
 
 
+@pytest.mark.slow
 def test_stores_of_one_name_get_pictures_of_two(run, tmp_path):
     for folder in ("a", "b"):
         fill_store(tmp_path / folder / "k.zarr", labels=LABELS, num_outputs=1)

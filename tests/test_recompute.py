@@ -261,6 +261,7 @@ def test_of_a_store_made_in_python_no_tile_is_made_again(run, job, tmp_path):
     assert run("verify", "k.zarr", "--recompute", "1")[0] == 2
 
 
+@pytest.mark.slow
 def test_what_takes_long_or_fetches_data_is_done_on_request_alone(run, digits, monkeypatch):
     loaded = []
     load = origin.datasets.load

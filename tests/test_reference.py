@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, TOLERANCES, chosen_cases, every_case, reference_of, relative_error
+from cases import CASES, TOLERANCES, chosen_cases, reference_of, relative_error
 from torch import Tensor, nn
 
 from ntkgen.jacobian import reference
@@ -26,7 +26,7 @@ def plain_jacobian(model: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-@every_case
+@chosen_cases
 def test_equals_plain_autograd(name):
     case = CASES[name]()
     J = plain_jacobian(case.module, case.x)

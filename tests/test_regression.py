@@ -201,6 +201,7 @@ def test_the_residual_bound_is_the_true_residual(tmp_path, monkeypatch):
     assert fit.bound > 1e-3
 
 
+@pytest.mark.slow
 def test_the_preconditioner_saves_passes(tmp_path):
     content = drawn(40, 4, tile_samples=20)
     Q = np.linalg.qr(np.random.default_rng(0).normal(size=(160, 160)))[0]

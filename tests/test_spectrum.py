@@ -223,6 +223,7 @@ def test_bounds_hold_after_every_step(values, num_blocks):
     np.testing.assert_allclose(found.values, largest, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_error_bounds_are_close_and_far_below_residuals():
     """The square of a residual over a gap that is extrapolated: within a factor of a few of the error."""
     values = np.arange(1, 601) ** -0.5
@@ -285,6 +286,7 @@ def test_steps_end_where_they_are_to_end():
     assert (krylov.steps, found.is_converged) == (9, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", chosen([0.3, 0.8, 1.2], [0.8]))
 def test_eight_passes_do_where_the_spectrum_falls_by_15_percent_within_a_block(power):
     """On spectra that fall like a power, with a few large eigenvalues before: 50 eigenvalues to 10⁻⁶."""

@@ -188,6 +188,7 @@ def test_stopped_at_any_write_and_resumed_gives_equal_bytes(layout, tmp_path, mo
     assert count > len(chunks_of(expected))
 
 
+@pytest.mark.slow
 @in_turn("stage layout", ["diagonal", "tiles"], LAYOUTS)
 def test_stopped_after_any_number_of_tiles_and_resumed_gives_equal_bytes(job, finished, layout, stage, tmp_path):
     total = {"diagonal": 4, "tiles": 10}[stage]
@@ -210,6 +211,7 @@ def test_stopped_after_any_number_of_tiles_and_resumed_gives_equal_bytes(job, fi
         assert files_of(path) == finished[layout].files
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_gives_equal_bytes(job, finished, tmp_path, monkeypatch):
     path = tmp_path / "k.zarr"
     job.create(path)

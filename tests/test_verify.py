@@ -238,7 +238,7 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kind"), chosen(WRITTEN, WRITTEN[::4]))
+@pytest.mark.parametrize(("name", "kind"), chosen(WRITTEN, WRITTEN[::7]))
 def test_damaged_metadata_is_found_and_made_anew(upper, name, kind):
     store = upper()
     before = files_of(store.path)
@@ -448,6 +448,7 @@ def test_the_command_repairs_what_the_same_compute_then_makes_anew(run, digits):
     assert run("verify", digits)[0] == 0
 
 
+@pytest.mark.slow
 def test_json_says_what_was_found_and_what_was_removed(run, digits):
     whole = json.loads(run("verify", digits, "--json", "--recompute", "0")[1])
     assert (whole["is_whole"], whole["damage"], whole["removed"], whole["recomputed"]) == (True, [], [], [])
@@ -485,6 +486,7 @@ def test_a_store_that_another_process_writes_is_not_repaired(run, digits):
     assert files_of(digits) == before
 
 
+@pytest.mark.slow
 def test_stores_after_one_that_cannot_be_opened_are_read(run, digits):
     code, out, err = run("verify", "nothing.zarr", f"{digits}/", "--json")
     results = [json.loads(line) for line in out.splitlines()]
@@ -500,6 +502,7 @@ def test_stores_after_one_that_cannot_be_opened_are_read(run, digits):
     assert not Path("nowhere").exists()
 
 
+@pytest.mark.slow
 def test_a_certificate_is_made_of_a_whole_store_after_a_repair_found_nothing(run, digits):
     before = files_of(digits)
     code, _, err = run("verify", digits, "--repair", "--certify")
