@@ -102,7 +102,6 @@ def test_it_is_that_of_the_dense_matrix(values, shift):
             np.testing.assert_allclose(L, np.linalg.cholesky(K), atol=1e-12)
 
 
-@pytest.mark.slow
 @few
 @given(st.fixed_dictionaries(CUTS), st.floats(-9.0, -0.1))
 def test_an_indefinite_kernel_has_ldl(values, lowest):
