@@ -86,13 +86,18 @@ def single(stored):
 
 @pytest.fixture(scope="module")
 def double(stored):
-    """Two kernels, for which each picture would be drawn a third time."""
+    """Two kernels without most pictures, which `single` and `whole_double` have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "draw_all", lambda *_: {})
         return make_report([open_matrix(store) for store in stored], MEMORY).page.decode()
 
 
-@pytest.fixture(params=["single", pytest.param("double", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module")
+def whole_double(stored):
+    return make_report([open_matrix(store) for store in stored], MEMORY).page.decode()
+
+
+@pytest.fixture(params=["single", pytest.param("whole_double", marks=pytest.mark.slow)])
 def text(request):
     return request.getfixturevalue(request.param)
 
