@@ -34,6 +34,15 @@ SPEC = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", me
 SHARED = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=2 << 30)  # by two
 
 
+@pytest.fixture(scope="module", autouse=True)
+def threads_of_a_worker(one_thread):
+    """Use one thread in this process, as each worker does: their number is part of what a store says of itself."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def team():
     """Two workers, started once."""
