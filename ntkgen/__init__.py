@@ -7,21 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ntkgen.engine.compute import compute as compute
     from ntkgen.jacobian.dense import ntk as ntk
     from ntkgen.jacobian.operator import NTKOperator as NTKOperator
     from ntkgen.jacobian.reference import reference_ntk as reference_ntk
-    from ntkgen.kernel.compute import compute as compute
-    from ntkgen.kernel.opening import open_kernel as open  # noqa: A004
-    from ntkgen.kernel.store import KernelStore as KernelStore
+    from ntkgen.store.opening import open_kernel as open  # noqa: A004
+    from ntkgen.store.store import KernelStore as KernelStore
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "NTKOperator": ("ntkgen.jacobian.operator", "NTKOperator"),
-    "compute": ("ntkgen.kernel.compute", "compute"),
-    "KernelStore": ("ntkgen.kernel.store", "KernelStore"),
+    "compute": ("ntkgen.engine.compute", "compute"),
+    "KernelStore": ("ntkgen.store.store", "KernelStore"),
     "ntk": ("ntkgen.jacobian.dense", "ntk"),
-    "open": ("ntkgen.kernel.opening", "open_kernel"),
+    "open": ("ntkgen.store.opening", "open_kernel"),
     "reference_ntk": ("ntkgen.jacobian.reference", "reference_ntk"),
 }
 

@@ -10,26 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkgen import checkpoint as checkpoints
-from ntkgen import data as datasets
-from ntkgen import zoo
-from ntkgen.checkpoint import Checkpoint
-from ntkgen.data import Dataset
+from ntkgen.checks.certify import add_certificate
+from ntkgen.data import dataset as datasets
+from ntkgen.data.dataset import Dataset
+from ntkgen.engine.machine import memory_budget
+from ntkgen.engine.recompute import Means, Recomputed, draw_tiles, recompute
 from ntkgen.errors import DataError, FingerprintError, InputError, StoreError
-from ntkgen.folders import File, Folder, LocalFolder
-from ntkgen.kernel import engine
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.certificate import Certificate, Sampling
-from ntkgen.kernel.certify import add_certificate
-from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.plan import Budget
-from ntkgen.kernel.recompute import Means, Recomputed, draw_tiles, recompute
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import Tile
-from ntkgen.lock import write_lock
-from ntkgen.paths import expanded
+from ntkgen.files.folder import File, Folder, LocalFolder
+from ntkgen.files.lock import write_lock
+from ntkgen.files.paths import expanded
+from ntkgen.inputs import Inputs
+from ntkgen.plan.plan import Budget
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, ignore_report
+from ntkgen.store.certificate import Certificate, Sampling
+from ntkgen.store.opening import open_store
+from ntkgen.store.schema import Samples
+from ntkgen.store.store import KernelStore
+from ntkgen.training import checkpoint as checkpoints
+from ntkgen.training import zoo
+from ntkgen.training.checkpoint import Checkpoint
 
 # What is recomputed without being asked for takes at most so many operations: about a minute on two cores.
 QUICK_FLOPS = 10**13
@@ -83,7 +83,7 @@ def _provenance(store: KernelStore) -> dict[str, Any]:
         raise StoreError(
             f"The store at {store.name} does not say what it was made of: expected the provenance of `ntkgen compute`, "
             f"found one without {', '.join(lacking)}. Was it made in Python, with ntkgen.compute? Compare it there, "
-            "with ntkgen.kernel.certify."
+            "with ntkgen.checks.certify."
         )
     return made
 
@@ -216,7 +216,7 @@ def recompute_again(
     if not drawn:
         return []
     _provenance(store)
-    budget = engine.memory_budget(again.device, again.memory_bytes)
+    budget = memory_budget(again.device, again.memory_bytes)
     if again.count is None:
         _require_quick(store, drawn, budget)
     origin = load_origin(store, again.data_dir, download=again.download)

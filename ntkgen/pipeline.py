@@ -13,24 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkgen import checkpoint as checkpoints
-from ntkgen import training, zoo
-from ntkgen.checkpoint import Checkpoint, Recipe
-from ntkgen.data import Dataset, check_labels, sample_order
+from ntkgen.data.dataset import Dataset, check_labels, sample_order
+from ntkgen.engine.compute import ALONE, Hands, KernelJob, layout_of, make, ready
+from ntkgen.engine.identity import KernelSpec
+from ntkgen.engine.machine import check_plan
 from ntkgen.errors import DiskSpaceError, InaccurateKernelError, InputError
-from ntkgen.folders import File, Folder, LocalFolder
+from ntkgen.files.folder import File, Folder, LocalFolder
+from ntkgen.files.lock import write_lock
+from ntkgen.inputs import Inputs
 from ntkgen.jacobian.probe import PROBE_SAMPLES
-from ntkgen.kernel import engine
-from ntkgen.kernel.compute import ALONE, Hands, KernelJob, layout_of, make, ready
-from ntkgen.kernel.explain import Work, explain
-from ntkgen.kernel.identity import KernelSpec
-from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.opening import has_store, open_store
-from ntkgen.kernel.plan import Budget, Plan
-from ntkgen.kernel.report import describe
-from ntkgen.lock import write_lock
 from ntkgen.origin import load_parts, take
+from ntkgen.plan.explain import Work, explain
+from ntkgen.plan.plan import Budget, Plan
 from ntkgen.progress import Report, ignore_report
+from ntkgen.store.describe import describe
+from ntkgen.store.opening import has_store, open_store
+from ntkgen.training import checkpoint as checkpoints
+from ntkgen.training import fit as training
+from ntkgen.training import zoo
+from ntkgen.training.checkpoint import Checkpoint, Recipe
 from ntkgen.units import human_bytes
 
 
@@ -247,7 +248,7 @@ def plan_job(
     plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else plan_anew()
     layout_of(kernel.spec, plan.grid)  # raises where it has none
     if not is_complete:
-        engine.check_plan(plan, machine.environment)
+        check_plan(plan, machine.environment)
         plan.cached_blocks(machine.budget)  # raises where the budget is too small
     job = Job(request, kernel, place, data, inputs, model, recipe, plan, machine.budget)
     require_disk(place, job.missing_bytes)

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.cli.options import Bytes
-from ntkgen.kernel.foreign import Facts, import_kernel
-from ntkgen.kernel.store import KernelStore
+from ntkgen.store.importing import Facts, import_kernel
+from ntkgen.store.store import KernelStore
 
 FloatArray = npt.NDArray[np.float64]
 

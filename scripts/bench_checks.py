@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen import zoo
 from ntkgen.jacobian import compute
+from ntkgen.training import zoo
 
 SAMPLE_SHAPE = (3, 32, 32)
 CHECKS = ("require_planned_uses", "require_true_factors", "require_same_alone")

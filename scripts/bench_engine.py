@@ -31,7 +31,8 @@ from full_jacobian import FullJacobian, Measurement, Schedule, timed
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen import zoo
+from ntkgen.engine.machine import choose_device as any_device
+from ntkgen.engine.machine import environment
 from ntkgen.errors import InputError, NtkgenError
 from ntkgen.jacobian import choice, dense
 from ntkgen.jacobian.cost import NetworkProfile
@@ -39,7 +40,7 @@ from ntkgen.jacobian.dense import DensePlan
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy
 from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy, reduced_products
 from ntkgen.jacobian.products import Products, routes
-from ntkgen.kernel import engine
+from ntkgen.training import zoo
 
 NUM_OUTPUTS = 10
 SAMPLE_SHAPE = (3, 32, 32)  # what the zoo's networks take
@@ -297,8 +298,8 @@ def rates(seconds: float, work: Work, peak: Peak) -> dict[str, float]:
 def machine(device: torch.device) -> dict[str, Any]:
     """Say where this was measured."""
     return {
-        "device": engine.environment(device).device_name,
-        "cpu_model": engine.environment(torch.device("cpu")).device_name,
+        "device": environment(device).device_name,
+        "cpu_model": environment(torch.device("cpu")).device_name,
         "torch_version": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -400,7 +401,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         InputError: If it is another kind.
     """
-    device = torch.device("cpu") if name == "auto" and not torch.cuda.is_available() else engine.choose_device(name)
+    device = torch.device("cpu") if name == "auto" and not torch.cuda.is_available() else any_device(name)
     if device.type not in PEAK_SIDE:
         raise InputError(
             f"The benchmark does not run on {name!r}: expected cpu or cuda, whose matrix products it knows how to "

@@ -28,6 +28,8 @@ from bench_engine import Line, build_all, machine, one_line_errors, print_table,
 from full_jacobian import timed
 from torch import Tensor
 
+from ntkgen.engine.machine import choose_device as any_device
+from ntkgen.engine.machine import environment, memory_budget
 from ntkgen.errors import InputError
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract, exact_diagonal
@@ -36,9 +38,8 @@ from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy
-from ntkgen.kernel import engine
-from ntkgen.kernel.plan import Budget, Choices, Plan, count_factor_samples, make_plan
-from ntkgen.kernel.tiles import make_grid
+from ntkgen.plan.plan import Budget, Choices, Plan, count_factor_samples, make_plan
+from ntkgen.plan.tiles import make_grid
 from ntkgen.units import human_bytes
 
 # Hours for the upper triangle of the CIFAR-10 kernel (50,000 samples, 10 outputs) on one H100, by the dtype that the
@@ -134,7 +135,7 @@ def repeated(settings: Settings, work: Callable[..., Any], *args: Any) -> tuple[
 def bench(name: str, network: Network, tile: int | None, settings: Settings) -> dict[str, Any]:
     """Measure one network, and extrapolate."""
     precision = network.precision.name
-    budget = engine.memory_budget(settings.device, settings.memory)
+    budget = memory_budget(settings.device, settings.memory)
     plan = plan_kernel(network, tile, budget, settings)
     say(f"{name}: {precision}, tiles of {plan.grid.side} rows, blocks of {plan.block_samples} samples")
     if settings.device.type == "cuda":
@@ -162,8 +163,8 @@ def plan_kernel(network: Network, tile: int | None, budget: Budget, settings: Se
     """Plan the whole kernel as the command `compute` does."""
     choices = Choices(network.precision.name, rates_of(network.device, network.precision.name))
     grid = make_grid(settings.n, network.profile.num_outputs, tile)
-    environment = engine.environment(settings.device)
-    return make_plan(network.profile, grid, choices, budget=budget, environment=environment)
+    here = environment(settings.device)
+    return make_plan(network.profile, grid, choices, budget=budget, environment=here)
 
 
 def extrapolate(plan: Plan, seconds: Seconds, amounts: Amounts) -> dict[str, Any]:
@@ -285,7 +286,7 @@ def choose_device(name: str) -> torch.device:
             "driver missing, or is torch built without CUDA? Run this where there is a GPU, or try the script itself "
             "with --device cpu --n 640 --tile 80."
         )
-    return engine.choose_device(name)
+    return any_device(name)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen import data, training, zoo
-from ntkgen.checkpoint import Recipe
 from ntkgen.cli.options import ManyCommand, ManyOption
 from ntkgen.cli.session import start_process
+from ntkgen.data import dataset as data
 from ntkgen.errors import InputError
 from ntkgen.jacobian.evaluation import evaluation_copy
 from ntkgen.jacobian.precision import POLICIES, check_device
 from ntkgen.jacobian.reference import jacobian_rows, trainable
+from ntkgen.training import fit as training
+from ntkgen.training import zoo
+from ntkgen.training.checkpoint import Recipe
 
 NUM_SAMPLES = 200
 TRIALS = 3

@@ -14,11 +14,11 @@ import click
 import numpy as np
 
 import ntkgen
+from ntkgen.blocks import Block
+from ntkgen.checks.pairs import kernels_of, mapped_kernel
 from ntkgen.jacobian.outputs import output_map
-from ntkgen.kernel.pairs import kernels_of, mapped_kernel
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import Block
 from ntkgen.origin import Origin, load_origin
+from ntkgen.store.store import KernelStore
 
 
 def exact_block(store: KernelStore, origin: Origin, rows: Block, cols: Block) -> np.ndarray:

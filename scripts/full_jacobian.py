@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
+from ntkgen.blocks import Block, block_pairs
 from ntkgen.errors import BudgetError
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.reference import trainable
-from ntkgen.kernel.tiles import Block, block_pairs
 from ntkgen.units import human_bytes
 
 Arguments = ParamSpec("Arguments")

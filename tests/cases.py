@@ -20,18 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from ntkgen.engine import run as running
+from ntkgen.engine.machine import environment
+from ntkgen.files.lock import write_lock
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk
-from ntkgen.kernel import engine
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store, open_store
-from ntkgen.kernel.plan import Budget, Choices, Plan, make_plan
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tidy import tidy
-from ntkgen.kernel.tiles import make_grid
-from ntkgen.lock import write_lock
+from ntkgen.plan.plan import Budget, Choices, Plan, make_plan
+from ntkgen.plan.tiles import make_grid
+from ntkgen.progress import Report
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.schema import Samples
+from ntkgen.store.store import KernelStore
+from ntkgen.store.tidy import tidy
 
 # Relative Frobenius error that a kernel computed or stored in a dtype may have against the reference.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 1e-3}
@@ -944,9 +946,9 @@ class Job:
         identity, provenance = {"network": "3f2a", "samples": "91bc"}, {"model": "small", "dataset": "noise"}
         return create_store(path, Manifest(identity, provenance, self.plan, dtypes, layout), self.samples)
 
-    def run(self, store: KernelStore, cached_blocks: int = 2, report: engine.Report = lambda *_: None) -> KernelStore:
+    def run(self, store: KernelStore, cached_blocks: int = 2, report: Report = lambda *_: None) -> KernelStore:
         """Compute what a store is missing."""
-        engine.run(self.network, self.x, store, cached_blocks=cached_blocks, report=report)
+        running.run(self.network, self.x, store, cached_blocks=cached_blocks, report=report)
         return store
 
     def resume(self, path: Path) -> KernelStore:
@@ -977,7 +979,7 @@ def make_job(
         make_grid(num_samples, 3, options.get("side", 9)),
         Choices(precision),
         budget=Budget(1 << 30, 1 << 30),
-        environment=engine.environment(CPU, options.get("threads", 1)),
+        environment=environment(CPU, options.get("threads", 1)),
     )
     if block_samples:
         plan = cut(plan, block_samples)

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from cases import make_job
 
-from ntkgen.folders import folder_of
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store, open_store
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import TileGrid
+from ntkgen.files.folder import folder_of
+from ntkgen.plan.tiles import TileGrid
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.schema import Samples
+from ntkgen.store.store import KernelStore
 
 # More than there is: everything fits.
 MEMORY = 1 << 40

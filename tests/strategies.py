@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from ntkgen.jacobian.cost import LayerShape, Rates, Sizes
-from ntkgen.kernel.tiles import TileGrid
+from ntkgen.plan.tiles import TileGrid
 
 # The same examples in every run, more where there is time, as in CI; none timed, nothing written into the checkout.
 EXAMPLES = int(os.environ.get("NTKGEN_TEST_EXAMPLES", "10"))

@@ -12,16 +12,17 @@ from cases import chosen, in_turn, make_job
 from torch import nn
 
 import ntkgen
-from ntkgen.analysis import page_sections
+from ntkgen.analysis.report import sections as page_sections
+from ntkgen.checks import certify as certification
+from ntkgen.checks import pairs
+from ntkgen.engine import compute as computation
+from ntkgen.engine import run as running
 from ntkgen.errors import InaccurateKernelError, InaccurateKernelWarning
 from ntkgen.jacobian.precision import POLICIES
-from ntkgen.kernel import certify as certification
-from ntkgen.kernel import compute as computation
-from ntkgen.kernel import engine, pairs
-from ntkgen.kernel.certificate import POLICY_ERRORS, POLICY_ROUNDOFF, Certificate, Sampling, usual_sampling
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.report import certificate_of, describe, inaccuracy
-from ntkgen.kernel.store import KernelStore
+from ntkgen.store.certificate import POLICY_ERRORS, POLICY_ROUNDOFF, Certificate, Sampling, usual_sampling
+from ntkgen.store.describe import certificate_of, describe, inaccuracy
+from ntkgen.store.opening import open_store
+from ntkgen.store.store import KernelStore
 
 DTYPES = ("float16", "float32", "float64")
 FAST = ["compute", "--models", "logistic", "--dataset", "digits", "--epochs", "0", "--subsample", "6", "-q"]
@@ -43,18 +44,18 @@ def others():
 
 def plant_rule(monkeypatch):
     """Multiply as if one rule gave rows that are 0.5 % too long, in all batches alike."""
-    fill = engine.fill_kernel
-    monkeypatch.setattr(engine, "fill_kernel", lambda *args: fill(*args) * 1.01)
+    fill = running.fill_kernel
+    monkeypatch.setattr(running, "fill_kernel", lambda *args: fill(*args) * 1.01)
 
 
 def plant_batch(monkeypatch):
     """Make the factors of the second block of samples 20 % too large, wherever it is used."""
-    tile = engine.compute_tile
+    tile = running.compute_tile
 
     def wrong(plan, place, factors):
         return tile(plan, place, factors) * 1.2 ** ((place.row == 1) + (place.col == 1 and plan.grid.is_symmetric))
 
-    monkeypatch.setattr(engine, "compute_tile", wrong)
+    monkeypatch.setattr(running, "compute_tile", wrong)
 
 
 def plant_tile(monkeypatch):
@@ -187,8 +188,8 @@ def test_samples_with_a_far_smaller_kernel_are_good(small, tmp_path):
 def test_a_kernel_of_zeros_is_good_if_it_is_one(tmp_path, monkeypatch):
     job = make_job(module=linear(), scale=0)
     require_good(computed(tmp_path, job, dtypes=DTYPES))
-    fill = engine.fill_kernel
-    monkeypatch.setattr(engine, "fill_kernel", lambda *args: fill(*args) + 1e-6)
+    fill = running.fill_kernel
+    monkeypatch.setattr(running, "fill_kernel", lambda *args: fill(*args) + 1e-6)
     with pytest.raises(InaccurateKernelError):
         computed(tmp_path / "wrong", job, dtypes=("float32",))
 

@@ -17,7 +17,7 @@ from ntkgen import cli
 from ntkgen.analysis.alignment import Problem, Readout, TestSamples, align, centered_product, contrasts
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, FingerprintError, InputError, StoreError
-from ntkgen.kernel.opening import open_store
+from ntkgen.store.opening import open_store
 
 
 @pytest.fixture

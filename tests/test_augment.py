@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ntkgen.augment import Augmentation, augment, crop, flip, rotate
+from ntkgen.data.augment import Augmentation, augment, crop, flip, rotate
 from ntkgen.errors import InputError
 
 ALL = Augmentation(crop_padding=4, flip=True, rotation_degrees=20)

@@ -11,9 +11,9 @@ import torch
 from cases import TOLERANCES, relative_error
 
 import ntkgen
-from ntkgen import zoo
+from ntkgen.blocks import Block
 from ntkgen.jacobian.evaluation import evaluation_copy
-from ntkgen.kernel.tiles import Block
+from ntkgen.training import zoo
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ntkgen.blocks import Block
 from ntkgen.jacobian.cache import BlockCache, count_samples
-from ntkgen.kernel.tiles import Block
 
 BLOCKS = Block(0, 15).pieces(2)  # eight of them, the last with one sample
 

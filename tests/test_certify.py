@@ -12,13 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ntkgen
-from ntkgen.checkpoint import parameter_fingerprint
+from ntkgen.checks import certify as certification
+from ntkgen.checks.certify import add_certificate, certify, draw_probes, forget_certificate, stored_product
+from ntkgen.checks.judgement import suspicious_blocks
+from ntkgen.checks.pairs import draw_pairs, kernels_of, mapped_kernel
+from ntkgen.engine import compute as computation
 from ntkgen.errors import FingerprintError, InputError, ShapeError, StoreError
+from ntkgen.fingerprints import parameter_fingerprint
+from ntkgen.inputs import Inputs
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.reference import reference_ntk
-from ntkgen.kernel import certify as certification
-from ntkgen.kernel import compute as computation
-from ntkgen.kernel.certificate import (
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.certificate import (
     Certificate,
     Sampling,
     StoredError,
@@ -28,20 +33,9 @@ from ntkgen.kernel.certificate import (
     tiles_to_check,
     upper_bound,
 )
-from ntkgen.kernel.certify import (
-    add_certificate,
-    certify,
-    draw_probes,
-    forget_certificate,
-    stored_product,
-)
-from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.judgement import suspicious_blocks
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store, open_store
-from ntkgen.kernel.pairs import draw_pairs, kernels_of, mapped_kernel
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import Tile
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.store import KernelStore
 
 ALL = ("float16", "float32", "float64")
 LAYOUTS = pytest.mark.parametrize("layout", ["upper", "full"])
@@ -419,8 +413,8 @@ def test_tiles_made_anew_are_certified_anew(job, tmp_path, monkeypatch):
         assert open_store(tmp_path / "k.zarr").manifest.certificate is None
         return run(*args, **kwargs)
 
-    run = computation.engine.run
-    monkeypatch.setattr(computation.engine, "run", seen)
+    run = computation.run
+    monkeypatch.setattr(computation, "run", seen)
     assert ntkgen.compute(job.module, job.x, **settings).manifest.certificate == before
 
 

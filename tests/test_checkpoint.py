@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 import ntkgen
-from ntkgen import checkpoint as checkpoints
-from ntkgen.checkpoint import Checkpoint, Recipe, array_fingerprint, parameter_fingerprint
 from ntkgen.errors import FingerprintError, ModelError, StoreError
+from ntkgen.fingerprints import array_fingerprint, parameter_fingerprint
+from ntkgen.training import checkpoint as checkpoints
+from ntkgen.training.checkpoint import Checkpoint, Recipe
 
 RECIPE = Recipe(model="tiny", dataset="digits", data_fingerprint="abc")
 

@@ -12,10 +12,12 @@ import pytest
 import zarr
 
 import ntkgen
-from ntkgen import data, pipeline
-from ntkgen.folders import LocalFolder
-from ntkgen.kernel.identity import KernelSpec
-from ntkgen.kernel.store import KernelStore
+from ntkgen import pipeline
+from ntkgen.data import dataset as data
+from ntkgen.engine import machine
+from ntkgen.engine.identity import KernelSpec
+from ntkgen.files.folder import LocalFolder
+from ntkgen.store.store import KernelStore
 
 FAST = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6", "--tile", "20"]
 
@@ -276,9 +278,9 @@ def test_another_environment_needs_replan(run, monkeypatch):
     run(*FAST)
     store = next(Path("runs").glob("*.zarr"))
     (store / "ntk_float32" / "c" / "0" / "0").unlink()
-    real = pipeline.engine.environment
+    real = machine.environment
     changed = lambda device, threads=None: type(real(device))("cpu", "another", "9.9", threads or 1)  # noqa: E731
-    monkeypatch.setattr(pipeline.engine, "environment", changed)
+    monkeypatch.setattr(machine, "environment", changed)
     code, _, err = run(*FAST)
     assert code == 2
     assert "--replan" in err

@@ -18,7 +18,7 @@ from cases import small_network
 
 import ntkgen
 from ntkgen.errors import InputError, StoreError
-from ntkgen.folders import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder, folder_of
 
 obstore = pytest.importorskip("obstore", reason="the optional part ntkgen[cloud] is not installed")
 if importlib.util.find_spec("moto") is None:

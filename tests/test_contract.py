@@ -31,6 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ntkgen
+from ntkgen.blocks import Block
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian import contract as contraction
 from ntkgen.jacobian import dense
@@ -54,7 +55,6 @@ from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.products import routes
 from ntkgen.jacobian.reference import reference_ntk
 from ntkgen.jacobian.windows import Axis, Windows
-from ntkgen.kernel.tiles import Block
 
 SHAPES = {
     "dense": LayerShape("dense", positions=1, inputs=5, channels=4),

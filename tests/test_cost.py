@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import ROOMS, layer_shapes, pieces, pieces_of, rates
 
+from ntkgen.blocks import Block, block_pairs
 from ntkgen.errors import InputError
 from ntkgen.jacobian.choice import choose_layer, minimal_macs, plan_jacobian
 from ntkgen.jacobian.cost import (
@@ -27,7 +28,6 @@ from ntkgen.jacobian.cost import (
     slices,
 )
 from ntkgen.jacobian.precision import POLICIES
-from ntkgen.kernel.tiles import Block, block_pairs
 
 shapes = layer_shapes(2000)
 outputs = st.integers(1, 1000)

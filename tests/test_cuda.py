@@ -10,12 +10,12 @@ from torch import nn
 
 import ntkgen
 from ntkgen import cli, pipeline
+from ntkgen.engine.machine import memory_budget
 from ntkgen.jacobian import measure
 from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy, reduced_products
 from ntkgen.jacobian.products import Products, routes
-from ntkgen.kernel import engine
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device here", allow_module_level=True)
@@ -158,6 +158,6 @@ def test_an_interrupted_kernel_ends_with_equal_bytes(run, tmp_path, monkeypatch)
 
 
 def test_the_budget_is_the_devices_memory():
-    budget = engine.memory_budget(torch.device("cuda"), None)
+    budget = memory_budget(torch.device("cuda"), None)
     total = torch.cuda.get_device_properties(0).total_memory
     assert 0.3 * total < budget.planned_bytes < 0.5 * total

@@ -16,10 +16,10 @@ import pytest
 import scipy.io
 import torch
 
-from ntkgen import catalog, official
-from ntkgen.augment import Augmentation
-from ntkgen.catalog import DATASETS
-from ntkgen.data import Dataset, check_labels, load, network_inputs, resize, sample_order, scale
+from ntkgen.data import catalog, official
+from ntkgen.data.augment import Augmentation
+from ntkgen.data.catalog import DATASETS
+from ntkgen.data.dataset import Dataset, check_labels, load, network_inputs, resize, sample_order, scale
 from ntkgen.errors import DataError, InputError, ShapeError, UnknownNameError
 
 REAL_DATA = Path(os.environ.get("NTKGEN_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")

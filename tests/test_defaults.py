@@ -6,7 +6,7 @@ import torch
 from cases import small_network
 
 import ntkgen
-from ntkgen import data
+from ntkgen.data import dataset as data
 
 X = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1))
 V = torch.randn(15, 2, generator=torch.Generator().manual_seed(2))

@@ -10,9 +10,9 @@ from filled import fill_store, gram
 
 from ntkgen.analysis import density as densities
 from ntkgen.analysis.density import DensitySettings, density, draw, exact_rule, normalized, plan_probes, sampled_rule
-from ntkgen.analysis.krylov import Krylov, Sizes
+from ntkgen.analysis.linalg.krylov import Krylov, Sizes
+from ntkgen.analysis.linalg.quadrature import Moments, gauss
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.quadrature import Moments, gauss
 from ntkgen.cli import cli
 from ntkgen.cli import run as run_command
 from ntkgen.errors import BudgetError

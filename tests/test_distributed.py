@@ -18,17 +18,20 @@ from cases import CPU, chosen, files_of, make_job, small_network
 from distributed import Client, LocalCluster
 
 import ntkgen
+from ntkgen.blocks import Block
+from ntkgen.engine import coordinator as distributed
+from ntkgen.engine import worker
+from ntkgen.engine.compute import Hands, KernelJob, make
+from ntkgen.engine.coordinator import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
+from ntkgen.engine.identity import KernelSpec
+from ntkgen.engine.machine import describe_machine, memory_budget
 from ntkgen.errors import FingerprintError, InputError, WorkerError
-from ntkgen.folders import LocalFolder
-from ntkgen.kernel import distributed, engine, worker
-from ntkgen.kernel.compute import Hands, KernelJob, make
-from ntkgen.kernel.distributed import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
-from ntkgen.kernel.identity import KernelSpec
-from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.plan import Band
-from ntkgen.kernel.tiles import Block, Tile
-from ntkgen.lock import tile_lock, without_tile_writers, write_lock
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.lock import tile_lock, without_tile_writers, write_lock
+from ntkgen.inputs import Inputs
+from ntkgen.plan.plan import Band
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.opening import open_store
 
 SPEC = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=1 << 30)
 SHARED = KernelSpec(tile_side=9, dtypes=("float16", "float32"), layout="upper", memory_bytes=2 << 30)  # by two
@@ -119,7 +122,7 @@ def test_a_store_in_this_process_alone_is_refused(job, team):
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
-    monkeypatch.setattr("ntkgen.cluster.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("ntkgen.engine.cluster.CONNECT_SECONDS", 1)
     with (
         pytest.raises(InputError, match=r"No cluster answers at tcp://127\.0\.0\.1:9"),
         open_team(None, "tcp://127.0.0.1:9", "cpu"),
@@ -128,7 +131,7 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
 
 
 def test_a_cluster_without_workers_is_refused(job, tmp_path, monkeypatch):
-    monkeypatch.setattr("ntkgen.cluster.WORKER_SECONDS", 1)
+    monkeypatch.setattr("ntkgen.engine.cluster.WORKER_SECONDS", 1)
     with (
         LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
@@ -299,7 +302,7 @@ def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_
     monkeypatch.setattr(Team, "workers", lambda team: set())
     with open_team(1, None, "cpu") as alone, monkeypatch.context() as patch:
         patch.setattr(Team, "_ask", lambda team, function, *args, **_: {"w": function(*args, None) if args else "host"})
-        patch.setattr("ntkgen.kernel.worker.budget", lambda share, _: engine.memory_budget(CPU, share.memory_bytes))
+        patch.setattr("ntkgen.engine.worker.budget", lambda share, _: memory_budget(CPU, share.memory_bytes))
         with pytest.raises(WorkerError, match="None of the 1 workers is left"):
             make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), Carried(job.model, job.inputs))
 
@@ -441,12 +444,12 @@ def test_a_job_is_taken_for_stalled_after_many_times_what_the_plan_or_the_others
 
 
 def test_a_machine_is_shared_in_equal_parts():
-    whole, half = engine.memory_budget(CPU, None), engine.memory_budget(CPU, None, sharers=2)
+    whole, half = memory_budget(CPU, None), memory_budget(CPU, None, sharers=2)
     assert abs(half.planned_bytes - whole.planned_bytes / 2) <= 1
-    assert engine.memory_budget(CPU, None, sharers=2, limit=1000).available_bytes == 800
-    assert engine.memory_budget(CPU, 500, sharers=2).available_bytes == 500
+    assert memory_budget(CPU, None, sharers=2, limit=1000).available_bytes == 800
+    assert memory_budget(CPU, 500, sharers=2).available_bytes == 500
     before = torch.get_num_threads()
-    assert engine.machine(CPU, "float32", None, threads=2).environment.threads == 2
+    assert describe_machine(CPU, "float32", None, threads=2).environment.threads == 2
     assert torch.get_num_threads() == before
 
 
@@ -457,8 +460,8 @@ def test_workers_of_ours_share_the_memory_that_is_asked_for_and_those_of_others_
 
 
 def test_workers_keep_a_whole_run_of_another_process_out(job, team, tmp_path, monkeypatch):
-    from ntkgen import lock
     from ntkgen.errors import StoreLockedError
+    from ntkgen.files import lock
 
     monkeypatch.setattr(lock, "ORPHAN_SECONDS", 0.3)
     place = LocalFolder(tmp_path / "k.zarr")

@@ -11,19 +11,20 @@ import torch
 from cases import CASES, CPU, TOLERANCES, Job, chosen, cut, files_of, in_turn, make_job, relative_error
 from torch import nn
 
+from ntkgen.engine import run as running
+from ntkgen.engine.machine import check_environment, choose_device, environment, memory_budget
 from ntkgen.errors import DivergedError, InputError, PlanError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.reference import reference_ntk
-from ntkgen.kernel import engine
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store, open_store
-from ntkgen.kernel.plan import Budget, Choices, make_plan
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import Tile, make_grid
+from ntkgen.plan.plan import Budget, Choices, make_plan
+from ntkgen.plan.tiles import Tile, make_grid
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.schema import Samples
+from ntkgen.store.store import KernelStore
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def plan_a_case(name: str, num_samples: int = 5, tile_samples: int = 2) -> Job:
     network = prepare(case.module, x, policy("float32"))
     m = network.profile.num_outputs
     grid, budget = make_grid(num_samples, m, tile_samples * m), Budget(1 << 30, 1 << 30)
-    plan = make_plan(network.profile, grid, Choices(), budget=budget, environment=engine.environment(CPU, 1))
+    plan = make_plan(network.profile, grid, Choices(), budget=budget, environment=environment(CPU, 1))
     return Job(case.module, x, network, plan)
 
 
@@ -114,10 +115,10 @@ def test_a_tile_does_not_depend_on_what_was_computed_before(job):
     tiles = list(job.plan.grid.tiles())
     with exact_arithmetic(CPU, threads=1):
         cache = cache_of(job, 3)
-        in_order = {tile: engine.compute_tile(job.plan, tile, cache).tobytes() for tile in tiles}
+        in_order = {tile: running.compute_tile(job.plan, tile, cache).tobytes() for tile in tiles}
         cache = cache_of(job, 2)
-        backwards = {tile: engine.compute_tile(job.plan, tile, cache).tobytes() for tile in reversed(tiles)}
-        alone = {tile: engine.compute_tile(job.plan, tile, cache_of(job, 2)).tobytes() for tile in tiles}
+        backwards = {tile: running.compute_tile(job.plan, tile, cache).tobytes() for tile in reversed(tiles)}
+        alone = {tile: running.compute_tile(job.plan, tile, cache_of(job, 2)).tobytes() for tile in tiles}
     assert in_order == backwards == alone
 
 
@@ -230,7 +231,7 @@ def test_reduced_and_rectangular_kernels_are_those_of_the_reference(reduction, s
 
 
 def test_a_tile_is_written_while_the_next_is_computed(job, tmp_path, monkeypatch):
-    commit, compute_tile, writing = KernelStore.commit, engine.compute_tile, threading.Event()
+    commit, compute_tile, writing = KernelStore.commit, running.compute_tile, threading.Event()
 
     def slow(self, tile, values):
         assert threading.current_thread() is not threading.main_thread()
@@ -244,7 +245,7 @@ def test_a_tile_is_written_while_the_next_is_computed(job, tmp_path, monkeypatch
         return compute_tile(plan, tile, factors)
 
     monkeypatch.setattr(KernelStore, "commit", slow)
-    monkeypatch.setattr(engine, "compute_tile", computed)
+    monkeypatch.setattr(running, "compute_tile", computed)
     assert job.run(job.create(tmp_path / "k.zarr")).is_complete
 
 
@@ -258,14 +259,14 @@ def test_one_tile_is_written_at_a_time_and_in_the_order_of_computation(job, tmp_
         commit(self, tile, values)
         written.append(at_once.pop())
 
-    compute_tile = engine.compute_tile
+    compute_tile = running.compute_tile
 
     def counted(plan, tile, factors):
         computed.append(tile)
         return compute_tile(plan, tile, factors)
 
     monkeypatch.setattr(KernelStore, "commit", watched)
-    monkeypatch.setattr(engine, "compute_tile", counted)
+    monkeypatch.setattr(running, "compute_tile", counted)
     job.run(job.create(tmp_path / "k.zarr"))
     assert written == computed
     assert len(written) == 10
@@ -316,7 +317,7 @@ def test_an_error_of_the_writer_reaches_the_caller_and_the_store_is_continued(
 @in_turn("error count", [KeyboardInterrupt, MemoryError, DivergedError], [5, 0, 9, 1])
 def test_what_was_computed_before_an_interruption_is_committed(job, straight, error, count, tmp_path, monkeypatch):
     """Ctrl-C comes while a tile is computed: those before it are on disk, and the store is continued."""
-    store, compute_tile, computed = job.create(tmp_path / "k.zarr"), engine.compute_tile, []
+    store, compute_tile, computed = job.create(tmp_path / "k.zarr"), running.compute_tile, []
 
     def interrupted(plan, tile, factors):
         if len(computed) == count:
@@ -325,7 +326,7 @@ def test_what_was_computed_before_an_interruption_is_committed(job, straight, er
         return compute_tile(plan, tile, factors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "compute_tile", interrupted)
+        patch.setattr(running, "compute_tile", interrupted)
         with pytest.raises(error):
             job.run(store)
     reopened = open_store(store.path)
@@ -337,7 +338,7 @@ def test_what_was_computed_before_an_interruption_is_committed(job, straight, er
 
 def test_a_kernel_that_does_not_fit_a_store_dtype_diverges_in_the_callers_hands(tmp_path, monkeypatch):
     """An entry that is not finite is found by the writer; nothing of its tile is written."""
-    job, compute_tile = make_job(), engine.compute_tile
+    job, compute_tile = make_job(), running.compute_tile
 
     def broken(plan, tile, factors):
         values = compute_tile(plan, tile, factors)
@@ -347,7 +348,7 @@ def test_a_kernel_that_does_not_fit_a_store_dtype_diverges_in_the_callers_hands(
 
     store = job.create(tmp_path / "k.zarr")
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "compute_tile", broken)
+        patch.setattr(running, "compute_tile", broken)
         with pytest.raises(DivergedError, match="finite"):
             job.run(store)
     assert Tile(1, 2) in store.missing_tiles()
@@ -361,13 +362,13 @@ def test_a_kernel_that_does_not_fit_a_store_dtype_diverges_in_the_callers_hands(
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_are_as_planned_within_and_as_before_without(threads, tmp_path, monkeypatch):
     job, seen, before = make_job(threads=threads), [], torch.get_num_threads()
-    compute_tile = engine.compute_tile
+    compute_tile = running.compute_tile
 
     def watched(*asked):
         seen.append(torch.get_num_threads())
         return compute_tile(*asked)
 
-    monkeypatch.setattr(engine, "compute_tile", watched)
+    monkeypatch.setattr(running, "compute_tile", watched)
     job.run(job.create(tmp_path / "k.zarr"))
     assert (set(seen), len(seen)) == ({threads}, 10)
     assert torch.get_num_threads() == before
@@ -436,7 +437,7 @@ def test_a_plan_of_another_machine_is_refused(job, field):
     value, message = OTHERS[field]
     plan = dataclasses.replace(job.plan, environment=dataclasses.replace(job.plan.environment, **{field: value}))
     with pytest.raises(PlanError, match=rf"{message}.*--replan") as raised:
-        engine.check_environment(plan, CPU)
+        check_environment(plan, CPU)
     assert "\n" not in str(raised.value)
 
 
@@ -454,35 +455,35 @@ def test_a_network_that_does_not_fit_the_plan_is_refused_before_anything_is_writ
 
 def test_the_planned_number_of_threads_is_set_not_refused(job):
     environment = dataclasses.replace(job.plan.environment, threads=64)
-    engine.check_environment(dataclasses.replace(job.plan, environment=environment), CPU)
+    check_environment(dataclasses.replace(job.plan, environment=environment), CPU)
 
 
 def test_the_environment_is_this_machine():
-    found = engine.environment(CPU)
+    found = environment(CPU)
     assert (found.device_type, found.torch_version) == ("cpu", torch.__version__)
     assert found.threads == torch.get_num_threads()
-    assert engine.environment(CPU, threads=7).threads == 7
+    assert environment(CPU, threads=7).threads == 7
 
 
 @pytest.mark.parametrize("name", ["cpu", "cpu:0"])
 def test_a_device_is_found_by_name(name):
-    assert engine.choose_device(name).type == "cpu"
+    assert choose_device(name).type == "cpu"
 
 
 def test_auto_is_a_device_that_computes():
-    assert torch.ones(2, device=engine.choose_device("auto")).sum() == 2
+    assert torch.ones(2, device=choose_device("auto")).sum() == 2
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:99", "cuda:x", "", "cpu:-1", "mps:3"])
 def test_a_device_that_is_not_here_is_refused_and_those_here_are_named(name):
     with pytest.raises(InputError, match=r"There is no device .*expected auto.*cpu \(1\)") as raised:
-        engine.choose_device(name)
+        choose_device(name)
     assert "\n" not in str(raised.value)
 
 
 def test_a_budget_is_what_was_asked_for_or_a_part_of_the_memory():
-    assert engine.memory_budget(CPU, 12345) == Budget(12345, 12345)
-    first, second = engine.memory_budget(CPU, None), engine.memory_budget(CPU, None)
+    assert memory_budget(CPU, 12345) == Budget(12345, 12345)
+    first, second = memory_budget(CPU, None), memory_budget(CPU, None)
     assert first.planned_bytes == second.planned_bytes
     assert first.available_bytes > 0
 

@@ -4,13 +4,13 @@ import pytest
 import torch
 from cases import CASES, CPU
 
+from ntkgen.engine.machine import environment
 from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
-from ntkgen.kernel.engine import environment
-from ntkgen.kernel.explain import Work, explain
-from ntkgen.kernel.plan import Budget, Choices, make_plan
-from ntkgen.kernel.tiles import make_grid
+from ntkgen.plan.explain import Work, explain
+from ntkgen.plan.plan import Budget, Choices, make_plan
+from ntkgen.plan.tiles import make_grid
 
 
 def plan_of(name, order=None, memory=1 << 30):

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy.special import gammaln
 
 from ntkgen import cli
-from ntkgen.analysis.cholesky import FactorSettings
 from ntkgen.analysis.extrapolate import Law, extrapolate, fit, fitted, warnings_of
+from ntkgen.analysis.linalg.cholesky import FactorSettings
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import InputError
-from ntkgen.folders import LocalFolder
+from ntkgen.files.folder import LocalFolder
 
 SETTINGS = FactorSettings(1 << 40)
 X = np.arange(1.0, 401.0)

@@ -8,6 +8,7 @@ from cases import CASES, CPU, chosen, chosen_cases, chosen_cases_in_turn, in_tur
 from strategies import pieces_of
 
 import ntkgen
+from ntkgen.engine import run as running
 from ntkgen.jacobian import dense
 from ntkgen.jacobian.capture import cotangents, record
 from ntkgen.jacobian.choice import plan_jacobian
@@ -17,7 +18,6 @@ from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
 from ntkgen.jacobian.reference import jacobian_rows, trainable
-from ntkgen.kernel import engine
 
 
 def prepared(name, precision="float64", batch_size=2, orders=()):
@@ -155,7 +155,7 @@ def test_no_more_blocks_are_alive_than_the_cache_may_hold(monkeypatch):
 @in_turn("cached block_samples", chosen([2, 3, 4, 6, 9], [2, 3, 9]), [1, 3])
 def test_no_more_blocks_are_alive_in_a_run_than_were_allowed(block_samples, cached, monkeypatch, tmp_path):
     watch = Watch(compute_factors)
-    monkeypatch.setattr(engine, "compute_factors", watch)
+    monkeypatch.setattr(running, "compute_factors", watch)
     job = make_job(block_samples=block_samples)
     job.run(job.create(tmp_path / "k.zarr"), cached)
     assert watch.peak == min(cached, -(-len(job.x) // block_samples))

@@ -10,9 +10,9 @@ import pytest
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from ntkgen.durable import write_file
 from ntkgen.errors import InputError
-from ntkgen.folders import File, LocalFolder, StoreFolder, file_of, first_lines, folder_of
+from ntkgen.files.durable import write_file
+from ntkgen.files.folder import File, LocalFolder, StoreFolder, file_of, first_lines, folder_of
 
 
 @pytest.fixture(params=["disk", "store"])

@@ -13,12 +13,12 @@ from cases import files_of, in_turn
 import ntkgen
 from ntkgen import cli
 from ntkgen.errors import DiskSpaceError, FingerprintError, InputError, StoreError
-from ntkgen.folders import LocalFolder, folder_of
-from ntkgen.kernel.foreign import Facts, import_kernel
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.mirror import mirror
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.report import describe
+from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.store.describe import describe
+from ntkgen.store.importing import Facts, import_kernel
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.mirror import mirror
+from ntkgen.store.opening import open_store
 
 N, M, P = 14, 3, 400
 DTYPES = ("float16", "float32", "float64")

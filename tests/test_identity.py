@@ -10,8 +10,9 @@ from cases import Call
 from torch import Tensor, nn
 
 import ntkgen
+from ntkgen.engine import identity, machine
+from ntkgen.engine.machine import environment
 from ntkgen.errors import FingerprintError
-from ntkgen.kernel import engine
 
 
 def network(activation=F.relu, eps=1e-5):
@@ -62,8 +63,11 @@ def test_it_does_not_continue_a_store_whose_rows_are_there_either(tmp_path):
 def test_another_machine_may_add_up_in_another_order(tmp_path, monkeypatch):
     """It gets a finished kernel where its logits are the stored ones up to rounding."""
     ntkgen.compute(network(), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
-    here = engine.environment(torch.device("cpu"))
-    monkeypatch.setattr(engine, "environment", lambda *_: dataclasses.replace(here, device_name="another processor"))
+    here = environment(torch.device("cpu"))
+    for module in (identity, machine):
+        monkeypatch.setattr(
+            module, "environment", lambda *_: dataclasses.replace(here, device_name="another processor")
+        )
     nearly = network(lambda h: F.relu(h) * (1 + 1e-5))
     assert ntkgen.compute(nearly, samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS).is_complete
     with pytest.raises(FingerprintError, match="another network"):

@@ -11,15 +11,15 @@ from contextlib import contextmanager
 import pytest
 from zarr.storage import MemoryStore
 
-from ntkgen import lock
 from ntkgen.errors import StoreLockedError
-from ntkgen.folders import LocalFolder, StoreFolder
-from ntkgen.lock import require_no_tile_writers, tile_lock, without_tile_writers, write_lock
+from ntkgen.files import lock
+from ntkgen.files.folder import LocalFolder, StoreFolder
+from ntkgen.files.lock import require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from ntkgen import lock
+from ntkgen.files import lock
 with getattr(lock, sys.argv[1])(Path(sys.argv[2])):
     print("held", flush=True)
     time.sleep(1000)

@@ -26,13 +26,13 @@ from cases import CPU, Job, make_job
 from torch import nn
 
 from models import MODELS
+from ntkgen.engine.machine import environment
 from ntkgen.errors import BudgetError
 from ntkgen.jacobian.cost import factor_macs
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
-from ntkgen.kernel import engine
-from ntkgen.kernel.plan import Budget, Choices, Plan, count_factor_samples, make_plan
-from ntkgen.kernel.tiles import make_grid
+from ntkgen.plan.plan import Budget, Choices, Plan, count_factor_samples, make_plan
+from ntkgen.plan.tiles import make_grid
 
 BUDGETS = {"2 GB": 2 * 10**9, "8 GB": 8 * 10**9}
 # How far the peak may be above the projection: allocators round, and libraries keep buffers of their own.
@@ -94,7 +94,7 @@ def plan_run(network: Network, budget: Budget, precision: str) -> Plan:
     Raises:
         BudgetError: If not even the smallest fits.
     """
-    m, place = network.profile.num_outputs, engine.environment(CPU)
+    m, place = network.profile.num_outputs, environment(CPU)
 
     def planned(tile_samples: int, tiles: int) -> Plan:
         grid = make_grid(tiles * tile_samples, m, tile_samples * m)

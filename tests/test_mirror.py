@@ -15,12 +15,12 @@ from zarr.storage import MemoryStore
 import ntkgen
 from ntkgen import cli
 from ntkgen.errors import DiskSpaceError, InputError, StoreError, StoreLockedError
-from ntkgen.folders import LocalFolder, folder_of
-from ntkgen.kernel.mirror import mirror
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.tidy import tidy
-from ntkgen.kernel.tiles import Tile
-from ntkgen.lock import tile_lock, write_lock
+from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.lock import tile_lock, write_lock
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.mirror import mirror
+from ntkgen.store.opening import open_store
+from ntkgen.store.tidy import tidy
 
 SETTINGS = {
     "every dtype": {"dtypes": ("float16", "float32", "float64"), "tile_side": 9},
@@ -124,7 +124,7 @@ def dying_after(monkeypatch, count, error=Killed):
 
 
 def test_stopped_at_any_write_it_is_readable_and_goes_on_to_equal_bytes(both, upper, tmp_path, monkeypatch):
-    monkeypatch.setattr("ntkgen.kernel.store.THREADS", 1)  # so that writes can be counted
+    monkeypatch.setattr("ntkgen.store.store.THREADS", 1)  # so that writes can be counted
     K = upper.array[:]
     for count in range(100):
         path = write(both["upper"], tmp_path / f"{count}.zarr")
@@ -229,7 +229,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(both, upper, 
 
 
 def test_it_writes_alone(both, upper, monkeypatch):
-    monkeypatch.setattr("ntkgen.lock.ORPHAN_SECONDS", 0.0)
+    monkeypatch.setattr("ntkgen.files.lock.ORPHAN_SECONDS", 0.0)
     with write_lock(upper.folder), pytest.raises(StoreLockedError):
         mirror(upper)
     with tile_lock(upper.folder), pytest.raises(StoreLockedError):

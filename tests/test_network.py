@@ -23,6 +23,7 @@ from strategies import pieces_of
 from torch import nn
 
 import ntkgen
+from ntkgen.blocks import Block
 from ntkgen.errors import ModelError, ShapeError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.capture import record
@@ -32,7 +33,6 @@ from ntkgen.jacobian.contract import fill_kernel
 from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
-from ntkgen.kernel.tiles import Block
 
 
 @chosen_cases_in_turn("name precision", [name for name in POLICIES if name != "tf32"])  # which is for other devices

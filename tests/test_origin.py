@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import ntkgen
-from ntkgen import cli, zoo
-from ntkgen.checkpoint import parameter_fingerprint
+from ntkgen import cli
 from ntkgen.errors import DataError, FingerprintError, StoreError
+from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.origin import load_origin
+from ntkgen.training import zoo
 
 FAST = ["compute", "--epochs", "0", "--subsample", "5", "--no-certify", "--json"]
 

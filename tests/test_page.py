@@ -16,13 +16,14 @@ import pytest
 from cases import chosen, files_of
 from filled import PROVENANCE, fill_store
 
-from ntkgen.analysis import page, report, reproduce
-from ntkgen.analysis.answers import compare_all, gather
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.page import Section, facts, table, write_page
-from ntkgen.analysis.page_sections import comparison
-from ntkgen.analysis.report import make_report
-from ntkgen.kernel.opening import open_store
+from ntkgen.analysis.report import make as report
+from ntkgen.analysis.report import page, reproduce
+from ntkgen.analysis.report.answers import compare_all, gather
+from ntkgen.analysis.report.make import make_report
+from ntkgen.analysis.report.page import Section, facts, table, write_page
+from ntkgen.analysis.report.sections import comparison
+from ntkgen.store.opening import open_store
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 1])
 MEMORY = 10**12

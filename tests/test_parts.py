@@ -15,17 +15,17 @@ import torch
 from cases import CPU, chosen, files_of, make_job, small_network
 
 from ntkgen import cli
+from ntkgen.engine import compute
+from ntkgen.engine.compute import Hands, KernelJob, make
+from ntkgen.engine.coordinator import Carried
+from ntkgen.engine.identity import KernelSpec
 from ntkgen.errors import InputError, StoreLockedError
-from ntkgen.folders import LocalFolder
-from ntkgen.kernel import compute
-from ntkgen.kernel.compute import Hands, KernelJob, make
-from ntkgen.kernel.distributed import Carried
-from ntkgen.kernel.identity import KernelSpec
-from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.tiles import Part, Tile
-from ntkgen.lock import tile_lock, without_tile_writers, write_lock
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.lock import tile_lock, without_tile_writers, write_lock
+from ntkgen.inputs import Inputs
+from ntkgen.plan.tiles import Part, Tile
+from ntkgen.store.opening import open_store
+from ntkgen.store.store import KernelStore
 
 SPEC = KernelSpec(tile_side=9, layout="upper", memory_bytes=1 << 30)
 COMMAND = [

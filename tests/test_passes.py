@@ -26,8 +26,8 @@ from ntkgen.analysis.passes import fold
 from ntkgen.analysis.regression import Ridge, regress
 from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError, StoreError, WorkerError
-from ntkgen.folders import folder_of
-from ntkgen.kernel.opening import open_store
+from ntkgen.files.folder import folder_of
+from ntkgen.store.opening import open_store
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_commands_take_a_scheduler(client, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("place", chosen(["tcp://127.0.0.1:9", "no/file.json", "."], ["tcp://127.0.0.1:9"]))
 def test_no_scheduler_there_is_one_line(tmp_path, monkeypatch, capsys, place):
     fill(tmp_path, "upper")
-    monkeypatch.setattr("ntkgen.cluster.CONNECT_SECONDS", 1)
+    monkeypatch.setattr("ntkgen.engine.cluster.CONNECT_SECONDS", 1)
     assert cli.run(["analyze", "align", str(tmp_path / "k.zarr"), "--scheduler", place]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

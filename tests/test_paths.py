@@ -11,15 +11,16 @@ import torch
 from filled import PROVENANCE, fill_store, gram
 
 import ntkgen
-from ntkgen import cluster, official
 from ntkgen.cli.plot import unique_names
-from ntkgen.cluster import connected
+from ntkgen.data import official
+from ntkgen.engine import cluster
+from ntkgen.engine.cluster import connected
 from ntkgen.errors import InputError
-from ntkgen.folders import LocalFolder, file_of, folder_of
-from ntkgen.kernel.store import KernelStore
-from ntkgen.lock import tile_lock, write_lock
+from ntkgen.files.folder import LocalFolder, file_of, folder_of
+from ntkgen.files.lock import tile_lock, write_lock
+from ntkgen.files.paths import absolute, beside, expanded
 from ntkgen.origin import _locate
-from ntkgen.paths import absolute, beside, expanded
+from ntkgen.store.store import KernelStore
 
 X = torch.arange(12.0).reshape(4, 3).sin()
 LABELS = np.array([0, 1, 0, 1])

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grids, rates, rectangles
 
+from ntkgen.engine import run as running
 from ntkgen.errors import BudgetError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.choice import plan_jacobian
@@ -17,9 +18,8 @@ from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.cost import ORDERS, SIZES, LayerShape, NetworkProfile, factor_macs, product_macs, sizes_for
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
-from ntkgen.kernel import engine
-from ntkgen.kernel.plan import Budget, Choices, Environment, Plan, count_factor_samples, make_plan
-from ntkgen.kernel.tiles import Tile, TileGrid, make_grid
+from ntkgen.plan.plan import Budget, Choices, Environment, Plan, count_factor_samples, make_plan
+from ntkgen.plan.tiles import Tile, TileGrid, make_grid
 
 HERE = Environment("cpu", "x86_64 AVX512", "2.15.0", threads=2)
 # A network of the size of a ResNet: what it needs is counted in gigabytes.
@@ -166,7 +166,7 @@ def test_a_requested_budget_is_taken_as_it_is_and_another_does_not_change_betwee
 def cache_of(job, capacity):
     """The cache that the engine makes for a run."""
     return BlockCache(
-        lambda b: engine.compute_factors(job.network, job.plan.jacobian, job.x[b.start : b.stop]), capacity
+        lambda b: running.compute_factors(job.network, job.plan.jacobian, job.x[b.start : b.stop]), capacity
     )
 
 
@@ -242,7 +242,7 @@ def computed(monkeypatch):
         samples.append(len(x))
         return compute_factors(network, plan, x)
 
-    monkeypatch.setattr(engine, "compute_factors", compute)
+    monkeypatch.setattr(running, "compute_factors", compute)
     return samples
 
 
@@ -255,7 +255,7 @@ def test_as_many_factors_are_computed_as_counted(block_samples, capacity, comput
         for band in job.plan.bands(tiles, capacity):
             cache.hold(band.held)
             for tile in band.tiles:
-                engine.compute_tile(job.plan, tile, cache)
+                running.compute_tile(job.plan, tile, cache)
     assert sum(computed) == count_factor_samples(job.plan, tiles, capacity)
 
 

@@ -20,12 +20,15 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 from strategies import few
 
-from ntkgen import cli
-from ntkgen.analysis import answers, plots, plots_matrix, plots_style
-from ntkgen.analysis.answers import gather
+from ntkgen import analysis, cli
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.plots_matrix import decimate, draw_matrix, orders_of
-from ntkgen.analysis.plots_style import LINES, render
+from ntkgen.analysis.plots import draw as plots
+from ntkgen.analysis.plots import matrix as plots_matrix
+from ntkgen.analysis.plots import style as plots_style
+from ntkgen.analysis.plots.matrix import decimate, draw_matrix, orders_of
+from ntkgen.analysis.plots.style import LINES, render
+from ntkgen.analysis.report import answers
+from ntkgen.analysis.report.answers import gather
 from ntkgen.cli import progress
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 1])
@@ -260,7 +263,7 @@ def test_series_are_told_apart_without_colour():
 
 def test_the_spectrum_shows_what_is_negative_and_what_is_not_known():
     result = {"eigenvalues": [4.0, 1.0, -0.5], "residual_bounds": [0.5, 0.5, 0.5], "trace": 4.5, "rows": 3}
-    from ntkgen.analysis.plots_spectrum import draw_spectrum
+    from ntkgen.analysis.plots.spectrum import draw_spectrum
 
     picture = draw_spectrum(result, error_norm=0.6)
     labels = texts(picture.figure)
@@ -278,7 +281,7 @@ def test_the_spectrum_shows_what_is_negative_and_what_is_not_known():
 
 @pytest.mark.slow
 def test_the_determinant_is_drawn_against_whole_samples():
-    from ntkgen.analysis.plots_logdet import draw_logdet
+    from ntkgen.analysis.plots.logdet import draw_logdet
 
     result = {
         "prefixes": [-1.0, -3.0, -4.0, -8.0],
@@ -296,8 +299,8 @@ def test_the_determinant_is_drawn_against_whole_samples():
 
 @pytest.mark.slow
 def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
-    from ntkgen.analysis.cholesky import FactorSettings
     from ntkgen.analysis.extrapolate import Law, extrapolate
+    from ntkgen.analysis.linalg.cholesky import FactorSettings
 
     store, _ = fill_store(tmp_path / "k.zarr", labels=np.arange(30) % 3, num_outputs=1)
     matrix = open_matrix(store)
@@ -312,7 +315,7 @@ def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
 
 
 def test_regression_is_drawn_with_gaps_where_nobody_knows():
-    from ntkgen.analysis.plots_regression import draw_regression
+    from ntkgen.analysis.plots.regression import draw_regression
 
     result = {
         "shifts": [0.1, 1.0],
@@ -452,8 +455,8 @@ def test_stores_of_one_name_get_pictures_of_two(run, tmp_path):
 
 
 def test_every_stage_of_the_analysis_has_a_unit_in_the_progress_bars():
-    folder = Path(answers.__file__).parent
+    folder = Path(analysis.__file__).parent
     calls = re.compile(r'(?:counter\((?:self\._)?report, |\breport\()"([^"]+)"')
-    stages = {stage for file in folder.glob("*.py") for stage in calls.findall(file.read_text())}
+    stages = {stage for file in folder.rglob("*.py") for stage in calls.findall(file.read_text())}
     assert "block means" in stages
     assert stages <= set(progress._UNITS)

@@ -9,13 +9,13 @@ import pytest
 from filled import fill_store
 from zarr.storage import MemoryStore
 
-from ntkgen.analysis.cholesky import FactorSettings
+from ntkgen.analysis.linalg.cholesky import FactorSettings
 from ntkgen.analysis.logdet import logdet
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError
-from ntkgen.folders import LocalFolder, folder_of
-from ntkgen.kernel.opening import open_store
+from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.store.opening import open_store
 
 LABELS = np.array([0, 1, 0])
 
@@ -69,7 +69,7 @@ def test_a_full_disk_loses_no_answer_and_other_faults_are_not_hidden(place, monk
 
 
 def test_a_factor_that_cannot_be_written_is_refused_before_the_work(closed, run, monkeypatch):
-    monkeypatch.setattr("ntkgen.analysis.cholesky.load", None)  # whoever begins fails
+    monkeypatch.setattr("ntkgen.analysis.linalg.cholesky.load", None)  # whoever begins fails
     code, out, err = run("analyze", "logdet", closed)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"ln -s {closed}" in err

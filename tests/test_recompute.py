@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 import ntkgen
-from ntkgen import origin, zoo
+from ntkgen import origin
+from ntkgen.engine.recompute import Means, draw_tiles, must_be_equal, recompute, tolerance_of
 from ntkgen.errors import BudgetError, FingerprintError
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.inputs import Inputs
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.plan import Budget
-from ntkgen.kernel.recompute import Means, draw_tiles, must_be_equal, recompute, tolerance_of
-from ntkgen.kernel.tiles import Tile
+from ntkgen.inputs import Inputs
+from ntkgen.plan.plan import Budget
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.opening import open_store
+from ntkgen.store.schema import Samples
+from ntkgen.training import zoo
 
 CPU = torch.device("cpu")
 MEANS = Means(CPU, Budget(1 << 30, 1 << 30))

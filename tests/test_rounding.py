@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ntkgen.errors import DivergedError
-from ntkgen.kernel.rounding import STORE_DTYPES, scale_of, to_stored
+from ntkgen.store.rounding import STORE_DTYPES, scale_of, to_stored
 
 diagonals = st.floats(1e-300, 1e300)
 

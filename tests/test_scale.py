@@ -6,10 +6,10 @@ import time
 import numpy as np
 import pytest
 
-from ntkgen.kernel.arrays import Samples
-from ntkgen.kernel.manifest import Manifest
-from ntkgen.kernel.opening import create_store
-from ntkgen.kernel.tiles import Tile, TileGrid
+from ntkgen.plan.tiles import Tile, TileGrid
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.opening import create_store
+from ntkgen.store.schema import Samples
 
 CHUNK_BYTES = 3 * 3 * 4 + 4
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ntkgen.engine.coordinator import open_team
+from ntkgen.engine.spawning import SIGN, require_main_guard, without_missing_script
 from ntkgen.errors import InputError
-from ntkgen.kernel.distributed import open_team
-from ntkgen.spawning import SIGN, require_main_guard, without_missing_script
 
 SCRIPT = """
 import torch, ntkgen

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from strategies import few
 
 from ntkgen.analysis import spectrum as spectra
-from ntkgen.analysis.krylov import Goal, Krylov, Sizes, householder_qr, measure, run, subtract_span, tall_qr
+from ntkgen.analysis.linalg.krylov import Goal, Krylov, Sizes, householder_qr, measure, run, subtract_span, tall_qr
+from ntkgen.analysis.linalg.quadrature import Moments, estimate_effective_rank, gauss_and_radau
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.quadrature import Moments, estimate_effective_rank, gauss_and_radau
 from ntkgen.analysis.spectrum import SpectrumSettings, smallest_eigenvalue, spectrum
 from ntkgen.cli import cli
 from ntkgen.cli import run as run_command
@@ -307,7 +307,7 @@ def test_tall_factors(rows, cols, small, by_householder):
     W = np.random.default_rng([rows, cols]).normal(size=(rows, cols))
     W[:, -1] = W[:, 0] + small * W[:, -1] if cols > 1 else small * W[:, 0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ntkgen.analysis.krylov.CHUNK_ROWS", 4)
+        patch.setattr("ntkgen.analysis.linalg.krylov.CHUNK_ROWS", 4)
         Q = W.copy()
         R = (householder_qr if by_householder else tall_qr)(Q)
         np.testing.assert_allclose(Q @ R, W, atol=1e-13)
@@ -319,7 +319,7 @@ def test_tall_factors(rows, cols, small, by_householder):
 
 
 def test_graded_columns_are_made_orthonormal_by_products_alone(monkeypatch):
-    monkeypatch.setattr("ntkgen.analysis.krylov.householder_qr", None)
+    monkeypatch.setattr("ntkgen.analysis.linalg.krylov.householder_qr", None)
     rng = np.random.default_rng(0)
     W = (
         np.linalg.qr(rng.normal(size=(300, 40)))[0]

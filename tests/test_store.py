@@ -21,11 +21,11 @@ from torch import nn
 
 import ntkgen
 from ntkgen.errors import DivergedError, FingerprintError, StoreError, StoreLockedError
-from ntkgen.folders import LocalFolder
-from ntkgen.kernel.manifest import Manifest, check_identity
-from ntkgen.kernel.opening import has_store, open_store
-from ntkgen.kernel.tiles import Tile
-from ntkgen.lock import write_lock
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.lock import write_lock
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.manifest import Manifest, check_identity
+from ntkgen.store.opening import has_store, open_store
 
 LAYOUTS = ("full", "upper")
 DTYPES = {"half and single": ("float16", "float32"), "double": ("float64",)}

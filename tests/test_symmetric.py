@@ -18,7 +18,7 @@ from strategies import keys, slices
 from zarr.storage import LocalStore, MemoryStore
 
 from ntkgen.errors import InputError, ShapeError, StoreError
-from ntkgen.kernel.symmetric import TILES_AHEAD, SymmetricArray
+from ntkgen.store.view import TILES_AHEAD, SymmetricArray
 
 SIDE, ROWS = 4, 14  # 4 × 4 tiles, the last block ragged
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ntkgen import cli
-from ntkgen.analysis import report
+from ntkgen.analysis.report import make as report
 from ntkgen.cli.progress import progress_bars
 from ntkgen.cli.terminal import spell, spelled_streams
 

@@ -8,18 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import grids, rectangles
 
+from ntkgen.blocks import Block, block_pairs, row_of
 from ntkgen.errors import InputError
-from ntkgen.kernel.tiles import (
+from ntkgen.plan.tiles import (
     MAX_TILE_ROWS,
     MIN_BLOCKS,
     MIN_TILE_SAMPLES,
-    Block,
     Tile,
     TileGrid,
-    block_pairs,
     default_tile_samples,
     make_grid,
-    row_of,
 )
 
 

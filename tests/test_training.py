@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ntkgen import checkpoint as checkpoints
-from ntkgen import training
-from ntkgen.augment import Augmentation
-from ntkgen.checkpoint import Recipe
-from ntkgen.data import Dataset
+from ntkgen.data.augment import Augmentation
+from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, FingerprintError, NotConvergedError
+from ntkgen.training import checkpoint as checkpoints
+from ntkgen.training import fit as training
+from ntkgen.training.checkpoint import Recipe
 
 
 def make_data(num_samples=96):

@@ -18,12 +18,8 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 import ntkgen
-from ntkgen.durable import PARTIAL
-from ntkgen.folders import LocalFolder
-from ntkgen.kernel import verify
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.tiles import Tile
-from ntkgen.kernel.verify import (
+from ntkgen.checks import verify
+from ntkgen.checks.verify import (
     Damage,
     explain_damage,
     explain_unfinished,
@@ -33,7 +29,11 @@ from ntkgen.kernel.verify import (
     unfinished_tiles,
     whole_tiles,
 )
-from ntkgen.lock import write_lock
+from ntkgen.files.durable import PARTIAL
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.lock import write_lock
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.opening import open_store
 
 HARMS = {
     "missing": lambda content: None,

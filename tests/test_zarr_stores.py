@@ -10,7 +10,7 @@ import ntkgen
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError
-from ntkgen.folders import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder, folder_of
 
 
 @pytest.fixture

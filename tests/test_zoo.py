@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ntkgen import zoo
 from ntkgen.errors import InputError, ModelError, UnknownNameError
+from ntkgen.training import zoo
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_the_listing_builds_no_parameters():
 
 @pytest.mark.slow
 def test_the_command_line_finds_modules_of_the_current_directory(mylab, tmp_path):
-    script = "import sys; from ntkgen import zoo; print(zoo.build('mylab_nets:wide', 10, seed=0))"
+    script = "import sys; from ntkgen.training import zoo; print(zoo.build('mylab_nets:wide', 10, seed=0))"
     done = subprocess.run(
         [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True
     )

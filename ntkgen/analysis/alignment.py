@@ -11,13 +11,13 @@ import numpy.typing as npt
 from ntkgen.analysis.matrix import FloatArray, Matrix, require_memory
 from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.analysis.results import remembered
-from ntkgen.cluster import shared
+from ntkgen.engine.cluster import shared
 from ntkgen.errors import FingerprintError, InputError, StoreError
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.symmetric import Place, SymmetricArray
-from ntkgen.kernel.tiles import Tile
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
+from ntkgen.store.opening import open_store
+from ntkgen.store.store import KernelStore
+from ntkgen.store.view import Place, SymmetricArray
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -10,14 +10,14 @@ import scipy.sparse.linalg
 import scipy.special
 
 from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
-from ntkgen.analysis.dense import eigenvalues_and_vectors
+from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.regression import bytes_of, named
 from ntkgen.analysis.results import remembered
 from ntkgen.analysis.spectrum import reading_bytes
 from ntkgen.errors import DivergedError, InputError
-from ntkgen.kernel.store import KernelStore
 from ntkgen.progress import Report, counter, ignore_report
+from ntkgen.store.store import KernelStore
 
 LOSSES = ("squared", "cross-entropy")
 # Where no times are given: so many, from a tenth of the first mode's learning time to so many of these at most.

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from ntkgen.analysis.cholesky import FactorSettings, Work, factored
-from ntkgen.analysis.factor import Factor, FactorPlan, place_of_factor, prefix_logdets, remove_folder
+from ntkgen.analysis.linalg.cholesky import FactorSettings, Work, factored
+from ntkgen.analysis.linalg.factor import Factor, FactorPlan, place_of_factor, prefix_logdets, remove_folder
 from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import remembered
-from ntkgen.lock import write_lock
+from ntkgen.files.lock import write_lock
 from ntkgen.progress import Report, ignore_report
 
 # Of the subspace in which the smallest eigenvalue is looked for.
@@ -71,7 +71,7 @@ def _measured(matrix: Matrix, settings: FactorSettings, made: tuple[Factor, Work
         **of_blocks,
     }
     if settings.indefinite:
-        from ntkgen.analysis.indefinite import examined
+        from ntkgen.analysis.linalg.indefinite import examined
 
         result |= examined(matrix, factor, settings.shift, report)
     smallest = _smallest_eigenvalue(matrix, factor, pivots)

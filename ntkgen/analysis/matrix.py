@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.analysis.passes import Arrays, fold
-from ntkgen.cluster import shared
+from ntkgen.engine.cluster import shared
 from ntkgen.errors import BudgetError, InputError, StoreError
-from ntkgen.kernel.opening import open_store
-from ntkgen.kernel.rounding import STORE_DTYPES
-from ntkgen.kernel.store import KernelStore
-from ntkgen.kernel.symmetric import SymmetricArray, read_ahead
-from ntkgen.kernel.tiles import Tile
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Step, ignore_step
+from ntkgen.store.opening import open_store
+from ntkgen.store.rounding import STORE_DTYPES
+from ntkgen.store.store import KernelStore
+from ntkgen.store.view import SymmetricArray, read_ahead
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ntkgen.cluster import address_of, wait_for_a_worker
+from ntkgen.engine.cluster import address_of, wait_for_a_worker
 from ntkgen.errors import WorkerError
 from ntkgen.progress import Step, ignore_step
 

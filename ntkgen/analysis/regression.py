@@ -8,14 +8,14 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
-from ntkgen.analysis.dense import eigenvalues_and_vectors
-from ntkgen.analysis.factor import WORKSPACE_BYTES
+from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
+from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.results import remembered
 from ntkgen.analysis.spectrum import reading_bytes
 from ntkgen.errors import InputError
-from ntkgen.kernel.store import KernelStore
 from ntkgen.progress import Report, counter, ignore_report
+from ntkgen.store.store import KernelStore
 
 METHODS = ("auto", "eigh", "cholesky", "cg")
 # Where no λ is given: times the mean eigenvalue.

@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from ntkgen.analysis.dense import eigenvalues
-from ntkgen.analysis.factor import WORKSPACE_BYTES
-from ntkgen.analysis.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
+from ntkgen.analysis.linalg.dense import eigenvalues
+from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
+from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
+from ntkgen.analysis.linalg.quadrature import Moments, estimate_effective_rank
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.passes import Arrays
-from ntkgen.analysis.quadrature import Moments, estimate_effective_rank
 from ntkgen.analysis.results import remembered
 from ntkgen.errors import InputError
-from ntkgen.kernel.tiles import Tile
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report
 
 # So many eigenvalues, where all of them do not fit and no number is given.
@@ -355,8 +355,8 @@ def smallest_eigenvalue(
 @contextmanager
 def _solving(matrix: Matrix, settings: SpectrumSettings, report: Report) -> Iterator[Multiply]:
     """Solve with a Cholesky factor beside the store, which is made, and removed unless it was there before."""
-    from ntkgen.analysis.cholesky import FactorSettings, factored
-    from ntkgen.analysis.factor import place_of_factor
+    from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
+    from ntkgen.analysis.linalg.factor import place_of_factor
 
     was_there = place_of_factor(matrix, 0.0)[0].has("zarr.json")
     with factored(matrix, FactorSettings(settings.memory_bytes, keep=was_there), report) as (factor, _):
@@ -367,7 +367,7 @@ def _condition(
     matrix: Matrix, found: dict[str, Any], how: tuple[SpectrumSettings, Multiply | None], report: Report
 ) -> dict[str, Any]:
     """Compute the smallest eigenvalue and the condition, where K is positive definite to rounding."""
-    from ntkgen.analysis.cholesky import NotPositiveError
+    from ntkgen.analysis.linalg.cholesky import NotPositiveError
 
     settings, solve = how
     try:

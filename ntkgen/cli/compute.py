@@ -15,7 +15,7 @@ from ntkgen.units import human_bytes
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ntkgen.kernel.compute import Hands
+    from ntkgen.engine.compute import Hands
     from ntkgen.pipeline import Job
 
 
@@ -86,9 +86,9 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.kernel.identity import KernelSpec
-    from ntkgen.kernel.report import loses_precision
-    from ntkgen.kernel.rounding import check_dtypes
+    from ntkgen.engine.identity import KernelSpec
+    from ntkgen.store.describe import loses_precision
+    from ntkgen.store.rounding import check_dtypes
 
     settings = Settings.pop_from(options)
     samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
@@ -133,9 +133,9 @@ def _hands(
     Raises:
         InputError: If more than one of them is asked for.
     """
-    from ntkgen.kernel.compute import Hands
-    from ntkgen.kernel.distributed import open_team
-    from ntkgen.kernel.tiles import Part
+    from ntkgen.engine.compute import Hands
+    from ntkgen.engine.coordinator import open_team
+    from ntkgen.plan.tiles import Part
 
     if part is not None and (workers is not None or scheduler is not None):
         raise InputError(

@@ -37,8 +37,8 @@ def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **facts: 
     """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
     start_process()
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.kernel.foreign import Facts, default_target, import_kernel
-    from ntkgen.kernel.report import describe
+    from ntkgen.store.describe import describe
+    from ntkgen.store.importing import Facts, default_target, import_kernel
 
     target = default_target(path) if out is None else out
     with progress_bars(path, quiet=quiet) as report:

@@ -18,8 +18,8 @@ def info(path: str, *, as_json: bool) -> int:
 
     Exit code 1: its certificate finds the kernel wrong.
     """
-    from ntkgen.kernel.opening import open_store
-    from ntkgen.kernel.report import describe
+    from ntkgen.store.describe import describe
+    from ntkgen.store.opening import open_store
 
     result = describe(open_store(path))
     click.echo(json.dumps(result) if as_json else _page(result))
@@ -107,7 +107,7 @@ def _underflow(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _hint(values: dict[str, Any]) -> str:
-    from ntkgen.kernel.report import loses_precision
+    from ntkgen.store.describe import loses_precision
 
     dtypes = [name.removeprefix("ntk_") for name in values["arrays"]]
     if not loses_precision(values["precision"], dtypes):

@@ -12,7 +12,7 @@ from ntkgen.units import human_bytes
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network on stdout.")
 def models(*, as_json: bool) -> None:
     """List the networks of the zoo: name, parameters, paper."""
-    from ntkgen.zoo import listing
+    from ntkgen.training.zoo import listing
 
     for row in listing():
         text = (
@@ -25,7 +25,7 @@ def models(*, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per data set on stdout.")
 def datasets(*, as_json: bool) -> None:
     """List the data sets: name, training samples, classes, image shape, size of the full kernel in float16."""
-    from ntkgen.catalog import ALIASES, DATASETS
+    from ntkgen.data.catalog import ALIASES, DATASETS
 
     for name, entry in DATASETS.items():
         aliases = [alias for alias, target in ALIASES.items() if target == name]

@@ -21,8 +21,8 @@ def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
     """
     start_process()
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.kernel import mirror as mirroring
-    from ntkgen.kernel.opening import open_store
+    from ntkgen.store import mirror as mirroring
+    from ntkgen.store.opening import open_store
 
     store = open_store(path)
     was_full = store.manifest.layout == "full"

@@ -10,11 +10,11 @@ import click
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import ManyCommand, ManyOption
 from ntkgen.errors import InputError
-from ntkgen.folders import LocalFolder
+from ntkgen.files.folder import LocalFolder
 
 if TYPE_CHECKING:
     from ntkgen.analysis.matrix import Matrix
-    from ntkgen.analysis.plots_style import Picture
+    from ntkgen.analysis.plots.style import Picture
 
 KINDS = ("matrix", "spectrum", "density", "modes", "flow", "alignment", "logdet", "regression", "comparison")
 FORMATS = ("png", "svg")
@@ -71,8 +71,8 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
 
 def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "tuple[list[Picture], dict[str, str]]":
     """Draw one kernel; say why some pictures of it cannot be drawn."""
-    from ntkgen.analysis.answers import gather
-    from ntkgen.analysis.plots import draw_all, left_out, questions_for
+    from ntkgen.analysis.plots.draw import draw_all, left_out, questions_for
+    from ntkgen.analysis.report.answers import gather
     from ntkgen.cli.progress import progress_bars
 
     with progress_bars(name, quiet=asked.quiet) as report:
@@ -88,8 +88,8 @@ def _compare(
     Raises:
         InputError: If there is one kernel, and nothing but a comparison is asked for.
     """
-    from ntkgen.analysis.answers import compare_all
-    from ntkgen.analysis.plots_compare import draw_comparison
+    from ntkgen.analysis.plots.compare import draw_comparison
+    from ntkgen.analysis.report.answers import compare_all
     from ntkgen.cli.progress import progress_bars
 
     if "comparison" not in kinds:
@@ -129,7 +129,7 @@ def write_pictures(
     folder: LocalFolder, name: str, pictures: "Sequence[Picture]", formats: Sequence[str]
 ) -> list[dict[str, str]]:
     """Write some pictures in some formats; return what was written, and what each shows."""
-    from ntkgen.analysis.plots_style import render
+    from ntkgen.analysis.plots.style import render
 
     written = []
     for picture in pictures:

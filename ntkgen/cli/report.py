@@ -20,11 +20,11 @@ def report(paths: tuple[str, ...], out: str, **options: Any) -> None:
     --memory; of a larger one `ntkgen analyze` asks first.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis.report import make_report
+    from ntkgen.analysis.report.make import make_report
     from ntkgen.analysis.results import peak_bytes
     from ntkgen.cli.plot import unique_names
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.folders import file_of
+    from ntkgen.files.folder import file_of
 
     file = file_of(out)
     file.require_writable()

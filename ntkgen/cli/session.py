@@ -12,8 +12,8 @@ from ntkgen.errors import Terminated
 TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
 
 if TYPE_CHECKING:
-    from ntkgen.data import Dataset
-    from ntkgen.kernel.compute import Hands
+    from ntkgen.data.dataset import Dataset
+    from ntkgen.engine.compute import Hands
     from ntkgen.pipeline import Place, TrainingRequest
 
 
@@ -73,16 +73,16 @@ class Settings:
 
     def load_data(self, split: str = "train") -> "Dataset":
         """Load the samples of a split."""
-        from ntkgen import data
+        from ntkgen.data import dataset as data
 
         loaded = data.load(self.dataset, data_dir=self.data_dir, split=split)
         return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
 
     def place(self, hands: "Hands | None" = None) -> "Place":
         """Say where everything happens, and who computes."""
-        from ntkgen.folders import folder_of
-        from ntkgen.kernel.compute import ALONE
-        from ntkgen.kernel.engine import choose_device
+        from ntkgen.engine.compute import ALONE
+        from ntkgen.engine.machine import choose_device
+        from ntkgen.files.folder import folder_of
         from ntkgen.pipeline import Place
 
         out = folder_of(self.out, fsync=self.fsync)

@@ -16,11 +16,11 @@ from ntkgen.errors import InputError, NtkgenError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ntkgen.kernel.certificate import Sampling
-    from ntkgen.kernel.recompute import Recomputed
-    from ntkgen.kernel.store import KernelStore
-    from ntkgen.kernel.verify import Damage
+    from ntkgen.checks.verify import Damage
+    from ntkgen.engine.recompute import Recomputed
     from ntkgen.progress import Report
+    from ntkgen.store.certificate import Sampling
+    from ntkgen.store.store import KernelStore
 
 # The exit codes where a store is not whole or not what it should be, and where nobody knows.
 DAMAGED, UNREACHED = 1, 2
@@ -60,7 +60,7 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_
     not computed yet or wrong; 2: a path holds no store, or what was asked for cannot be done.
     """
     start_process()
-    from ntkgen.kernel.certificate import Sampling, usual_sampling
+    from ntkgen.store.certificate import Sampling, usual_sampling
 
     def sampling_of(output: str, num_logits: int) -> Sampling:
         usual = usual_sampling(output, num_logits)
@@ -108,7 +108,7 @@ class _Finding:
 def _found(path: str, wanted: _Wanted) -> _Finding:
     """Verify one store; where there is none, or it cannot be reached, the others are read nevertheless."""
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.folders import first_lines, is_remote_error
+    from ntkgen.files.folder import first_lines, is_remote_error
 
     try:
         with progress_bars(path.rstrip("/").rpartition("/")[2], quiet=wanted.quiet) as report:
@@ -124,7 +124,7 @@ def _found(path: str, wanted: _Wanted) -> _Finding:
 
 def _verified(path: str, wanted: _Wanted, report: "Report") -> _Finding:
     """Read a store, make tiles again, remove what is damaged, certify what is whole: as far as is asked for."""
-    from ntkgen.kernel.verify import find_damage, repair
+    from ntkgen.checks.verify import find_damage, repair
 
     finding = _Finding({"store": path})
     with _opened(path, wanted) as store:
@@ -141,7 +141,7 @@ def _verified(path: str, wanted: _Wanted, report: "Report") -> _Finding:
 
 
 def _say_what_is_lacking(store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, finding: _Finding) -> None:
-    from ntkgen.kernel.verify import explain_damage, explain_unfinished, next_step, unfinished_tiles
+    from ntkgen.checks.verify import explain_damage, explain_unfinished, next_step, unfinished_tiles
 
     unfinished = unfinished_tiles(store, damage)
     finding.result |= {
@@ -156,8 +156,8 @@ def _say_what_is_lacking(store: "KernelStore", damage: "Sequence[Damage]", wante
 
 def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
     """Say what a whole store holds; certify it first, if that is asked for."""
-    from ntkgen.kernel.opening import open_store
-    from ntkgen.kernel.report import describe
+    from ntkgen.store.describe import describe
+    from ntkgen.store.opening import open_store
 
     if wanted.certified:
         _certify(store, wanted, report, finding)
@@ -174,8 +174,8 @@ def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", fin
 @contextmanager
 def _opened(path: str, wanted: _Wanted) -> "Iterator[KernelStore]":
     """Open a store; to repair it, under its lock, and while nobody writes tiles."""
-    from ntkgen.kernel.opening import open_store
-    from ntkgen.lock import require_no_tile_writers, write_lock
+    from ntkgen.files.lock import require_no_tile_writers, write_lock
+    from ntkgen.store.opening import open_store
 
     store = open_store(path)
     if not wanted.repaired:
@@ -193,7 +193,7 @@ def _differing(
 
     Where that cannot be done it is wrong if it was asked for, and else worth a line.
     """
-    from ntkgen.kernel.verify import Damage
+    from ntkgen.checks.verify import Damage
 
     finding.result |= {"recomputed": [], "not_recomputed": None}
     try:
@@ -213,8 +213,8 @@ def _recomputed(
     store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, report: "Report"
 ) -> "list[Recomputed]":
     from ntkgen import origin
-    from ntkgen.kernel.engine import choose_device
-    from ntkgen.kernel.verify import whole_tiles
+    from ntkgen.checks.verify import whole_tiles
+    from ntkgen.engine.machine import choose_device
 
     if wanted.num_recomputed == 0:
         return []
@@ -231,7 +231,7 @@ def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> N
     Raises:
         StoreError: If something beside tiles is damaged.
     """
-    from ntkgen.kernel.report import first_few
+    from ntkgen.store.describe import first_few
 
     if files := [each.file for each in damage if each.tile is None]:
         raise StoreError(
@@ -243,7 +243,7 @@ def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> N
 
 def _certify(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
     from ntkgen import origin
-    from ntkgen.kernel.engine import choose_device
+    from ntkgen.engine.machine import choose_device
 
     num_logits = store.manifest.plan.profile.num_logits
     sampling = wanted.sampling_of(store.manifest.identity.get("output", "full"), num_logits)
@@ -290,7 +290,7 @@ def _mending(result: dict[str, Any]) -> dict[str, str]:
 
 def _again(recomputed: list[dict[str, Any]]) -> dict[str, str]:
     """Write in one line which tiles were computed again, and how they compare."""
-    from ntkgen.kernel.report import first_few
+    from ntkgen.store.describe import first_few
 
     if not recomputed:
         return {}

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
-from ntkgen.kernel.tiles import Block
+from ntkgen.blocks import Block
 
 T = TypeVar("T")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ntkgen.blocks import Block
 from ntkgen.jacobian.batch_check import require_planned_uses, require_same_alone, require_true_factors
 from ntkgen.jacobian.capture import Recording, cotangents, record
 from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
@@ -14,7 +15,6 @@ from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of
 from ntkgen.jacobian.reference import jacobian_rows
 from ntkgen.jacobian.windows import pixels_of
-from ntkgen.kernel.tiles import Block
 
 
 def compute_factors(

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ntkgen.blocks import Block, block_pairs
 from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, JacobianPlan, built_channels, kept_width, ordered_pieces, slices
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.precision import policy, widen
 from ntkgen.jacobian.products import Products, rows_of
 from ntkgen.jacobian.windows import Windows
-from ntkgen.kernel.tiles import Block, block_pairs
 
 
 def fill_kernel(

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ntkgen.kernel.tiles import Block
+from ntkgen.blocks import Block
 
 Order = Literal["explicit", "gram", "ordered"]
 ORDERS: tuple[Order, ...] = get_args(Order)

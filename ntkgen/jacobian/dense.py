@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.alone import alone
+from ntkgen.blocks import Block, block_pairs
 from ntkgen.errors import RuleError, UnknownNameError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.cache import BlockCache, count_samples
@@ -21,7 +22,6 @@ from ntkgen.jacobian.network import Network, more_excluded, prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.probe import in_turns
-from ntkgen.kernel.tiles import Block, block_pairs
 
 # Blocks of at most this many bytes of factors, two at a time, keep any batch in bounded memory.
 BLOCK_BYTES = 4 << 30

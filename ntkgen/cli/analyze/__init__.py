@@ -62,7 +62,7 @@ class Asked:
         """Take these options out of a command's, and connect to the cluster until the command ends."""
         scheduler, client = options.pop("scheduler"), None
         if scheduler is not None:
-            from ntkgen.cluster import connected
+            from ntkgen.engine.cluster import connected
 
             client = click.get_current_context().with_resource(connected(scheduler))
         names = [name for name in cls.__dataclass_fields__ if name != "client"]
@@ -71,8 +71,8 @@ class Asked:
     def matrix(self, path: str) -> "Matrix":
         """Open the store at a path for analysis; say it once if its kernel is wrong."""
         from ntkgen.analysis.matrix import open_matrix
-        from ntkgen.kernel.opening import open_store
-        from ntkgen.kernel.report import inaccuracy
+        from ntkgen.store.describe import inaccuracy
+        from ntkgen.store.opening import open_store
 
         store = open_store(path)
         if (wrong := inaccuracy(store)) is not None:

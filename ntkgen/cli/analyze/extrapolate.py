@@ -25,7 +25,7 @@ def extrapolate(paths: tuple[str, ...], *, shift: float, **options: Any) -> None
     2025): adding the x-th sample multiplies the determinant by about x^−ν.
     """
     from ntkgen.analysis import extrapolate as extrapolation
-    from ntkgen.analysis.cholesky import FactorSettings
+    from ntkgen.analysis.linalg.cholesky import FactorSettings
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)

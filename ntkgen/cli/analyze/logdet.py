@@ -26,7 +26,7 @@ def logdet(paths: tuple[str, ...], *, shift: float, **options: Any) -> None:
     of one triangle in float64. An interrupted run goes on with the same command.
     """
     from ntkgen.analysis import logdet as logdets
-    from ntkgen.analysis.cholesky import FactorSettings
+    from ntkgen.analysis.linalg.cholesky import FactorSettings
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)

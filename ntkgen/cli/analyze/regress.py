@@ -9,7 +9,7 @@ from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import ManyCommand, ManyOption
 
 if TYPE_CHECKING:
-    from ntkgen.kernel.store import KernelStore
+    from ntkgen.store.store import KernelStore
 
 
 @click.command(cls=ManyCommand, short_help="Kernel ridge regression on the labels.")
@@ -62,7 +62,7 @@ def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
     Raises:
         UsageError: If there are several of those.
     """
-    from ntkgen.kernel.opening import open_store
+    from ntkgen.store.opening import open_store
 
     if path is not None and len(paths) > 1:
         raise click.UsageError(f"--test belongs to one kernel, and {len(paths)} were given: ask for one at a time.")

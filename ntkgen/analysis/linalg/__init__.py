@@ -1,0 +1,1 @@
+"""Eigenvalues, factors and quadrature of symmetric matrices larger than memory."""

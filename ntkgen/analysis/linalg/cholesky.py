@@ -1,0 +1,402 @@
+"""Cholesky out of core: K + λI = L D Lᵀ, left-looking, panel by panel, each tile of L written once.
+
+A panel is some columns of tiles, from the diagonal down. Its part of the kernel is read, the finished columns to its
+left are streamed from the disk and subtracted, then its own columns are finished one after the other. A panel that is
+done is on the disk, and an interrupted factorisation goes on after the last of these.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import zarr
+from scipy.linalg import lapack
+
+from ntkgen.analysis.linalg.blas import divide_right, subtract_product
+from ntkgen.analysis.linalg.factor import (
+    PIECE_BYTES,
+    Factor,
+    FactorPlan,
+    open_factor,
+    place_of_factor,
+    plan_factor,
+    reading_bytes,
+)
+from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
+from ntkgen.analysis.results import require_room_beside
+from ntkgen.errors import DiskSpaceError, InputError, NtkgenError, StoreError
+from ntkgen.files.lock import write_lock
+from ntkgen.progress import Report, ignore_report
+from ntkgen.store.store import WRITING
+from ntkgen.store.view import read_ahead
+
+
+class NotPositiveError(NtkgenError, ArithmeticError):
+    """A kernel that should be positive definite is not, to the accuracy of its numbers."""
+
+
+@dataclass(frozen=True)
+class FactorSettings:
+    """What is factored and how: K + ``shift`` I, within the memory that the whole process may take.
+
+    With ``indefinite`` a tile of the diagonal that is not positive definite is pivoted, instead of an error. With
+    ``keep`` the factor stays, to solve with.
+    """
+
+    memory_bytes: int | None = None
+    shift: float = 0.0
+    indefinite: bool = False
+    keep: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.shift < np.inf:
+            raise InputError(
+                f"A shift of {self.shift:g} cannot be added: expected a number that is not negative, so that K + λI is "
+                "positive definite where K is. Was its size meant? Pass --shift 0 or more."
+            )
+
+
+@dataclass
+class Work:
+    """What this process has done of a factor."""
+
+    seconds: float = 0.0
+    products: int = 0
+
+
+@contextmanager
+def factored(matrix: Matrix, settings: FactorSettings, report: Report = ignore_report) -> Iterator[tuple[Factor, Work]]:
+    """Factor K + λI = L D Lᵀ beside the store, or go on with what is there; remove it afterwards, unless it is kept.
+
+    L is lower triangular and D = I where all pivots are positive. With N rows and panels of w columns it costs N³/3
+    FLOPs, keeps 8wN bytes, and reads 4N³/3w bytes of what it has written. After an error it stays, and another call
+    goes on.
+
+    Raises:
+        NotPositiveError: If a pivot is not positive, and must be.
+        BudgetError: If the memory has no room for a panel.
+        DiskSpaceError: If the disk has no room for the factor.
+        StoreLockedError: If another process is making it.
+        InputError: If nothing can be written beside the store.
+    """
+    require_room_beside(matrix, "A factor")
+    folder, identity = place_of_factor(matrix, settings.shift)
+    with write_lock(folder):
+        folder.sweep()
+        left = memory_left(settings.memory_bytes)
+        planned = plan_factor(matrix, left)
+        factor = open_factor(folder, identity, planned, left - reading_bytes(matrix))
+        with zarr.config.set(WRITING):
+            work = _finish(matrix, factor, settings, report)
+        yield factor, work
+        if not settings.keep:
+            factor.remove()
+
+
+def _finish(matrix: Matrix, factor: Factor, settings: FactorSettings, report: Report) -> Work:
+    """Make the panels that are missing."""
+    plan, started = factor.plan, time.monotonic()
+    first = factor.num_done
+    if first < plan.num_blocks:
+        first -= first % plan.panel_tiles
+        _require_room(factor)
+    counted = _Counted(plan, first, report)
+    before = counted.done
+    if first < plan.num_blocks:
+        room = _Room(np.empty(plan.panel_rows * plan.num_rows), np.empty((plan.panel_rows, plan.side)))
+        for at in range(first, plan.num_blocks, plan.panel_tiles):
+            panel = Panel(plan, at, room)
+            load(panel, matrix, settings.shift)
+            subtract_finished(panel, factor, counted)
+            _finish_columns(panel, _Hands(matrix, factor, settings), counted)
+    return Work(time.monotonic() - started, counted.done - before)
+
+
+def _require_room(factor: Factor) -> None:
+    """Refuse a factor that the disk cannot hold.
+
+    Raises:
+        DiskSpaceError: If there is no room.
+    """
+    free = factor.folder.free_bytes
+    needed = factor.plan.factor_bytes - len(factor.places_there()) * factor.plan.tile_bytes
+    if free is not None and free < needed:
+        raise DiskSpaceError(
+            f"The factor at {factor.folder} does not fit the disk: expected {needed / 1e9:,.1f} GB, found "
+            f"{free / 1e9:,.1f} GB free. It has the size of one triangle in float64. Make room; what is finished stays."
+        )
+
+
+class _Counted:
+    """Counts products of two tiles, and reports them."""
+
+    def __init__(self, plan: FactorPlan, columns: int, report: Report) -> None:
+        self.done = sum(col * (plan.num_blocks - col) for col in range(columns))
+        self._total, self._report = plan.num_products, report
+        self.add(0)
+
+    def add(self, count: int) -> None:
+        self.done += count
+        self._report("factor", self.done, self._total)
+
+
+# a panel --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Memory for a panel, and for its part of one column of tiles; taken once."""
+
+    panel: FloatArray  # (panel rows · rows,)
+    strip: FloatArray  # (panel rows, side)
+
+
+class Panel:
+    """The columns of tiles from ``first`` on, down from the diagonal: the rows of tiles, in Fortran order, in a buffer.
+
+    Of a row of tiles that crosses the diagonal only the columns up to it are kept.
+    """
+
+    def __init__(self, plan: FactorPlan, first: int, room: _Room) -> None:
+        self.plan, self.first, self._room = plan, first, room
+        self.stop = min(first + plan.panel_tiles, plan.num_blocks)
+        self.start = first * plan.side
+        self._rows: dict[int, FloatArray] = {}
+        at = 0
+        for row in range(first, plan.num_blocks):
+            height = plan.rows(row).stop - plan.rows(row).start
+            width = plan.rows(min(row, self.stop - 1)).stop - self.start
+            self._rows[row] = room.panel[at : at + height * width].reshape((height, width), order="F")
+            at += height * width
+
+    def row(self, row: int, first: int | None = None) -> FloatArray:
+        """View a row of tiles, from a column of tiles on."""
+        return self._rows[row][:, self._columns(self.first if first is None else first).start :]
+
+    def tile(self, row: int, col: int) -> FloatArray:
+        """View a tile."""
+        return self._rows[row][:, self._columns(col)]
+
+    def strip(self, first: int) -> FloatArray:
+        """View the memory for one column of tiles, from a row of tiles of the panel on."""
+        stop = self.plan.rows(self.stop - 1).stop
+        return self._room.strip[self._columns(first).start : stop - self.start]
+
+    def _columns(self, col: int) -> slice:
+        columns = self.plan.rows(col)
+        return slice(columns.start - self.start, columns.stop - self.start)
+
+    def subtract(self, row: int, tile: FloatArray, strip: FloatArray, first: int) -> None:
+        """Subtract from a row of tiles, from a column of tiles on, a tile of that row times the strip's transpose."""
+        target = self.row(row, first)
+        subtract_product(target, tile, strip[: target.shape[1], : tile.shape[1]])
+
+
+def load(panel: Panel, matrix: Matrix, shift: float) -> None:
+    """Read the panel's part of K + λI.
+
+    Raises:
+        StoreError: If the kernel has an entry that is not finite.
+    """
+    plan = panel.plan
+    columns = slice(panel.start, plan.rows(panel.stop - 1).stop)
+    for rows, cols in _pieces(matrix, panel.start, columns):
+        values = matrix.block(rows, cols)
+        if not np.isfinite(values).all():
+            raise StoreError(
+                f"The kernel at {matrix.name} is not finite in rows {rows.start:,} to {rows.stop - 1:,}: expected "
+                f"numbers. Was it overwritten? Run `ntkgen verify --repair {matrix.name}` and then the same "
+                f"`{matrix.store.command}` again: it makes it anew."
+            )
+        for row in range(rows.start // plan.side, -(-rows.stop // plan.side)):
+            _place(panel, row, values, (rows, cols))
+    for row in range(panel.first, panel.stop):
+        np.einsum("ii->i", panel.tile(row, row))[:] += shift
+
+
+def _pieces(matrix: Matrix, start: int, columns: slice) -> Iterator[tuple[slice, slice]]:
+    """Cut what is on or below the diagonal into parts of stored tiles, small enough to be held beside a panel."""
+    height = max(1, PIECE_BYTES // (8 * min(matrix.side, columns.stop - columns.start)))
+    for cols in _spans(columns, matrix.side):
+        for whole in _spans(slice(start, matrix.num_rows), matrix.side):
+            for rows in (slice(at, min(at + height, whole.stop)) for at in range(whole.start, whole.stop, height)):
+                if rows.stop > cols.start:
+                    yield rows, cols
+
+
+def _spans(rows: slice, side: int) -> Iterator[slice]:
+    """Cut a range where stored tiles end."""
+    at = rows.start
+    while at < rows.stop:
+        stop = min((at // side + 1) * side, rows.stop)
+        yield slice(at, stop)
+        at = stop
+
+
+def _place(panel: Panel, row: int, values: FloatArray, piece: tuple[slice, slice]) -> None:
+    """Put what belongs to a row of tiles of a panel into it."""
+    rows, cols = piece
+    target, lines = panel.row(row), panel.plan.rows(row)
+    top, bottom = max(rows.start, lines.start), min(rows.stop, lines.stop)
+    left, right = cols.start - panel.start, min(cols.stop - panel.start, target.shape[1])
+    if left < right:
+        target[top - lines.start : bottom - lines.start, left:right] = values[
+            top - rows.start : bottom - rows.start, : right - left
+        ]
+
+
+def subtract_finished(panel: Panel, factor: Factor, counted: _Counted) -> None:
+    """Subtract the finished columns of tiles to the left, each read once, while the next tiles are read."""
+    blocks = panel.plan.num_blocks
+    places = [(row, col) for col in range(panel.first) for row in range(panel.first, blocks)]
+    signs = np.sign(factor.pivots(panel.first)) if panel.first else np.empty(0)
+    strip = panel.strip(panel.first)
+    for (row, col), tile in read_ahead(factor.tile, places):
+        if row < panel.stop:
+            strip[panel.plan.rows(row).start - panel.start :][: len(tile)] = tile
+        if row == panel.stop - 1:
+            _subtract_crossing(panel, strip, signs[panel.plan.rows(col)], counted)
+        elif row >= panel.stop:
+            panel.subtract(row, tile, strip, panel.first)
+            counted.add(panel.stop - panel.first)
+
+
+def _subtract_crossing(panel: Panel, strip: FloatArray, signs: FloatArray, counted: _Counted) -> None:
+    """Subtract a column of tiles from the rows that cross the diagonal, and give the strip the signs of its pivots."""
+    tiles = strip.copy() if (signs < 0).any() else strip
+    strip *= signs
+    for row in range(panel.first, panel.stop):
+        lines = panel.plan.rows(row)
+        panel.subtract(row, tiles[lines.start - panel.start : lines.stop - panel.start], strip, panel.first)
+        counted.add(row - panel.first + 1)
+
+
+# its own columns ------------------------------------------------------------------------------------------------------
+
+
+class DiagonalTile(Protocol):
+    """A factored tile of the diagonal, M S Mᵀ with S of ±1."""
+
+    @property
+    def factor(self) -> FloatArray:  # (side, side)
+        """M."""
+
+    @property
+    def pivots(self) -> FloatArray:  # (side,)
+        """Numbers whose product is the determinant, and whose signs are S."""
+
+    def divide(self, X: FloatArray) -> None:
+        """Compute X ← X M⁻ᵀ S in place."""
+
+
+@dataclass(frozen=True)
+class PositiveTile:
+    """A positive definite tile, M Mᵀ."""
+
+    factor: FloatArray  # (side, side), lower triangular
+
+    @property
+    def pivots(self) -> FloatArray:
+        """The squares of M's diagonal."""
+        return np.square(np.diagonal(self.factor))
+
+    def divide(self, X: FloatArray) -> None:
+        """Compute X ← X M⁻ᵀ in place."""
+        divide_right(X, self.factor)
+
+
+@dataclass(frozen=True)
+class _Hands:
+    """What finishes columns: the kernel for its errors, and where tiles are written."""
+
+    matrix: Matrix
+    factor: Factor
+    settings: FactorSettings
+
+
+def _finish_columns(panel: Panel, hands: _Hands, counted: _Counted) -> None:
+    """Factor the panel's columns of tiles in turn, each written in a thread while it is subtracted from the next.
+
+    Raises:
+        NotPositiveError: If a pivot is not positive, and must be; what is before it is then on the disk.
+    """
+    there = hands.factor.places_there()
+    with ThreadPoolExecutor(1) as pool:
+        writes: list[Future[None]] = []
+        for col in range(panel.first, panel.stop):
+            diagonal = _factor_diagonal(panel.tile(col, col), col, hands)
+            if diagonal is None:
+                _finish_writes(writes)
+                raise NotPositiveError(_not_positive(panel.tile(col, col), col, hands))
+            for row in range(col + 1, panel.plan.num_blocks):
+                diagonal.divide(panel.tile(row, col))
+            panel.tile(col, col)[...] = diagonal.factor
+            writes.append(pool.submit(_write_column, panel, col, diagonal.pivots, (hands.factor, there)))
+            _subtract_own(panel, col, np.sign(diagonal.pivots), counted)
+            _finish_writes([write for write in writes if write.done()])
+    _finish_writes(writes)
+
+
+def _finish_writes(writes: list[Future[None]]) -> None:
+    """Wait for some writes, and raise what one of them has raised."""
+    for write in writes:
+        write.result()
+
+
+def _write_column(panel: Panel, col: int, pivots: FloatArray, where: tuple[Factor, set[tuple[int, int]]]) -> None:
+    """Write a finished column of tiles, but for those that an interrupted run has written; its pivots come last."""
+    factor, there = where
+    for row in range(col, panel.plan.num_blocks):
+        if (row, col) not in there:
+            factor.write((row, col), panel.tile(row, col))
+    factor.write_pivots(col, pivots)
+
+
+def _subtract_own(panel: Panel, col: int, signs: FloatArray, counted: _Counted) -> None:
+    """Subtract a column of tiles of the panel from those to its right."""
+    if col + 1 == panel.stop:
+        return
+    strip = panel.strip(col + 1)[:, : len(signs)]
+    for row in range(col + 1, panel.stop):
+        lines = panel.plan.rows(row)
+        offset = panel.plan.rows(col + 1).start
+        np.multiply(panel.tile(row, col), signs, out=strip[lines.start - offset : lines.stop - offset])
+    for row in range(col + 1, panel.plan.num_blocks):
+        panel.subtract(row, panel.tile(row, col), strip, col + 1)
+        counted.add(min(row, panel.stop - 1) - col)
+
+
+def _factor_diagonal(tile: FloatArray, col: int, hands: _Hands) -> DiagonalTile | None:
+    """Factor a tile of the diagonal; None where it is not positive definite, and must be."""
+    lower, failed = lapack.dpotrf(tile, lower=1, clean=1, overwrite_a=0)
+    if not failed:
+        return PositiveTile(lower)
+    if not hands.settings.indefinite:
+        return None
+    from ntkgen.analysis.linalg.indefinite import pivoted
+
+    return pivoted(tile, f"from row {hands.factor.plan.rows(col).start:,} on of the kernel at {hands.matrix.name}")
+
+
+def _not_positive(tile: FloatArray, col: int, hands: _Hands) -> str:
+    """Say where a kernel stops being positive definite, and how accurate it is."""
+    matrix, at = hands.matrix, int(lapack.dpotrf(tile, lower=1)[1]) - 1
+    row = hands.factor.plan.rows(col).start + at
+    before = lapack.dpotrf(np.asfortranarray(tile[:at, :at]), lower=1, clean=1)[0] if at else np.eye(0)
+    line = lapack.dtrtrs(before, tile[at, :at], lower=1)[0] if at else np.empty(0)
+    logdet = np.log(hands.factor.pivots(col)).sum() + 2 * np.log(np.diagonal(before)).sum()
+    sample, output = divmod(row, matrix.num_outputs)
+    norm = matrix.error_norm
+    known = "nothing is known of its error E" if norm is None else f"the certificate bounds its error ‖E‖ by {norm:.3g}"
+    return (
+        f"The kernel at {matrix.name} is not positive definite: expected positive pivots, found "
+        f"{tile[at, at] - line @ line:.3g} in row {row:,} (sample {sample:,}, output "
+        f"{output if matrix.output is None else matrix.output}); {known}, and eigenvalues below that are not known. "
+        f"The log-determinant of the {row:,} rows before it is {logdet:.12g}. Is it stored or computed too coarsely, "
+        "or are there fewer parameters than rows? Add --shift, continue with --indefinite, or compute it with "
+        "--precision float64 --dtype float64."
+    )

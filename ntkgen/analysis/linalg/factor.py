@@ -1,0 +1,313 @@
+"""The factor of a kernel on disk, tile by tile: K + λI = L D Lᵀ with D of ±1, and what is solved with it.
+
+A Zarr group beside the store, with two arrays: `factor` (row, col), one chunk a tile, of which those with row >= col
+are written; and `pivots` (row), one chunk for each column of tiles. L is triangular, but for a tile of the diagonal
+that was pivoted. The determinant is the product of the pivots. A column of tiles is done when its chunks are there at
+their exact size; there is no other record of progress.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from scipy.linalg import solve_triangular
+
+from ntkgen.analysis.matrix import FloatArray, Matrix
+from ntkgen.analysis.results import folder_of_results, identity_of
+from ntkgen.errors import BudgetError, StoreError
+from ntkgen.files.folder import Folder
+from ntkgen.store.schema import ArrayLayout, create_array
+from ntkgen.store.store import CHECKSUM_BYTES
+from ntkgen.store.view import Place, read_ahead
+
+if TYPE_CHECKING:
+    ZarrArray = zarr.Array[Any]
+
+FORMAT_VERSION = 1
+# About so many tiles along a side, so that their triangular parts cost little …
+MANY_TILES = 40
+# … but none with fewer rows than products need to be quick, and none with so many that a few of them fill the memory.
+MIN_SIDE, MAX_SIDE = 512, 2048
+# A panel of one tile may be as narrow as this where the memory has no room for more.
+NARROWEST = 64
+# What a part of the kernel that is read at a time may take in float64.
+PIECE_BYTES = 16 * 10**6
+# Room for what the BLAS keeps, for threads, and for memory that was given back and not yet taken again.
+WORKSPACE_BYTES = 80 * 10**6
+
+
+@dataclass(frozen=True)
+class FactorPlan:
+    """How a factor is cut: tiles of ``side`` rows, made in panels of ``panel_tiles`` columns of tiles."""
+
+    num_rows: int
+    side: int
+    panel_tiles: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Tiles along a side."""
+        return -(-self.num_rows // self.side)
+
+    @property
+    def panel_rows(self) -> int:
+        """Columns of a panel, w."""
+        return min(self.panel_tiles * self.side, self.num_rows)
+
+    @property
+    def panel_bytes(self) -> int:
+        """What a panel keeps in memory: 8wN, and its part of one column of tiles."""
+        return 8 * self.panel_rows * (self.num_rows + self.side)
+
+    @property
+    def num_products(self) -> int:
+        """Count the products of two tiles, N³/6T³."""
+        return self.num_blocks * (self.num_blocks**2 - 1) // 6
+
+    @property
+    def factor_bytes(self) -> int:
+        """What the factor takes on disk."""
+        return self.num_blocks * (self.num_blocks + 1) // 2 * self.tile_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """What a tile takes on disk."""
+        return 8 * self.side**2 + CHECKSUM_BYTES
+
+    @property
+    def bytes_read(self) -> int:
+        """What is read of the factor while it is made, about 4N³/3w: each finished tile once for each panel.
+
+        >>> FactorPlan(num_rows=1200, side=100, panel_tiles=3).bytes_read / 80_004
+        90.0
+        """
+        starts = range(0, self.num_blocks, self.panel_tiles)
+        return sum(first * (self.num_blocks - first) for first in starts) * self.tile_bytes
+
+    def rows(self, block: int) -> slice:
+        """Locate the rows of a row of tiles; the last ones are fewer."""
+        return slice(block * self.side, min((block + 1) * self.side, self.num_rows))
+
+
+def plan_factor(matrix: Matrix, free_bytes: int) -> FactorPlan:
+    """Cut a factor so that a panel fits into the memory, and its tiles, if they can, hold whole samples.
+
+    Raises:
+        BudgetError: If not even the narrowest panel fits.
+    """
+    num_rows, room = matrix.num_rows, int(0.92 * free_bytes) - reading_bytes(matrix)
+    wanted = min(MAX_SIDE, max(MIN_SIDE, -(-num_rows // MANY_TILES)))
+    fitting = min(wanted, max(room, 0) // (8 * (num_rows + 6 * wanted)), num_rows)
+    if fitting < min(NARROWEST, wanted, num_rows):
+        raise BudgetError(_too_little(matrix, room - free_bytes, wanted))
+    m = matrix.num_outputs
+    chosen = fitting if fitting == num_rows or fitting < m else fitting - fitting % m
+    blocks = -(-num_rows // chosen)
+    widest = max(1, (room - 6 * 8 * chosen**2) // (8 * chosen * (num_rows + chosen)))
+    panels = -(-blocks // widest)
+    return FactorPlan(num_rows, chosen, -(-blocks // panels))
+
+
+def _too_little(matrix: Matrix, beside: int, wanted: int) -> str:
+    needed = 8 * min(NARROWEST, wanted) * (matrix.num_rows + 6 * wanted) - beside
+    return (
+        f"The memory limit is too small to factor the kernel at {matrix.name}: a panel of its {matrix.num_rows:,} rows "
+        f"takes {needed / 1e6:,.0f} MB beside what this program itself takes. Raise --memory."
+    )
+
+
+def reading_bytes(matrix: Matrix) -> int:
+    """Estimate what is in memory besides a panel: a stored tile, parts of it, and what the BLAS keeps."""
+    tile = matrix.side**2 * np.dtype(matrix.dtype).itemsize
+    return WORKSPACE_BYTES + tile + 3 * min(8 * matrix.side**2, PIECE_BYTES)
+
+
+class Factor:
+    """L and the pivots of K + λI = L D Lᵀ, as far as they are there. Who writes them holds the lock."""
+
+    def __init__(self, folder: Folder, group: zarr.Group, plan: FactorPlan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.tiles_read = 0
+        self._tiles: ZarrArray = _array(group, "factor")
+        self._pivots: ZarrArray = _array(group, "pivots")
+
+    @property
+    def num_done(self) -> int:
+        """Count the leading columns of tiles that are there whole."""
+        there, blocks = self.places_there(), self.plan.num_blocks
+        rows = {int(key.rpartition("/")[2]) for key in self._whole("pivots", 8 * self.plan.side)}
+        columns = (all((row, col) in there for row in range(col, blocks)) and col in rows for col in range(blocks))
+        return next((col for col, is_done in enumerate(columns) if not is_done), blocks)
+
+    def places_there(self) -> set[Place]:
+        """List the tiles that are there at their exact size."""
+        keys = [key.split("/")[-2:] for key in self._whole("factor", self.plan.tile_bytes - CHECKSUM_BYTES)]
+        return {(int(row), int(col)) for row, col in keys}
+
+    def _whole(self, name: str, payload_bytes: int) -> list[str]:
+        found = self.folder.sizes(f"{name}/c")
+        return [key for key, size in found.items() if size == payload_bytes + CHECKSUM_BYTES]
+
+    # numbers -------------------------------------------------------------------------------------------------------
+
+    def pivots(self, stop: int | None = None) -> FloatArray:
+        """Read the pivots of the first columns of tiles, whose product is the determinant of as many rows."""
+        rows = self.plan.num_rows if stop is None else min(stop * self.plan.side, self.plan.num_rows)
+        return self._read(self._pivots, (slice(0, rows),), "The pivots")
+
+    def tile(self, place: Place) -> FloatArray:
+        """Read a tile."""
+        row, col = place
+        self.tiles_read += 1
+        return self._read(self._tiles, (self.plan.rows(row), self.plan.rows(col)), f"Tile ({row}, {col})")
+
+    def _read(self, array: "ZarrArray", region: tuple[slice, ...], name: str) -> FloatArray:
+        """Read a part.
+
+        Raises:
+            StoreError: If it is damaged, or gone.
+        """
+        try:
+            values = np.asarray(array[region], dtype=np.float64)
+            found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
+        except (ValueError, RuntimeError) as error:
+            found = str(error)
+        if found:
+            raise StoreError(
+                f"{name} of the factor at {self.folder} is damaged: expected numbers that match their checksum, found "
+                f"{found}. A disk error? Remove this folder and run the same command again: it makes the factor anew."
+            )
+        return values
+
+    def write(self, place: Place, values: FloatArray) -> None:
+        """Write a tile, whole."""
+        self._tiles[self.plan.rows(place[0]), self.plan.rows(place[1])] = np.ascontiguousarray(values)
+
+    def write_pivots(self, col: int, values: FloatArray) -> None:
+        """Write the pivots of a column of tiles."""
+        self._pivots[self.plan.rows(col)] = values
+
+    # products ------------------------------------------------------------------------------------------------------
+
+    def solve(
+        self,
+        V: FloatArray,  # (rows,) or (rows, vectors)
+    ) -> FloatArray:  # as V
+        """Solve (K + λI) X = V in float64, in two passes over the factor, of 8N² bytes in all.
+
+        Costs 2N² FLOPs per vector, and holds a few tiles besides V and X.
+        """
+        X = np.array(V, dtype=np.float64)
+        signs = np.sign(self.pivots())
+        for (row, col), tile in read_ahead(self.tile, list(self._by_columns())):
+            at, from_ = self.plan.rows(row), self.plan.rows(col)
+            if row == col:
+                X[at] = _divide(tile, X[at], is_transposed=False)
+            else:
+                X[at] -= tile @ X[from_]
+        X *= signs.reshape(-1, *[1] * (X.ndim - 1))
+        for (row, col), tile in read_ahead(self.tile, list(self._by_columns())[::-1]):
+            at, to = self.plan.rows(row), self.plan.rows(col)
+            if row == col:
+                X[to] = _divide(tile, X[to], is_transposed=True)
+            else:
+                X[to] -= tile.T @ X[at]
+        return X
+
+    def multiply(
+        self,
+        V: FloatArray,  # (rows, vectors)
+    ) -> tuple[FloatArray, float]:  # (rows, vectors), the largest entry
+        """Multiply L D Lᵀ with vectors, in two passes; and say how large |L| is at most."""
+        turned, product, largest = np.zeros_like(V), np.zeros_like(V), 0.0
+        places = list(self._by_columns())
+        for (row, col), tile in read_ahead(self.tile, places):
+            turned[self.plan.rows(col)] += tile.T @ V[self.plan.rows(row)]
+            largest = max(largest, float(np.abs(tile).max()))
+        turned *= np.sign(self.pivots())[:, None]
+        for (row, col), tile in read_ahead(self.tile, places):
+            product[self.plan.rows(row)] += tile @ turned[self.plan.rows(col)]
+        return product, largest
+
+    def _by_columns(self) -> Iterator[Place]:
+        blocks = self.plan.num_blocks
+        return ((row, col) for col in range(blocks) for row in range(col, blocks))
+
+    def remove(self) -> None:
+        """Remove the factor."""
+        remove_folder(self.folder)
+
+
+def _divide(tile: FloatArray, X: FloatArray, *, is_transposed: bool) -> FloatArray:
+    """Solve with a tile of the diagonal, which is triangular unless it was pivoted."""
+    if np.triu(tile, 1).any():
+        return np.asarray(np.linalg.solve(tile.T if is_transposed else tile, X))
+    return np.asarray(solve_triangular(tile, X, lower=True, trans=int(is_transposed), check_finite=False))
+
+
+def place_of_factor(matrix: Matrix, shift: float) -> tuple[Folder, dict[str, Any]]:
+    """Say where the factor of K + λI lies, beside the store, and what it is of."""
+    identity = {**identity_of(matrix), "shift": float(shift), "format_version": FORMAT_VERSION}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return folder_of_results(matrix) / f"factor-{digest}.zarr", identity
+
+
+def open_factor(folder: Folder, identity: dict[str, Any], planned: FactorPlan, widest_bytes: int) -> Factor:
+    """Open the factor that is there, to go on as it was begun where a panel fits the memory; or begin one as planned.
+
+    One that was begun keeps its tiles, and unless there is less room now its panels too, so that it ends with the bits
+    of an undisturbed run.
+    """
+    found = _begun(folder, identity)
+    if found is None or found.num_rows != planned.num_rows:
+        remove_folder(folder)
+        return _begin(folder, identity, planned)
+    if found.panel_bytes > widest_bytes:
+        per_tile = 8 * found.side * (found.num_rows + found.side)
+        found = FactorPlan(found.num_rows, found.side, max(1, min(widest_bytes // per_tile, found.panel_tiles)))
+    return _begin(folder, identity, found)
+
+
+def _begun(folder: Folder, identity: dict[str, Any]) -> FactorPlan | None:
+    try:
+        values = json.loads(folder.read("zarr.json") or b"{}")["attributes"]
+        arrays = [json.loads(folder.read(f"{name}/zarr.json") or b"{}")["shape"] for name in ("factor", "pivots")]
+        plan = FactorPlan(**values["plan"])
+    except (ValueError, KeyError, TypeError):  # none, or one that was not created whole
+        return None
+    return plan if values["identity"] == identity and len(arrays) == 2 else None
+
+
+def _begin(folder: Folder, identity: dict[str, Any], plan: FactorPlan) -> Factor:
+    group = zarr.open_group(folder.zarr_store(read_only=False), mode="a", use_consolidated=False)
+    rows, side = plan.num_rows, plan.side
+    if "factor" not in group:
+        note = {"long_name": "L of K + λI = L D Lᵀ, its tiles with row >= col"}
+        create_array(group, "factor", "float64", ArrayLayout((rows, rows), (side, side), ("row", "col")), note)
+    if "pivots" not in group:
+        note = {"long_name": "pivots, whose product is the determinant; D is their signs"}
+        create_array(group, "pivots", "float64", ArrayLayout((rows,), (side,), ("row",)), note)
+    group.attrs.put({"identity": identity, "plan": vars(plan)})
+    return Factor(folder, group, plan)
+
+
+def _array(group: zarr.Group, name: str) -> "ZarrArray":
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array.with_config({"write_empty_chunks": True})
+
+
+def remove_folder(folder: Folder) -> None:
+    """Remove a folder with what is in it; what says what it is goes first."""
+    folder.remove("zarr.json")
+    folder.clear()
+
+
+def prefix_logdets(pivots: Iterable[float]) -> FloatArray:
+    """Add up the logarithms of pivots: log |det| of each leading principal block."""
+    return np.cumsum(np.log(np.abs(np.asarray(pivots, np.float64))))

@@ -1,0 +1,158 @@
+"""How a kernel is made again, and how it is cited: from what its store says of itself, and nothing else."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ntkgen
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.store import IMPORTED, KernelStore
+
+# What `ntkgen compute` takes for converged unless it is told otherwise.
+TARGET_ACCURACY = 99.5
+
+# Options that have the name of what they set, and those that have not, in the order in which they are written.
+_OF_TRAINING = {"seed": "--seed", "width": "--width", "num_epochs": "--epochs", "target_accuracy": "--target-accuracy"}
+_OF_SAMPLES = {
+    "subsample": "--subsample",
+    "shuffle_seed": "--shuffle-seed",
+    "against": "--against",
+    "against_subsample": "--against-subsample",
+}
+
+# Options of questions whose name is not that of the setting, and values that an option has unless it is given.
+_FLAGS = {"num_modes": "--modes"}
+_USUAL = {
+    "tolerance": 1e-6, "max_passes": 100, "bandwidth": 0.1, "shift": 0.0, "q": 2, "powers": 0, "alpha": 0.0,
+    "holdout": 0.25, "offset": "zero", "loss": "squared", "rate": 1.0, "num_modes": 100,
+}  # fmt: skip
+# Settings that follow from others, or from the kernel and the memory.
+_IMPLIED = {"method", "test"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to run to make a kernel again, and what else is needed or not known."""
+
+    commands: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def recipe_of(store: KernelStore) -> Recipe:
+    """Say how a store was made: by the command line, by a call in Python, or by importing a file."""
+    manifest = store.manifest
+    made = manifest.provenance
+    if IMPORTED in made:
+        return _imported(manifest)
+    return _computed(manifest) if {"model", "dataset", "checkpoint"} <= set(made) else _called(manifest)
+
+
+def _computed(manifest: Manifest) -> Recipe:
+    made = manifest.provenance
+    is_untrained = made.get("epochs") == 0
+    command = ["ntkgen", "compute", "--models", made["model"], "--dataset", made["dataset"]]
+    command += _options({**made, "num_epochs": 0 if is_untrained else made.get("num_epochs")}, _OF_TRAINING)
+    if not is_untrained:
+        command += _options(made, {"learning_rate": "--lr", "batch_size": "--bs"})
+        command += ["--allow-unconverged"] * ((made.get("train_accuracy") or 0.0) < TARGET_ACCURACY)
+    command += ["--raw-images"] * bool(made.get("raw_images"))
+    command += [*_options(made, _OF_SAMPLES), *_kernel_options(manifest)]
+    return Recipe((shlex.join(command),), tuple(_notes(made, is_untrained=is_untrained)))
+
+
+def _options(values: Mapping[str, Any], flags: Mapping[str, str]) -> list[str]:
+    """Write options for those of the values that are known."""
+    chosen = [(flag, values.get(name)) for name, flag in flags.items()]
+    return [word for flag, value in chosen if value is not None for word in (flag, str(value))]
+
+
+def _kernel_options(manifest: Manifest) -> list[str]:
+    """Write how the kernel is computed and stored."""
+    plan = manifest.plan
+    output = str(manifest.identity.get("output", "full"))
+    return [
+        *([] if output == "full" else ["--output", output]),
+        *("--precision", plan.precision, "--dtype", *manifest.dtypes),
+        *("--layout", manifest.layout, "--tile", str(plan.grid.side)),
+    ]
+
+
+def _notes(made: Mapping[str, Any], *, is_untrained: bool) -> list[str]:
+    """Say what the command needs beside it, and what the store does not record."""
+    if is_untrained:
+        notes = ["The network is taken as it is built from its seed: nothing else is needed."]
+    elif "num_epochs" in made:
+        notes = [
+            f"It trains the network anew, or takes {made['checkpoint']}, if that lies in --out, as it is: the network "
+            "of this very kernel."
+        ]
+    else:
+        notes = [
+            f"Put {made['checkpoint']} into --out: it holds the network of this very kernel, and how that was trained. "
+            "Without it the network is trained anew, for at most 200 epochs; the store does not record another choice."
+        ]
+    if str(made["dataset"]).endswith(".npz"):
+        notes.append(f"{made['dataset']} is a file of one's own; the store knows its contents by their fingerprint.")
+    return notes
+
+
+def question_command(question: str, result: Mapping[str, Any], path: str) -> str:
+    """Write the command that asks a question of a kernel again, with what was asked."""
+    words = ["ntkgen", "analyze", question, path, *["--prefixes"] * (question == "logdet")]
+    asked = {name: value for name, value in result.get("asked", {}).items() if name not in _IMPLIED}
+    for name, value in asked.items():
+        if value is None or value is False or value == _USUAL.get(name):
+            continue
+        words.append(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
+        if value is not True:
+            words += map(str, value) if isinstance(value, list) else [str(value)]
+    if "test_store" in result:
+        words += ["--test", result["test_store"]]
+    return shlex.join(words)
+
+
+def _called(manifest: Manifest) -> Recipe:
+    output = str(manifest.identity.get("output", "full"))
+    plan, dtypes = manifest.plan, tuple(manifest.dtypes)
+    call = (
+        f'ntkgen.compute(model, x, store="kernel.zarr", output={output!r}, dtypes={dtypes!r}, '
+        f"precision={plan.precision!r})"
+    )
+    note = (
+        "The kernel was made in Python. The store knows the network and the samples by their fingerprints alone: "
+        "with others the same call is refused."
+    )
+    return Recipe(("import ntkgen", call), (note,))
+
+
+def _imported(manifest: Manifest) -> Recipe:
+    made, grid = manifest.provenance, manifest.plan.grid
+    words = ["ntkgen", "import", str(made[IMPORTED]), "--samples", str(grid.num_samples)]
+    words += ["--outputs", str(grid.num_outputs)]
+    if params := manifest.plan.profile.num_params:
+        words += ["--params", str(params)]
+    note = "The kernel was imported from a file of another program; how it was computed, that file does not say."
+    return Recipe((shlex.join(words),), (note,))
+
+
+def citation(store: KernelStore) -> list[str]:
+    """Write how to cite the kernel, as BibTeX: the program that made it, and the paper that defined it."""
+    version = ntkgen.__version__
+    return [
+        "@software{ntkgen,",
+        "  author  = {{The ntkgen authors}},",
+        "  title   = {ntkgen: large empirical neural tangent kernels, exact, fast, resumable},",
+        f"  version = {{{version}}},",
+        f"  note    = {{Kernel with the fingerprint {store.manifest.fingerprint[:16]}}}",
+        "}",
+        "@inproceedings{jacot2018neural,",
+        "  author    = {Jacot, Arthur and Gabriel, Franck and Hongler, Cl{\\'e}ment},",
+        "  title     = {Neural Tangent Kernel: Convergence and Generalization in Neural Networks},",
+        "  booktitle = {Advances in Neural Information Processing Systems},",
+        "  volume    = {31},",
+        "  year      = {2018},",
+        "  eprint    = {1806.07572},",
+        "  archiveprefix = {arXiv}",
+        "}",
+    ]

@@ -1,0 +1,1 @@
+"""Whether a stored kernel can be trusted."""

@@ -1,0 +1,199 @@
+"""Sampled entries of a stored kernel against the reference: pairs of samples, and some outputs of each.
+
+An entry is the product of two Jacobian rows. Each is formed by one backward pass of its sample alone, once, and no more
+of them than are kept at a time.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ntkgen.blocks import Block
+from ntkgen.inputs import Inputs
+from ntkgen.jacobian.evaluation import as_input, evaluation_copy
+from ntkgen.jacobian.operator import NTKOperator
+from ntkgen.jacobian.outputs import OutputMap
+from ntkgen.jacobian.precision import exact_arithmetic, widen
+from ntkgen.jacobian.reals import count_real_numbers
+from ntkgen.jacobian.reference import sampled_rows, trainable
+from ntkgen.progress import Report, ignore_report
+from ntkgen.store.certificate import Sampling
+from ntkgen.store.store import KernelStore
+from ntkgen.store.view import SymmetricArray
+
+# Maximum number of outputs of a sample that are compared, and maximum bytes of their Jacobian rows together.
+MAX_OUTPUTS = 16
+MAX_ROW_BYTES = 1 << 29
+# Maximum bytes of the rows that are kept to be used again.
+MAX_KEPT_BYTES = 1 << 30
+
+FloatArray = npt.NDArray[np.float64]
+
+
+# what is drawn --------------------------------------------------------------------------------------------------------
+
+
+def draw_pairs(counts: tuple[int, int], sampling: Sampling) -> list[tuple[int, int]]:
+    """Draw pairs of a sample of the rows and one of the columns, each at most once, from all of them.
+
+    >>> len(draw_pairs((3, 2), Sampling(num_pairs=299)))
+    6
+    """
+    total = counts[0] * counts[1]
+    generator = np.random.default_rng([sampling.seed, 1])
+    drawn = generator.choice(total, size=min(sampling.num_pairs, total), replace=False)
+    return [divmod(int(number), counts[1]) for number in drawn]
+
+
+def affordable_outputs(num_params: int) -> int:
+    """Say of how many outputs of a sample the Jacobian rows are formed at a time.
+
+    >>> affordable_outputs(60_000), affordable_outputs(11_000_000), affordable_outputs(60_000_000)
+    (16, 6, 1)
+    """
+    return max(1, min(MAX_OUTPUTS, MAX_ROW_BYTES // (8 * num_params)))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of samples that are compared, and how many outputs of each sample.
+
+    Of a kernel of traces each entry takes all outputs. Of the output `diagonal` the same ones are taken of both
+    samples, of others those of each sample are drawn anew.
+    """
+
+    places: tuple[tuple[int, int], ...]  # a sample of the rows and one of the columns each
+    total_outputs: int
+    num_outputs: int
+    seed: int
+    are_shared: bool = False
+
+    @classmethod
+    def draw(cls, store: KernelStore, chosen: OutputMap, total_outputs: int, sampling: Sampling) -> "Pairs":
+        """Draw as many as are asked for, and as many outputs as can be afforded."""
+        grid = store.grid
+        places = sorted(draw_pairs((grid.num_samples, grid.num_cols // grid.num_outputs), sampling))
+        affordable = affordable_outputs(store.manifest.plan.profile.num_params)
+        most = total_outputs if chosen.reduction == "trace" else affordable
+        is_shared = chosen.reduction == "diagonal"
+        return cls(tuple(places), total_outputs, min(most, total_outputs), sampling.seed, is_shared)
+
+    def outputs(self, sample: int, *, is_column: bool) -> tuple[int, ...]:
+        """Name the outputs of a sample that are compared, in order."""
+        place = () if self.are_shared else (sample, int(is_column))
+        drawn = np.random.default_rng([self.seed, 2, *place]).choice(
+            self.total_outputs, self.num_outputs, replace=False
+        )
+        return tuple(sorted(drawn.tolist()))
+
+
+# what they should be --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ReferenceRows:
+    """Rows of the Jacobian of A f, of the samples of rows and columns of a kernel; the last ones are kept."""
+
+    module: nn.Module
+    sides: tuple[Tensor, Tensor]  # (n₁, …), (n₂, …)
+    matrix: Tensor  # (outputs, logits)
+    reduction: str
+    at_once: int  # rows of a sample
+    _kept: dict[tuple[int, int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, inputs: Inputs, chosen: OutputMap, exact: NTKOperator) -> "ReferenceRows":
+        """Prepare a network as the operator has it: in its dtype, on its device."""
+        module = evaluation_copy(model, exact.dtype, exact.device)
+        columns = inputs.x if inputs.against is None else inputs.against
+        matrix = (
+            torch.eye(exact.num_outputs, dtype=torch.float64, device="cpu") if chosen.matrix is None else chosen.matrix
+        )
+        at_once = affordable_outputs(count_real_numbers(trainable(module).values()))
+        return cls(module, (inputs.x, columns), matrix.to(exact.device, exact.dtype), chosen.reduction, at_once)
+
+    def rows(self, side: int, sample: int, outputs: tuple[int, ...]) -> Tensor:  # (outputs, params), float64
+        """Form the rows of some outputs of one sample, or take them if they are kept."""
+        place = (0 if self.sides[0] is self.sides[1] else side, sample, outputs)
+        if place not in self._kept:
+            x = as_input(self.sides[side][sample], self.matrix.dtype, self.matrix.device)
+            with exact_arithmetic(self.matrix.device):
+                made = widen(sampled_rows(self.module, x, self.matrix[list(outputs)]))
+            while self._kept and (len(self._kept) + 1) * made.nbytes > MAX_KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]
+            self._kept[place] = made
+        return self._kept[place]
+
+    def entries(
+        self, pair: tuple[int, int], outputs: tuple[tuple[int, ...], tuple[int, ...]]
+    ) -> tuple[FloatArray, FloatArray]:  # (planes, rows, cols) each
+        """Compute the entries of a pair between some outputs of each sample, and √(K_rr K_cc) of them."""
+        if self.reduction == "trace":
+            return self._trace(pair, outputs[0])
+        left, right = (self.rows(side, pair[side], outputs[side]) for side in (0, 1))
+        a, b = left.square().sum(1), right.square().sum(1)
+        if self.reduction == "diagonal":
+            found = ((left * right).sum(1)[:, None, None], (a * b).sqrt()[:, None, None])
+        else:
+            found = ((left @ right.T)[None], torch.outer(a, b).sqrt()[None])
+        values, scale = (each.cpu().numpy() for each in found)
+        return values, scale
+
+    def _trace(self, pair: tuple[int, int], outputs: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+        sums = np.zeros(3)
+        for at in range(0, len(outputs), self.at_once):
+            left, right = (self.rows(side, pair[side], outputs[at : at + self.at_once]) for side in (0, 1))
+            sums += [float((a * b).sum()) for a, b in ((left, right), (left, left), (right, right))]
+        return np.full((1, 1, 1), sums[0]), np.full((1, 1, 1), np.sqrt(sums[1] * sums[2]))
+
+
+def mapped_kernel(
+    kernel: FloatArray,  # (n₁ logits, n₂ logits)
+    chosen: OutputMap,
+    num_logits: int,
+) -> FloatArray:  # (planes, n₁ outputs, n₂ outputs)
+    """Turn the kernel of all logits, as the reference has it, into what a store of an output map holds."""
+    n1, n2 = (length // num_logits for length in kernel.shape)
+    blocks = kernel.reshape(n1, num_logits, n2, num_logits)
+    if chosen.reduction == "trace":
+        return np.asarray(np.einsum("iaja->ij", blocks))[None]
+    if chosen.reduction == "diagonal":
+        return np.asarray(np.einsum("iaja->aij", blocks))
+    if chosen.matrix is None:
+        return kernel[None]
+    A = chosen.matrix.numpy()
+    return np.asarray(np.einsum("oa,iajb,pb->iojp", A, blocks, A).reshape(1, n1 * len(A), n2 * len(A)))
+
+
+# what they are --------------------------------------------------------------------------------------------------------
+
+
+def kernels_of(store: KernelStore, dtype: str) -> list[SymmetricArray]:
+    """View what is stored in one dtype as matrices: one, or one per output."""
+    planes = store.grid.num_planes
+    return [store.kernel(dtype, None if planes == 1 else plane) for plane in range(planes)]
+
+
+def max_pair_errors(
+    store: KernelStore, pairs: Pairs, reference: ReferenceRows, report: Report = ignore_report
+) -> dict[str, float]:
+    """Find the largest |K̃_rc − K_rc| / √(K_rr K_cc) of the sampled entries, for each store dtype."""
+    kernels = {dtype: kernels_of(store, dtype) for dtype in store.manifest.dtypes}
+    is_rectangular, m = not store.grid.is_symmetric, store.grid.num_outputs
+    largest = dict.fromkeys(kernels, 0.0)
+    for done, (i, j) in enumerate(pairs.places, start=1):
+        outputs = (pairs.outputs(i, is_column=False), pairs.outputs(j, is_column=is_rectangular))
+        expected, scale = reference.entries((i, j), outputs)
+        scale = np.where(scale > 0, scale, 1.0)  # beside zeros the error is absolute
+        rows, cols = (Block(index, index + 1).rows(m) for index in (i, j))
+        for dtype, planes in kernels.items():
+            chosen = [planes[o] for o in outputs[0]] if len(planes) > 1 else planes
+            values = np.stack([kernel[rows, cols] for kernel in chosen]).astype(np.float64)
+            if m > 1:
+                values = values[:, outputs[0]][:, :, outputs[1]]
+            largest[dtype] = max(largest[dtype], float((np.abs(values - expected) / scale).max()))
+        report("pairs", done, len(pairs.places))
+    return largest

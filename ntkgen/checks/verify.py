@@ -1,0 +1,393 @@
+"""Every file of a store read; those named that are missing, cut short or damaged, and these removed on request.
+
+Of each array it is known beforehand which files it has, and how long they are: its own metadata is not trusted, but
+compared. A file is read whole, by several threads at a time, and nothing of it is kept.
+"""
+
+import dataclasses
+import errno
+import itertools
+import json
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.core.metadata.v3 import ArrayV3Metadata
+from zarr.storage import MemoryStore
+
+from ntkgen.plan.tiles import Tile, TileGrid
+from ntkgen.progress import Report, ignore_report
+from ntkgen.store.describe import first_few
+from ntkgen.store.opening import ROOT
+from ntkgen.store.schema import ArrayLayout, create_array, side_arrays, small_arrays
+from ntkgen.store.store import CHECKSUM_BYTES, IMPORTED, UNDERFLOW, KernelStore
+
+Key = tuple[int, ...]
+Place = tuple[int, int]  # of a tile: its row and its column of tiles
+
+# So many threads read, but together they hold no more bytes than this.
+THREADS, HELD_BYTES = 8, 1 << 29
+# Small files are read several at a turn: at most so many, and so many bytes.
+TURN_FILES, TURN_BYTES = 256, 1 << 22
+LABELS = ("row_label", "col_label")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one file of a store.
+
+    Attributes:
+        file: Its name, below the store.
+        problem: ``missing``, ``cut short``, ``too long``, ``damaged`` by its checksum, ``not finite``, ``unreadable``
+            where the disk has lost it, ``different`` from what the network of the store gives.
+        tile: The tile that it belongs to, as it is computed: of a symmetric kernel, above the diagonal.
+    """
+
+    file: str
+    problem: str
+    tile: Place | None = None
+
+
+@dataclass(frozen=True)
+class _Array:
+    """What is known of an array without looking at it."""
+
+    name: str
+    dtype: np.dtype[Any]
+    layout: ArrayLayout
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of each of its files."""
+        return math.prod(self.layout.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
+
+    def file(self, key: Key) -> str:
+        """Name the file of a chunk, below the store."""
+        return f"{self.name}/c/{'/'.join(map(str, key))}"
+
+    def inside(self, key: Key) -> tuple[slice, ...]:
+        """Locate in a chunk what lies within the array: the last ones of an axis are stored at full size."""
+        axes = zip(self.layout.shape, self.layout.chunks, key, strict=True)
+        return tuple(slice(min(chunk, length - at * chunk)) for length, chunk, at in axes)
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def find_damage(store: KernelStore, report: Report = ignore_report) -> list[Damage]:
+    """Read every file of a store, and compare it with its size and its checksum; what it holds must be finite.
+
+    Nothing is written. What an unfinished store has not computed yet is no damage; see `unfinished_tiles`. Damage is
+    named array by array, in the order of the chunks. Costs one pass over the store, and one listing per array.
+
+    Args:
+        store: What is read, on a disk or in an object store.
+        report: Called as the stage ``files`` proceeds.
+    """
+    arrays = _arrays(store)
+    total, done = sum(sum(1 for _ in _keys(store, array)) for array in arrays), 0
+    found: list[Damage] = []
+    for number, damage in _read(store, arrays):
+        found += damage
+        done += number
+        report("files", done, total)
+    return found
+
+
+def _read(store: KernelStore, arrays: Sequence[_Array]) -> Iterator[tuple[int, list[Damage]]]:
+    """Examine the files of some arrays, in several threads; give for each turn how many there were, and the damage."""
+    threads = max(1, min(THREADS, HELD_BYTES // max(array.file_bytes for array in arrays)))
+    waiting: deque[tuple[int, Future[list[Damage]]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="ntkgen-verify") as pool:
+        for turn in _turns(store, arrays):
+            waiting.append((turn.num_files, pool.submit(turn.examine)))
+            if len(waiting) > 2 * threads:
+                number, first = waiting.popleft()
+                yield number, first.result()
+        for number, rest in waiting:
+            yield number, rest.result()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Some files of one array, for a thread to examine; or, without any, its metadata."""
+
+    store: KernelStore
+    array: _Array
+    keys: Sequence[Key]
+    sizes: Mapping[str, int]
+
+    @property
+    def num_files(self) -> int:
+        return len(self.keys)
+
+    def examine(self) -> list[Damage]:
+        if not self.keys:
+            problem = _metadata_problem(self.store, self.array, is_used=bool(self.sizes))
+            return [Damage(f"{self.array.name}/zarr.json", problem)] if problem else []
+        problems = ((key, self._problem(key)) for key in self.keys)
+        return [
+            Damage(self.array.file(key), problem, _tile(self.store.grid, self.array.name, key))
+            for key, problem in problems
+            if problem
+        ]
+
+    def _problem(self, key: Key) -> str | None:
+        file = self.array.file(key)
+        if file not in self.sizes:
+            return None if _may_be_absent(self.store, self.array.name, key) else "missing"
+        if problem := _size_problem(self.array, self.sizes[file]):
+            return problem
+        try:
+            data = self.store.folder.read(file)
+        except OSError as error:
+            if error.errno != errno.EIO:  # of all others a file is not to blame
+                raise
+            return "unreadable"
+        return "missing" if data is None else _content_problem(self.array, key, data)
+
+
+def _turns(store: KernelStore, arrays: Sequence[_Array]) -> Iterator[_Turn]:
+    for array in arrays:
+        sizes = store.folder.sizes(f"{array.name}/c")
+        yield _Turn(store, array, (), sizes)
+        keys, count = _keys(store, array), max(1, min(TURN_FILES, TURN_BYTES // array.file_bytes))
+        while turn := tuple(itertools.islice(keys, count)):
+            yield _Turn(store, array, turn, sizes)
+
+
+def _size_problem(array: _Array, size: int) -> str | None:
+    if size == array.file_bytes:
+        return None
+    return "cut short" if size < array.file_bytes else "too long"
+
+
+def _content_problem(array: _Array, key: Key, data: bytes) -> str | None:
+    """Compare a chunk with the checksum at its end, and look for what is not finite within the array."""
+    if problem := _size_problem(array, len(data)):
+        return problem
+    payload = np.frombuffer(data, np.uint8)[:-CHECKSUM_BYTES]
+    if google_crc32c.value(payload) != int.from_bytes(data[-CHECKSUM_BYTES:], "little"):
+        return "damaged"
+    if array.dtype.kind != "f":
+        return None
+    values = payload.view(array.dtype).reshape(array.layout.chunks)[array.inside(key)]
+    return None if np.isfinite(values).all() else "not finite"
+
+
+def _metadata_problem(store: KernelStore, array: _Array, *, is_used: bool) -> str | None:
+    """Compare the metadata of an array with what it must be, and its attributes with the copy of a finished store."""
+    data = store.folder.read(f"{array.name}/zarr.json")
+    if data is None:
+        return "missing" if is_used or not _is_made_late(store, array.name) else None
+    try:
+        values = json.loads(data)
+        found, expected = (_without_attributes(each) for each in (ArrayV3Metadata.from_dict(values), _metadata(array)))
+        is_right = found == expected and _lasting(values) == _lasting(_gathered(store).get(array.name, values))
+    except (ValueError, KeyError, TypeError, AttributeError):  # what is read may be anything
+        is_right = False
+    return None if is_right else "damaged"
+
+
+def _metadata(array: _Array) -> ArrayV3Metadata:
+    made = create_array(zarr.create_group(MemoryStore()), array.name, array.dtype.name, array.layout, {})
+    assert isinstance(made.metadata, ArrayV3Metadata)
+    return made.metadata
+
+
+def _without_attributes(metadata: ArrayV3Metadata) -> dict[str, Any]:
+    return {name: value for name, value in metadata.to_dict().items() if name != "attributes"}
+
+
+def _lasting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the attributes of an array, but for the one that an interrupted mirroring may have changed already."""
+    return {name: value for name, value in values["attributes"].items() if name != "storage_mode"}
+
+
+def _gathered(store: KernelStore) -> Mapping[str, Any]:
+    """Read the metadata that a finished store has gathered in one file."""
+    root = json.loads(store.folder.read(ROOT) or b"{}")
+    gathered: Mapping[str, Any] = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    return gathered
+
+
+# what there should be -------------------------------------------------------------------------------------------------
+
+
+def _arrays(store: KernelStore) -> list[_Array]:
+    """Describe all arrays that the finished store has, as its manifest says."""
+    layouts = _small(store.grid) | _sides(store) | _kernels(store)
+    return [_Array(name, np.dtype(layouts[name][0]).newbyteorder("<"), layouts[name][1]) for name in store.arrays()]
+
+
+def _small(grid: TileGrid) -> dict[str, tuple[str, ArrayLayout]]:
+    lengths = {
+        "row": grid.num_rows,
+        "col": grid.num_cols,
+        "sample": grid.num_samples,
+        "against_sample": grid.num_col_samples or 0,
+    }
+    axes = {"sample_index": "sample", "col_sample_index": "against_sample"}
+    dims = {name: axes.get(name, name[:3]) for name in small_arrays(grid)}
+    return {name: ("int64", ArrayLayout((lengths[dim],), (lengths[dim],), (dim,))) for name, dim in dims.items()}
+
+
+def _sides(store: KernelStore) -> dict[str, tuple[str, ArrayLayout]]:
+    grid, num_logits = store.grid, store.manifest.plan.profile.num_logits
+    counts = (grid.num_samples, grid.num_col_samples or 0)
+    layouts = {}
+    for (diagonal, logits), n, axis, dim in zip(
+        side_arrays(grid), counts, ("row", "col"), ("sample", "against_sample"), strict=False
+    ):
+        whole = ArrayLayout((n * grid.num_outputs,), (grid.side,), (axis,))
+        planes = ArrayLayout((grid.num_planes, n), (grid.num_planes, grid.side), ("output", axis))
+        layouts[diagonal] = ("float64", whole if grid.num_planes == 1 else planes)
+        layouts[logits] = ("float64", ArrayLayout((n, num_logits), (grid.tile_samples, num_logits), (dim, "output")))
+    return layouts
+
+
+def _kernels(store: KernelStore) -> dict[str, tuple[str, ArrayLayout]]:
+    grid, side = store.grid, store.grid.side
+    layout = ArrayLayout((grid.num_rows, grid.num_cols), (side, side), ("row", "col"))
+    if grid.num_planes > 1:
+        layout = ArrayLayout((grid.num_planes, *layout.shape), (1, *layout.chunks), ("output", *layout.dims))
+    counts = ArrayLayout((grid.num_blocks, grid.num_col_blocks, 2), (1, 1, 2), ("tile_row", "tile_col", "kind"))
+    return {f"ntk_{dtype}": (dtype, layout) for dtype in store.manifest.dtypes} | {UNDERFLOW: ("int64", counts)}
+
+
+def _keys(store: KernelStore, array: _Array) -> Iterator[Key]:
+    """List the files that an array should have: of one stored triangle, and of counts per tile, no others."""
+    counts = (math.ceil(length / chunk) for length, chunk in zip(array.layout.shape, array.layout.chunks, strict=True))
+    keys = itertools.product(*map(range, counts))
+    is_triangle = store.grid.is_symmetric and (array.name == UNDERFLOW or store.manifest.layout == "upper")
+    if not is_triangle or not _is_of_tiles(array.name):
+        return keys
+    first = _first_axis(array.name, len(array.layout.shape))
+    return (key for key in keys if key[first] <= key[first + 1])
+
+
+def _is_of_tiles(name: str) -> bool:
+    return name == UNDERFLOW or name.startswith("ntk_")
+
+
+def _first_axis(name: str, ndim: int) -> int:
+    """Say where in a chunk's key the row of tiles stands; its column follows."""
+    return 0 if name == UNDERFLOW else ndim - 2
+
+
+def _tile(grid: TileGrid, name: str, key: Key) -> Place | None:
+    if not _is_of_tiles(name):
+        return None
+    first = _first_axis(name, len(key))
+    row, col = key[first], key[first + 1]
+    return (col, row) if grid.is_symmetric and row > col else (row, col)
+
+
+def _is_made_late(store: KernelStore, name: str) -> bool:
+    """Say whether an array is made after others, and need not be there in an unfinished store."""
+    return _is_of_tiles(name) and not store.manifest.is_complete
+
+
+def _may_be_absent(store: KernelStore, name: str, key: Key) -> bool:
+    """Say whether a file needs not be there: what is not computed yet, and labels of -1, as nothing reads.
+
+    Data sets have labels, and of a symmetric kernel columns have those of the rows. The counts of a tile are written
+    before it, so that one of them may be missing alone.
+    """
+    if name in LABELS:
+        is_of_data = store.manifest.provenance and IMPORTED not in store.manifest.identity
+        return not is_of_data and not (
+            store.grid.is_symmetric and any(store.folder.has(f"{each}/c/0") for each in LABELS)
+        )
+    if store.manifest.is_complete or name in small_arrays(store.grid):
+        return False
+    return name != UNDERFLOW or not store.folder.has(_file_of_counted(store, key))
+
+
+def _file_of_counted(store: KernelStore, key: Key) -> str:
+    """Name a file of the tile whose counts are in a chunk of `underflow_float16`."""
+    plane = "0/" if store.grid.num_planes > 1 else ""
+    return f"ntk_float16/c/{plane}{key[0]}/{key[1]}"
+
+
+# what is to be done ---------------------------------------------------------------------------------------------------
+
+
+def unfinished_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
+    """List the tiles that an unfinished store has not computed yet: those that are missing, and not by damage."""
+    if store.manifest.is_complete:
+        return []
+    damaged = {damage.tile for damage in found}
+    return [tile for tile in store.missing_tiles() if (tile.row, tile.col) not in damaged]
+
+
+def whole_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
+    """List the tiles that are there, and have no damage."""
+    absent = {damage.tile for damage in found} | {(tile.row, tile.col) for tile in unfinished_tiles(store, found)}
+    return [tile for tile in store.grid.tiles() if (tile.row, tile.col) not in absent]
+
+
+def files_to_remove(store: KernelStore, found: Sequence[Damage]) -> list[str]:
+    """Name the files that must go so that everything is made anew that is damaged; those alone that are there.
+
+    The counts of a tile are written with the tile, which then must go too.
+    """
+    files = [damage.file for damage in found]
+    for name in [name for name in files if name.startswith(f"{UNDERFLOW}/c/")]:
+        row, col = name.split("/")[2:4]
+        files.append(_file_of_counted(store, (int(row), int(col))))
+    missing = {damage.file for damage in found if damage.problem == "missing"}
+    return [name for name in dict.fromkeys(files) if name not in missing and store.folder.has(name)]
+
+
+def repair(store: KernelStore, found: Sequence[Damage]) -> list[str]:
+    """Remove what is damaged, so that the command that made the store makes it anew; only under its lock, and alone.
+
+    The manifest says first that the store is not finished: nobody takes it for whole while it is not. Of a store
+    without damage only what interrupted writes have left behind is removed.
+
+    Returns:
+        The names of the files that were removed.
+    """
+    store.folder.sweep()
+    if not found:
+        return []
+    unfinished = dataclasses.replace(store.manifest, is_complete=False, certificate=None)
+    if unfinished != store.manifest:
+        store.set_manifest(unfinished)
+    files = files_to_remove(store, found)
+    with ThreadPoolExecutor(THREADS) as pool:
+        deque(pool.map(store.folder.remove, files), maxlen=0)  # raises what a thread has raised
+    return files
+
+
+def next_step(store: KernelStore, found: Sequence[Damage]) -> str:
+    """Say what makes a store whole; after a repair, the command that made it."""
+    first = f"run `ntkgen verify --repair {store.name}`, then " if files_to_remove(store, found) else ""
+    return f"{first}run the same `{store.command}` again: it makes what is missing anew"
+
+
+def explain_damage(store: KernelStore, found: Sequence[Damage]) -> str:
+    """Say in one line what is wrong with a store, and what to do."""
+    files = first_few(f"{damage.file} {damage.problem}" for damage in found)
+    return (
+        f"The store at {store.name} is not whole: expected every file with its exact size, its checksum and the "
+        f"numbers of its network, found {len(found)} otherwise ({files}). An interrupted computation or copy, or a "
+        f"disk error? To mend it, {next_step(store, found)}."
+    )
+
+
+def explain_unfinished(store: KernelStore, unfinished: Sequence[Tile]) -> str:
+    """Say in one line what an unfinished store lacks, and what to do."""
+    total = store.grid.num_tiles
+    return (
+        f"The store at {store.name} is not finished: expected all of its {total} tiles and the mark of completion, "
+        f"found {total - len(unfinished)} tiles. Was its computation interrupted, or is it under way? Run the same "
+        f"`{store.command}` again: it goes on from there."
+    )

@@ -1,0 +1,205 @@
+"""Stored tiles computed again from the network and its samples, and compared with what is stored.
+
+They are computed as they were the first time, and committed to an empty copy of the store in memory, whose files are
+then compared: a tile comes about in one way, its rounding, its mirror and its counts included.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+from zarr.storage import MemoryStore
+
+import ntkgen
+from ntkgen.checks.certify import require_model
+from ntkgen.engine.machine import check_environment
+from ntkgen.engine.run import Bench
+from ntkgen.errors import PlanError
+from ntkgen.files.folder import StoreFolder
+from ntkgen.inputs import Inputs
+from ntkgen.jacobian.network import Network, prepare
+from ntkgen.jacobian.outputs import output_map
+from ntkgen.jacobian.precision import policy
+from ntkgen.plan.plan import Band, Budget
+from ntkgen.plan.tiles import Tile
+from ntkgen.progress import Report, counter, ignore_report
+from ntkgen.store.certificate import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF
+from ntkgen.store.opening import ROOT, open_store
+from ntkgen.store.schema import side_arrays
+from ntkgen.store.store import CHECKSUM_BYTES, UNDERFLOW, KernelStore
+
+# Two machines may differ by so many times what rounding once changes: they add up in other orders, and a deep network
+# multiplies what its first layers round. Where operands are rounded (tf32, bfloat16) that is most of the error itself.
+MACHINE_RATIO = {"float64": 128, "float64-accumulate": 128, "float32": 128, "tf32": 16, "bfloat16": 16}
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """One tile in one dtype, computed again.
+
+    Attributes:
+        tile: Its row and its column of tiles.
+        dtype: The store dtype.
+        equal: Whether all its files have the same bytes.
+        max_error: The largest difference of an entry, over the largest √(K_rr K_cc) of the tile.
+        tolerance: How large that may be; 0 where the same machine must give the same bytes.
+        different: The files that differ by more.
+    """
+
+    tile: tuple[int, int]
+    dtype: str
+    equal: bool
+    max_error: float
+    tolerance: float
+    different: tuple[str, ...]
+
+
+def draw_tiles(tiles: Sequence[Tile], count: int, seed: int) -> list[Tile]:
+    """Draw some of the tiles, each at most once; all of them where they are no more.
+
+    >>> len(draw_tiles([Tile(0, 0), Tile(0, 1)], 3, seed=0))
+    2
+    """
+    drawn = np.random.default_rng([seed, 2]).choice(len(tiles), size=min(count, len(tiles)), replace=False)
+    return [tiles[position] for position in sorted(drawn.tolist())]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What tiles are computed again with."""
+
+    device: torch.device
+    budget: Budget
+
+
+def recompute(
+    store: KernelStore,
+    model: nn.Module,
+    inputs: Inputs,
+    tiles: Sequence[Tile],
+    means: Means,
+    report: Report = ignore_report,
+) -> list[Recomputed]:
+    """Compute some stored tiles again, and compare each in every dtype. Nothing is written.
+
+    Where the machine is one on which the plan of the store can be repeated, each file must have the same bytes.
+    Elsewhere, or in a store that was continued elsewhere, entries may differ by what `tolerance` allows.
+
+    Args:
+        store: The store; the diagonal, and the tiles, are there.
+        model: The network that the kernel is of.
+        inputs: Its samples, in the store's order.
+        tiles: What is computed again.
+        means: With what.
+        report: Called as the stage ``recomputed`` proceeds.
+
+    Raises:
+        FingerprintError: If the store says that it was made of other parameters.
+        PlanError: If the network is not treated as the plan says.
+        BudgetError: If the memory is too small for a tile.
+    """
+    plan = store.manifest.plan
+    require_model(store, model)
+    cached_blocks = plan.cached_blocks(means.budget)
+    again = _empty_copy(store)
+    bench = Bench(_prepared(store, model, inputs, means.device), inputs.all, again, cached_blocks=cached_blocks)
+    is_exact, found = must_be_equal(store, means.device), []
+    step = counter(report, "recomputed", 0, len(tiles))
+    for tile in tiles:
+        bench.commit_tiles([Band((), (tile,))])
+        found += [_compared(store, again, tile, dtype, is_exact=is_exact) for dtype in store.manifest.dtypes]
+        _forget(again)
+        step()
+    return found
+
+
+def must_be_equal(store: KernelStore, device: torch.device) -> bool:
+    """Say whether every tile was made, and is computed again, by the same program on the same kind of machine."""
+    try:
+        check_environment(store.manifest.plan, device)
+    except PlanError:
+        return False
+    return not store.manifest.replanned and store.attributes.get("source") == f"ntkgen {ntkgen.__version__}"
+
+
+def tolerance_of(dtype: str, precision: str) -> float:
+    """Bound the difference of two machines, in terms of √(K_rr K_cc): both round to what is stored, after computing.
+
+    >>> f"{tolerance_of('float32', 'float32'):.2g}", f"{tolerance_of('float64', 'float64'):.2g}"
+    ('7.7e-06', '1.4e-14')
+    """
+    return 2 * UNIT_ROUNDOFF[dtype] + MACHINE_RATIO[precision] * POLICY_ROUNDOFF[precision]
+
+
+def _prepared(store: KernelStore, model: nn.Module, inputs: Inputs, device: torch.device) -> Network:
+    plan = store.manifest.plan
+    network = prepare(model.to(device), inputs.probe, policy(plan.precision), device, plan.profile.fallback)
+    chosen = output_map(store.manifest.identity.get("output", "full"), network.profile.num_logits)
+    return network.seen_through(chosen.matrix)
+
+
+def _empty_copy(store: KernelStore) -> KernelStore:
+    """Make a store in memory with the arrays and the scales of another, and nothing in them."""
+    folder = StoreFolder(MemoryStore(), "memory")
+    for name in (ROOT, *(f"{array}/{ROOT}" for array in store.arrays())):
+        if (data := store.folder.read(name)) is not None:
+            folder.write(name, data)
+    return open_store(folder, mode="r+")
+
+
+def _chunks(store: KernelStore) -> list[str]:
+    return sorted(name for name in store.folder.sizes() if "/c/" in name)
+
+
+def _forget(store: KernelStore) -> None:
+    """Empty a copy, so that it never holds more than a tile."""
+    for name in _chunks(store):
+        store.folder.remove(name)
+
+
+def _compared(store: KernelStore, again: KernelStore, tile: Tile, dtype: str, *, is_exact: bool) -> Recomputed:
+    """Compare the files of a tile in one dtype; the counts of a tile belong to its float16."""
+    names = [name for name in _chunks(again) if name.startswith(f"ntk_{dtype}/")]
+    counts = [name for name in _chunks(again) if dtype == "float16" and name.startswith(f"{UNDERFLOW}/")]
+    unequal = [name for name in names + counts if store.folder.read(name) != again.folder.read(name)]
+    errors = {name: _error(store, again, tile, name) for name in names if name in unequal}
+    tolerance = 0.0 if is_exact else tolerance_of(dtype, store.manifest.plan.precision)
+    different = unequal if is_exact else [name for name in errors if errors[name] > tolerance]
+    largest = max(errors.values(), default=0.0)
+    return Recomputed((tile.row, tile.col), dtype, not unequal, largest, tolerance, tuple(different))
+
+
+def _error(store: KernelStore, again: KernelStore, tile: Tile, file: str) -> float:
+    """Find the largest difference in a file, but for what the smallest numbers of a dtype cannot say."""
+    name = file.partition("/")[0]
+    dtype, scale = name.removeprefix("ntk_"), store.scale_factor(name)
+    stored, computed = (_values(each, file, dtype) for each in (store, again))
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = float(np.nanmax(np.abs(stored - computed))) * scale  # beyond the array both are NaN
+    unit = _unit(store, tile)
+    return min(max(0.0, largest - 2 * HALF_SUBNORMAL[dtype] * scale) / unit, sys.float_info.max)
+
+
+def _values(store: KernelStore, file: str, dtype: str) -> FloatArray:
+    data = store.folder.read(file) or b""
+    return np.frombuffer(data[:-CHECKSUM_BYTES], np.dtype(dtype).newbyteorder("<")).astype(np.float64)
+
+
+def _unit(store: KernelStore, tile: Tile) -> float:
+    """Find the largest √(K_rr K_cc) of a tile; beside zeros errors are absolute."""
+    m, sides = store.grid.num_outputs, side_arrays(store.grid)
+    rows, cols = store.grid.block(tile.row).rows(m), store.grid.col_block(tile.col).rows(m)
+    largest = (store.read(sides[at][0])[..., part].max() for at, part in ((0, rows), (-1, cols)))
+    return float(np.sqrt(np.prod(list(largest)))) or 1.0
+
+
+def different_files(found: Sequence[Recomputed]) -> Iterator[tuple[tuple[int, int], str]]:
+    """List the files that differ, with their tiles."""
+    return chain.from_iterable(((each.tile, file) for file in each.different) for each in found)

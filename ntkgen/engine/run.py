@@ -1,0 +1,156 @@
+"""Run a plan: for each missing tile, compute and commit."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ntkgen.blocks import Block
+from ntkgen.errors import PlanError
+from ntkgen.jacobian.cache import BlockCache
+from ntkgen.jacobian.compute import compute_factors
+from ntkgen.jacobian.contract import exact_diagonal, fill_kernel
+from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.network import Network
+from ntkgen.jacobian.precision import exact_arithmetic
+from ntkgen.plan.plan import Band, Plan
+from ntkgen.plan.tiles import Tile
+from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
+from ntkgen.store.store import KernelStore
+
+
+class Bench:
+    """What computes tiles and commits them: a network, its samples, a store, and the factors at hand.
+
+    The whole run in this process, a part of it and a worker of a cluster all use one, so that there is one way in which
+    a tile comes about.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        samples: Tensor,  # (n, …), in the store's order
+        store: KernelStore,
+        *,
+        cached_blocks: int,
+    ) -> None:
+        self.store = store
+        self.cached_blocks = cached_blocks
+        self._plan = store.manifest.plan
+        self._network = network
+        _check_network(network, self._plan)
+
+        def compute(block: Block) -> BlockFactors:
+            return compute_factors(network, self._plan.jacobian, samples[block.start : block.stop])
+
+        self._factors = BlockCache(compute, cached_blocks)
+
+    def commit_diagonal(self, indices: Iterable[int], step: Step = ignore_step) -> None:
+        """Compute and commit the diagonal and the logits of some blocks that the store has named missing."""
+        with self._arithmetic():
+            for index in indices:
+                self.store.commit_block(index, *_diagonal_and_logits(self._plan, index, self._factors))
+                step()
+
+    def commit_tiles(self, bands: Iterable[Band], step: Step = ignore_step) -> None:
+        """Compute and commit some tiles, band by band."""
+        with self._arithmetic(), _writer(self.store) as commit:
+            for band in bands:
+                self._factors.hold(band.held)
+                for tile in band.tiles:
+                    commit(tile, compute_tile(self._plan, tile, self._factors))
+                    step()
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return exact_arithmetic(self._network.device, self._plan.environment.threads)
+
+
+def run(
+    network: Network,
+    samples: Tensor,  # (n, …), in the store's order
+    store: KernelStore,
+    *,
+    cached_blocks: int,
+    report: Report = ignore_report,
+) -> None:
+    """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
+    bench = Bench(network, samples, store, cached_blocks=cached_blocks)
+    run_diagonal(bench, report)
+    run_tiles(bench, store.missing_tiles(), cached_blocks, report)
+    store.finalize()
+
+
+def run_diagonal(bench: Bench, report: Report = ignore_report) -> None:
+    """Compute the exact diagonal where it is missing, and make the arrays whose scales follow from it.
+
+    From the end, so that the blocks at hand afterwards are those that the first band of tiles holds.
+    """
+    store, total = bench.store, bench.store.manifest.plan.num_sides
+    missing = store.missing_blocks()[::-1]
+    bench.commit_diagonal(missing, counter(report, "diagonal", total - len(missing), total))
+    store.create_kernels()
+
+
+def run_tiles(bench: Bench, tiles: Sequence[Tile], cached_blocks: int, report: Report = ignore_report) -> None:
+    """Compute some tiles of a store that are missing."""
+    plan = bench.store.manifest.plan
+    step = counter(report, "tiles", plan.grid.num_tiles - len(tiles), plan.grid.num_tiles)
+    bench.commit_tiles(plan.bands(tiles, cached_blocks), step)
+
+
+@contextmanager
+def _writer(store: KernelStore) -> Iterator[Callable[[Tile, npt.NDArray[Any]], None]]:
+    """Write a tile while the next one is computed. One at a time: the second waits until the first is on disk."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ntkgen-writer") as thread:
+        pending: list[Future[None]] = []
+
+        def commit(tile: Tile, values: npt.NDArray[Any]) -> None:
+            wait()
+            pending.append(thread.submit(store.commit, tile, values))
+
+        def wait() -> None:
+            while pending:
+                pending.pop().result()
+
+        yield commit
+        wait()
+
+
+def _check_network(network: Network, plan: Plan) -> None:
+    """Refuse a network whose parameters are not treated as the plan says.
+
+    Raises:
+        PlanError: If layers, or the parameters without a rule, differ.
+    """
+    mine, theirs = network.profile, plan.profile
+    if (mine.layers, mine.dense_params, mine.fallback) != (theirs.layers, theirs.dense_params, theirs.fallback):
+        raise PlanError(
+            f"The network does not fit the store's plan: {len(theirs.layers)} layers with a rule and "
+            f"{len(theirs.fallback)} parameters without one were planned, {len(mine.layers)} and {len(mine.fallback)} "
+            "are found. Was ntkgen or the network's code changed since? Use what made the store, or add --replan."
+        )
+
+
+def compute_tile(plan: Plan, tile: Tile, factors: Callable[..., BlockFactors]) -> npt.NDArray[Any]:
+    """Compute one tile; on the diagonal, its upper blocks and their mirror."""
+    rows, columns = plan.blocks(tile.row), plan.col_blocks(tile.col)
+    kernel: npt.NDArray[Any] = fill_kernel(rows, columns, factors, plan.jacobian).cpu().numpy()
+    return kernel
+
+
+def _diagonal_and_logits(
+    plan: Plan, index: int, factors: Callable[..., BlockFactors]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    diagonals, logits = [], []
+    for piece in plan.side_blocks(index):
+        block = factors(piece)
+        diagonals.append(exact_diagonal(block).cpu())
+        logits.append(block.logits.cpu().double())
+    found = torch.cat(diagonals)  # (samples, outputs)
+    reduced = {"none": found.flatten(), "trace": found.sum(1), "diagonal": found.mT}[plan.jacobian.reduction]
+    return reduced.contiguous().numpy(), torch.cat(logits).numpy()

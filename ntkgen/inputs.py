@@ -1,0 +1,40 @@
+"""The samples of a kernel as a network sees them, with what is stored of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ntkgen.fingerprints import array_fingerprint
+from ntkgen.jacobian.probe import in_turns
+from ntkgen.store.schema import Samples
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The samples of the rows and, of a rectangular kernel, those of the columns."""
+
+    x: Tensor
+    samples: Samples
+    against: Tensor | None = None
+
+    @property
+    def all(self) -> Tensor:
+        """Every sample once, those of the rows first."""
+        return self.x if self.against is None else torch.cat([self.x, self.against])
+
+    @property
+    def probe(self) -> Tensor:
+        """Some samples to try a network on, of rows and columns."""
+        return in_turns(self.x, self.against)
+
+    @property
+    def counts(self) -> tuple[int, int | None]:
+        """Samples of the rows, and of the columns if they are others."""
+        return len(self.x), None if self.against is None else len(self.against)
+
+    def fingerprint(self) -> str:
+        """Hash the samples, their labels and their positions."""
+        sides = [self.samples] if self.samples.against is None else [self.samples, self.samples.against]
+        arrays = [torch.from_numpy(array) for side in sides for array in (side.labels, side.index)]
+        return array_fingerprint(*([self.x] if self.against is None else [self.x, self.against]), *arrays)

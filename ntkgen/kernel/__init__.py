@@ -1,1 +1,0 @@
-"""Tiles, plans, stores: the kernel as a matrix on disk."""

@@ -1,0 +1,68 @@
+"""A plan part by part: what each layer costs, how it is multiplied, and what that saves; integers only."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ntkgen.jacobian.cost import LayerPlan, building_macs, factor_numbers, pair_macs, pass_macs
+from ntkgen.plan.plan import Plan, count_factor_samples
+from ntkgen.plan.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of an explained plan. FLOPs are two per multiply-add, of all the work that is missing."""
+
+    name: str
+    shape: str
+    order: str
+    factor_bytes: int  # kept per sample
+    flops: int
+    explicit_flops: int  # the same by Jacobian rows alone, built once per sample
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a plan has to do, counted in the two things that cost: samples and pairs of samples."""
+
+    factor_samples: int  # whose factors are computed, as often as they are
+    built_samples: int  # whose rows are built for a product
+    pairs: int
+
+    @classmethod
+    def of(cls, plan: Plan, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> "Work":
+        """Count what some tiles need, after the diagonal of some row blocks."""
+        built = pairs = 0
+        for tile in tiles:
+            for row, column in plan.pairs(tile):
+                is_diagonal = row == column
+                built += len(row) if is_diagonal else len(row) + len(column)
+                pairs += plan.jacobian.computed_pairs(len(row), len(column), is_diagonal=is_diagonal)
+        return cls(count_factor_samples(plan, tiles, cached_blocks, diagonal), built, pairs)
+
+
+def explain(plan: Plan, work: Work) -> list[Part]:
+    """List the parts of a plan; their FLOPs add up to what `Plan.projected_flops` says."""
+    jacobian, m, samples = plan.jacobian, plan.jacobian.num_outputs, plan.num_samples
+    passes = pass_macs(plan.profile)
+    parts = [Part("passes", f"1 + {m} per sample", "", 0, 2 * work.factor_samples * passes, 2 * samples * passes)]
+    parts += [_part(plan, layer, work) for layer in jacobian.layers]
+    dense = m * jacobian.dense_params * jacobian.factor_bytes // max(1, jacobian.factor_numbers)
+    flops = 2 * work.pairs * jacobian.dense_macs
+    return [*parts, Part("all else", f"{jacobian.dense_params:,} parameters", "rows", dense, flops, flops)]
+
+
+def _part(plan: Plan, layer: LayerPlan, work: Work) -> Part:
+    shape, m = layer.shape, plan.jacobian.num_outputs
+    building = building_macs(shape, m)
+    built = work.factor_samples if layer.keeps_rows else work.built_samples if layer.order == "explicit" else 0
+    explicit = pair_macs(LayerPlan(shape, "explicit", keeps_rows=True), m, plan.jacobian.reduction)
+    kept = m * shape.num_params if layer.keeps_rows else factor_numbers(layer, m)
+    groups = f"{shape.groups} × " if shape.groups > 1 else ""
+    return Part(
+        name=shape.name or "(the network itself)",
+        shape=f"T {shape.positions}, {groups}{shape.inputs} → {shape.channels}",
+        order=layer.order + (", rows kept" if layer.keeps_rows else ", pixels" if layer.uses_pixels else ""),
+        factor_bytes=kept * plan.jacobian.factor_bytes // max(1, plan.jacobian.factor_numbers),
+        flops=2 * (work.pairs * pair_macs(layer, m, plan.jacobian.reduction) + built * building),
+        explicit_flops=2 * (work.pairs * explicit + plan.num_samples * building),
+    )

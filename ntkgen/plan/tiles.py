@@ -1,0 +1,182 @@
+"""The tile grid: which tile covers which rows, in which order; integers only."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ntkgen.blocks import Block
+from ntkgen.errors import InputError
+
+# At least so many tiles along a side, so that an interruption of a small kernel loses a small part of it …
+MIN_BLOCKS = 8
+# … but no tile under so many samples, and none with more rows than this, rounded up to whole samples.
+MIN_TILE_SAMPLES = 16
+MAX_TILE_ROWS = 4096
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """A row block and a column block, by number; ``row <= col`` in a symmetric kernel."""
+
+    row: int
+    col: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several equal parts of the tiles, for jobs that know nothing of each other; the first is number 1."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        """Write as the command line does."""
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read ``k/K``.
+
+        >>> Part.parse("2/8")
+        Part(number=2, count=8)
+
+        Raises:
+            InputError: If it is not written so, or there is no such part.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        part = cls(*map(int, found.groups())) if found else None
+        if part is None or not 1 <= part.number <= part.count:
+            raise InputError(
+                f"{text!r} is no part: expected k/K, from 1/K to K/K, as 3/8 for the third of eight. Do the jobs of an "
+                "array count from 0? Add 1."
+            )
+        return part
+
+    def of(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
+        """Take this part of some tiles: neighbours, so that they share factors.
+
+        >>> Part(2, 3).of([Tile(0, col) for col in range(7)])
+        [Tile(row=0, col=2), Tile(row=0, col=3)]
+        """
+        n = len(tiles)
+        return tiles[n * (self.number - 1) // self.count : n * self.number // self.count]
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Square tiles: the upper triangle of a symmetric kernel, or all of a rectangular one; the last ones are ragged.
+
+    A tile has ``num_planes`` matrices: one, or for the reduction `diagonal` one per output.
+    """
+
+    num_samples: int
+    num_outputs: int  # rows of the kernel per sample
+    tile_samples: int
+    num_col_samples: int | None = None  # samples of the columns; None: those of the rows
+    num_planes: int = 1
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Say whether columns are the samples of the rows."""
+        return self.num_col_samples is None
+
+    @property
+    def num_cols(self) -> int:
+        """Columns of the kernel."""
+        return (self.num_samples if self.num_col_samples is None else self.num_col_samples) * self.num_outputs
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the kernel, n · m."""
+        return self.num_samples * self.num_outputs
+
+    @property
+    def side(self) -> int:
+        """Rows of a tile, T."""
+        return self.tile_samples * self.num_outputs
+
+    @property
+    def num_blocks(self) -> int:
+        """Tiles along a side.
+
+        >>> TileGrid(num_samples=10, num_outputs=2, tile_samples=4).num_blocks
+        3
+        """
+        return -(-self.num_samples // self.tile_samples)
+
+    @property
+    def num_col_blocks(self) -> int:
+        """Tiles along the other side."""
+        return -(-self.num_cols // self.side)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the upper triangle, or of the rectangle."""
+        if self.is_symmetric:
+            return self.num_blocks * (self.num_blocks + 1) // 2
+        return self.num_blocks * self.num_col_blocks
+
+    def block(self, index: int) -> Block:
+        """Locate the samples of one row or column of tiles."""
+        start = index * self.tile_samples
+        return Block(start, min(start + self.tile_samples, self.num_samples))
+
+    def col_block(self, index: int) -> Block:
+        """Locate the samples of one column of tiles, among the samples of the columns."""
+        if self.num_col_samples is None:
+            return self.block(index)
+        start = index * self.tile_samples
+        return Block(start, min(start + self.tile_samples, self.num_col_samples))
+
+    def tiles(self) -> Iterator[Tile]:
+        """List the upper triangle row by row, so that a row block's factors are used up before the next is needed.
+
+        >>> [(tile.row, tile.col) for tile in TileGrid(6, 1, 3).tiles()]
+        [(0, 0), (0, 1), (1, 1)]
+        """
+        every = itertools.product(range(self.num_blocks), range(self.num_col_blocks))
+        return (Tile(row, col) for row, col in every if row <= col or not self.is_symmetric)
+
+
+def default_tile_samples(num_samples: int, num_outputs: int, num_planes: int = 1) -> int:
+    """Choose the samples of a tile, ⌈n/g⌉ with g = max(min(8, ⌈n/16⌉), ⌈nm/4096⌉) tiles along a side.
+
+    With several planes to a tile the side is smaller by the root of their number.
+
+    A function of n and m alone: the same for every dtype and every machine.
+
+    >>> default_tile_samples(500, 10), default_tile_samples(50_000, 10), default_tile_samples(3, 10)
+    (63, 407, 3)
+    """
+    longest = MAX_TILE_ROWS // math.isqrt(num_planes)
+    blocks = max(min(MIN_BLOCKS, -(-num_samples // MIN_TILE_SAMPLES)), -(-num_samples * num_outputs // longest))
+    return -(-num_samples // blocks)
+
+
+def make_grid(
+    num_samples: int,
+    num_outputs: int,
+    side: int | None = None,
+    *,
+    num_col_samples: int | None = None,
+    num_planes: int = 1,
+) -> TileGrid:
+    """Lay the grid, with tiles of ``side`` rows or of the default size.
+
+    Raises:
+        InputError: If the side is not a positive multiple of the number of outputs.
+    """
+    if side is None:
+        longest = max(num_samples, num_col_samples or 0)
+        tile_samples = default_tile_samples(longest, num_outputs, num_planes)
+        return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)
+    if side <= 0 or side % num_outputs:
+        nearest = max(1, round(side / num_outputs)) * num_outputs
+        raise InputError(
+            f"A tile side of {side} rows does not fit: expected a positive multiple of the {num_outputs} outputs, so "
+            f"that a tile holds whole samples. The nearest is --tile {nearest}."
+        )
+    tile_samples = min(side // num_outputs, max(num_samples, num_col_samples or 0))
+    return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)

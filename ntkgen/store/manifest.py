@@ -1,0 +1,117 @@
+"""What a store says of itself, and what a resumed run must agree with."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import ntkgen
+from ntkgen.errors import FingerprintError
+from ntkgen.plan.plan import Plan
+from ntkgen.store.rounding import STORE_DTYPES
+
+FORMAT_VERSION = 3
+# Written in full while all dtypes together take at most this much; above, one triangle.
+FULL_LAYOUT_BYTES = 10 * 10**9
+
+
+def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
+    """Turn `auto` into `full` or `upper`.
+
+    >>> resolve_layout("auto", 5000, ("float16", "float32")), resolve_layout("auto", 500_000, ("float16",))
+    ('full', 'upper')
+    """
+    if layout != "auto":
+        return layout
+    bytes_in_full = num_rows**2 * sum(np.dtype(dtype).itemsize for dtype in dtypes)
+    return "full" if bytes_in_full <= FULL_LAYOUT_BYTES else "upper"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself. ``identity`` is what a resumed run must agree with, ``provenance`` is for people."""
+
+    identity: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+    plan: Plan
+    dtypes: tuple[str, ...]
+    layout: str
+    is_complete: bool = False
+    replanned: int = 0
+    certificate: Mapping[str, Any] | None = None  # how accurate the finished kernel was found to be
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash what the kernel is of and how it is computed."""
+        return hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn into plain values for the group's attribute."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "version": ntkgen.__version__,
+            "status": "complete" if self.is_complete else "in_progress",
+            "fingerprint": self.fingerprint,
+            "num_samples": self.plan.grid.num_samples,
+            "num_outputs": self.plan.grid.num_outputs,
+            "num_params": self.plan.profile.num_params,
+            "row_order": "sample-major",
+            "layout": self.layout,
+            "dtypes": list(self.dtypes),
+            "identity": dict(self.identity),
+            "provenance": dict(self.provenance),
+            "plan": self.plan.to_json(),
+            "replanned": self.replanned,
+            "certificate": None if self.certificate is None else dict(self.certificate),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
+        """Read back what `to_json` wrote.
+
+        Raises:
+            ValueError: If it is not what that writes.
+        """
+        made = cls(
+            identity=values["identity"],
+            provenance=values["provenance"],
+            plan=Plan.from_json(values["plan"]),
+            dtypes=tuple(values["dtypes"]),
+            layout=values["layout"],
+            is_complete=values["status"] == "complete",
+            replanned=values["replanned"],
+            certificate=values["certificate"],
+        )
+        if made.fingerprint != values["fingerprint"] or set(made.dtypes) - set(STORE_DTYPES) or not made.dtypes:
+            raise ValueError("the manifest does not agree with its own fingerprint")
+        if made.layout not in {"upper", "full"} or not isinstance(made.provenance, Mapping):
+            raise ValueError("the manifest has a layout or a provenance that none can have")
+        if made.certificate is not None and not hasattr(made.certificate, "get"):
+            raise ValueError("the manifest has a certificate that is none")
+        if list(made.dtypes) != list(made.identity.get("dtypes", made.dtypes)):
+            raise ValueError("the manifest names other dtypes than its identity")
+        return made
+
+
+def check_identity(path: str, manifest: Manifest, identity: Mapping[str, Any]) -> None:
+    """Refuse to continue a store that was made of something else.
+
+    Raises:
+        FingerprintError: If parameters, samples or settings differ; the message names what does.
+    """
+    theirs = manifest.identity
+    names = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
+    if names:
+        differing = ", ".join(f"{name} {_short(theirs.get(name))}, now {_short(identity.get(name))}" for name in names)
+        raise FingerprintError(
+            f"The store at {path} was made from something else ({differing}). Tiles of two kernels would be "
+            "mixed. Use another --out, or the original settings, or remove the store."
+        )
+
+
+def _short(value: Any) -> str:
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= 24 else text[:8] + "…"

@@ -1,0 +1,483 @@
+"""The kernel on disk: create, open, commit a tile, list what is missing.
+
+A store is a Zarr v3 group, readable without this package:
+
+    ntk_float16, ntk_float32, ntk_float64   (row, col)        the kernel; true value = stored · scale_factor (or 1)
+    underflow_float16            (tile_row, tile_col, kind)   entries with fewer bits in float16, entries become zero
+    diagonal                                (row)    float64  the exact diagonal, computed first
+    logits                                  (sample, output)  float64
+    row_sample, row_output, row_label       (row)             what a row is: position in the store, output, label
+    col_sample, col_output, col_label       (col)             the same of a column
+    sample_index                            (sample)          the samples' positions in their data set
+
+With the output `diagonal` a kernel is (output, row, col), a matrix for each output, and the diagonal (output, row). A
+rectangular kernel, of rows against other samples, has col_diagonal, col_logits and col_sample_index too.
+
+Rows are sample-major. One unsharded chunk is one tile, `bytes` (little endian) and `crc32c`, no compressor, so a chunk
+has a known size and truncation shows in a directory listing. What is not stored reads as NaN. A tile is done when its
+chunks exist at their exact size; there is no other record of progress. With the layout `upper` only tiles with
+row <= col are stored (`storage_mode` of the array is `symmetric-upper`), with `full` all are (`square`). An imported
+kernel has no logits and no counts of underflow; its labels are -1.
+
+The group's attribute `ntkgen` is the manifest: what the kernel is of, its fingerprint, and the plan that its bytes
+follow. It holds no time and no path, so that two runs of one command give equal bytes.
+"""
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from ntkgen.alone import alone
+from ntkgen.blocks import Block
+from ntkgen.errors import InputError, StoreError, UnknownNameError
+from ntkgen.files.folder import Folder, LocalFolder
+from ntkgen.plan.tiles import Tile, TileGrid
+from ntkgen.progress import Step
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.rounding import STORE_DTYPES, count_underflow, scale_of, to_stored
+from ntkgen.store.schema import COORDINATES, ArrayLayout, create_array, side_arrays, small_arrays
+from ntkgen.store.view import SymmetricArray
+
+if TYPE_CHECKING:
+    ZarrArray = zarr.Array[Any]
+
+CHECKSUM_BYTES = 4
+UNDERFLOW = "underflow_float16"
+ROOT = "zarr.json"
+# In the identity of a store that was not computed, and in its provenance: the file that it was made of.
+IMPORTED = "imported_from"
+STORAGE_MODES = {"full": "square", "upper": "symmetric-upper"}
+# Tiles that are read and written at a time where nothing is computed; each is held twice.
+THREADS = 2
+# The Rust pipeline, if the user has chosen it, does not write atomically.
+WRITING = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
+
+Mode = Literal["r", "r+"]
+
+_CHUNK = re.compile(r"\d+(/\d+)*\Z")
+
+FloatArray = npt.NDArray[np.floating]
+
+
+class KernelStore:
+    """An opened store. Reading needs no lock; of writing processes each has its own tiles, and one all the rest."""
+
+    def __init__(self, folder: Folder, group: zarr.Group, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.group = group
+        self._written: dict[str, ZarrArray] = {}
+
+    def __repr__(self) -> str:
+        """Say what the kernel is of."""
+        rows, cols = self.grid.num_rows, self.grid.num_cols
+        return f"<KernelStore {self.name}: {rows} × {cols}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
+
+    @property
+    def grid(self) -> TileGrid:
+        """The tile grid, fixed when the store was created."""
+        return self.manifest.plan.grid
+
+    @property
+    def name(self) -> str:
+        """Where the store lies, as a user writes it."""
+        return str(self.folder)
+
+    @property
+    def command(self) -> str:
+        """The command that made the store, and makes what is missing of it."""
+        return "ntkgen import" if IMPORTED in self.manifest.identity else "ntkgen compute"
+
+    @property
+    def path(self) -> Path:
+        """The folder of a store that lies on a disk.
+
+        Raises:
+            InputError: If it lies elsewhere.
+        """
+        if not isinstance(self.folder, LocalFolder):
+            raise InputError(
+                f"The store at {self.name} has no path: expected one on a disk, found one that is not. Use "
+                "store.folder, which reads and writes both."
+            )
+        return self.folder.path
+
+    # reading -------------------------------------------------------------------------------------------------------
+
+    def kernel(self, dtype: str | None = None, output: int | None = None) -> SymmetricArray:
+        """View the kernel as one full matrix of true values, in the most precise stored dtype or a chosen one.
+
+        A store of the output `diagonal` has one matrix per ``output``; the others have one in all.
+
+        Raises:
+            StoreError: If no tile of that dtype can be there yet.
+            InputError: If an output must be chosen, or cannot be.
+        """
+        self._check_output(output)
+        dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
+        if not self._has(f"ntk_{dtype}"):
+            if dtype in self.manifest.dtypes and self.folder.has(f"ntk_{dtype}/zarr.json"):
+                self.zarr_array(f"ntk_{dtype}")  # raises, and says what is damaged
+            raise StoreError(
+                f"The store at {self.name} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
+                "those are made after the diagonal. Choose one of them, or finish the store with the same command."
+            )
+        manifest = self.manifest
+        token = f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}"
+        view = SymmetricArray(
+            self.zarr_array(f"ntk_{dtype}"),
+            is_upper=manifest.layout == "upper",
+            token=token,
+            plane=output,
+            is_complete=manifest.is_complete,
+        )
+        view.place, view.command = self.name, self.command
+        return view
+
+    def _check_output(self, output: int | None) -> None:
+        planes = self.grid.num_planes
+        if (output is None) != (planes == 1) or (output is not None and not 0 <= output < planes):
+            raise InputError(
+                f"The store at {self.name} holds {f'{planes} matrices, one for each output' if planes > 1 else 'one'}: "
+                f"expected {f'an output from 0 to {planes - 1}' if planes > 1 else 'no output'}, found {output}. Use "
+                f"{'store.kernel(output=0)' if planes > 1 else 'store.array'}."
+            )
+
+    @property
+    def array(self) -> SymmetricArray:
+        """The full matrix of true values, NumPy-like and lazy, in the most precise stored dtype."""
+        return self.kernel()
+
+    @property
+    def dask(self) -> Any:
+        """The full matrix of true values as a dask array, one task per tile; (output, row, col) if several."""
+        if self.grid.num_planes == 1:
+            return self.kernel().to_dask()
+        import dask.array as da
+
+        return da.stack([self.kernel(output=output).to_dask() for output in range(self.grid.num_planes)])
+
+    @property
+    def xarray(self) -> Any:
+        """The full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns.
+
+        Each coordinate is an index: ``.sel(row_label=3)`` are the rows of that label. One of a dimension at a time, so
+        that ``.sel(row_label=3).sel(row_output=0)`` are those of them that belong to the first output.
+        """
+        import xarray
+
+        names = {name: axis for axis, names in COORDINATES.items() for name in names.split()}
+        coords = {name: (axis, self.read(name)) for name, axis in names.items()}
+        dims = ("row", "col") if self.grid.num_planes == 1 else ("output", "row", "col")
+        kernel = xarray.DataArray(self.dask, dims=dims, coords=coords, name="ntk", attrs=self.attributes)
+        for name in names:
+            kernel = kernel.set_xindex(name)
+        return kernel
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The group's attributes but for the manifest."""
+        return {name: value for name, value in self.group.attrs.asdict().items() if name != "ntkgen"}
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """Read one of the small arrays whole: diagonal, logits, a coordinate.
+
+        Raises:
+            StoreError: If the array is damaged.
+            UnknownNameError: If there is none of that name.
+        """
+        array = self.zarr_array(name)
+        try:
+            return np.asarray(array[...])
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"The array {name} of {self.name} is damaged ({error}): expected chunks that match their checksums. A "
+                "disk error or an interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
+            ) from error
+
+    @property
+    def array_names(self) -> list[str]:
+        """Name the kernel arrays that exist; they are created once the diagonal is complete."""
+        return [name for dtype in self.manifest.dtypes if self._has(name := f"ntk_{dtype}")]
+
+    def scale_factor(self, name: str) -> float:
+        """Say by what a kernel array is to be multiplied."""
+        return float(self.zarr_array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
+
+    @property
+    def float16_underflow(self) -> dict[str, int] | None:
+        """Count the entries that float16 stores with fewer bits, or as zero, of the tiles that are there."""
+        if not self._has(UNDERFLOW):
+            return None
+        counts = np.maximum(self.read(UNDERFLOW), 0).sum((0, 1))
+        return {"with_fewer_bits": int(counts[0]), "vanished": int(counts[1])}
+
+    # progress ------------------------------------------------------------------------------------------------------
+
+    def missing_tiles(self, layout: str | None = None) -> list[Tile]:
+        """List the tiles that are not there in every dtype and, with the full layout, on both sides."""
+        missing: set[Tile] = set()
+        for dtype in self.manifest.dtypes:
+            done = self._chunks(f"ntk_{dtype}", self._chunk_bytes(dtype) - CHECKSUM_BYTES)
+            missing.update(tile for tile in self.grid.tiles() if not done.issuperset(self.chunks_of(tile, layout)))
+        return sorted(missing)
+
+    def has_tile(self, tile: Tile) -> bool:
+        """Say whether a tile is there whole, as `missing_tiles` does for all."""
+        return all(
+            self.folder.size(f"ntk_{dtype}/c/{'/'.join(map(str, key))}") == self._chunk_bytes(dtype)
+            for dtype in self.manifest.dtypes
+            for key in self.chunks_of(tile)
+        )
+
+    def _chunk_bytes(self, dtype: str) -> int:
+        return self.grid.side**2 * np.dtype(dtype).itemsize + CHECKSUM_BYTES
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of one tile on one side, in every dtype."""
+        return self.grid.num_planes * sum(map(self._chunk_bytes, self.manifest.dtypes))
+
+    def chunks_of(self, tile: Tile, layout: str | None = None) -> list[tuple[int, ...]]:
+        """Name the chunks of a tile: on both sides with the full layout, and one per plane."""
+        is_mirrored = self._is_mirrored_in(layout or self.manifest.layout)
+        places = {(tile.row, tile.col), (tile.col, tile.row) if is_mirrored else (tile.row, tile.col)}
+        if self.grid.num_planes == 1:
+            return list(places)
+        return [(plane, *place) for plane in range(self.grid.num_planes) for place in places]
+
+    def _is_mirrored_in(self, layout: str) -> bool:
+        return layout == "full" and self.grid.is_symmetric
+
+    @property
+    def is_complete(self) -> bool:
+        """Say whether the store was finished, and nothing of it has gone since."""
+        has_all = self.manifest.is_complete and all(map(self._has, self.arrays()))
+        return has_all and not self.missing_tiles() and not self.missing_blocks()
+
+    def _has(self, name: str) -> bool:
+        """Say whether an array is there, with metadata that can be read."""
+        try:
+            return isinstance(self.group.get(name), zarr.Array)
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def zarr_array(self, name: str) -> "ZarrArray":
+        """Look up an array.
+
+        Raises:
+            UnknownNameError: If the store has no array of that name.
+            StoreError: If its metadata cannot be read.
+        """
+        try:
+            array = self.group[name]
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"The metadata of {self.name}/{name} is damaged ({type(error).__name__}). A disk error or an "
+                "interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
+            ) from error
+        except KeyError:
+            raise UnknownNameError("array", name, sorted(self.group.array_keys())) from None
+        assert isinstance(array, zarr.Array)
+        return array
+
+    def missing_blocks(self) -> list[int]:
+        """List the blocks whose diagonal or logits are not there: of rows, then, numbered on, of other columns."""
+        grid, missing, first = self.grid, [], 0
+        logit_bytes = grid.tile_samples * self.num_logits * 8
+        for (diagonal, logits), count in zip(side_arrays(grid), self.side_counts(), strict=True):
+            there = {key[-1] for key in self._chunks(diagonal, grid.num_planes * grid.side * 8)}
+            if self.num_logits:
+                there &= {key[0] for key in self._chunks(logits, logit_bytes)}
+            missing += [first + index for index in range(count) if index not in there]
+            first += count
+        return missing
+
+    @property
+    def num_logits(self) -> int:
+        """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
+        return self.manifest.plan.profile.num_logits
+
+    @property
+    def _counts_underflow(self) -> bool:
+        """Say whether entries that float16 cannot hold are counted: of an imported kernel nobody knows them."""
+        return "float16" in self.manifest.dtypes and IMPORTED not in self.manifest.identity
+
+    def side_counts(self) -> list[int]:
+        """Count the blocks of rows and, where they are other samples, of columns."""
+        grid = self.grid
+        return [grid.num_blocks] if grid.is_symmetric else [grid.num_blocks, grid.num_col_blocks]
+
+    def side(self, index: int) -> tuple[tuple[str, str], int, Block]:
+        """Locate a block that `missing_blocks` numbers: its arrays, its number among them, its samples."""
+        names, rows = side_arrays(self.grid), self.grid.num_blocks
+        if index < rows:
+            return names[0], index, self.grid.block(index)
+        return names[1], index - rows, self.grid.col_block(index - rows)
+
+    def _chunks(self, name: str, payload_bytes: int) -> set[tuple[int, ...]]:
+        """List the chunks of an array that have their exact size, by a listing of its folder."""
+        size, first = payload_bytes + CHECKSUM_BYTES, len(name) + len("/c/")
+        found = self.folder.sizes(f"{name}/c")
+        return {
+            tuple(map(int, key[first:].split("/")))
+            for key, there in found.items()
+            if there == size and _CHUNK.match(key, first)
+        }
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all files of the store, but for what is being written."""
+        return sum(self.folder.sizes().values())
+
+    # writing -------------------------------------------------------------------------------------------------------
+
+    def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
+        """Store the exact diagonal and the logits of one block that `missing_blocks` has named."""
+        (diagonal_name, logits_name), _, block = self.side(index)
+        rows = block.rows(self.grid.num_outputs)
+        if self.num_logits:
+            self._write(logits_name, (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
+        region = (rows,) if self.grid.num_planes == 1 else (slice(None), rows)
+        self._write(diagonal_name, region, to_stored(diagonal, "float64", 1.0))
+
+    def create_kernels(self) -> None:
+        """Create the kernel arrays with their scales, which follow from the complete diagonal."""
+        maxima = [float(self.read(diagonal).max()) for diagonal, _ in side_arrays(self.grid)]
+        maximum = math.sqrt(maxima[0] * maxima[-1])  # by Cauchy–Schwarz
+        quantity = self.manifest.provenance.get("quantity", "J Jᵀ")
+        if self._counts_underflow and not self._has(UNDERFLOW):
+            shape = (self.grid.num_blocks, self.grid.num_col_blocks, 2)
+            note = {"long_name": "entries that float16 stores with fewer bits, and as zero", "units": "1"}
+            layout = ArrayLayout(shape, (1, 1, 2), ("tile_row", "tile_col", "kind"))
+            create_array(self.group, UNDERFLOW, "int64", layout, note)
+        for dtype in self.manifest.dtypes:
+            if self._has(f"ntk_{dtype}"):
+                continue
+            scale = float(self.manifest.identity.get("scale_factor", scale_of(dtype, maximum)))
+            attributes = {
+                "long_name": f"empirical neural tangent kernel, {quantity}",
+                "units": "1",
+                "coordinates": " ".join(COORDINATES.values()),
+                "storage_mode": STORAGE_MODES[self.manifest.layout],
+                **({} if scale == 1 else {"scale_factor": scale}),
+            }
+            side, planes = self.grid.side, self.grid.num_planes
+            layout = ArrayLayout((self.grid.num_rows, self.grid.num_cols), (side, side), ("row", "col"))
+            if planes > 1:
+                layout = ArrayLayout((planes, *layout.shape), (1, *layout.chunks), ("output", *layout.dims))
+            create_array(self.group, f"ntk_{dtype}", dtype, layout, attributes)
+
+    def commit(self, tile: Tile, values: FloatArray) -> None:
+        """Store one computed tile, in every dtype, whole.
+
+        Raises:
+            DivergedError: If an entry is not finite; nothing of the tile is then written.
+        """
+        assert values.shape[-2:] == tuple(part.stop - part.start for part in self._region(tile)[-2:])
+        stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
+        if "float16" in stored:
+            counts = count_underflow(values, self.scale_factor("ntk_float16"))
+            self._write(UNDERFLOW, (slice(tile.row, tile.row + 1), slice(tile.col, tile.col + 1)), counts[None, None])
+        self.commit_stored(tile, stored)
+
+    def commit_stored(self, tile: Tile, stored: Mapping[str, FloatArray]) -> None:
+        """Store one tile that is rounded and scaled already, by dtype."""
+        for dtype, values in stored.items():
+            self._write(f"ntk_{dtype}", self._region(tile), values)
+            if self._is_mirrored_in(self.manifest.layout) and tile.row != tile.col:
+                self._write_transpose(f"ntk_{dtype}", tile, values)
+
+    def mirror_tile(self, tile: Tile) -> None:
+        """Write the transpose of a stored tile off the diagonal on the other side, every bit as it is stored.
+
+        Raises:
+            StoreError: If the tile is damaged, or gone.
+        """
+        for name in self.array_names:
+            self._write_transpose(name, tile, self._read_stored(name, tile))
+
+    def write_each(self, write: Callable[[Tile], None], tiles: Iterable[Tile], step: Step) -> None:
+        """Write some tiles in a few threads, by a function that commits or mirrors one; count each."""
+        # around all threads: what each of them sets, and sets back, is then the same
+        with zarr.config.set(WRITING), ThreadPoolExecutor(THREADS) as pool:
+            for _ in pool.map(write, tiles):
+                step()
+
+    def _region(self, tile: Tile) -> tuple[slice, ...]:
+        """Locate a tile in the kernel arrays."""
+        m = self.grid.num_outputs
+        rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
+        return (rows, cols) if self.grid.num_planes == 1 else (slice(None), rows, cols)
+
+    def _read_stored(self, name: str, tile: Tile) -> FloatArray:
+        """Read a whole tile as it is stored.
+
+        Raises:
+            StoreError: If it is damaged, or gone.
+        """
+        try:
+            values = np.asarray(self.zarr_array(name)[self._region(tile)])
+            found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
+        except (ValueError, RuntimeError) as error:
+            found = str(error)
+        if found:
+            raise StoreError(
+                f"Tile ({tile.row}, {tile.col}) of {name} in {self.name} is damaged: expected finite numbers that "
+                f"match their checksum, found {found}. A disk error or an interrupted copy? Run `ntkgen verify "
+                f"--repair {self.name}`, then the same `{self.command}` again, which makes it anew."
+            )
+        return values
+
+    def _write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
+        *planes, rows, cols = self._region(tile)
+        self._write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
+
+    def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
+        with zarr.config.set(WRITING):
+            if name not in self._written:  # opened once: its metadata is a file, or a request, of its own
+                self._written[name] = self.zarr_array(name).with_config({"write_empty_chunks": True})
+            self._written[name][region] = values
+
+    def set_manifest(self, manifest: Manifest) -> None:
+        """Replace the manifest, in one atomic write."""
+        self.group.attrs.update({"ntkgen": manifest.to_json()})
+        self.manifest = manifest
+
+    def arrays(self) -> list[str]:
+        """Name all arrays that the finished store has."""
+        sides = [name for pair in side_arrays(self.grid) for name in pair[: 2 if self.num_logits else 1]]
+        kernels = [f"ntk_{dtype}" for dtype in self.manifest.dtypes]
+        return [*small_arrays(self.grid), *sides, *kernels, *([UNDERFLOW] if self._counts_underflow else [])]
+
+    def finalize(self, layout: str | None = None) -> None:
+        """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.
+
+        With another ``layout``, whose tiles are all there, it has that from then on: the manifest, which says so, is
+        written last.
+
+        Raises:
+            StoreError: If tiles are missing.
+        """
+        layout = layout or self.manifest.layout
+        if missing := self.missing_tiles(layout):
+            raise StoreError(
+                f"The store at {self.name} cannot be complete: {len(missing)} of {self.grid.num_tiles} tiles are "
+                "missing. Was a file removed meanwhile? Run the same command again."
+            )
+        if layout != self.manifest.layout:
+            for name in self.array_names:
+                self.zarr_array(name).attrs.update({"storage_mode": STORAGE_MODES[layout]})
+        with alone(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that these metadata are no part of Zarr v3 yet, and of foreign files
+            self.group = zarr.consolidate_metadata(self.folder.zarr_store(read_only=False))
+        done = Manifest(**{**vars(self.manifest), "is_complete": True, "layout": layout})
+        self.set_manifest(done)

@@ -1,0 +1,63 @@
+"""What an interrupted write or a damaged disk has left behind, put in order before a store is continued."""
+
+import json
+from typing import Any
+
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.schema import Samples, create_static
+from ntkgen.store.store import KernelStore
+
+
+def tidy(store: KernelStore, samples: Samples) -> None:
+    """Put in order what an interrupted write or a damaged disk left behind; only under the lock, and alone.
+
+    Left-over partial files go, small arrays that are damaged or gone are written anew, and chunks of the diagonal
+    and the logits that do not match their checksums are removed, so that they are computed anew. The tiles
+    themselves are not read.
+    """
+    store.folder.sweep()
+    _remove_old_transposes(store)
+    for name in [f"{name}/zarr.json" for name in store.arrays()]:
+        if not _is_json(store.folder.read(name)):
+            store.folder.remove(name)
+    create_static(store.group, store.grid, samples, store.num_logits)
+    for side in range(sum(store.side_counts())):
+        (diagonal, logits), index, block = store.side(side)
+        rows, planes = block.rows(store.grid.num_outputs), store.grid.num_planes
+        _remove_damaged(store, diagonal, str(index) if planes == 1 else f"0/{index}", (..., rows))
+        _remove_damaged(store, logits, f"{index}/0", (slice(block.start, block.stop), ...))
+    if not store.missing_blocks():
+        store.create_kernels()
+
+
+def _remove_old_transposes(store: KernelStore) -> None:
+    """Remove what an interrupted mirroring has written of tiles that are missing now, and will be made anew.
+
+    Made on another machine, they differ in their last bits, and the kernel would not be symmetric.
+    """
+    if store.manifest.layout != "upper":
+        return
+    missing = [Tile(tile.col, tile.row) for tile in store.missing_tiles() if tile.row != tile.col]
+    keys = sorted(key for tile in missing for key in store.chunks_of(tile))
+    for name in (f"ntk_{dtype}" for dtype in store.manifest.dtypes):
+        there = store.folder.sizes(f"{name}/c")
+        for chunk in (f"{name}/c/{'/'.join(map(str, key))}" for key in keys):
+            if chunk in there:
+                store.folder.remove(chunk)
+
+
+def _remove_damaged(store: KernelStore, name: str, key: str, region: Any) -> None:
+    """Remove a chunk that does not match its checksum, so that it is computed anew."""
+    chunk = f"{name}/c/{key}"
+    try:
+        _ = store.zarr_array(name)[region] if store.folder.has(chunk) else None
+    except (ValueError, RuntimeError):
+        store.folder.remove(chunk)
+
+
+def _is_json(data: bytes | None) -> bool:
+    try:
+        json.loads(data or b"")
+    except ValueError:
+        return False
+    return True
