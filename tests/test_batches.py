@@ -122,6 +122,7 @@ REFUSED = {
     "complex array": (np.ones((2, 3), complex), InputError, "is complex"),
     "wide complex array": (np.ones((2, 3), np.clongdouble), InputError, "is complex"),
     "sparse": (noise(2, 3).to_sparse(), InputError, "sparse"),
+    "nested": (torch.nested.nested_tensor([noise(2, 3)[0], noise(1, 3)[0]], layout=torch.jagged), InputError, "nested"),
     "meta": (torch.ones(2, 3, device="meta"), InputError, "device meta"),
 }
 

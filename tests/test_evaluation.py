@@ -483,6 +483,40 @@ def test_what_has_no_differentiable_numbers_is_refused(build, message, entry):
     assert "\n" not in str(refused.value)
 
 
+def test_what_is_no_module_is_refused():
+    for entry in (ntkgen.ntk, ntkgen.reference_ntk, ntkgen.NTKOperator):
+        with pytest.raises(ModelError, match=r"expected a torch\.nn\.Module, found function"):
+            entry(lambda x: x, noise(2, 3))
+
+
+class InFloat64Alone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, x):
+        if self.out.weight.dtype != torch.float64:
+            raise TypeError("wrong dtype")
+        return self.out(x)
+
+
+def test_a_network_that_runs_in_float64_alone_says_so(tmp_path):
+    model = InFloat64Alone()
+    for call in (ntkgen.ntk, lambda *args: ntkgen.compute(*args, store=tmp_path / "k.zarr")):
+        with pytest.raises(ModelError, match=r"run in float64 alone.*Choose the precision float64"):
+            call(model, noise(4, 3))
+    assert not (tmp_path / "k.zarr").exists()
+    assert ntkgen.ntk(model, noise(4, 3), precision="float64").shape == (8, 8)
+
+
+def test_a_tensor_that_is_no_buffer_stays_in_float32():
+    model = nn.Linear(3, 2)
+    model.factor = torch.ones(3, 3)
+    model.forward = lambda x: nn.functional.linear(x @ model.factor, model.weight)
+    with pytest.raises(ModelError, match=r"run in float32 alone.*register_buffer"):
+        ntkgen.NTKOperator(model, noise(4, 3))
+
+
 # the caller's memory --------------------------------------------------------------------------------------------------
 
 

@@ -78,3 +78,50 @@ def test_an_activation_that_no_sample_tells_apart_is_the_same_function(tmp_path)
     ntkgen.compute(network(), samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS)
     capped = OTHERS["a similar activation"]()  # no unit is above six
     assert ntkgen.compute(capped, samples(), store=tmp_path / "k.zarr", certify=False, **SETTINGS).is_complete
+
+
+class Body(nn.Module):
+    """A network whose activation may be another, with the same parameters."""
+
+    def __init__(self, activation):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body, self.out = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.out(self.activation(self.body(x)))
+
+
+def with_one_large_sample(count, at):
+    x = torch.randn(count, 6, generator=torch.Generator().manual_seed(0))
+    x[at] *= 60
+    return x
+
+
+def test_samples_beyond_the_first_batch_tell_two_networks_apart(tmp_path):
+    """A clipped activation is the same one for all samples but the last but one."""
+    x, folder = with_one_large_sample(40, -2), tmp_path / "k.zarr"
+    ntkgen.compute(Body(F.relu), x, store=folder, certify=False, **SETTINGS)
+    with pytest.raises(FingerprintError, match=r"another network.*outputs"):
+        ntkgen.compute(Body(nn.Hardtanh(0, 9)), x, store=folder, certify=False, **SETTINGS)
+
+
+def test_a_store_is_not_continued_by_another_network_whichever_sample_shows_it(tmp_path, monkeypatch):
+    """Few samples are run again before, and the one that differs is none of them: its block is compared anyway."""
+    monkeypatch.setattr(identity, "SPREAD_SAMPLES", 2)
+    x, folder = with_one_large_sample(60, 50), tmp_path / "k.zarr"
+    store = ntkgen.compute(Body(F.relu), x, store=folder, certify=False, **SETTINGS)
+    shutil.rmtree(store.path / "ntk_float32/c/16")  # samples 48 to 50
+    with pytest.raises(FingerprintError, match=r"another network.*outputs"):
+        ntkgen.compute(Body(nn.Hardtanh(0, 9)), x, store=folder, certify=False, **SETTINGS)
+    assert not (store.path / "ntk_float32/c/16").exists()
+    assert ntkgen.compute(Body(F.relu), x, store=folder, certify=False, **SETTINGS).is_complete
+
+
+def test_a_network_with_the_same_outputs_and_other_gradients_is_another(tmp_path):
+    folder, x = tmp_path / "k.zarr", with_one_large_sample(11, 3)
+    ntkgen.compute(Body(F.relu), x, store=folder, certify=False, **SETTINGS)
+    with pytest.raises(FingerprintError, match=r"another network.*gradients"):
+        ntkgen.compute(Body(lambda h: F.relu(h.detach()) + 0 * h), x, store=folder, certify=False, **SETTINGS)

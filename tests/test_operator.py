@@ -359,3 +359,126 @@ def test_a_transform_that_does_not_fit_is_refused(shape):
 
 def test_it_says_what_it_is():
     assert repr(NTKOperator(nn.Linear(3, 2), torch.ones(4, 3))) == "<NTKOperator 8 × 8, torch.float64, forward>"
+
+
+# samples that are not treated one by one ------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Two experts, each of which takes at most eight samples of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(6, 2), nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+
+    def forward(self, x):
+        chosen, out = self.gate(x).argmax(-1), x.new_zeros(len(x), 3)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().squeeze(-1)[:8]
+            out = out.index_add(0, rows, expert(x[rows]))
+        return out
+
+
+class Neighbours(nn.Module):
+    """Averages over the samples that are close by: two of sixty."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        near = (torch.cdist(x, x) < 0.5).to(x)
+        return near / near.sum(1, keepdim=True) @ self.out(x)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(x) * (1 + 0.3 * (len(x) > 20))
+
+
+class DetachedMean(nn.Module):
+    """The outputs are a sample's own; their gradients are so for a batch of one alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.out(x)
+        return h + h.mean(0) - h.mean(0).detach()
+
+
+class Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(_ctx, grad):
+        return grad.clamp(-0.05, 0.05)
+
+
+class Clipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(Clip.apply(self.body(x)))
+
+
+class Keeping(nn.Module):
+    """Returns for a batch that it has seen what it computed then."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.out, self.kept = nn.Linear(6, 5), nn.Linear(5, 3), {}
+
+    def forward(self, x):
+        key = (x.shape, x.dtype, float(x.sum()))
+        if key not in self.kept:
+            self.kept[key] = torch.tanh(self.body(x))
+        return self.out(self.kept[key])
+
+
+def seeded(factory):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        x = torch.randn(60, 6)
+        x[7] = x[6] + 0.01
+        return factory(), x
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (Experts, "mixes the samples"),
+        (Neighbours, "mixes the samples"),
+        (Counting, "mixes the samples"),
+        (Clipped, "backward pass is not linear"),
+        (Keeping, "an earlier call computed"),
+    ],
+)
+@pytest.mark.numeric
+def test_a_batch_whose_rows_are_not_those_of_its_samples_is_refused(factory, message, precision):
+    model, x = seeded(factory)
+    with pytest.raises(ModelError, match=message):
+        NTKOperator(model, x, precision=precision) @ torch.ones(180)
+
+
+@pytest.mark.numeric
+def test_gradients_that_a_batch_changes_are_taken_one_by_one():
+    model, x = seeded(DetachedMean)
+    found, V = NTKOperator(model, x), noise(180, 2)
+    assert relative_error(found @ V, reference_ntk(model, x) @ V) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "tf32", "float64-accumulate"])
+def test_an_operator_has_two_precisions(name):
+    with pytest.raises(UnknownNameError, match="float32, float64"):
+        NTKOperator(nn.Linear(2, 1), torch.ones(3, 2), precision=name)

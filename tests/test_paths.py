@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from filled import PROVENANCE, fill_store, gram
+from zarr.storage import LocalStore
 
 import ntkgen
 from ntkgen.cli.plot import unique_names
@@ -203,6 +204,24 @@ def test_a_page_cannot_be_a_folder(tmp_path, run):
     code, _, err = run("report", "k.zarr", "-o", ".")
     assert (code, err.count("\n")) == (2, 1)
     assert "found a folder" in err
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (lambda folder: folder / "file" / "k.zarr", "Nothing can be written at"),
+        (lambda _: "/proc/k.zarr", "Nothing can be written at"),
+        (lambda folder: f"{folder}/a\0b", "null characters"),
+        (lambda _: None, "found NoneType"),
+        (lambda folder: os.fsencode(folder / "k.zarr"), "found bytes"),
+        (lambda folder: LocalStore(folder / "k.zarr", read_only=True), "read-only"),
+    ],
+)
+def test_a_place_for_no_store_is_refused(place, message, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=message):
+        ntkgen.compute(torch.nn.Linear(2, 1), torch.ones(3, 2), store=place(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_kernel_imported_from_a_path_without_a_name_needs_one(run):

@@ -15,7 +15,7 @@ from zarr.abc.store import Store
 
 from ntkgen.checks.certify import add_certificate, forget_certificate
 from ntkgen.engine.coordinator import Carried, Load, Team, open_team
-from ntkgen.engine.identity import KernelSpec, identity_of, require_same_logits
+from ntkgen.engine.identity import KernelSpec, identity_of, require_same_network
 from ntkgen.engine.machine import Machine, check_environment, describe_machine
 from ntkgen.engine.run import Bench, run, run_diagonal, run_tiles
 from ntkgen.errors import FingerprintError, InputError, RuleError, StoreLockedError
@@ -23,6 +23,7 @@ from ntkgen.files.folder import Folder, folder_of
 from ntkgen.files.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
+from ntkgen.jacobian.evaluation import require_plain_module
 from ntkgen.jacobian.network import Network, more_excluded, prepare
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
@@ -109,6 +110,12 @@ def compute(
         InaccurateKernelError: If the finished kernel is not what it should be, whenever it is asked for. The store is
             complete, and can be opened.
     """
+    require_plain_module(model)
+    if isinstance(store, Store) and store.read_only:
+        raise InputError(
+            f"The {type(store).__name__} {store} is read-only: expected a store that the kernel can be written to. Was "
+            "it opened to read a kernel? Open it with read_only=False, or pass its path."
+        )
     folder = folder_of(store, fsync=settings.pop("fsync", True))
     workers, client = settings.pop("workers", None), settings.pop("client", None)
     spec, given = _spec_of(settings), _inputs_of(inputs, against, labels)
@@ -198,7 +205,7 @@ def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[K
     store = open_or_create(folder, job.spec, identity, job.inputs, job.provenance, plan_anew)
     if is_alone:
         tidy(store, job.inputs.samples)
-    require_same_logits(store, network, job.inputs)
+    require_same_network(store, network, job.inputs)
     return store, network
 
 

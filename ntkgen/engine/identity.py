@@ -12,18 +12,23 @@ from ntkgen.engine.machine import environment
 from ntkgen.errors import FingerprintError, StoreError
 from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.inputs import Inputs
-from ntkgen.jacobian.compute import pad_batch
+from ntkgen.jacobian.compute import compute_factors, pad_batch
+from ntkgen.jacobian.contract import exact_diagonal, reduced_diagonal
 from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic
+from ntkgen.plan.plan import Plan
 from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.schema import side_arrays
 from ntkgen.store.store import KernelStore
 
-# How far the logits of the same network may be from the stored ones, relative to the largest: where the machine is
-# the same, and where another one adds up in another order.
-SAME_MACHINE = {torch.float64: 1e-12, torch.float32: 1e-6}
+# How far the outputs of the same network may be from the stored ones, relative to the largest: for the batch that the
+# store was made with, for the same samples in other batches, and on another machine, which adds up in another order.
+SAME_BATCH = {torch.float64: 1e-12, torch.float32: 1e-6}
+OTHER_BATCH = {torch.float64: 1e-10, torch.float32: 1e-4}
 OTHER_MACHINE = {torch.float64: 1e-9, torch.float32: 1e-3}
+# Samples, spread over the store, that are run again before it is continued or returned.
+SPREAD_SAMPLES = 256
 
 
 @dataclass(frozen=True)
@@ -52,43 +57,121 @@ def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGr
     }
 
 
-def require_same_logits(store: KernelStore, network: Network, inputs: Inputs) -> None:
-    """Refuse to continue, or to return, a store whose network gave other outputs for its samples.
+def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -> None:
+    """Refuse to continue, or to return, a store whose network gave other outputs or gradients for its samples.
 
-    Equal parameters do not make equal networks: an activation or an epsilon is not among them. One batch that the
-    store has is run again, as it was run for the store.
+    Equal parameters do not make equal networks: an activation or an epsilon is not among them. Samples spread over what
+    the store has are run again, and the diagonal of one batch is computed again, as it was for the store.
 
     Raises:
-        FingerprintError: If its logits differ.
+        FingerprintError: If one of them differs.
+    """
+    known = KnownOutputs(store, network)
+    if known.logits is None:
+        return
+    there = known.logits.isfinite().all(1).nonzero().squeeze(1)
+    if not len(there):
+        return
+    plan = store.manifest.plan
+    batch_size = plan.jacobian.batch_size
+    first = _first_batch(plan, int(there[0]))
+    spread = there[torch.linspace(0, len(there) - 1, min(len(there), SPREAD_SAMPLES)).long()]
+    with exact_arithmetic(network.device, plan.environment.threads), torch.no_grad():
+        for chosen, tolerances in ((torch.arange(first.start, first.stop), SAME_BATCH), (spread, OTHER_BATCH)):
+            for indices in chosen.split(batch_size):
+                samples = network.input(inputs.all[indices])
+                logits = outputs_of(network.module, pad_batch(samples, batch_size))[: len(samples)]
+                known.require(indices, logits, tolerances)
+    _require_same_diagonal(store, network, inputs, first)
+
+
+class KnownOutputs:
+    """The outputs that a store keeps of the network that it was begun with; those of another one are refused.
+
+    Every block that is computed again for a store is held against it, so that a store which is continued has no tile
+    of another network, whichever samples tell the two apart.
+    """
+
+    def __init__(self, store: KernelStore, network: Network) -> None:
+        self._name = store.name
+        found = environment(network.device, store.manifest.plan.environment.threads)
+        self._is_same_machine = not store.manifest.plan.environment.differences(found)
+        self._dtype = network.precision.compute_dtype
+        self.logits = _stored_logits(store)
+
+    def require(self, indices: Tensor, logits: Tensor, tolerances: dict[torch.dtype, float]) -> None:
+        """Compare the outputs for some samples with the stored ones; what is not stored yet is not compared.
+
+        Raises:
+            FingerprintError: If they differ by more than rounding explains.
+        """
+        if self.logits is None:
+            return
+        expected = self.logits[indices]
+        is_known = expected.isfinite().all(1)
+        expected, found = expected[is_known], logits.detach().cpu().double()[is_known]
+        if not len(expected):
+            return
+        tolerance = (tolerances if self._is_same_machine else OTHER_MACHINE)[self._dtype]
+        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        if not difference <= tolerance * max(scale, 1e-30):
+            raise FingerprintError(_another_network(self._name, "outputs", difference, scale))
+
+
+def _another_network(name: str, what: str, difference: float, scale: float) -> str:
+    return (
+        f"The store at {name} was made of another network with the same parameters: its {what} for some samples were "
+        f"expected to be the stored ones, and differ by {difference:.1e} (largest {scale:.1e}). Was an activation, an "
+        "epsilon or the code of the network changed? Use a new path for this network, or the original network for this "
+        "store."
+    )
+
+
+def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, then of columns; logits), NaN: not there
+    """Read the logits that a store has; None where there are none, or where they are damaged."""
+    missing = set(store.missing_blocks())
+    plan = store.manifest.plan
+    if not store.num_logits or len(missing) == plan.num_sides:
+        return None
+    try:
+        logits = torch.cat([torch.from_numpy(store.read(names[1])) for names in side_arrays(store.grid)])
+    except StoreError:  # a damaged array is written anew
+        return None
+    for index in missing:
+        for block in plan.side_blocks(index):
+            logits[block.start : block.stop] = torch.nan
+    return logits
+
+
+def _first_batch(plan: Plan, sample: int) -> Block:
+    """Find the batch in which a sample was run, the first of its block."""
+    for index in range(plan.num_sides):
+        for block in plan.side_blocks(index):
+            if block.start == sample:
+                return next(iter(block.pieces(plan.jacobian.batch_size)))
+    return Block(sample, sample + 1)
+
+
+def _require_same_diagonal(store: KernelStore, network: Network, inputs: Inputs, batch: Block) -> None:
+    """Compare the diagonal of one batch with the stored one: networks with equal outputs may have other gradients.
+
+    Raises:
+        FingerprintError: If it differs.
     """
     plan, grid = store.manifest.plan, store.grid
-    missing = set(store.missing_blocks())
-    there = next((index for index in range(plan.num_sides) if index not in missing), None)
-    if there is None or not store.num_logits:
-        return
-    batch = next(iter(plan.side_blocks(there)[0].pieces(plan.jacobian.batch_size)))
-    expected: Tensor | None = None
+    if not network.follows(plan.profile):
+        return  # to continue is refused with another error
+    is_column = batch.start >= grid.num_samples
+    first = grid.num_samples if is_column else 0
+    m = grid.num_outputs
+    rows = slice((batch.start - first) * m, (batch.stop - first) * m)
     with suppress(StoreError):  # a damaged array is written anew
-        expected = torch.from_numpy(_stored_logits(store, batch, is_column=there >= grid.num_blocks))
-    if expected is None or not bool(expected.isfinite().all()):
-        return
-    is_same_machine = not plan.environment.differences(environment(network.device, plan.environment.threads))
-    samples = network.input(inputs.all[batch.start : batch.stop])
-    with exact_arithmetic(network.device, plan.environment.threads), torch.no_grad():
-        logits = outputs_of(network.module, pad_batch(samples, plan.jacobian.batch_size))
-        found = logits[: len(samples)].cpu().double()
-    tolerance = (SAME_MACHINE if is_same_machine else OTHER_MACHINE)[network.precision.compute_dtype]
-    difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-    if not difference <= tolerance * max(scale, 1e-30):
-        raise FingerprintError(
-            f"The store at {store.name} was made of another network with the same parameters: its outputs for the "
-            f"first samples were expected to be the stored ones, and differ by {difference:.1e} (largest output "
-            f"{scale:.1e}). Was an activation, an epsilon or the code of the network changed? Use a new path for this "
-            "network, or the original network for this store."
-        )
-
-
-def _stored_logits(store: KernelStore, batch: Block, *, is_column: bool) -> Any:  # (samples, logits)
-    name = side_arrays(store.grid)[1 if is_column else 0][1]
-    first = store.grid.num_samples if is_column else 0
-    return store.read(name)[batch.start - first : batch.stop - first]
+        expected = torch.from_numpy(store.read(side_arrays(grid)[int(is_column)][0])[..., rows])
+        with exact_arithmetic(network.device, plan.environment.threads):
+            factors = compute_factors(network, plan.jacobian, inputs.all[batch.start : batch.stop])
+            found = reduced_diagonal(exact_diagonal(factors).cpu(), plan.jacobian.reduction)
+        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
+        is_same_machine = not plan.environment.differences(environment(network.device, plan.environment.threads))
+        tolerance = (OTHER_BATCH if is_same_machine else OTHER_MACHINE)[network.precision.compute_dtype]
+        if not difference <= tolerance * max(scale, 1e-30):
+            raise FingerprintError(_another_network(store.name, "gradients", difference, scale))

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ntkgen.blocks import Block
+from ntkgen.engine.identity import OTHER_BATCH, KnownOutputs
 from ntkgen.errors import PlanError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.compute import compute_factors
-from ntkgen.jacobian.contract import exact_diagonal, fill_kernel
+from ntkgen.jacobian.contract import exact_diagonal, fill_kernel, reduced_diagonal
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic
@@ -45,8 +46,12 @@ class Bench:
         self._network = network
         _check_network(network, self._plan)
 
+        known = KnownOutputs(store, network)  # of a run before this one
+
         def compute(block: Block) -> BlockFactors:
-            return compute_factors(network, self._plan.jacobian, samples[block.start : block.stop])
+            factors = compute_factors(network, self._plan.jacobian, samples[block.start : block.stop])
+            known.require(torch.arange(block.start, block.stop), factors.logits, OTHER_BATCH)
+            return factors
 
         self._factors = BlockCache(compute, cached_blocks)
 
@@ -128,7 +133,7 @@ def _check_network(network: Network, plan: Plan) -> None:
         PlanError: If layers, or the parameters without a rule, differ.
     """
     mine, theirs = network.profile, plan.profile
-    if (mine.layers, mine.dense_params, mine.fallback) != (theirs.layers, theirs.dense_params, theirs.fallback):
+    if not network.follows(theirs):
         raise PlanError(
             f"The network does not fit the store's plan: {len(theirs.layers)} layers with a rule and "
             f"{len(theirs.fallback)} parameters without one were planned, {len(mine.layers)} and {len(mine.fallback)} "
@@ -152,5 +157,4 @@ def _diagonal_and_logits(
         diagonals.append(exact_diagonal(block).cpu())
         logits.append(block.logits.cpu().double())
     found = torch.cat(diagonals)  # (samples, outputs)
-    reduced = {"none": found.flatten(), "trace": found.sum(1), "diagonal": found.mT}[plan.jacobian.reduction]
-    return reduced.contiguous().numpy(), torch.cat(logits).numpy()
+    return reduced_diagonal(found, plan.jacobian.reduction).numpy(), torch.cat(logits).numpy()

@@ -390,7 +390,7 @@ def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool =
     """Turn a path, a URL (s3://, gs://, az://, file://) or a Zarr store into a folder.
 
     Raises:
-        InputError: If the URL is of a kind that is not known, or what it needs is not installed.
+        InputError: If it is none of these, if the URL is of a kind that is not known, or what it needs is not there.
     """
     if isinstance(place, Folder):
         return place
@@ -399,6 +399,11 @@ def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool =
     if isinstance(place, Store):
         _open(place)
         return StoreFolder(place, str(place))
+    if not isinstance(place, str | os.PathLike) or "\0" in os.fspath(place):
+        raise InputError(
+            f"{place!r} is no place that results can be written to: expected a path, a URL or a Zarr store, found "
+            f"{type(place).__name__}. Was an argument left out? Pass a path without null characters."
+        )
     scheme, separator, rest = os.fspath(place).partition("://")
     if not separator or scheme == "file":
         return LocalFolder(Path(rest if separator else place), fsync)

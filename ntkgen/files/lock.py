@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ntkgen.errors import StoreLockedError
+from ntkgen.errors import InputError, StoreLockedError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.files.paths import absolute, beside
 
@@ -54,8 +54,9 @@ def write_lock(
         time.sleep(POLL_SECONDS)
     if file is None:
         raise StoreLockedError(
-            f"Another process is writing {path} (it holds {lock.name}). Two writers would do the same work twice. "
-            "Wait for it; what computes may also be given another --out."
+            f"Another process is writing {path} (it, or another thread of this one, holds {lock.name}): expected one "
+            "writer, since two would do the same work twice. Wait for it; what computes may also be given another "
+            "--out."
         )
     with file:
         file.truncate(0)
@@ -134,10 +135,21 @@ def _tiles(path: Path) -> Path:
 
 
 def _take(lock: Path, kind: int) -> IO[str] | None:
-    """Open and lock a file; None where another process holds it in a way that does not go with this."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    """Open and lock a file; None where another process holds it in a way that does not go with this.
+
+    Raises:
+        InputError: If there can be no such file.
+    """
     while True:
-        file = lock.open("a+")  # also for reading: where flock is made of record locks, a shared one needs that
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = lock.open("a+")  # also for reading: where flock is made of record locks, a shared one needs that
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise InputError(
+                f"Nothing can be written at {lock.parent} ({type(error).__name__}: {error.strerror}): expected a "
+                "folder, or a place for one. Is a file in the way, or is it a file system of the kernel, as /proc is? "
+                "Choose another path."
+            ) from error
         if not _try(file, kind):
             file.close()
             return None

@@ -27,12 +27,7 @@ def require_planned_uses(network: Network, recording: Recording) -> None:
         DivergedError: If the outputs are not finite.
         RuleError: If a layer is called otherwise; it names the parameters.
     """
-    if not recording.outputs.isfinite().all():
-        raise DivergedError(
-            "The network's outputs are not finite: expected numbers, found infinity or NaN in some batch. Do some "
-            "samples have values that are not finite, or are they far from those that it was trained on? Leave them "
-            "out, or repair them."
-        )
+    require_finite(recording.outputs)
     batch_size = len(recording.outputs)
     otherwise = [
         layer
@@ -42,6 +37,20 @@ def require_planned_uses(network: Network, recording: Recording) -> None:
     ]
     if otherwise:
         raise RuleError(layer.full_name(param) for layer in otherwise for param in layer.params())
+
+
+def require_finite(outputs: Tensor) -> None:
+    """Refuse outputs that are not finite.
+
+    Raises:
+        DivergedError: If there are such.
+    """
+    if not outputs.isfinite().all():
+        raise DivergedError(
+            "The network's outputs are not finite: expected numbers, found infinity or NaN in some batch. Do some "
+            "samples have values that are not finite, or are they far from those that it was trained on? Leave them "
+            "out, or repair them."
+        )
 
 
 def require_true_factors(network: Network, recording: Recording, block: BlockFactors, batch: slice) -> None:
@@ -67,14 +76,15 @@ def require_same_alone(
     logits: Tensor,  # (samples, logits), as they were in the batch
     batch_size: int,
 ) -> None:
-    """Refuse a network whose outputs are others in other batches: smaller ones, in another order.
+    """Refuse a network whose outputs are others in other batches: smaller ones, in random order.
 
     Raises:
         ModelError: If they differ by more than rounding explains.
     """
     if batch_size == 1:
         return
-    order = torch.arange(len(samples), device=samples.device).flip(0)
+    order = torch.randperm(len(samples), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    order = order.to(samples.device)
     half = max(1, len(samples) // 2)
     with torch.no_grad():
         otherwise = torch.cat([outputs_of(network.module, samples[part]) for part in order.split(half)])

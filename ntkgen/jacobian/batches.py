@@ -71,6 +71,11 @@ def _tensor_of(values: object, what: str) -> Tensor:
             f"{what} must be a torch.Tensor, a NumPy array or a list of numbers, and is a {type(values).__name__}. Is "
             "it a table or a data set? Convert it, as with torch.as_tensor or to_numpy()."
         )
+    if tensor.is_nested:
+        raise InputError(
+            f"{what} must have samples of one shape, and is a nested tensor. Do the samples have different lengths? "
+            "Pad them, as with to_padded_tensor, and let the network ignore the padding."
+        )
     if tensor.is_complex() or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
         kind = "complex" if tensor.is_complex() else "quantised" if tensor.is_quantized else f"{tensor.layout}"
         raise InputError(

@@ -9,6 +9,7 @@ from ntkgen.blocks import Block
 from ntkgen.jacobian.batch_check import require_planned_uses, require_same_alone, require_true_factors
 from ntkgen.jacobian.capture import Recording, cotangents, record
 from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
+from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.layers import Layer, sum_over_uses
 from ntkgen.jacobian.network import Network
@@ -28,8 +29,11 @@ def compute_factors(
     same bits whichever tile asks for them.
     """
     block = _empty_factors(network, plan, len(x))
-    for batch in Block(0, len(x)).pieces(plan.batch_size):
-        _fill_batch(block, network, plan, slice(batch.start, batch.stop), network.input(x[batch.start : batch.stop]))
+    with without_kept_graphs():
+        for batch in Block(0, len(x)).pieces(plan.batch_size):
+            _fill_batch(
+                block, network, plan, slice(batch.start, batch.stop), network.input(x[batch.start : batch.stop])
+            )
     return block
 
 

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from ntkgen.blocks import Block, block_pairs
-from ntkgen.jacobian.cost import DIAGONAL_NUMBERS, JacobianPlan, built_channels, kept_width, ordered_pieces, slices
+from ntkgen.jacobian.cost import (
+    DIAGONAL_NUMBERS,
+    JacobianPlan,
+    Reduction,
+    built_channels,
+    kept_width,
+    ordered_pieces,
+    slices,
+)
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.precision import policy, widen
 from ntkgen.jacobian.products import Products, rows_of
@@ -241,6 +249,15 @@ def exact_diagonal(block: BlockFactors) -> Tensor:  # (samples, outputs), float6
                     g = widen(pair.cotangents[index, outputs])  # (some m, c, T)
                     diagonal[index, outputs] += (g.mT @ g).mul_(grams).sum((1, 2))
     return diagonal
+
+
+def reduced_diagonal(
+    diagonal: Tensor,  # (samples, outputs)
+    reduction: Reduction,
+) -> Tensor:  # (rows,), of the reduction `diagonal` (outputs, samples)
+    """Reduce the diagonal as the kernel is reduced."""
+    reduced = {"none": diagonal.flatten(), "trace": diagonal.sum(1), "diagonal": diagonal.mT}[reduction]
+    return reduced.contiguous()
 
 
 def _own_gram(pair: PairFactor, index: int) -> Tensor:  # (T, T), float64

@@ -5,6 +5,7 @@ import copy
 import functools
 import types
 import weakref
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -28,6 +29,26 @@ def outputs_of(module: nn.Module, batch: Tensor) -> Tensor:
     """
     outputs: Tensor = module(batch.clone())
     return outputs
+
+
+@contextlib.contextmanager
+def without_kept_graphs() -> Iterator[None]:
+    """Explain the error of a network that keeps what it computed, with its graph, for its next call.
+
+    Raises:
+        ModelError: If a graph that was used up already is differentiated again.
+        RuntimeError: If it is another one, as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise ModelError(
+            "The network returns what an earlier call computed: expected each call to compute its outputs anew, found "
+            "a graph that was differentiated already. Does it keep results in a dictionary or a cache? Remove that, "
+            "or keep them detached and out of the outputs."
+        ) from error
 
 
 def as_input(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -144,8 +165,13 @@ def require_plain_module(model: nn.Module) -> None:
     """Refuse modules whose parameters have no values yet, or that are not made of torch's differentiable operations.
 
     Raises:
-        ModelError: If there is one.
+        ModelError: If there is one, or it is no module at all.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"A kernel is that of a network: expected a torch.nn.Module, found {type(model).__name__}. Is it a "
+            "function, a class that was not called, or a state_dict? Pass the module that has the parameters."
+        )
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ModelError(

@@ -11,10 +11,16 @@ from ntkgen.errors import ModelError, RuleError, ShapeError
 from ntkgen.jacobian.capture import Recording, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
 from ntkgen.jacobian.coverage import draw_directions
-from ntkgen.jacobian.evaluation import as_input, evaluation_copy, require_own_parameters, require_plain_module
+from ntkgen.jacobian.evaluation import (
+    as_input,
+    evaluation_copy,
+    require_own_parameters,
+    require_plain_module,
+    without_kept_graphs,
+)
 from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
-from ntkgen.jacobian.probe import NotInThisDtypeError, Trial, choose_samples, try_network
+from ntkgen.jacobian.probe import NotInThisDtypeError, Trial, choose_samples, explained_errors, try_network
 from ntkgen.jacobian.reach import require_reached
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import trainable
@@ -68,6 +74,15 @@ class Network:
         """Move a batch to where and how the network computes."""
         return as_input(x, self.precision.compute_dtype, self.device)
 
+    def follows(self, planned: NetworkProfile) -> bool:
+        """Say whether the parameters are treated as was planned: the same layers, and the same ones without a rule."""
+        mine = self.profile
+        return (mine.layers, mine.dense_params, mine.fallback) == (
+            planned.layers,
+            planned.dense_params,
+            planned.fallback,
+        )
+
     @property
     def layer_modules(self) -> dict[str, nn.Module]:
         """What `capture.record` records."""
@@ -100,13 +115,14 @@ def prepare(
         )
     _refuse_batch_statistics(model)
     samples = choose_samples(x)
-    with exact_arithmetic(device):
+    with exact_arithmetic(device), without_kept_graphs():
         module, trial = _tried_copy(model, samples, precision.compute_dtype, device)
         samples = as_input(samples, precision.compute_dtype, device)
         require_reached(model, module, samples, trial.reached)
         wrong = trial.disproved | set(excluded)
         layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
         recording, activations = _record_one(module, layers, samples[:1])
+        layers = tuple(layer for layer in layers if layer.name in recording.uses)  # not one whose output was kept
         require_own_parameters(recording.outputs, model)
         windows = _windows(layers, recording)
     shapes = tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix)
@@ -186,7 +202,11 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
 
 
 def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) -> tuple[Recording, int]:
-    """Run one sample, and count the numbers that its graph keeps for the backward passes."""
+    """Run one sample, and count the numbers that its graph keeps for the backward passes.
+
+    Raises:
+        NotInThisDtypeError: If the network raises.
+    """
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -195,7 +215,7 @@ def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) ->
         return tensor
 
     params = {param.untyped_storage().data_ptr() for param in module.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), explained_errors(sample):
         recording = record(module, {layer.name: layer.module for layer in layers}, sample)
     return recording, sum(count for address, count in saved.items() if address not in params)
 

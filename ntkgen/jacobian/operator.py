@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ntkgen.errors import InputError, ShapeError
+from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_vectors
 from ntkgen.jacobian.capture import weighted_sum
-from ntkgen.jacobian.evaluation import as_input, outputs_of
+from ntkgen.jacobian.evaluation import as_input, outputs_of, require_plain_module, without_kept_graphs
+from ntkgen.jacobian.independence import has_own_gradients
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.probe import in_turns
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 BATCH_SIZE = 32
+PRECISIONS = ("float32", "float64")
 # So many bytes of Jᵀ V, a column of which has as many numbers as the network parameters, are held at a time.
 DIRECTION_BYTES = 1 << 30
 
@@ -218,7 +220,8 @@ class NTKOperator:
 
     ``K V = J₁ (J₂ᵀ V)``: reverse mode sums J₂ᵀ V over the batches, forward mode multiplies it by J₁. For c columns and
     n = n₁ + n₂ samples this costs about c · n forward and as many backward passes, and holds c · P numbers, in groups
-    of at most `DIRECTION_BYTES`; neither J nor K is ever there. Rows and columns are sample-major,
+    of at most `DIRECTION_BYTES`; neither J nor K is ever there. The first product also tries every batch, which costs
+    about three more forward and backward passes. Rows and columns are sample-major,
     ``row = sample · m + output``. The module is copied and never changed; the copy is in evaluation mode.
 
     Attributes:
@@ -265,6 +268,9 @@ class NTKOperator:
             UnknownNameError: If there is no such precision.
         """
         rows, columns = checked_batches(x1, x2)
+        require_plain_module(model)
+        if precision not in PRECISIONS:
+            raise UnknownNameError("precision of an operator", precision, PRECISIONS)
         if batch_size < 1:
             raise InputError(f"The batch size must be at least 1, and is {batch_size}. Pass a positive number.")
         network = prepare(model, in_turns(rows, columns), policy(precision), _device(model, precision))
@@ -277,7 +283,8 @@ class NTKOperator:
         is_alone = any(table.scale_grad_by_freq for table in _tables(self._module))
         self._rows, self._columns = rows, rows if columns is None else columns
         self._batch_size = 1 if is_alone else batch_size
-        with exact_arithmetic(self.device), plain_attention():
+        self._proved: set[tuple[int, int]] = set()  # samples, and the batch size with which they were run
+        with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
             self.push = choose_push(self._module, as_input(rows[:1], self.dtype, self.device))
 
     def __repr__(self) -> str:
@@ -305,6 +312,7 @@ class NTKOperator:
         Raises:
             InputError: If it is neither, or complex.
             ShapeError: If the vector does not have as many entries as the kernel has columns.
+            ModelError: If samples of a batch depend on each other, or a backward pass is not linear.
         """
         vector = checked_vectors(v)
         if vector.shape != self.shape[1:]:
@@ -321,6 +329,7 @@ class NTKOperator:
         Raises:
             InputError: If they are neither a tensor nor a NumPy array, or complex.
             ShapeError: If the vectors do not have as many entries as the kernel has columns.
+            ModelError: If samples of a batch depend on each other, or a backward pass is not linear.
         """
         vectors = self._floats(V)
         if vectors.ndim != 2 or len(vectors) != self.shape[1]:
@@ -329,7 +338,8 @@ class NTKOperator:
         if not vectors.shape[1]:
             return torch.zeros(self.shape[0], 0, dtype=self.dtype, device=self.device)
         count = _Count(len(groups) * (self._num_batches(self._rows) + self._num_batches(self._columns)), report)
-        with exact_arithmetic(self.device), plain_attention():
+        with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
+            self._prove()
             return torch.cat([self._multiply(group, count) for group in groups], dim=1)
 
     def __matmul__(self, other: Tensor | npt.NDArray[Any]) -> Tensor:
@@ -350,6 +360,16 @@ class NTKOperator:
             rmatvec=lambda v: _in_numpy(transpose.matvec, v.ravel()),
             rmatmat=lambda V: _in_numpy(transpose.matmat, V),
         )
+
+    def _prove(self) -> None:
+        """Try every batch once, before the first product; where gradients are not a sample's own, take them alone."""
+        for samples in (self._columns, self._rows):
+            while (id(samples), self._batch_size) not in self._proved:
+                batches = (as_input(batch, self.dtype, self.device) for batch in samples.split(self._batch_size))
+                if all(has_own_gradients(self._module, batch) for batch in batches) or self._batch_size == 1:
+                    self._proved.add((id(samples), self._batch_size))
+                else:
+                    self._batch_size = 1
 
     @property
     def _columns_at_once(self) -> int:

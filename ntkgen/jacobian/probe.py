@@ -1,7 +1,7 @@
 """A network tried on a few samples: what it returns, which rules hold, and which parameters its outputs depend on."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -92,14 +92,8 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
         NotInThisDtypeError: If it raises, or returns another dtype.
         ModelError: If it does not return (samples, outputs), all finite.
     """
-    try:
+    with explained_errors(samples):
         recording = record(module, {layer.name: layer.module for layer in layers}, samples)
-    except Exception as error:  # the network is somebody else's code: whatever it raises is its own error
-        raise NotInThisDtypeError(
-            f"The network cannot take these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}). Is it made for another size or "
-            "number of channels? Give it samples of the kind it was made for."
-        ) from error
     outputs = recording.outputs
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(samples):
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -119,6 +113,33 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
             "Did its training diverge, or do the samples have values that are not finite? Repair what made them."
         )
     return recording
+
+
+@contextmanager
+def explained_errors(samples: Tensor) -> Iterator[None]:
+    """Explain what a network raises: it is somebody else's code, and its error its own.
+
+    Raises:
+        NotInThisDtypeError: If it raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "dtype" in said or "same type" in said or "Float" in said or "Double" in said:
+            other = "float32" if samples.dtype == torch.float64 else "float64"
+            cause = (
+                f"Does it run in {other} alone, because of a cast in its forward pass or a tensor that is no buffer? "
+                f"Choose the precision {other}, or remove the cast and use register_buffer."
+            )
+        else:
+            cause = (
+                "Is it made for another size, number of channels or dtype? Give it samples of the kind it was made for."
+            )
+        raise NotInThisDtypeError(
+            f"The network cannot take these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
+            f"({said}). {cause}"
+        ) from error
 
 
 def require_same_outputs(

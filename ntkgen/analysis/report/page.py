@@ -64,7 +64,7 @@ def write_page(title: str, lead: str, sections: Sequence[Section]) -> bytes:
 {_file("page.js")}</script>
 </body>
 </html>
-""".encode()
+""".encode(errors="backslashreplace")  # a path may have bytes that are no text
 
 
 def _file(name: str) -> str:
