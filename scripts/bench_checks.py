@@ -21,7 +21,7 @@ from ntkgen.jacobian import compute
 from ntkgen.training import zoo
 
 SAMPLE_SHAPE = (3, 32, 32)
-CHECKS = ("require_planned_uses", "require_true_factors", "require_same_alone")
+CHECKS = ("require_planned_uses", "require_true_factors", "require_same_in_other_batches")
 
 
 @contextmanager

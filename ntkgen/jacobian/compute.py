@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ntkgen.blocks import Block
-from ntkgen.jacobian.batch_check import require_planned_uses, require_same_alone, require_true_factors
+from ntkgen.jacobian.batch_check import require_planned_uses, require_same_in_other_batches, require_true_factors
 from ntkgen.jacobian.capture import Recording, cotangents, record
 from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
 from ntkgen.jacobian.evaluation import without_kept_graphs
@@ -34,6 +34,7 @@ def compute_factors(
             _fill_batch(
                 block, network, plan, slice(batch.start, batch.stop), network.input(x[batch.start : batch.stop])
             )
+        require_same_in_other_batches(network, x, block.logits, plan.batch_size)
     return block
 
 
@@ -98,7 +99,6 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
                 column += rows.shape[1]
     require_true_factors(network, recording, block, batch)
     del recording  # and with it the graph
-    require_same_alone(network, samples, block.logits[batch], plan.batch_size)
     if network.fallback:
         for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample's rows at a time
             rows = jacobian_rows(network.module, network.fallback, sample[None])[0]
