@@ -23,7 +23,6 @@ from ntkgen.files.lock import write_lock
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.origin import load_parts, take
-from ntkgen.plan.explain import Work, explain
 from ntkgen.plan.plan import Budget, Plan
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import describe
@@ -300,15 +299,7 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
     started = time.monotonic()
     checkpoint, _ = run_training(job.training, job.data, job.place, (job.model, job.recipe), report)
     checkpoints.load_state(job.model, checkpoint)
-    kernel = KernelJob(
-        model=job.model,
-        inputs=job.inputs,
-        probe=_probe(job.inputs, job.data),
-        spec=job.kernel.spec,
-        device=job.place.device,
-        provenance=_provenance(job, checkpoint),
-        hands=job.place.hands,
-    )
+    kernel = kernel_job(job, _provenance(job, checkpoint))
     load = partial(load_parts, job.store, job.place.data_dir, job.data.name)
     with suppress(InaccurateKernelError):  # the description says so, and other kernels are still to be made
         make(job.store, kernel, load, report)
@@ -318,6 +309,19 @@ def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
         "train_accuracy": checkpoint.train_accuracy,
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def kernel_job(job: Job, provenance: dict[str, Any] | None = None) -> KernelJob:
+    """Say what the kernel of a job is made of."""
+    return KernelJob(
+        model=job.model,
+        inputs=job.inputs,
+        probe=_probe(job.inputs, job.data),
+        spec=job.kernel.spec,
+        device=job.place.device,
+        provenance=provenance or {},
+        hands=job.place.hands,
+    )
 
 
 def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -340,39 +344,4 @@ def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
         "learning_rate": job.recipe.learning_rate,
         "batch_size": job.recipe.batch_size,
         "checkpoint": job.checkpoint.name,
-    }
-
-
-def project(job: Job, *, explained: bool = False) -> dict[str, Any]:
-    """Say what a job would do, as plain values; explained, part by part too."""
-    plan, path = job.plan, job.store
-    cached_blocks = plan.cached_blocks(job.budget)
-    store = open_store(path) if has_store(path) else None
-    tiles = list(plan.grid.tiles()) if store is None else store.missing_tiles()
-    diagonal = list(range(plan.num_sides)) if store is None else store.missing_blocks()
-    work = Work.of(plan, tiles, cached_blocks, diagonal)
-    parts = {"parts": [dataclasses.asdict(part) for part in explain(plan, work)]} if explained else {}
-    return {
-        "store": str(path),
-        "model": job.training.model,
-        "dataset": job.data.name,
-        "num_samples": plan.grid.num_samples,
-        "num_col_samples": plan.grid.num_col_samples,
-        "num_outputs": plan.grid.num_outputs,
-        "num_params": plan.profile.num_params,
-        "rows": plan.grid.num_rows,
-        "cols": plan.grid.num_cols,
-        "output": job.kernel.spec.output,
-        "dtypes": list(job.kernel.spec.dtypes),
-        "layout": job.layout,
-        "tile_side": plan.grid.side,
-        "tiles": plan.grid.num_tiles,
-        "tiles_missing": len(tiles),
-        "disk_bytes": job.disk_bytes,
-        "projected_bytes": plan.projected_bytes(cached_blocks),
-        "projected_flops": plan.projected_flops(tiles, cached_blocks, diagonal),
-        "factor_samples": work.factor_samples,
-        "precision": plan.precision,
-        "product_route": plan.jacobian.rates.route,
-        **parts,
     }

@@ -26,3 +26,15 @@ def parse_bytes(text: str) -> int | None:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?\s*", text.lower())
     return None if match is None or match[2] not in _UNITS else int(float(match[1]) * _UNITS[match[2]])
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a duration for people.
+
+    >>> human_seconds(0.4), human_seconds(75), human_seconds(5400), human_seconds(200_000)
+    ('0.4 s', '75 s', '1.5 h', '2.3 days')
+    """
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"

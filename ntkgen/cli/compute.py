@@ -10,7 +10,7 @@ from ntkgen.cli.certificate import certificate_summary
 from ntkgen.cli.options import SEED, Bytes, FiniteRange, ManyCommand, ManyOption, aligned, training_options
 from ntkgen.cli.session import Settings, start_process
 from ntkgen.errors import InputError
-from ntkgen.units import human_bytes
+from ntkgen.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,6 +87,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
     from ntkgen.engine.identity import KernelSpec
+    from ntkgen.projection import duration_of, project, takes_minutes
     from ntkgen.store.describe import loses_precision
     from ntkgen.store.rounding import check_dtypes
 
@@ -105,7 +106,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
             if settings.verbose:
                 click.echo(_treatment(job), err=True)
             if dry_run or explained:
-                projection = pipeline.project(job, explained=explained)
+                projection = project(job, explained=explained)
                 click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
         pipeline.require_disk(place, missing_bytes)
         if loses_precision(spec.precision, spec.dtypes):
@@ -115,8 +116,9 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
         exit_code = 0
         for request in settings.requests():
             job = pipeline.plan_job(request, kernel, place, data, against)
+            projected = duration_of(job).total if takes_minutes(job) else None
             with progress_bars(request.model, quiet=settings.quiet) as report:
-                result = pipeline.run_job(job, report)
+                result = pipeline.run_job(job, report) | {"projected_seconds": projected}
             click.echo(json.dumps(result) if settings.as_json else _summary(result))
             if result["inaccuracy"] is not None:
                 click.echo(f"Error: {result['inaccuracy']}", err=True)
@@ -179,11 +181,26 @@ def _projection(values: dict[str, Any]) -> str:
         "disk": human_bytes(values["disk_bytes"]),
         "memory": f"{human_bytes(values['projected_bytes'])} at most beside the loaded program",
         "work": f"{values['projected_flops']:.3g} FLOP, {values['factor_samples']:,} factor computations",
+        "time": _time(values["seconds"]),
     }
     title = f"{values['model']} on {values['dataset']}: {_samples(values)}"
     explained = _explained(values["parts"]) if "parts" in values else []
     page = [f"{title}, {values['num_params']:,} parameters", *aligned(lines), *explained, "  Nothing was written."]
     return "\n".join(page)
+
+
+def _time(seconds: dict[str, Any]) -> str:
+    """Write how long a run is projected to take here, and what of it each kind of work takes."""
+    if not seconds["total"]:
+        return "nothing is missing"
+    low, high = seconds["range"]
+    names = ("training", "factors", "products", "disk", "certificate")
+    parts = ", ".join(
+        f"{name} {'at most ' if name == 'training' else ''}{human_seconds(seconds[name])}"
+        for name in names
+        if seconds[name]
+    )
+    return f"{human_seconds(low)} to {human_seconds(high)} here ({parts})"
 
 
 def _samples(values: dict[str, Any]) -> str:
@@ -217,6 +234,12 @@ def _explained(parts: list[dict[str, Any]]) -> list[str]:
     return [*lines, f"  {'total':<{width}}  {saved:<59}  {total:>9.3g}  {explicit:>9.3g}", ""]
 
 
+def _projected(result: dict[str, Any]) -> str:
+    """Write what was projected beside the time that a run took; without training, of which it is an upper bound."""
+    projected = result["projected_seconds"]
+    return "" if projected is None else f" (projected: {human_seconds(projected)})"
+
+
 def _summary(result: dict[str, Any]) -> str:
     if result["status"] != "complete":
         return (
@@ -232,7 +255,7 @@ def _summary(result: dict[str, Any]) -> str:
         f"{'' if is_good else ', and WRONG'}.\n"
         f"  {result['store']}\n"
         f"  {' and '.join(result['arrays'])}, {_size(result)}, layout {result['layout']}, "
-        f"{human_bytes(result['stored_bytes'])}, {result['seconds']:.1f} s\n"
+        f"{human_bytes(result['stored_bytes'])}, {result['seconds']:.1f} s{_projected(result)}\n"
         f"  accuracy: {certificate_summary(result)}\n"
         f"  network: {result['num_params']:,} parameters in {result['checkpoint']}\n\n"
         "  Open it in Python:\n"

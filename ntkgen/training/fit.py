@@ -1,6 +1,9 @@
 """Module + data → checkpoint, trained until the stated criterion or an explicit NotConverged."""
 
+import copy
 import math
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,8 @@ from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training.checkpoint import Checkpoint, Recipe
 
 EVALUATION_BATCH = 1000
+# Steps from which the time of training is projected.
+MEASURED_STEPS = 2
 # At 0.1 a network without batch norm falls to chance on digits in half of the seeds.
 LEARNING_RATE = {True: 0.1, False: 0.02}
 
@@ -141,6 +146,27 @@ def train(
             checkpoints.save(path, found)
             report(run.epoch, _num_steps(run, data), _num_steps(run, data), accuracy)
     return found
+
+
+def seconds_to_train(model: nn.Module, data: Dataset, recipe: Recipe) -> float:
+    """Project the seconds of all epochs of a recipe, an upper bound, from a few steps of a copy of the network."""
+    copied = copy.deepcopy(model)
+    device = next(copied.parameters()).device
+    with _training_mode(device, recipe.seed, torch.get_num_threads()):
+        run, data = _Run(copied.train(), recipe, device), data.to(device)
+        batches = _batches(torch.arange(data.num_samples, device="cpu"), recipe.batch_size)
+        steps = []
+        for ids in batches[: MEASURED_STEPS + 1]:  # the first warms up
+            started = time.perf_counter()
+            _train_step(run, data.batch(ids, run.order), data.labels[ids.to(data.labels.device)])
+            steps.append(time.perf_counter() - started)
+        ids = batches[0]
+        copied.eval()
+        started = time.perf_counter()
+        with torch.no_grad():
+            float(copied(data.inputs(ids)).sum())
+        evaluating = (time.perf_counter() - started) * data.num_samples / len(ids)
+    return recipe.num_epochs * (len(batches) * statistics.median(steps[1:] or steps) + evaluating)
 
 
 def has_converged(checkpoint: Checkpoint, target_accuracy: float) -> bool:

@@ -1,0 +1,98 @@
+"""What a job would do, and how long it would take, before it is begun."""
+
+import dataclasses
+from typing import Any
+
+from ntkgen.engine.compute import ready
+from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
+from ntkgen.pipeline import Job, kernel_job
+from ntkgen.plan.explain import Work, explain
+from ntkgen.plan.tiles import Tile
+from ntkgen.store.certificate import usual_sampling
+from ntkgen.store.opening import has_store, open_store
+from ntkgen.training import checkpoint as checkpoints
+from ntkgen.training.fit import seconds_to_train
+
+# A run that is shorter than this by the plan's rates has no projection, which takes seconds itself.
+MEASURED_FROM_SECONDS = 20.0
+
+
+def _missing(job: Job) -> tuple[list[Tile], list[int]]:
+    """List the tiles, and the blocks of the diagonal, that are not on disk yet."""
+    if not has_store(job.store):
+        return list(job.plan.grid.tiles()), list(range(job.plan.num_sides))
+    store = open_store(job.store)
+    return store.missing_tiles(), store.missing_blocks()
+
+
+def duration_of(job: Job) -> Duration:
+    """Project how long a job takes here, by measuring one batch of each kind of work that is missing."""
+    tiles, diagonal = _missing(job)
+    plan, kernel, spec = job.plan, kernel_job(job), job.kernel.spec
+    work = Work.of(plan, tiles, plan.cached_blocks(job.budget), diagonal)
+    team = job.place.hands.team
+    part = job.place.hands.part
+    num_workers = (1 if team is None else team.num_workers) * (1 if part is None else part.count)
+    found = Duration(training=_training_seconds(job))
+    if tiles or diagonal:
+        network, _ = ready(kernel)
+        found = dataclasses.replace(
+            kernel_duration(plan, work, network, job.inputs.x, num_workers=num_workers),
+            training=found.training,
+            disk=disk_seconds(job.store, job.missing_bytes),
+        )
+        if spec.certify and part is None:
+            sampling = usual_sampling(spec.output, plan.profile.num_logits)
+            seconds = certificate_seconds(job.model, job.inputs.x, len(job.inputs.all), spec.output, sampling)
+            found = dataclasses.replace(found, certificate=seconds)
+    return found
+
+
+def _training_seconds(job: Job) -> float:
+    """Project the seconds of the epochs that are left; none where the network is there."""
+    found = checkpoints.load(job.checkpoint) if job.checkpoint.exists else None
+    if not job.recipe.num_epochs or (found is not None and found.is_finished):
+        return 0.0
+    left = 1.0 if found is None else 1 - found.epoch / job.recipe.num_epochs
+    return left * seconds_to_train(job.model, job.data, job.recipe)
+
+
+def takes_minutes(job: Job) -> bool:
+    """Say whether a job is worth the seconds that a projection takes, by the rate of the plan's products."""
+    tiles, diagonal = _missing(job)
+    flops = job.plan.projected_flops(tiles, job.plan.cached_blocks(job.budget), diagonal)
+    return flops / 2 / (job.plan.jacobian.rates.product * 1e6) > MEASURED_FROM_SECONDS
+
+
+def project(job: Job, *, explained: bool = False) -> dict[str, Any]:
+    """Say what a job would do and how long it would take, as plain values; explained, part by part too."""
+    plan, path = job.plan, job.store
+    cached_blocks = plan.cached_blocks(job.budget)
+    tiles, diagonal = _missing(job)
+    work = Work.of(plan, tiles, cached_blocks, diagonal)
+    parts = {"parts": [dataclasses.asdict(part) for part in explain(plan, work)]} if explained else {}
+    return {
+        "store": str(path),
+        "model": job.training.model,
+        "dataset": job.data.name,
+        "num_samples": plan.grid.num_samples,
+        "num_col_samples": plan.grid.num_col_samples,
+        "num_outputs": plan.grid.num_outputs,
+        "num_params": plan.profile.num_params,
+        "rows": plan.grid.num_rows,
+        "cols": plan.grid.num_cols,
+        "output": job.kernel.spec.output,
+        "dtypes": list(job.kernel.spec.dtypes),
+        "layout": job.layout,
+        "tile_side": plan.grid.side,
+        "tiles": plan.grid.num_tiles,
+        "tiles_missing": len(tiles),
+        "disk_bytes": job.disk_bytes,
+        "projected_bytes": plan.projected_bytes(cached_blocks),
+        "projected_flops": plan.projected_flops(tiles, cached_blocks, diagonal),
+        "factor_samples": work.factor_samples,
+        "precision": plan.precision,
+        "product_route": plan.jacobian.rates.route,
+        "seconds": duration_of(job).to_json(),
+        **parts,
+    }

@@ -1,0 +1,98 @@
+"""How long a run is projected to take: what is measured is multiplied by what the plan counts."""
+
+import json
+import math
+
+import pytest
+import torch
+from cases import make_job
+from torch import nn
+
+from ntkgen.engine import duration
+from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
+from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.plan.explain import Work
+from ntkgen.store.certificate import Sampling
+from ntkgen.units import human_seconds
+
+FAST = ["compute", "--models", "logistic", "--subsample", "6", "--tile", "20", "--json"]
+
+
+def test_tiles_are_written_while_the_next_ones_are_computed():
+    found = Duration(training=100, factors=20, products=30, disk=40, certificate=5)
+    assert found.total == 155
+    assert Duration(disk=40, products=30).total == 40
+    assert found.range == (155 / 1.5, 155 * 1.5)
+    assert found.to_json() == {
+        "training": 100, "factors": 20, "products": 30, "disk": 40, "certificate": 5, "total": 155,
+        "range": [155 / 1.5, 155 * 1.5],
+    }  # fmt: skip
+
+
+def test_factors_are_projected_from_one_batch_and_products_from_the_rates_of_the_plan(monkeypatch):
+    job = make_job()
+    monkeypatch.setattr(duration, "_seconds", lambda run, _: (run(), 2.0)[1])
+    work = Work(factor_samples=30, built_samples=0, pairs=500)
+    found = kernel_duration(job.plan, work, job.network, job.x)
+    assert found.factors == 30 * 2.0 / job.plan.jacobian.batch_size
+    twice = kernel_duration(job.plan, Work(30, 0, 1000), job.network, job.x, num_workers=2)
+    assert twice.factors == found.factors / 2
+    assert twice.products == pytest.approx(found.products)
+    assert found.products > 0
+
+
+@pytest.mark.parametrize(("output", "columns"), [("full", 5), ("trace", 15)])
+def test_a_certificate_takes_a_product_per_probe_and_tries_each_batch_once(output, columns, monkeypatch):
+    model, x = nn.Linear(4, 3), torch.ones(20, 4)
+    times = iter([1.1, 0.1])
+    monkeypatch.setattr(duration, "_seconds", lambda run, _, **__: (run(), next(times))[1])
+    found = certificate_seconds(model, x, 1000, output, Sampling(num_probes=5, num_pairs=0))
+    assert found == pytest.approx(1000 * (columns * 0.1 + 1.0) / duration.CERTIFIED_SAMPLES)
+
+
+def test_a_disk_is_measured_where_the_store_will_be_and_nothing_stays(tmp_path):
+    folder = LocalFolder(tmp_path / "not" / "there" / "k.zarr")
+    once = disk_seconds(folder, duration.DISK_BYTES)
+    assert 0 < once < math.inf
+    assert list(tmp_path.iterdir()) == []
+    assert disk_seconds(folder, 0) == 0
+
+
+def test_of_an_object_store_no_time_is_known():
+    from zarr.storage import MemoryStore
+
+    assert disk_seconds(folder_of(MemoryStore()), 1000) == 0
+
+
+def test_a_dry_run_says_how_long_it_would_take(run):
+    seconds = json.loads(run(*FAST, "--epochs", "2", "--dry-run")[1])["seconds"]
+    assert all(seconds[name] > 0 for name in ("training", "factors", "products", "disk", "certificate"))
+    assert seconds["total"] >= seconds["training"] + seconds["certificate"]
+    page = run(*FAST[:-1], "--epochs", "0", "--no-certify", "--dry-run")[1]
+    (line,) = (line for line in page.splitlines() if line.startswith("  time"))
+    assert " here (factors " in line
+    assert "training" not in line
+    assert "certificate" not in line
+
+
+def test_what_is_finished_takes_no_time(run):
+    command = [*FAST, "--epochs", "0"]
+    assert json.loads(run(*command)[1])["projected_seconds"] is None  # too short to be worth a projection
+    assert json.loads(run(*command, "--dry-run")[1])["seconds"]["total"] == 0
+    assert "time" in run(*command[:-3], "--epochs", "0", "--dry-run")[1]
+    assert "nothing is missing" in run(*FAST[:-1], "--epochs", "0", "--dry-run")[1]
+
+
+@pytest.mark.slow
+def test_a_run_of_minutes_says_what_was_projected(run, monkeypatch):
+    monkeypatch.setattr("ntkgen.projection.MEASURED_FROM_SECONDS", 0.0)
+    code, out, _ = run(*FAST[:-1], "--epochs", "0")
+    assert code == 0
+    assert "(projected: " in out
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (119, "119 s"), (120, "2.0 min"), (3599, "60.0 min"), (86400, "24.0 h")]
+)
+def test_durations_are_written_for_people(seconds, text):
+    assert human_seconds(seconds) == text
