@@ -105,8 +105,8 @@ FAULTS = (
     Fault(
         "wrong row order: labels belong to outputs first",
         "store/schema.py",
-        '(np.repeat(samples.labels, m), "label',
-        '(np.tile(samples.labels, m), "label',
+        "= np.repeat(side.labels, m)",
+        "= np.tile(side.labels, m)",
         "store symmetric engine",
     ),
     Fault(

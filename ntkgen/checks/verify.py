@@ -8,7 +8,6 @@ import dataclasses
 import errno
 import itertools
 import json
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +24,9 @@ from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import first_few
 from ntkgen.store.opening import ROOT
-from ntkgen.store.schema import ArrayLayout, create_array, side_arrays, small_arrays
-from ntkgen.store.store import CHECKSUM_BYTES, IMPORTED, UNDERFLOW, KernelStore
+from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, Key, StoredArray, create_array
+from ntkgen.store.store import KernelStore
 
-Key = tuple[int, ...]
 Place = tuple[int, int]  # of a tile: its row and its column of tiles
 
 # So many threads read, but together they hold no more bytes than this.
@@ -54,29 +52,6 @@ class Damage:
     tile: Place | None = None
 
 
-@dataclass(frozen=True)
-class _Array:
-    """What is known of an array without looking at it."""
-
-    name: str
-    dtype: np.dtype[Any]
-    layout: ArrayLayout
-
-    @property
-    def file_bytes(self) -> int:
-        """Bytes of each of its files."""
-        return math.prod(self.layout.chunks) * self.dtype.itemsize + CHECKSUM_BYTES
-
-    def file(self, key: Key) -> str:
-        """Name the file of a chunk, below the store."""
-        return f"{self.name}/c/{'/'.join(map(str, key))}"
-
-    def inside(self, key: Key) -> tuple[slice, ...]:
-        """Locate in a chunk what lies within the array: the last ones of an axis are stored at full size."""
-        axes = zip(self.layout.shape, self.layout.chunks, key, strict=True)
-        return tuple(slice(min(chunk, length - at * chunk)) for length, chunk, at in axes)
-
-
 # reading --------------------------------------------------------------------------------------------------------------
 
 
@@ -90,8 +65,8 @@ def find_damage(store: KernelStore, report: Report = ignore_report) -> list[Dama
         store: What is read, on a disk or in an object store.
         report: Called as the stage ``files`` proceeds.
     """
-    arrays = _arrays(store)
-    total, done = sum(sum(1 for _ in _keys(store, array)) for array in arrays), 0
+    arrays = store.arrays()
+    total, done = sum(sum(1 for _ in array.chunk_keys()) for array in arrays), 0
     found: list[Damage] = []
     for number, damage in _read(store, arrays):
         found += damage
@@ -100,7 +75,7 @@ def find_damage(store: KernelStore, report: Report = ignore_report) -> list[Dama
     return found
 
 
-def _read(store: KernelStore, arrays: Sequence[_Array]) -> Iterator[tuple[int, list[Damage]]]:
+def _read(store: KernelStore, arrays: Sequence[StoredArray]) -> Iterator[tuple[int, list[Damage]]]:
     """Examine the files of some arrays, in several threads; give for each turn how many there were, and the damage."""
     threads = max(1, min(THREADS, HELD_BYTES // max(array.file_bytes for array in arrays)))
     waiting: deque[tuple[int, Future[list[Damage]]]] = deque()
@@ -119,7 +94,7 @@ class _Turn:
     """Some files of one array, for a thread to examine; or, without any, its metadata."""
 
     store: KernelStore
-    array: _Array
+    array: StoredArray
     keys: Sequence[Key]
     sizes: Mapping[str, int]
 
@@ -133,7 +108,7 @@ class _Turn:
             return [Damage(f"{self.array.name}/zarr.json", problem)] if problem else []
         problems = ((key, self._problem(key)) for key in self.keys)
         return [
-            Damage(self.array.file(key), problem, _tile(self.store.grid, self.array.name, key))
+            Damage(self.array.file(key), problem, _tile(self.store.grid, self.array, key))
             for key, problem in problems
             if problem
         ]
@@ -141,7 +116,7 @@ class _Turn:
     def _problem(self, key: Key) -> str | None:
         file = self.array.file(key)
         if file not in self.sizes:
-            return None if _may_be_absent(self.store, self.array.name, key) else "missing"
+            return None if _may_be_absent(self.store, self.array, key) else "missing"
         if problem := _size_problem(self.array, self.sizes[file]):
             return problem
         try:
@@ -153,39 +128,40 @@ class _Turn:
         return "missing" if data is None else _content_problem(self.array, key, data)
 
 
-def _turns(store: KernelStore, arrays: Sequence[_Array]) -> Iterator[_Turn]:
+def _turns(store: KernelStore, arrays: Sequence[StoredArray]) -> Iterator[_Turn]:
     for array in arrays:
         sizes = store.folder.sizes(f"{array.name}/c")
         yield _Turn(store, array, (), sizes)
-        keys, count = _keys(store, array), max(1, min(TURN_FILES, TURN_BYTES // array.file_bytes))
+        keys, count = array.chunk_keys(), max(1, min(TURN_FILES, TURN_BYTES // array.file_bytes))
         while turn := tuple(itertools.islice(keys, count)):
             yield _Turn(store, array, turn, sizes)
 
 
-def _size_problem(array: _Array, size: int) -> str | None:
+def _size_problem(array: StoredArray, size: int) -> str | None:
     if size == array.file_bytes:
         return None
     return "cut short" if size < array.file_bytes else "too long"
 
 
-def _content_problem(array: _Array, key: Key, data: bytes) -> str | None:
+def _content_problem(array: StoredArray, key: Key, data: bytes) -> str | None:
     """Compare a chunk with the checksum at its end, and look for what is not finite within the array."""
     if problem := _size_problem(array, len(data)):
         return problem
     payload = np.frombuffer(data, np.uint8)[:-CHECKSUM_BYTES]
     if google_crc32c.value(payload) != int.from_bytes(data[-CHECKSUM_BYTES:], "little"):
         return "damaged"
-    if array.dtype.kind != "f":
+    dtype = np.dtype(array.dtype).newbyteorder("<")
+    if dtype.kind != "f":
         return None
-    values = payload.view(array.dtype).reshape(array.layout.chunks)[array.inside(key)]
+    values = payload.view(dtype).reshape(array.chunks)[array.inside(key)]
     return None if np.isfinite(values).all() else "not finite"
 
 
-def _metadata_problem(store: KernelStore, array: _Array, *, is_used: bool) -> str | None:
+def _metadata_problem(store: KernelStore, array: StoredArray, *, is_used: bool) -> str | None:
     """Compare the metadata of an array with what it must be, and its attributes with the copy of a finished store."""
     data = store.folder.read(f"{array.name}/zarr.json")
     if data is None:
-        return "missing" if is_used or not _is_made_late(store, array.name) else None
+        return "missing" if is_used or not _is_made_late(store, array) else None
     try:
         values = json.loads(data)
         found, expected = (_without_attributes(each) for each in (ArrayV3Metadata.from_dict(values), _metadata(array)))
@@ -195,8 +171,8 @@ def _metadata_problem(store: KernelStore, array: _Array, *, is_used: bool) -> st
     return None if is_right else "damaged"
 
 
-def _metadata(array: _Array) -> ArrayV3Metadata:
-    made = create_array(zarr.create_group(MemoryStore()), array.name, array.dtype.name, array.layout, {})
+def _metadata(array: StoredArray) -> ArrayV3Metadata:
+    made = create_array(zarr.create_group(MemoryStore()), array)
     assert isinstance(made.metadata, ArrayV3Metadata)
     return made.metadata
 
@@ -220,94 +196,32 @@ def _gathered(store: KernelStore) -> Mapping[str, Any]:
 # what there should be -------------------------------------------------------------------------------------------------
 
 
-def _arrays(store: KernelStore) -> list[_Array]:
-    """Describe all arrays that the finished store has, as its manifest says."""
-    layouts = _small(store.grid) | _sides(store) | _kernels(store)
-    return [_Array(name, np.dtype(layouts[name][0]).newbyteorder("<"), layouts[name][1]) for name in store.arrays()]
-
-
-def _small(grid: TileGrid) -> dict[str, tuple[str, ArrayLayout]]:
-    lengths = {
-        "row": grid.num_rows,
-        "col": grid.num_cols,
-        "sample": grid.num_samples,
-        "against_sample": grid.num_col_samples or 0,
-    }
-    axes = {"sample_index": "sample", "col_sample_index": "against_sample"}
-    dims = {name: axes.get(name, name[:3]) for name in small_arrays(grid)}
-    return {name: ("int64", ArrayLayout((lengths[dim],), (lengths[dim],), (dim,))) for name, dim in dims.items()}
-
-
-def _sides(store: KernelStore) -> dict[str, tuple[str, ArrayLayout]]:
-    grid, num_logits = store.grid, store.manifest.plan.profile.num_logits
-    counts = (grid.num_samples, grid.num_col_samples or 0)
-    layouts = {}
-    for (diagonal, logits), n, axis, dim in zip(
-        side_arrays(grid), counts, ("row", "col"), ("sample", "against_sample"), strict=False
-    ):
-        whole = ArrayLayout((n * grid.num_outputs,), (grid.side,), (axis,))
-        planes = ArrayLayout((grid.num_planes, n), (grid.num_planes, grid.side), ("output", axis))
-        layouts[diagonal] = ("float64", whole if grid.num_planes == 1 else planes)
-        layouts[logits] = ("float64", ArrayLayout((n, num_logits), (grid.tile_samples, num_logits), (dim, "output")))
-    return layouts
-
-
-def _kernels(store: KernelStore) -> dict[str, tuple[str, ArrayLayout]]:
-    grid, side = store.grid, store.grid.side
-    layout = ArrayLayout((grid.num_rows, grid.num_cols), (side, side), ("row", "col"))
-    if grid.num_planes > 1:
-        layout = ArrayLayout((grid.num_planes, *layout.shape), (1, *layout.chunks), ("output", *layout.dims))
-    counts = ArrayLayout((grid.num_blocks, grid.num_col_blocks, 2), (1, 1, 2), ("tile_row", "tile_col", "kind"))
-    return {f"ntk_{dtype}": (dtype, layout) for dtype in store.manifest.dtypes} | {UNDERFLOW: ("int64", counts)}
-
-
-def _keys(store: KernelStore, array: _Array) -> Iterator[Key]:
-    """List the files that an array should have: of one stored triangle, and of counts per tile, no others."""
-    counts = (math.ceil(length / chunk) for length, chunk in zip(array.layout.shape, array.layout.chunks, strict=True))
-    keys = itertools.product(*map(range, counts))
-    is_triangle = store.grid.is_symmetric and (array.name == UNDERFLOW or store.manifest.layout == "upper")
-    if not is_triangle or not _is_of_tiles(array.name):
-        return keys
-    first = _first_axis(array.name, len(array.layout.shape))
-    return (key for key in keys if key[first] <= key[first + 1])
-
-
-def _is_of_tiles(name: str) -> bool:
-    return name == UNDERFLOW or name.startswith("ntk_")
-
-
-def _first_axis(name: str, ndim: int) -> int:
-    """Say where in a chunk's key the row of tiles stands; its column follows."""
-    return 0 if name == UNDERFLOW else ndim - 2
-
-
-def _tile(grid: TileGrid, name: str, key: Key) -> Place | None:
-    if not _is_of_tiles(name):
+def _tile(grid: TileGrid, array: StoredArray, key: Key) -> Place | None:
+    if not array.is_of_tiles:
         return None
-    first = _first_axis(name, len(key))
-    row, col = key[first], key[first + 1]
+    row, col = array.place(key)
     return (col, row) if grid.is_symmetric and row > col else (row, col)
 
 
-def _is_made_late(store: KernelStore, name: str) -> bool:
+def _is_made_late(store: KernelStore, array: StoredArray) -> bool:
     """Say whether an array is made after others, and need not be there in an unfinished store."""
-    return _is_of_tiles(name) and not store.manifest.is_complete
+    return array.is_of_tiles and not store.manifest.is_complete
 
 
-def _may_be_absent(store: KernelStore, name: str, key: Key) -> bool:
+def _may_be_absent(store: KernelStore, array: StoredArray, key: Key) -> bool:
     """Say whether a file needs not be there: what is not computed yet, and labels of -1, as nothing reads.
 
     Data sets have labels, and of a symmetric kernel columns have those of the rows. The counts of a tile are written
     before it, so that one of them may be missing alone.
     """
-    if name in LABELS:
-        is_of_data = store.manifest.provenance and IMPORTED not in store.manifest.identity
+    if array.name in LABELS:
+        is_of_data = store.manifest.provenance and not store.manifest.is_imported
         return not is_of_data and not (
             store.grid.is_symmetric and any(store.folder.has(f"{each}/c/0") for each in LABELS)
         )
-    if store.manifest.is_complete or name in small_arrays(store.grid):
+    if store.manifest.is_complete or array.role == "coordinate":
         return False
-    return name != UNDERFLOW or not store.folder.has(_file_of_counted(store, key))
+    return array.role != "counts" or not store.folder.has(_file_of_counted(store, key))
 
 
 def _file_of_counted(store: KernelStore, key: Key) -> str:

@@ -30,8 +30,8 @@ from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.certificate import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF
 from ntkgen.store.opening import ROOT, open_store
-from ntkgen.store.schema import side_arrays
-from ntkgen.store.store import CHECKSUM_BYTES, UNDERFLOW, KernelStore
+from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, side_arrays
+from ntkgen.store.store import KernelStore
 
 # Two machines may differ by so many times what rounding once changes: they add up in other orders, and a deep network
 # multiplies what its first layers round. Where operands are rounded (tf32, bfloat16) that is most of the error itself.
@@ -148,7 +148,7 @@ def _prepared(store: KernelStore, model: nn.Module, inputs: Inputs, device: torc
 def _empty_copy(store: KernelStore) -> KernelStore:
     """Make a store in memory with the arrays and the scales of another, and nothing in them."""
     folder = StoreFolder(MemoryStore(), "memory")
-    for name in (ROOT, *(f"{array}/{ROOT}" for array in store.arrays())):
+    for name in (ROOT, *(f"{array.name}/{ROOT}" for array in store.arrays())):
         if (data := store.folder.read(name)) is not None:
             folder.write(name, data)
     return open_store(folder, mode="r+")

@@ -24,11 +24,11 @@ from ntkgen.jacobian.cost import JacobianPlan, NetworkProfile, sizes_for
 from ntkgen.plan.plan import Environment, Plan
 from ntkgen.plan.tiles import Tile, TileGrid, make_grid
 from ntkgen.progress import Report, counter, ignore_report
-from ntkgen.store.manifest import Manifest, check_identity
+from ntkgen.store.manifest import IMPORTED, Manifest, check_identity
 from ntkgen.store.opening import create_store, has_store, open_store
 from ntkgen.store.rounding import STORE_DTYPES
 from ntkgen.store.schema import Samples
-from ntkgen.store.store import IMPORTED, KernelStore
+from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
 from ntkgen.units import human_bytes
 

@@ -16,6 +16,8 @@ from ntkgen.store.rounding import STORE_DTYPES
 FORMAT_VERSION = 3
 # Written in full while all dtypes together take at most this much; above, one triangle.
 FULL_LAYOUT_BYTES = 10 * 10**9
+# In the identity of a store that was not computed, and in its provenance: the file that it was made of.
+IMPORTED = "imported_from"
 
 
 def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
@@ -47,6 +49,21 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hash what the kernel is of and how it is computed."""
         return hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the kernel was made of a file, and not computed."""
+        return IMPORTED in self.identity
+
+    @property
+    def num_logits(self) -> int:
+        """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
+        return self.plan.profile.num_logits
+
+    @property
+    def quantity(self) -> str:
+        """What the kernel's true values are."""
+        return str(self.provenance.get("quantity", "J Jᵀ"))
 
     def to_json(self) -> dict[str, Any]:
         """Turn into plain values for the group's attribute."""

@@ -14,9 +14,9 @@ import ntkgen
 from ntkgen.errors import InaccurateKernelWarning, StoreError
 from ntkgen.files.folder import Folder, LocalFolder, folder_of
 from ntkgen.store.describe import inaccuracy
-from ntkgen.store.manifest import FORMAT_VERSION, Manifest
-from ntkgen.store.schema import Samples, create_static
-from ntkgen.store.store import IMPORTED, KernelStore
+from ntkgen.store.manifest import FORMAT_VERSION, IMPORTED, Manifest
+from ntkgen.store.schema import Samples, create_first
+from ntkgen.store.store import KernelStore
 
 ROOT = "zarr.json"
 
@@ -31,7 +31,7 @@ def create_store(place: str | os.PathLike[str] | Folder, manifest: Manifest, sam
     """
     folder, files = folder_of(place), dict[str, Buffer]()
     group = zarr.create_group(MemoryStore(files))
-    create_static(group, manifest.plan.grid, samples, manifest.plan.profile.num_logits)
+    create_first(group, manifest, samples)
     group.attrs.put(_attributes(manifest))
     if foreign := [key for key in folder.sizes() if key == ROOT or key not in files]:
         raise StoreError(
@@ -55,7 +55,7 @@ def _attributes(manifest: Manifest) -> dict[str, Any]:
 
 def _origin(manifest: Manifest) -> str:
     made = manifest.provenance
-    if IMPORTED in manifest.identity:
+    if manifest.is_imported:
         return f", {made.get('quantity')}, imported from {made.get(IMPORTED)}"
     return f" of {made.get('model', '?')} on {made.get('dataset', '?')}"
 

@@ -1,8 +1,27 @@
-"""Which arrays a store has from the start, and how an array is made: chunks, codecs, fill value."""
+"""Which arrays a store has, in one table: `arrays_of` a manifest. Creation, opening and verification all read it.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+    array                                  dimensions                  dtype    what it means
+    ntk_float16, ntk_float32, ntk_float64  (row, col)                           kernel = stored · scale_factor (or 1)
+    underflow_float16                      (tile_row, tile_col, kind)  int64    entries with fewer bits, or zero
+    diagonal                               (row)                       float64  the exact diagonal, computed first
+    logits                                 (sample, output)            float64  outputs of the network
+    row_sample, row_output, row_label      (row)                       int64    what a row is
+    col_sample, col_output, col_label      (col)                       int64    what a column is
+    sample_index                           (sample)                    int64    positions in the data set
+
+With the output `diagonal` a kernel is (output, row, col), a matrix for each output, and the diagonal (output, row). A
+rectangular kernel, of rows against other samples, has col_diagonal, col_logits and col_sample_index too. An imported
+kernel has no logits and no counts of underflow; its labels are -1.
+
+Every array is Zarr v3 without shards; its chunks are `bytes` (little endian) and `crc32c`, without a compressor. What
+is not stored reads as NaN, and in an array of integers as -1.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -10,26 +29,104 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from ntkgen.plan.tiles import TileGrid
+from ntkgen.store.manifest import Manifest
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
+Key = tuple[int, ...]
+IntArray = npt.NDArray[np.int64]
+
+# Bytes that the codec crc32c adds to a chunk.
+CHECKSUM_BYTES = 4
+UNDERFLOW = "underflow_float16"
 COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
+STORAGE_MODES = {"full": "square", "upper": "symmetric-upper"}
 
 
 @dataclass(frozen=True)
 class Samples:
     """Which samples a kernel is of, in its order: positions in their data set, and labels."""
 
-    index: npt.NDArray[np.int64]
-    labels: npt.NDArray[np.int64]
+    index: IntArray
+    labels: IntArray
     against: "Samples | None" = None  # those of the columns, where they are others
 
+    @property
+    def columns(self) -> "Samples":
+        """The samples of the columns."""
+        return self if self.against is None else self.against
 
-def small_arrays(grid: TileGrid) -> tuple[str, ...]:
-    """Name the coordinates of rows and columns, and the positions of the samples in their data sets."""
-    names = tuple(name for axis in COORDINATES.values() for name in axis.split())
-    return ("sample_index", *names) if grid.is_symmetric else ("sample_index", "col_sample_index", *names)
+
+@dataclass(frozen=True)
+class StoredArray:
+    """One array of a store: what its metadata say, and which chunks it has.
+
+    Attributes:
+        name: Its name in the group.
+        dtype: Of its numbers.
+        shape: Of all of it.
+        chunks: The shape of a chunk, which is a file. At the end of an axis it is stored at full size.
+        dims: The names of its axes.
+        attributes: What it means, as the conventions CF say it.
+        role: A ``coordinate`` is written whole when the store is created. A ``side``, the diagonal or the logits of
+            one side, is written block by block; a ``kernel`` and the ``counts`` of float16 tile by tile, and they are
+            created once the diagonal is complete.
+        is_triangle: Whether only its chunks of tiles with row <= col are stored.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dims: tuple[str, ...]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    role: Literal["coordinate", "side", "kernel", "counts"] = "kernel"
+    is_triangle: bool = False
+
+    @property
+    def fill_value(self) -> float:
+        """What is read where nothing is stored."""
+        return float("nan") if self.dtype.startswith("float") else -1
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of each of its files."""
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize + CHECKSUM_BYTES
+
+    @property
+    def is_of_tiles(self) -> bool:
+        """Whether each of its chunks belongs to a tile, and is made with it."""
+        return self.role in {"kernel", "counts"}
+
+    def file(self, key: Key) -> str:
+        """Name the file of a chunk, below the store."""
+        return f"{self.name}/c/{'/'.join(map(str, key))}"
+
+    def inside(self, key: Key) -> tuple[slice, ...]:
+        """Locate in a chunk what lies within the array."""
+        axes = zip(self.shape, self.chunks, key, strict=True)
+        return tuple(slice(min(chunk, length - at * chunk)) for length, chunk, at in axes)
+
+    def chunk_keys(self) -> Iterator[Key]:
+        """List its chunks: of one stored triangle, and of counts per tile, no others."""
+        counts = (-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
+        keys = itertools.product(*map(range, counts))
+        return (key for key in keys if (place := self.place(key))[0] <= place[1]) if self.is_triangle else keys
+
+    def place(self, key: Key) -> tuple[int, int]:
+        """Say to which row and column of tiles a chunk of an array of tiles belongs."""
+        first = self.dims.index("row" if self.role == "kernel" else "tile_row")
+        return key[first], key[first + 1]
+
+
+# the table ------------------------------------------------------------------------------------------------------------
+
+
+def arrays_of(manifest: Manifest) -> list[StoredArray]:
+    """List the arrays that the finished store has."""
+    grid = manifest.plan.grid
+    return [*_coordinates(grid), *_sides(grid, manifest.num_logits), *_kernels(manifest), *_counts(manifest)]
 
 
 def side_arrays(grid: TileGrid) -> tuple[tuple[str, str], ...]:
@@ -38,87 +135,123 @@ def side_arrays(grid: TileGrid) -> tuple[tuple[str, str], ...]:
     return rows if grid.is_symmetric else (*rows, ("col_diagonal", "col_logits"))
 
 
-@dataclass(frozen=True)
-class ArrayLayout:
-    """The shape of an array, its chunks and the names of its axes."""
+def _coordinates(grid: TileGrid) -> Iterator[StoredArray]:
+    lengths = {"sample_index": (grid.num_samples, "sample")}
+    if grid.num_col_samples is not None:
+        lengths["col_sample_index"] = (grid.num_col_samples, "against_sample")
+    for axis, length in (("row", grid.num_rows), ("col", grid.num_cols)):
+        lengths |= dict.fromkeys(COORDINATES[axis].split(), (length, axis))
+    meanings = {
+        "index": "position of the sample in its data set",
+        "sample": "position of the sample in this store",
+        "output": "output of the network, after the output map",
+        "label": "label of the sample",
+    }
+    for name, (length, dim) in lengths.items():
+        note = {"long_name": meanings[name.rpartition("_")[2]]}
+        yield StoredArray(name, "int64", (length,), (length,), (dim,), note, "coordinate")
 
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dims: tuple[str, ...]
+
+def _sides(grid: TileGrid, num_logits: int) -> Iterator[StoredArray]:
+    sides = (("row", "sample", grid.num_samples), ("col", "against_sample", grid.num_col_samples or 0))
+    for (diagonal, logits), (axis, sample_axis, n) in zip(side_arrays(grid), sides, strict=False):
+        shape, chunks, dims = (n * grid.num_outputs,), (grid.side,), (axis,)
+        note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": COORDINATES[axis]}
+        yield _with_planes(StoredArray(diagonal, "float64", shape, chunks, dims, note, "side"), grid, grid.num_planes)
+        if num_logits:
+            chunk = (grid.tile_samples, num_logits)
+            note = {"long_name": "outputs of the network", "units": "1"}
+            yield StoredArray(logits, "float64", (n, num_logits), chunk, (sample_axis, "output"), note, "side")
 
 
-def _create_small(group: zarr.Group, name: str, values: npt.NDArray[np.int64], axis: str, meaning: str) -> None:
-    """Write a small array whole, unless it is there with these values."""
-    if name in group:
-        array = group[name]
-        assert isinstance(array, zarr.Array)
+def _kernels(manifest: Manifest) -> Iterator[StoredArray]:
+    grid = manifest.plan.grid
+    attributes = {
+        "long_name": f"empirical neural tangent kernel, {manifest.quantity}",
+        "units": "1",
+        "coordinates": " ".join(COORDINATES.values()),
+        "storage_mode": STORAGE_MODES[manifest.layout],
+    }
+    shape, chunks = (grid.num_rows, grid.num_cols), (grid.side, grid.side)
+    is_triangle = grid.is_symmetric and manifest.layout == "upper"
+    for dtype in manifest.dtypes:
+        name = f"ntk_{dtype}"
+        array = StoredArray(name, dtype, shape, chunks, ("row", "col"), attributes, "kernel", is_triangle)
+        yield _with_planes(array, grid, 1)
+
+
+def _counts(manifest: Manifest) -> Iterator[StoredArray]:
+    """Count what float16 cannot hold; of an imported kernel that is not known."""
+    if "float16" not in manifest.dtypes or manifest.is_imported:
+        return
+    grid = manifest.plan.grid
+    shape, dims = (grid.num_blocks, grid.num_col_blocks, 2), ("tile_row", "tile_col", "kind")
+    note = {"long_name": "entries that float16 stores with fewer bits, and as zero", "units": "1"}
+    yield StoredArray(UNDERFLOW, "int64", shape, (1, 1, 2), dims, note, "counts", grid.is_symmetric)
+
+
+def _with_planes(array: StoredArray, grid: TileGrid, chunk: int) -> StoredArray:
+    """Put the axis of outputs first, where there is a matrix for each; a chunk holds this many of them."""
+    if grid.num_planes == 1:
+        return array
+    shape, chunks, dims = (grid.num_planes, *array.shape), (chunk, *array.chunks), ("output", *array.dims)
+    return replace(array, shape=shape, chunks=chunks, dims=dims)
+
+
+# creation -------------------------------------------------------------------------------------------------------------
+
+
+def create_array(group: zarr.Group, array: StoredArray) -> "ZarrArray":
+    """Create an array without any chunks, as every array of a store is: with checksums, and without a compressor."""
+    return group.create_array(
+        array.name,
+        shape=array.shape,
+        chunks=array.chunks,
+        dtype=array.dtype,
+        fill_value=array.fill_value,
+        compressors=[Crc32cCodec()],
+        dimension_names=array.dims,
+        attributes=dict(array.attributes),
+    )
+
+
+def writable(array: "ZarrArray") -> "ZarrArray":
+    """Have chunks written that hold the fill value alone: one that is not there counts as missing."""
+    return array.with_config({"write_empty_chunks": True})
+
+
+def create_first(group: zarr.Group, manifest: Manifest, samples: Samples) -> None:
+    """Create what is there from the start, where it is not: the coordinates, and room for diagonals and logits."""
+    values = _coordinate_values(manifest.plan.grid, samples)
+    for array in arrays_of(manifest):
+        if array.role == "coordinate":
+            _write_coordinate(group, array, values[array.name])
+        elif array.role == "side" and array.name not in group:
+            create_array(group, array)
+
+
+def _coordinate_values(grid: TileGrid, samples: Samples) -> dict[str, IntArray]:
+    values = {"sample_index": samples.index, "col_sample_index": samples.columns.index}
+    for axis, side in (("row", samples), ("col", samples.columns)):
+        n, m = len(side.index), grid.num_outputs
+        values[f"{axis}_sample"] = np.repeat(np.arange(n), m)
+        values[f"{axis}_output"] = np.tile(np.arange(m), n)
+        values[f"{axis}_label"] = np.repeat(side.labels, m)
+    return {name: each.astype(np.int64) for name, each in values.items()}
+
+
+def _write_coordinate(group: zarr.Group, array: StoredArray, values: IntArray) -> None:
+    """Write a coordinate whole, unless it is there with these values."""
+    if array.name in group:
+        made = group[array.name]
+        assert isinstance(made, zarr.Array)
         try:
-            if np.array_equal(np.asarray(array[...]), values):
+            if np.array_equal(np.asarray(made[...]), values):
                 return
         except (ValueError, RuntimeError):  # a damaged chunk
             pass
     else:
-        layout = ArrayLayout(values.shape, values.shape, (axis,))
-        array = create_array(group, name, "int64", layout, {"long_name": meaning})
-        if (values == array.fill_value).all():  # as labels that nobody gave: what has no chunk reads so
+        made = create_array(group, array)
+        if (values == array.fill_value).all():  # as labels that were not given: what has no chunk reads so
             return
-    array.with_config({"write_empty_chunks": True})[...] = values
-
-
-def create_array(
-    group: zarr.Group, name: str, dtype: str, layout: ArrayLayout, attributes: Mapping[str, Any]
-) -> "ZarrArray":
-    """Create an array as every array of a store is: Zarr v3, unsharded, checksums, no compressor, NaN where empty."""
-    array = group.create_array(
-        name,
-        shape=layout.shape,
-        chunks=layout.chunks,
-        dtype=dtype,
-        fill_value=float("nan") if dtype.startswith("float") else -1,
-        compressors=[Crc32cCodec()],
-        dimension_names=layout.dims,
-        attributes=dict(attributes),
-    )
-    return array.with_config({"write_empty_chunks": True})
-
-
-def create_static(group: zarr.Group, grid: TileGrid, samples: Samples, num_logits: int) -> None:
-    """Create what is there from the start, where it is not: the coordinates, and room for diagonals and logits."""
-    columns = samples if samples.against is None else samples.against
-    for axis, side in (("row", samples), ("col", columns)):
-        _create_coordinates(group, grid.num_outputs, axis, side)
-    note = "position of the sample in its data set"
-    _create_small(group, "sample_index", samples.index, "sample", note)
-    _create_side(group, grid, ("diagonal", "logits"), ("row", "sample"), (grid.num_samples, num_logits))
-    if grid.num_col_samples is not None:
-        _create_small(group, "col_sample_index", columns.index, "against_sample", note)
-        sizes = (grid.num_col_samples, num_logits)
-        _create_side(group, grid, ("col_diagonal", "col_logits"), ("col", "against_sample"), sizes)
-
-
-def _create_coordinates(group: zarr.Group, num_outputs: int, axis: str, samples: Samples) -> None:
-    n, m = len(samples.index), num_outputs
-    columns = {
-        "sample": (np.repeat(np.arange(n), m), "position of the sample in this store"),
-        "output": (np.tile(np.arange(m), n), "output of the network, after the output map"),
-        "label": (np.repeat(samples.labels, m), "label of the sample"),
-    }
-    for name, (values, meaning) in columns.items():
-        _create_small(group, f"{axis}_{name}", values.astype(np.int64), axis, meaning)
-
-
-def _create_side(
-    group: zarr.Group, grid: TileGrid, names: tuple[str, str], axes: tuple[str, str], sizes: tuple[int, int]
-) -> None:
-    """Make room for the exact diagonal and the logits of some samples."""
-    (diagonal, logits), (axis, sample_axis), (n, num_logits) = names, axes, sizes
-    if diagonal not in group:
-        layout = ArrayLayout((n * grid.num_outputs,), (grid.side,), (axis,))
-        if grid.num_planes > 1:
-            layout = ArrayLayout((grid.num_planes, n), (grid.num_planes, grid.side), ("output", axis))
-        note = {"long_name": "exact diagonal of the kernel", "units": "1", "coordinates": COORDINATES[axis]}
-        create_array(group, diagonal, "float64", layout, note)
-    if num_logits and logits not in group:
-        note = {"long_name": "outputs of the network", "units": "1"}
-        layout = ArrayLayout((n, num_logits), (grid.tile_samples, num_logits), (sample_axis, "output"))
-        create_array(group, logits, "float64", layout, note)
+    writable(made)[...] = values

@@ -1,28 +1,17 @@
 """The kernel on disk: create, open, commit a tile, list what is missing.
 
-A store is a Zarr v3 group, readable without this package:
+A store is a Zarr v3 group, readable without this package; `ntkgen.store.schema` has the table of its arrays.
 
-    ntk_float16, ntk_float32, ntk_float64   (row, col)        the kernel; true value = stored · scale_factor (or 1)
-    underflow_float16            (tile_row, tile_col, kind)   entries with fewer bits in float16, entries become zero
-    diagonal                                (row)    float64  the exact diagonal, computed first
-    logits                                  (sample, output)  float64
-    row_sample, row_output, row_label       (row)             what a row is: position in the store, output, label
-    col_sample, col_output, col_label       (col)             the same of a column
-    sample_index                            (sample)          the samples' positions in their data set
-
-With the output `diagonal` a kernel is (output, row, col), a matrix for each output, and the diagonal (output, row). A
-rectangular kernel, of rows against other samples, has col_diagonal, col_logits and col_sample_index too.
-
-Rows are sample-major. One unsharded chunk is one tile, `bytes` (little endian) and `crc32c`, no compressor, so a chunk
-has a known size and truncation shows in a directory listing. What is not stored reads as NaN. A tile is done when its
-chunks exist at their exact size; there is no other record of progress. With the layout `upper` only tiles with
-row <= col are stored (`storage_mode` of the array is `symmetric-upper`), with `full` all are (`square`). An imported
-kernel has no logits and no counts of underflow; its labels are -1.
+Rows are sample-major. One unsharded chunk is one tile, without a compressor, so that a chunk has a known size and
+truncation shows in a directory listing. A tile is done when its chunks exist at their exact size; there is no other
+record of progress. With the layout `upper` only tiles with row <= col are stored (`storage_mode` of the array is
+`symmetric-upper`), with `full` all are (`square`).
 
 The group's attribute `ntkgen` is the manifest: what the kernel is of, its fingerprint, and the plan that its bytes
 follow. It holds no time and no path, so that two runs of one command give equal bytes.
 """
 
+import dataclasses
 import math
 import re
 import warnings
@@ -43,18 +32,21 @@ from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.progress import Step
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.rounding import STORE_DTYPES, count_underflow, scale_of, to_stored
-from ntkgen.store.schema import COORDINATES, ArrayLayout, create_array, side_arrays, small_arrays
+from ntkgen.store.schema import (
+    COORDINATES,
+    STORAGE_MODES,
+    UNDERFLOW,
+    StoredArray,
+    arrays_of,
+    create_array,
+    side_arrays,
+    writable,
+)
 from ntkgen.store.view import SymmetricArray
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
-CHECKSUM_BYTES = 4
-UNDERFLOW = "underflow_float16"
-ROOT = "zarr.json"
-# In the identity of a store that was not computed, and in its provenance: the file that it was made of.
-IMPORTED = "imported_from"
-STORAGE_MODES = {"full": "square", "upper": "symmetric-upper"}
 # Tiles that are read and written at a time where nothing is computed; each is held twice.
 THREADS = 2
 # The Rust pipeline, if the user has chosen it, does not write atomically.
@@ -94,7 +86,7 @@ class KernelStore:
     @property
     def command(self) -> str:
         """The command that made the store, and makes what is missing of it."""
-        return "ntkgen import" if IMPORTED in self.manifest.identity else "ntkgen compute"
+        return "ntkgen import" if self.manifest.is_imported else "ntkgen compute"
 
     @property
     def path(self) -> Path:
@@ -225,26 +217,27 @@ class KernelStore:
     def missing_tiles(self, layout: str | None = None) -> list[Tile]:
         """List the tiles that are not there in every dtype and, with the full layout, on both sides."""
         missing: set[Tile] = set()
-        for dtype in self.manifest.dtypes:
-            done = self._chunks(f"ntk_{dtype}", self._chunk_bytes(dtype) - CHECKSUM_BYTES)
+        for array in self._kernels:
+            done = self._chunks(array)
             missing.update(tile for tile in self.grid.tiles() if not done.issuperset(self.chunks_of(tile, layout)))
         return sorted(missing)
 
     def has_tile(self, tile: Tile) -> bool:
         """Say whether a tile is there whole, as `missing_tiles` does for all."""
         return all(
-            self.folder.size(f"ntk_{dtype}/c/{'/'.join(map(str, key))}") == self._chunk_bytes(dtype)
-            for dtype in self.manifest.dtypes
+            self.folder.size(array.file(key)) == array.file_bytes
+            for array in self._kernels
             for key in self.chunks_of(tile)
         )
 
-    def _chunk_bytes(self, dtype: str) -> int:
-        return self.grid.side**2 * np.dtype(dtype).itemsize + CHECKSUM_BYTES
+    @property
+    def _kernels(self) -> list[StoredArray]:
+        return [array for array in self.arrays() if array.role == "kernel"]
 
     @property
     def tile_bytes(self) -> int:
         """Bytes of one tile on one side, in every dtype."""
-        return self.grid.num_planes * sum(map(self._chunk_bytes, self.manifest.dtypes))
+        return self.grid.num_planes * sum(array.file_bytes for array in self._kernels)
 
     def chunks_of(self, tile: Tile, layout: str | None = None) -> list[tuple[int, ...]]:
         """Name the chunks of a tile: on both sides with the full layout, and one per plane."""
@@ -260,7 +253,7 @@ class KernelStore:
     @property
     def is_complete(self) -> bool:
         """Say whether the store was finished, and nothing of it has gone since."""
-        has_all = self.manifest.is_complete and all(map(self._has, self.arrays()))
+        has_all = self.manifest.is_complete and all(self._has(array.name) for array in self.arrays())
         return has_all and not self.missing_tiles() and not self.missing_blocks()
 
     def _has(self, name: str) -> bool:
@@ -291,12 +284,11 @@ class KernelStore:
 
     def missing_blocks(self) -> list[int]:
         """List the blocks whose diagonal or logits are not there: of rows, then, numbered on, of other columns."""
-        grid, missing, first = self.grid, [], 0
-        logit_bytes = grid.tile_samples * self.num_logits * 8
-        for (diagonal, logits), count in zip(side_arrays(grid), self.side_counts(), strict=True):
-            there = {key[-1] for key in self._chunks(diagonal, grid.num_planes * grid.side * 8)}
-            if self.num_logits:
-                there &= {key[0] for key in self._chunks(logits, logit_bytes)}
+        sides, missing, first = {array.name: array for array in self.arrays() if array.role == "side"}, [], 0
+        for (diagonal, logits), count in zip(side_arrays(self.grid), self.side_counts(), strict=True):
+            there = {key[-1] for key in self._chunks(sides[diagonal])}
+            if logits in sides:
+                there &= {key[0] for key in self._chunks(sides[logits])}
             missing += [first + index for index in range(count) if index not in there]
             first += count
         return missing
@@ -304,12 +296,7 @@ class KernelStore:
     @property
     def num_logits(self) -> int:
         """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
-        return self.manifest.plan.profile.num_logits
-
-    @property
-    def _counts_underflow(self) -> bool:
-        """Say whether entries that float16 cannot hold are counted: of an imported kernel nobody knows them."""
-        return "float16" in self.manifest.dtypes and IMPORTED not in self.manifest.identity
+        return self.manifest.num_logits
 
     def side_counts(self) -> list[int]:
         """Count the blocks of rows and, where they are other samples, of columns."""
@@ -323,10 +310,10 @@ class KernelStore:
             return names[0], index, self.grid.block(index)
         return names[1], index - rows, self.grid.col_block(index - rows)
 
-    def _chunks(self, name: str, payload_bytes: int) -> set[tuple[int, ...]]:
+    def _chunks(self, array: StoredArray) -> set[tuple[int, ...]]:
         """List the chunks of an array that have their exact size, by a listing of its folder."""
-        size, first = payload_bytes + CHECKSUM_BYTES, len(name) + len("/c/")
-        found = self.folder.sizes(f"{name}/c")
+        size, first = array.file_bytes, len(array.name) + len("/c/")
+        found = self.folder.sizes(f"{array.name}/c")
         return {
             tuple(map(int, key[first:].split("/")))
             for key, there in found.items()
@@ -353,28 +340,13 @@ class KernelStore:
         """Create the kernel arrays with their scales, which follow from the complete diagonal."""
         maxima = [float(self.read(diagonal).max()) for diagonal, _ in side_arrays(self.grid)]
         maximum = math.sqrt(maxima[0] * maxima[-1])  # by Cauchy–Schwarz
-        quantity = self.manifest.provenance.get("quantity", "J Jᵀ")
-        if self._counts_underflow and not self._has(UNDERFLOW):
-            shape = (self.grid.num_blocks, self.grid.num_col_blocks, 2)
-            note = {"long_name": "entries that float16 stores with fewer bits, and as zero", "units": "1"}
-            layout = ArrayLayout(shape, (1, 1, 2), ("tile_row", "tile_col", "kind"))
-            create_array(self.group, UNDERFLOW, "int64", layout, note)
-        for dtype in self.manifest.dtypes:
-            if self._has(f"ntk_{dtype}"):
-                continue
-            scale = float(self.manifest.identity.get("scale_factor", scale_of(dtype, maximum)))
-            attributes = {
-                "long_name": f"empirical neural tangent kernel, {quantity}",
-                "units": "1",
-                "coordinates": " ".join(COORDINATES.values()),
-                "storage_mode": STORAGE_MODES[self.manifest.layout],
-                **({} if scale == 1 else {"scale_factor": scale}),
-            }
-            side, planes = self.grid.side, self.grid.num_planes
-            layout = ArrayLayout((self.grid.num_rows, self.grid.num_cols), (side, side), ("row", "col"))
-            if planes > 1:
-                layout = ArrayLayout((planes, *layout.shape), (1, *layout.chunks), ("output", *layout.dims))
-            create_array(self.group, f"ntk_{dtype}", dtype, layout, attributes)
+        late = [array for array in self.arrays() if array.is_of_tiles and not self._has(array.name)]
+        for array in sorted(late, key=lambda array: array.role == "kernel"):  # the counts first: tiles write them first
+            scale = 1.0
+            if array.role == "kernel":
+                scale = float(self.manifest.identity.get("scale_factor", scale_of(array.dtype, maximum)))
+            scaled = {} if scale == 1 else {"scale_factor": scale}
+            create_array(self.group, dataclasses.replace(array, attributes={**array.attributes, **scaled}))
 
     def commit(self, tile: Tile, values: FloatArray) -> None:
         """Store one computed tile, in every dtype, whole.
@@ -444,7 +416,7 @@ class KernelStore:
     def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
         with zarr.config.set(WRITING):
             if name not in self._written:  # opened once: its metadata is a file, or a request, of its own
-                self._written[name] = self.zarr_array(name).with_config({"write_empty_chunks": True})
+                self._written[name] = writable(self.zarr_array(name))
             self._written[name][region] = values
 
     def set_manifest(self, manifest: Manifest) -> None:
@@ -452,11 +424,9 @@ class KernelStore:
         self.group.attrs.update({"ntkgen": manifest.to_json()})
         self.manifest = manifest
 
-    def arrays(self) -> list[str]:
-        """Name all arrays that the finished store has."""
-        sides = [name for pair in side_arrays(self.grid) for name in pair[: 2 if self.num_logits else 1]]
-        kernels = [f"ntk_{dtype}" for dtype in self.manifest.dtypes]
-        return [*small_arrays(self.grid), *sides, *kernels, *([UNDERFLOW] if self._counts_underflow else [])]
+    def arrays(self) -> list[StoredArray]:
+        """List all arrays that the finished store has."""
+        return arrays_of(self.manifest)
 
     def finalize(self, layout: str | None = None) -> None:
         """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.

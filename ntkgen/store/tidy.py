@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ntkgen.plan.tiles import Tile
-from ntkgen.store.schema import Samples, create_static
+from ntkgen.store.schema import Samples, create_first
 from ntkgen.store.store import KernelStore
 
 
@@ -17,10 +17,10 @@ def tidy(store: KernelStore, samples: Samples) -> None:
     """
     store.folder.sweep()
     _remove_old_transposes(store)
-    for name in [f"{name}/zarr.json" for name in store.arrays()]:
+    for name in [f"{array.name}/zarr.json" for array in store.arrays()]:
         if not _is_json(store.folder.read(name)):
             store.folder.remove(name)
-    create_static(store.group, store.grid, samples, store.num_logits)
+    create_first(store.group, store.manifest, samples)
     for side in range(sum(store.side_counts())):
         (diagonal, logits), index, block = store.side(side)
         rows, planes = block.rows(store.grid.num_outputs), store.grid.num_planes

@@ -20,8 +20,7 @@ from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import folder_of_results, identity_of
 from ntkgen.errors import BudgetError, StoreError
 from ntkgen.files.folder import Folder
-from ntkgen.store.schema import ArrayLayout, create_array
-from ntkgen.store.store import CHECKSUM_BYTES
+from ntkgen.store.schema import CHECKSUM_BYTES, StoredArray, create_array, writable
 from ntkgen.store.view import Place, read_ahead
 
 if TYPE_CHECKING:
@@ -288,10 +287,10 @@ def _begin(folder: Folder, identity: dict[str, Any], plan: FactorPlan) -> Factor
     rows, side = plan.num_rows, plan.side
     if "factor" not in group:
         note = {"long_name": "L of K + λI = L D Lᵀ, its tiles with row >= col"}
-        create_array(group, "factor", "float64", ArrayLayout((rows, rows), (side, side), ("row", "col")), note)
+        create_array(group, StoredArray("factor", "float64", (rows, rows), (side, side), ("row", "col"), note))
     if "pivots" not in group:
         note = {"long_name": "pivots, whose product is the determinant; D is their signs"}
-        create_array(group, "pivots", "float64", ArrayLayout((rows,), (side,), ("row",)), note)
+        create_array(group, StoredArray("pivots", "float64", (rows,), (side,), ("row",), note))
     group.attrs.put({"identity": identity, "plan": vars(plan)})
     return Factor(folder, group, plan)
 
@@ -299,7 +298,7 @@ def _begin(folder: Folder, identity: dict[str, Any], plan: FactorPlan) -> Factor
 def _array(group: zarr.Group, name: str) -> "ZarrArray":
     array = group[name]
     assert isinstance(array, zarr.Array)
-    return array.with_config({"write_empty_chunks": True})
+    return writable(array)
 
 
 def remove_folder(folder: Folder) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ntkgen
-from ntkgen.store.manifest import Manifest
-from ntkgen.store.store import IMPORTED, KernelStore
+from ntkgen.store.manifest import IMPORTED, Manifest
+from ntkgen.store.store import KernelStore
 
 # What `ntkgen compute` takes for converged unless it is told otherwise.
 TARGET_ACCURACY = 99.5

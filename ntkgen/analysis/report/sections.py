@@ -11,7 +11,7 @@ from ntkgen.analysis.report.answers import Answers, Result
 from ntkgen.analysis.report.page import Section, code, facts, figure, paragraph, table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
 from ntkgen.store.describe import describe
-from ntkgen.store.store import IMPORTED
+from ntkgen.store.manifest import IMPORTED
 from ntkgen.units import human_bytes
 
 # Eigenvalues that the table lists; all of them are beside the store.
