@@ -532,3 +532,25 @@ def test_scipy_takes_a_rectangular_kernel():
     assert_same(operator.T @ np.eye(5), dense.T)
     found = scipy.sparse.linalg.svds(operator, k=2, v0=np.ones(3), return_singular_vectors=False)
     np.testing.assert_allclose(np.sort(found), np.linalg.svd(dense, compute_uv=False)[1::-1], rtol=1e-10)
+
+
+# the first rows -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["upper", "full"])
+def test_the_first_rows_are_a_kernel_by_themselves(kind):
+    K, dense = KINDS[kind]
+    part = K.leading(9)
+    assert part.shape == (9, 9)
+    assert_same(part[:, :], dense[:9, :9])
+    V = np.random.default_rng(5).normal(size=(9, 2))
+    assert np.allclose(part @ V, dense[:9, :9].astype(np.float64) @ V, rtol=1e-12)
+    assert part.places() == [(i, j) for i in range(3) for j in range(i, 3)]  # one triangle, also where both are stored
+    assert dask.base.tokenize(part) != dask.base.tokenize(K)
+    assert K.shape == (ROWS, ROWS)
+
+
+@pytest.mark.parametrize("rows", [0, ROWS + 1])
+def test_what_is_no_leading_part_is_refused(rows):
+    with pytest.raises(ShapeError, match=f"{ROWS} × {ROWS} has no leading part of {rows} rows"):
+        KINDS["upper"][0].leading(rows)

@@ -1,6 +1,5 @@
 """Two kernels of the same samples: how far they are from each other, and what the less precise one costs."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -160,9 +159,7 @@ def _leading(matrix: Matrix, num_rows: int) -> Matrix:
     """View the first rows alone."""
     if num_rows == matrix.num_rows:
         return matrix
-    view = copy.copy(matrix.view)
-    view.shape = (num_rows, num_rows)
-    return dataclasses.replace(matrix, num_rows=num_rows, view=view)
+    return dataclasses.replace(matrix, num_rows=num_rows, view=matrix.view.leading(num_rows))
 
 
 # one pass over both ---------------------------------------------------------------------------------------------------

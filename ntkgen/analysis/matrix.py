@@ -207,15 +207,11 @@ def open_matrix(
         )
     num_rows = _rows_there(store, allow_partial=allow_partial)
     chosen = dtype or max(store.manifest.dtypes, key=STORE_DTYPES.index)
-    store.kernel(chosen, output)  # raises where there is none
     return dataclasses.replace(_matrix_of(store, chosen, output, num_rows), client=client)
 
 
 def _matrix_of(store: KernelStore, dtype: str, output: int | None, num_rows: int) -> Matrix:
-    token = f"{store.manifest.fingerprint}-{num_rows}"
-    view = SymmetricArray(store.zarr_array(f"ntk_{dtype}"), is_upper=True, token=token, plane=output, is_complete=True)
-    view.place, view.shape = store.name, (num_rows, num_rows)
-    return Matrix(store, dtype, output, num_rows, view)
+    return Matrix(store, dtype, output, num_rows, store.kernel(dtype, output).leading(num_rows))
 
 
 def _fold_on_worker(tiles: Sequence[Tile], part: Part, matrix: Matrix, V: FloatArray) -> Arrays:

@@ -42,7 +42,7 @@ from ntkgen.store.schema import (
     side_arrays,
     writable,
 )
-from ntkgen.store.view import SymmetricArray
+from ntkgen.store.view import StoreName, SymmetricArray
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
@@ -89,6 +89,10 @@ class KernelStore:
         return "ntkgen import" if self.manifest.is_imported else "ntkgen compute"
 
     @property
+    def _errors(self) -> StoreName:
+        return StoreName(self.name, self.command)
+
+    @property
     def path(self) -> Path:
         """The folder of a store that lies on a disk.
 
@@ -123,16 +127,14 @@ class KernelStore:
                 "those are made after the diagonal. Choose one of them, or finish the store with the same command."
             )
         manifest = self.manifest
-        token = f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}"
-        view = SymmetricArray(
+        return SymmetricArray(
             self.zarr_array(f"ntk_{dtype}"),
             is_upper=manifest.layout == "upper",
-            token=token,
+            token=f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}",
             plane=output,
             is_complete=manifest.is_complete,
+            store=self._errors,
         )
-        view.place, view.command = self.name, self.command
-        return view
 
     def _check_output(self, output: int | None) -> None:
         planes = self.grid.num_planes
@@ -404,8 +406,7 @@ class KernelStore:
         if found:
             raise StoreError(
                 f"Tile ({tile.row}, {tile.col}) of {name} in {self.name} is damaged: expected finite numbers that "
-                f"match their checksum, found {found}. A disk error or an interrupted copy? Run `ntkgen verify "
-                f"--repair {self.name}`, then the same `{self.command}` again, which makes it anew."
+                f"match their checksum, found {found}. A disk error or an interrupted copy? {self._errors.repair}"
             )
         return values
 

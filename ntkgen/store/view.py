@@ -1,8 +1,10 @@
 """The stored triangle as one full lazy matrix (NumPy, dask, SciPy, xarray)."""
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +40,19 @@ def read_ahead(
             yield place, values
 
 
+@dataclass(frozen=True)
+class StoreName:
+    """How an error names a store, and the command that makes what is missing of it."""
+
+    place: str
+    command: str = "ntkgen compute"
+
+    @property
+    def repair(self) -> str:
+        """What to do about a damaged tile."""
+        return f"Run `ntkgen verify --repair {self.place}` and then the same `{self.command}` again: it makes it anew."
+
+
 def _words(error: Exception) -> str:
     """Quote an error without the bytes that it may show."""
     return str(error).split("\n", maxsplit=1)[0].partition(". ")[0]
@@ -54,15 +69,31 @@ class SymmetricArray:
     ndim = 2
 
     def __init__(
-        self, array: "ZarrArray", *, is_upper: bool, token: str, plane: int | None = None, is_complete: bool = False
+        self,
+        array: "ZarrArray",
+        *,
+        is_upper: bool,
+        token: str,
+        plane: int | None = None,
+        is_complete: bool = False,
+        store: StoreName | None = None,
     ) -> None:
+        """View an array.
+
+        Args:
+            array: The stored kernel.
+            is_upper: Whether it has one triangle of tiles.
+            token: What dask tells its contents from others by.
+            plane: Which matrix, where it holds one per output.
+            is_complete: Whether no tile may be missing.
+            store: How errors name the store that it is of; otherwise by the array's place.
+        """
         self._array = array
-        self._is_complete = is_complete  # no tile may be missing
-        self._plane = plane  # which matrix, where the array holds one per output
+        self._is_complete = is_complete
+        self._plane = plane
         self._is_upper = is_upper
         self._token = token
-        # how errors name the store: who opens it knows better what a command takes
-        self.place, self.command = str(array.store).removeprefix("file://"), "ntkgen compute"
+        self._store = store or StoreName(str(array.store).removeprefix("file://"))
         self.scale = float(array.attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
         self.shape = (int(array.shape[-2]), int(array.shape[-1]))
         self.dtype = np.dtype(np.float32) if array.dtype == np.float16 else np.dtype(array.dtype)
@@ -154,12 +185,30 @@ class SymmetricArray:
         except (ValueError, RuntimeError) as error:
             raise DamagedTileError(
                 f"{self._name(tile)} is damaged ({_words(error)}): expected its chunk file {self._chunk(tile)} to "
-                "match its checksum. A disk error or an interrupted copy? Run `ntkgen verify --repair "
-                f"{self.place}` and then the same `{self.command}` again: it makes it anew."
+                f"match its checksum. A disk error or an interrupted copy? {self._store.repair}"
             ) from error
         if is_required and np.isnan(values[0, 0]):  # no tile has a NaN, so that this is what an absent file reads as
             raise self._missing(tile)
         return values
+
+    def leading(self, rows: int) -> "SymmetricArray":
+        """View the first rows and columns of a symmetric kernel, of which no tile may be missing.
+
+        One triangle of tiles is read, also where both are stored.
+
+        Raises:
+            ShapeError: If the kernel is rectangular, or has not as many rows.
+        """
+        if self.shape[0] != self.shape[1] or not 0 < rows <= self.shape[0]:
+            raise ShapeError(
+                f"The kernel of {self.shape[0]} × {self.shape[1]} has no leading part of {rows} rows: expected a "
+                "square kernel and 1 row to all. Is it of rows against others, or were rows and samples confused? "
+                "Pass samples times outputs."
+            )
+        part = copy.copy(self)
+        part.shape, part._token = (rows, rows), f"{self._token}-{rows}"
+        part._is_upper = part._is_complete = True
+        return part
 
     # products ------------------------------------------------------------------------------------------------------
 
@@ -245,8 +294,7 @@ class SymmetricArray:
         if not np.isfinite(part).all() and not (is_finite := np.isfinite(values)).all():
             raise DamagedTileError(
                 f"{self._name(tile)} is not finite: expected numbers, found {values.size - int(is_finite.sum())} of "
-                f"{values.size} entries infinite or NaN. Was it overwritten? Run `ntkgen verify --repair {self.place}` "
-                f"and then the same `{self.command}` again: it makes it anew."
+                f"{values.size} entries infinite or NaN. Was it overwritten? {self._store.repair}"
             )
         return part
 
@@ -274,7 +322,7 @@ class SymmetricArray:
     # errors --------------------------------------------------------------------------------------------------------
 
     def _name(self, tile: Place) -> str:
-        return f"Tile {tile} of {self._array.path} in {self.place}"
+        return f"Tile {tile} of {self._array.path} in {self._store.place}"
 
     def _chunk(self, tile: Place) -> str:
         """Name the file of a tile, within the store."""
@@ -282,11 +330,12 @@ class SymmetricArray:
 
     def _missing(self, tile: Place) -> StoreError:
         missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, and it reads as NaN. "
+        again = f"the same `{self._store.command}` again"
         if not self._is_complete:
-            return StoreError(f"{missing}Is the store unfinished? Run the same `{self.command}` again: it goes on.")
+            return StoreError(f"{missing}Is the store unfinished? Run {again}: it goes on.")
         return StoreError(
             f"{missing}The store was finished: was the file removed since, or not copied? Run `ntkgen verify "
-            f"{self.place}`, which lists what else is gone, and then the same `{self.command}` again: it makes it anew."
+            f"{self._store.place}`, which lists what else is gone, and then {again}: it makes it anew."
         )
 
     # dask ----------------------------------------------------------------------------------------------------------
