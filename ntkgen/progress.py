@@ -30,6 +30,8 @@ def ignore_step() -> None:
 def counter(report: Report, stage: str, done: int, total: int) -> Step:
     """Make a function that counts what is done of a stage, and reports it; now, and with each call.
 
+    What is done again, after all was done, counts no further.
+
     >>> step = counter(lambda stage, done, total: print(stage, done, total), "tiles", 3, 5)
     tiles 3 5
     >>> step()
@@ -39,7 +41,7 @@ def counter(report: Report, stage: str, done: int, total: int) -> Step:
 
     def step() -> None:
         nonlocal done
-        done += 1
+        done = min(done + 1, total)
         report(stage, done, total)
 
     return step

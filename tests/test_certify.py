@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ntkgen
-from ntkgen.checks import certify as certification
 from ntkgen.checks.certify import add_certificate, certify, draw_probes, forget_certificate, stored_product
 from ntkgen.checks.judgement import suspicious_blocks
 from ntkgen.checks.pairs import draw_pairs, kernels_of, mapped_kernel
@@ -36,6 +35,7 @@ from ntkgen.store.certificate import (
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
 from ntkgen.store.store import KernelStore
+from ntkgen.store.view import SymmetricArray
 
 ALL = ("float16", "float32", "float64")
 LAYOUTS = pytest.mark.parametrize("layout", ["upper", "full"])
@@ -84,21 +84,20 @@ def test_the_stored_product_is_that_of_the_stored_matrix(layout, dtype, tmp_path
 @LAYOUTS
 def test_each_stored_tile_is_read_once(layout, job, tmp_path, monkeypatch):
     store, read = finished(job, tmp_path, ("float32",), layout), []
-    read_tile = certification.KernelStore.kernel
+    read_stored = SymmetricArray._read_stored
 
-    class Spy:
-        def __init__(self, kernel) -> None:
-            self.kernel = kernel
+    def spied(self, tile, region, **options):
+        read.append((tile, region))
+        return read_stored(self, tile, region, **options)
 
-        def __getitem__(self, key):
-            read.append(tuple(part.start // 9 for part in key))
-            return self.kernel[key]
-
-    monkeypatch.setattr(certification.KernelStore, "kernel", lambda self, *key: Spy(read_tile(self, *key)))
+    monkeypatch.setattr(SymmetricArray, "_read_stored", spied)
     steps = []
     stored_product(store, "float32", np.ones((33, 1)), lambda: steps.append(1))
     upper = [(i, j) for i in range(4) for j in range(i, 4)]
-    assert read == (upper if layout == "upper" else [(i, j) for i in range(4) for j in range(4)])
+    places = upper if layout == "upper" else [(i, j) for i in range(4) for j in range(4)]
+    whole = [slice(at, min(at + 9, 33)) for at in range(0, 33, 9)]
+    assert sorted(tile for tile, _ in read) == places  # two threads read
+    assert all(region == (whole[i], whole[j]) for (i, j), region in read)
     assert len(steps) == len(read)
 
 

@@ -25,7 +25,7 @@ from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.outputs import OutputMap, output_map
-from ntkgen.progress import Report, ignore_report
+from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
 from ntkgen.store.certificate import USUAL_SAMPLING, Certificate, Sampling, usual_sampling
 from ntkgen.store.store import KernelStore
 
@@ -72,7 +72,8 @@ def certify(
     exact = exact_operator(model, inputs.x, inputs.against, chosen.matrix)
     _check_size(store, chosen, exact, inputs)
     V = draw_probes(grid.num_cols, sampling)
-    step = counted(report, "stored product", len(dtypes) * grid.num_planes * len(_places(store)))
+    num_tiles = sum(len(kernel.places()) for dtype in dtypes for kernel in kernels_of(store, dtype))
+    step = counter(report, "stored product", 0, num_tiles)
     stored = {dtype: stored_product(store, dtype, V, step) for dtype in dtypes}
     KV = exact_product(exact, chosen, V, report)
     pairs = Pairs.draw(store, chosen, exact.num_outputs, sampling)
@@ -128,18 +129,6 @@ def forget_certificate(store: KernelStore) -> None:
     """Remove the certificate of a store whose tiles are about to change; only under its lock."""
     if store.manifest.certificate is not None:
         store.set_manifest(dataclasses.replace(store.manifest, certificate=None))
-
-
-def counted(report: Report, stage: str, total: int) -> Callable[[], None]:
-    """Make a function that counts the steps of a stage, and reports each."""
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        report(stage, done, total)
-
-    return step
 
 
 def require_finished(store: KernelStore) -> None:
@@ -202,47 +191,14 @@ def stored_product(
     store: KernelStore,
     dtype: str,
     V: FloatArray,  # (cols, probes)
-    step: Callable[[], None] = lambda: None,  # called after each tile
+    step: Step = ignore_step,  # called after each tile
 ) -> FloatArray:  # (planes, rows, probes)
     """Multiply the stored kernels with some vectors, in float64, in one pass over the tiles.
 
-    Where one triangle is stored, each tile off the diagonal is used twice, as it is and transposed.
-
     Raises:
-        StoreError: If a tile is damaged, or the product with it is not finite; the message names it.
+        StoreError: If a tile is missing, damaged or not finite; the message names it.
     """
-    grid, m = store.grid, store.grid.num_outputs
-    is_upper = store.manifest.layout == "upper"
-    product = np.zeros((grid.num_planes, grid.num_rows, V.shape[1]))
-    for plane, kernel in enumerate(kernels_of(store, dtype)):
-        for i, j in _places(store):
-            rows, cols = grid.block(i).rows(m), grid.col_block(j).rows(m)
-            values = kernel[rows, cols].astype(np.float64, copy=False)
-            with np.errstate(invalid="ignore", over="ignore"):
-                part = values @ V[cols]
-            if not np.isfinite(part).all():
-                _refuse_tile(store, f"ntk_{dtype}/c/{f'{plane}/' * (grid.num_planes > 1)}{i}/{j}", values)
-            product[plane, rows] += part
-            if is_upper and i != j:
-                product[plane, cols] += values.T @ V[rows]
-            step()
-    return product
-
-
-def _places(store: KernelStore) -> list[tuple[int, int]]:
-    """List the stored tiles, row by row."""
-    grid, is_upper = store.grid, store.manifest.layout == "upper"
-    return [(i, j) for i in range(grid.num_blocks) for j in range(i if is_upper else 0, grid.num_col_blocks)]
-
-
-def _refuse_tile(store: KernelStore, chunk: str, values: FloatArray) -> None:
-    name, place = chunk.split("/c/")
-    raise StoreError(
-        f"Tile ({place.replace('/', ', ')}) of {name} in {store.name} is not finite: expected numbers, found "
-        f"{values.size - int(np.isfinite(values).sum())} of {values.size} entries infinite or NaN, as an empty tile "
-        f"reads. Was it overwritten? Run `ntkgen verify --repair {store.name}` and then the same `ntkgen compute` "
-        "again: it makes it anew."
-    )
+    return np.stack([kernel.matmat(V, step=step) for kernel in kernels_of(store, dtype)])
 
 
 def exact_product(
