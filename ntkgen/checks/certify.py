@@ -11,7 +11,7 @@ outputs below each other, whose Frobenius norm is that of all of them.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -213,7 +213,7 @@ def exact_product(
     these rows of the product are taken. `diagonal` is all K_o, `trace` is Σ_o K_o.
     """
     if chosen.reduction == "none":
-        return _matmat(exact, V, lambda done, total: report("exact product", done, total))[None]
+        return _matmat(exact, V, report)[None]
     m, products = exact.num_outputs, []
     for output in range(m):
         columns = np.zeros((len(V), m, V.shape[1]))
@@ -221,12 +221,17 @@ def exact_product(
         product = _matmat(
             exact,
             columns.reshape(-1, V.shape[1]),
-            lambda done, total, before=output: report("exact product", before * total + done, m * total),  # type: ignore[misc]
+            partial(_report_part, report, output, m),
         )
         products.append(product.reshape(-1, m, V.shape[1])[:, output])
     return np.stack(products) if chosen.reduction == "diagonal" else np.sum(products, axis=0)[None]
 
 
-def _matmat(exact: NTKOperator, V: FloatArray, report: Callable[[int, int], None]) -> FloatArray:
+def _report_part(report: Report, number: int, count: int, stage: str, done: int, total: int) -> None:
+    """Report one of several equal products as a part of them all."""
+    report(stage, number * total + done, count * total)
+
+
+def _matmat(exact: NTKOperator, V: FloatArray, report: Report) -> FloatArray:
     product: FloatArray = exact.matmat(torch.from_numpy(V), report).cpu().numpy()
     return product

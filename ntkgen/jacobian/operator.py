@@ -1,28 +1,33 @@
 """The kernel as a linear operator that is never formed, K V = J₁ (J₂ᵀ V): `NTKOperator`."""
 
-import contextlib
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_vectors
-from ntkgen.jacobian.capture import weighted_sum
-from ntkgen.jacobian.evaluation import as_input, outputs_of, require_plain_module, without_kept_graphs
+from ntkgen.jacobian.evaluation import as_input, require_plain_module, without_kept_graphs
 from ntkgen.jacobian.independence import has_own_gradients
+from ntkgen.jacobian.modes import (
+    PUSHES,
+    Directions,
+    add_pullback,
+    choose_push,
+    embedding_tables,
+    is_symmetric,
+    plain_attention,
+    trainable_parameters,
+)
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.probe import in_turns
-from ntkgen.jacobian.reals import real_numbers
+from ntkgen.progress import Report, Step, counter, ignore_report
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -31,188 +36,6 @@ BATCH_SIZE = 32
 PRECISIONS = ("float32", "float64")
 # So many bytes of Jᵀ V, a column of which has as many numbers as the network parameters, are held at a time.
 DIRECTION_BYTES = 1 << 30
-
-# How far products in other modes may be from those in reverse mode, relative to their norm.
-COVERAGE_TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-9}
-
-# One tensor per trainable parameter, (columns, *parameter): several vectors in the space of parameters.
-Directions = list[Tensor]
-# Called after each batch with the batches done and those there are.
-Report = Callable[[int, int], None]
-
-
-def ignore_report(done: int, total: int) -> None:
-    """Report nothing."""
-
-
-# Jᵀ V and J U of one batch --------------------------------------------------------------------------------------------
-
-
-def _real_rows(
-    part: Tensor,  # (columns, *parameter)
-) -> Tensor:  # (columns, numbers)
-    """Lay the columns of a parameter out as rows of real numbers: ⟨u, v⟩ is then Σ Re u Re v + Im u Im v."""
-    return real_numbers(part).reshape(len(part), -1)
-
-
-def _params(module: nn.Module) -> list[Tensor]:
-    return [param for param in module.parameters() if param.requires_grad]
-
-
-def _places(module: nn.Module) -> dict[str, int]:
-    """Find where each trainable parameter is kept: a tied one in several places, a shared module's once.
-
-    `functional_call` would tie the names itself, but to both names of a shared module, and leave that without its
-    parameters.
-    """
-    index = {id(param): position for position, param in enumerate(_params(module))}
-    places = {}
-    for prefix, child in module.named_modules():
-        for name, param in child.named_parameters(recurse=False, remove_duplicate=False):
-            if id(param) in index:
-                places[f"{prefix}.{name}" if prefix else name] = index[id(param)]
-    return places
-
-
-def add_pullback(
-    module: nn.Module,
-    batch: Tensor,  # (samples, …)
-    cotangents: Tensor,  # (columns, samples, outputs)
-    total: Directions,
-) -> None:
-    """Add Jᵀ V of one batch to a running total: one forward pass, and one backward pass per column."""
-    outputs = outputs_of(module, batch)
-    if not outputs.requires_grad:
-        return
-    for column, cotangent in enumerate(cotangents):
-        retain = column + 1 < len(cotangents)
-        target = weighted_sum(outputs, cotangent)
-        grads = torch.autograd.grad(target, _params(module), retain_graph=retain, allow_unused=True)
-        for part, grad in zip(total, grads, strict=True):
-            if grad is not None:
-                part[column] += grad
-
-
-def push_forward(
-    module: nn.Module,
-    batch: Tensor,  # (samples, …)
-    directions: Directions,
-) -> Tensor:  # (columns, samples, outputs)
-    """Compute J U of one batch in forward mode, one pass per column."""
-    places = _places(module)
-
-    def outputs(values: list[Tensor]) -> Tensor:
-        by_name = {name: values[index] for name, index in places.items()}
-        result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
-        return result
-
-    params = [param.detach() for param in _params(module)]
-    with torch.no_grad():  # `jvp` needs no graph for a backward pass
-        return torch.stack([jvp(outputs, (params,), (list(column),))[1] for column in zip(*directions, strict=True)])
-
-
-def push_double_backward(
-    module: nn.Module,
-    batch: Tensor,  # (samples, …)
-    directions: Directions,
-) -> Tensor:  # (columns, samples, outputs)
-    """Compute J U of one batch by differentiating ⟨Jᵀ V, U⟩, which is linear in V, with respect to V.
-
-    Costs up to three times as much as forward mode, and needs each backward formula to be differentiable itself.
-    """
-    outputs = outputs_of(module, batch)
-    cotangents = torch.zeros_like(outputs).requires_grad_()
-    if not outputs.requires_grad:
-        return cotangents.new_zeros(len(directions[0]), *outputs.shape)
-    target = weighted_sum(outputs, cotangents)
-    grads = torch.autograd.grad(target, _params(module), create_graph=True, allow_unused=True)
-    used = [index for index, grad in enumerate(grads) if grad is not None and grad.requires_grad]
-    columns = []
-    for column in range(len(directions[0])):
-        along = [directions[index][column] for index in used]
-        columns.append(torch.autograd.grad([grads[i] for i in used], cotangents, along, retain_graph=True)[0])
-    return torch.stack(columns)
-
-
-def push_rows(
-    module: nn.Module,
-    batch: Tensor,  # (samples, …)
-    directions: Directions,
-) -> Tensor:  # (columns, samples, outputs)
-    """Compute J U of one batch row by row of J, in reverse mode: one backward pass per sample and output."""
-    samples = []
-    for sample in batch:
-        outputs = outputs_of(module, sample[None])[0]
-        products = outputs.detach().new_zeros(len(directions[0]), len(outputs))
-        for index in range(len(outputs) if outputs.requires_grad else 0):
-            grads = torch.autograd.grad(outputs[index], _params(module), retain_graph=True, allow_unused=True)
-            for part, grad in zip(directions, grads, strict=True):
-                if grad is not None:
-                    products[:, index] += _real_rows(part) @ real_numbers(grad.to_dense())
-        samples.append(products)
-    return torch.stack(samples, dim=1)
-
-
-@contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """Use the one implementation of attention that has a forward mode, and a backward that can be differentiated."""
-    mha: Any = torch.backends.mha
-    before = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        mha.set_fastpath_enabled(before)
-
-
-# The cheapest first; the last always works, and is what the others are checked against.
-PUSHES: dict[str, Callable[[nn.Module, Tensor, Directions], Tensor]] = {
-    "forward": push_forward,
-    "double-backward": push_double_backward,
-    "rows": push_rows,
-}
-
-
-def choose_push(module: nn.Module, sample: Tensor) -> str:
-    """Name the cheapest way to J U that this network allows, by trying each on one sample and a random direction.
-
-    Not every operation has a forward mode or a differentiable backward, and a wrong one of somebody's own operation
-    would go unnoticed: the result is compared with that of plain reverse mode. What autograd does to the gradient of an
-    embedding table depends on the tokens, of which one sample has not all: those are known.
-    """
-    candidates = ["forward", "double-backward"]
-    for table in _tables(module):
-        if table.scale_grad_by_freq:
-            return "rows"
-        if table.padding_idx is not None:
-            candidates = ["double-backward"]
-    generator = torch.Generator("cpu").manual_seed(0)
-    directions = [_random_direction(param.detach(), generator) for param in _params(module)]
-    expected = push_rows(module, sample, directions)
-    for name in candidates:
-        # an operation without this mode raises what its author liked; torch warns of itself where it first needs it
-        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-            if _agree(PUSHES[name](module, sample, directions), expected):
-                return name
-    return "rows"
-
-
-def _random_direction(param: Tensor, generator: torch.Generator) -> Tensor:  # (1, *parameter)
-    dtype = torch.complex128 if param.is_complex() else torch.float64
-    return torch.randn(1, *param.shape, generator=generator, dtype=dtype, device="cpu").to(param)
-
-
-def _tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
-    return [child for child in module.modules() if isinstance(child, nn.Embedding | nn.EmbeddingBag)]
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    assert found.shape == expected.shape
-    return bool((found - expected).norm() <= COVERAGE_TOLERANCE[expected.dtype] * expected.norm())
-
-
-# the operator ---------------------------------------------------------------------------------------------------------
 
 
 class NTKOperator:
@@ -280,7 +103,7 @@ class NTKOperator:
         _check_transform(self._transform, network.profile.num_outputs)
         self.num_outputs = network.profile.num_outputs if self._transform is None else len(self._transform)
         # only alone is the gradient of a sample its own where it is scaled by how often a token occurs
-        is_alone = any(table.scale_grad_by_freq for table in _tables(self._module))
+        is_alone = any(table.scale_grad_by_freq for table in embedding_tables(self._module))
         self._rows, self._columns = rows, rows if columns is None else columns
         self._batch_size = 1 if is_alone else batch_size
         self._proved: set[tuple[int, int]] = set()  # samples, and the batch size with which they were run
@@ -326,6 +149,10 @@ class NTKOperator:
     ) -> Tensor:  # (n₁ m, columns)
         """Multiply the kernel with several vectors; cheaper than one by one, because forward passes are shared.
 
+        Args:
+            V: The vectors, one per column.
+            report: Called as the stage ``exact product`` proceeds, batch by batch.
+
         Raises:
             InputError: If they are neither a tensor nor a NumPy array, or complex.
             ShapeError: If the vectors do not have as many entries as the kernel has columns.
@@ -337,10 +164,11 @@ class NTKOperator:
         groups = vectors.split(self._columns_at_once, dim=1)
         if not vectors.shape[1]:
             return torch.zeros(self.shape[0], 0, dtype=self.dtype, device=self.device)
-        count = _Count(len(groups) * (self._num_batches(self._rows) + self._num_batches(self._columns)), report)
+        num_batches = self._num_batches(self._rows) + self._num_batches(self._columns)
+        step = counter(report, "exact product", 0, len(groups) * num_batches)
         with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
             self._prove()
-            return torch.cat([self._multiply(group, count) for group in groups], dim=1)
+            return torch.cat([self._multiply(group, step) for group in groups], dim=1)
 
     def __matmul__(self, other: Tensor | npt.NDArray[Any]) -> Tensor:
         """Multiply with a vector or with the columns of a matrix."""
@@ -381,18 +209,18 @@ class NTKOperator:
     def _multiply(
         self,
         V: Tensor,  # (n₂ m, columns)
-        count: "_Count",
+        step: Step,
     ) -> Tensor:  # (n₁ m, columns)
         """Multiply one group of columns, and once more, more slowly, if that was not symmetric.
 
         ⟨V, J (Jᵀ V)⟩ = ‖Jᵀ V‖² costs nothing to check where rows and columns are the same samples. It fails where one
         of the two does something else than the other to some of the samples, as somebody's own operation may.
         """
-        U = self._pull(V, count)
-        KV = self._push(U, count)
-        if self._rows is not self._columns or _is_symmetric(V, U, KV) or not self._fall_back():
+        U = self._pull(V, step)
+        KV = self._push(U, step)
+        if self._rows is not self._columns or is_symmetric(V, U, KV) or not self._fall_back():
             return KV
-        return self._multiply(V, count)
+        return self._multiply(V, step)
 
     def _fall_back(self) -> bool:
         """Choose the next slower way, in the end one sample at a time; say whether there was one."""
@@ -406,30 +234,31 @@ class NTKOperator:
     def _pull(
         self,
         V: Tensor,  # (n₂ m, columns)
-        count: "_Count",
+        step: Step,
     ) -> Directions:
         """Compute J₂ᵀ V."""
-        total = [torch.zeros(V.shape[1], *p.shape, dtype=p.dtype, device=p.device) for p in _params(self._module)]
+        params = trainable_parameters(self._module)
+        total = [torch.zeros(V.shape[1], *p.shape, dtype=p.dtype, device=p.device) for p in params]
         cotangents = V.T.reshape(V.shape[1], len(self._columns), self.num_outputs)
         if self._transform is not None:
             cotangents = cotangents @ self._transform
         pieces = cotangents.split(self._batch_size, dim=1)
         for batch, piece in zip(self._columns.split(self._batch_size), pieces, strict=True):
             add_pullback(self._module, as_input(batch, self.dtype, self.device), piece, total)
-            count.step()
+            step()
         return total
 
     def _push(
         self,
         directions: Directions,
-        count: "_Count",
+        step: Step,
     ) -> Tensor:  # (n₁ m, columns)
         """Compute J₁ U."""
         products = []
         for batch in self._rows.split(self._batch_size):
             product = PUSHES[self.push](self._module, as_input(batch, self.dtype, self.device), directions)
             products.append(product.detach() if self._transform is None else product.detach() @ self._transform.T)
-            count.step()
+            step()
         return torch.cat(products, dim=1).flatten(1).T
 
     def _floats(self, values: Tensor | npt.NDArray[Any]) -> Tensor:
@@ -442,29 +271,6 @@ class NTKOperator:
             f"samples, or for another number of outputs than {self.num_outputs}? Its rows are those of the second "
             "batch, sample · outputs + output; the transpose is operator.T."
         )
-
-
-class _Count:
-    """Batches done, of all there are."""
-
-    def __init__(self, total: int, report: Report) -> None:
-        self._done, self._total, self._report = 0, total, report
-
-    def step(self) -> None:
-        """Count one more."""
-        self._done += 1
-        self._report(min(self._done, self._total), self._total)  # more, if a product has to be repeated
-
-
-def _is_symmetric(
-    V: Tensor,  # (rows, columns)
-    U: Directions,
-    KV: Tensor,  # (rows, columns)
-) -> bool:
-    """Say whether ⟨v, K v⟩ = ‖Jᵀ v‖² for each column, relative to ‖v‖ ‖K v‖."""
-    squares = torch.stack([_real_rows(part).square().sum(1) for part in U]).sum(0)
-    difference = ((V * KV).sum(0) - squares).abs()
-    return not bool((difference > COVERAGE_TOLERANCE[V.dtype] * V.norm(dim=0) * KV.norm(dim=0)).any())
 
 
 def _in_numpy(product: Callable[[Tensor], Tensor], values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,0 +1,198 @@
+"""Jᵀ V and J U of one batch, in each mode of automatic differentiation that a network may allow."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ntkgen.jacobian.capture import weighted_sum
+from ntkgen.jacobian.evaluation import outputs_of
+from ntkgen.jacobian.reals import real_numbers
+
+# How far products in other modes may be from those in reverse mode, relative to their norm.
+COVERAGE_TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-9}
+
+# One tensor per trainable parameter, (columns, *parameter): several vectors in the space of parameters.
+Directions = list[Tensor]
+
+
+def real_rows(
+    part: Tensor,  # (columns, *parameter)
+) -> Tensor:  # (columns, numbers)
+    """Lay the columns of a parameter out as rows of real numbers: ⟨u, v⟩ is then Σ Re u Re v + Im u Im v."""
+    return real_numbers(part).reshape(len(part), -1)
+
+
+def trainable_parameters(module: nn.Module) -> list[Tensor]:
+    """List what the Jacobian is with respect to, in the order of directions."""
+    return [param for param in module.parameters() if param.requires_grad]
+
+
+def _places(module: nn.Module) -> dict[str, int]:
+    """Find where each trainable parameter is kept: a tied one in several places, a shared module's once.
+
+    `functional_call` would tie the names itself, but to both names of a shared module, and leave that without its
+    parameters.
+    """
+    index = {id(param): position for position, param in enumerate(trainable_parameters(module))}
+    places = {}
+    for prefix, child in module.named_modules():
+        for name, param in child.named_parameters(recurse=False, remove_duplicate=False):
+            if id(param) in index:
+                places[f"{prefix}.{name}" if prefix else name] = index[id(param)]
+    return places
+
+
+def add_pullback(
+    module: nn.Module,
+    batch: Tensor,  # (samples, …)
+    cotangents: Tensor,  # (columns, samples, outputs)
+    total: Directions,
+) -> None:
+    """Add Jᵀ V of one batch to a running total: one forward pass, and one backward pass per column."""
+    outputs = outputs_of(module, batch)
+    if not outputs.requires_grad:
+        return
+    for column, cotangent in enumerate(cotangents):
+        retain = column + 1 < len(cotangents)
+        target = weighted_sum(outputs, cotangent)
+        grads = torch.autograd.grad(target, trainable_parameters(module), retain_graph=retain, allow_unused=True)
+        for part, grad in zip(total, grads, strict=True):
+            if grad is not None:
+                part[column] += grad
+
+
+def push_forward(
+    module: nn.Module,
+    batch: Tensor,  # (samples, …)
+    directions: Directions,
+) -> Tensor:  # (columns, samples, outputs)
+    """Compute J U of one batch in forward mode, one pass per column."""
+    places = _places(module)
+
+    def outputs(values: list[Tensor]) -> Tensor:
+        by_name = {name: values[index] for name, index in places.items()}
+        result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
+        return result
+
+    params = [param.detach() for param in trainable_parameters(module)]
+    with torch.no_grad():  # `jvp` needs no graph for a backward pass
+        return torch.stack([jvp(outputs, (params,), (list(column),))[1] for column in zip(*directions, strict=True)])
+
+
+def push_double_backward(
+    module: nn.Module,
+    batch: Tensor,  # (samples, …)
+    directions: Directions,
+) -> Tensor:  # (columns, samples, outputs)
+    """Compute J U of one batch by differentiating ⟨Jᵀ V, U⟩, which is linear in V, with respect to V.
+
+    Costs up to three times as much as forward mode, and needs each backward formula to be differentiable itself.
+    """
+    outputs = outputs_of(module, batch)
+    cotangents = torch.zeros_like(outputs).requires_grad_()
+    if not outputs.requires_grad:
+        return cotangents.new_zeros(len(directions[0]), *outputs.shape)
+    target = weighted_sum(outputs, cotangents)
+    grads = torch.autograd.grad(target, trainable_parameters(module), create_graph=True, allow_unused=True)
+    used = [index for index, grad in enumerate(grads) if grad is not None and grad.requires_grad]
+    columns = []
+    for column in range(len(directions[0])):
+        along = [directions[index][column] for index in used]
+        columns.append(torch.autograd.grad([grads[i] for i in used], cotangents, along, retain_graph=True)[0])
+    return torch.stack(columns)
+
+
+def push_rows(
+    module: nn.Module,
+    batch: Tensor,  # (samples, …)
+    directions: Directions,
+) -> Tensor:  # (columns, samples, outputs)
+    """Compute J U of one batch row by row of J, in reverse mode: one backward pass per sample and output."""
+    params, samples = trainable_parameters(module), []
+    for sample in batch:
+        outputs = outputs_of(module, sample[None])[0]
+        products = outputs.detach().new_zeros(len(directions[0]), len(outputs))
+        for index in range(len(outputs) if outputs.requires_grad else 0):
+            grads = torch.autograd.grad(outputs[index], params, retain_graph=True, allow_unused=True)
+            for part, grad in zip(directions, grads, strict=True):
+                if grad is not None:
+                    products[:, index] += real_rows(part) @ real_numbers(grad.to_dense())
+        samples.append(products)
+    return torch.stack(samples, dim=1)
+
+
+@contextlib.contextmanager
+def plain_attention() -> Iterator[None]:
+    """Use the one implementation of attention that has a forward mode, and a backward that can be differentiated."""
+    mha: Any = torch.backends.mha
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(before)
+
+
+# The cheapest first; the last always works, and is what the others are checked against.
+PUSHES: dict[str, Callable[[nn.Module, Tensor, Directions], Tensor]] = {
+    "forward": push_forward,
+    "double-backward": push_double_backward,
+    "rows": push_rows,
+}
+
+
+def choose_push(module: nn.Module, sample: Tensor) -> str:
+    """Name the cheapest way to J U that this network allows, by trying each on one sample and a random direction.
+
+    Not every operation has a forward mode or a differentiable backward, and a wrong one of somebody's own operation
+    would go unnoticed: the result is compared with that of plain reverse mode. What autograd does to the gradient of an
+    embedding table depends on the tokens, of which one sample has not all: those are known.
+    """
+    candidates = ["forward", "double-backward"]
+    for table in embedding_tables(module):
+        if table.scale_grad_by_freq:
+            return "rows"
+        if table.padding_idx is not None:
+            candidates = ["double-backward"]
+    generator = torch.Generator("cpu").manual_seed(0)
+    directions = [_random_direction(param.detach(), generator) for param in trainable_parameters(module)]
+    expected = push_rows(module, sample, directions)
+    for name in candidates:
+        # an operation without this mode raises what its author liked; torch warns of itself where it first needs it
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+            if _agree(PUSHES[name](module, sample, directions), expected):
+                return name
+    return "rows"
+
+
+def _random_direction(param: Tensor, generator: torch.Generator) -> Tensor:  # (1, *parameter)
+    dtype = torch.complex128 if param.is_complex() else torch.float64
+    return torch.randn(1, *param.shape, generator=generator, dtype=dtype, device="cpu").to(param)
+
+
+def embedding_tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """List the tables whose gradient may depend on the tokens of a whole batch."""
+    return [child for child in module.modules() if isinstance(child, nn.Embedding | nn.EmbeddingBag)]
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    assert found.shape == expected.shape
+    return bool((found - expected).norm() <= COVERAGE_TOLERANCE[expected.dtype] * expected.norm())
+
+
+def is_symmetric(
+    V: Tensor,  # (rows, columns)
+    U: Directions,
+    KV: Tensor,  # (rows, columns)
+) -> bool:
+    """Say whether ⟨v, K v⟩ = ‖Jᵀ v‖² for each column, relative to ‖v‖ ‖K v‖."""
+    squares = torch.stack([real_rows(part).square().sum(1) for part in U]).sum(0)
+    difference = ((V * KV).sum(0) - squares).abs()
+    return not bool((difference > COVERAGE_TOLERANCE[V.dtype] * V.norm(dim=0) * KV.norm(dim=0)).any())
