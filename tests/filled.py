@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from cases import make_job
 
-from ntkgen.files.folder import folder_of
+from ntkgen.files.place import folder_of
 from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store

@@ -18,7 +18,8 @@ from cases import small_network
 
 import ntkgen
 from ntkgen.errors import InputError, StoreError
-from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.place import folder_of
 
 obstore = pytest.importorskip("obstore", reason="the optional part ntkgen[cloud] is not installed")
 if importlib.util.find_spec("moto") is None:

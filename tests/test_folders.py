@@ -11,8 +11,10 @@ import zarr
 from zarr.storage import LocalStore, MemoryStore
 
 from ntkgen.errors import InputError
+from ntkgen.files.bucket import StoreFolder, first_lines
 from ntkgen.files.durable import write_file
-from ntkgen.files.folder import File, LocalFolder, StoreFolder, file_of, first_lines, folder_of
+from ntkgen.files.folder import File, LocalFolder, file_of
+from ntkgen.files.place import folder_of
 
 
 @pytest.fixture(params=["disk", "store"])
@@ -40,6 +42,15 @@ def test_what_is_written_is_read_listed_and_removed(folder):
     assert not folder.has("c")
     folder.sweep()
     assert folder.sizes() == {"c/0/1": 1, "c/1/10": 0, "cc/0": 1}
+
+
+def test_a_bucket_and_a_store_in_memory_lie_in_no_other_folder():
+    pytest.importorskip("obstore")
+    assert folder_of("s3://bucket/k.zarr").parent == folder_of("s3://bucket")
+    with pytest.raises(InputError, match=r"Nothing lies beside s3://bucket: .*found a whole bucket"):
+        _ = folder_of("s3://bucket").parent
+    with pytest.raises(InputError, match=r"Nothing lies beside memory: .*found a MemoryStore"):
+        _ = StoreFolder(MemoryStore(), "memory").parent
 
 
 def test_folders_lie_in_each_other(tmp_path):

@@ -13,7 +13,8 @@ from cases import files_of, in_turn
 import ntkgen
 from ntkgen import cli
 from ntkgen.errors import DiskSpaceError, FingerprintError, InputError, StoreError
-from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.place import folder_of
 from ntkgen.store.describe import describe
 from ntkgen.store.importing import Facts, import_kernel
 from ntkgen.store.manifest import Manifest

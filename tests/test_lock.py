@@ -13,7 +13,8 @@ from zarr.storage import MemoryStore
 
 from ntkgen.errors import StoreLockedError
 from ntkgen.files import lock
-from ntkgen.files.folder import LocalFolder, StoreFolder
+from ntkgen.files.bucket import StoreFolder
+from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 
 HOLDER = """

@@ -15,8 +15,9 @@ from zarr.storage import MemoryStore
 import ntkgen
 from ntkgen import cli
 from ntkgen.errors import DiskSpaceError, InputError, StoreError, StoreLockedError
-from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import tile_lock, write_lock
+from ntkgen.files.place import folder_of
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.mirror import mirror
 from ntkgen.store.opening import open_store

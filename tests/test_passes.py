@@ -26,7 +26,7 @@ from ntkgen.analysis.passes import fold
 from ntkgen.analysis.regression import Ridge, regress
 from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError, StoreError, WorkerError
-from ntkgen.files.folder import folder_of
+from ntkgen.files.place import folder_of
 from ntkgen.store.opening import open_store
 
 

@@ -17,9 +17,10 @@ from ntkgen.data import official
 from ntkgen.engine import cluster
 from ntkgen.engine.cluster import connected
 from ntkgen.errors import InputError
-from ntkgen.files.folder import LocalFolder, file_of, folder_of
+from ntkgen.files.folder import LocalFolder, file_of
 from ntkgen.files.lock import tile_lock, write_lock
 from ntkgen.files.paths import absolute, beside, expanded
+from ntkgen.files.place import folder_of
 from ntkgen.origin import _locate
 from ntkgen.store.store import KernelStore
 

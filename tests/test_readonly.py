@@ -14,7 +14,8 @@ from ntkgen.analysis.logdet import logdet
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError
-from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.place import folder_of
 from ntkgen.store.opening import open_store
 
 LABELS = np.array([0, 1, 0])

@@ -10,7 +10,8 @@ import ntkgen
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError
-from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.place import folder_of
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from typing import Any
 import ntkgen
 from ntkgen.analysis.matrix import Matrix
 from ntkgen.errors import InputError
-from ntkgen.files.folder import Folder, first_lines, is_remote_error
+from ntkgen.files.bucket import first_lines, is_remote_error
+from ntkgen.files.folder import Folder
 from ntkgen.files.paths import beside
 
 # What another version of this program, or of what it writes here, has kept is computed anew.

@@ -67,7 +67,7 @@ def _run(args: Sequence[str] | None) -> int:
         click.echo(f"{word}. What is finished is kept: the same command goes on from there.", err=True)
         return exit_code
     except Exception as error:
-        from ntkgen.files.folder import first_lines, is_remote_error
+        from ntkgen.files.bucket import first_lines, is_remote_error
 
         if not is_remote_error(error):
             raise

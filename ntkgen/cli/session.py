@@ -82,7 +82,7 @@ class Settings:
         """Say where everything happens, and who computes."""
         from ntkgen.engine.compute import ALONE
         from ntkgen.engine.machine import choose_device
-        from ntkgen.files.folder import folder_of
+        from ntkgen.files.place import folder_of
         from ntkgen.pipeline import Place
 
         out = folder_of(self.out, fsync=self.fsync)

@@ -108,7 +108,7 @@ class _Finding:
 def _found(path: str, wanted: _Wanted) -> _Finding:
     """Verify one store; where there is none, or it cannot be reached, the others are read nevertheless."""
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.files.folder import first_lines, is_remote_error
+    from ntkgen.files.bucket import first_lines, is_remote_error
 
     try:
         with progress_bars(path.rstrip("/").rpartition("/")[2], quiet=wanted.quiet) as report:

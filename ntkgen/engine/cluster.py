@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 from zarr.storage import MemoryStore
 
 from ntkgen.errors import InputError
-from ntkgen.files.folder import Folder, LocalFolder, StoreFolder
+from ntkgen.files.bucket import StoreFolder
+from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.files.paths import expanded
 
 if TYPE_CHECKING:

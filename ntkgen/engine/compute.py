@@ -19,8 +19,9 @@ from ntkgen.engine.identity import KernelSpec, identity_of, require_same_network
 from ntkgen.engine.machine import Machine, check_environment, describe_machine
 from ntkgen.engine.run import Bench, run, run_diagonal, run_tiles
 from ntkgen.errors import FingerprintError, InputError, RuleError, StoreLockedError
-from ntkgen.files.folder import Folder, folder_of
+from ntkgen.files.folder import Folder
 from ntkgen.files.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
+from ntkgen.files.place import folder_of
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
 from ntkgen.jacobian.evaluation import require_plain_module

@@ -20,7 +20,7 @@ from ntkgen.checks.certify import require_model
 from ntkgen.engine.machine import check_environment
 from ntkgen.engine.run import Bench
 from ntkgen.errors import PlanError
-from ntkgen.files.folder import StoreFolder
+from ntkgen.files.bucket import StoreFolder
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.outputs import output_map

@@ -1,14 +1,12 @@
-"""A folder of results, on a disk or in an object store, and one set of verbs for both.
+"""A folder of results, one set of verbs for every place, and the one on a disk.
 
 What is written is durable before it is seen: `ntkgen.files.durable` says how for a disk, and an object store
 acknowledges an object when it is safe.
 """
 
-import asyncio
 import contextlib
 import os
 import shutil
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,20 +14,10 @@ from pathlib import Path
 
 import psutil
 from zarr.abc.store import Store
-from zarr.core.buffer.core import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import LocalStore, ObjectStore
 
 from ntkgen.errors import InputError
 from ntkgen.files import paths
 from ntkgen.files.durable import PARTIAL, DurableStore, write_file
-
-# Requests to an object store at a time.
-REQUESTS = 32
-# What is written, and removed, to see whether anything can be.
-TRIAL = ".ntkgen-can-write"
-# So much of a library's message is repeated in ours.
-MESSAGE_LENGTH = 300
 
 
 class Folder(ABC):
@@ -211,115 +199,6 @@ class LocalFolder(Folder):
         return next(folder for folder in (self.path, *self.path.parents) if folder.exists())
 
 
-@dataclass(frozen=True)
-class StoreFolder(Folder):
-    """A folder of an object store, named by its URL; or any Zarr store that a caller brings, which lies in no other."""
-
-    store: Store
-    url: str
-
-    def __str__(self) -> str:
-        return self.url
-
-    def __truediv__(self, name: str) -> Folder:
-        return folder_of(f"{self.url}/{name}")
-
-    @property
-    def parent(self) -> Folder:
-        """The folder that this one lies in.
-
-        Raises:
-            InputError: If it is a Zarr store that a caller has brought.
-        """
-        if not isinstance(self.store, ObjectStore):
-            raise InputError(
-                f"Nothing lies beside {self}: expected a folder or a URL, found a {type(self.store).__name__}. Was it "
-                "to be read alone? Give the path of a folder."
-            )
-        return folder_of(self.url.rpartition("/")[0])
-
-    @property
-    def name(self) -> str:
-        """What it is called in the folder that it lies in."""
-        return self.url.rpartition("/")[2]
-
-    def sizes(self, prefix: str = "") -> dict[str, int]:
-        """List the keys below a prefix that is a folder, with their sizes in bytes."""
-        return sync(_remote_sizes(self.store, prefix))
-
-    def read(self, key: str) -> bytes | None:
-        """Read a file whole; None where there is none."""
-        buffer = sync(self.store.get(key, default_buffer_prototype()))
-        return None if buffer is None else buffer.to_bytes()
-
-    def size(self, key: str) -> int | None:
-        """Say how many bytes a file has; None where there is none."""
-        try:
-            return sync(self.store.getsize(key))
-        except FileNotFoundError:
-            return None
-
-    def write(self, key: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
-        self._require_replaceable()
-        sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(data)))
-
-    def remove(self, key: str) -> None:
-        """Remove a file, if it is there."""
-        sync(self.store.delete(key))
-
-    def require_writable(self) -> None:
-        """Refuse a folder that cannot be written, by trying.
-
-        Raises:
-            InputError: If that fails.
-        """
-        try:
-            self.write(TRIAL, b"")
-            self.remove(TRIAL)
-        except Exception as error:
-            if not is_remote_error(error):
-                raise
-            raise InputError(
-                f"Nothing can be written to {self} ({first_lines(error)}): expected a server that answers, a bucket "
-                "that exists, and the right to write to it. Are the credentials set, for S3 AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, and for another server than Amazon's AWS_ENDPOINT_URL (with "
-                "AWS_ALLOW_HTTP=true where that is http)? Is the bucket's name right?"
-            ) from error
-
-    def zarr_store(self, *, read_only: bool) -> Store:
-        """Open the folder for Zarr.
-
-        Raises:
-            InputError: If a store that a caller has brought cannot be opened in that way.
-        """
-        if not read_only:
-            self._require_replaceable()
-        if read_only == self.store.read_only:
-            return self.store
-        try:
-            return self.store.with_read_only(read_only)
-        except NotImplementedError:
-            raise InputError(
-                f"The {type(self.store).__name__} {self} cannot be opened for {'reading' if read_only else 'writing'} "
-                f"alone: expected one that is, found read_only={self.store.read_only}. Open it so, as "
-                f"{type(self.store).__name__}(…, read_only={read_only})."
-            ) from None
-
-    def _require_replaceable(self) -> None:
-        """Refuse to write where nothing that is written can be changed, as in a zip file.
-
-        Raises:
-            InputError: If it is so.
-        """
-        if not self.store.supports_deletes:
-            raise InputError(
-                f"A kernel cannot be computed into {self}: expected a store whose files can be replaced, found a "
-                f"{type(self.store).__name__}, which only grows. Compute into a folder, then pack that: a kernel in a "
-                "zip file can be read."
-            )
-
-
 def _scan(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         for entry in entries:
@@ -329,24 +208,6 @@ def _scan(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
             elif not entry.name.endswith(PARTIAL):
                 with contextlib.suppress(FileNotFoundError):
                     yield key, entry.stat().st_size
-
-
-async def _remote_sizes(store: Store, prefix: str) -> dict[str, int]:
-    """List keys and sizes: of an object store, whose listing has both; of others, key by key."""
-    below = f"{prefix.rstrip('/')}/" if prefix else ""
-    if isinstance(store, ObjectStore):
-        import obstore
-
-        batches = [batch async for batch in obstore.list(store.store, prefix=below or None)]
-        return {item["path"]: item["size"] for batch in batches for item in batch}
-    keys = [key async for key in store.list_prefix(below)]
-    room = asyncio.Semaphore(REQUESTS)
-
-    async def size(key: str) -> int:
-        async with room:
-            return await store.getsize(key)
-
-    return dict(zip(keys, await asyncio.gather(*map(size, keys)), strict=True))
 
 
 @dataclass(frozen=True)
@@ -384,78 +245,3 @@ def file_of(place: "File | str | os.PathLike[str]") -> File:
         return place
     folder = LocalFolder(Path(place))
     return File(folder.parent, folder.name)
-
-
-def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool = True) -> Folder:
-    """Turn a path, a URL (s3://, gs://, az://, file://) or a Zarr store into a folder.
-
-    Raises:
-        InputError: If it is none of these, if the URL is of a kind that is not known, or what it needs is not there.
-    """
-    if isinstance(place, Folder):
-        return place
-    if isinstance(place, LocalStore):
-        return LocalFolder(Path(place.root), fsync)
-    if isinstance(place, Store):
-        _open(place)
-        return StoreFolder(place, str(place))
-    if not isinstance(place, str | os.PathLike) or "\0" in os.fspath(place):
-        raise InputError(
-            f"{place!r} is no place that results can be written to: expected a path, a URL or a Zarr store, found "
-            f"{type(place).__name__}. Was an argument left out? Pass a path without null characters."
-        )
-    scheme, separator, rest = os.fspath(place).partition("://")
-    if not separator or scheme == "file":
-        return LocalFolder(Path(rest if separator else place), fsync)
-    return _object_folder(os.fspath(place).rstrip("/"), scheme)
-
-
-def _open(store: Store) -> None:
-    """Open a store that is not, as `ZipStore` is until then; Zarr does so itself, but not for each of its methods.
-
-    Raises:
-        InputError: If it cannot be opened.
-    """
-    try:
-        sync(store._ensure_open())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"The {type(store).__name__} {store} cannot be opened ({first_lines(error)}): expected a store that is "
-            "there and of that kind. Is its path right, and its file whole?"
-        ) from error
-
-
-def _object_folder(url: str, scheme: str) -> Folder:
-    if scheme not in {"s3", "gs", "az"}:
-        raise InputError(
-            f"{url} is no place that results can be written to: expected a folder, or a URL that begins with s3://, "
-            f"gs:// or az://, found {scheme}://. Is it misspelt?"
-        )
-    try:
-        from obstore.store import from_url
-    except ImportError:
-        raise InputError(
-            f"{url} lies in an object store, and the library for these is not installed (expected obstore). It comes "
-            "with an optional part of this package: pip install 'ntkgen[cloud]'."
-        ) from None
-    try:
-        return StoreFolder(ObjectStore(from_url(url)), url)
-    except Exception as error:
-        if not is_remote_error(error):
-            raise
-        raise InputError(
-            f"{url} names no place in an object store ({first_lines(error)}): expected {scheme}://BUCKET/FOLDER and "
-            "the settings that it needs in the environment. Is the bucket's name missing, or for az:// the account's "
-            "(AZURE_STORAGE_ACCOUNT_NAME)?"
-        ) from error
-
-
-def is_remote_error(error: BaseException) -> bool:
-    """Say whether an error is one of an object store: no connection, no right, no bucket."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] == "obstore"
-
-
-def first_lines(error: BaseException) -> str:
-    """Write an error in one line, without the details that some libraries put below an empty one."""
-    text = " ".join(str(error).partition("\n\n")[0].split()) or type(error).__name__
-    return text if len(text) <= MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]}…"

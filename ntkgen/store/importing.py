@@ -18,8 +18,9 @@ import numpy.typing as npt
 import zarr
 
 from ntkgen.errors import DiskSpaceError, InputError, StoreError
-from ntkgen.files.folder import Folder, LocalFolder, folder_of
+from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.files.lock import require_no_tile_writers, write_lock
+from ntkgen.files.place import folder_of
 from ntkgen.jacobian.cost import JacobianPlan, NetworkProfile, sizes_for
 from ntkgen.plan.plan import Environment, Plan
 from ntkgen.plan.tiles import Tile, TileGrid, make_grid

@@ -12,7 +12,8 @@ from zarr.storage import MemoryStore
 
 import ntkgen
 from ntkgen.errors import InaccurateKernelWarning, StoreError
-from ntkgen.files.folder import Folder, LocalFolder, folder_of
+from ntkgen.files.folder import Folder, LocalFolder
+from ntkgen.files.place import folder_of
 from ntkgen.store.describe import inaccuracy
 from ntkgen.store.manifest import FORMAT_VERSION, IMPORTED, Manifest
 from ntkgen.store.schema import Samples, create_first
