@@ -20,10 +20,11 @@ from distributed import Client, LocalCluster
 import ntkgen
 from ntkgen.blocks import Block
 from ntkgen.engine import coordinator as distributed
-from ntkgen.engine import worker
+from ntkgen.engine import jobs, worker
 from ntkgen.engine.compute import Hands, KernelJob, make
-from ntkgen.engine.coordinator import Carried, Job, Team, diagonal_jobs, job_size, open_team, tile_jobs
+from ntkgen.engine.coordinator import Team, open_team
 from ntkgen.engine.identity import KernelSpec
+from ntkgen.engine.jobs import InlineLoader, Job, diagonal_jobs, job_size, tile_jobs
 from ntkgen.engine.machine import describe_machine, memory_budget
 from ntkgen.errors import FingerprintError, InputError, WorkerError
 from ntkgen.files.folder import LocalFolder
@@ -65,7 +66,7 @@ def job():
 def expected(job, tmp_path_factory):
     """The bytes that one process writes."""
     path = tmp_path_factory.mktemp("alone") / "k.zarr"
-    make(LocalFolder(path), job, Carried(job.model, job.inputs))
+    make(LocalFolder(path), job, InlineLoader(job.model, job.inputs))
     return files_of(path)
 
 
@@ -80,7 +81,7 @@ def test_workers_write_the_bytes_of_one_process(job, expected, team, tmp_path):
     seen = []
     place = LocalFolder(tmp_path / "k.zarr")
     store = make(
-        place, shared_out(job, team), Carried(job.model, job.inputs), lambda *what: seen.append(what[:3])
+        place, shared_out(job, team), InlineLoader(job.model, job.inputs), lambda *what: seen.append(what[:3])
     )  # fmt: skip
     assert store.is_complete
     assert files_of(tmp_path / "k.zarr") == expected
@@ -91,12 +92,12 @@ def test_workers_write_the_bytes_of_one_process(job, expected, team, tmp_path):
 
 def test_only_what_is_missing_is_computed(job, expected, team, tmp_path):
     path = tmp_path / "k.zarr"
-    make(LocalFolder(path), shared_out(job, team), Carried(job.model, job.inputs))
+    make(LocalFolder(path), shared_out(job, team), InlineLoader(job.model, job.inputs))
     chunks = [path / "ntk_float32/c/1/3", path / "ntk_float16/c/0/0"]
     for chunk in chunks:
         chunk.unlink()
     before = {file: file.stat().st_mtime_ns for file in path.glob("ntk_*/c/*/*")}
-    make(LocalFolder(path), shared_out(job, team), Carried(job.model, job.inputs))
+    make(LocalFolder(path), shared_out(job, team), InlineLoader(job.model, job.inputs))
     assert files_of(path) == expected
     changed = {file for file in before if file.stat().st_mtime_ns != before[file]}
     assert changed <= {path / f"ntk_{dtype}/c/{place}" for dtype in ("float16", "float32") for place in ("1/3", "0/0")}
@@ -147,7 +148,7 @@ def test_a_cluster_without_workers_is_refused(job, tmp_path, monkeypatch):
 class Sabotaged:
     """Loads network and samples, but for the first ``times``, when something happens instead."""
 
-    load: Carried
+    load: InlineLoader
     folder: Path  # where it is counted how often
     kind: str
     times: int = 1
@@ -186,31 +187,31 @@ class Sabotaged:
 @pytest.mark.parametrize("kind", chosen(["kill", "litter", "fail", "hang", "stop"], ["litter"]))
 def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
     patient = team if kind in {"kill", "litter", "fail"} else dataclasses.replace(team, tile_seconds=6.0)
-    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, kind)
+    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, kind)
     make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, patient), load)
     assert (tmp_path / f"{kind}0").exists()
     assert files_of(tmp_path / "k.zarr") == expected
 
 
 def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done(job, expected, team, tmp_path):
-    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "fail", times=1000)
+    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "fail", times=1000)
     with pytest.raises(WorkerError, match="RuntimeError: cosmic rays"):
         make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
     assert files_of(tmp_path / "k.zarr") == expected
 
 
 @pytest.mark.slow
 def test_a_worker_that_dies_each_time_ends_the_run(job, team, monkeypatch, tmp_path):
     monkeypatch.setattr(distributed, "MAX_TRIES", 2)
-    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "kill", times=1000)
+    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "kill", times=1000)
     with pytest.raises(WorkerError, match="lost or stalled 2 times"):
         make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_run_at_once(job, team, tmp_path):
-    load = Sabotaged(Carried(job.model, job.inputs), tmp_path, "full", times=1000)
+    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "full", times=1000)
     with pytest.raises(OSError, match="No space left") as raised:
         make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
     assert raised.value.errno == errno.ENOSPC
@@ -220,12 +221,12 @@ def test_a_full_disk_ends_the_run_at_once(job, team, tmp_path):
 def test_a_worker_that_finds_other_samples_refuses_them(job, team, tmp_path):
     other = Inputs(job.inputs.x + 1, job.inputs.samples)
     with pytest.raises(FingerprintError, match="other samples than the store"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, other))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, other))
     assert not open_store(tmp_path / "k.zarr").is_complete
 
 
 def test_nothing_of_a_run_stays_with_the_workers(job, team, tmp_path):
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
     plugins = team.client.run(_plugins)
     assert [name for names in plugins.values() for name in names if name.startswith("ntkgen")] == []
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
@@ -260,7 +261,7 @@ def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
 ):
     with monkeypatch.context() as patch:
         calls = killing_before(patch, method, number)
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
     assert len(calls) >= number
     assert files_of(tmp_path / "k.zarr") == expected
 
@@ -282,7 +283,7 @@ def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, ex
 
     with monkeypatch.context() as patch:
         patch.setattr(Team, "_landed", landing)
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), Carried(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
     assert killed
     assert files_of(tmp_path / "k.zarr") == expected
 
@@ -304,7 +305,7 @@ def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_
         patch.setattr(Team, "_ask", lambda team, function, *args, **_: {"w": function(*args, None) if args else "host"})
         patch.setattr("ntkgen.engine.worker.budget", lambda share, _: memory_budget(CPU, share.memory_bytes))
         with pytest.raises(WorkerError, match="None of the 1 workers is left"):
-            make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), Carried(job.model, job.inputs))
+            make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), InlineLoader(job.model, job.inputs))
 
 
 @pytest.mark.slow
@@ -314,11 +315,11 @@ def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expect
     plain = dataclasses.replace(shared, spec=dataclasses.replace(SHARED, certify=False))
     with ThreadPoolExecutor(2) as pool:
         places = [LocalFolder(tmp_path / name) for name in ("1.zarr", "2.zarr")]
-        runs = [pool.submit(make, place, plain, Carried(job.model, job.inputs)) for place in places]
+        runs = [pool.submit(make, place, plain, InlineLoader(job.model, job.inputs)) for place in places]
         for run in runs:
             run.result()
     for place in places:
-        make(place, shared, Carried(job.model, job.inputs))  # with its certificate
+        make(place, shared, InlineLoader(job.model, job.inputs))  # with its certificate
         assert files_of(place.path) == expected
 
 
@@ -345,7 +346,7 @@ class Lingering:
 
 def test_a_worker_that_is_told_to_let_go_ends_with_its_tile_and_keeps_others_out_until_then(tmp_path):
     place, alone = LocalFolder(tmp_path / "k.zarr"), []
-    hand = worker.Hand(distributed.Order(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
+    hand = worker.Hand(jobs.Assignment(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
     hand.setup(SimpleNamespace(name=0))
 
     def during():
@@ -412,22 +413,22 @@ def test_jobs_hold_every_tile_once_and_none_spans_two_bands():
     tiles = [Tile(row, col) for row in range(6) for col in range(row, 6)]
     bands = [Band((Block(0, 3),), tuple(tiles[:11])), Band((Block(3, 6),), tuple(tiles[11:]))]
     for workers in (1, 2, 7):
-        jobs = list(tile_jobs(bands, job_size(len(tiles), workers, 1.0)))
-        assert [tile for job in jobs for tile in job.band.tiles] == tiles
+        cut = list(tile_jobs(bands, job_size(len(tiles), workers, 1.0)))
+        assert [tile for job in cut for tile in job.band.tiles] == tiles
         assert all(
-            set(job.band.tiles) <= set(bands[0].tiles) or set(job.band.tiles) <= set(bands[1].tiles) for job in jobs
+            set(job.band.tiles) <= set(bands[0].tiles) or set(job.band.tiles) <= set(bands[1].tiles) for job in cut
         )
-        assert all(job.band.held in {band.held for band in bands} for job in jobs)
-        assert len(jobs) >= min(len(tiles), 2 * workers)
+        assert all(job.band.held in {band.held for band in bands} for job in cut)
+        assert len(cut) >= min(len(tiles), 2 * workers)
 
 
 def test_many_tiles_are_cut_into_jobs_of_a_bounded_size():
     tiles = tuple(Tile(0, col) for col in range(10_000))
-    jobs = list(tile_jobs([Band((), tiles)], job_size(len(tiles), 2, 0.0)))
-    assert max(job.size for job in jobs) == distributed.TILES_PER_JOB
-    slow = job_size(len(tiles), 2, pace=100.0)  # seconds a tile
-    assert slow == distributed.JOB_SECONDS // 100
-    assert job_size(len(tiles), 2, pace=1e6) == 1
+    cut = list(tile_jobs([Band((), tiles)], job_size(len(tiles), 2, 0.0)))
+    assert max(job.size for job in cut) == jobs.TILES_PER_JOB
+    slow = job_size(len(tiles), 2, tile_seconds=100.0)  # seconds a tile
+    assert slow == jobs.JOB_SECONDS // 100
+    assert job_size(len(tiles), 2, tile_seconds=1e6) == 1
     assert [job.size for job in diagonal_jobs(range(3), 1)] == [1, 1, 1]
 
 
@@ -466,6 +467,6 @@ def test_workers_keep_a_whole_run_of_another_process_out(job, team, tmp_path, mo
     monkeypatch.setattr(lock, "ORPHAN_SECONDS", 0.3)
     place = LocalFolder(tmp_path / "k.zarr")
     with tile_lock(place), pytest.raises(StoreLockedError, match="writing tiles"):
-        make(place, job, Carried(job.model, job.inputs))
+        make(place, job, InlineLoader(job.model, job.inputs))
     with write_lock(place), pytest.raises(StoreLockedError):
-        make(place, shared_out(job, team), Carried(job.model, job.inputs))
+        make(place, shared_out(job, team), InlineLoader(job.model, job.inputs))

@@ -17,8 +17,8 @@ from cases import CPU, chosen, files_of, make_job, small_network
 from ntkgen import cli
 from ntkgen.engine import compute
 from ntkgen.engine.compute import Hands, KernelJob, make
-from ntkgen.engine.coordinator import Carried
 from ntkgen.engine.identity import KernelSpec
+from ntkgen.engine.jobs import InlineLoader
 from ntkgen.errors import InputError, StoreLockedError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import tile_lock, without_tile_writers, write_lock
@@ -47,7 +47,7 @@ def part_of(job: KernelJob, text: str) -> KernelJob:
 
 
 def run(job: KernelJob, path: Path, report=lambda *_: None) -> KernelStore:
-    return make(LocalFolder(path), job, Carried(job.model, job.inputs), report)
+    return make(LocalFolder(path), job, InlineLoader(job.model, job.inputs), report)
 
 
 @pytest.fixture(scope="module")

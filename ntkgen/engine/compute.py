@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from zarr.abc.store import Store
 
 from ntkgen.checks.certify import add_certificate, forget_certificate
-from ntkgen.engine.coordinator import Carried, Load, Team, open_team
+from ntkgen.engine.coordinator import Team, open_team
 from ntkgen.engine.identity import KernelSpec, identity_of, require_same_network
+from ntkgen.engine.jobs import InlineLoader, Loader
 from ntkgen.engine.machine import Machine, check_environment, describe_machine
 from ntkgen.engine.run import Bench, run, run_diagonal, run_tiles
 from ntkgen.errors import FingerprintError, InputError, RuleError, StoreLockedError
@@ -123,10 +124,10 @@ def compute(
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
     job = KernelJob(model, given, given.probe, spec, device)
     with open_team(workers, client, str(device)) as team:
-        return make(folder, dataclasses.replace(job, hands=Hands(team)), Carried(model, given), report)
+        return make(folder, dataclasses.replace(job, hands=Hands(team)), InlineLoader(model, given), report)
 
 
-def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_report) -> KernelStore:
+def make(folder: Folder, job: KernelJob, load: Loader, report: Report = ignore_report) -> KernelStore:
     """Make a kernel, or what is missing of it, and certify it; of a part, that when it is the last one.
 
     Args:
@@ -146,7 +147,7 @@ def make(folder: Folder, job: KernelJob, load: Load, report: Report = ignore_rep
     return store
 
 
-def _make_whole(folder: Folder, job: KernelJob, load: Load, report: Report) -> KernelStore:
+def _make_whole(folder: Folder, job: KernelJob, load: Loader, report: Report) -> KernelStore:
     with write_lock(folder):
         require_no_tile_writers(folder)
         store, network = _opened(folder, job)
@@ -210,7 +211,7 @@ def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[K
     return store, network
 
 
-def _run(store: KernelStore, network: Network, job: KernelJob, load: Load, report: Report) -> KernelStore:
+def _run(store: KernelStore, network: Network, job: KernelJob, load: Loader, report: Report) -> KernelStore:
     """Compute what is missing of a store, in this process or on the workers of a cluster."""
     plan, machine = store.manifest.plan, job.machine()
     cached_blocks = plan.cached_blocks(machine.budget)

@@ -21,31 +21,31 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ntkgen.engine.cluster import CONNECT_SECONDS, WORKER_SECONDS, address_of, connected, shared, wait_for_a_worker
+from ntkgen.engine.jobs import (
+    THREADS,
+    Assignment,
+    Job,
+    Loader,
+    Outcome,
+    WorkerLimits,
+    diagonal_jobs,
+    job_size,
+    seconds_at_planned_rate,
+    tile_jobs,
+)
 from ntkgen.engine.machine import Machine
 from ntkgen.engine.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
 from ntkgen.errors import InputError, WorkerError
-from ntkgen.files.folder import Folder
-from ntkgen.inputs import Inputs
-from ntkgen.plan.plan import Band, Budget, Plan
 from ntkgen.progress import Report, Step, counter, ignore_step
 from ntkgen.store.store import KernelStore
 
 if TYPE_CHECKING:
     from distributed import Client, Future, LocalCluster, Nanny, WorkerPlugin
 
-# The environment variable that gives a worker its threads; else it has its part of the processors.
-THREADS = "NTKGEN_THREADS"
+    from ntkgen.plan.plan import Budget
 
-# How a worker comes by the network and its samples.
-Load = Callable[[], tuple[nn.Module, Inputs]]
-
-# A run is cut into so many jobs per worker, of at most so many tiles.
-JOBS_PER_WORKER, TILES_PER_JOB = 8, 64
-# … and is to take no longer than so, as far as the plan can tell.
-JOB_SECONDS = 300.0
 # A job is taken for stalled after so many seconds, or so many times those of the longest so far, or those planned.
 STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
 # So often is a job begun again whose worker died or stalled.
@@ -54,65 +54,6 @@ MAX_TRIES = 10
 RETRIES = 2
 POLL_SECONDS, LOOK_SECONDS, FETCH_SECONDS = 0.5, 0.01, 2.0
 REFILL_SECONDS = 10
-
-
-NO_TILES = Band((), ())
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker does at a time: blocks of the diagonal, or tiles of one band."""
-
-    indices: tuple[int, ...] = ()
-    band: Band = NO_TILES
-
-    @property
-    def size(self) -> int:
-        """Blocks or tiles."""
-        return len(self.indices) + len(self.band.tiles)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a worker says of a job: how long it took, or what kept it from this and will keep others too."""
-
-    seconds: float
-    error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class Order:
-    """What the workers have to know: which store, of what, and what they may use."""
-
-    place: Folder
-    load: Load
-    device: str
-    is_local: bool
-    cached_blocks: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a worker may take of its machine, or of its part of it where ``sharers`` workers share one."""
-
-    device: str
-    memory_bytes: int | None
-    sharers: int
-
-
-@dataclass(frozen=True)
-class Carried:
-    """A network and its samples that are sent to the workers, rather than found by them."""
-
-    model: nn.Module
-    inputs: Inputs
-
-    def __call__(self) -> tuple[nn.Module, Inputs]:
-        """Hand both over."""
-        return self.model, self.inputs
-
-
-# the coordinator ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -149,9 +90,9 @@ class Team:
         hosts = self._ask(socket.gethostname)
         sharers = self.num_own or max(Counter(hosts.values()).values())
         memory_bytes = memory_bytes // self.num_own if memory_bytes is not None and self.num_own else memory_bytes
-        share = Share(self.device, memory_bytes, sharers)
-        found = next(iter(self._ask(worker.machine, share, precision, only_one=True).values()))
-        budgets: Iterable[Budget] = self._ask(worker.budget, share).values()
+        limits = WorkerLimits(self.device, memory_bytes, sharers)
+        found = next(iter(self._ask(worker.machine, limits, precision, only_one=True).values()))
+        budgets: Iterable[Budget] = self._ask(worker.budget, limits).values()
         least = min(budgets, key=lambda budget: budget.available_bytes)
         return Machine(found.environment, least, found.rates)
 
@@ -186,13 +127,13 @@ class Team:
         """Where dask shows what its workers do."""
         return str(self.client.dashboard_link)
 
-    def run(self, store: KernelStore, load: Load, *, cached_blocks: int, report: Report) -> None:
+    def run(self, store: KernelStore, load: Loader, *, cached_blocks: int, report: Report) -> None:
         """Compute and commit what a store is missing, as `run` does in one process."""
         from ntkgen.engine import worker
 
-        order = Order(shared(store.folder), load, self.device, self.num_own > 0, cached_blocks)
+        assignment = Assignment(shared(store.folder), load, self.device, self.num_own > 0, cached_blocks)
         name = f"ntkgen-{uuid.uuid4().hex}"  # of this run: another may make the same kernel elsewhere
-        self._enlist(worker.Hand(order), name)
+        self._enlist(worker.Hand(assignment), name)
         try:
             self._run(store, name, cached_blocks, report)
         finally:
@@ -226,12 +167,12 @@ class Team:
 
     def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
         plan, missing, total = store.manifest.plan, store.missing_blocks(), store.manifest.plan.num_sides
-        pace = _seconds(plan, plan.projected_flops((), cached_blocks, missing)) / max(1, len(missing))
+        pace = seconds_at_planned_rate(plan, plan.projected_flops((), cached_blocks, missing)) / max(1, len(missing))
         jobs = diagonal_jobs(missing, job_size(len(missing), self.num_workers, pace))
         self._finish(name, jobs, counter(report, "diagonal", total - len(missing), total), pace)
         store.create_kernels()
         tiles, total = store.missing_tiles(), plan.grid.num_tiles
-        pace = _seconds(plan, plan.projected_flops(tiles, cached_blocks)) / max(1, len(tiles))
+        pace = seconds_at_planned_rate(plan, plan.projected_flops(tiles, cached_blocks)) / max(1, len(tiles))
         jobs = tile_jobs(plan.bands(tiles, cached_blocks), job_size(len(tiles), self.num_workers, pace))
         self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total), pace)
 
@@ -376,37 +317,6 @@ class Team:
     def nannies(self) -> "list[Nanny]":
         """What watches over the workers that are ours."""
         return list(self.client.cluster.workers.values()) if self.num_own and self.client.cluster is not None else []
-
-
-def _seconds(plan: Plan, flops: int) -> float:
-    """Say how long some work takes at the rate of the plan's matrix products, in millions of multiply-adds a second."""
-    return flops / 2 / (plan.jacobian.rates.product * 1e6)
-
-
-def job_size(number: int, num_workers: int, pace: float) -> int:
-    """Choose how many tiles make a job: as many as give each worker some jobs, and each job some minutes at most.
-
-    >>> job_size(1000, 2, 0.1), job_size(1000, 2, 60.0), job_size(3, 2, 0.1)
-    (62, 5, 1)
-    """
-    in_time = int(JOB_SECONDS / pace) if pace else TILES_PER_JOB
-    return max(1, min(TILES_PER_JOB, number // (JOBS_PER_WORKER * num_workers), in_time))
-
-
-def diagonal_jobs(indices: Sequence[int], size: int) -> Iterator[Job]:
-    """Cut the blocks of the diagonal into jobs.
-
-    >>> [job.indices for job in diagonal_jobs(range(5), 2)]
-    [(0, 1), (2, 3), (4,)]
-    """
-    return (Job(indices=tuple(indices[at : at + size])) for at in range(0, len(indices), size))
-
-
-def tile_jobs(bands: Iterable[Band], size: int) -> Iterator[Job]:
-    """Cut bands of tiles into jobs."""
-    for band in bands:
-        for at in range(0, len(band.tiles), size):
-            yield Job(band=Band(band.held, band.tiles[at : at + size]))
 
 
 def _require_lost(error: BaseException | None) -> None:

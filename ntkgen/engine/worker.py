@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from distributed import Worker, WorkerPlugin, get_worker
 
-from ntkgen.engine.coordinator import THREADS, Job, Order, Outcome, Share
+from ntkgen.engine.jobs import THREADS, Assignment, Job, Outcome, WorkerLimits
 from ntkgen.engine.machine import Machine, check_environment, choose_device, describe_machine, memory_budget
 from ntkgen.engine.run import Bench
 from ntkgen.errors import FingerprintError, NtkgenError, WorkerError
@@ -36,8 +36,8 @@ def dask_setup(worker: Worker) -> None:  # noqa: ARG001 - as dask calls it
 class Hand(WorkerPlugin):
     """A worker's plugin: the bench it computes at, made with its first job and kept for the next ones."""
 
-    def __init__(self, order: Order) -> None:
-        self.order = order
+    def __init__(self, assignment: Assignment) -> None:
+        self.assignment = assignment
 
     def setup(self, worker: Worker) -> None:
         """Note which worker this is; called by dask."""
@@ -95,8 +95,8 @@ class Hand(WorkerPlugin):
     def _do(self, job: Job) -> None:
         self._go_on()
         if self.bench is None:
-            self.held.enter_context(tile_lock(self.order.place))
-            self.bench = make_bench(self.order, _device(self.order, self.number))
+            self.held.enter_context(tile_lock(self.assignment.folder))
+            self.bench = make_bench(self.assignment, _device(self.assignment, self.number))
         self.bench.commit_diagonal(job.indices, self._go_on)
         tiles = tuple(tile for tile in job.band.tiles if not self.bench.store.has_tile(tile))
         self.bench.commit_tiles([Band(job.band.held, tiles)] if tiles else [], self._go_on)
@@ -116,49 +116,49 @@ def let_go(name: str, dask_worker: Worker) -> None:
         hand.let_go()
 
 
-def make_bench(order: Order, device: torch.device) -> Bench:
+def make_bench(assignment: Assignment, device: torch.device) -> Bench:
     """Load network and samples, and check that they are those of the store.
 
     Raises:
         FingerprintError: If they are not.
     """
-    store = open_store(order.place, mode="r+")
-    model, inputs = order.load()
+    store = open_store(assignment.folder, mode="r+")
+    model, inputs = assignment.load()
     identity = store.manifest.identity
     found = {"parameters": parameter_fingerprint(model), "samples": inputs.fingerprint()}
     if differing := [name for name, value in found.items() if identity.get(name) != value]:
         raise FingerprintError(
             f"A worker on {socket.gethostname()} has found other {' and '.join(differing)} than the store at "
-            f"{order.place} was made of. Does it see other files under the same paths? Give the workers the same "
+            f"{assignment.folder} was made of. Does it see other files under the same paths? Give the workers the same "
             "--data-dir and the same folder of results."
         )
     check_environment(store.manifest.plan, device)
     plan = store.manifest.plan
     network = prepare(model.to(device), inputs.probe, policy(plan.precision), device, plan.profile.fallback)
     network = network.seen_through(output_map(identity["output"], network.profile.num_logits).matrix)
-    return Bench(network, inputs.all, store, cached_blocks=order.cached_blocks)
+    return Bench(network, inputs.all, store, cached_blocks=assignment.cached_blocks)
 
 
-def _device(order: Order, number: int) -> torch.device:
+def _device(assignment: Assignment, number: int) -> torch.device:
     """Choose a worker's device: of the GPUs of a machine each of our own workers has its own."""
-    device = choose_device(order.device)
-    is_ours = order.is_local and device.type == "cuda" and ":" not in order.device
+    device = choose_device(assignment.device)
+    is_ours = assignment.is_local and device.type == "cuda" and ":" not in assignment.device
     return torch.device("cuda", number % torch.cuda.device_count()) if is_ours else device
 
 
-def machine(share: Share, precision: str, dask_worker: Worker) -> Machine:
+def machine(limits: WorkerLimits, precision: str, dask_worker: Worker) -> Machine:
     """Describe what a worker has: called on it by dask, which names it."""
-    device = choose_device(share.device)
-    threads = int(os.environ.get(THREADS, "0")) or max(1, len(os.sched_getaffinity(0)) // share.sharers)
-    found = describe_machine(device, precision, share.memory_bytes, threads=threads)
-    return replace(found, budget=budget(share, dask_worker))
+    device = choose_device(limits.device)
+    threads = int(os.environ.get(THREADS, "0")) or max(1, len(os.sched_getaffinity(0)) // limits.sharers)
+    found = describe_machine(device, precision, limits.memory_bytes, threads=threads)
+    return replace(found, budget=budget(limits, dask_worker))
 
 
-def budget(share: Share, dask_worker: Worker) -> Budget:
+def budget(limits: WorkerLimits, dask_worker: Worker) -> Budget:
     """Say how many bytes a worker may take: what was asked for, or its part of the machine, or dask's limit for it."""
-    device = choose_device(share.device)
+    device = choose_device(limits.device)
     limit = None if device.type == "cuda" else dask_worker.memory_manager.memory_limit
-    return memory_budget(device, share.memory_bytes, sharers=_sharers(device, share.sharers), limit=limit)
+    return memory_budget(device, limits.memory_bytes, sharers=_sharers(device, limits.sharers), limit=limit)
 
 
 def _sharers(device: torch.device, on_host: int) -> int:
