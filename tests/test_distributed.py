@@ -19,8 +19,7 @@ from distributed import Client, LocalCluster
 
 import ntkgen
 from ntkgen.blocks import Block
-from ntkgen.engine import coordinator as distributed
-from ntkgen.engine import jobs, worker
+from ntkgen.engine import jobs, scheduler, worker
 from ntkgen.engine.compute import Hands, KernelJob, make
 from ntkgen.engine.coordinator import Team, open_team
 from ntkgen.engine.identity import KernelSpec
@@ -203,7 +202,7 @@ def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done
 
 @pytest.mark.slow
 def test_a_worker_that_dies_each_time_ends_the_run(job, team, monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "MAX_TRIES", 2)
+    monkeypatch.setattr(scheduler, "MAX_ATTEMPTS", 2)
     load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "kill", times=1000)
     with pytest.raises(WorkerError, match="lost or stalled 2 times"):
         make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
@@ -269,12 +268,12 @@ def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
 @pytest.mark.slow
 def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, expected, team, monkeypatch, tmp_path):
     """A job that has ended, as far as the scheduler knows, but whose outcome is lost before it is fetched."""
-    landed, killed = Team._landed, []
+    ended, killed = Team._ended, []
 
-    def landing(self, futures):
-        found = landed(self, futures)
+    def ending(self, futures):
+        found = ended(self, futures)
         if found and not killed:
-            future = next(iter(found))
+            future = futures[found[0]]
             (worker,) = self.client.who_has([future])[future.key]
             killed.append(worker)
             (nanny,) = (nanny for nanny in self.nannies if nanny.worker_address == worker)
@@ -282,7 +281,7 @@ def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, ex
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Team, "_landed", landing)
+        patch.setattr(Team, "_ended", ending)
         make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
     assert killed
     assert files_of(tmp_path / "k.zarr") == expected
@@ -299,7 +298,7 @@ def test_workers_that_do_not_start_are_one_error(monkeypatch):
 
 @pytest.mark.slow
 def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_path):
-    monkeypatch.setattr(distributed, "WORKER_SECONDS", 2)
+    monkeypatch.setattr(scheduler, "NO_WORKER_SECONDS", 2)
     monkeypatch.setattr(Team, "workers", lambda team: set())
     with open_team(1, None, "cpu") as alone, monkeypatch.context() as patch:
         patch.setattr(Team, "_ask", lambda team, function, *args, **_: {"w": function(*args, None) if args else "host"})
@@ -432,13 +431,9 @@ def test_many_tiles_are_cut_into_jobs_of_a_bounded_size():
     assert [job.size for job in diagonal_jobs(range(3), 1)] == [1, 1, 1]
 
 
-def test_a_job_is_taken_for_stalled_after_many_times_what_the_plan_or_the_others_need(team):
-    flight = distributed._Flight(Job(indices=(1, 2)), 1, "w", since=time.monotonic() - 1000)
-    assert team._has_stalled(flight, longest=1.0)
-    assert not team._has_stalled(flight, longest=100.0)  # 20 times 200 seconds
-    assert dataclasses.replace(team, tile_seconds=400.0)._has_stalled(flight, longest=100.0)
-    assert not dataclasses.replace(team, tile_seconds=600.0)._has_stalled(flight, longest=1.0)
+def test_the_size_of_a_job_is_its_blocks_or_tiles():
     assert Job(indices=(1, 2)).size == 2
+    assert Job(band=Band((), (Tile(0, 0),))).size == 1
 
 
 # several processes and one store --------------------------------------------------------------------------------------

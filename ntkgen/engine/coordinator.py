@@ -5,26 +5,20 @@ on disk already, commits its tiles with the code of a single process, and return
 at a time. A job whose worker has died is given to another, one that has stalled too.
 """
 
-import logging
 import os
 import signal
 import socket
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ntkgen.engine.cluster import CONNECT_SECONDS, WORKER_SECONDS, address_of, connected, shared, wait_for_a_worker
 from ntkgen.engine.jobs import (
-    THREADS,
     Assignment,
     Job,
     Loader,
@@ -36,34 +30,21 @@ from ntkgen.engine.jobs import (
     tile_jobs,
 )
 from ntkgen.engine.machine import Machine
-from ntkgen.engine.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
+from ntkgen.engine.own_cluster import own_cluster
+from ntkgen.engine.scheduler import Scheduler, SchedulerSettings
 from ntkgen.errors import InputError, WorkerError
-from ntkgen.progress import Report, Step, counter, ignore_step
+from ntkgen.progress import Report, Step, counter
 from ntkgen.store.store import KernelStore
 
 if TYPE_CHECKING:
-    from distributed import Client, Future, LocalCluster, Nanny, WorkerPlugin
+    from distributed import Client, Future, Nanny, WorkerPlugin
 
     from ntkgen.plan.plan import Budget
 
-# A job is taken for stalled after so many seconds, or so many times those of the longest so far, or those planned.
-STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
-# So often is a job begun again whose worker died or stalled.
-MAX_TRIES = 10
-# So often is a job tried again on the same worker that has raised an error.
-RETRIES = 2
+# Maximum attempts to tell the workers about a run.
+MAX_ENLISTMENTS = 10
+# Time between two looks at the workers, between two looks at the jobs, and to fetch an outcome.
 POLL_SECONDS, LOOK_SECONDS, FETCH_SECONDS = 0.5, 0.01, 2.0
-REFILL_SECONDS = 10
-
-
-@dataclass(frozen=True)
-class _Flight:
-    """A job on its way."""
-
-    job: Job
-    tries: int
-    worker: str
-    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -146,14 +127,14 @@ class Team:
         Raises:
             WorkerError: If that fails again and again.
         """
-        for _ in range(MAX_TRIES):
+        for _ in range(MAX_ENLISTMENTS):
             with suppress(OSError):  # a worker died just then; dask has noted the plugin before it told them
                 self.client.register_plugin(hand, name=name)
                 return
             time.sleep(POLL_SECONDS)
         raise WorkerError(
             f"The workers of the cluster at {self.address} could not be told what to do: expected them to stay, tried "
-            f"{MAX_TRIES} times. Do they die as soon as they are started? Their logs say more."
+            f"{MAX_ENLISTMENTS} times. Do they die as soon as they are started? Their logs say more."
         )
 
     def _dismiss(self, name: str) -> None:
@@ -181,66 +162,49 @@ class Team:
         """Count the workers that there are, one at least."""
         return max(1, len(self.workers()))
 
-    def _finish(self, name: str, jobs: Iterable[Job], step: Step = ignore_step, pace: float = 0.0) -> None:
-        """Have some jobs done, one at a time by each worker: a job that waits at a worker would share its fate.
-
-        The ``pace`` is the seconds that a tile may take, as far as the plan can tell.
-        """
-        waiting = deque((job, 1) for job in jobs)
-        flying: dict[Future[Outcome], _Flight] = {}
-        given_up: set[str] = set()  # workers that stalled
-        longest = pace  # seconds of the slowest tile so far
-        seen = refilled = time.monotonic()
+    def _finish(self, name: str, jobs: Iterable[Job], step: Step, projected_seconds: float) -> None:
+        """Have some jobs done; a tile is projected to take ``projected_seconds``."""
+        settings = SchedulerSettings(self.num_own, projected_seconds, self.tile_seconds)
+        scheduler = Scheduler(jobs, settings, time.monotonic())
+        futures: dict[str, Future[Outcome]] = {}  # by worker
         try:
-            while waiting or flying:
-                there = self.workers() - given_up
-                seen = time.monotonic() if there else seen
-                self._require_workers(time.monotonic() - seen)
-                if len(there) < self.num_own and time.monotonic() - refilled > REFILL_SECONDS:
+            while not scheduler.is_finished:
+                if scheduler.observe(self.workers(), time.monotonic()):
                     self._refill()
-                    refilled = time.monotonic()
-                for worker in sorted(there - {flight.worker for flight in flying.values()})[: len(waiting)]:
-                    job, tries = waiting.popleft()
-                    flying[self._submit(name, job, worker)] = _Flight(job, tries, worker)
-                for future in self._landed(list(flying)):
-                    flight = flying.pop(future)
-                    outcome = self._outcome(future, flight.worker)
-                    future.release()
-                    if outcome is None:
-                        waiting.appendleft(_again(flight))
-                        continue
-                    longest = max(longest, outcome.seconds / flight.job.size)
-                    for _ in range(flight.job.size):
-                        step()
-                for future, flight in list(flying.items()):
-                    if flight.worker in there and not self._has_stalled(flight, longest):
-                        continue
-                    waiting.appendleft(_again(flying.pop(future)))
-                    future.cancel(force=True)
-                    if flight.worker in there:
-                        given_up.add(flight.worker)
-                        self._restart(flight.worker)
+                for pending in scheduler.assign(time.monotonic()):
+                    futures[pending.worker] = self._submit(name, pending.job, pending.worker)
+                for worker in self._ended(futures):
+                    self._collect(futures.pop(worker), worker, scheduler, step)
+                for withdrawal in scheduler.withdraw(time.monotonic()):
+                    futures.pop(withdrawal.worker).cancel(force=True)
+                    if withdrawal.has_stalled:
+                        self._restart(withdrawal.worker)
         finally:
-            self.client.cancel(list(flying), force=True)
+            self.client.cancel(list(futures.values()), force=True)
+
+    def _collect(self, future: "Future[Outcome]", worker: str, scheduler: Scheduler, step: Step) -> None:
+        """Tell the scheduler how a job has ended.
+
+        Raises:
+            Exception: If every other worker would meet the same error.
+        """
+        outcome = self._outcome(future, worker)
+        future.release()
+        if outcome is None:
+            scheduler.lose(worker)
+        elif isinstance(outcome, BaseException):
+            scheduler.fail(worker, outcome)
+        elif outcome.error is not None:
+            raise outcome.error
+        else:
+            for _ in range(scheduler.finish(worker, outcome.seconds)):
+                step()
 
     def _refill(self) -> None:
         """Start workers of ours anew that dask has given up, as one that died while it was started."""
         if self.num_own and self.client.cluster is not None:
             with suppress(KeyError, OSError, RuntimeError):
                 self.client.cluster.scale(self.num_own)
-
-    def _require_workers(self, seconds: float) -> None:
-        """Refuse to wait for workers of ours that do not come back; those of a queue may take hours.
-
-        Raises:
-            WorkerError: If there were none for too long.
-        """
-        if self.num_own and seconds > WORKER_SECONDS:
-            raise WorkerError(
-                f"None of the {self.num_own} workers is left: expected dask to start them again, waited "
-                f"{WORKER_SECONDS} seconds. Were they killed for their memory? Give less --memory or fewer --workers, "
-                "and run the same command again. What is finished is kept."
-            )
 
     def workers(self) -> set[str]:
         """Name the workers that there are.
@@ -261,7 +225,7 @@ class Team:
         from ntkgen.engine.worker import do_job
 
         gpu = {"GPU": 1} if "GPU" in self._resources(worker) else None
-        return self.client.submit(do_job, name, job, workers=[worker], pure=False, retries=RETRIES, resources=gpu)
+        return self.client.submit(do_job, name, job, workers=[worker], pure=False, resources=gpu)
 
     def _resources(self, worker: str) -> Mapping[str, float]:
         found: Mapping[str, float] = (
@@ -269,40 +233,37 @@ class Team:
         )
         return found
 
-    def _landed(self, futures: "Sequence[Future[Outcome]]") -> "set[Future[Outcome]]":
-        """Wait a moment for jobs to end. dask's own `wait` changes the settings of the whole process meanwhile."""
-        until = time.monotonic() + POLL_SECONDS
-        while not (landed := {future for future in futures if future.done()}) and time.monotonic() < until:
-            time.sleep(LOOK_SECONDS)
-        return landed
+    def _ended(self, futures: "Mapping[str, Future[Outcome]]") -> list[str]:
+        """Wait a moment for jobs to end, and name their workers.
 
-    def _outcome(self, future: "Future[Outcome]", worker: str) -> Outcome | None:
-        """Take what a worker has said; None where the job was lost with its worker.
-
-        An outcome stays with its worker until it is fetched. Of one that dies in between the scheduler would wait for
-        ever, since no other worker may do the job again.
+        dask's own `wait` changes the settings of the whole process meanwhile.
         """
+        until = time.monotonic() + POLL_SECONDS
+        while not (ended := [worker for worker in futures if futures[worker].done()]) and time.monotonic() < until:
+            time.sleep(LOOK_SECONDS)
+        return ended
+
+    def _outcome(self, future: "Future[Outcome]", worker: str) -> Outcome | BaseException | None:
+        """Fetch the outcome of a job, or the error it has raised; None where the job was lost with its worker.
+
+        An outcome stays with its worker until it is fetched. If the worker dies before, dask waits for it for ever,
+        since no other worker may do the job.
+        """
+        from distributed import KilledWorker
+
         while future.status in {"finished", "error"} and worker in self.workers():
             try:
                 if future.status == "error":
-                    _require_lost(future.exception(timeout=FETCH_SECONDS))
-                    return None
+                    error = future.exception(timeout=FETCH_SECONDS)
+                    return None if isinstance(error, KilledWorker) else error
                 outcome: Outcome = future.result(timeout=FETCH_SECONDS)
             except TimeoutError:
                 continue
             except CancelledError:
                 return None
-            if outcome.error is not None:
-                raise outcome.error
             return outcome
         future.cancel(force=True)
         return None
-
-    def _has_stalled(self, flight: _Flight, longest: float) -> bool:
-        limit = max(STALLED_SECONDS, STALLED_RATIO * longest * flight.job.size)
-        if self.tile_seconds is not None:
-            limit = self.tile_seconds * flight.job.size
-        return time.monotonic() - flight.since > limit
 
     def _restart(self, worker: str) -> None:
         """Restart a worker: one of ours by killing it, which is quick; another one by its nanny, if it has one."""
@@ -317,36 +278,6 @@ class Team:
     def nannies(self) -> "list[Nanny]":
         """What watches over the workers that are ours."""
         return list(self.client.cluster.workers.values()) if self.num_own and self.client.cluster is not None else []
-
-
-def _require_lost(error: BaseException | None) -> None:
-    """Take it that a job was lost with its worker, if that is the error.
-
-    Raises:
-        WorkerError: If the job has failed otherwise, and will fail again.
-    """
-    from distributed import KilledWorker
-
-    if error is not None and not isinstance(error, KilledWorker):
-        raise WorkerError(
-            f"A worker could not do its job, three times ({type(error).__name__}: {error}): expected tiles, found "
-            "this. Is something missing on that machine, or too small? Its log says more. What is finished is kept."
-        ) from error
-
-
-def _again(flight: _Flight) -> tuple[Job, int]:
-    """Count a job that is to be begun again.
-
-    Raises:
-        WorkerError: If it was often enough.
-    """
-    if flight.tries >= MAX_TRIES:
-        raise WorkerError(
-            f"A job of {flight.job.size} tiles was lost or stalled {flight.tries} times, each time with its worker: "
-            "expected one of them to finish it. Are they killed for their memory, or for their time? Give less "
-            "--memory, a smaller --tile or more --tile-timeout. What is finished is kept."
-        )
-    return flight.job, flight.tries + 1
 
 
 @contextmanager
@@ -375,61 +306,7 @@ def open_team(
     with ExitStack() as held:
         found = client
         if found is None:
-            found = held.enter_context(_own_cluster(workers or 0))
+            found = held.enter_context(own_cluster(workers or 0))
         elif isinstance(found, str):
             found = held.enter_context(connected(found))
         yield Team(found, device, workers or 0, tile_seconds)
-
-
-@contextmanager
-def _own_cluster(workers: int) -> "Iterator[Client]":
-    """Start processes on this machine, with its threads shared among them; they end with this block or this process.
-
-    Raises:
-        InputError: If their number is none, or each of them comes to this call too.
-        WorkerError: If they do not start.
-    """
-    require_main_guard()
-    import dask
-    from distributed import Client, LocalCluster
-
-    if workers < 1:
-        raise InputError(f"--workers {workers} is no number of processes: expected 1 or more. Leave it out for none.")
-    threads = max(1, torch.get_num_threads() // workers)
-    settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
-    environ = {THREADS: str(threads)}
-    with dask.config.set(settings), without_missing_script(), ExitStack() as held:
-        folder = Path(held.enter_context(TemporaryDirectory(prefix="ntkgen-workers-")))
-        (folder / "workers").mkdir()
-        with starting_processes(folder) as was_called_again:
-            try:
-                cluster = LocalCluster(
-                    n_workers=workers,
-                    threads_per_worker=1,
-                    memory_limit=0,
-                    resources={"GPU": 1} if torch.cuda.is_available() else None,
-                    dashboard_address="127.0.0.1:0",
-                    env=environ,
-                    preload="ntkgen.engine.worker",
-                    local_directory=str(folder / "workers"),
-                    silence_logs=logging.CRITICAL,
-                )
-            except RuntimeError as error:
-                if was_called_again():
-                    raise InputError(unguarded()) from None
-                raise WorkerError(
-                    f"The {workers} workers did not start ({error}): expected as many processes. Was one of them "
-                    "killed, or is there too little memory for them? Run the same command again, with fewer --workers."
-                ) from error
-        held.enter_context(_closed_quietly(cluster))
-        yield held.enter_context(Client(cluster, set_as_default=False))
-
-
-@contextmanager
-def _closed_quietly(cluster: "LocalCluster") -> "Iterator[LocalCluster]":
-    """Close a cluster in the end, of which dask may have lost a worker that died while it was started (KeyError)."""
-    try:
-        yield cluster
-    finally:
-        with suppress(KeyError, OSError, TimeoutError):
-            cluster.close()
