@@ -182,14 +182,14 @@ FAULTS = (
     # what is made of it
     Fault(
         "wrong sign of a determinant",
-        "analysis/logdet.py",
+        "analysis/determinant.py",
         "np.cumprod(np.sign(pivots))",
         "np.cumprod(np.abs(np.sign(pivots)))",
         "logdet",
     ),
     Fault(
         "wrong eigenvalue count: below the error counts as above",
-        "analysis/spectrum.py",
+        "analysis/eigenvalues.py",
         "int((values > norm).sum())",
         "int((np.abs(values) > -norm).sum())",
         "spectrum",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strategies import few
 
 from ntkgen import cli
-from ntkgen.analysis import compare as comparing
-from ntkgen.analysis.compare import compare
+from ntkgen.analysis import comparison as comparing
+from ntkgen.analysis.comparison import compare
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, FingerprintError, InputError
 

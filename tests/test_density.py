@@ -8,8 +8,16 @@ from cases import chosen
 from click.testing import CliRunner
 from filled import fill_store, gram
 
-from ntkgen.analysis import density as densities
-from ntkgen.analysis.density import DensitySettings, density, draw, exact_rule, normalized, plan_probes, sampled_rule
+from ntkgen.analysis import eigenvalue_density as densities
+from ntkgen.analysis.eigenvalue_density import (
+    DensitySettings,
+    density,
+    draw,
+    exact_rule,
+    normalized,
+    plan_probes,
+    sampled_rule,
+)
 from ntkgen.analysis.linalg.krylov import Krylov, Sizes
 from ntkgen.analysis.linalg.quadrature import Moments, gauss
 from ntkgen.analysis.matrix import open_matrix

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy.special import gammaln
 
 from ntkgen import cli
-from ntkgen.analysis.extrapolate import Law, extrapolate, fit, fitted, warnings_of
+from ntkgen.analysis.extrapolation import Law, extrapolate, fit, fitted, warnings_of
 from ntkgen.analysis.linalg.cholesky import FactorSettings
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import InputError

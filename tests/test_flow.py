@@ -18,9 +18,9 @@ from strategies import few
 from test_regression import problem_of
 
 from ntkgen import cli
-from ntkgen.analysis import flow as flowing
+from ntkgen.analysis import gradient_flow as flowing
 from ntkgen.analysis.alignment import contrasts
-from ntkgen.analysis.flow import Flow, flow
+from ntkgen.analysis.gradient_flow import Flow, flow
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError
 

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from strategies import few
 
 from ntkgen import cli
+from ntkgen.analysis.determinant import logdet
 from ntkgen.analysis.linalg import blas, cholesky
 from ntkgen.analysis.linalg.cholesky import FactorSettings, NotPositiveError, factored
 from ntkgen.analysis.linalg.factor import FactorPlan, place_of_factor, plan_factor
-from ntkgen.analysis.logdet import logdet
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, DiskSpaceError, InputError, StoreError, StoreLockedError
 from ntkgen.files.folder import LocalFolder

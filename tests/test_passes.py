@@ -14,17 +14,17 @@ from filled import MEMORY, drawn, filled, rectangle
 from zarr.storage import MemoryStore
 
 from ntkgen import cli
-from ntkgen.analysis import density as densities
+from ntkgen.analysis import eigenvalue_density as densities
+from ntkgen.analysis import eigenvalues as spectra
 from ntkgen.analysis import passes
-from ntkgen.analysis import spectrum as spectra
 from ntkgen.analysis.alignment import align
-from ntkgen.analysis.compare import compare
-from ntkgen.analysis.density import DensitySettings, density
-from ntkgen.analysis.flow import Flow, flow
+from ntkgen.analysis.comparison import compare
+from ntkgen.analysis.eigenvalue_density import DensitySettings, density
+from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
+from ntkgen.analysis.gradient_flow import Flow, flow
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.passes import fold
 from ntkgen.analysis.regression import Ridge, regress
-from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError, StoreError, WorkerError
 from ntkgen.files.place import folder_of
 from ntkgen.store.opening import open_store
@@ -46,7 +46,7 @@ def out_of_core(monkeypatch):
     """Have nothing computed by LAPACK on the whole matrix."""
     monkeypatch.setattr(spectra, "FEW_ROWS", 0)
     monkeypatch.setattr(densities, "is_dense", lambda *_: False)
-    monkeypatch.setattr("ntkgen.analysis.flow._method", lambda *_: "krylov")
+    monkeypatch.setattr("ntkgen.analysis.gradient_flow._method", lambda *_: "krylov")
 
 
 SHIFTS = (0.5, 5.0)

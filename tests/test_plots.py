@@ -299,7 +299,7 @@ def test_the_determinant_is_drawn_against_whole_samples():
 
 @pytest.mark.slow
 def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
-    from ntkgen.analysis.extrapolate import Law, extrapolate
+    from ntkgen.analysis.extrapolation import Law, extrapolate
     from ntkgen.analysis.linalg.cholesky import FactorSettings
 
     store, _ = fill_store(tmp_path / "k.zarr", labels=np.arange(30) % 3, num_outputs=1)

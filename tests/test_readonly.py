@@ -9,10 +9,10 @@ import pytest
 from filled import fill_store
 from zarr.storage import MemoryStore
 
+from ntkgen.analysis.determinant import logdet
+from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
 from ntkgen.analysis.linalg.cholesky import FactorSettings
-from ntkgen.analysis.logdet import logdet
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of

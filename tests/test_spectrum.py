@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import few
 
-from ntkgen.analysis import spectrum as spectra
+from ntkgen.analysis import eigenvalues as spectra
+from ntkgen.analysis.eigenvalues import SpectrumSettings, smallest_eigenvalue, spectrum
 from ntkgen.analysis.linalg.krylov import Goal, Krylov, Sizes, householder_qr, measure, run, subtract_span, tall_qr
 from ntkgen.analysis.linalg.quadrature import Moments, estimate_effective_rank, gauss_and_radau
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.spectrum import SpectrumSettings, smallest_eigenvalue, spectrum
 from ntkgen.cli import cli
 from ntkgen.cli import run as run_command
 from ntkgen.errors import BudgetError, InputError

@@ -7,8 +7,8 @@ from filled import fill_store
 from zarr.storage import LocalStore, MemoryStore, ZipStore
 
 import ntkgen
+from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
 from ntkgen.errors import InputError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of

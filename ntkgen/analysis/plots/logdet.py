@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkgen.analysis.extrapolate import Law
+from ntkgen.analysis.extrapolation import Law
 from ntkgen.analysis.matrix import FloatArray
 from ntkgen.analysis.plots.style import DARK, LINES, WARM, Picture, legend, new_axes, plain, styled
 

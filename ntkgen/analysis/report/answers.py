@@ -80,7 +80,7 @@ def compare_all(
     matrices: Sequence[Matrix], memory_bytes: int | None = None, report: Report = ignore_report
 ) -> tuple[list[Result], dict[str, str]]:
     """Compare the first kernel with each other one; where they cannot be compared, say why, by store."""
-    from ntkgen.analysis.compare import compare
+    from ntkgen.analysis.comparison import compare
 
     found, lacking = list[Result](), dict[str, str]()
     for matrix in matrices[1:]:
@@ -174,20 +174,20 @@ def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> N
 
 
 def _spectrum(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.spectrum import SpectrumSettings, spectrum
+    from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
 
     return spectrum(matrix, SpectrumSettings(memory_bytes), report=report)
 
 
 def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.density import DensitySettings, density
+    from ntkgen.analysis.eigenvalue_density import DensitySettings, density
 
     return density(matrix, DensitySettings(memory_bytes), report)
 
 
 def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
+    from ntkgen.analysis.determinant import logdet
     from ntkgen.analysis.linalg.cholesky import FactorSettings
-    from ntkgen.analysis.logdet import logdet
 
     return logdet(matrix, FactorSettings(memory_bytes), prefixes=True, report=report)
 
@@ -199,7 +199,7 @@ def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result
 
 
 def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.flow import Flow, flow
+    from ntkgen.analysis.gradient_flow import Flow, flow
 
     return flow(matrix, Flow(num_modes=min(matrix.num_rows, MAX_MODES)), memory_bytes, report)
 

@@ -26,7 +26,7 @@ def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
     first; where two kernels are of one network, what the lower precision costs is said too.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis import compare as comparing
+    from ntkgen.analysis import comparison as comparing
     from ntkgen.cli.progress import progress_bars
 
     first, others = _matrices(asked, paths)

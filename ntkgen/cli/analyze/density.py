@@ -18,7 +18,7 @@ def density(paths: tuple[str, ...], **options: Any) -> None:
 
     From all of them where they fit in memory, else by stochastic Lanczos quadrature, with error bars.
     """
-    from ntkgen.analysis import density as densities
+    from ntkgen.analysis import eigenvalue_density as densities
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)

@@ -24,7 +24,7 @@ def extrapolate(paths: tuple[str, ...], *, shift: float, **options: Any) -> None
     The samples of the kernel should be in random order (`ntkgen compute --shuffle-seed`). By FLODANCE (Ameli et al.
     2025): adding the x-th sample multiplies the determinant by about x^−ν.
     """
-    from ntkgen.analysis import extrapolate as extrapolation
+    from ntkgen.analysis import extrapolation
     from ntkgen.analysis.linalg.cholesky import FactorSettings
     from ntkgen.cli.progress import progress_bars
 

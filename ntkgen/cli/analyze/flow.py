@@ -40,7 +40,7 @@ def flow(paths: tuple[str, ...], **options: Any) -> None:
     For the squared loss f_t = y + exp(−ηKt/c)(f₀ − y), and each mode of the kernel is learned in its own time, c/(ηλ).
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis import flow as flowing
+    from ntkgen.analysis import gradient_flow as flowing
     from ntkgen.cli.progress import progress_bars
 
     options["test"], options["times"] = test_store(options["test"], paths), options["times"] or None

@@ -25,7 +25,7 @@ def logdet(paths: tuple[str, ...], *, shift: float, **options: Any) -> None:
     A Cholesky factor in float64 is written tile by tile into STORE.analysis, and removed afterwards. It takes the room
     of one triangle in float64. An interrupted run goes on with the same command.
     """
-    from ntkgen.analysis import logdet as logdets
+    from ntkgen.analysis import determinant as logdets
     from ntkgen.analysis.linalg.cholesky import FactorSettings
     from ntkgen.cli.progress import progress_bars
 

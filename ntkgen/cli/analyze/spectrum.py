@@ -29,7 +29,7 @@ def spectrum(paths: tuple[str, ...], **options: Any) -> None:
 
     All of them where they fit in memory, else the largest in a few passes over the stored tiles.
     """
-    from ntkgen.analysis import spectrum as spectra
+    from ntkgen.analysis import eigenvalues as spectra
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)

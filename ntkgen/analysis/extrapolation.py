@@ -8,8 +8,8 @@ import numpy as np
 from scipy.linalg import qr, solve_triangular
 from scipy.special import gammaln
 
+from ntkgen.analysis.determinant import logdet, samples_of
 from ntkgen.analysis.linalg.cholesky import FactorSettings
-from ntkgen.analysis.logdet import logdet, samples_of
 from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import remembered
 from ntkgen.errors import InputError

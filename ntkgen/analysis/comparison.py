@@ -10,12 +10,12 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.alignment import EPSILON, centered_product, ratio
+from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, plan_sizes, reading_bytes
 from ntkgen.analysis.linalg.dense import eigenvalues
 from ntkgen.analysis.linalg.krylov import Goal, Krylov, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.analysis.results import remembered
-from ntkgen.analysis.spectrum import Products, SpectrumSettings, plan_sizes, reading_bytes
 from ntkgen.errors import FingerprintError, InputError
 from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
 from ntkgen.store.rounding import STORE_DTYPES

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, is_dense, reading_bytes, spectrum
 from ntkgen.analysis.linalg.krylov import EPSILON, Krylov, Sizes
 from ntkgen.analysis.linalg.quadrature import Moments, Quadrature, gauss, standard_error
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.results import remembered
-from ntkgen.analysis.spectrum import Products, SpectrumSettings, is_dense, reading_bytes, spectrum
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report
 
