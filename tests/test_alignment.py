@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from strategies import few
 
 from ntkgen import cli
-from ntkgen.analysis.alignment import Problem, Readout, TestSamples, align, centered_product, contrasts
+from ntkgen.analysis.alignment import AlignSettings, align, centered_product
 from ntkgen.analysis.matrix import open_matrix
+from ntkgen.analysis.targets import Problem, Readout, TestSamples, contrasts
 from ntkgen.errors import BudgetError, FingerprintError, InputError, StoreError
 from ntkgen.store.opening import open_store
+
+SETTINGS = AlignSettings(memory_bytes=MEMORY)
 
 
 @pytest.fixture
@@ -60,49 +63,49 @@ def agree(found, expected, tolerance=1e-10):
 def test_alignment_is_that_of_the_dense_matrix(n, m, tile, layout, seed):
     content = drawn(n, m, seed=seed, tile_samples=tile, layout=layout)
     with tempfile.TemporaryDirectory() as folder:
-        found = align(open_matrix(filled(Path(folder) / "k.zarr", content)), MEMORY)
+        found = align(open_matrix(filled(Path(folder) / "k.zarr", content)), SETTINGS)
     K, Y = content.kernel, one_hot(content)
-    agree(found["alignment"], dense_alignment(K, Y.reshape(-1, 1)))
-    agree(found["centered_alignment"], dense_centered_alignment(K, Y.reshape(-1, 1)))
+    agree(found.alignment, dense_alignment(K, Y.reshape(-1, 1)))
+    agree(found.centered_alignment, dense_centered_alignment(K, Y.reshape(-1, 1)))
     for a in range(m):
         part, y = K[a::m, a::m], Y[:, [a]]
-        agree(found["output_alignment"][a], dense_alignment(part, y) if y.any() else None)
-        agree(found["output_centered_alignment"][a], dense_centered_alignment(part, y))
-    assert found["passes"] == 1
+        agree(found.output_alignment[a], dense_alignment(part, y) if y.any() else None)
+        agree(found.output_centered_alignment[a], dense_centered_alignment(part, y))
+    assert found.passes == 1
 
 
 @pytest.mark.parametrize("output", ["centered", "index:1", "trace", "diagonal"])
 def test_alignment_of_every_output_map(folder, output):
     content = drawn(8, 3, output)
     plane = 1 if output == "diagonal" else None
-    found = align(open_matrix(filled(folder / "k.zarr", content), output=plane), MEMORY)
+    found = align(open_matrix(filled(folder / "k.zarr", content), output=plane), SETTINGS)
     K = content.kernel if plane is None else content.kernel[plane]
     scores = one_hot(content)
     Y = {"centered": (scores @ contrasts(3).T).reshape(-1, 1), "trace": scores}.get(output, scores[:, [1]])
-    agree(found["alignment"], dense_alignment(K, Y))
-    agree(found["centered_alignment"], dense_centered_alignment(K, Y))
-    assert len(found["output_alignment"]) == {"centered": 2, "trace": 3}.get(output, 1)
+    agree(found.alignment, dense_alignment(K, Y))
+    agree(found.centered_alignment, dense_centered_alignment(K, Y))
+    assert len(found.output_alignment) == {"centered": 2, "trace": 3}.get(output, 1)
     if output == "trace":
         for a in range(3):
-            agree(found["output_alignment"][a], dense_alignment(K, Y[:, [a]]))
-            agree(found["output_centered_alignment"][a], dense_centered_alignment(K, Y[:, [a]]))
+            agree(found.output_alignment[a], dense_alignment(K, Y[:, [a]]))
+            agree(found.output_centered_alignment[a], dense_centered_alignment(K, Y[:, [a]]))
 
 
 def test_a_kernel_of_the_labels_alone_is_aligned_with_them(folder):
     content = drawn(6, 2)
     y = one_hot(content).reshape(-1, 1)
-    found = align(open_matrix(filled(folder / "k.zarr", dataclasses.replace(content, kernel=5 * y @ y.T))), MEMORY)
-    agree(found["alignment"], 1.0)
-    agree(found["centered_alignment"], 1.0)
+    found = align(open_matrix(filled(folder / "k.zarr", dataclasses.replace(content, kernel=5 * y @ y.T))), SETTINGS)
+    agree(found.alignment, 1.0)
+    agree(found.centered_alignment, 1.0)
 
 
 def test_what_is_constant_has_no_centered_alignment(folder):
     content = dataclasses.replace(drawn(6, 2), kernel=np.full((12, 12), 0.1))
-    found = align(open_matrix(filled(folder / "k.zarr", content)), MEMORY)
-    assert found["centered_alignment"] is None
-    assert found["alignment"] > 0
+    found = align(open_matrix(filled(folder / "k.zarr", content)), SETTINGS)
+    assert found.centered_alignment is None
+    assert found.alignment > 0
     one_class = dataclasses.replace(drawn(6, 2, "index:0"), labels=np.zeros(6, int))
-    assert align(open_matrix(filled(folder / "j.zarr", one_class)), MEMORY)["centered_alignment"] is None
+    assert align(open_matrix(filled(folder / "j.zarr", one_class)), SETTINGS).centered_alignment is None
 
 
 def test_a_leading_part_is_aligned_with_its_labels(folder):
@@ -110,21 +113,19 @@ def test_a_leading_part_is_aligned_with_its_labels(folder):
     store = filled(folder / "k.zarr", content, skip={(1, 2)})
     with pytest.raises(StoreError, match="not complete"):
         open_matrix(store)
-    found = align(open_matrix(store, allow_partial=True), MEMORY)
+    found = align(open_matrix(store, allow_partial=True), SETTINGS)
     y = one_hot(content)[:6].reshape(-1, 1)
-    agree(found["alignment"], dense_alignment(content.kernel[:12, :12], y))
-    assert found["rows"] == 12
+    agree(found.alignment, dense_alignment(content.kernel[:12, :12], y))
+    assert found.rows == 12
 
 
 def test_a_result_is_remembered_and_not_that_of_other_rows(folder):
     store = filled(folder / "k.zarr", drawn(9, 2))
-    first = align(open_matrix(store), MEMORY)
+    first = align(open_matrix(store), SETTINGS)
     again = open_matrix(store)
-    second = align(again, MEMORY)
-    assert (first["remembered"], second["remembered"], again.tiles_read) == (False, True, 0)
-    assert {k: v for k, v in first.items() if k != "remembered"} == {
-        k: v for k, v in second.items() if k != "remembered"
-    }
+    second = align(again, SETTINGS)
+    assert (first.remembered, second.remembered, again.tiles_read) == (False, True, 0)
+    assert dataclasses.replace(first, remembered=True) == second
 
 
 @given(st.integers(1, 30), st.integers(0, 99))
@@ -189,12 +190,12 @@ def test_a_damaged_tile_is_one_line_and_a_failure(folder, capsys):
 def test_the_sum_of_outputs_has_no_targets(folder):
     store = filled(folder / "k.zarr", drawn(6, 1, "sum"))
     with pytest.raises(InputError, match="Σ f"):
-        align(open_matrix(store), MEMORY)
+        align(open_matrix(store), SETTINGS)
 
 
 def test_too_little_memory_is_refused(folder):
     with pytest.raises((BudgetError, InputError), match="memory limit"):
-        align(open_matrix(filled(folder / "k.zarr", drawn())), 1 << 20)
+        align(open_matrix(filled(folder / "k.zarr", drawn())), AlignSettings(memory_bytes=1 << 20))
 
 
 def changed(values):

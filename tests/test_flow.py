@@ -19,9 +19,9 @@ from test_regression import problem_of
 
 from ntkgen import cli
 from ntkgen.analysis import gradient_flow as flowing
-from ntkgen.analysis.alignment import contrasts
 from ntkgen.analysis.gradient_flow import Flow, flow
 from ntkgen.analysis.matrix import open_matrix
+from ntkgen.analysis.targets import contrasts
 from ntkgen.errors import BudgetError
 
 TIMES = (0.0, 0.02, 0.3, 5.0)

@@ -61,7 +61,7 @@ def ask_density(matrix, _folder):
 
 
 def ask_align(matrix, _folder):
-    return align(matrix)
+    return align(matrix).to_json()
 
 
 def ask_regress(matrix, folder):
@@ -176,7 +176,7 @@ def test_commands_take_a_scheduler(client, tmp_path, monkeypatch, capsys):
     assert cli.run(["analyze", "align", "k.zarr", "--scheduler", address, "--json", "--quiet"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["alignment"] == pytest.approx(
-        align(open_matrix(open_store("test.zarr".replace("test", "k"))))["alignment"]
+        align(open_matrix(open_store("test.zarr".replace("test", "k")))).alignment
     )
 
 

@@ -15,9 +15,9 @@ from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis import regression
-from ntkgen.analysis.alignment import contrasts
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.regression import Ridge, bytes_of, choose_method, regress
+from ntkgen.analysis.targets import contrasts
 from ntkgen.errors import InputError
 from ntkgen.progress import ignore_report
 

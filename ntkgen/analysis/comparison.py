@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import scipy.linalg
 
-from ntkgen.analysis.alignment import EPSILON, centered_product, ratio
+from ntkgen.analysis.alignment import centered_product, ratio
 from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, plan_sizes, reading_bytes
 from ntkgen.analysis.linalg.dense import eigenvalues
-from ntkgen.analysis.linalg.krylov import Goal, Krylov, run
+from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.analysis.results import remembered

@@ -9,12 +9,13 @@ import scipy.integrate
 import scipy.sparse.linalg
 import scipy.special
 
-from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
 from ntkgen.analysis.eigenvalues import reading_bytes
 from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
+from ntkgen.analysis.linalg.krylov import EPSILON
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.regression import bytes_of, named
 from ntkgen.analysis.results import remembered
+from ntkgen.analysis.targets import Problem, TestSamples
 from ntkgen.errors import DivergedError, InputError
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.store import KernelStore

@@ -7,12 +7,13 @@ from typing import Any, NoReturn
 import numpy as np
 import scipy.linalg
 
-from ntkgen.analysis.alignment import EPSILON, Problem, TestSamples
 from ntkgen.analysis.eigenvalues import reading_bytes
 from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
 from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
+from ntkgen.analysis.linalg.krylov import EPSILON
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.results import remembered
+from ntkgen.analysis.targets import Problem, TestSamples
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.store import KernelStore

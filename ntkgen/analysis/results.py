@@ -1,18 +1,22 @@
 """Results kept beside a store, so that nothing is computed twice."""
 
+import dataclasses
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ntkgen
+from ntkgen.analysis.answer import Answer
 from ntkgen.analysis.matrix import Matrix
 from ntkgen.errors import InputError
 from ntkgen.files.bucket import first_lines, is_remote_error
 from ntkgen.files.folder import Folder
 from ntkgen.files.paths import beside
+
+AnAnswer = TypeVar("AnAnswer", bound=Answer)
 
 # What another version of this program, or of what it writes here, has kept is computed anew.
 VERSION = f"{ntkgen.__version__}-3"
@@ -91,6 +95,46 @@ def remembered(
     }
     reason = _keep(folder, name, {**result, "identity": identity})
     return result if reason is None else {**result, "not_kept": reason}
+
+
+def recall_or_compute(
+    matrix: Matrix, kind: type[AnAnswer], asked: Mapping[str, Any], compute: Callable[[], AnAnswer]
+) -> AnAnswer:
+    """Read an answer that was given before with the same settings about the same kernel, or compute and keep it.
+
+    The kernel is known by the store's fingerprint, its dtype, the rows that are there and whether it was replanned; a
+    store that was repaired has the same. An answer that cannot be kept is returned with the reason in ``not_kept``.
+
+    Args:
+        matrix: The kernel.
+        kind: The class of the answer.
+        asked: The settings that the answer depends on, as plain values.
+        compute: Computes the answer; the fields of `Answer` are filled in here.
+    """
+    identity = {**identity_of(matrix), "settings": dict(asked), "version": VERSION}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    folder, name = kept_files(matrix), f"{kind.QUESTION}-{digest}.json"
+    if folder is not None and (found := answer_of(kind, _read(folder.read(name)))) is not None:
+        return dataclasses.replace(found, store=matrix.name, remembered=True)
+    started = time.monotonic()
+    computed = compute()
+    answer = dataclasses.replace(
+        computed,
+        store=matrix.name,
+        dtype=matrix.dtype,
+        rows=matrix.num_rows,
+        seconds=round(time.monotonic() - started, 3),
+        peak_bytes=peak_bytes(),
+    )
+    return dataclasses.replace(answer, not_kept=_keep(folder, name, {**answer.to_keep(), "identity": identity}))
+
+
+def answer_of(kind: type[AnAnswer], found: Mapping[str, Any] | None) -> AnAnswer | None:
+    """Make an answer of what was kept; None where that is not whole."""
+    try:
+        return None if found is None else kind.from_json(found)
+    except (TypeError, KeyError):
+        return None
 
 
 def _keep(folder: Folder | None, name: str, result: Mapping[str, Any]) -> str | None:

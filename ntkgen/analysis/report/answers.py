@@ -205,9 +205,9 @@ def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
 
 
 def _align(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.alignment import align
+    from ntkgen.analysis.alignment import AlignSettings, align
 
-    return align(matrix, memory_bytes, report)
+    return align(matrix, AlignSettings(memory_bytes=memory_bytes), report=report).to_json()
 
 
 _ASKING: Mapping[str, Callable[[Matrix, int | None, Report], Result]] = {

@@ -13,6 +13,7 @@ from ntkgen.cli.options import Bytes
 if TYPE_CHECKING:
     from distributed import Client
 
+    from ntkgen.analysis.answer import Answer
     from ntkgen.analysis.matrix import Matrix
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -84,6 +85,10 @@ class Asked:
             allow_partial=self.allow_partial,
             client=self.client,
         )
+
+    def answer(self, answer: "Answer", page: Sequence[str]) -> None:
+        """Print an answer: one JSON object, or lines for people; and say so where it could not be kept."""
+        self.show(answer.to_json(), page)
 
     def show(self, result: dict[str, Any], page: Sequence[str]) -> None:
         """Print a result: one JSON object, or lines for people; and say so where it could not be kept."""

@@ -1,10 +1,13 @@
 """`ntkgen analyze align`: how well a kernel is aligned with its labels."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.alignment import AlignAnswer
 
 
 @click.command(short_help="Alignment with the labels.")
@@ -19,21 +22,22 @@ def align(paths: tuple[str, ...], **options: Any) -> None:
     1 is the kernel of the labels themselves, y yᵀ. For the whole kernel, and for each output by itself.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis import alignment
+    from ntkgen.analysis.alignment import AlignSettings
+    from ntkgen.analysis.alignment import align as ask
     from ntkgen.cli.progress import progress_bars
 
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = alignment.align(matrix, asked.memory_bytes, report)
-        asked.show(result, _page(result))
+            answer = ask(matrix, AlignSettings(memory_bytes=asked.memory_bytes), report=report)
+        asked.answer(answer, _page(answer))
 
 
-def _page(result: dict[str, Any]) -> list[str]:
-    each = zip(result["output_names"], result["output_alignment"], result["output_centered_alignment"], strict=True)
+def _page(answer: "AlignAnswer") -> list[str]:
+    each = zip(answer.output_names, answer.output_alignment, answer.output_centered_alignment, strict=True)
     return [
         f"  {'':<12}{'alignment':>10}{'centred':>10}",
-        f"  {'whole':<12}{_number(result['alignment'])}{_number(result['centered_alignment'])}",
+        f"  {'whole':<12}{_number(answer.alignment)}{_number(answer.centered_alignment)}",
         *(f"  {name:<12}{_number(plain)}{_number(centred)}" for name, plain, centred in each),
     ]
 
