@@ -122,6 +122,10 @@ class DivergedError(NtkgenError, FloatingPointError):
     """A loss or a kernel entry is not finite."""
 
 
+class NotPositiveError(NtkgenError, ArithmeticError):
+    """A kernel that should be positive definite is not, to the accuracy of its numbers."""
+
+
 class InaccurateKernelError(NtkgenError, ArithmeticError):
     """A finished kernel differs from the exact one by more than its precision policy explains; its store stays."""
 

@@ -19,7 +19,7 @@ from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import InputError
 from ntkgen.files.folder import LocalFolder
 
-SETTINGS = FactorSettings(1 << 40)
+SETTINGS = FactorSettings(memory_bytes=1 << 40)
 X = np.arange(1.0, 401.0)
 LAW = Law(to=100_000)
 
@@ -137,7 +137,7 @@ def test_the_settings_are_recorded_and_the_result_remembered():
 
 def test_the_shift_counts():
     with power_law(40, 1, nu=0.3) as matrix:
-        found = extrapolate(matrix, LAW, FactorSettings(1 << 40, shift=0.5))
+        found = extrapolate(matrix, LAW, FactorSettings(memory_bytes=1 << 40, shift=0.5))
         K = matrix.block(slice(None), slice(None)) + 0.5 * np.eye(40)
     x = np.arange(5.0, 41.0)
     expected = fit(LAW, x, np.array([np.linalg.slogdet(K[: int(n), : int(n)]).logabsdet for n in x]))

@@ -21,15 +21,15 @@ from strategies import few
 from ntkgen import cli
 from ntkgen.analysis.determinant import logdet
 from ntkgen.analysis.linalg import blas, cholesky
-from ntkgen.analysis.linalg.cholesky import FactorSettings, NotPositiveError, factored
+from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
 from ntkgen.analysis.linalg.factor import FactorPlan, place_of_factor, plan_factor
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.errors import BudgetError, DiskSpaceError, InputError, StoreError, StoreLockedError
+from ntkgen.errors import BudgetError, DiskSpaceError, InputError, NotPositiveError, StoreError, StoreLockedError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import write_lock
 
 MEMORY = 1 << 40
-SETTINGS = FactorSettings(MEMORY)
+SETTINGS = FactorSettings(memory_bytes=MEMORY)
 
 
 @contextmanager
@@ -370,7 +370,7 @@ def test_it_warns_of_float16(capsys):
 def test_a_shift_must_not_be_negative(shift, capsys):
     with kernel(3) as (matrix, _):
         with pytest.raises(InputError, match=r"A shift of .* expected a number that is not negative"):
-            FactorSettings(MEMORY, shift=shift)
+            FactorSettings(memory_bytes=MEMORY, shift=shift)
         assert cli.run(["analyze", "logdet", matrix.name, "--shift", str(shift)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 

@@ -53,7 +53,7 @@ SHIFTS = (0.5, 5.0)
 
 
 def ask_spectrum(matrix, _folder):
-    return spectrum(matrix, SpectrumSettings(top=5))
+    return spectrum(matrix, SpectrumSettings(top=5)).to_json()
 
 
 def ask_density(matrix, _folder):

@@ -304,7 +304,7 @@ def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
 
     store, _ = fill_store(tmp_path / "k.zarr", labels=np.arange(30) % 3, num_outputs=1)
     matrix = open_matrix(store)
-    law = extrapolate(matrix, Law(100), FactorSettings(MEMORY))
+    law = extrapolate(matrix, Law(100), FactorSettings(memory_bytes=MEMORY))
     found = gather(matrix, MEMORY, plots.questions_for(["logdet"]))
     picture = plots.draw_all(found, ["logdet"])["logdet"]
     curve = next(line for line in picture.figure.axes[0].lines if "fitted law" in str(line.get_label()))

@@ -61,7 +61,7 @@ def assert_summed_up(result, K, rtol=1e-10):
         "stable_rank": (values**2).sum() / np.abs(values).max() ** 2,
     }
     for name, value in expected.items():
-        assert result[name] == pytest.approx(value, rel=rtol), name
+        assert getattr(result, name) == pytest.approx(value, rel=rtol), name
 
 
 def entropy_rank(values):
@@ -83,13 +83,13 @@ def test_all_eigenvalues_are_those_of_the_dense_matrix(shape, kind, seed):
         result = spectrum(store_of(Path(folder) / "k.zarr", K, **options))
     K = K.astype(dtype).astype(np.float64)
     values = sorted_eigenvalues(K)
-    np.testing.assert_allclose(result["eigenvalues"], values, rtol=0, atol=1e-10 * values[0])
-    assert (np.abs(result["eigenvalues"] - values) <= 2 * np.array(result["residual_bounds"])).all()
+    np.testing.assert_allclose(result.eigenvalues, values, rtol=0, atol=1e-10 * values[0])
+    assert (np.abs(result.eigenvalues - values) <= 2 * np.array(result.residual_bounds)).all()
     assert_summed_up(result, K)
-    assert result["effective_rank"] == pytest.approx(entropy_rank(values), rel=1e-10)
-    assert result["condition"] == pytest.approx(values[0] / values[-1], rel=1e-8)
-    assert result["smallest"] == result["eigenvalues"][-1]
-    assert (result["passes"], result["num_negative"], result["method"]) == (1, 0, "all")
+    assert result.effective_rank == pytest.approx(entropy_rank(values), rel=1e-10)
+    assert result.condition == pytest.approx(values[0] / values[-1], rel=1e-8)
+    assert result.smallest == result.eigenvalues[-1]
+    assert (result.passes, result.num_negative, result.method) == (1, 0, "all")
 
 
 @few
@@ -105,24 +105,22 @@ def test_the_largest_are_those_of_the_dense_matrix(shape, kind, top):
         result = spectrum(matrix, SpectrumSettings(top=top, tolerance=1e-11))
     K = K.astype(dtype).astype(np.float64)
     values = sorted_eigenvalues(K)
-    assert result["method"] == "largest"
-    assert result["is_converged"]
-    np.testing.assert_allclose(result["eigenvalues"], values[:top], rtol=1e-10)
+    assert result.method == "largest"
+    assert result.is_converged
+    np.testing.assert_allclose(result.eigenvalues, values[:top], rtol=1e-10)
     assert_summed_up(result, K)
-    assert result["effective_rank"] == pytest.approx(
-        entropy_rank(values), abs=3 * result["effective_rank_error"] + 1e-9
-    )
-    assert (result["condition"], result["num_negative"]) == (None, None)
-    assert result["passes"] == int(result["passes"]) >= 1
+    assert result.effective_rank == pytest.approx(entropy_rank(values), abs=3 * result.effective_rank_error + 1e-9)
+    assert (result.condition, result.num_negative) == (None, None)
+    assert result.passes == int(result.passes) >= 1
 
 
 def test_negative_eigenvalues_are_counted_and_have_no_weight(tmp_path):
     values = np.array([5.0, 3.0, 1.0, 1e-3, -1e-6, -2e-6])
     result = spectrum(store_of(tmp_path / "k.zarr", with_eigenvalues(values)))
-    assert result["num_negative"] == 2
-    assert result["effective_rank"] == pytest.approx(entropy_rank(values), rel=1e-9)
-    assert result["condition"] is None
-    assert result["smallest"] == pytest.approx(-2e-6, rel=1e-6)
+    assert result.num_negative == 2
+    assert result.effective_rank == pytest.approx(entropy_rank(values), rel=1e-9)
+    assert result.condition is None
+    assert result.smallest == pytest.approx(-2e-6, rel=1e-6)
 
 
 def test_what_is_below_the_error_is_called_noise(tmp_path):
@@ -130,7 +128,7 @@ def test_what_is_below_the_error_is_called_noise(tmp_path):
     K = with_eigenvalues(np.array([9.0, 4.0, 1.0, 0.4, 0.1, 0.01]))
     matrix = store_of(tmp_path / "k.zarr", K, certificate=certificate)
     result = spectrum(matrix)
-    assert (result["error_norm"], result["num_above_error"]) == (0.5, 3)
+    assert (result.error_norm, result.num_above_error) == (0.5, 3)
     shown = CliRunner().invoke(cli, ["analyze", "spectrum", matrix.name])
     assert "‖E‖ ≤ 0.5, and so is that of each eigenvalue; only the first 3 are above that" in shown.output
 
@@ -139,10 +137,12 @@ def test_a_kernel_of_zeros(tmp_path, by_krylov):
     matrix = store_of(tmp_path / "k.zarr", np.zeros((6, 6)))
     for wanted in (SpectrumSettings(), SpectrumSettings(top=2)):
         result = spectrum(matrix, wanted)
-        assert result["eigenvalues"] == [0.0] * (wanted.top or 6)
-        assert [result[name] for name in ("trace", "effective_rank", "participation_ratio", "stable_rank")] == [0.0] * 4
-        assert result["condition"] is None
-        json.dumps(result, allow_nan=False)
+        assert result.eigenvalues == [0.0] * (wanted.top or 6)
+        assert [
+            getattr(result, name) for name in ("trace", "effective_rank", "participation_ratio", "stable_rank")
+        ] == [0.0] * 4
+        assert result.condition is None
+        json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_a_part_of_an_incomplete_kernel(tmp_path):
@@ -151,18 +151,18 @@ def test_a_part_of_an_incomplete_kernel(tmp_path):
     (tmp_path / "k.zarr/ntk_float64/c/1/4").unlink()
     matrix = open_matrix(matrix.store, allow_partial=True)
     result = spectrum(matrix)
-    assert result["rows"] == 12
-    np.testing.assert_allclose(result["eigenvalues"], sorted_eigenvalues(K[:12, :12]), atol=1e-10 * 100)
+    assert result.rows == 12
+    np.testing.assert_allclose(result.eigenvalues, sorted_eigenvalues(K[:12, :12]), atol=1e-10 * 100)
 
 
 def test_a_result_is_computed_once(tmp_path, by_krylov):
     matrix = store_of(tmp_path / "k.zarr", gram(20))
     first, read = spectrum(matrix), matrix.tiles_read
     again = spectrum(matrix)
-    assert (first["remembered"], again["remembered"]) == (False, True)
+    assert (first.remembered, again.remembered) == (False, True)
     assert matrix.tiles_read == read
-    assert again["eigenvalues"] == first["eigenvalues"]
-    assert spectrum(matrix, SpectrumSettings(top=3))["eigenvalues"] == pytest.approx(first["eigenvalues"][:3], rel=1e-9)
+    assert again.eigenvalues == first.eigenvalues
+    assert spectrum(matrix, SpectrumSettings(top=3)).eigenvalues == pytest.approx(first.eigenvalues[:3], rel=1e-9)
     assert matrix.tiles_read > read
 
 
@@ -374,19 +374,19 @@ def test_the_condition_out_of_core(tmp_path, by_krylov):
     matrix = store_of(tmp_path / "k.zarr", K)
     exact = np.linalg.cond(K)
     given_solve = spectrum(matrix, SpectrumSettings(top=2), solve=lambda V: np.linalg.solve(K, V))
-    assert given_solve["condition"] == pytest.approx(exact, rel=1e-5)
+    assert given_solve.condition == pytest.approx(exact, rel=1e-5)
     by_factor = spectrum(matrix, SpectrumSettings(top=3, condition=True))
-    assert by_factor["condition"] == pytest.approx(exact, rel=1e-5)
-    assert abs(by_factor["condition"] - exact) <= by_factor["condition_error"] + 1e-6 * exact
-    assert by_factor["num_negative"] == 0
+    assert by_factor.condition == pytest.approx(exact, rel=1e-5)
+    assert abs(by_factor.condition - exact) <= by_factor.condition_error + 1e-6 * exact
+    assert by_factor.num_negative == 0
     assert not list(matrix.store.path.parent.glob("*.analysis/factor*"))
 
 
 def test_the_condition_of_what_is_not_positive(tmp_path, by_krylov):
     matrix = store_of(tmp_path / "k.zarr", with_eigenvalues(np.linspace(5, -1, 12)))
     result = spectrum(matrix, SpectrumSettings(top=2, condition=True))
-    assert result["condition"] is None
-    assert "not positive definite" in result["not_positive"]
+    assert result.condition is None
+    assert "not positive definite" in result.not_positive
 
 
 # memory ---------------------------------------------------------------------------------------------------------------
@@ -404,7 +404,7 @@ def fake_matrix(num_rows, side):
 @pytest.mark.parametrize("num_rows", [20_000, 100_000])
 def test_the_plan_fills_the_memory_and_no_more(monkeypatch, left, num_rows):
     with_left(monkeypatch, left)
-    matrix, wanted = fake_matrix(num_rows, 1000), SpectrumSettings(1, top=50)
+    matrix, wanted = fake_matrix(num_rows, 1000), SpectrumSettings(memory_bytes=1, top=50)
     if left < 1e9 and num_rows > 20_000:
         return
     sizes = spectra.plan_sizes(matrix, wanted)
@@ -436,7 +436,7 @@ def test_too_little_memory_names_what_is_needed(tmp_path, by_krylov):
 
     limit = psutil.Process().memory_info().rss + 50_000
     with pytest.raises(BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows") as caught:
-        spectrum(matrix, SpectrumSettings(limit, top=50))
+        spectrum(matrix, SpectrumSettings(memory_bytes=limit, top=50))
     assert "\n" not in str(caught.value)
 
 

@@ -302,7 +302,7 @@ def _top_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
 def _krylov_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
     """Find the space on products with the stored tiles; an angle is off by ‖residuals‖ / gap (Davis, Kahan 1970)."""
     count = min(pairing.top + 1, matrix.num_rows)
-    settings = SpectrumSettings(pairing.memory_bytes, count, TOLERANCE, MAX_PASSES)
+    settings = SpectrumSettings(count, TOLERANCE, MAX_PASSES, memory_bytes=pairing.memory_bytes)
     krylov = Krylov(Products(matrix, report), plan_sizes(matrix, settings))
     run(krylov, Goal(count, TOLERANCE, MAX_PASSES))
     values, S = krylov.ritz(count)

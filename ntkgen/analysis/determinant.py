@@ -8,6 +8,7 @@ import numpy as np
 
 from ntkgen.analysis.linalg.cholesky import FactorSettings, Work, factored
 from ntkgen.analysis.linalg.factor import Factor, FactorPlan, place_of_factor, prefix_logdets, remove_folder
+from ntkgen.analysis.linalg.indefinite import examined
 from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import remembered
 from ntkgen.files.lock import write_lock
@@ -71,8 +72,6 @@ def _measured(matrix: Matrix, settings: FactorSettings, made: tuple[Factor, Work
         **of_blocks,
     }
     if settings.indefinite:
-        from ntkgen.analysis.linalg.indefinite import examined
-
         result |= examined(matrix, factor, settings.shift, report)
     smallest = _smallest_eigenvalue(matrix, factor, pivots)
     return {**result, "smallest_eigenvalue_bound": smallest, "warnings": warnings_of(matrix, pivots, smallest)}

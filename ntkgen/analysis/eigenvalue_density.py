@@ -54,14 +54,14 @@ def density(matrix: Matrix, settings: DensitySettings | None = None, report: Rep
     """
     settings = settings or DensitySettings()
     _check(settings)
-    exactly = SpectrumSettings(settings.memory_bytes)
+    exactly = SpectrumSettings(memory_bytes=settings.memory_bytes)
     is_exact = is_dense(matrix, exactly)
     asked = {"bandwidth": settings.bandwidth, "passes": None if is_exact else settings.passes}
 
     def compute() -> dict[str, Any]:
         before = matrix.tiles_read
         if is_exact:
-            rule = exact_rule(np.asarray(spectrum(matrix, exactly, report=report)["eigenvalues"]))
+            rule = exact_rule(np.asarray(spectrum(matrix, exactly, report=report).eigenvalues))
             method: dict[str, Any] = {"method": "all", "probes": None}
         else:
             rule, probes = sampled_rule(matrix, settings, report)

@@ -14,21 +14,24 @@ References:
     Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ntkgen.analysis.answer import Answer, Settings
+from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
 from ntkgen.analysis.linalg.dense import eigenvalues
-from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
+from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES, place_of_factor
 from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
 from ntkgen.analysis.linalg.quadrature import Moments, estimate_effective_rank
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.passes import Arrays
-from ntkgen.analysis.results import remembered
-from ntkgen.errors import InputError
+from ntkgen.analysis.results import recall_or_compute
+from ntkgen.errors import InputError, NotPositiveError
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report
 
@@ -49,18 +52,73 @@ INVERSE_BLOCK, INVERSE_STEPS = 8, 24
 
 
 @dataclass(frozen=True)
-class SpectrumSettings:
-    """What is wanted: the ``top`` largest eigenvalues, or all if they fit in what the whole process may take.
+class SpectrumSettings(Settings):
+    """What is wanted: the ``top`` largest eigenvalues, or all if they fit in memory.
 
     ``tolerance`` is relative to each eigenvalue; with ``condition`` the smallest is computed out of core too, from a
     Cholesky factor on disk.
     """
 
-    memory_bytes: int | None = None
     top: int | None = None
     tolerance: float = 1e-6
     max_passes: int = 100
     condition: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectrumAnswer(Answer):
+    """Eigenvalues of a kernel, descending, with bounds on their errors, and what follows from all of them.
+
+    Attributes:
+        method: ``all`` by LAPACK, or ``largest`` by block Krylov.
+        block: Vectors that block Krylov multiplies at a time.
+        eigenvalues: All of them, or the largest.
+        residual_bounds: For each, how far from it the nearest eigenvalue of the kernel is at most.
+        error_bounds: For each, how far off it is at most (see `krylov.measure`).
+        is_converged: Whether the tolerance was met.
+        is_proven: Whether the error bounds are proofs.
+        smallest: The smallest eigenvalue, if it was computed.
+        condition: λ₁ / λ_N; None where it is not known, or λ_N is not told from zero by the computation.
+        num_negative: Eigenvalues below zero, if all are known.
+        error_norm: The certificate's bound of ‖E‖_F.
+        num_above_error: Eigenvalues above that bound.
+        passes: Passes over the stored tiles.
+        not_positive: Why the smallest eigenvalue could not be computed out of core.
+    """
+
+    method: str
+    block: int | None = None
+    eigenvalues: Sequence[float]
+    residual_bounds: Sequence[float]
+    error_bounds: Sequence[float]
+    is_converged: bool
+    is_proven: bool
+    trace: float
+    frobenius_norm: float
+    participation_ratio: float
+    stable_rank: float
+    effective_rank: float
+    effective_rank_error: float
+    smallest: float | None
+    smallest_error: float | None
+    condition: float | None
+    condition_error: float | None
+    num_negative: int | None
+    error_norm: float | None
+    num_above_error: int | None
+    passes: float
+    not_positive: str | None = None
+
+    QUESTION: ClassVar[str] = "spectrum"
+
+    def first(self, top: int | None) -> "SpectrumAnswer":
+        """Shorten the lists."""
+        return dataclasses.replace(
+            self,
+            eigenvalues=self.eigenvalues[:top],
+            residual_bounds=self.residual_bounds[:top],
+            error_bounds=self.error_bounds[:top],
+        )
 
 
 def spectrum(
@@ -69,7 +127,7 @@ def spectrum(
     *,
     solve: Multiply | None = None,
     report: Report = ignore_report,
-) -> dict[str, Any]:
+) -> SpectrumAnswer:
     """Compute eigenvalues, the largest first, with bounds on their errors, and what follows from all of them.
 
     Where K fits in memory, LAPACK computes all of them in 4/3 N³ FLOPs and one pass. Elsewhere, or if there are many
@@ -83,10 +141,6 @@ def spectrum(
         solve: Multiplies with K⁻¹; by default, if the settings ask for the condition, a Cholesky factor on disk.
         report: Called as tiles are read.
 
-    Returns:
-        Plain values: ``eigenvalues``; ``residual_bounds``, within which of each of them there is one of K;
-        ``error_bounds`` of each (see `krylov.measure`); and the numbers above.
-
     Raises:
         InputError: If more eigenvalues are asked for than there are.
         BudgetError: If the memory has no room for so many vectors.
@@ -96,35 +150,25 @@ def spectrum(
     sizes = None if is_dense(matrix, settings) else plan_sizes(matrix, settings)
     asked = {"method": "all"} if sizes is None else _asked(settings, has_inverse=solve is not None)
 
-    def compute() -> dict[str, Any]:
+    def compute() -> SpectrumAnswer:
         before = matrix.tiles_read
         if sizes is None:
             found = all_eigenvalues(matrix, report)
         else:
             found = largest_eigenvalues(matrix, sizes, settings, report)
         passes = (matrix.tiles_read - before) / matrix.num_tiles
-        return {**found, "passes": round(passes, 6)}
-
-    def with_condition() -> dict[str, Any]:
-        found = compute()
+        found = dataclasses.replace(found, passes=round(passes, 6))
         if sizes is not None and (solve is not None or settings.condition):
-            found |= _condition(matrix, found, (settings, solve), report)
+            return _with_condition(matrix, found, (settings, solve), report)
         return found
 
-    result = remembered(matrix, "spectrum", asked, with_condition)
-    return _first(result, settings.top)
+    return recall_or_compute(matrix, SpectrumAnswer, asked, compute).first(settings.top)
 
 
 def _asked(settings: SpectrumSettings, *, has_inverse: bool) -> dict[str, Any]:
     condition = settings.condition or has_inverse
     top = settings.top or USUAL_TOP
     return {"top": top, "tolerance": settings.tolerance, "max_passes": settings.max_passes, "condition": condition}
-
-
-def _first(result: dict[str, Any], top: int | None) -> dict[str, Any]:
-    """Shorten the lists."""
-    lists = ("eigenvalues", "residual_bounds", "error_bounds")
-    return {name: value[:top] if name in lists else value for name, value in result.items()}
 
 
 def _check(matrix: Matrix, settings: SpectrumSettings) -> None:
@@ -184,7 +228,7 @@ def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
 # all of them ----------------------------------------------------------------------------------------------------------
 
 
-def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> dict[str, Any]:
+def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> SpectrumAnswer:
     """Compute all eigenvalues by LAPACK, in float64, and what follows from them. Holds 8 N² bytes.
 
     Its eigenvalues are those of K + F with ‖F‖₂ ≤ p(N) ε ‖K‖₂ for a p that grows slowly; N is taken for it.
@@ -194,22 +238,29 @@ def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> dict[str,
     values = eigenvalues(K, report)
     bound = len(values) * EPSILON * float(np.abs(values).max())
     smallest = float(values[-1])
-    return {
-        "method": "all",
-        "eigenvalues": values.tolist(),
-        "residual_bounds": [bound] * len(values),
-        "error_bounds": [bound] * len(values),
-        "is_converged": True,
-        "is_proven": True,
-        **_norms(moments, float(np.abs(values).max())),
-        "effective_rank": effective_rank(values),
-        "effective_rank_error": 0.0,
-        "smallest": smallest,
-        "smallest_error": bound,
-        **_ratio(float(values[0]), (smallest, bound)),
-        "num_negative": int((values < 0).sum()),
-        **_noise(matrix, values),
-    }
+    norms, condition = _norms(moments, float(np.abs(values).max())), _ratio(float(values[0]), (smallest, bound))
+    return SpectrumAnswer(
+        method="all",
+        eigenvalues=values.tolist(),
+        residual_bounds=[bound] * len(values),
+        error_bounds=[bound] * len(values),
+        is_converged=True,
+        is_proven=True,
+        trace=norms.trace,
+        frobenius_norm=norms.frobenius_norm,
+        participation_ratio=norms.participation_ratio,
+        stable_rank=norms.stable_rank,
+        effective_rank=effective_rank(values),
+        effective_rank_error=0.0,
+        smallest=smallest,
+        smallest_error=bound,
+        condition=condition[0],
+        condition_error=condition[1],
+        num_negative=int((values < 0).sum()),
+        error_norm=matrix.error_norm,
+        num_above_error=_count_above_error(matrix, values),
+        passes=1.0,
+    )
 
 
 def effective_rank(values: FloatArray) -> float:
@@ -223,27 +274,35 @@ def effective_rank(values: FloatArray) -> float:
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
 
 
-def _norms(moments: Moments, norm: float) -> dict[str, Any]:
-    return {
-        "trace": moments.trace,
-        "frobenius_norm": float(np.sqrt(moments.squares)),
-        "participation_ratio": moments.trace**2 / moments.squares if moments.squares else 0.0,
-        "stable_rank": moments.squares / norm**2 if norm else 0.0,
-    }
+@dataclass(frozen=True)
+class _Norms:
+    """What follows from the trace, ‖K‖_F and ‖K‖₂."""
+
+    trace: float
+    frobenius_norm: float
+    participation_ratio: float
+    stable_rank: float
 
 
-def _ratio(largest: float, smallest: tuple[float, float]) -> dict[str, Any]:
+def _norms(moments: Moments, norm: float) -> _Norms:
+    return _Norms(
+        trace=moments.trace,
+        frobenius_norm=float(np.sqrt(moments.squares)),
+        participation_ratio=moments.trace**2 / moments.squares if moments.squares else 0.0,
+        stable_rank=moments.squares / norm**2 if norm else 0.0,
+    )
+
+
+def _ratio(largest: float, smallest: tuple[float, float]) -> tuple[float, float] | tuple[None, None]:
     """Compute λ₁ / λ_N and its error; None where λ_N is not told from zero by the computation."""
     value, error = smallest
-    if value <= error:
-        return {"condition": None, "condition_error": None}
-    return {"condition": largest / value, "condition_error": largest / (value - error) - largest / value}
+    return (None, None) if value <= error else (largest / value, largest / (value - error) - largest / value)
 
 
-def _noise(matrix: Matrix, values: FloatArray) -> dict[str, Any]:
+def _count_above_error(matrix: Matrix, values: FloatArray) -> int | None:
     """Count the eigenvalues that the error of the stored matrix leaves."""
     norm = matrix.error_norm
-    return {"error_norm": norm, "num_above_error": None if norm is None else int((values > norm).sum())}
+    return None if norm is None else int((values > norm).sum())
 
 
 # the largest ----------------------------------------------------------------------------------------------------------
@@ -297,7 +356,7 @@ def _multiplied_and_measured(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile
 
 def largest_eigenvalues(
     matrix: Matrix, sizes: Sizes, settings: SpectrumSettings, report: Report = ignore_report
-) -> dict[str, Any]:
+) -> SpectrumAnswer:
     """Compute the largest eigenvalues out of core, and what can be said of the others."""
     products = Products(matrix, report)
     krylov = Krylov(products, sizes)
@@ -313,24 +372,30 @@ def largest_eigenvalues(
     estimate()
     assert products.moments is not None
     rank, error = ranks[0] if ranks else (0.0, 0.0)
-    return {
-        "method": "largest",
-        "block": sizes.block,
-        "eigenvalues": found.values.tolist(),
-        "residual_bounds": found.residuals.tolist(),
-        "error_bounds": found.errors.tolist(),
-        "is_converged": found.is_converged,
-        "is_proven": found.is_proven,
-        **_norms(products.moments, float(np.abs(found.values).max())),
-        "effective_rank": rank,
-        "effective_rank_error": error,
-        "smallest": None,
-        "smallest_error": None,
-        "condition": None,
-        "condition_error": None,
-        "num_negative": None,
-        **_noise(matrix, found.values),
-    }
+    norms = _norms(products.moments, float(np.abs(found.values).max()))
+    return SpectrumAnswer(
+        method="largest",
+        block=sizes.block,
+        eigenvalues=found.values.tolist(),
+        residual_bounds=found.residuals.tolist(),
+        error_bounds=found.errors.tolist(),
+        is_converged=found.is_converged,
+        is_proven=found.is_proven,
+        trace=norms.trace,
+        frobenius_norm=norms.frobenius_norm,
+        participation_ratio=norms.participation_ratio,
+        stable_rank=norms.stable_rank,
+        effective_rank=rank,
+        effective_rank_error=error,
+        smallest=None,
+        smallest_error=None,
+        condition=None,
+        condition_error=None,
+        num_negative=None,
+        error_norm=matrix.error_norm,
+        num_above_error=_count_above_error(matrix, found.values),
+        passes=krylov.steps,
+    )
 
 
 # the smallest ---------------------------------------------------------------------------------------------------------
@@ -355,20 +420,15 @@ def smallest_eigenvalue(
 @contextmanager
 def _solving(matrix: Matrix, settings: SpectrumSettings, report: Report) -> Iterator[Multiply]:
     """Solve with a Cholesky factor beside the store, which is made, and removed unless it was there before."""
-    from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
-    from ntkgen.analysis.linalg.factor import place_of_factor
-
     was_there = place_of_factor(matrix, 0.0)[0].has("zarr.json")
-    with factored(matrix, FactorSettings(settings.memory_bytes, keep=was_there), report) as (factor, _):
+    with factored(matrix, FactorSettings(memory_bytes=settings.memory_bytes, keep=was_there), report) as (factor, _):
         yield factor.solve
 
 
-def _condition(
-    matrix: Matrix, found: dict[str, Any], how: tuple[SpectrumSettings, Multiply | None], report: Report
-) -> dict[str, Any]:
+def _with_condition(
+    matrix: Matrix, found: SpectrumAnswer, how: tuple[SpectrumSettings, Multiply | None], report: Report
+) -> SpectrumAnswer:
     """Compute the smallest eigenvalue and the condition, where K is positive definite to rounding."""
-    from ntkgen.analysis.linalg.cholesky import NotPositiveError
-
     settings, solve = how
     try:
         if solve is not None:
@@ -377,10 +437,13 @@ def _condition(
             with _solving(matrix, settings, report) as solving:
                 smallest = smallest_eigenvalue(solving, matrix.num_rows)
     except NotPositiveError as error:
-        return {"not_positive": str(error)}
-    return {
-        "smallest": smallest[0],
-        "smallest_error": smallest[1],
-        **_ratio(found["eigenvalues"][0], smallest),
-        "num_negative": 0,
-    }
+        return dataclasses.replace(found, not_positive=str(error))
+    condition, condition_error = _ratio(found.eigenvalues[0], smallest)
+    return dataclasses.replace(
+        found,
+        smallest=smallest[0],
+        smallest_error=smallest[1],
+        condition=condition,
+        condition_error=condition_error,
+        num_negative=0,
+    )

@@ -16,6 +16,7 @@ import numpy as np
 import zarr
 from scipy.linalg import lapack
 
+from ntkgen.analysis.answer import Settings
 from ntkgen.analysis.linalg.blas import divide_right, subtract_product
 from ntkgen.analysis.linalg.factor import (
     PIECE_BYTES,
@@ -26,28 +27,24 @@ from ntkgen.analysis.linalg.factor import (
     plan_factor,
     reading_bytes,
 )
+from ntkgen.analysis.linalg.indefinite import pivoted
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
 from ntkgen.analysis.results import require_room_beside
-from ntkgen.errors import DiskSpaceError, InputError, NtkgenError, StoreError
+from ntkgen.errors import DiskSpaceError, InputError, NotPositiveError, StoreError
 from ntkgen.files.lock import write_lock
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.store import WRITING
 from ntkgen.store.view import read_ahead
 
 
-class NotPositiveError(NtkgenError, ArithmeticError):
-    """A kernel that should be positive definite is not, to the accuracy of its numbers."""
-
-
 @dataclass(frozen=True)
-class FactorSettings:
-    """What is factored and how: K + ``shift`` I, within the memory that the whole process may take.
+class FactorSettings(Settings):
+    """What is factored and how: K + ``shift`` I.
 
     With ``indefinite`` a tile of the diagonal that is not positive definite is pivoted, instead of an error. With
     ``keep`` the factor stays, to solve with.
     """
 
-    memory_bytes: int | None = None
     shift: float = 0.0
     indefinite: bool = False
     keep: bool = False
@@ -377,8 +374,6 @@ def _factor_diagonal(tile: FloatArray, col: int, hands: _Hands) -> DiagonalTile 
         return PositiveTile(lower)
     if not hands.settings.indefinite:
         return None
-    from ntkgen.analysis.linalg.indefinite import pivoted
-
     return pivoted(tile, f"from row {hands.factor.plan.rows(col).start:,} on of the kernel at {hands.matrix.name}")
 
 

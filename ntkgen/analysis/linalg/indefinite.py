@@ -7,9 +7,9 @@ import numpy as np
 from scipy.linalg import ldl
 
 from ntkgen.analysis.linalg.blas import divide_right
-from ntkgen.analysis.linalg.cholesky import NotPositiveError
 from ntkgen.analysis.linalg.factor import Factor
 from ntkgen.analysis.matrix import FloatArray, Matrix
+from ntkgen.errors import NotPositiveError
 from ntkgen.progress import Report, counter
 
 # ‖(K − LDLᵀ)v‖ may be this fraction of ‖Kv‖.

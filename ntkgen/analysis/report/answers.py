@@ -176,7 +176,7 @@ def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> N
 def _spectrum(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
 
-    return spectrum(matrix, SpectrumSettings(memory_bytes), report=report)
+    return spectrum(matrix, SpectrumSettings(memory_bytes=memory_bytes), report=report).to_json()
 
 
 def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
@@ -189,7 +189,7 @@ def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.determinant import logdet
     from ntkgen.analysis.linalg.cholesky import FactorSettings
 
-    return logdet(matrix, FactorSettings(memory_bytes), prefixes=True, report=report)
+    return logdet(matrix, FactorSettings(memory_bytes=memory_bytes), prefixes=True, report=report)
 
 
 def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:

@@ -29,7 +29,7 @@ def extrapolate(paths: tuple[str, ...], *, shift: float, **options: Any) -> None
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    law, settings = extrapolation.Law(**options), FactorSettings(asked.memory_bytes, shift=shift)
+    law, settings = extrapolation.Law(**options), FactorSettings(shift=shift, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:

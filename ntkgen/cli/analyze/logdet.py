@@ -30,9 +30,7 @@ def logdet(paths: tuple[str, ...], *, shift: float, **options: Any) -> None:
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = FactorSettings(
-        asked.memory_bytes, shift=shift, indefinite=options["indefinite"], keep=options["keep_factor"]
-    )
+    settings = FactorSettings(shift, options["indefinite"], options["keep_factor"], memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:

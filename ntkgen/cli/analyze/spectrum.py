@@ -1,11 +1,14 @@
 """`ntkgen analyze spectrum`: the eigenvalues of a kernel."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import FiniteRange, aligned
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.eigenvalues import SpectrumAnswer
 
 # So many eigenvalues are shown to people; JSON has all.
 SHOWN = 10
@@ -29,63 +32,66 @@ def spectrum(paths: tuple[str, ...], **options: Any) -> None:
 
     All of them where they fit in memory, else the largest in a few passes over the stored tiles.
     """
-    from ntkgen.analysis import eigenvalues as spectra
+    from ntkgen.analysis.eigenvalues import SpectrumSettings
+    from ntkgen.analysis.eigenvalues import spectrum as ask
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = spectra.SpectrumSettings(asked.memory_bytes, **options)
+    settings = SpectrumSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = spectra.spectrum(matrix, settings, report=report)
-        asked.show(result, _page(result))
+            answer = ask(matrix, settings, report=report)
+        asked.answer(answer, _page(answer))
 
 
-def _page(result: dict[str, Any]) -> list[str]:
+def _page(answer: "SpectrumAnswer") -> list[str]:
     lines = {
-        "method": _method(result),
-        "trace": f"{result['trace']:.10g}",
-        "‖K‖_F": f"{result['frobenius_norm']:.10g}",
-        "ranks": f"effective {_within(result['effective_rank'], result['effective_rank_error'])}, participation ratio "
-        f"{result['participation_ratio']:.6g}, stable {result['stable_rank']:.6g}",
-        "condition": _condition(result),
-        "error": _error(result),
+        "method": _method(answer),
+        "trace": f"{answer.trace:.10g}",
+        "‖K‖_F": f"{answer.frobenius_norm:.10g}",
+        "ranks": f"effective {_within(answer.effective_rank, answer.effective_rank_error)}, participation ratio "
+        f"{answer.participation_ratio:.6g}, stable {answer.stable_rank:.6g}",
+        "condition": _condition(answer),
+        "error": _error(answer),
     }
-    return [*aligned(lines), *_eigenvalue_lines(result)]
+    return [*aligned(lines), *_eigenvalue_lines(answer)]
 
 
-def _method(result: dict[str, Any]) -> str:
-    count = f"{len(result['eigenvalues']):,} of {result['rows']:,} eigenvalues, {result['passes']:g} passes"
-    if result["method"] == "all":
+def _method(answer: "SpectrumAnswer") -> str:
+    count = f"{len(answer.eigenvalues):,} of {answer.rows:,} eigenvalues, {answer.passes:g} passes"
+    if answer.method == "all":
         return f"{count}, by LAPACK"
-    reached = "" if result["is_converged"] else "; NOT CONVERGED: raise --max-passes"
-    return f"{count}, by block Krylov with blocks of {result['block']:,}{reached}"
+    reached = "" if answer.is_converged else "; NOT CONVERGED: raise --max-passes"
+    return f"{count}, by block Krylov with blocks of {answer.block:,}{reached}"
 
 
-def _within(value: float, error: float) -> str:
-    return f"{value:.6g}" + f" ± {error:.2g}" * (error > 0)
+def _within(value: float, error: float | None) -> str:
+    return f"{value:.6g} ± {error:.2g}" if error else f"{value:.6g}"
 
 
-def _condition(result: dict[str, Any]) -> str:
-    if "not_positive" in result:
-        return f"none. {result['not_positive']}"
-    if result["smallest"] is None:
+def _condition(answer: "SpectrumAnswer") -> str:
+    if answer.not_positive is not None:
+        return f"none. {answer.not_positive}"
+    if answer.smallest is None:
         return "not computed: all eigenvalues do not fit in memory, see --condition"
-    smallest = f"smallest eigenvalue {_within(result['smallest'], result['smallest_error'])}"
-    negative = f", {result['num_negative']:,} negative" if result["num_negative"] else ""
-    if result["condition"] is None:
+    smallest = f"smallest eigenvalue {_within(answer.smallest, answer.smallest_error)}"
+    negative = f", {answer.num_negative:,} negative" if answer.num_negative else ""
+    if answer.condition is None:
         return f"none, the {smallest} is not told from zero{negative}"
-    return f"{_within(result['condition'], result['condition_error'])}, {smallest}"
+    return f"{_within(answer.condition, answer.condition_error)}, {smallest}"
 
 
-def _error(result: dict[str, Any]) -> str:
-    if result["error_norm"] is None:
+def _error(answer: "SpectrumAnswer") -> str:
+    if answer.error_norm is None:
         return "not known, there is no certificate"
-    above, count = result["num_above_error"], len(result["eigenvalues"])
-    noise = "" if above >= count else f"; only the first {above:,} are above that, the others are noise"
-    return f"‖E‖ ≤ {result['error_norm']:.3g}, and so is that of each eigenvalue{noise}"
+    above, count = answer.num_above_error, len(answer.eigenvalues)
+    noise = (
+        "" if above is None or above >= count else f"; only the first {above:,} are above that, the others are noise"
+    )
+    return f"‖E‖ ≤ {answer.error_norm:.3g}, and so is that of each eigenvalue{noise}"
 
 
-def _eigenvalue_lines(result: dict[str, Any]) -> list[str]:
-    pairs = zip(result["eigenvalues"][:SHOWN], result["error_bounds"], strict=False)
+def _eigenvalue_lines(answer: "SpectrumAnswer") -> list[str]:
+    pairs = zip(answer.eigenvalues[:SHOWN], answer.error_bounds, strict=False)
     return [f"  {number:>12,}  {value:<18.12g} ± {bound:.1g}" for number, (value, bound) in enumerate(pairs, start=1)]
