@@ -50,30 +50,30 @@ def smooth(values, axis, bandwidth):
 def test_the_density_of_all_eigenvalues(tmp_path, layout, bandwidth):
     K = gram(25)
     result = density(store_of(tmp_path / "k.zarr", K, layout=layout), DensitySettings(bandwidth=bandwidth))
-    axis, values = np.array(result["log10_eigenvalues"]), np.linalg.eigvalsh(K)
-    np.testing.assert_allclose(result["density"], smooth(values, axis, bandwidth), atol=1e-10)
-    assert np.trapezoid(result["density"], axis) == pytest.approx(1, abs=1e-3)
+    axis, values = np.array(result.log10_eigenvalues), np.linalg.eigvalsh(K)
+    np.testing.assert_allclose(result.density, smooth(values, axis, bandwidth), atol=1e-10)
+    assert np.trapezoid(result.density, axis) == pytest.approx(1, abs=1e-3)
     # a grid point may be an eigenvalue, which rounding puts on either side
     away = np.abs(np.log10(values)[:, None] - axis).min(axis=0) > 1e-9
     expected = (np.log10(values)[:, None] > axis).mean(axis=0)
-    np.testing.assert_allclose(np.array(result["fraction_above"])[away], expected[away], atol=1e-12)
-    assert set(result["density_errors"]) == {0.0}
-    assert (result["method"], result["passes"], result["resolved_above"]) == ("all", 1, None)
-    assert result["fraction_off_axis"] == 0
+    np.testing.assert_allclose(np.array(result.fraction_above)[away], expected[away], atol=1e-12)
+    assert set(result.density_errors) == {0.0}
+    assert (result.method, result.passes, result.resolved_above) == ("all", 1, None)
+    assert result.fraction_off_axis == 0
 
 
 def test_what_is_not_positive_is_off_the_axis(tmp_path):
     Q = np.linalg.qr(np.random.default_rng(0).normal(size=(10, 10)))[0]
     K = (Q * [5, 4, 3, 2, 1, 1, 0, 0, -1e-3, -1e-5]) @ Q.T
     result = density(store_of(tmp_path / "k.zarr", (K + K.T) / 2))
-    assert result["fraction_off_axis"] == pytest.approx(0.4)
-    assert np.trapezoid(result["density"], result["log10_eigenvalues"]) == pytest.approx(0.6, abs=1e-3)
-    assert result["fraction_above"][0] == pytest.approx(0.6)
+    assert result.fraction_off_axis == pytest.approx(0.4)
+    assert np.trapezoid(result.density, result.log10_eigenvalues) == pytest.approx(0.6, abs=1e-3)
+    assert result.fraction_above[0] == pytest.approx(0.6)
 
 
 def test_a_kernel_of_zeros(tmp_path):
     result = density(store_of(tmp_path / "k.zarr", np.zeros((4, 4))))
-    assert (result["log10_eigenvalues"], result["fraction_off_axis"]) == ([], 1.0)
+    assert (result.log10_eigenvalues, result.fraction_off_axis) == ([], 1.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -101,36 +101,36 @@ def test_a_sampled_density_is_within_its_errors(power):
         krylov.advance()
     moments = Moments(1000, values.sum(), (values**2).sum())
     found = draw(normalized(gauss(krylov), moments), 1000, 0.2)
-    axis = np.array(found["log10_eigenvalues"])
-    assert np.trapezoid(found["density"], axis) == pytest.approx(1, abs=1e-3)
-    assert found["fraction_above"][0] == pytest.approx(1)
+    axis = np.array(found.log10_eigenvalues)
+    assert np.trapezoid(found.density, axis) == pytest.approx(1, abs=1e-3)
+    assert found.fraction_above[0] == pytest.approx(1)
     exact = smooth(values, axis, 0.2)
-    is_resolved = axis > (-np.inf if found["resolved_above"] is None else np.log10(found["resolved_above"]) + 0.4)
-    error = np.abs(found["density"] - exact)[is_resolved]
+    is_resolved = axis > (-np.inf if found.resolved_above is None else np.log10(found.resolved_above) + 0.4)
+    error = np.abs(found.density - exact)[is_resolved]
     assert is_resolved.mean() > 0.5
-    assert (error <= 2 * np.array(found["density_errors"])[is_resolved] + 0.05 * exact.max()).all()
+    assert (error <= 2 * np.array(found.density_errors)[is_resolved] + 0.05 * exact.max()).all()
 
 
 def test_a_stored_kernel_is_sampled_in_the_passes_that_are_asked_for(tmp_path, sampled):
     K = gram(60)
     matrix = store_of(tmp_path / "k.zarr", K)
     result = density(matrix, DensitySettings(passes=3, bandwidth=0.3))
-    assert (result["method"], result["passes"]) == ("lanczos", 1)  # 60 vectors are everything
-    axis = np.array(result["log10_eigenvalues"])
-    np.testing.assert_allclose(result["density"], smooth(np.linalg.eigvalsh(K), axis, 0.3), atol=1e-9)
+    assert (result.method, result.passes) == ("lanczos", 1)  # 60 vectors are everything
+    axis = np.array(result.log10_eigenvalues)
+    np.testing.assert_allclose(result.density, smooth(np.linalg.eigvalsh(K), axis, 0.3), atol=1e-9)
     rule, probes = sampled_rule(matrix, DensitySettings(passes=3))
     assert (len(rule.nodes), probes, rule.num_known) == (60, 60, 60)
-    assert density(matrix, DensitySettings(passes=3, bandwidth=0.3))["remembered"]
+    assert density(matrix, DensitySettings(passes=3, bandwidth=0.3)).remembered
 
 
 def test_fewer_probes_take_more_passes(tmp_path, sampled, monkeypatch):
     monkeypatch.setattr(densities, "MAX_PROBES", 8)
     matrix = store_of(tmp_path / "k.zarr", gram(60))
     result = density(matrix, DensitySettings(passes=3, bandwidth=0.3))
-    assert (result["passes"], result["probes"]) == (3, 8)
-    assert max(result["density_errors"]) > 0
-    assert np.trapezoid(result["density"], result["log10_eigenvalues"]) == pytest.approx(1, abs=1e-2)
-    assert density(matrix, DensitySettings(passes=2, bandwidth=0.3))["passes"] == 2
+    assert (result.passes, result.probes) == (3, 8)
+    assert max(result.density_errors) > 0
+    assert np.trapezoid(result.density, result.log10_eigenvalues) == pytest.approx(1, abs=1e-2)
+    assert density(matrix, DensitySettings(passes=2, bandwidth=0.3)).passes == 2
 
 
 def test_a_rule_of_all_eigenvalues():
@@ -142,10 +142,10 @@ def test_probes_fill_the_memory_and_no_more(monkeypatch):
     matrix = type("Fake", (), {"num_rows": 100_000, "side": 1000, "name": "k.zarr"})()
     monkeypatch.setattr(densities, "memory_left", lambda limit: limit)
     for limit, probes in ((8 * 10**9, 64), (400 * 10**6, 15)):
-        sizes = plan_probes(matrix, DensitySettings(limit + 10**10))
+        sizes = plan_probes(matrix, DensitySettings(memory_bytes=limit + 10**10))
         assert sizes.block == 64
         monkeypatch.setattr(densities, "require_memory", lambda *_: None)
-        sizes = plan_probes(matrix, DensitySettings(limit))
+        sizes = plan_probes(matrix, DensitySettings(memory_bytes=limit))
         assert sizes.bytes + densities.reading_bytes(matrix, sizes.block) <= limit
         assert sizes.block == pytest.approx(probes, abs=4)
 
@@ -155,7 +155,7 @@ def test_too_little_memory_names_what_is_needed(tmp_path, sampled):
 
     matrix = store_of(tmp_path / "k.zarr", gram(60))
     with pytest.raises(BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows"):
-        density(matrix, DensitySettings(psutil.Process().memory_info().rss + 20_000))
+        density(matrix, DensitySettings(memory_bytes=psutil.Process().memory_info().rss + 20_000))
 
 
 @pytest.mark.parametrize("wrong", [("--bandwidth", "0"), ("--bandwidth", "nan"), ("--passes", "1")])

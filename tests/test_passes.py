@@ -57,7 +57,7 @@ def ask_spectrum(matrix, _folder):
 
 
 def ask_density(matrix, _folder):
-    return density(matrix, DensitySettings(passes=4))
+    return density(matrix, DensitySettings(passes=4)).to_json()
 
 
 def ask_align(matrix, _folder):

@@ -1,16 +1,18 @@
 """The density of the eigenvalues of a stored kernel on a logarithmic axis."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
+from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, is_dense, reading_bytes, spectrum
 from ntkgen.analysis.linalg.krylov import EPSILON, Krylov, Sizes
 from ntkgen.analysis.linalg.quadrature import Moments, Quadrature, gauss, standard_error
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.results import remembered
+from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report
 
@@ -23,30 +25,58 @@ RESOLVED = 2.0
 
 
 @dataclass(frozen=True)
-class DensitySettings:
+class DensitySettings(Settings):
     """How the density is computed: in how many ``passes``, where the eigenvalues cannot be; and how smooth it is.
 
     ``bandwidth`` is the standard deviation, in decades, of the Gaussian that each eigenvalue is drawn as.
     """
 
-    memory_bytes: int | None = None
     passes: int = 20
     bandwidth: float = 0.1
 
 
-def density(matrix: Matrix, settings: DensitySettings | None = None, report: Report = ignore_report) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DensityAnswer(Answer):
+    """The density of log₁₀ λ, at points of an axis.
+
+    Attributes:
+        method: From ``all`` eigenvalues, or by ``lanczos``.
+        probes: Gaussian vectors, of Lanczos.
+        log10_eigenvalues: The points of the axis.
+        density: Part of the eigenvalues per decade, at each point.
+        density_errors: Twice the standard error at each point; None below ``resolved_above``.
+        fraction_above: Part of the eigenvalues above each point, not smoothed.
+        fraction_off_axis: Part that is not positive, or indistinguishable from zero.
+        resolved_above: The eigenvalue below which nodes are too far apart; None if all is resolved.
+        bandwidth: As asked for.
+        error_norm: The certificate's bound of ‖E‖_F.
+        passes: Passes over the stored tiles.
+    """
+
+    method: str
+    probes: int | None
+    log10_eigenvalues: Sequence[float]
+    density: Sequence[float]
+    density_errors: Sequence[float | None]
+    fraction_above: Sequence[float]
+    fraction_off_axis: float
+    resolved_above: float | None
+    bandwidth: float
+    error_norm: float | None
+    passes: float
+
+    QUESTION: ClassVar[str] = "density"
+
+
+def density(
+    matrix: Matrix, settings: DensitySettings | None = None, *, report: Report = ignore_report
+) -> DensityAnswer:
     """Compute the density of log₁₀ λ: the part of the eigenvalues per decade, each drawn as a Gaussian.
 
     From all eigenvalues where they fit in memory. Elsewhere by stochastic Lanczos quadrature, in the given number of
     passes with as many Gaussian vectors as fit: large eigenvalues become single nodes, and small ones are resolved only
     down to ``resolved_above``. Below it the nodes are further apart than they are broad, and what they stand for lies
     somewhere around them.
-
-    Returns:
-        Plain values: ``log10_eigenvalues``, the points of the axis; ``density`` and ``density_errors`` there, the
-        latter twice the standard error; ``fraction_above`` of the eigenvalues above each point, not smoothed;
-        ``fraction_off_axis``, of those that are not positive or indistinguishable from zero. Below ``resolved_above``
-        no error is known, and ``density_errors`` are None.
 
     Raises:
         InputError: If a setting makes no sense.
@@ -58,19 +88,28 @@ def density(matrix: Matrix, settings: DensitySettings | None = None, report: Rep
     is_exact = is_dense(matrix, exactly)
     asked = {"bandwidth": settings.bandwidth, "passes": None if is_exact else settings.passes}
 
-    def compute() -> dict[str, Any]:
-        before = matrix.tiles_read
+    def compute() -> DensityAnswer:
+        before, probes = matrix.tiles_read, None
         if is_exact:
             rule = exact_rule(np.asarray(spectrum(matrix, exactly, report=report).eigenvalues))
-            method: dict[str, Any] = {"method": "all", "probes": None}
         else:
             rule, probes = sampled_rule(matrix, settings, report)
-            method = {"method": "lanczos", "probes": probes}
-        passes = round((matrix.tiles_read - before) / matrix.num_tiles, 6)
-        drawn = draw(rule, matrix.num_rows, settings.bandwidth)
-        return {**method, **drawn, "bandwidth": settings.bandwidth, "error_norm": matrix.error_norm, "passes": passes}
+        curve = draw(rule, matrix.num_rows, settings.bandwidth)
+        return DensityAnswer(
+            method="all" if is_exact else "lanczos",
+            probes=probes,
+            log10_eigenvalues=curve.log10_eigenvalues,
+            density=curve.density,
+            density_errors=curve.density_errors,
+            fraction_above=curve.fraction_above,
+            fraction_off_axis=curve.fraction_off_axis,
+            resolved_above=curve.resolved_above,
+            bandwidth=settings.bandwidth,
+            error_norm=matrix.error_norm,
+            passes=round((matrix.tiles_read - before) / matrix.num_tiles, 6),
+        )
 
-    return remembered(matrix, "density", asked, compute)
+    return recall_or_compute(matrix, DensityAnswer, asked, compute)
 
 
 def _check(settings: DensitySettings) -> None:
@@ -129,7 +168,19 @@ def normalized(rule: Quadrature, moments: Moments) -> Quadrature:
 # the axis -------------------------------------------------------------------------------------------------------------
 
 
-def draw(rule: Quadrature, num_rows: int, bandwidth: float) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Curve:
+    """A rule, drawn; the fields are those of `DensityAnswer`."""
+
+    log10_eigenvalues: list[float]
+    density: list[float]
+    density_errors: list[float | None]
+    fraction_above: list[float]
+    fraction_off_axis: float
+    resolved_above: float | None
+
+
+def draw(rule: Quadrature, num_rows: int, bandwidth: float) -> Curve:
     """Draw the nodes of a rule on a logarithmic axis."""
     largest = float(np.abs(rule.nodes).max())
     is_on_axis = rule.nodes > num_rows * EPSILON * largest  # below, LAPACK does not tell them from zero
@@ -142,14 +193,14 @@ def draw(rule: Quadrature, num_rows: int, bandwidth: float) -> dict[str, Any]:
     resolved = _resolved_above(np.sort(places), bandwidth, is_exact=rule.num_known == len(rule.nodes))
     known = np.ones(len(axis), dtype=bool) if resolved is None else axis >= math.log10(resolved)
     above = np.append(np.cumsum(weights.mean(axis=1)[order][::-1])[::-1], 0.0)
-    return {
-        "log10_eigenvalues": axis.tolist(),
-        "density": samples.mean(axis=1).tolist(),
-        "density_errors": [float(error) if is_known else None for error, is_known in zip(errors, known, strict=True)],
-        "fraction_above": above[np.searchsorted(places[order], axis, side="right")].tolist(),
-        "fraction_off_axis": float(rule.weights[~is_on_axis].mean(axis=1).sum() / num_rows),
-        "resolved_above": resolved,
-    }
+    return Curve(
+        log10_eigenvalues=axis.tolist(),
+        density=samples.mean(axis=1).tolist(),
+        density_errors=[float(error) if is_known else None for error, is_known in zip(errors, known, strict=True)],
+        fraction_above=above[np.searchsorted(places[order], axis, side="right")].tolist(),
+        fraction_off_axis=float(rule.weights[~is_on_axis].mean(axis=1).sum() / num_rows),
+        resolved_above=resolved,
+    )
 
 
 def _axis(places: FloatArray, bandwidth: float) -> FloatArray:

@@ -182,7 +182,7 @@ def _spectrum(matrix: Matrix, memory_bytes: int | None, report: Report) -> Resul
 def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
     from ntkgen.analysis.eigenvalue_density import DensitySettings, density
 
-    return density(matrix, DensitySettings(memory_bytes), report)
+    return density(matrix, DensitySettings(memory_bytes=memory_bytes), report=report).to_json()
 
 
 def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:

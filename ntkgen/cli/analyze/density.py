@@ -1,11 +1,14 @@
 """`ntkgen analyze density`: how dense the eigenvalues of a kernel lie."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import aligned
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.eigenvalue_density import DensityAnswer
 
 
 @click.command(short_help="Density of the eigenvalues on a logarithmic axis.")
@@ -18,39 +21,40 @@ def density(paths: tuple[str, ...], **options: Any) -> None:
 
     From all of them where they fit in memory, else by stochastic Lanczos quadrature, with error bars.
     """
-    from ntkgen.analysis import eigenvalue_density as densities
+    from ntkgen.analysis.eigenvalue_density import DensitySettings
+    from ntkgen.analysis.eigenvalue_density import density as ask
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = densities.DensitySettings(asked.memory_bytes, **options)
+    settings = DensitySettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = densities.density(matrix, settings, report)
-        asked.show(result, _page(result))
+            answer = ask(matrix, settings, report=report)
+        asked.answer(answer, _page(answer))
 
 
-def _page(result: dict[str, Any]) -> list[str]:
-    sampled = f"{result['passes']:g} passes with {result['probes']} Gaussian vectors"
-    lines = {"method": "all eigenvalues" if result["method"] == "all" else sampled}
-    if result["fraction_off_axis"] > 0:
-        lines["off axis"] = f"{100 * result['fraction_off_axis']:.3g} % are not positive, or not told from zero"
-    if result["resolved_above"] is not None:
-        lines["resolved"] = f"above {result['resolved_above']:.3g}; below, by single nodes far apart"
-    if result["error_norm"] is not None:
-        lines["error"] = f"‖E‖ ≤ {result['error_norm']:.3g}: what lies below is noise"
-    return [*aligned(lines), *_decade_lines(result)]
+def _page(answer: "DensityAnswer") -> list[str]:
+    sampled = f"{answer.passes:g} passes with {answer.probes} Gaussian vectors"
+    lines = {"method": "all eigenvalues" if answer.method == "all" else sampled}
+    if answer.fraction_off_axis > 0:
+        lines["off axis"] = f"{100 * answer.fraction_off_axis:.3g} % are not positive, or not told from zero"
+    if answer.resolved_above is not None:
+        lines["resolved"] = f"above {answer.resolved_above:.3g}; below, by single nodes far apart"
+    if answer.error_norm is not None:
+        lines["error"] = f"‖E‖ ≤ {answer.error_norm:.3g}: what lies below is noise"
+    return [*aligned(lines), *_decade_lines(answer)]
 
 
-def _decade_lines(result: dict[str, Any]) -> list[str]:
+def _decade_lines(answer: "DensityAnswer") -> list[str]:
     """Say how many eigenvalues there are in each decade."""
-    places, above = result["log10_eigenvalues"], result["fraction_above"]
+    places, above = answer.log10_eigenvalues, answer.fraction_above
     if not places:
         return []
     decades = range(int(places[-1] // 1), int(places[0] // 1) - 1, -1)
     at = [next((a for place, a in zip(places, above, strict=True) if place >= low), 0.0) for low in decades]
     counts = [value - before for value, before in zip(at, [0.0, *at], strict=False)]
-    limit = result["resolved_above"]
+    limit = answer.resolved_above
     is_known = [limit is None or 10.0**low >= limit for low in decades]
     lines = [
         f"  10^{low:<4} to 10^{low + 1:<4} {100 * count:8.3f} %"
