@@ -1,5 +1,6 @@
 """The law of log-determinants, on prefixes that follow it exactly and on kernels whose prefixes are known."""
 
+import dataclasses
 import json
 import tempfile
 from contextlib import contextmanager
@@ -13,15 +14,14 @@ from hypothesis import strategies as st
 from scipy.special import gammaln
 
 from ntkgen import cli
-from ntkgen.analysis.extrapolation import Law, extrapolate, fit, fitted, warnings_of
-from ntkgen.analysis.linalg.cholesky import FactorSettings
+from ntkgen.analysis.extrapolation import ExtrapolateSettings, Law, extrapolate, fit, fitted, warnings_of
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import InputError
 from ntkgen.files.folder import LocalFolder
 
-SETTINGS = FactorSettings(memory_bytes=1 << 40)
 X = np.arange(1.0, 401.0)
 LAW = Law(to=100_000)
+SETTINGS = ExtrapolateSettings(to=100_000, memory_bytes=1 << 40)
 
 
 @contextmanager
@@ -91,32 +91,32 @@ def test_the_weights_decide_which_prefixes_count():
 @pytest.mark.parametrize("num_outputs", [1, 3])
 def test_nu_and_the_prediction_are_those_of_the_kernel(num_outputs):
     with power_law(60, num_outputs, nu=0.8) as matrix:
-        found = extrapolate(matrix, LAW, SETTINGS)
+        found = extrapolate(matrix, SETTINGS)
     exact = num_outputs * (-0.8 * gammaln(100_001.0) + 100_000)
-    assert found["nu"] == pytest.approx(0.8 * num_outputs, abs=1e-5)
-    assert found["nu_per_output"] == pytest.approx(0.8, abs=1e-5)
-    assert found["logdet"] == pytest.approx(exact, rel=1e-5)
-    assert found["to_rows"] == 100_000 * num_outputs
-    assert found["logdet_per_row"] == pytest.approx(exact / found["to_rows"], rel=1e-5)
-    assert (found["burn_in"], found["fitted_from"], found["fitted_to"], found["prefixes_used"]) == (6, 7, 60, 54)
-    assert (found["holdout"], found["holdout_from"]) == (13, 48)
-    assert found["holdout_error_relative"] < 1e-6
+    assert found.nu == pytest.approx(0.8 * num_outputs, abs=1e-5)
+    assert found.nu_per_output == pytest.approx(0.8, abs=1e-5)
+    assert found.logdet == pytest.approx(exact, rel=1e-5)
+    assert found.to_rows == 100_000 * num_outputs
+    assert found.logdet_per_row == pytest.approx(exact / found.to_rows, rel=1e-5)
+    assert (found.burn_in, found.fitted_from, found.fitted_to, found.prefixes_used) == (6, 7, 60, 54)
+    assert (found.holdout, found.holdout_from) == (13, 48)
+    assert found.holdout_error_relative < 1e-6
 
 
 def test_the_error_on_held_out_prefixes_is_that_of_a_fit_that_has_not_seen_them():
     y = np.where(X <= 300, -0.5 * gammaln(X + 1), -0.5 * gammaln(X + 1) + 0.01 * (X - 300) ** 2)
     found = fitted(Law(to=1000, burn_in=0, holdout=0.25), X, y, 2)
-    assert found["holdout_from"] == 301
-    assert found["holdout_error"] == pytest.approx(-100, abs=1e-4)
-    assert found["holdout_error_relative"] == pytest.approx(100 / abs(y[-1]), rel=1e-5)
-    assert found["holdout_error_per_row"] == pytest.approx(100 / 800, rel=1e-5)
-    assert fitted(Law(to=1000, holdout=0.0), X, y, 2)["holdout"] == 0
+    assert found.holdout_from == 301
+    assert found.holdout_error == pytest.approx(-100, abs=1e-4)
+    assert found.holdout_error_relative == pytest.approx(100 / abs(y[-1]), rel=1e-5)
+    assert found.holdout_error_per_row == pytest.approx(100 / 800, rel=1e-5)
+    assert fitted(Law(to=1000, holdout=0.0), X, y, 2).holdout == 0
 
 
 def test_a_prediction_that_depends_on_which_prefixes_were_fitted_is_not_to_be_trusted():
     y = -3 * gammaln(X + 1) + 7 * X + np.where(X > 300, 20.0, 0.0) * (X - 300)
-    found = fitted(Law(to=100_000, burn_in=0), X, y, 2) | {"store": "k.zarr"}
-    assert found["holdout_logdet"] == pytest.approx(-3 * gammaln(100_001) + 700_000, rel=1e-6)
+    found = dataclasses.replace(fitted(Law(to=100_000, burn_in=0), X, y, 2), store="k.zarr")
+    assert found.holdout_logdet == pytest.approx(-3 * gammaln(100_001) + 700_000, rel=1e-6)
     (warning,) = warnings_of(found)
     assert "not determined by the kernel at k.zarr" in warning
     assert warnings_of(fitted(Law(to=100_000), X, -3 * gammaln(X + 1) + 7 * X, 2)) == []
@@ -124,25 +124,25 @@ def test_a_prediction_that_depends_on_which_prefixes_were_fitted_is_not_to_be_tr
 
 
 def test_the_settings_are_recorded_and_the_result_remembered():
-    law = Law(to=500, burn_in=9, q=1, powers=1, alpha=0.25, holdout=0.5)
+    law = ExtrapolateSettings(500, burn_in=9, q=1, powers=1, alpha=0.25, holdout=0.5, memory_bytes=1 << 40)
     with power_law(40, 2, nu=0.3) as matrix:
-        first, second = (extrapolate(matrix, law, SETTINGS) for _ in range(2))
-        other = extrapolate(matrix, Law(to=501), SETTINGS)
-    assert (first["remembered"], second["remembered"], other["remembered"]) == (False, True, False)
+        first, second = (extrapolate(matrix, law) for _ in range(2))
+        other = extrapolate(matrix, dataclasses.replace(SETTINGS, to=501))
+    assert (first.remembered, second.remembered, other.remembered) == (False, True, False)
     for name in ("to", "burn_in", "q", "powers", "alpha"):
-        assert first[name] == second[name] == getattr(law, name)
-    assert (first["unit"], first["num_outputs"], first["holdout"], first["fitted_from"]) == ("samples", 2, 15, 10)
-    assert list(first["coefficients"]) == list(first["column_scales"]) == law.terms
+        assert getattr(first, name) == getattr(second, name) == getattr(law, name)
+    assert (first.unit, first.num_outputs, first.holdout, first.fitted_from) == ("samples", 2, 15, 10)
+    assert list(first.coefficients) == list(first.column_scales) == law.terms
 
 
 def test_the_shift_counts():
     with power_law(40, 1, nu=0.3) as matrix:
-        found = extrapolate(matrix, LAW, FactorSettings(memory_bytes=1 << 40, shift=0.5))
+        found = extrapolate(matrix, dataclasses.replace(SETTINGS, shift=0.5))
         K = matrix.block(slice(None), slice(None)) + 0.5 * np.eye(40)
     x = np.arange(5.0, 41.0)
     expected = fit(LAW, x, np.array([np.linalg.slogdet(K[: int(n), : int(n)]).logabsdet for n in x]))
-    assert found["logdet"] == pytest.approx(expected.at(np.array([1e5]))[0], rel=1e-6)
-    assert found["shift"] == 0.5
+    assert found.logdet == pytest.approx(expected.at(np.array([1e5]))[0], rel=1e-6)
+    assert found.shift == 0.5
 
 
 @pytest.mark.parametrize(

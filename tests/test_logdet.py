@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from strategies import few
 
 from ntkgen import cli
-from ntkgen.analysis.determinant import logdet
+from ntkgen.analysis.determinant import Inertia, LogdetSettings, logdet
 from ntkgen.analysis.linalg import blas, cholesky
-from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
+from ntkgen.analysis.linalg.cholesky import factored
 from ntkgen.analysis.linalg.factor import FactorPlan, place_of_factor, plan_factor
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, DiskSpaceError, InputError, NotPositiveError, StoreError, StoreLockedError
@@ -29,7 +29,7 @@ from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import write_lock
 
 MEMORY = 1 << 40
-SETTINGS = FactorSettings(memory_bytes=MEMORY)
+SETTINGS = LogdetSettings(memory_bytes=MEMORY)
 
 
 @contextmanager
@@ -85,12 +85,12 @@ def test_it_is_that_of_the_dense_matrix(values, shift):
     side, panel_tiles = values.pop("side"), values.pop("panel_tiles")
     with kernel(**values) as (matrix, stored), cut(side, panel_tiles):
         asked, K = dataclasses.replace(SETTINGS, shift=shift, keep=True), stored + shift * np.eye(len(stored))
-        found = logdet(matrix, asked, prefixes=True)
+        found = logdet(matrix, dataclasses.replace(asked, prefixes=True))
         expected = [np.linalg.slogdet(K[:rows, :rows]).logabsdet for rows in range(1, len(K) + 1)]
-        assert (found["rows"], found["sign"], found["shift"]) == (len(K), 1, shift)
-        assert found["logdet"] == found["prefixes"][-1]
-        np.testing.assert_allclose(found["prefixes"], expected, rtol=0, atol=1e-10 * len(K))
-        assert found["prefix_rows"] == list(range(1, len(K) + 1))
+        assert (found.rows, found.sign, found.shift) == (len(K), 1, shift)
+        assert found.logdet == found.prefixes[-1]
+        np.testing.assert_allclose(found.prefixes, expected, rtol=0, atol=1e-10 * len(K))
+        assert found.prefix_rows == list(range(1, len(K) + 1))
         with factored(matrix, asked) as (factor, work):
             assert work.products == 0
             V = np.random.default_rng(0).normal(size=(len(K), 3))
@@ -110,17 +110,17 @@ def test_an_indefinite_kernel_has_ldl(values, lowest):
     with kernel(**values, K=K) as (matrix, K), cut(side, panel_tiles):
         sign, expected = np.linalg.slogdet(K)
         try:
-            found = logdet(matrix, dataclasses.replace(SETTINGS, indefinite=True), prefixes=True)
+            found = logdet(matrix, dataclasses.replace(SETTINGS, indefinite=True, prefixes=True))
         except NotPositiveError as refused:  # a small pivot alone in its tile
             event(str(refused).partition("(")[0])
             return
         eigenvalues = np.linalg.eigvalsh(K)
-        assert found["inertia"] == {"positive": int((eigenvalues > 0).sum()), "negative": int((eigenvalues < 0).sum())}
-        assert found["residual"] <= 1e-8
-        assert found["sign"] == sign
-        tolerance = 1e-10 * len(K) * max(1.0, found["growth"])
-        np.testing.assert_allclose(found["logdet"], expected, rtol=0, atol=tolerance)
-        for rows, value, sign in zip(found["prefix_rows"], found["prefixes"], found["prefix_signs"], strict=True):
+        assert found.inertia == Inertia(int((eigenvalues > 0).sum()), int((eigenvalues < 0).sum()))
+        assert found.residual <= 1e-8
+        assert found.sign == sign
+        tolerance = 1e-10 * len(K) * max(1.0, found.growth)
+        np.testing.assert_allclose(found.logdet, expected, rtol=0, atol=tolerance)
+        for rows, value, sign in zip(found.prefix_rows, found.prefixes, found.prefix_signs, strict=True):
             expected_sign, expected = np.linalg.slogdet(K[:rows, :rows])
             assert sign == expected_sign
             np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance)
@@ -129,16 +129,16 @@ def test_an_indefinite_kernel_has_ldl(values, lowest):
 def test_an_indefinite_kernel_solves_and_has_prefixes_at_tile_boundaries():
     indefinite = dataclasses.replace(SETTINGS, indefinite=True)
     with kernel(20, K=symmetric(40, -2.0)) as (matrix, K), cut(9, 2):
-        found = logdet(matrix, indefinite, prefixes=True)
-        assert found["prefix_rows"] == [9, 18, 27, 36, 40]
-        assert found["inertia"]["negative"] == int((np.linalg.eigvalsh(K) < 0).sum()) > 2
-        assert "negative eigenvalues" in found["warnings"][0]
+        found = logdet(matrix, dataclasses.replace(indefinite, prefixes=True))
+        assert found.prefix_rows == [9, 18, 27, 36, 40]
+        assert found.inertia.negative == int((np.linalg.eigvalsh(K) < 0).sum()) > 2
+        assert "negative eigenvalues" in found.warnings[0]
         with factored(matrix, indefinite) as (factor, _):
             np.testing.assert_allclose(factor.solve(np.eye(40)), np.linalg.inv(K), atol=1e-9)
             product, largest = factor.multiply(np.eye(40))
         np.testing.assert_allclose(product, K, atol=1e-9)
-        assert found["max_factor"] == largest
-        assert found["growth"] == pytest.approx(largest**2 / np.diag(K).max())
+        assert found.max_factor == largest
+        assert found.growth == pytest.approx(largest**2 / np.diag(K).max())
 
 
 @pytest.mark.parametrize("at", [0, 7, 23, 39])
@@ -167,7 +167,7 @@ def test_what_stopped_goes_on_with_ldl():
         assert len(before) == 5 + 4 + 3 + 2
         found = logdet(matrix, dataclasses.replace(SETTINGS, indefinite=True, keep=True))
         assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("factor/c/*/*")}.items()
-        assert found["logdet"] == pytest.approx(np.linalg.slogdet(K).logabsdet)
+        assert found.logdet == pytest.approx(np.linalg.slogdet(K).logabsdet)
 
 
 def test_ldl_that_cannot_be_trusted_is_refused():
@@ -213,15 +213,15 @@ def interrupted(matrix, after):
 @pytest.mark.parametrize("after", chosen([0, 1, 6, 9, 10, 14], [1, 9]))
 def test_it_goes_on_to_the_same_bits_and_writes_each_tile_once(after):
     with kernel(15, tile_samples=4) as (matrix, _), cut(7, 2):  # 5 × 5 tiles in panels of 2, 2 and 1
-        expected = logdet(matrix, SETTINGS, prefixes=True)
+        expected = logdet(matrix, dataclasses.replace(SETTINGS, prefixes=True))
         for file in Path(f"{matrix.name}.analysis").glob("logdet*"):
             file.unlink()
         interrupted(matrix, after)
         folder = place_of_factor(matrix, 0.0)[0].path
         there = {path: path.stat().st_mtime_ns for path in folder.glob("factor/c/*/*")}
         assert len(there) == after
-        found = logdet(matrix, dataclasses.replace(SETTINGS, keep=True), prefixes=True)
-        assert found["prefixes"] == expected["prefixes"]
+        found = logdet(matrix, dataclasses.replace(SETTINGS, keep=True, prefixes=True))
+        assert found.prefixes == expected.prefixes
         now = {path: path.stat().st_mtime_ns for path in folder.glob("factor/c/*/*")}
         assert there.items() <= now.items()
         assert len(now) == 15
@@ -233,7 +233,7 @@ def test_a_tile_that_was_cut_short_is_made_anew():
         folder = place_of_factor(matrix, 0.0)[0].path
         os.truncate(folder / "factor/c/3/0", 100)
         (folder / "factor/c/1/1.partial").write_bytes(b"left")
-        assert logdet(matrix, SETTINGS)["logdet"] == pytest.approx(np.linalg.slogdet(K).logabsdet, abs=1e-9)
+        assert logdet(matrix, SETTINGS).logdet == pytest.approx(np.linalg.slogdet(K).logabsdet, abs=1e-9)
 
 
 def test_a_tile_that_is_damaged_is_named():
@@ -260,17 +260,17 @@ def test_with_less_memory_it_goes_on_in_narrower_panels():
         left = cholesky.reading_bytes(matrix) + 8 * 8 * (30 + 7)
         with cut(7, 2), mock.patch.object(cholesky, "memory_left", return_value=left):
             found = logdet(matrix, SETTINGS)
-        assert found["panel_rows"] == 7
-        assert found["logdet"] == pytest.approx(np.linalg.slogdet(K).logabsdet, abs=1e-9)
+        assert found.panel_rows == 7
+        assert found.logdet == pytest.approx(np.linalg.slogdet(K).logabsdet, abs=1e-9)
 
 
 def test_it_is_not_computed_twice_and_the_factor_is_kept_where_asked_for():
     with kernel(15) as (matrix, _):
         first, second = (logdet(matrix, SETTINGS) for _ in range(2))
-        assert (first["remembered"], second["remembered"]) == (False, True)
-        assert first["logdet"] == second["logdet"]
-        assert "prefixes" not in first
-        assert len(logdet(matrix, SETTINGS, prefixes=True)["prefixes"]) == 30
+        assert (first.remembered, second.remembered) == (False, True)
+        assert first.logdet == second.logdet
+        assert first.prefixes is None
+        assert len(logdet(matrix, dataclasses.replace(SETTINGS, prefixes=True)).prefixes) == 30
         assert files(matrix) == []
         logdet(matrix, dataclasses.replace(SETTINGS, keep=True))
         assert len(files(matrix)) == 1
@@ -347,11 +347,11 @@ def test_it_warns_of_an_error_that_exceeds_the_smallest_eigenvalue(bound, warned
     with kernel(15, certificate=errors) as (matrix, K), cut(7, 2):
         found = logdet(matrix, SETTINGS)
         smallest = np.linalg.eigvalsh(K)[0]
-        assert found["smallest_pivot"] > bound  # so that the eigenvalue is looked for
-        assert smallest * (1 - 1e-9) <= found["smallest_eigenvalue_bound"] <= max(bound, 1.2 * smallest)
-        assert bool(found["warnings"]) == warned
+        assert found.smallest_pivot > bound  # so that the eigenvalue is looked for
+        assert smallest * (1 - 1e-9) <= found.smallest_eigenvalue_bound <= max(bound, 1.2 * smallest)
+        assert bool(found.warnings) == warned
         if warned:
-            assert f"‖E‖ ≤ {bound:g}" in found["warnings"][0]
+            assert f"‖E‖ ≤ {bound:g}" in found.warnings[0]
 
 
 def test_it_warns_of_float16(capsys):
@@ -370,7 +370,7 @@ def test_it_warns_of_float16(capsys):
 def test_a_shift_must_not_be_negative(shift, capsys):
     with kernel(3) as (matrix, _):
         with pytest.raises(InputError, match=r"A shift of .* expected a number that is not negative"):
-            FactorSettings(memory_bytes=MEMORY, shift=shift)
+            LogdetSettings(memory_bytes=MEMORY, shift=shift)
         assert cli.run(["analyze", "logdet", matrix.name, "--shift", str(shift)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 

@@ -299,17 +299,16 @@ def test_the_determinant_is_drawn_against_whole_samples():
 
 @pytest.mark.slow
 def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
-    from ntkgen.analysis.extrapolation import Law, extrapolate
-    from ntkgen.analysis.linalg.cholesky import FactorSettings
+    from ntkgen.analysis.extrapolation import ExtrapolateSettings, extrapolate
 
     store, _ = fill_store(tmp_path / "k.zarr", labels=np.arange(30) % 3, num_outputs=1)
     matrix = open_matrix(store)
-    law = extrapolate(matrix, Law(100), FactorSettings(memory_bytes=MEMORY))
+    law = extrapolate(matrix, ExtrapolateSettings(100, memory_bytes=MEMORY))
     found = gather(matrix, MEMORY, plots.questions_for(["logdet"]))
     picture = plots.draw_all(found, ["logdet"])["logdet"]
     curve = next(line for line in picture.figure.axes[0].lines if "fitted law" in str(line.get_label()))
     assert curve.get_xdata()[-1] == 100
-    np.testing.assert_allclose(curve.get_ydata()[-1], law["logdet"])
+    np.testing.assert_allclose(curve.get_ydata()[-1], law.logdet)
     assert "for 100 samples" in picture.caption
     assert_readable(picture.figure)
 

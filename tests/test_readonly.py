@@ -9,9 +9,8 @@ import pytest
 from filled import fill_store
 from zarr.storage import MemoryStore
 
-from ntkgen.analysis.determinant import logdet
+from ntkgen.analysis.determinant import LogdetSettings, logdet
 from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
-from ntkgen.analysis.linalg.cholesky import FactorSettings
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import InputError
 from ntkgen.files.folder import LocalFolder
@@ -97,5 +96,5 @@ def test_a_kernel_in_memory_is_asked_and_nothing_is_written(place, tmp_path, mon
     assert found.eigenvalues == expected.eigenvalues
     assert "MemoryStore" in found.not_kept or "beside" in found.not_kept
     with pytest.raises(InputError, match="needs a file beside the store"):
-        logdet(matrix, FactorSettings())
+        logdet(matrix, LogdetSettings())
     assert list((tmp_path / "here").iterdir()) == []

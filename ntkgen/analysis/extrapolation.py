@@ -1,17 +1,19 @@
 """The log-determinant of a much larger kernel, from those of the leading blocks of a small one."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from scipy.linalg import qr, solve_triangular
 from scipy.special import gammaln
 
-from ntkgen.analysis.determinant import logdet, samples_of
+from ntkgen.analysis.answer import Answer, Settings
+from ntkgen.analysis.determinant import LogdetSettings, logdet
 from ntkgen.analysis.linalg.cholesky import FactorSettings
 from ntkgen.analysis.matrix import FloatArray, Matrix
-from ntkgen.analysis.results import remembered
+from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report
 
@@ -115,7 +117,86 @@ def fit(
     return Fit(law, solve_triangular(R, Q.T @ (weights * y)) / scales, scales, condition)
 
 
-def extrapolate(matrix: Matrix, law: Law, settings: FactorSettings, report: Report = ignore_report) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ExtrapolateSettings(Law, Settings):
+    """The law to be fitted, and the kernel K + ``shift`` I that it is fitted to; see `LogdetSettings`."""
+
+    shift: float = 0.0
+    indefinite: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FactorSettings(self.shift)  # refuses a shift that cannot be meant
+
+    @property
+    def law(self) -> Law:
+        """The law alone."""
+        return Law(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Law)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtrapolateAnswer(Answer):
+    """The log-determinant of the kernel of more samples, as a law predicts it.
+
+    Attributes:
+        to, to_rows: Samples and rows of the larger kernel.
+        logdet, logdet_per_row: What is predicted, in nats.
+        nu, nu_per_output: Adding the x-th sample multiplies the determinant by about x^−ν.
+        coefficients: By the names of the terms.
+        column_scales: Norms of the weighted columns.
+        condition: Condition number of the fit.
+        q, powers, alpha, burn_in: The law; see `Law`.
+        unit: What x counts.
+        num_outputs: Rows per sample.
+        prefixes_used, fitted_from, fitted_to: Leading blocks that were fitted, and samples of the first and the last.
+        rms_residual: Root mean square error on these.
+        holdout: Leading blocks that a second fit has not seen; without any the following are None.
+        holdout_logdet: What the second fit predicts.
+        holdout_from: Samples of the first block held out.
+        holdout_error, holdout_error_relative: On the last block.
+        holdout_error_per_row: The largest, each divided by the block's rows.
+        shift: λ.
+        warnings: What is not to be trusted.
+    """
+
+    to: int
+    to_rows: int
+    logdet: float
+    logdet_per_row: float
+    nu: float
+    nu_per_output: float
+    coefficients: Mapping[str, float]
+    column_scales: Mapping[str, float]
+    condition: float
+    q: int
+    powers: int
+    alpha: float
+    burn_in: int
+    unit: str
+    num_outputs: int
+    prefixes_used: int
+    fitted_from: int
+    fitted_to: int
+    rms_residual: float
+    holdout_logdet: float | None = None
+    holdout: int
+    holdout_from: int | None = None
+    holdout_error: float | None = None
+    holdout_error_relative: float | None = None
+    holdout_error_per_row: float | None = None
+    shift: float = 0.0
+    warnings: Sequence[str] = ()
+
+    QUESTION: ClassVar[str] = "extrapolate"
+    VOLATILE: ClassVar[tuple[str, ...]] = ("shift", "warnings")
+
+    @property
+    def law(self) -> Law:
+        """The law that was fitted."""
+        return Law(self.to, self.burn_in, self.q, self.powers, self.alpha)
+
+
+def extrapolate(matrix: Matrix, settings: ExtrapolateSettings, *, report: Report = ignore_report) -> ExtrapolateAnswer:
     """Predict the log-determinant of the kernel of more samples, from those of the leading blocks of this one.
 
     With x samples of m outputs, log det K_x = −ν ln x! + c₁ x + c₀ + Σᵢ bᵢ ln x!/xⁱ + Σᵢ aᵢ x⁻ⁱ: adding a sample
@@ -124,73 +205,85 @@ def extrapolate(matrix: Matrix, law: Law, settings: FactorSettings, report: Repo
 
     References:
         Ameli, van der Heide, Hodgkinson, Roosta, Mahoney (2025), arXiv:2503.04424.
+
+    Raises:
+        NotPositiveError: If the kernel has no leading blocks to fit; see `logdet`.
+        InputError: If these do not determine the law.
     """
+    law = settings.law
 
-    def compute() -> dict[str, Any]:
-        return fitted(law, *samples_of(of_blocks, matrix.num_outputs), matrix.num_outputs)
+    def compute() -> ExtrapolateAnswer:
+        return fitted(law, *of_blocks.by_samples(matrix.num_outputs), matrix.num_outputs)
 
-    of_blocks = logdet(matrix, settings, prefixes=True, report=report)
+    of_blocks = logdet(
+        matrix,
+        LogdetSettings(settings.shift, settings.indefinite, prefixes=True, memory_bytes=settings.memory_bytes),
+        report=report,
+    )
     asked = {**vars(law), "shift": float(settings.shift), "indefinite": settings.indefinite}
-    result = remembered(matrix, "extrapolate", asked, compute)
-    return {**result, "shift": float(settings.shift), "warnings": [*of_blocks["warnings"], *warnings_of(result)]}
+    answer = recall_or_compute(matrix, ExtrapolateAnswer, asked, compute)
+    warnings = [*of_blocks.warnings, *warnings_of(answer)]
+    return dataclasses.replace(answer, shift=float(settings.shift), warnings=warnings)
 
 
-def warnings_of(result: dict[str, Any]) -> list[str]:
+def warnings_of(answer: ExtrapolateAnswer) -> list[str]:
     """Say that a prediction depends on which prefixes were fitted, if it does."""
-    predicted, other = result["logdet"], result.get("holdout_logdet")
+    predicted, other = answer.logdet, answer.holdout_logdet
     if other is None or abs(other - predicted) <= UNSURE * abs(predicted):
         return []
     return [
-        f"The log-determinant of {result['to']:,} samples is not determined by the kernel at {result['store']}: fitted "
-        f"to all prefixes up to {result['fitted_to']:,} samples the law predicts {predicted:.6g} nats, to those below "
-        f"{result['holdout_from']:,} it predicts {other:.6g}. Compute a larger kernel, predict one that is less large, "
+        f"The log-determinant of {answer.to:,} samples is not determined by the kernel at {answer.store}: fitted "
+        f"to all prefixes up to {answer.fitted_to:,} samples the law predicts {predicted:.6g} nats, to those below "
+        f"{answer.holdout_from:,} it predicts {other:.6g}. Compute a larger kernel, predict one that is less large, "
         "or lower --q; the samples must be in random order (--shuffle-seed)."
     ]
 
 
-def fitted(law: Law, samples: Sequence[int], values: Sequence[float], num_outputs: int) -> dict[str, Any]:
+def fitted(law: Law, samples: Sequence[int], values: Sequence[float], num_outputs: int) -> ExtrapolateAnswer:
     """Fit a law to prefixes, and describe it: the prediction, its coefficients, and its error on those held out."""
     x, y = np.asarray(samples, dtype=np.float64), np.asarray(values, dtype=np.float64)
     is_used = x >= law.first_after(int(x[-1]))
     x, y = x[is_used], y[is_used]
     found, rows = fit(law, x, y), law.to * num_outputs
     predicted = float(found.at(np.array([float(law.to)]))[0])
-    return {
-        "to": law.to,
-        "to_rows": rows,
-        "logdet": predicted,
-        "logdet_per_row": predicted / rows,
-        "nu": float(-found.coefficients[0]),
-        "nu_per_output": float(-found.coefficients[0]) / num_outputs,
-        "coefficients": dict(zip(law.terms, found.coefficients.tolist(), strict=True)),
-        "column_scales": dict(zip(law.terms, found.scales.tolist(), strict=True)),
-        "condition": found.condition,
-        "q": law.q,
-        "powers": law.powers,
-        "alpha": law.alpha,
-        "burn_in": law.first_after(samples[-1]) - 1,
-        "unit": "samples",
-        "num_outputs": num_outputs,
-        "prefixes_used": len(x),
-        "fitted_from": int(x[0]),
-        "fitted_to": int(x[-1]),
-        "rms_residual": float(np.sqrt(np.mean((found.at(x) - y) ** 2))),
-        **_held_out(law, x, y, num_outputs),
-    }
+    answer = ExtrapolateAnswer(
+        to=law.to,
+        to_rows=rows,
+        logdet=predicted,
+        logdet_per_row=predicted / rows,
+        nu=float(-found.coefficients[0]),
+        nu_per_output=float(-found.coefficients[0]) / num_outputs,
+        coefficients=dict(zip(law.terms, found.coefficients.tolist(), strict=True)),
+        column_scales=dict(zip(law.terms, found.scales.tolist(), strict=True)),
+        condition=found.condition,
+        q=law.q,
+        powers=law.powers,
+        alpha=law.alpha,
+        burn_in=law.first_after(samples[-1]) - 1,
+        unit="samples",
+        num_outputs=num_outputs,
+        prefixes_used=len(x),
+        fitted_from=int(x[0]),
+        fitted_to=int(x[-1]),
+        rms_residual=float(np.sqrt(np.mean((found.at(x) - y) ** 2))),
+        holdout=0,
+    )
+    return _with_holdout(answer, law, x, y)
 
 
-def _held_out(law: Law, x: FloatArray, y: FloatArray, num_outputs: int) -> dict[str, Any]:
+def _with_holdout(answer: ExtrapolateAnswer, law: Law, x: FloatArray, y: FloatArray) -> ExtrapolateAnswer:
     """Fit the first prefixes, and measure the error on the last."""
     count = int(law.holdout * len(x))
     if not count:
-        return {"holdout": 0}
+        return answer
     found, last = fit(law, x[:-count], y[:-count]), slice(-count, None)
     errors = found.at(x[last]) - y[last]
-    return {
-        "holdout_logdet": float(found.at(np.array([float(law.to)]))[0]),
-        "holdout": count,
-        "holdout_from": int(x[last][0]),
-        "holdout_error": float(errors[-1]),
-        "holdout_error_relative": float(abs(errors[-1]) / max(abs(y[-1]), np.finfo(float).tiny)),
-        "holdout_error_per_row": float(np.max(np.abs(errors) / (x[last] * num_outputs))),
-    }
+    return dataclasses.replace(
+        answer,
+        holdout_logdet=float(found.at(np.array([float(law.to)]))[0]),
+        holdout=count,
+        holdout_from=int(x[last][0]),
+        holdout_error=float(errors[-1]),
+        holdout_error_relative=float(abs(errors[-1]) / max(abs(y[-1]), np.finfo(float).tiny)),
+        holdout_error_per_row=float(np.max(np.abs(errors) / (x[last] * answer.num_outputs))),
+    )

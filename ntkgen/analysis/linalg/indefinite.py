@@ -1,7 +1,6 @@
 """LDLᵀ of kernels that are not positive definite: pivoting inside tiles of the diagonal, and how far to trust it."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.linalg import ldl
@@ -66,7 +65,16 @@ def _diagonalized(
     return Q, values
 
 
-def examined(matrix: Matrix, factor: Factor, shift: float, report: Report) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Examination:
+    """How well L D Lᵀ is K + λI."""
+
+    max_factor: float  # max |L|
+    growth: float  # max |L|² / max |K_ii|
+    residual: float  # ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ of random v, the largest
+
+
+def examined(matrix: Matrix, factor: Factor, shift: float, report: Report) -> Examination:
     """Measure how well L D Lᵀ is K + λI: max |L|, its growth, and ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ of random v.
 
     In one pass over the kernel and two over the factor. L is scaled so that D is of ±1: |L|² exceeds no entry of a
@@ -87,4 +95,4 @@ def examined(matrix: Matrix, factor: Factor, shift: float, report: Report) -> di
             "small. Add --shift, or compute the kernel with --precision float64 --dtype float64."
         )
     growth = largest**2 / float(np.abs(matrix.diagonal() + shift).max())
-    return {"max_factor": largest, "growth": growth, "residual": residual}
+    return Examination(largest, growth, residual)

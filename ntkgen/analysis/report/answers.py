@@ -186,10 +186,9 @@ def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result
 
 
 def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.determinant import logdet
-    from ntkgen.analysis.linalg.cholesky import FactorSettings
+    from ntkgen.analysis.determinant import LogdetSettings, logdet
 
-    return logdet(matrix, FactorSettings(memory_bytes=memory_bytes), prefixes=True, report=report)
+    return logdet(matrix, LogdetSettings(prefixes=True, memory_bytes=memory_bytes), report=report).to_json()
 
 
 def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:

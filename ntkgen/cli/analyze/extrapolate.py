@@ -1,11 +1,14 @@
 """`ntkgen analyze extrapolate`: the log-determinant of a much larger kernel."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import aligned
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 
 
 @click.command(short_help="Log-determinant of a much larger kernel.")
@@ -18,39 +21,39 @@ from ntkgen.cli.options import aligned
 @click.option("--alpha", type=float, default=0.0, show_default=True, help="Weights are x^−ALPHA.")
 @click.option("--holdout", type=float, default=0.25, show_default=True, help="Fraction held out to measure the error.")
 @click.option("--shift", type=float, default=0.0, show_default=True, help="λ of K + λI.")
-def extrapolate(paths: tuple[str, ...], *, shift: float, **options: Any) -> None:
+def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
     """Predict the log-determinant of the kernel of N_SAMPLES, from those of the leading blocks of the one at PATH.
 
     The samples of the kernel should be in random order (`ntkgen compute --shuffle-seed`). By FLODANCE (Ameli et al.
     2025): adding the x-th sample multiplies the determinant by about x^−ν.
     """
-    from ntkgen.analysis import extrapolation
-    from ntkgen.analysis.linalg.cholesky import FactorSettings
+    from ntkgen.analysis.extrapolation import ExtrapolateSettings
+    from ntkgen.analysis.extrapolation import extrapolate as ask
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    law, settings = extrapolation.Law(**options), FactorSettings(shift=shift, memory_bytes=asked.memory_bytes)
+    settings = ExtrapolateSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = extrapolation.extrapolate(matrix, law, settings, report)
-        for warning in result["warnings"]:
+            answer = ask(matrix, settings, report=report)
+        for warning in answer.warnings:
             click.echo(f"Warning: {warning}", err=True)
-        asked.show(result, _page(result))
+        asked.answer(answer, _page(answer))
 
 
-def _page(result: dict[str, Any]) -> list[str]:
+def _page(answer: "ExtrapolateAnswer") -> list[str]:
     lines = {
-        "log det": f"{result['logdet']:.8g} nats for {result['to']:,} samples, {result['logdet_per_row']:.6g} per row",
-        "ν": f"{result['nu']:.6g}, {result['nu_per_output']:.6g} per output",
-        "fitted": f"{result['prefixes_used']:,} prefixes of {result['fitted_from']:,} to {result['fitted_to']:,} "
-        f"samples, q = {result['q']}, α = {result['alpha']:g}; root mean square residual {result['rms_residual']:.3g}",
-        "terms": ", ".join(f"{value:.6g} · {name}" for name, value in result["coefficients"].items()),
+        "log det": f"{answer.logdet:.8g} nats for {answer.to:,} samples, {answer.logdet_per_row:.6g} per row",
+        "ν": f"{answer.nu:.6g}, {answer.nu_per_output:.6g} per output",
+        "fitted": f"{answer.prefixes_used:,} prefixes of {answer.fitted_from:,} to {answer.fitted_to:,} "
+        f"samples, q = {answer.q}, α = {answer.alpha:g}; root mean square residual {answer.rms_residual:.3g}",
+        "terms": ", ".join(f"{value:.6g} · {name}" for name, value in answer.coefficients.items()),
     }
-    if result["holdout"]:
+    if answer.holdout_error_relative is not None:
         lines["error"] = (
-            f"{result['holdout_error']:.4g} nats ({100 * result['holdout_error_relative']:.3g} %) at "
-            f"{result['fitted_to']:,} samples, by a fit below {result['holdout_from']:,}, which predicts "
-            f"{result['holdout_logdet']:.8g} nats for {result['to']:,}"
+            f"{answer.holdout_error:.4g} nats ({100 * answer.holdout_error_relative:.3g} %) at "
+            f"{answer.fitted_to:,} samples, by a fit below {answer.holdout_from:,}, which predicts "
+            f"{answer.holdout_logdet:.8g} nats for {answer.to:,}"
         )
     return aligned(lines)

@@ -1,12 +1,15 @@
 """`ntkgen analyze logdet`: the log-determinant of a kernel."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import aligned
 from ntkgen.units import human_bytes
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.determinant import LogdetAnswer
 
 # So many prefixes are shown to people; JSON has all.
 SHOWN = 10
@@ -19,47 +22,49 @@ SHOWN = 10
 @click.option("--prefixes", is_flag=True, help="Also those of all leading principal blocks.")
 @click.option("--indefinite", is_flag=True, help="Where the kernel is not positive definite, go on with LDLᵀ.")
 @click.option("--keep-factor", is_flag=True, help="Leave the factor in STORE.analysis, to go on from.")
-def logdet(paths: tuple[str, ...], *, shift: float, **options: Any) -> None:
+def logdet(
+    paths: tuple[str, ...], *, shift: float, prefixes: bool, indefinite: bool, keep_factor: bool, **options: Any
+) -> None:
     """Compute the log-determinant of each kernel at PATH, exactly and out of core.
 
     A Cholesky factor in float64 is written tile by tile into STORE.analysis, and removed afterwards. It takes the room
     of one triangle in float64. An interrupted run goes on with the same command.
     """
-    from ntkgen.analysis import determinant as logdets
-    from ntkgen.analysis.linalg.cholesky import FactorSettings
+    from ntkgen.analysis.determinant import LogdetSettings
+    from ntkgen.analysis.determinant import logdet as ask
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = FactorSettings(shift, options["indefinite"], options["keep_factor"], memory_bytes=asked.memory_bytes)
+    settings = LogdetSettings(shift, indefinite, keep_factor, prefixes, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = logdets.logdet(matrix, settings, prefixes=options["prefixes"], report=report)
-        for warning in result["warnings"]:
+            answer = ask(matrix, settings, report=report)
+        for warning in answer.warnings:
             click.echo(f"Warning: {warning}", err=True)
-        asked.show(result, _page(result))
+        asked.answer(answer, _page(answer))
 
 
-def _page(result: dict[str, Any]) -> list[str]:
-    bound, speed = result["smallest_eigenvalue_bound"], result["gflops"]
+def _page(answer: "LogdetAnswer") -> list[str]:
+    bound, speed = answer.smallest_eigenvalue_bound, answer.gflops
     lines = {
-        "log |det|": f"{result['logdet']:.12g} nats, {result['logdet_per_row']:.6g} per row, sign {result['sign']}",
-        "of": f"{result['rows']:,} rows of {result['dtype']}" + f", K + {result['shift']:g} I" * (result["shift"] > 0),
-        "panels": f"{result['panels']:,} of {result['panel_rows']:,} rows, keeping "
-        f"{human_bytes(result['bytes_kept_planned'])}, reading {human_bytes(result['bytes_read_planned'])}",
-        "took": f"{result['seconds']:,.1f} s" + f", {speed or 0:,.0f} GFLOP/s" * ((speed or 0) >= 1),
-        "smallest": f"pivot {result['smallest_pivot']:.3g}",
+        "log |det|": f"{answer.logdet:.12g} nats, {answer.logdet_per_row:.6g} per row, sign {answer.sign}",
+        "of": f"{answer.rows:,} rows of {answer.dtype}" + f", K + {answer.shift:g} I" * (answer.shift > 0),
+        "panels": f"{answer.panels:,} of {answer.panel_rows:,} rows, keeping "
+        f"{human_bytes(answer.bytes_kept_planned)}, reading {human_bytes(answer.bytes_read_planned)}",
+        "took": f"{answer.seconds:,.1f} s" + f", {speed or 0:,.0f} GFLOP/s" * ((speed or 0) >= 1),
+        "smallest": f"pivot {answer.smallest_pivot:.3g}",
     }
-    if bound is not None and bound < result["smallest_pivot"]:
+    if bound is not None and bound < answer.smallest_pivot:
         lines["smallest"] += f", eigenvalue at most {bound:.3g}"
-    if "residual" in result:
-        signs = result["inertia"]
-        lines["inertia"] = f"{signs['positive']:,} positive, {signs['negative']:,} negative"
-        lines["LDLᵀ"] = f"max |L| {result['max_factor']:.3g}, ‖(K − LDLᵀ)v‖ = {result['residual']:.3g} ‖Kv‖"
-    return [*aligned(lines), *_prefix_lines(result)]
+    if answer.residual is not None:
+        signs = answer.inertia
+        lines["inertia"] = f"{signs.positive:,} positive, {signs.negative:,} negative"
+        lines["LDLᵀ"] = f"max |L| {answer.max_factor:.3g}, ‖(K − LDLᵀ)v‖ = {answer.residual:.3g} ‖Kv‖"
+    return [*aligned(lines), *_prefix_lines(answer)]
 
 
-def _prefix_lines(result: dict[str, Any]) -> list[str]:
-    pairs = list(zip(result.get("prefix_rows", ()), result.get("prefixes", ()), strict=True))
+def _prefix_lines(answer: "LogdetAnswer") -> list[str]:
+    pairs = list(zip(answer.prefix_rows or (), answer.prefixes or (), strict=True))
     step = max(1, len(pairs) // SHOWN)
     return [f"  {rows:>12,} rows  {value:.12g}" for rows, value in pairs[step - 1 :: step]]
