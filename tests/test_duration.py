@@ -10,7 +10,8 @@ from torch import nn
 
 from ntkgen.engine import duration
 from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
-from ntkgen.files.folder import LocalFolder, folder_of
+from ntkgen.files.folder import LocalFolder
+from ntkgen.files.place import folder_of
 from ntkgen.plan.explain import Work
 from ntkgen.store.certificate import Sampling
 from ntkgen.units import human_seconds
