@@ -15,6 +15,7 @@ from ntkgen.cli.compute import compute
 from ntkgen.cli.importing import import_
 from ntkgen.cli.info import info
 from ntkgen.cli.listings import datasets, models
+from ntkgen.cli.manual import manual
 from ntkgen.cli.mirror import mirror
 from ntkgen.cli.plot import plot
 from ntkgen.cli.report import report
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (compute, train, info, verify, mirror, import_, models, datasets, analyze, plot, report):
+for command in (compute, train, info, verify, mirror, import_, models, datasets, analyze, plot, report, manual):
     cli.add_command(command)
 
 

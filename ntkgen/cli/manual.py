@@ -1,0 +1,70 @@
+"""`ntkgen manual`: the pages of the manual."""
+
+import json
+import sys
+
+import click
+
+from ntkgen.manual import Page, page, pages
+
+# Longer lines are hard to read, however wide the terminal is.
+MAX_WIDTH = 110
+
+
+@click.command()
+@click.argument("name", metavar="[PAGE]", required=False)
+@click.option("--list", "as_list", is_flag=True, help="Print the names of the pages, one a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per page on stdout.")
+def manual(name: str | None, *, as_list: bool, as_json: bool) -> None:
+    """Show a page of the manual, or list the pages.
+
+    In a terminal a page is laid out; elsewhere it is printed as Markdown, which is plain text.
+
+    \b
+    ntkgen manual accuracy
+    ntkgen manual questions | less
+    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    if name is None:
+        _show_list(as_list=as_list, as_json=as_json)
+    else:
+        _require_page_alone(name, as_list=as_list)
+        _show_page(page(name), as_json=as_json)
+
+
+def _require_page_alone(name: str, *, as_list: bool) -> None:
+    """Refuse a page beside a list of pages.
+
+    Raises:
+        UsageError: If both are asked for.
+    """
+    if as_list:
+        raise click.UsageError(f"--list lists all pages, and the page {name!r} was given: leave out one of the two.")
+
+
+def _show_list(*, as_list: bool, as_json: bool) -> None:
+    if not as_list and not as_json:
+        click.echo("Pages of the manual; `ntkgen manual PAGE` shows one:\n")
+    for each in pages():
+        if as_json:
+            click.echo(json.dumps({"page": each.name, "title": each.title, "summary": each.summary}))
+        else:
+            click.echo(each.name if as_list else f"  {each.name:<15}{each.summary}")
+
+
+def _show_page(shown: Page, *, as_json: bool) -> None:
+    if as_json:
+        values = {"page": shown.name, "title": shown.title, "summary": shown.summary, "text": shown.text}
+        click.echo(json.dumps(values))
+    elif sys.stdout.isatty():
+        _lay_out(shown.text)
+    else:
+        click.echo(shown.text, nl=False)
+
+
+def _lay_out(text: str) -> None:
+    """Write Markdown for people: headings, tables and code in the width of the terminal."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    console.print(Markdown(text), width=min(console.width, MAX_WIDTH))
