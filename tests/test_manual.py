@@ -92,6 +92,24 @@ def test_every_page_that_is_pointed_to_is_there():
     assert {each for each in named if each[1] not in manual.NAMES} == set()
 
 
+def test_the_source_tree_is_the_one_that_is_there():
+    (tree,) = (block for block in BLOCKS["contributing"] if block.language == "text")
+    folders, listed = [], set()
+    for line in tree.text.splitlines():
+        depth, path = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders = [*folders[:depth], path]
+        listed.add("".join(folders))
+    assert [path for path in sorted(listed) if not (ROOT / path).exists()] == []
+    told = {path for path in listed if path.endswith("/") and any(each.startswith(path) for each in listed - {path})}
+    there = {
+        f"{folder}{path.name}{'/' * path.is_dir()}"
+        for folder in told - {"tests/"}
+        for path in (ROOT / folder).iterdir()
+        if path.name[0] not in "._" and path.name != "py.typed" and (path.is_file() or any(path.glob("*.py")))
+    }
+    assert there - listed == set()
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_block_is_fenced_and_parses(name):
     text = TEXTS[name].read_text(encoding="utf-8")

@@ -35,6 +35,8 @@ def cli() -> None:
     """Generate large empirical neural tangent kernels, K = J Jᵀ, exactly and resumably.
 
     Try: ntkgen compute --models lenet --dataset digits --subsample 500
+
+    The pages of the manual: ntkgen manual
     """
 
 
