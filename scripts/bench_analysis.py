@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.cli.options import Bytes
-from ntkgen.store.importing import Facts, import_kernel
+from ntkgen.store.foreign import SourceDescription
+from ntkgen.store.importing import import_kernel
 from ntkgen.store.store import KernelStore
 
 FloatArray = npt.NDArray[np.float64]
@@ -61,7 +62,7 @@ def fill(folder: Path, values: FloatArray, *, tile_side: int | None = None) -> K
         file[part] = K
     file.flush()
     del file
-    store = import_kernel(raw, folder / "k.zarr", Facts(rows // OUTPUTS, OUTPUTS, tile_side=tile_side))
+    store = import_kernel(raw, folder / "k.zarr", SourceDescription(rows // OUTPUTS, OUTPUTS, tile_side=tile_side))
     raw.unlink()
     return store
 

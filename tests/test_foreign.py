@@ -16,7 +16,8 @@ from ntkgen.errors import DiskSpaceError, FingerprintError, InputError, StoreErr
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
 from ntkgen.store.describe import describe
-from ntkgen.store.importing import Facts, import_kernel
+from ntkgen.store.foreign import SourceDescription
+from ntkgen.store.importing import import_kernel
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.mirror import mirror
 from ntkgen.store.opening import open_store
@@ -24,7 +25,7 @@ from ntkgen.store.opening import open_store
 N, M, P = 14, 3, 400
 DTYPES = ("float16", "float32", "float64")
 STRIP = 15  # rows of the predecessor's chunks, which were 5000
-FACTS = Facts(N, M, P, tile_side=9)
+FACTS = SourceDescription(N, M, P, tile_side=9)
 
 
 def kernel_of(dtype):
@@ -76,7 +77,7 @@ def test_every_stored_bit_is_kept_and_the_scale_makes_it_the_kernel(kind, dtype,
     K = kernel_of(dtype)
     source = WRITERS[kind](tmp_path, K)
     before = files_of(tmp_path)
-    store = import_kernel(source, target, Facts(N, M, P, tile_side=side))
+    store = import_kernel(source, target, SourceDescription(N, M, P, tile_side=side))
     stored = zarr.open(target, mode="r")[f"ntk_{dtype}"]
     assert stored.dtype == dtype
     assert stored[:].tobytes() == upper_of(K, store.grid.side).tobytes()
@@ -106,7 +107,7 @@ def test_negative_zeros_are_kept(tmp_path, target):
 
 
 def test_without_the_number_of_parameters_the_scale_stays_and_is_told(source, target):
-    store = import_kernel(source, target, Facts(N, M, tile_side=9))
+    store = import_kernel(source, target, SourceDescription(N, M, tile_side=9))
     K = kernel_of("float32")
     assert np.array_equal(store.array[:], K)
     assert "scale_factor" not in zarr.open(target, mode="r")["ntk_float32"].attrs
@@ -213,7 +214,7 @@ def test_a_damaged_store_is_mended_and_what_is_done_is_not_done_again(source, ta
 def test_an_import_of_something_else_is_refused(source, target, change):
     import_kernel(source, target, FACTS)
     before = files_of(target)
-    facts = Facts(**{**vars(FACTS), **({"tile_side": 10} if "num_samples" in change else {}), **change})
+    facts = SourceDescription(**{**vars(FACTS), **({"tile_side": 10} if "num_samples" in change else {}), **change})
     with pytest.raises(FingerprintError, match=next(iter(change))):
         import_kernel(source, target, facts)
     assert files_of(target) == before
@@ -304,7 +305,7 @@ def test_a_chunk_that_cannot_be_unpacked_is_located(source, target):
 
 
 @every_format
-@pytest.mark.parametrize("facts", [Facts(N + 1, M), Facts(N, M - 1)])
+@pytest.mark.parametrize("facts", [SourceDescription(N + 1, M), SourceDescription(N, M - 1)])
 def test_another_size_is_refused_with_both(kind, facts, tmp_path, target):
     source = WRITERS[kind](tmp_path, kernel_of("float32"))
     rows = facts.num_rows
@@ -313,21 +314,21 @@ def test_another_size_is_refused_with_both(kind, facts, tmp_path, target):
 
 
 def test_numbers_that_cannot_be_meant_are_refused(source, target):
-    refused(source, target, Facts(0, M), InputError, "samples.*at least 1, found 0")
-    refused(source, target, Facts(N, M, 0), InputError, "params.*at least 1, found 0")
-    refused(source, target, Facts(N, M, tile_side=10), InputError, "multiple of the 3 outputs")
+    refused(source, target, SourceDescription(0, M), InputError, "samples.*at least 1, found 0")
+    refused(source, target, SourceDescription(N, M, 0), InputError, "params.*at least 1, found 0")
+    refused(source, target, SourceDescription(N, M, tile_side=10), InputError, "multiple of the 3 outputs")
 
 
 def test_the_dtype_of_a_raw_file(tmp_path, target):
     source = write_raw(tmp_path / "kernel.bin", kernel_of("float32"))
     refused(source, target, FACTS, InputError, "does not say in what dtype.*--dtype")
-    refused(source, target, Facts(N, M, dtype="float16"), InputError, "does not hold a float16 kernel")
-    store = import_kernel(source, target, Facts(N, M, dtype="float32"))
+    refused(source, target, SourceDescription(N, M, dtype="float16"), InputError, "does not hold a float16 kernel")
+    store = import_kernel(source, target, SourceDescription(N, M, dtype="float32"))
     assert np.array_equal(store.array[:], kernel_of("float32"))
 
 
 def test_a_dtype_that_an_array_says_itself_is_refused(source, target):
-    refused(source, target, Facts(N, M, dtype="float16"), InputError, "says itself in what dtype")
+    refused(source, target, SourceDescription(N, M, dtype="float16"), InputError, "says itself in what dtype")
 
 
 NOT_AN_ARRAY = {

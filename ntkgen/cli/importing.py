@@ -26,7 +26,7 @@ ONE_OR_MORE = click.IntRange(min=1)
 @click.option("--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **facts: Any) -> None:
+def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Read the kernel at PATH that this program's predecessor wrote: ntk_float32.zarr, or the raw ntk_float32.bin.
 
     The numbers stay as they are, J Jᵀ / √P in their dtype. With --params the new store says so in its scale_factor, and
@@ -38,11 +38,12 @@ def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **facts: 
     start_process()
     from ntkgen.cli.progress import progress_bars
     from ntkgen.store.describe import describe
-    from ntkgen.store.importing import Facts, default_target, import_kernel
+    from ntkgen.store.foreign import SourceDescription
+    from ntkgen.store.importing import default_target, import_kernel
 
     target = default_target(path) if out is None else out
     with progress_bars(path, quiet=quiet) as report:
-        store = import_kernel(path, target, Facts(**facts), report)
+        store = import_kernel(path, target, SourceDescription(**given), report)
     result = describe(store)
     click.echo(json.dumps(result) if as_json else _page(result))
 
