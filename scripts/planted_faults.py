@@ -125,7 +125,7 @@ FAULTS = (
     ),
     Fault(
         "off by one in resume: a file that was cut short counts as done",
-        "store/store.py",
+        "store/schema.py",
         "if there == size and _CHUNK.match(key, first)",
         "if there <= size and _CHUNK.match(key, first)",
         "store engine",

@@ -11,7 +11,7 @@ from ntkgen.files.place import folder_of
 from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
-from ntkgen.store.schema import Samples
+from ntkgen.store.schema import Samples, sides_of
 from ntkgen.store.store import KernelStore
 
 # More than there is: everything fits.
@@ -88,12 +88,12 @@ def filled(path, content, skip=()):
 def _fill(store, content, skip):
     grid, m = store.grid, store.grid.num_outputs
     for index in store.missing_blocks():
-        (_, logits), _, block = store.side(index)
-        rows = block.rows(m)
+        side = sides_of(grid)[index]
+        block, rows = side.block, side.block.rows(m)
         diagonal = np.ones((*content.kernel.shape[:-2], rows.stop - rows.start))
         if grid.is_symmetric:
             diagonal = np.diagonal(content.kernel, axis1=-2, axis2=-1)[..., rows]
-        values = content.logits if logits == "logits" else content.against[1]
+        values = content.logits if side.logits == "logits" else content.against[1]
         store.commit_block(index, diagonal, values[block.start : block.stop])
     store.create_kernels()
     for tile in grid.tiles():

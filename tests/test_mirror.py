@@ -19,7 +19,7 @@ from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import tile_lock, write_lock
 from ntkgen.files.place import folder_of
 from ntkgen.plan.tiles import Tile
-from ntkgen.store.mirror import mirror
+from ntkgen.store.mirror import mirror, mirror_tile
 from ntkgen.store.opening import open_store
 from ntkgen.store.tidy import tidy
 
@@ -125,7 +125,7 @@ def dying_after(monkeypatch, count, error=Killed):
 
 
 def test_stopped_at_any_write_it_is_readable_and_goes_on_to_equal_bytes(both, upper, tmp_path, monkeypatch):
-    monkeypatch.setattr("ntkgen.store.store.THREADS", 1)  # so that writes can be counted
+    monkeypatch.setattr("ntkgen.store.writing.THREADS", 1)  # so that writes can be counted
     K = upper.array[:]
     for count in range(100):
         path = write(both["upper"], tmp_path / f"{count}.zarr")
@@ -209,7 +209,7 @@ def test_a_damaged_tile_is_named_and_not_mirrored(upper):
 def test_a_tile_that_vanishes_meanwhile_is_not_mirrored_as_nan(upper):
     (upper.path / "ntk_float32/c/0/2").unlink()
     with pytest.raises(StoreError, match=r"Tile \(0, 2\) of ntk_float32.*gone"):
-        open_store(upper.path, mode="r+").mirror_tile(Tile(0, 2))
+        mirror_tile(open_store(upper.path, mode="r+"), Tile(0, 2))
     assert not (upper.path / "ntk_float32/c/2/0").exists()
 
 

@@ -21,6 +21,7 @@ from ntkgen.store.opening import create_store, has_store, open_store
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
+from ntkgen.store.writing import write_each
 from ntkgen.units import human_bytes
 
 
@@ -65,7 +66,7 @@ def import_kernel(
             store.commit_stored(tile, {foreign.dtype: foreign.read(*_region(store.grid, tile))})
 
         try:
-            store.write_each(write, missing, counter(report, "imported", total - len(missing), total))
+            write_each(write, missing, counter(report, "imported", total - len(missing), total))
         except StoreError:  # the source is refused, and what was begun of it is of no use
             if is_new:
                 target.clear()

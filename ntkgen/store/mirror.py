@@ -1,10 +1,17 @@
 """The other triangle of a store that holds one, written beside it."""
 
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
 from ntkgen.errors import DiskSpaceError, InputError, StoreError
 from ntkgen.files.lock import require_no_tile_writers, write_lock
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.opening import open_store
 from ntkgen.store.store import KernelStore
+from ntkgen.store.writing import write_each
 from ntkgen.units import human_bytes
 
 
@@ -37,9 +44,38 @@ def mirror(store: KernelStore, report: Report = ignore_report) -> int:
         missing = store.missing_tiles("full")
         _require_room(store, len(missing) * store.tile_bytes)
         total = store.grid.num_tiles - store.grid.num_blocks
-        store.write_each(store.mirror_tile, missing, counter(report, "mirrored", total - len(missing), total))
+        write_each(partial(mirror_tile, store), missing, counter(report, "mirrored", total - len(missing), total))
         store.finalize("full")
     return len(missing)
+
+
+def mirror_tile(store: KernelStore, tile: Tile) -> None:
+    """Write the transpose of a stored tile off the diagonal on the other side.
+
+    Raises:
+        StoreError: If the tile is damaged, or gone.
+    """
+    for name in store.array_names:
+        store.write_transpose(name, tile, _read_stored(store, name, tile))
+
+
+def _read_stored(store: KernelStore, name: str, tile: Tile) -> npt.NDArray[np.floating]:
+    """Read a whole tile as it is stored.
+
+    Raises:
+        StoreError: If it is damaged, or gone.
+    """
+    try:
+        values = np.asarray(store.zarr_array(name)[store.region(tile)])
+        found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
+    except (ValueError, RuntimeError) as error:
+        found = str(error)
+    if found:
+        raise StoreError(
+            f"Tile ({tile.row}, {tile.col}) of {name} in {store.name} is damaged: expected finite numbers that match "
+            f"their checksum, found {found}. A disk error or an interrupted copy? {store.errors.repair}"
+        )
+    return values
 
 
 def _require_square(store: KernelStore) -> None:

@@ -19,6 +19,7 @@ is not stored reads as NaN, and in an array of integers as -1.
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,6 +29,7 @@ import numpy.typing as npt
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from ntkgen.blocks import Block
 from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.manifest import Manifest
 
@@ -42,6 +44,8 @@ CHECKSUM_BYTES = 4
 UNDERFLOW = "underflow_float16"
 COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
 STORAGE_MODES = {"full": "square", "upper": "symmetric-upper"}
+
+_CHUNK = re.compile(r"\d+(/\d+)*\Z")
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,15 @@ class StoredArray:
         keys = itertools.product(*map(range, counts))
         return (key for key in keys if (place := self.place(key))[0] <= place[1]) if self.is_triangle else keys
 
+    def whole_chunks(self, sizes: Mapping[str, int]) -> set[Key]:
+        """List the chunks that have their exact size, of a listing of the array's folder."""
+        size, first = self.file_bytes, len(self.name) + len("/c/")
+        return {
+            tuple(map(int, key[first:].split("/")))
+            for key, there in sizes.items()
+            if there == size and _CHUNK.match(key, first)
+        }
+
     def place(self, key: Key) -> tuple[int, int]:
         """Say to which row and column of tiles a chunk of an array of tiles belongs."""
         first = self.dims.index("row" if self.role == "kernel" else "tile_row")
@@ -133,6 +146,29 @@ def side_arrays(grid: TileGrid) -> tuple[tuple[str, str], ...]:
     """Name the diagonal and the logits of the rows and, where they are other samples, of the columns."""
     rows = (("diagonal", "logits"),)
     return rows if grid.is_symmetric else (*rows, ("col_diagonal", "col_logits"))
+
+
+@dataclass(frozen=True)
+class Side:
+    """A block of samples of the rows or, where they are others, of the columns, which has a diagonal and logits."""
+
+    diagonal: str  # the name of its array
+    logits: str
+    number: int  # among the blocks of its side
+    block: Block
+
+    def chunks(self, num_planes: int) -> tuple[tuple[str, Key], tuple[str, Key]]:
+        """Name the chunks of its diagonal and its logits."""
+        return (self.diagonal, (self.number,) if num_planes == 1 else (0, self.number)), (self.logits, (self.number, 0))
+
+
+def sides_of(grid: TileGrid) -> list[Side]:
+    """List the blocks of rows, then, numbered on, those of other columns."""
+    names, rows = side_arrays(grid), range(grid.num_blocks)
+    sides = [Side(*names[0], number, grid.block(number)) for number in rows]
+    if not grid.is_symmetric:
+        sides += [Side(*names[1], number, grid.col_block(number)) for number in range(grid.num_col_blocks)]
+    return sides
 
 
 def _coordinates(grid: TileGrid) -> Iterator[StoredArray]:

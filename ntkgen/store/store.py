@@ -13,48 +13,37 @@ follow. It holds no time and no path, so that two runs of one command give equal
 
 import dataclasses
 import math
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 
 from ntkgen.alone import alone
-from ntkgen.blocks import Block
 from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.plan.tiles import Tile, TileGrid
-from ntkgen.progress import Step
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.rounding import STORE_DTYPES, count_underflow, scale_of, to_stored
 from ntkgen.store.schema import (
     COORDINATES,
     STORAGE_MODES,
     UNDERFLOW,
+    Key,
     StoredArray,
     arrays_of,
     create_array,
     side_arrays,
-    writable,
+    sides_of,
 )
 from ntkgen.store.view import StoreName, SymmetricArray
+from ntkgen.store.writing import Writer
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
-
-# Tiles that are read and written at a time where nothing is computed; each is held twice.
-THREADS = 2
-# The Rust pipeline, if the user has chosen it, does not write atomically.
-WRITING = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
-
-Mode = Literal["r", "r+"]
-
-_CHUNK = re.compile(r"\d+(/\d+)*\Z")
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -66,7 +55,7 @@ class KernelStore:
         self.folder = folder
         self.manifest = manifest
         self.group = group
-        self._written: dict[str, ZarrArray] = {}
+        self._writer = Writer(self.zarr_array)
 
     def __repr__(self) -> str:
         """Say what the kernel is of."""
@@ -89,7 +78,8 @@ class KernelStore:
         return "ntkgen import" if self.manifest.is_imported else "ntkgen compute"
 
     @property
-    def _errors(self) -> StoreName:
+    def errors(self) -> StoreName:
+        """How errors name the store."""
         return StoreName(self.name, self.command)
 
     @property
@@ -133,7 +123,7 @@ class KernelStore:
             token=f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}",
             plane=output,
             is_complete=manifest.is_complete,
-            store=self._errors,
+            store=self.errors,
         )
 
     def _check_output(self, output: int | None) -> None:
@@ -194,7 +184,8 @@ class KernelStore:
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"The array {name} of {self.name} is damaged ({error}): expected chunks that match their checksums. A "
-                "disk error or an interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
+                "disk error or an interrupted copy? Compute or import the kernel again in the same way: the array is "
+                "then written anew."
             ) from error
 
     @property
@@ -277,7 +268,7 @@ class KernelStore:
         except (ValueError, TypeError) as error:
             raise StoreError(
                 f"The metadata of {self.name}/{name} is damaged ({type(error).__name__}). A disk error or an "
-                "interrupted copy? Run the same `ntkgen compute` again: it writes it anew."
+                "interrupted copy? Compute or import the kernel again in the same way: the array is then written anew."
             ) from error
         except KeyError:
             raise UnknownNameError("array", name, sorted(self.group.array_keys())) from None
@@ -286,41 +277,21 @@ class KernelStore:
 
     def missing_blocks(self) -> list[int]:
         """List the blocks whose diagonal or logits are not there: of rows, then, numbered on, of other columns."""
-        sides, missing, first = {array.name: array for array in self.arrays() if array.role == "side"}, [], 0
-        for (diagonal, logits), count in zip(side_arrays(self.grid), self.side_counts(), strict=True):
-            there = {key[-1] for key in self._chunks(sides[diagonal])}
-            if logits in sides:
-                there &= {key[0] for key in self._chunks(sides[logits])}
-            missing += [first + index for index in range(count) if index not in there]
-            first += count
-        return missing
+        there = {array.name: self._chunks(array) for array in self.arrays() if array.role == "side"}
+        return [
+            index
+            for index, side in enumerate(sides_of(self.grid))
+            if any(key not in there[name] for name, key in side.chunks(self.grid.num_planes) if name in there)
+        ]
 
     @property
     def num_logits(self) -> int:
         """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
         return self.manifest.num_logits
 
-    def side_counts(self) -> list[int]:
-        """Count the blocks of rows and, where they are other samples, of columns."""
-        grid = self.grid
-        return [grid.num_blocks] if grid.is_symmetric else [grid.num_blocks, grid.num_col_blocks]
-
-    def side(self, index: int) -> tuple[tuple[str, str], int, Block]:
-        """Locate a block that `missing_blocks` numbers: its arrays, its number among them, its samples."""
-        names, rows = side_arrays(self.grid), self.grid.num_blocks
-        if index < rows:
-            return names[0], index, self.grid.block(index)
-        return names[1], index - rows, self.grid.col_block(index - rows)
-
-    def _chunks(self, array: StoredArray) -> set[tuple[int, ...]]:
+    def _chunks(self, array: StoredArray) -> set[Key]:
         """List the chunks of an array that have their exact size, by a listing of its folder."""
-        size, first = array.file_bytes, len(array.name) + len("/c/")
-        found = self.folder.sizes(f"{array.name}/c")
-        return {
-            tuple(map(int, key[first:].split("/")))
-            for key, there in found.items()
-            if there == size and _CHUNK.match(key, first)
-        }
+        return array.whole_chunks(self.folder.sizes(f"{array.name}/c"))
 
     @property
     def stored_bytes(self) -> int:
@@ -331,12 +302,12 @@ class KernelStore:
 
     def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
         """Store the exact diagonal and the logits of one block that `missing_blocks` has named."""
-        (diagonal_name, logits_name), _, block = self.side(index)
-        rows = block.rows(self.grid.num_outputs)
+        side = sides_of(self.grid)[index]
+        rows, samples = side.block.rows(self.grid.num_outputs), slice(side.block.start, side.block.stop)
         if self.num_logits:
-            self._write(logits_name, (slice(block.start, block.stop), slice(None)), to_stored(logits, "float64", 1.0))
+            self._writer.write(side.logits, (samples, slice(None)), to_stored(logits, "float64", 1.0))
         region = (rows,) if self.grid.num_planes == 1 else (slice(None), rows)
-        self._write(diagonal_name, region, to_stored(diagonal, "float64", 1.0))
+        self._writer.write(side.diagonal, region, to_stored(diagonal, "float64", 1.0))
 
     def create_kernels(self) -> None:
         """Create the kernel arrays with their scales, which follow from the complete diagonal."""
@@ -356,69 +327,32 @@ class KernelStore:
         Raises:
             DivergedError: If an entry is not finite; nothing of the tile is then written.
         """
-        assert values.shape[-2:] == tuple(part.stop - part.start for part in self._region(tile)[-2:])
+        assert values.shape[-2:] == tuple(part.stop - part.start for part in self.region(tile)[-2:])
         stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
         if "float16" in stored:
             counts = count_underflow(values, self.scale_factor("ntk_float16"))
-            self._write(UNDERFLOW, (slice(tile.row, tile.row + 1), slice(tile.col, tile.col + 1)), counts[None, None])
+            self._writer.write(
+                UNDERFLOW, (slice(tile.row, tile.row + 1), slice(tile.col, tile.col + 1)), counts[None, None]
+            )
         self.commit_stored(tile, stored)
 
     def commit_stored(self, tile: Tile, stored: Mapping[str, FloatArray]) -> None:
         """Store one tile that is rounded and scaled already, by dtype."""
         for dtype, values in stored.items():
-            self._write(f"ntk_{dtype}", self._region(tile), values)
+            self._writer.write(f"ntk_{dtype}", self.region(tile), values)
             if self._is_mirrored_in(self.manifest.layout) and tile.row != tile.col:
-                self._write_transpose(f"ntk_{dtype}", tile, values)
+                self.write_transpose(f"ntk_{dtype}", tile, values)
 
-    def mirror_tile(self, tile: Tile) -> None:
-        """Write the transpose of a stored tile off the diagonal on the other side, every bit as it is stored.
-
-        Raises:
-            StoreError: If the tile is damaged, or gone.
-        """
-        for name in self.array_names:
-            self._write_transpose(name, tile, self._read_stored(name, tile))
-
-    def write_each(self, write: Callable[[Tile], None], tiles: Iterable[Tile], step: Step) -> None:
-        """Write some tiles in a few threads, by a function that commits or mirrors one; count each."""
-        # around all threads: what each of them sets, and sets back, is then the same
-        with zarr.config.set(WRITING), ThreadPoolExecutor(THREADS) as pool:
-            for _ in pool.map(write, tiles):
-                step()
-
-    def _region(self, tile: Tile) -> tuple[slice, ...]:
+    def region(self, tile: Tile) -> tuple[slice, ...]:
         """Locate a tile in the kernel arrays."""
         m = self.grid.num_outputs
         rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
         return (rows, cols) if self.grid.num_planes == 1 else (slice(None), rows, cols)
 
-    def _read_stored(self, name: str, tile: Tile) -> FloatArray:
-        """Read a whole tile as it is stored.
-
-        Raises:
-            StoreError: If it is damaged, or gone.
-        """
-        try:
-            values = np.asarray(self.zarr_array(name)[self._region(tile)])
-            found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
-        except (ValueError, RuntimeError) as error:
-            found = str(error)
-        if found:
-            raise StoreError(
-                f"Tile ({tile.row}, {tile.col}) of {name} in {self.name} is damaged: expected finite numbers that "
-                f"match their checksum, found {found}. A disk error or an interrupted copy? {self._errors.repair}"
-            )
-        return values
-
-    def _write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
-        *planes, rows, cols = self._region(tile)
-        self._write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
-
-    def _write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
-        with zarr.config.set(WRITING):
-            if name not in self._written:  # opened once: its metadata is a file, or a request, of its own
-                self._written[name] = writable(self.zarr_array(name))
-            self._written[name][region] = values
+    def write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
+        """Write the transpose of a tile on the other side, every bit as it is stored."""
+        *planes, rows, cols = self.region(tile)
+        self._writer.write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
 
     def set_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest, in one atomic write."""

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from ntkgen.plan.tiles import Tile
-from ntkgen.store.schema import Samples, create_first
+from ntkgen.store.schema import Samples, create_first, sides_of
 from ntkgen.store.store import KernelStore
 
 
@@ -21,11 +21,10 @@ def tidy(store: KernelStore, samples: Samples) -> None:
         if not _is_json(store.folder.read(name)):
             store.folder.remove(name)
     create_first(store.group, store.manifest, samples)
-    for side in range(sum(store.side_counts())):
-        (diagonal, logits), index, block = store.side(side)
-        rows, planes = block.rows(store.grid.num_outputs), store.grid.num_planes
-        _remove_damaged(store, diagonal, str(index) if planes == 1 else f"0/{index}", (..., rows))
-        _remove_damaged(store, logits, f"{index}/0", (slice(block.start, block.stop), ...))
+    for side in sides_of(store.grid):
+        regions = (..., side.block.rows(store.grid.num_outputs)), (slice(side.block.start, side.block.stop), ...)
+        for (name, key), region in zip(side.chunks(store.grid.num_planes), regions, strict=True):
+            _remove_damaged(store, f"{name}/c/{'/'.join(map(str, key))}", region)
     if not store.missing_blocks():
         store.create_kernels()
 
@@ -46,11 +45,10 @@ def _remove_old_transposes(store: KernelStore) -> None:
                 store.folder.remove(chunk)
 
 
-def _remove_damaged(store: KernelStore, name: str, key: str, region: Any) -> None:
+def _remove_damaged(store: KernelStore, chunk: str, region: Any) -> None:
     """Remove a chunk that does not match its checksum, so that it is computed anew."""
-    chunk = f"{name}/c/{key}"
     try:
-        _ = store.zarr_array(name)[region] if store.folder.has(chunk) else None
+        _ = store.zarr_array(chunk.partition("/")[0])[region] if store.folder.has(chunk) else None
     except (ValueError, RuntimeError):
         store.folder.remove(chunk)
 

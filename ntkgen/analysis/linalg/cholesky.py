@@ -33,8 +33,8 @@ from ntkgen.analysis.results import require_room_beside
 from ntkgen.errors import DiskSpaceError, InputError, NotPositiveError, StoreError
 from ntkgen.files.lock import write_lock
 from ntkgen.progress import Report, ignore_report
-from ntkgen.store.store import WRITING
 from ntkgen.store.view import read_ahead
+from ntkgen.store.writing import WRITING
 
 
 @dataclass(frozen=True)
