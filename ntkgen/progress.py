@@ -8,7 +8,7 @@ Step = Callable[[], None]
 
 
 class Report(Protocol):
-    """Called as a stage proceeds, with a note for people.
+    """Called as a stage proceeds, with a note to be shown.
 
     The stages are ``training``, ``diagonal``, ``tiles``, of the certificate ``stored product``, ``exact product`` and
     ``pairs``, of a verification ``files`` and ``recomputed``; ``mirrored``, ``imported``; and those of analysis, each

@@ -16,9 +16,9 @@ from ntkgen.store.certificate import (
 from ntkgen.store.schema import side_arrays
 from ntkgen.store.store import KernelStore
 
-# A block of samples is suspicious whose error is so many times what rounding explains.
+# Ratio of a block's error to what rounding explains above which the block is suspicious.
 SUSPICIOUS_RATIO = 10.0
-# A kernel J₁ J₂ᵀ below so many times ‖J₁‖_F ‖J₂‖_F is judged as if it were so large.
+# Share of ‖J₁‖_F ‖J₂‖_F below which a kernel J₁ J₂ᵀ is judged as if it were that large.
 SMALL_PRODUCT = 1e-3
 FloatArray = npt.NDArray[np.float64]
 

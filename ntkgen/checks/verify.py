@@ -29,9 +29,9 @@ from ntkgen.store.store import KernelStore
 
 Place = tuple[int, int]  # of a tile: its row and its column of tiles
 
-# So many threads read, but together they hold no more bytes than this.
+# Threads that read, and the bytes that they may hold together.
 THREADS, HELD_BYTES = 8, 1 << 29
-# Small files are read several at a turn: at most so many, and so many bytes.
+# Small files are read several at a turn: the most files of a turn, and the most bytes.
 TURN_FILES, TURN_BYTES = 256, 1 << 22
 LABELS = ("row_label", "col_label")
 
@@ -263,7 +263,7 @@ def files_to_remove(store: KernelStore, found: Sequence[Damage]) -> list[str]:
 def repair(store: KernelStore, found: Sequence[Damage]) -> list[str]:
     """Remove what is damaged, so that the command that made the store makes it anew; only under its lock, and alone.
 
-    The manifest says first that the store is not finished: nobody takes it for whole while it is not. Of a store
+    The manifest says first that the store is not finished, so that it is not taken for whole meanwhile. Of a store
     without damage only what interrupted writes have left behind is removed.
 
     Returns:

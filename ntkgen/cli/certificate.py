@@ -1,4 +1,4 @@
-"""How the certificate of a store is written for people."""
+"""The certificate of a store, as it is printed."""
 
 from typing import Any
 

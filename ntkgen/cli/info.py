@@ -74,7 +74,7 @@ def _origin(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _predecessor(values: dict[str, Any]) -> dict[str, str]:
-    if not values["num_params"]:  # imported, and nobody knows how many there were
+    if not values["num_params"]:  # imported, and not known
         return {}
     return {"1/√P": f"{values['predecessor_factor']:.6g} (the predecessor of this program stored J Jᵀ/√P)"}
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ntkgen.store.certificate import Sampling
     from ntkgen.store.store import KernelStore
 
-# The exit codes where a store is not whole or not what it should be, and where nobody knows.
+# Exit codes where a store is not whole or not what it should be, and where that is not known.
 DAMAGED, UNREACHED = 1, 2
-# People are shown so many damaged files of a store; --json has all of them.
+# Maximum damaged files of a store that are printed; --json has all of them.
 SHOWN = 20
 
 
@@ -173,7 +173,7 @@ def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", fin
 
 @contextmanager
 def _opened(path: str, wanted: _Wanted) -> "Iterator[KernelStore]":
-    """Open a store; to repair it, under its lock, and while nobody writes tiles."""
+    """Open a store; to repair it, under its lock, and while no process writes tiles."""
     from ntkgen.files.lock import require_no_tile_writers, write_lock
     from ntkgen.store.opening import open_store
 
@@ -219,7 +219,7 @@ def _recomputed(
     if wanted.num_recomputed == 0:
         return []
     _require_small_arrays(store, damage)
-    download = wanted.num_recomputed is not None or wanted.certified  # what nobody has asked for fetches nothing
+    download = wanted.num_recomputed is not None or wanted.certified  # what was not asked for fetches nothing
     device, memory = choose_device(wanted.device), wanted.memory_bytes
     again = origin.Again(wanted.num_recomputed, wanted.seed, device, memory, wanted.data_dir, download)
     return origin.recompute_again(store, whole_tiles(store, damage), again, report)
@@ -260,7 +260,7 @@ def _plain(again: "Recomputed") -> dict[str, Any]:
 
 
 def _page(result: dict[str, Any]) -> str:
-    """Write what was found of a store for people."""
+    """Write the page of what was found of a store."""
     again = _again(result["recomputed"])
     if result["is_whole"]:
         whole = f"every file of {', '.join(result['arrays'])} is whole, {result['rows']:,} × {result['cols']:,}"

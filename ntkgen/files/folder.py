@@ -70,7 +70,7 @@ class Folder(ABC):
         return self.size(key) is not None
 
     def sweep(self, pattern: str = "*") -> None:  # noqa: ARG002 - an object store leaves nothing
-        """Remove what interrupted writes have left behind, of files that match a pattern; only while nobody writes."""
+        """Remove what interrupted writes of files that match a pattern have left; only while no process writes."""
         return
 
     def clear(self) -> None:
@@ -80,7 +80,7 @@ class Folder(ABC):
 
     @property
     def free_bytes(self) -> int | None:
-        """The room that is left; None where nobody knows."""
+        """The room that is left; None where it is not known."""
         return None
 
     def require_writable(self) -> None:
@@ -157,7 +157,7 @@ class LocalFolder(Folder):
         return DurableStore(self.path, read_only=read_only, fsync=self.fsync)
 
     def sweep(self, pattern: str = "*") -> None:
-        """Remove what interrupted writes have left behind, of files that match a pattern; only while nobody writes."""
+        """Remove what interrupted writes of files that match a pattern have left; only while no process writes."""
         for leftover in self.path.rglob(f"{pattern}{PARTIAL}") if pattern == "*" else self.path.glob(pattern + PARTIAL):
             leftover.unlink(missing_ok=True)
 

@@ -2,7 +2,7 @@
 
 Two lock files lie beside a store, and vanish with their last holder, unless it is killed. NAME.lock is held by the one
 process that may change anything; a whole computation keeps it. NAME.tiles.lock is shared by the processes that write
-tiles without it: the workers of a cluster, and the parts of a job array. Leftovers are swept only where nobody holds
+tiles without it: the workers of a cluster, and the parts of a job array. Leftovers are swept only where none holds
 either. The system drops the locks of a process that dies. Where a file system has no locks, and in object stores, there
 are none: two processes that do the same work there write equal bytes.
 """
@@ -24,7 +24,7 @@ from ntkgen.files.paths import absolute, beside
 # What a lock file says of its holder: that others may wait for it, or not.
 SHORT, WHOLE = "short", "whole"
 POLL_SECONDS = 0.2
-# So long do we wait for the workers of a coordinator that has died to notice it.
+# Time that the workers of a dead coordinator are given to notice it.
 ORPHAN_SECONDS = 20.0
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -39,7 +39,7 @@ def write_lock(
     Args:
         place: What is to be written.
         is_short: Whether it will be held for a while alone, so that others may wait for it.
-        waiting: Called again and again while such a holder is waited for; None: nobody is waited for.
+        waiting: Called again and again while such a holder is waited for; None: it is not waited for.
 
     Raises:
         StoreLockedError: If another process holds it.
@@ -76,19 +76,19 @@ def tile_lock(place: Folder | Path) -> Iterator[None]:
         yield
         return
     lock = _tiles(path)
-    while (file := _take(lock, fcntl.LOCK_SH)) is None:  # somebody sweeps
+    while (file := _take(lock, fcntl.LOCK_SH)) is None:  # another process sweeps
         time.sleep(POLL_SECONDS)
     with file:
         try:
             yield
         finally:
-            if _try(file, fcntl.LOCK_EX):  # nobody else is left
+            if _try(file, fcntl.LOCK_EX):  # the last one to leave
                 lock.unlink(missing_ok=True)
 
 
 @contextmanager
 def without_tile_writers(place: Folder | Path, *, seconds: float = 0.0) -> Iterator[bool]:
-    """Keep others from beginning to write tiles; yield whether none does, after so many seconds at most."""
+    """Keep others from beginning to write tiles; yield whether none does, after ``seconds`` at most."""
     path = _local(place)
     if path is None:
         yield True

@@ -151,9 +151,9 @@ PUSHES: dict[str, Callable[[nn.Module, Tensor, Directions], Tensor]] = {
 def choose_push(module: nn.Module, sample: Tensor) -> str:
     """Name the cheapest way to J U that this network allows, by trying each on one sample and a random direction.
 
-    Not every operation has a forward mode or a differentiable backward, and a wrong one of somebody's own operation
-    would go unnoticed: the result is compared with that of plain reverse mode. What autograd does to the gradient of an
-    embedding table depends on the tokens, of which one sample has not all: those are known.
+    Not every operation has a forward mode or a differentiable backward, and a wrong one of a custom operation would
+    go unnoticed: the result is compared with that of plain reverse mode. What autograd does to the gradient of an
+    embedding table depends on all tokens, and one sample has only some: those cases are known.
     """
     candidates = ["forward", "double-backward"]
     for table in embedding_tables(module):

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 PRECISIONS = ("float32", "float64")
-# So many bytes of Jᵀ V, a column of which has as many numbers as the network parameters, are held at a time.
+# Maximum bytes of Jᵀ V that are held at a time; a column has as many numbers as the network has parameters.
 DIRECTION_BYTES = 1 << 30
 
 
@@ -214,7 +214,7 @@ class NTKOperator:
         """Multiply one group of columns, and once more, more slowly, if that was not symmetric.
 
         ⟨V, J (Jᵀ V)⟩ = ‖Jᵀ V‖² costs nothing to check where rows and columns are the same samples. It fails where one
-        of the two does something else than the other to some of the samples, as somebody's own operation may.
+        of the two does something else than the other to some of the samples, as a custom operation may.
         """
         U = self._pull(V, step)
         KV = self._push(U, step)

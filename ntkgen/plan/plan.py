@@ -336,7 +336,7 @@ def _block_sizes(tile_samples: int) -> Iterable[int]:
 
 
 def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int] = ()) -> int:
-    """Count the samples whose factors are computed, with a cache of so many blocks.
+    """Count the samples whose factors are computed, with a cache of ``cached_blocks`` blocks.
 
     First for the ``diagonal`` of some row blocks, one after the other, then for some tiles.
     """

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ntkgen.blocks import Block
 from ntkgen.errors import InputError
 
-# At least so many tiles along a side, so that an interruption of a small kernel loses a small part of it …
+# Minimum number of tiles along a side: an interruption of a small kernel then loses a small part of it.
 MIN_BLOCKS = 8
-# … but no tile under so many samples, and none with more rows than this, rounded up to whole samples.
+# Minimum samples of a tile, also where there are then fewer tiles, and maximum rows, rounded up to whole samples.
 MIN_TILE_SAMPLES = 16
 MAX_TILE_ROWS = 4096
 

@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 # Rounding to a store dtype changes x by at most x times the first, and by at most the second below its normal numbers.
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
 HALF_SUBNORMAL = {"float16": 2.0**-25, "float32": 2.0**-150, "float64": 0.0}
-# Rounding once to what is kept of a sample changes it by so much.
+# Relative change of what is kept of a sample by rounding it once.
 POLICY_ROUNDOFF = {
     "float64": 2.0**-53,
     "float64-accumulate": 2.0**-24,
@@ -39,8 +39,8 @@ POLICY_ERRORS = {
     "tf32": 1e-2,
     "bfloat16": 1e-2,
 }
-# The rows of one block may be off by so many times that, relative to their own size: a block can be of a few samples,
-# one of which may have a flipped unit.
+# Factor by which the rows of one block may exceed that, relative to their own size: a block may have few samples, and
+# one of them a flipped unit.
 BLOCK_RATIO = 10.0
 
 
@@ -79,13 +79,12 @@ USUAL_SAMPLING = Sampling()
 REDUCED_SAMPLING = Sampling(num_probes=3)
 
 
-# The pairs of samples of a kernel of traces take so many backward passes: each of its entries needs all m outputs of
-# both samples.
+# Backward passes for the sampled pairs of a kernel of traces: each of its entries needs all m outputs of both samples.
 TRACE_PASSES = 512
 
 
 def usual_sampling(output: str, num_logits: int) -> Sampling:
-    """Choose how much is sampled of the kernel of an output map where nobody says.
+    """Choose how much is sampled of the kernel of an output map where it is not given.
 
     >>> usual_sampling("full", 1000).num_pairs, usual_sampling("trace", 10).num_pairs, usual_sampling("trace", 1000)
     (16, 16, Sampling(num_probes=3, num_pairs=1, seed=0))
@@ -274,7 +273,7 @@ def upper_bound(estimate: float, num_probes: int) -> float:
 def bad_fraction(num_pairs: int) -> float:
     """Bound the fraction of bad pairs of which p sampled ones had none, with 95 % confidence: 1 − 0.05^(1/p).
 
-    If a larger fraction were bad, so many good pairs would be drawn in fewer than 5 % of all samplings.
+    If a larger fraction were bad, p good pairs would be drawn in fewer than 5 % of all samplings.
 
     >>> round(bad_fraction(299), 4), round(bad_fraction(16), 2), bad_fraction(0)
     (0.01, 0.17, 1.0)

@@ -1,4 +1,4 @@
-"""A store described in plain values, for people and for scripts."""
+"""A store described in plain values, to be printed or read by scripts."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

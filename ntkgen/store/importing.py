@@ -76,7 +76,7 @@ def import_kernel(
 
 
 def default_target(source: str) -> str:
-    """Name the store that a kernel becomes where nobody says.
+    """Name the store that a kernel becomes where it is not given.
 
     >>> default_target("ckpt/ntk_float32.zarr/"), default_target("ntk_float16.bin")
     ('ckpt/ntk_float32.imported.zarr', 'ntk_float16.imported.zarr')
@@ -141,7 +141,7 @@ def _grid(given: SourceDescription) -> TileGrid:
 
 
 def _plan(given: SourceDescription) -> Plan:
-    """Write down that nothing was planned: no layers, no logits, and nobody knows the precision."""
+    """Write down that nothing was planned: no layers, no logits, and an unknown precision."""
     m = given.num_outputs
     jacobian = JacobianPlan("unknown", m, (), 0, (), sizes_for("unknown", 1, 1))
     profile = NetworkProfile(m, given.num_params or 0, (), 0, (), activation_numbers=0, input_numbers=0, num_logits=0)

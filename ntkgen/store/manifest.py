@@ -34,7 +34,7 @@ def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store says of itself. ``identity`` is what a resumed run must agree with, ``provenance`` is for people."""
+    """What a store says of itself. A resumed run must agree with ``identity``; ``provenance`` is to be read alone."""
 
     identity: Mapping[str, Any]
     provenance: Mapping[str, Any]

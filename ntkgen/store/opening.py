@@ -65,7 +65,7 @@ def has_store(folder: Folder) -> bool:
     """Say whether a store was made in a folder, which then holds its zarr.json.
 
     Raises:
-        StoreError: If there are tiles without it: nobody knows what they are of. Or if it is a file.
+        StoreError: If there are tiles without it, which cannot be identified. Or if it is a file.
     """
     if folder.has(ROOT):
         return True
@@ -85,7 +85,7 @@ def has_store(folder: Folder) -> bool:
 
 
 def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r") -> KernelStore:
-    """Open a store at a path, a URL or in a Zarr store; ``mode`` is ``r`` or, for who holds the lock, ``r+``.
+    """Open a store at a path, a URL or in a Zarr store; ``mode`` is ``r`` or, under the lock, ``r+``.
 
     Raises:
         StoreError: If there is none, or one of another format version.
@@ -106,7 +106,7 @@ def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r")
         raise StoreError(
             f"What lies at {folder} is not a kernel store: expected a Zarr v3 group with the attribute 'ntkgen', found "
             f"otherwise ({type(error).__name__}: {' '.join(str(error).split())}). Was it made by another program, or "
-            "is its zarr.json damaged, without which nobody knows what its tiles are of? Give the path of a store that "
+            "is its zarr.json damaged, without which its tiles cannot be identified? Give the path of a store that "
             "`ntkgen compute` made, or remove this one."
         ) from error
     if manifest is None:
@@ -124,7 +124,7 @@ def open_kernel(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r"
         StoreError: If there is none, or one of another format version.
 
     Warns:
-        InaccurateKernelWarning: If no one should take its numbers for the kernel's.
+        InaccurateKernelWarning: If its numbers should not be taken for the kernel's.
     """
     store = open_store(place, mode)
     if (wrong := inaccuracy(store)) is not None:

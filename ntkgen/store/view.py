@@ -192,7 +192,7 @@ class SymmetricArray:
         return values
 
     def leading(self, rows: int) -> "SymmetricArray":
-        """View the first rows and columns of a symmetric kernel, of which no tile may be missing.
+        """View the first rows and columns of a symmetric kernel; no tile of theirs may be missing.
 
         One triangle of tiles is read, also where both are stored.
 
@@ -341,7 +341,7 @@ class SymmetricArray:
     # dask ----------------------------------------------------------------------------------------------------------
 
     def to_dask(self, *, tiles_per_chunk: int = 1) -> Any:
-        """View as a dask array, one task per tile, or per square of so many tiles along each side.
+        """View as a dask array, one task per tile, or per square of ``tiles_per_chunk`` tiles along each side.
 
         A graph of 300 × 300 tasks is made in seconds, and every operation on it adds as many: larger chunks suit larger
         kernels. A slice reads the tiles that it needs, whatever the chunks.
