@@ -1,4 +1,4 @@
-"""What the kernel store of a command was made of, found again, and what is made of it anew: tiles, a certificate."""
+"""From the store of a command back to its network and samples; and tiles or a certificate computed from them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ntkgen.checks.certify import add_certificate
 from ntkgen.data import dataset as datasets
 from ntkgen.data.dataset import Dataset
 from ntkgen.engine.machine import memory_budget
-from ntkgen.engine.recompute import Means, Recomputed, draw_tiles, recompute
+from ntkgen.engine.recompute import Recomputed, Resources, draw_tiles, recompute
 from ntkgen.errors import DataError, FingerprintError, InputError, StoreError
 from ntkgen.files.folder import File, Folder, LocalFolder
 from ntkgen.files.lock import write_lock
@@ -31,7 +31,7 @@ from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import zoo
 from ntkgen.training.checkpoint import Checkpoint
 
-# What is recomputed without being asked for takes at most so many operations: about a minute on two cores.
+# Maximum operations of a tile that is recomputed without being asked for: about a minute on two cores.
 QUICK_FLOPS = 10**13
 
 
@@ -46,14 +46,14 @@ class Origin:
 def load_origin(
     store: KernelStore, data_dir: Path | None = None, dataset: str | None = None, *, download: bool = True
 ) -> Origin:
-    """Load what a store was made of: the checkpoint beside it, and the data set that its provenance names.
+    """Load the network and the samples of a store: the checkpoint beside it, and the data set of its provenance.
 
     Args:
         store: A store that `ntkgen compute` made.
         data_dir: The folder of the data sets. An `.npz` file is looked for there, in the current folder and beside the
             store.
-        dataset: Where the data set has moved to, as PATH.npz.
-        download: Whether a data set that is not there may be fetched from the network.
+        dataset: The new path of the data set if it was moved, as PATH.npz.
+        download: Whether a missing data set may be downloaded.
 
     Raises:
         StoreError: If the store does not say what it was made of, or the checkpoint has gone.
@@ -103,7 +103,7 @@ def _beside(store: KernelStore) -> Path | None:
 
 
 def _locate(name: str, folders: list[Path | None]) -> str:
-    """Find the file of a data set that is one; a store keeps its name without the folder.
+    """Find the file of a data set that is a file. A store keeps its name without the folder.
 
     Raises:
         DataError: If it is in none of the folders.
@@ -121,10 +121,10 @@ def _locate(name: str, folders: list[Path | None]) -> str:
 
 
 def _as_trained(data: Dataset, checkpoint: Checkpoint) -> Dataset:
-    """Take the images in the size that the network was made for, which the checkpoint tells by their fingerprint.
+    """Choose the size of the images for which the network was made, by the fingerprint in the checkpoint.
 
     Raises:
-        FingerprintError: If they are others in either size.
+        FingerprintError: If neither size has this fingerprint.
     """
     expected = checkpoint.recipe.data_fingerprint
     for candidate in (data, dataclasses.replace(data, zoo_sized=False)):
@@ -176,7 +176,7 @@ def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: 
 def certify_again(
     place: Folder, data_dir: Path | None, sampling: Sampling, device: torch.device, report: Report = ignore_report
 ) -> Certificate:
-    """Certify a finished store anew, from what it was made of, and write the certificate into it, under its lock.
+    """Certify a finished store again, from its origin, and write the certificate into it, under its lock.
 
     Raises:
         FingerprintError: If network or samples are not those that the store was made of.
@@ -189,38 +189,38 @@ def certify_again(
 
 
 @dataclass(frozen=True)
-class Again:
-    """How many tiles are recomputed, and with what; None: one, where that is quick."""
+class RecomputeSettings:
+    """How many tiles are recomputed, and with what."""
 
-    count: int | None
+    count: int | None  # None: one tile, if that is quick
     seed: int
     device: torch.device
     memory_bytes: int | None = None
     data_dir: Path | None = None
-    download: bool = True  # whether a data set that is not there may be fetched
+    download: bool = True  # whether a missing data set may be downloaded
 
 
-def recompute_again(
-    store: KernelStore, tiles: Sequence[Tile], again: Again, report: Report = ignore_report
+def recompute_tiles(
+    store: KernelStore, tiles: Sequence[Tile], settings: RecomputeSettings, report: Report = ignore_report
 ) -> list[Recomputed]:
-    """Compute some of the stored tiles again, drawn at random, from what the store was made of, and compare them.
+    """Compute some of the stored tiles again, drawn at random, from the origin of the store, and compare them.
 
     Raises:
         FingerprintError: If network or samples are not those that the store was made of.
         StoreError: If the store does not say what it was made of, or the checkpoint has gone.
         DataError: If the data set has gone.
-        InputError: If nobody says how many, and one would take long.
-        BudgetError: If the memory is too small for one.
+        InputError: If no count is given and one tile would take long.
+        BudgetError: If the memory is too small for one tile.
     """
-    drawn = draw_tiles(tiles, 1 if again.count is None else again.count, again.seed)
+    drawn = draw_tiles(tiles, 1 if settings.count is None else settings.count, settings.seed)
     if not drawn:
         return []
     _provenance(store)
-    budget = memory_budget(again.device, again.memory_bytes)
-    if again.count is None:
+    budget = memory_budget(settings.device, settings.memory_bytes)
+    if settings.count is None:
         _require_quick(store, drawn, budget)
-    origin = load_origin(store, again.data_dir, download=again.download)
-    return recompute(store, origin.model, origin.inputs, drawn, Means(again.device, budget), report)
+    origin = load_origin(store, settings.data_dir, download=settings.download)
+    return recompute(store, origin.model, origin.inputs, drawn, Resources(settings.device, budget), report)
 
 
 def _require_quick(store: KernelStore, tiles: Sequence[Tile], budget: Budget) -> None:
@@ -228,6 +228,7 @@ def _require_quick(store: KernelStore, tiles: Sequence[Tile], budget: Budget) ->
     flops = plan.projected_flops(tiles, plan.cached_blocks(budget))
     if flops > QUICK_FLOPS:
         raise InputError(
-            f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} of what nobody "
-            "has asked for, about a minute on two cores. Is the network large? Ask for it with --recompute 1."
+            f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} "
+            "for a tile that is recomputed unasked, about a minute on two cores. Is the network large? Ask for it with "
+            "--recompute 1."
         )

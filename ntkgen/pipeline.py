@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.data.dataset import Dataset, check_labels, sample_order
-from ntkgen.engine.compute import ALONE, Hands, KernelJob, layout_of, make, ready
+from ntkgen.engine.compute import LOCAL, Computation, Execution, layout_of, make, ready
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.machine import check_plan
 from ntkgen.errors import DiskSpaceError, InaccurateKernelError, InputError
@@ -36,7 +36,7 @@ from ntkgen.units import human_bytes
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """Which network to train, and how. None takes what the checkpoint has, or else the default."""
+    """Which network to train, and how. None takes the setting of the checkpoint, or else the default."""
 
     model: str
     seed: int = 0
@@ -50,7 +50,7 @@ class TrainingRequest:
 
 @dataclass(frozen=True)
 class KernelRequest:
-    """Which samples a kernel is of, and how it is to be computed and stored."""
+    """The samples of a kernel, and how it is computed and stored."""
 
     subsample: int | None = None
     shuffle_seed: int | None = None
@@ -61,17 +61,17 @@ class KernelRequest:
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything happens, and who computes."""
+    """Where results lie, and what computes them."""
 
     out: Folder
     device: torch.device
-    hands: Hands = ALONE
+    execution: Execution = LOCAL
     data_dir: Path | None = None
 
 
 @dataclass(frozen=True)
-class Job:
-    """One network and one kernel, checked and planned but not begun."""
+class PlannedKernel:
+    """One network and its kernel, checked and planned but not begun."""
 
     training: TrainingRequest
     kernel: KernelRequest
@@ -118,12 +118,12 @@ def kernel_bytes(plan: Plan, dtypes: tuple[str, ...], layout: str) -> int:
 
 
 def _dataset_name(data: Dataset) -> str:
-    """Name a data set; of a file, without the folder, from wherever the command is run."""
+    """Name a data set. A file goes by its name without the folder, so that the name does not depend on the folder."""
     return os.path.basename(data.name) if data.name.endswith(".npz") else data.name
 
 
 def _stem(request: TrainingRequest, data: Dataset) -> str:
-    """Name what belongs to one network: nothing is read from it, it is for people."""
+    """Name the files of one network. The name is never parsed."""
     width = f"-w{request.width}" if request.width is not None else ""
     built = "-untrained" if request.num_epochs == 0 else ""
     dataset = _dataset_name(data).removesuffix(".npz")
@@ -180,13 +180,13 @@ def run_training(
 ) -> tuple[Checkpoint, File]:
     """Train a network to its target, or take it from its checkpoint, under the lock of that checkpoint.
 
-    Of several parts of one kernel the first one trains, and the others wait.
+    If several parts of one kernel start together, the first one trains, and the others wait.
 
     Raises:
         NotConvergedError: If it has not reached the target and the request does not allow that.
     """
     model, recipe = planned
-    path, is_part = _checkpoint_file(request, data, place), place.hands.part is not None
+    path, is_part = _checkpoint_file(request, data, place), place.execution.part is not None
     _require_trained(path, place)
 
     def tell(epoch: int, step: int, num_steps: int, accuracy: float | None) -> None:
@@ -206,12 +206,12 @@ def run_training(
 
 
 def _require_trained(file: File, place: Place) -> None:
-    """Refuse parts that would each train a network, where no lock lets one do it for all.
+    """Require a trained network where no lock keeps several parts from training it at once.
 
     Raises:
-        InputError: If the network is not there.
+        InputError: If there is no network yet.
     """
-    if place.hands.part is not None and not isinstance(file.folder, LocalFolder) and not file.exists:
+    if place.execution.part is not None and not isinstance(file.folder, LocalFolder) and not file.exists:
         raise InputError(
             f"There is no network at {file} yet, and an object store has no lock under which one of several parts "
             "could train it for all: expected it to be there. Run `ntkgen train` with the same options first."
@@ -222,9 +222,9 @@ def _note(accuracy: float | None) -> str:
     return "" if accuracy is None else f"accuracy {accuracy:.2f} %"
 
 
-def plan_job(
+def plan_kernel(
     request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, against: Dataset | None = None
-) -> Job:
+) -> PlannedKernel:
     """Check everything that can be wrong, and plan the kernel, before anything runs or is written.
 
     With a data set to compare ``against`` the kernel is rectangular, and its columns are of that.
@@ -237,7 +237,7 @@ def plan_job(
     inputs = _inputs(kernel, data, against)
     place.out.require_writable()
     model, recipe = plan_training(request, data, place)
-    asked = KernelJob(model, inputs, _probe(inputs, data), kernel.spec, place.device, hands=place.hands)
+    asked = Computation(model, inputs, _probe(inputs, data), kernel.spec, place.device, execution=place.execution)
     network, plan_anew = ready(asked)
     check_labels(data.labels, network.profile.num_logits)
     machine = asked.machine()
@@ -249,20 +249,20 @@ def plan_job(
     if not is_complete:
         check_plan(plan, machine.environment)
         plan.cached_blocks(machine.budget)  # raises where the budget is too small
-    job = Job(request, kernel, place, data, inputs, model, recipe, plan, machine.budget)
-    require_disk(place, job.missing_bytes)
-    return job
+    planned = PlannedKernel(request, kernel, place, data, inputs, model, recipe, plan, machine.budget)
+    require_disk(place, planned.missing_bytes)
+    return planned
 
 
 def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> Inputs:
-    """Take the samples that a request names, in its order.
+    """Take the samples of a request, in its order.
 
     Raises:
-        InputError: If the columns are to be fewer of nothing.
+        InputError: If a number of columns is given without the split that they are of.
     """
     if against is None and kernel.against_subsample is not None:
         raise InputError(
-            f"--against-subsample {kernel.against_subsample} has nothing to be a part of: expected --against test "
+            f"--against-subsample {kernel.against_subsample} counts the samples of no split: expected --against test "
             "beside it, which makes a rectangular kernel. Give both, or neither."
         )
     order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
@@ -274,16 +274,16 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
 
 
 def _probe(inputs: Inputs, data: Dataset) -> Tensor:
-    """Take some samples to try a network on: of the kernel's and, where those are few, of the data set's."""
+    """Choose samples for the trial of a network: of the kernel and, as those may be few, of the data set."""
     few = torch.arange(min(PROBE_SAMPLES, data.num_samples), device="cpu")
     return torch.cat([inputs.probe, data.inputs(few)])
 
 
 def require_disk(place: Place, missing_bytes: int) -> None:
-    """Refuse what the disk has no room for.
+    """Require room on the disk.
 
     Raises:
-        DiskSpaceError: If it has not; the message has both numbers.
+        DiskSpaceError: If there is too little. The message has both numbers.
     """
     free = place.out.free_bytes
     if free is not None and missing_bytes > free:
@@ -294,54 +294,54 @@ def require_disk(place: Place, missing_bytes: int) -> None:
         )
 
 
-def run_job(job: Job, report: Report = ignore_report) -> dict[str, Any]:
+def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> dict[str, Any]:
     """Train and compute what is missing, certify it, and describe the finished kernel, good or not."""
     started = time.monotonic()
-    checkpoint, _ = run_training(job.training, job.data, job.place, (job.model, job.recipe), report)
-    checkpoints.load_state(job.model, checkpoint)
-    kernel = kernel_job(job, _provenance(job, checkpoint))
-    load = partial(load_parts, job.store, job.place.data_dir, job.data.name)
-    with suppress(InaccurateKernelError):  # the description says so, and other kernels are still to be made
-        make(job.store, kernel, load, report)
-    return describe(open_store(job.store)) | {
-        "part": None if job.place.hands.part is None else str(job.place.hands.part),
-        "checkpoint": str(job.checkpoint),
+    checkpoint, _ = run_training(planned.training, planned.data, planned.place, (planned.model, planned.recipe), report)
+    checkpoints.load_state(planned.model, checkpoint)
+    kernel = computation_of(planned, _provenance(planned, checkpoint))
+    load = partial(load_parts, planned.store, planned.place.data_dir, planned.data.name)
+    with suppress(InaccurateKernelError):  # the description says so, and the other kernels follow
+        make(planned.store, kernel, load, report)
+    return describe(open_store(planned.store)) | {
+        "part": None if planned.place.execution.part is None else str(planned.place.execution.part),
+        "checkpoint": str(planned.checkpoint),
         "train_accuracy": checkpoint.train_accuracy,
         "seconds": round(time.monotonic() - started, 3),
     }
 
 
-def kernel_job(job: Job, provenance: dict[str, Any] | None = None) -> KernelJob:
-    """Say what the kernel of a job is made of."""
-    return KernelJob(
-        model=job.model,
-        inputs=job.inputs,
-        probe=_probe(job.inputs, job.data),
-        spec=job.kernel.spec,
-        device=job.place.device,
+def computation_of(planned: PlannedKernel, provenance: dict[str, Any] | None = None) -> Computation:
+    """Say what a planned kernel is computed of."""
+    return Computation(
+        model=planned.model,
+        inputs=planned.inputs,
+        probe=_probe(planned.inputs, planned.data),
+        spec=planned.kernel.spec,
+        device=planned.place.device,
         provenance=provenance or {},
-        hands=job.place.hands,
+        execution=planned.place.execution,
     )
 
 
-def _provenance(job: Job, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Collect what a reader of the store wants to know. No path and no time: two runs give equal bytes."""
+def _provenance(planned: PlannedKernel, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Collect the provenance of a store, without paths and times, so that two runs give equal bytes."""
     return {
-        "model": job.training.model,
-        "dataset": _dataset_name(job.data),
-        "seed": job.training.seed,
-        "width": job.training.width,
-        "subsample": job.kernel.subsample,
-        "shuffle_seed": job.kernel.shuffle_seed,
-        "against": job.kernel.against,
-        "against_subsample": job.kernel.against_subsample,
-        "raw_images": not (job.data.zoo_sized or job.data.name.endswith(".npz")),  # those have no other size
-        "num_epochs": job.recipe.num_epochs,
-        "target_accuracy": job.training.target_accuracy,
+        "model": planned.training.model,
+        "dataset": _dataset_name(planned.data),
+        "seed": planned.training.seed,
+        "width": planned.training.width,
+        "subsample": planned.kernel.subsample,
+        "shuffle_seed": planned.kernel.shuffle_seed,
+        "against": planned.kernel.against,
+        "against_subsample": planned.kernel.against_subsample,
+        "raw_images": not (planned.data.zoo_sized or planned.data.name.endswith(".npz")),  # those have no other size
+        "num_epochs": planned.recipe.num_epochs,
+        "target_accuracy": planned.training.target_accuracy,
         "epochs": checkpoint.epoch,
         "train_accuracy": checkpoint.train_accuracy,
         "train_loss": checkpoint.train_loss,
-        "learning_rate": job.recipe.learning_rate,
-        "batch_size": job.recipe.batch_size,
-        "checkpoint": job.checkpoint.name,
+        "learning_rate": planned.recipe.learning_rate,
+        "batch_size": planned.recipe.batch_size,
+        "checkpoint": planned.checkpoint.name,
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 from ntkgen.engine.compute import ready
 from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
-from ntkgen.pipeline import Job, kernel_job
+from ntkgen.pipeline import PlannedKernel, computation_of
 from ntkgen.plan.explain import Work, explain
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.certificate import usual_sampling
@@ -17,82 +17,82 @@ from ntkgen.training.fit import seconds_to_train
 MEASURED_FROM_SECONDS = 20.0
 
 
-def _missing(job: Job) -> tuple[list[Tile], list[int]]:
+def _missing(planned: PlannedKernel) -> tuple[list[Tile], list[int]]:
     """List the tiles, and the blocks of the diagonal, that are not on disk yet."""
-    if not has_store(job.store):
-        return list(job.plan.grid.tiles()), list(range(job.plan.num_sides))
-    store = open_store(job.store)
+    if not has_store(planned.store):
+        return list(planned.plan.grid.tiles()), list(range(planned.plan.num_sides))
+    store = open_store(planned.store)
     return store.missing_tiles(), store.missing_blocks()
 
 
-def duration_of(job: Job) -> Duration:
+def duration_of(planned: PlannedKernel) -> Duration:
     """Project how long a job takes here, by measuring one batch of each kind of work that is missing."""
-    tiles, diagonal = _missing(job)
-    plan, kernel, spec = job.plan, kernel_job(job), job.kernel.spec
-    work = Work.of(plan, tiles, plan.cached_blocks(job.budget), diagonal)
-    team = job.place.hands.team
-    part = job.place.hands.part
+    tiles, diagonal = _missing(planned)
+    plan, kernel, spec = planned.plan, computation_of(planned), planned.kernel.spec
+    work = Work.of(plan, tiles, plan.cached_blocks(planned.budget), diagonal)
+    team = planned.place.execution.pool
+    part = planned.place.execution.part
     num_workers = (1 if team is None else team.num_workers) * (1 if part is None else part.count)
-    found = Duration(training=_training_seconds(job))
+    found = Duration(training=_training_seconds(planned))
     if tiles or diagonal:
         network, _ = ready(kernel)
         found = dataclasses.replace(
-            kernel_duration(plan, work, network, job.inputs.x, num_workers=num_workers),
+            kernel_duration(plan, work, network, planned.inputs.x, num_workers=num_workers),
             training=found.training,
-            disk=disk_seconds(job.store, job.missing_bytes),
+            disk=disk_seconds(planned.store, planned.missing_bytes),
         )
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
-            seconds = certificate_seconds(job.model, job.inputs.x, len(job.inputs.all), spec.output, sampling)
+            seconds = certificate_seconds(planned.model, planned.inputs.x, len(planned.inputs.all), spec.output, sampling)
             found = dataclasses.replace(found, certificate=seconds)
     return found
 
 
-def _training_seconds(job: Job) -> float:
+def _training_seconds(planned: PlannedKernel) -> float:
     """Project the seconds of the epochs that are left; none where the network is there."""
-    found = checkpoints.load(job.checkpoint) if job.checkpoint.exists else None
-    if not job.recipe.num_epochs or (found is not None and found.is_finished):
+    found = checkpoints.load(planned.checkpoint) if planned.checkpoint.exists else None
+    if not planned.recipe.num_epochs or (found is not None and found.is_finished):
         return 0.0
-    left = 1.0 if found is None else 1 - found.epoch / job.recipe.num_epochs
-    return left * seconds_to_train(job.model, job.data, job.recipe)
+    left = 1.0 if found is None else 1 - found.epoch / planned.recipe.num_epochs
+    return left * seconds_to_train(planned.model, planned.data, planned.recipe)
 
 
-def takes_minutes(job: Job) -> bool:
+def takes_minutes(planned: PlannedKernel) -> bool:
     """Say whether a job is worth the seconds that a projection takes, by the rate of the plan's products."""
-    tiles, diagonal = _missing(job)
-    flops = job.plan.projected_flops(tiles, job.plan.cached_blocks(job.budget), diagonal)
-    return flops / 2 / (job.plan.jacobian.rates.product * 1e6) > MEASURED_FROM_SECONDS
+    tiles, diagonal = _missing(planned)
+    flops = planned.plan.projected_flops(tiles, planned.plan.cached_blocks(planned.budget), diagonal)
+    return flops / 2 / (planned.plan.jacobian.rates.product * 1e6) > MEASURED_FROM_SECONDS
 
 
-def project(job: Job, *, explained: bool = False) -> dict[str, Any]:
+def project(planned: PlannedKernel, *, explained: bool = False) -> dict[str, Any]:
     """Say what a job would do and how long it would take, as plain values; explained, part by part too."""
-    plan, path = job.plan, job.store
-    cached_blocks = plan.cached_blocks(job.budget)
-    tiles, diagonal = _missing(job)
+    plan, path = planned.plan, planned.store
+    cached_blocks = plan.cached_blocks(planned.budget)
+    tiles, diagonal = _missing(planned)
     work = Work.of(plan, tiles, cached_blocks, diagonal)
     parts = {"parts": [dataclasses.asdict(part) for part in explain(plan, work)]} if explained else {}
     return {
         "store": str(path),
-        "model": job.training.model,
-        "dataset": job.data.name,
+        "model": planned.training.model,
+        "dataset": planned.data.name,
         "num_samples": plan.grid.num_samples,
         "num_col_samples": plan.grid.num_col_samples,
         "num_outputs": plan.grid.num_outputs,
         "num_params": plan.profile.num_params,
         "rows": plan.grid.num_rows,
         "cols": plan.grid.num_cols,
-        "output": job.kernel.spec.output,
-        "dtypes": list(job.kernel.spec.dtypes),
-        "layout": job.layout,
+        "output": planned.kernel.spec.output,
+        "dtypes": list(planned.kernel.spec.dtypes),
+        "layout": planned.layout,
         "tile_side": plan.grid.side,
         "tiles": plan.grid.num_tiles,
         "tiles_missing": len(tiles),
-        "disk_bytes": job.disk_bytes,
+        "disk_bytes": planned.disk_bytes,
         "projected_bytes": plan.projected_bytes(cached_blocks),
         "projected_flops": plan.projected_flops(tiles, cached_blocks, diagonal),
         "factor_samples": work.factor_samples,
         "precision": plan.precision,
         "product_route": plan.jacobian.rates.route,
-        "seconds": duration_of(job).to_json(),
+        "seconds": duration_of(planned).to_json(),
         **parts,
     }

@@ -309,7 +309,7 @@ def test_listings(run):
 def test_options_reach_the_pipeline(run, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        pipeline, "plan_job", lambda *args: asked.append(args) or (_ for _ in ()).throw(KeyboardInterrupt)
+        pipeline, "plan_kernel", lambda *args: asked.append(args) or (_ for _ in ()).throw(KeyboardInterrupt)
     )
     run(
         "compute", "--models", "resnet9", "--width", "16", "--num_epochs", "7", "--batch-size", "32", "--lr", "0.3",
@@ -327,7 +327,7 @@ def test_options_reach_the_pipeline(run, monkeypatch):
 def test_options_of_rectangular_and_mapped_kernels_reach_the_pipeline(run, split, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        pipeline, "plan_job", lambda *args: asked.append(args) or (_ for _ in ()).throw(KeyboardInterrupt)
+        pipeline, "plan_kernel", lambda *args: asked.append(args) or (_ for _ in ()).throw(KeyboardInterrupt)
     )
     run(
         "compute", "--models", "lenet", "--output", "index:3", "--against", "test", "--against-subsample", "7",

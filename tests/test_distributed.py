@@ -20,8 +20,8 @@ from distributed import Client, LocalCluster
 import ntkgen
 from ntkgen.blocks import Block
 from ntkgen.engine import jobs, scheduler, worker
-from ntkgen.engine.compute import Hands, KernelJob, make
-from ntkgen.engine.coordinator import Team, open_team
+from ntkgen.engine.compute import Computation, Execution, make
+from ntkgen.engine.coordinator import WorkerPool, open_pool
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader, Job, diagonal_jobs, job_size, tile_jobs
 from ntkgen.engine.machine import describe_machine, memory_budget
@@ -47,10 +47,10 @@ def threads_of_a_worker(one_thread):
 
 
 @pytest.fixture(scope="module")
-def team():
+def pool():
     """Two workers, started once."""
-    with open_team(2, None, "cpu") as team:
-        yield team
+    with open_pool(2, None, "cpu") as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def job():
     """A kernel of 11 samples and 3 outputs in 4 × 4 tiles."""
     made = make_job()
     inputs = Inputs(made.x, made.samples)
-    return KernelJob(small_network(), inputs, made.x, SPEC, CPU)
+    return Computation(small_network(), inputs, made.x, SPEC, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +69,18 @@ def expected(job, tmp_path_factory):
     return files_of(path)
 
 
-def shared_out(job: KernelJob, team: Team) -> KernelJob:
-    return KernelJob(job.model, job.inputs, job.probe, SHARED, CPU, hands=Hands(team))
+def shared_out(job: Computation, pool: WorkerPool) -> Computation:
+    return Computation(job.model, job.inputs, job.probe, SHARED, CPU, execution=Execution(pool))
 
 
 # what is done ---------------------------------------------------------------------------------------------------------
 
 
-def test_workers_write_the_bytes_of_one_process(job, expected, team, tmp_path):
+def test_workers_write_the_bytes_of_one_process(job, expected, pool, tmp_path):
     seen = []
     place = LocalFolder(tmp_path / "k.zarr")
     store = make(
-        place, shared_out(job, team), InlineLoader(job.model, job.inputs), lambda *what: seen.append(what[:3])
+        place, shared_out(job, pool), InlineLoader(job.model, job.inputs), lambda *what: seen.append(what[:3])
     )  # fmt: skip
     assert store.is_complete
     assert files_of(tmp_path / "k.zarr") == expected
@@ -89,43 +89,43 @@ def test_workers_write_the_bytes_of_one_process(job, expected, team, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]  # no lock is left
 
 
-def test_only_what_is_missing_is_computed(job, expected, team, tmp_path):
+def test_only_what_is_missing_is_computed(job, expected, pool, tmp_path):
     path = tmp_path / "k.zarr"
-    make(LocalFolder(path), shared_out(job, team), InlineLoader(job.model, job.inputs))
+    make(LocalFolder(path), shared_out(job, pool), InlineLoader(job.model, job.inputs))
     chunks = [path / "ntk_float32/c/1/3", path / "ntk_float16/c/0/0"]
     for chunk in chunks:
         chunk.unlink()
     before = {file: file.stat().st_mtime_ns for file in path.glob("ntk_*/c/*/*")}
-    make(LocalFolder(path), shared_out(job, team), InlineLoader(job.model, job.inputs))
+    make(LocalFolder(path), shared_out(job, pool), InlineLoader(job.model, job.inputs))
     assert files_of(path) == expected
     changed = {file for file in before if file.stat().st_mtime_ns != before[file]}
     assert changed <= {path / f"ntk_{dtype}/c/{place}" for dtype in ("float16", "float32") for place in ("1/3", "0/0")}
 
 
-def test_a_client_and_a_number_of_workers_are_taken_from_python(job, expected, team, tmp_path):
+def test_a_client_and_a_number_of_workers_are_taken_from_python(job, expected, pool, tmp_path):
     x = job.inputs.x
     alone = ntkgen.compute(job.model, x, store=tmp_path / "1.zarr", tile_side=9, memory_bytes=1 << 30)
     ntkgen.compute(
-        job.model, x, store=tmp_path / "2.zarr", tile_side=9, memory_bytes=1 << 30, client=team.client
+        job.model, x, store=tmp_path / "2.zarr", tile_side=9, memory_bytes=1 << 30, client=pool.client
     )  # fmt: skip
     assert files_of(tmp_path / "2.zarr") == files_of(alone.path)
     with pytest.raises(InputError, match="expected one of them"):
-        ntkgen.compute(job.model, x, store=tmp_path / "3.zarr", workers=2, client=team.client)
+        ntkgen.compute(job.model, x, store=tmp_path / "3.zarr", workers=2, client=pool.client)
     assert not (tmp_path / "3.zarr").exists()
 
 
-def test_a_store_in_this_process_alone_is_refused(job, team):
+def test_a_store_in_this_process_alone_is_refused(job, pool):
     import zarr
 
     with pytest.raises(InputError, match="in the memory of this process"):
-        ntkgen.compute(job.model, job.inputs.x, store=zarr.storage.MemoryStore(), tile_side=9, client=team.client)
+        ntkgen.compute(job.model, job.inputs.x, store=zarr.storage.MemoryStore(), tile_side=9, client=pool.client)
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("ntkgen.engine.cluster.CONNECT_SECONDS", 1)
     with (
         pytest.raises(InputError, match=r"No cluster answers at tcp://127\.0\.0\.1:9"),
-        open_team(None, "tcp://127.0.0.1:9", "cpu"),
+        open_pool(None, "tcp://127.0.0.1:9", "cpu"),
     ):
         pass
 
@@ -184,49 +184,49 @@ class Sabotaged:
 
 
 @pytest.mark.parametrize("kind", chosen(["kill", "litter", "fail", "hang", "stop"], ["litter"]))
-def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, team, kind, tmp_path):
-    patient = team if kind in {"kill", "litter", "fail"} else dataclasses.replace(team, tile_seconds=6.0)
+def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, pool, kind, tmp_path):
+    patient = pool if kind in {"kill", "litter", "fail"} else dataclasses.replace(pool, tile_seconds=6.0)
     load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, kind)
     make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, patient), load)
     assert (tmp_path / f"{kind}0").exists()
     assert files_of(tmp_path / "k.zarr") == expected
 
 
-def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done(job, expected, team, tmp_path):
+def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done(job, expected, pool, tmp_path):
     load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "fail", times=1000)
     with pytest.raises(WorkerError, match="RuntimeError: cosmic rays"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), load)
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
     assert files_of(tmp_path / "k.zarr") == expected
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_each_time_ends_the_run(job, team, monkeypatch, tmp_path):
+def test_a_worker_that_dies_each_time_ends_the_run(job, pool, monkeypatch, tmp_path):
     monkeypatch.setattr(scheduler, "MAX_ATTEMPTS", 2)
     load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "kill", times=1000)
     with pytest.raises(WorkerError, match="lost or stalled 2 times"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), load)
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_at_once(job, team, tmp_path):
+def test_a_full_disk_ends_the_run_at_once(job, pool, tmp_path):
     load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "full", times=1000)
     with pytest.raises(OSError, match="No space left") as raised:
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), load)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), load)
     assert raised.value.errno == errno.ENOSPC
     assert Counter(file.name[:4] for file in tmp_path.iterdir())["full"] <= 2  # each worker has met it once at most
 
 
-def test_a_worker_that_finds_other_samples_refuses_them(job, team, tmp_path):
+def test_a_worker_that_finds_other_samples_refuses_them(job, pool, tmp_path):
     other = Inputs(job.inputs.x + 1, job.inputs.samples)
     with pytest.raises(FingerprintError, match="other samples than the store"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, other))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, other))
     assert not open_store(tmp_path / "k.zarr").is_complete
 
 
-def test_nothing_of_a_run_stays_with_the_workers(job, team, tmp_path):
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
-    plugins = team.client.run(_plugins)
+def test_nothing_of_a_run_stays_with_the_workers(job, pool, tmp_path):
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+    plugins = pool.client.run(_plugins)
     assert [name for names in plugins.values() for name in names if name.startswith("ntkgen")] == []
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
 
@@ -256,19 +256,19 @@ def killing_before(monkeypatch, method: str, number: int) -> list[int]:
     [("register_plugin", 1), ("run", 1), ("run", 2), ("run", 3), ("unregister_worker_plugin", 1)],
 )
 def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
-    job, expected, team, method, number, monkeypatch, tmp_path
+    job, expected, pool, method, number, monkeypatch, tmp_path
 ):
     with monkeypatch.context() as patch:
         calls = killing_before(patch, method, number)
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
     assert len(calls) >= number
     assert files_of(tmp_path / "k.zarr") == expected
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, expected, team, monkeypatch, tmp_path):
+def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, expected, pool, monkeypatch, tmp_path):
     """A job that has ended, as far as the scheduler knows, but whose outcome is lost before it is fetched."""
-    ended, killed = Team._ended, []
+    ended, killed = WorkerPool._ended, []
 
     def ending(self, futures):
         found = ended(self, futures)
@@ -281,8 +281,8 @@ def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, ex
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(Team, "_ended", ending)
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, team), InlineLoader(job.model, job.inputs))
+        patch.setattr(WorkerPool, "_ended", ending)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
     assert killed
     assert files_of(tmp_path / "k.zarr") == expected
 
@@ -292,29 +292,29 @@ def test_workers_that_do_not_start_are_one_error(monkeypatch):
         raise RuntimeError("Nanny failed to start.")
 
     monkeypatch.setattr("distributed.LocalCluster", refuse)
-    with pytest.raises(WorkerError, match=r"2 workers did not start \(Nanny failed"), open_team(2, None, "cpu"):
+    with pytest.raises(WorkerError, match=r"2 workers did not start \(Nanny failed"), open_pool(2, None, "cpu"):
         pass
 
 
 @pytest.mark.slow
 def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_path):
     monkeypatch.setattr(scheduler, "NO_WORKER_SECONDS", 2)
-    monkeypatch.setattr(Team, "workers", lambda team: set())
-    with open_team(1, None, "cpu") as alone, monkeypatch.context() as patch:
-        patch.setattr(Team, "_ask", lambda team, function, *args, **_: {"w": function(*args, None) if args else "host"})
-        patch.setattr("ntkgen.engine.worker.budget", lambda share, _: memory_budget(CPU, share.memory_bytes))
+    monkeypatch.setattr(WorkerPool, "workers", lambda pool: set())
+    with open_pool(1, None, "cpu") as alone, monkeypatch.context() as patch:
+        patch.setattr(WorkerPool, "_ask", lambda _, asked, *args, **__: {"w": asked(*args, None) if args else "host"})
+        patch.setattr("ntkgen.engine.worker.budget", lambda limits, _: memory_budget(CPU, limits.memory_bytes))
         with pytest.raises(WorkerError, match="None of the 1 workers is left"):
             make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), InlineLoader(job.model, job.inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")  # two threads set and reset what is ignored
-def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expected, team, tmp_path):
-    shared = shared_out(job, team)
+def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expected, pool, tmp_path):
+    shared = shared_out(job, pool)
     plain = dataclasses.replace(shared, spec=dataclasses.replace(SHARED, certify=False))
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as threads:
         places = [LocalFolder(tmp_path / name) for name in ("1.zarr", "2.zarr")]
-        runs = [pool.submit(make, place, plain, InlineLoader(job.model, job.inputs)) for place in places]
+        runs = [threads.submit(make, place, plain, InlineLoader(job.model, job.inputs)) for place in places]
         for run in runs:
             run.result()
     for place in places:
@@ -323,7 +323,7 @@ def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expect
 
 
 class Lingering:
-    """A bench that is told to end while it writes."""
+    """A tile computer whose run ends while it writes."""
 
     def __init__(self, during):
         self.during, self.store = during, self
@@ -345,47 +345,47 @@ class Lingering:
 
 def test_a_worker_that_is_told_to_let_go_ends_with_its_tile_and_keeps_others_out_until_then(tmp_path):
     place, alone = LocalFolder(tmp_path / "k.zarr"), []
-    hand = worker.Hand(jobs.Assignment(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
-    hand.setup(SimpleNamespace(name=0))
+    plugin = worker.TilePlugin(jobs.Assignment(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
+    plugin.setup(SimpleNamespace(name=0))
 
     def during():
-        hand.let_go()
+        plugin.release()
         with without_tile_writers(place) as is_alone:
             alone.append(is_alone)
 
-    hand.bench = Lingering(during)
-    hand.held.enter_context(tile_lock(place))
-    bench = hand.bench
-    outcome = hand.do(Job(band=Band((), (Tile(0, 0), Tile(0, 1), Tile(0, 2)))))
+    plugin.computer = Lingering(during)
+    plugin.held.enter_context(tile_lock(place))
+    computer = plugin.computer
+    outcome = plugin.do(Job(band=Band((), (Tile(0, 0), Tile(0, 1), Tile(0, 2)))))
     assert isinstance(outcome.error, WorkerError)
-    assert (bench.written, alone) == (1, [False])
-    assert hand.bench is None
+    assert (computer.written, alone) == (1, [False])
+    assert plugin.computer is None
     with without_tile_writers(place) as is_alone:
         assert is_alone
 
 
 @pytest.mark.slow
-def test_workers_that_dask_has_given_up_are_started_anew(team):
-    team.machine("float32", None)
-    cluster = team.client.cluster
+def test_workers_that_dask_has_given_up_are_started_anew(pool):
+    pool.machine("float32", None)
+    cluster = pool.client.cluster
     nanny = next(iter(cluster.workers.values()))
     cluster.sync(nanny.close)
     until = time.monotonic() + 60
-    while nanny.worker_address in team.workers() and time.monotonic() < until:
+    while nanny.worker_address in pool.workers() and time.monotonic() < until:
         time.sleep(0.1)
-    while len(team.workers()) < 2 and time.monotonic() < until:
-        team._refill()
+    while len(pool.workers()) < 2 and time.monotonic() < until:
+        pool._start_missing_workers()
         time.sleep(1)
-    assert len(team.workers()) == 2
+    assert len(pool.workers()) == 2
 
 
-def test_a_scheduler_that_has_gone_is_one_error(team, monkeypatch):
+def test_a_scheduler_that_has_gone_is_one_error(pool, monkeypatch):
     def refuse(*_):
         raise OSError("Timed out trying to connect")
 
     monkeypatch.setattr(Client, "nthreads", refuse)
     with pytest.raises(WorkerError, match="scheduler of the cluster does not answer"):
-        team.workers()
+        pool.workers()
 
 
 @pytest.mark.slow
@@ -449,13 +449,13 @@ def test_a_machine_is_shared_in_equal_parts():
     assert torch.get_num_threads() == before
 
 
-def test_workers_of_ours_share_the_memory_that_is_asked_for_and_those_of_others_have_it_each(team):
-    assert team.machine("float32", 1000).budget.available_bytes == 500
-    assert dataclasses.replace(team, num_own=0).machine("float32", 1000).budget.available_bytes == 1000
-    assert team.machine("float32", None).environment.threads == 1
+def test_workers_of_ours_share_the_memory_that_is_asked_for_and_those_of_others_have_it_each(pool):
+    assert pool.machine("float32", 1000).budget.available_bytes == 500
+    assert dataclasses.replace(pool, num_own=0).machine("float32", 1000).budget.available_bytes == 1000
+    assert pool.machine("float32", None).environment.threads == 1
 
 
-def test_workers_keep_a_whole_run_of_another_process_out(job, team, tmp_path, monkeypatch):
+def test_workers_keep_a_whole_run_of_another_process_out(job, pool, tmp_path, monkeypatch):
     from ntkgen.errors import StoreLockedError
     from ntkgen.files import lock
 
@@ -464,4 +464,4 @@ def test_workers_keep_a_whole_run_of_another_process_out(job, team, tmp_path, mo
     with tile_lock(place), pytest.raises(StoreLockedError, match="writing tiles"):
         make(place, job, InlineLoader(job.model, job.inputs))
     with write_lock(place), pytest.raises(StoreLockedError):
-        make(place, shared_out(job, team), InlineLoader(job.model, job.inputs))
+        make(place, shared_out(job, pool), InlineLoader(job.model, job.inputs))

@@ -16,7 +16,7 @@ from cases import CPU, chosen, files_of, make_job, small_network
 
 from ntkgen import cli
 from ntkgen.engine import compute
-from ntkgen.engine.compute import Hands, KernelJob, make
+from ntkgen.engine.compute import Computation, Execution, make
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader
 from ntkgen.errors import InputError, StoreLockedError
@@ -38,15 +38,15 @@ COMMAND = [
 def job():
     """A kernel of 11 samples and 3 outputs in 4 × 4 tiles."""
     made = make_job()
-    return KernelJob(small_network(), Inputs(made.x, made.samples), made.x, SPEC, CPU)
+    return Computation(small_network(), Inputs(made.x, made.samples), made.x, SPEC, CPU)
 
 
-def part_of(job: KernelJob, text: str) -> KernelJob:
-    hands = Hands(part=Part.parse(text))
-    return KernelJob(job.model, job.inputs, job.probe, SPEC, CPU, hands=hands)
+def part_of(job: Computation, text: str) -> Computation:
+    execution = Execution(part=Part.parse(text))
+    return Computation(job.model, job.inputs, job.probe, SPEC, CPU, execution=execution)
 
 
-def run(job: KernelJob, path: Path, report=lambda *_: None) -> KernelStore:
+def run(job: Computation, path: Path, report=lambda *_: None) -> KernelStore:
     return make(LocalFolder(path), job, InlineLoader(job.model, job.inputs), report)
 
 

@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 import ntkgen
 from ntkgen import origin
-from ntkgen.engine.recompute import Means, draw_tiles, must_be_equal, recompute, tolerance_of
+from ntkgen.engine.recompute import Resources, draw_tiles, must_be_equal, recompute, tolerance_of
 from ntkgen.errors import BudgetError, FingerprintError
 from ntkgen.inputs import Inputs
 from ntkgen.plan.plan import Budget
@@ -25,7 +25,7 @@ from ntkgen.store.schema import Samples
 from ntkgen.training import zoo
 
 CPU = torch.device("cpu")
-MEANS = Means(CPU, Budget(1 << 30, 1 << 30))
+RESOURCES = Resources(CPU, Budget(1 << 30, 1 << 30))
 SHAPES = {
     "upper": {"layout": "upper"},
     "full": {"layout": "full"},
@@ -55,7 +55,7 @@ def store(job, tmp_path):
 
 
 def again(store, job, tiles, shape="upper"):
-    return recompute(store, job.module, inputs_of(job, shape), tiles, MEANS)
+    return recompute(store, job.module, inputs_of(job, shape), tiles, RESOURCES)
 
 
 def changed(store, **changes):
@@ -89,7 +89,7 @@ def test_every_tile_is_the_same_again(job, shape):
     before = {key: store.folder.read(key) for key in store.folder.sizes()}
     tiles, reports = list(store.grid.tiles()), []
     found = recompute(
-        store, job.module, inputs_of(job, shape), tiles[::3], MEANS, lambda *report: reports.append(report)
+        store, job.module, inputs_of(job, shape), tiles[::3], RESOURCES, lambda *report: reports.append(report)
     )
     assert {(each.tile, each.dtype) for each in found} == {
         ((tile.row, tile.col), dtype) for tile in tiles[::3] for dtype in store.manifest.dtypes
@@ -122,12 +122,12 @@ def test_a_wrong_mirror_and_wrong_counts_are_named(job, tmp_path):
 
 def test_another_network_is_refused(store, job):
     with pytest.raises(FingerprintError, match="other parameters"):
-        recompute(store, zoo.build("logistic", 3, seed=0), inputs_of(job), [Tile(0, 0)], MEANS)
+        recompute(store, zoo.build("logistic", 3, seed=0), inputs_of(job), [Tile(0, 0)], RESOURCES)
 
 
 def test_too_little_memory_is_refused(store, job):
     with pytest.raises(BudgetError):
-        recompute(store, job.module, inputs_of(job), [Tile(0, 0)], Means(CPU, Budget(10, 10)))
+        recompute(store, job.module, inputs_of(job), [Tile(0, 0)], Resources(CPU, Budget(10, 10)))
 
 
 # but for rounding -----------------------------------------------------------------------------------------------------

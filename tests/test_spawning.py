@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ntkgen.engine.coordinator import open_team
+from ntkgen.engine.coordinator import open_pool
 from ntkgen.engine.spawning import SIGN, require_main_guard, without_missing_script
 from ntkgen.errors import InputError
 
@@ -30,7 +30,7 @@ def importing(monkeypatch):
 
 def test_a_process_that_comes_to_the_call_again_ends_without_a_word(importing, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv(SIGN, str(tmp_path / "again"))
-    with pytest.raises(SystemExit), open_team(2, None, "cpu"):
+    with pytest.raises(SystemExit), open_pool(2, None, "cpu"):
         pass
     assert (tmp_path / "again").exists()
     assert capfd.readouterr() == ("", "")
@@ -47,7 +47,7 @@ def test_who_started_such_processes_is_told_once(monkeypatch):
         raise RuntimeError("Nanny failed to start.")
 
     monkeypatch.setattr("distributed.LocalCluster", refuse)
-    with pytest.raises(InputError, match="began to run it from its first line") as raised, open_team(2, None, "cpu"):
+    with pytest.raises(InputError, match="began to run it from its first line") as raised, open_pool(2, None, "cpu"):
         pass
     assert raised.value.__suppress_context__
     assert SIGN not in os.environ

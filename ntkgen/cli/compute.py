@@ -15,8 +15,8 @@ from ntkgen.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ntkgen.engine.compute import Hands
-    from ntkgen.pipeline import Job
+    from ntkgen.engine.compute import Execution
+    from ntkgen.pipeline import PlannedKernel
 
 
 @click.command(cls=ManyCommand)
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Compare the finished kernel with the exact one, and store the error bound.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Compute in so many processes of this machine.")
+@click.option("--workers", type=click.IntRange(min=1), help="Compute in several processes of this machine.")
 @click.option("--scheduler", metavar="ADDRESS|FILE", help="Compute on the workers of a running dask cluster.")
 @click.option("--part", metavar="k/K", help="Compute the k-th of K parts, as one job of an array; the last finishes.")
 @click.option("--tile-timeout", type=FiniteRange(min=0, min_open=True), help="Seconds a worker may need for a tile.")
@@ -96,17 +96,17 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     who = {name: options.pop(name) for name in ("workers", "scheduler", "part", "tile_timeout")}
     spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
     kernel = pipeline.KernelRequest(**samples, spec=spec)
-    with _hands(settings, **who) as hands:
-        place, data = settings.place(hands), settings.load_data()
+    with _execution(settings, **who) as execution:
+        place, data = settings.place(execution), settings.load_data()
         against = None if kernel.against is None else settings.load_data(kernel.against)
         missing_bytes = 0
         for request in settings.requests():  # everything that can be wrong is found before anything runs
-            job = pipeline.plan_job(request, kernel, place, data, against)
-            missing_bytes += job.missing_bytes
+            planned = pipeline.plan_kernel(request, kernel, place, data, against)
+            missing_bytes += planned.missing_bytes
             if settings.verbose:
-                click.echo(_treatment(job), err=True)
+                click.echo(_treatment(planned), err=True)
             if dry_run or explained:
-                projection = project(job, explained=explained)
+                projection = project(planned, explained=explained)
                 click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
         pipeline.require_disk(place, missing_bytes)
         if loses_precision(spec.precision, spec.dtypes):
@@ -115,10 +115,10 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
             return 0
         exit_code = 0
         for request in settings.requests():
-            job = pipeline.plan_job(request, kernel, place, data, against)
-            projected = duration_of(job).total if takes_minutes(job) else None
+            planned = pipeline.plan_kernel(request, kernel, place, data, against)
+            projected = duration_of(planned).total if takes_minutes(planned) else None
             with progress_bars(request.model, quiet=settings.quiet) as report:
-                result = pipeline.run_job(job, report) | {"projected_seconds": projected}
+                result = pipeline.run_kernel(planned, report) | {"projected_seconds": projected}
             click.echo(json.dumps(result) if settings.as_json else _summary(result))
             if result["inaccuracy"] is not None:
                 click.echo(f"Error: {result['inaccuracy']}", err=True)
@@ -127,28 +127,28 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
 
 
 @contextmanager
-def _hands(
+def _execution(
     settings: Settings, *, workers: int | None, scheduler: str | None, part: str | None, tile_timeout: float | None
-) -> "Iterator[Hands]":
-    """Find who computes: this process, workers, or this process a part of the tiles.
+) -> "Iterator[Execution]":
+    """Choose what computes the tiles: this process, workers, or this process a part of them.
 
     Raises:
-        InputError: If more than one of them is asked for.
+        InputError: If both a part and workers are asked for.
     """
-    from ntkgen.engine.compute import Hands
-    from ntkgen.engine.coordinator import open_team
+    from ntkgen.engine.compute import Execution
+    from ntkgen.engine.coordinator import open_pool
     from ntkgen.plan.tiles import Part
 
     if part is not None and (workers is not None or scheduler is not None):
         raise InputError(
-            f"--part {part} is for processes that know nothing of each other, and workers share all parts: expected "
-            "one of the two. Leave out --part, or --workers and --scheduler."
+            f"--part {part} is for processes that run independently, and workers share all parts: expected one of "
+            "the two. Leave out --part, or --workers and --scheduler."
         )
     chosen = None if part is None else Part.parse(part)
-    with open_team(workers, scheduler, settings.device, tile_timeout) as team:
-        if team is not None and not settings.quiet:
-            click.echo(f"{team.num_workers} workers; dask shows them at {team.dashboard}", err=True)
-        yield Hands(team, chosen)
+    with open_pool(workers, scheduler, settings.device, tile_timeout) as pool:
+        if pool is not None and not settings.quiet:
+            click.echo(f"{pool.num_workers} workers; dask shows them at {pool.dashboard}", err=True)
+        yield Execution(pool, chosen)
 
 
 def _precision_warning(precision: str, dtypes: tuple[str, ...]) -> str:
@@ -159,10 +159,10 @@ def _precision_warning(precision: str, dtypes: tuple[str, ...]) -> str:
     )
 
 
-def _treatment(job: "Job") -> str:
-    """Say how each layer's parameters are treated."""
-    plan = job.plan.jacobian
-    lines = [f"{job.training.model}: blocks of {job.plan.block_samples} samples, batches of {plan.batch_size}"]
+def _treatment(planned: "PlannedKernel") -> str:
+    """Describe the treatment of each layer's parameters."""
+    plan = planned.plan.jacobian
+    lines = [f"{planned.training.model}: blocks of {planned.plan.block_samples} samples, batches of {plan.batch_size}"]
     lines += [
         f"  {layer.shape.name or '(the network itself)'}: {layer.order}, {layer.shape.num_params:,} parameters, "
         f"{layer.shape.positions} positions{', rows kept' if layer.keeps_rows else ''}"
@@ -204,14 +204,14 @@ def _time(seconds: dict[str, Any]) -> str:
 
 
 def _samples(values: dict[str, Any]) -> str:
-    """Write how many samples a kernel is of, and rows per sample."""
+    """Write the samples of a kernel, and the rows per sample."""
     against = "" if values["num_col_samples"] is None else f" against {values['num_col_samples']:,}"
     outputs = "" if values["num_outputs"] == 1 else f" × {values['num_outputs']} outputs"
     return f"{values['num_samples']:,} samples{against}{outputs}"
 
 
 def _size(values: dict[str, Any]) -> str:
-    """Write the size of a kernel, and of what it is if it is not of all outputs."""
+    """Write the size of a kernel, and its output map if that is not ``full``."""
     of = "" if values["output"] == "full" else f", output {values['output']}"
     return f"{values['rows']:,} × {values['cols']:,}{of}"
 

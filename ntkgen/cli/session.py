@@ -13,7 +13,7 @@ TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
 
 if TYPE_CHECKING:
     from ntkgen.data.dataset import Dataset
-    from ntkgen.engine.compute import Hands
+    from ntkgen.engine.compute import Execution
     from ntkgen.pipeline import Place, TrainingRequest
 
 
@@ -78,15 +78,15 @@ class Settings:
         loaded = data.load(self.dataset, data_dir=self.data_dir, split=split)
         return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
 
-    def place(self, hands: "Hands | None" = None) -> "Place":
-        """Say where everything happens, and who computes."""
-        from ntkgen.engine.compute import ALONE
+    def place(self, execution: "Execution | None" = None) -> "Place":
+        """Say where results lie, and what computes them."""
+        from ntkgen.engine.compute import LOCAL
         from ntkgen.engine.machine import choose_device
         from ntkgen.files.place import folder_of
         from ntkgen.pipeline import Place
 
         out = folder_of(self.out, fsync=self.fsync)
-        return Place(out, choose_device(self.device), hands or ALONE, self.data_dir)
+        return Place(out, choose_device(self.device), execution or LOCAL, self.data_dir)
 
     def requests(self) -> "list[TrainingRequest]":
         """List the networks: every model with every seed."""

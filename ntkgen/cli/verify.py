@@ -221,8 +221,8 @@ def _recomputed(
     _require_small_arrays(store, damage)
     download = wanted.num_recomputed is not None or wanted.certified  # what was not asked for fetches nothing
     device, memory = choose_device(wanted.device), wanted.memory_bytes
-    again = origin.Again(wanted.num_recomputed, wanted.seed, device, memory, wanted.data_dir, download)
-    return origin.recompute_again(store, whole_tiles(store, damage), again, report)
+    settings = origin.RecomputeSettings(wanted.num_recomputed, wanted.seed, device, memory, wanted.data_dir, download)
+    return origin.recompute_tiles(store, whole_tiles(store, damage), settings, report)
 
 
 def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> None:

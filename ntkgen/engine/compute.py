@@ -1,4 +1,4 @@
-"""A module and its samples → a finished store: what `ntkgen.compute` and the command line share."""
+"""A module and its samples → a finished store; shared by `ntkgen.compute` and the command line."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from zarr.abc.store import Store
 
 from ntkgen.checks.certify import add_certificate, forget_certificate
-from ntkgen.engine.coordinator import Team, open_team
+from ntkgen.engine.coordinator import WorkerPool, open_pool
 from ntkgen.engine.identity import KernelSpec, identity_of, require_same_network
 from ntkgen.engine.jobs import InlineLoader, Loader
 from ntkgen.engine.machine import Machine, check_environment, describe_machine
-from ntkgen.engine.run import Bench, run, run_diagonal, run_tiles
+from ntkgen.engine.run import TileComputer, run, run_diagonal, run_tiles
 from ntkgen.errors import FingerprintError, InputError, RuleError, StoreLockedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
@@ -40,38 +40,38 @@ from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
 
-# What an attempt at a store gives.
+# The result of an attempt at a store.
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Hands:
-    """Who computes the tiles: this process; ``team``, the workers of a cluster; or this process a ``part`` of them."""
+class Execution:
+    """What computes the tiles: this process, the workers of a ``pool``, or this process a ``part`` of the tiles."""
 
-    team: Team | None = None
+    pool: WorkerPool | None = None
     part: Part | None = None
 
 
-ALONE = Hands()
+LOCAL = Execution()
 
 
 @dataclass(frozen=True)
-class KernelJob:
-    """A kernel to be made: of what, how, where, and by whom."""
+class Computation:
+    """One kernel: its network and samples, how it is stored, and what computes it."""
 
     model: nn.Module
     inputs: Inputs
-    probe: Tensor  # some samples to try the network on
+    probe: Tensor  # samples for the trial of the network
     spec: KernelSpec
     device: torch.device
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    hands: Hands = ALONE
-    excluded: frozenset[str] = frozenset()  # parameters whose rule was found not to hold for some batch
+    execution: Execution = LOCAL
+    excluded: frozenset[str] = frozenset()  # parameters whose rule does not hold for some batch
 
     def machine(self) -> Machine:
-        """Describe what computes the tiles: this process, or the workers."""
-        if self.hands.team is not None:
-            return self.hands.team.machine(self.spec.precision, self.spec.memory_bytes)
+        """Describe the machine that computes the tiles: this one, or those of the workers."""
+        if self.execution.pool is not None:
+            return self.execution.pool.machine(self.spec.precision, self.spec.memory_bytes)
         return describe_machine(self.device, self.spec.precision, self.spec.memory_bytes)
 
 
@@ -122,59 +122,59 @@ def compute(
     workers, client = settings.pop("workers", None), settings.pop("client", None)
     spec, given = _spec_of(settings), _inputs_of(inputs, against, labels)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
-    job = KernelJob(model, given, given.probe, spec, device)
-    with open_team(workers, client, str(device)) as team:
-        return make(folder, dataclasses.replace(job, hands=Hands(team)), InlineLoader(model, given), report)
+    kernel = Computation(model, given, given.probe, spec, device)
+    with open_pool(workers, client, str(device)) as pool:
+        return make(folder, dataclasses.replace(kernel, execution=Execution(pool)), InlineLoader(model, given), report)
 
 
-def make(folder: Folder, job: KernelJob, load: Loader, report: Report = ignore_report) -> KernelStore:
-    """Make a kernel, or what is missing of it, and certify it; of a part, that when it is the last one.
+def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ignore_report) -> KernelStore:
+    """Compute a kernel, or what is missing of it, and certify it. Of several parts the last one certifies it.
 
     Args:
         folder: Where the store is, or is to be.
-        job: What is to be made.
-        load: How a worker of a cluster comes by the network and its samples.
+        kernel: The kernel.
+        load: Loads network and samples on a worker of a cluster.
         report: Called as the stages proceed.
 
     Raises:
-        InaccurateKernelError: If the certificate finds the finished kernel wrong, now or when it was made.
+        InaccurateKernelError: If the certificate says that the finished kernel is wrong.
     """
-    if job.hands.part is not None:
-        store = _make_part(folder, job, job.hands.part, report)
+    if kernel.execution.part is not None:
+        store = _make_part(folder, kernel, kernel.execution.part, report)
     else:
-        store = _make_whole(folder, job, load, report)
+        store = _make_whole(folder, kernel, load, report)
     require_accurate(store)  # last: everything is committed, and no lock is held
     return store
 
 
-def _make_whole(folder: Folder, job: KernelJob, load: Loader, report: Report) -> KernelStore:
+def _make_whole(folder: Folder, kernel: Computation, load: Loader, report: Report) -> KernelStore:
     with write_lock(folder):
         require_no_tile_writers(folder)
-        store, network = _opened(folder, job)
+        store, network = _opened(folder, kernel)
         if not store.is_complete:
             forget_certificate(store)
-            store = _without_wrong_rules(store, network, job, partial(_run, job=job, load=load, report=report))
+            store = _without_wrong_rules(store, network, kernel, partial(_run, kernel=kernel, load=load, report=report))
             with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
-                if is_alone:  # a worker that was killed has left what it was writing
+                if is_alone:  # a worker that was killed has left a partial file
                     folder.sweep()
-        _certified(store, job, report)
+        _certified(store, kernel, report)
     return store
 
 
 def _without_wrong_rules(
     store: KernelStore,
     network: Network,
-    job: KernelJob,
+    kernel: Computation,
     attempt: Callable[[KernelStore, Network], T],
     *,
     is_alone: bool = True,
 ) -> T:
-    """Compute on a store; where a batch shows that a rule does not hold, begin the store anew without it.
+    """Compute on a store. If a rule does not hold for some batch, begin the store anew without the rule.
 
     Raises:
-        RuleError: If that shows while other parts are at work.
+        RuleError: If that happens while other parts are running.
     """
-    excluded = job.excluded
+    excluded = kernel.excluded
     while True:
         try:
             return attempt(store, network)
@@ -182,102 +182,102 @@ def _without_wrong_rules(
             if not is_alone:
                 raise
             excluded = more_excluded(excluded, error)
-            store, network = begin_anew(store, dataclasses.replace(job, excluded=excluded))
+            store, network = begin_anew(store, dataclasses.replace(kernel, excluded=excluded))
 
 
-def begin_anew(store: KernelStore, job: KernelJob) -> tuple[KernelStore, Network]:
+def begin_anew(store: KernelStore, kernel: Computation) -> tuple[KernelStore, Network]:
     """Replace a store that has no tile yet by one whose plan excludes some rules.
 
     Raises:
-        RuleError: If it has a tile: which ones such a rule has spoilt is not known.
+        RuleError: If it has a tile, which the rule may have spoilt.
     """
     if len(store.missing_tiles()) < store.grid.num_tiles:
-        raise RuleError(sorted(job.excluded))
+        raise RuleError(sorted(kernel.excluded))
     store.folder.clear()
-    return _opened(store.folder, job)
+    return _opened(store.folder, kernel)
 
 
-def _opened(folder: Folder, job: KernelJob, *, is_alone: bool = True) -> tuple[KernelStore, Network]:
+def _opened(folder: Folder, kernel: Computation, *, is_alone: bool = True) -> tuple[KernelStore, Network]:
     if has_store(folder):  # as it was begun
         planned = open_store(folder).manifest.plan.profile.fallback
-        job = dataclasses.replace(job, excluded=job.excluded.union(planned))
-    network, plan_anew = ready(job)
-    grid = _grid(network, job.spec, job.inputs.counts)
-    identity = identity_of(job.model, job.inputs, job.spec, grid)
-    store = open_or_create(folder, job.spec, identity, job.inputs, job.provenance, plan_anew)
+        kernel = dataclasses.replace(kernel, excluded=kernel.excluded.union(planned))
+    network, plan_anew = ready(kernel)
+    grid = _grid(network, kernel.spec, kernel.inputs.counts)
+    identity = identity_of(kernel.model, kernel.inputs, kernel.spec, grid)
+    store = open_or_create(folder, kernel.spec, identity, kernel.inputs, kernel.provenance, plan_anew)
     if is_alone:
-        tidy(store, job.inputs.samples)
-    require_same_network(store, network, job.inputs)
+        tidy(store, kernel.inputs.samples)
+    require_same_network(store, network, kernel.inputs)
     return store, network
 
 
-def _run(store: KernelStore, network: Network, job: KernelJob, load: Loader, report: Report) -> KernelStore:
+def _run(store: KernelStore, network: Network, kernel: Computation, load: Loader, report: Report) -> KernelStore:
     """Compute what is missing of a store, in this process or on the workers of a cluster."""
-    plan, machine = store.manifest.plan, job.machine()
+    plan, machine = store.manifest.plan, kernel.machine()
     cached_blocks = plan.cached_blocks(machine.budget)
-    if job.hands.team is not None:
-        job.hands.team.run(store, load, cached_blocks=cached_blocks, report=report)
+    if kernel.execution.pool is not None:
+        kernel.execution.pool.run(store, load, cached_blocks=cached_blocks, report=report)
     else:
-        check_environment(plan, job.device)
-        run(network, job.inputs.all, store, cached_blocks=cached_blocks, report=report)
+        check_environment(plan, kernel.device)
+        run(network, kernel.inputs.all, store, cached_blocks=cached_blocks, report=report)
     return store
 
 
-def _make_part(folder: Folder, job: KernelJob, part: Part, report: Report) -> KernelStore:
-    """Compute a part of the tiles beside other processes that compute the others.
+def _make_part(folder: Folder, kernel: Computation, part: Part, report: Report) -> KernelStore:
+    """Compute a part of the tiles, while other processes compute the others.
 
-    Who comes first makes the store and its diagonal, for which the others wait; who is the last certifies the kernel.
+    The first process creates the store and its diagonal, while the others wait; the last one certifies the kernel.
     """
     with ExitStack() as writing:
         with write_lock(folder, is_short=True, waiting=partial(report, "waiting", 0, 1)):
             with without_tile_writers(folder) as is_alone:
-                store, network = _opened(folder, job, is_alone=is_alone)
+                store, network = _opened(folder, kernel, is_alone=is_alone)
             writing.enter_context(tile_lock(folder))
             missing = set(store.missing_tiles())
             tiles = [tile for tile in part.of(list(store.grid.tiles())) if tile in missing]
             if tiles:
                 forget_certificate(store)
-                attempt = partial(_bench_with_diagonal, job=job, report=report)
-                bench = _without_wrong_rules(store, network, job, attempt, is_alone=is_alone)
+                attempt = partial(_computer_with_diagonal, kernel=kernel, report=report)
+                computer = _without_wrong_rules(store, network, kernel, attempt, is_alone=is_alone)
         if tiles:
-            run_tiles(bench, tiles, bench.cached_blocks, report)
-    _finish_last(folder, job, report)
+            run_tiles(computer, tiles, report)
+    _finish_last(folder, kernel, report)
     return open_store(folder)
 
 
-def _bench_with_diagonal(store: KernelStore, network: Network, job: KernelJob, report: Report) -> Bench:
-    """Compute what is missing of the diagonal, and keep what has computed it."""
+def _computer_with_diagonal(store: KernelStore, network: Network, kernel: Computation, report: Report) -> TileComputer:
+    """Compute what is missing of the diagonal, and return what computes the tiles next."""
     plan = store.manifest.plan
-    check_environment(plan, job.device)
-    cached_blocks = plan.cached_blocks(job.machine().budget)
-    bench = Bench(network, job.inputs.all, store, cached_blocks=cached_blocks)
-    run_diagonal(bench, report)
-    return bench
+    check_environment(plan, kernel.device)
+    cached_blocks = plan.cached_blocks(kernel.machine().budget)
+    computer = TileComputer(network, kernel.inputs.all, store, cached_blocks=cached_blocks)
+    run_diagonal(computer, report)
+    return computer
 
 
-def _finish_last(folder: Folder, job: KernelJob, report: Report) -> None:
-    """Mark a store complete, and certify it, unless other parts are at work or missing.
+def _finish_last(folder: Folder, kernel: Computation, report: Report) -> None:
+    """Mark a store complete, and certify it, unless other parts are running or missing.
 
-    Who finds others at work leaves it to them: they wait for the lock, and look after him.
+    If others are running, it is left to them: they wait for the lock, and check again.
     """
     waiting = partial(report, "waiting", 0, 1)
     with (
-        suppress(StoreLockedError),  # a whole run has begun, which finishes it
+        suppress(StoreLockedError),  # a whole run has begun, and finishes it
         write_lock(folder, is_short=True, waiting=waiting),
         without_tile_writers(folder) as is_alone,
     ):
         store = open_store(folder, mode="r+")  # as others have left it
         if is_alone:
-            folder.sweep()  # what parts that were killed have left
+            folder.sweep()  # partial files of parts that were killed
         if is_alone and not store.missing_tiles() and not store.missing_blocks():
             if not store.is_complete:
                 store.finalize()
-            _certified(store, job, report)
+            _certified(store, kernel, report)
 
 
-def _certified(store: KernelStore, job: KernelJob, report: Report) -> None:
-    if job.spec.certify and store.manifest.certificate is None:
-        add_certificate(store, job.model, job.inputs, report=report)
+def _certified(store: KernelStore, kernel: Computation, report: Report) -> None:
+    if kernel.spec.certify and store.manifest.certificate is None:
+        add_certificate(store, kernel.model, kernel.inputs, report=report)
 
 
 def _spec_of(settings: Mapping[str, Any]) -> KernelSpec:
@@ -298,19 +298,19 @@ def _inputs_of(x: ArrayLike, against: ArrayLike | None, labels: ArrayLike | None
     return Inputs(rows, Samples(np.arange(len(rows)), marks, other), columns)
 
 
-def ready(job: KernelJob) -> tuple[Network, Callable[[], Plan]]:
-    """Prepare a network for the outputs that are asked for, and a way to plan its kernel for what computes it."""
-    spec = job.spec
-    network = prepare(job.model, job.probe, policy(spec.precision), job.device, job.excluded)
+def ready(kernel: Computation) -> tuple[Network, Callable[[], Plan]]:
+    """Prepare a network for its output map, and a function that plans its kernel for what computes it."""
+    spec = kernel.spec
+    network = prepare(kernel.model, kernel.probe, policy(spec.precision), kernel.device, kernel.excluded)
     chosen = output_map(spec.output, network.profile.num_logits)
     network = network.seen_through(chosen.matrix)
-    grid = _grid(network, spec, job.inputs.counts)
+    grid = _grid(network, spec, kernel.inputs.counts)
 
     def plan() -> Plan:
-        machine = job.machine()
+        machine = kernel.machine()
         choices = Choices(spec.precision, machine.rates, reduction=chosen.reduction)
         made = make_plan(network.profile, grid, choices, budget=machine.budget, environment=machine.environment)
-        made.cached_blocks(machine.budget)  # raises where less is free than was planned with
+        made.cached_blocks(machine.budget)  # raises if less memory is free than planned
         return made
 
     return network, plan
@@ -324,7 +324,7 @@ def _grid(network: Network, spec: KernelSpec, counts: tuple[int, int | None]) ->
 
 
 def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
-    """Choose between one triangle and both; a rectangular kernel has no triangles.
+    """Choose between one triangle and both. A rectangular kernel has no triangles.
 
     Raises:
         InputError: If one triangle of a rectangular kernel is asked for.
@@ -347,10 +347,10 @@ def open_or_create(
     provenance: Mapping[str, Any],
     plan_anew: Callable[[], Plan],
 ) -> KernelStore:
-    """Open a store to continue it, or create it; only under its lock.
+    """Open a store to continue it, or create it. The caller holds its lock.
 
     Raises:
-        FingerprintError: If there is one that was made of something else.
+        FingerprintError: If the store is of other parameters, samples or settings.
     """
     if not has_store(folder):
         plan = plan_anew()
@@ -366,7 +366,7 @@ def open_or_create(
 
 
 def check_layout(store: KernelStore, layout: str) -> None:
-    """Refuse to make both triangles in a store of one; both hold what one does.
+    """Refuse to write both triangles into a store of one. A store of both serves either request.
 
     Raises:
         FingerprintError: If both triangles are asked for by name, and one is stored.
@@ -374,5 +374,5 @@ def check_layout(store: KernelStore, layout: str) -> None:
     if layout == "full" and store.manifest.layout == "upper":
         raise FingerprintError(
             f"The store at {store.name} holds one triangle (layout upper), and both are asked for. Was it made "
-            "without --layout full? Finish it without, then `ntkgen mirror` writes the other triangle."
+            "without --layout full? Finish it without that option, then `ntkgen mirror` writes the other triangle."
         )

@@ -1,8 +1,8 @@
-"""The same tiles on a dask cluster: workers compute and commit, the coordinator hands out jobs and writes the rest.
+"""The same tiles on a dask cluster: workers compute and commit, the coordinator assigns jobs and writes the rest.
 
 A job is some tiles of one band, or some blocks of the diagonal. A worker loads network and samples once, skips what is
-on disk already, commits its tiles with the code of a single process, and returns a few numbers. Each worker has one job
-at a time. A job whose worker has died is given to another, one that has stalled too.
+on disk already, commits its tiles with the code of a single process, and returns a few numbers. The scheduler decides
+which worker gets which job; this module carries that out with dask.
 """
 
 import os
@@ -41,30 +41,38 @@ if TYPE_CHECKING:
 
     from ntkgen.plan.plan import Budget
 
-# Maximum attempts to tell the workers about a run.
-MAX_ENLISTMENTS = 10
-# Time between two looks at the workers, between two looks at the jobs, and to fetch an outcome.
+# Maximum attempts to register a run with the workers.
+MAX_REGISTRATIONS = 10
+# Interval between two looks at the workers, and between two looks at their jobs; timeout of fetching an outcome.
 POLL_SECONDS, LOOK_SECONDS, FETCH_SECONDS = 0.5, 0.01, 2.0
 
 
 @dataclass(frozen=True)
-class Team:
-    """The workers of a cluster, and what each of them computes on."""
+class WorkerPool:
+    """The workers of a cluster.
+
+    Attributes:
+        client: A client of the cluster.
+        device: What each worker computes on.
+        num_own: Processes of our own on this machine; 0 for the workers of a running cluster.
+        tile_seconds: The time after which a tile counts as stalled.
+    """
 
     client: "Client"
     device: str
-    num_own: int = 0  # processes of ours on this machine; 0: the workers are somebody else's
-    tile_seconds: float | None = None  # after which a tile is taken for stalled
+    num_own: int = 0
+    tile_seconds: float | None = None
 
     def machine(self, precision: str, memory_bytes: int | None) -> Machine:
-        """Describe what a worker has; the least memory of all.
+        """Describe the machine of a worker, with the least memory of all workers.
 
-        The memory asked for is that of all workers of ours together, and that of each of somebody else's.
+        Workers of our own share the ``memory_bytes``; each worker of a running cluster may take as much.
 
         Raises:
-            InputError: If there is none.
+            InputError: If there is no worker.
+            WorkerError: If no worker answers.
         """
-        self._refill()
+        self._start_missing_workers()
         wait_for_a_worker(self.client)
         from ntkgen.engine import worker
 
@@ -78,10 +86,10 @@ class Team:
         return Machine(found.environment, least, found.rates)
 
     def _ask(self, function: Callable[..., Any], *args: Any, only_one: bool = False) -> dict[str, Any]:
-        """Call a function on every worker, or on one; a worker that dies meanwhile does not answer.
+        """Call a function on every worker, or on one. A worker that dies meanwhile gives no answer.
 
         Raises:
-            WorkerError: If none answers.
+            WorkerError: If no worker answers.
         """
         until, tries = time.monotonic() + WORKER_SECONDS, 0
         while time.monotonic() < until:
@@ -114,63 +122,64 @@ class Team:
 
         assignment = Assignment(shared(store.folder), load, self.device, self.num_own > 0, cached_blocks)
         name = f"ntkgen-{uuid.uuid4().hex}"  # of this run: another may make the same kernel elsewhere
-        self._enlist(worker.Hand(assignment), name)
+        self._register(worker.TilePlugin(assignment), name)
         try:
             self._run(store, name, cached_blocks, report)
         finally:
-            self._dismiss(name)
+            self._unregister(name)
         store.finalize()
 
-    def _enlist(self, hand: "WorkerPlugin", name: str) -> None:
-        """Tell all workers, those that are yet to come too, what they have to know.
+    def _register(self, plugin: "WorkerPlugin", name: str) -> None:
+        """Send a run to all workers, and to those that are started later.
 
         Raises:
-            WorkerError: If that fails again and again.
+            WorkerError: If every attempt fails.
         """
-        for _ in range(MAX_ENLISTMENTS):
+        for _ in range(MAX_REGISTRATIONS):
             with suppress(OSError):  # a worker died just then; dask has noted the plugin before it told them
-                self.client.register_plugin(hand, name=name)
+                self.client.register_plugin(plugin, name=name)
                 return
             time.sleep(POLL_SECONDS)
         raise WorkerError(
             f"The workers of the cluster at {self.address} could not be told what to do: expected them to stay, tried "
-            f"{MAX_ENLISTMENTS} times. Do they die as soon as they are started? Their logs say more."
+            f"{MAX_REGISTRATIONS} times. Do they die as soon as they are started? Their logs say more."
         )
 
-    def _dismiss(self, name: str) -> None:
-        """Have all workers let go of a run, and forget it."""
+    def _unregister(self, name: str) -> None:
+        """Make all workers release a run."""
         from ntkgen.engine import worker
 
-        with suppress(OSError, ValueError):  # of a worker that died just then the system has taken everything back
-            self.client.run(worker.let_go, name, on_error="ignore")
+        with suppress(OSError, ValueError):  # a worker that has died holds nothing any more
+            self.client.run(worker.release, name, on_error="ignore")
         with suppress(OSError, ValueError):
             self.client.unregister_worker_plugin(name)
 
     def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
         plan, missing, total = store.manifest.plan, store.missing_blocks(), store.manifest.plan.num_sides
-        pace = seconds_at_planned_rate(plan, plan.projected_flops((), cached_blocks, missing)) / max(1, len(missing))
-        jobs = diagonal_jobs(missing, job_size(len(missing), self.num_workers, pace))
-        self._finish(name, jobs, counter(report, "diagonal", total - len(missing), total), pace)
+        flops = plan.projected_flops((), cached_blocks, missing)
+        seconds = seconds_at_planned_rate(plan, flops) / max(1, len(missing))
+        jobs = diagonal_jobs(missing, job_size(len(missing), self.num_workers, seconds))
+        self._finish(name, jobs, counter(report, "diagonal", total - len(missing), total), seconds)
         store.create_kernels()
         tiles, total = store.missing_tiles(), plan.grid.num_tiles
-        pace = seconds_at_planned_rate(plan, plan.projected_flops(tiles, cached_blocks)) / max(1, len(tiles))
-        jobs = tile_jobs(plan.bands(tiles, cached_blocks), job_size(len(tiles), self.num_workers, pace))
-        self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total), pace)
+        seconds = seconds_at_planned_rate(plan, plan.projected_flops(tiles, cached_blocks)) / max(1, len(tiles))
+        jobs = tile_jobs(plan.bands(tiles, cached_blocks), job_size(len(tiles), self.num_workers, seconds))
+        self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total), seconds)
 
     @property
     def num_workers(self) -> int:
-        """Count the workers that there are, one at least."""
+        """Count the workers, at least one."""
         return max(1, len(self.workers()))
 
     def _finish(self, name: str, jobs: Iterable[Job], step: Step, projected_seconds: float) -> None:
-        """Have some jobs done; a tile is projected to take ``projected_seconds``."""
+        """Have some jobs done. A tile is projected to take ``projected_seconds``."""
         settings = SchedulerSettings(self.num_own, projected_seconds, self.tile_seconds)
         scheduler = Scheduler(jobs, settings, time.monotonic())
         futures: dict[str, Future[Outcome]] = {}  # by worker
         try:
             while not scheduler.is_finished:
                 if scheduler.observe(self.workers(), time.monotonic()):
-                    self._refill()
+                    self._start_missing_workers()
                 for pending in scheduler.assign(time.monotonic()):
                     futures[pending.worker] = self._submit(name, pending.job, pending.worker)
                 for worker in self._ended(futures):
@@ -200,17 +209,17 @@ class Team:
             for _ in range(scheduler.finish(worker, outcome.seconds)):
                 step()
 
-    def _refill(self) -> None:
-        """Start workers of ours anew that dask has given up, as one that died while it was started."""
+    def _start_missing_workers(self) -> None:
+        """Start workers of our own that dask has given up, such as one that died while it was started."""
         if self.num_own and self.client.cluster is not None:
             with suppress(KeyError, OSError, RuntimeError):
                 self.client.cluster.scale(self.num_own)
 
     def workers(self) -> set[str]:
-        """Name the workers that there are.
+        """List the addresses of the workers.
 
         Raises:
-            WorkerError: If the scheduler has gone.
+            WorkerError: If the scheduler of the cluster does not answer.
         """
         try:
             return set(self.client.nthreads())
@@ -266,7 +275,7 @@ class Team:
         return None
 
     def _restart(self, worker: str) -> None:
-        """Restart a worker: one of ours by killing it, which is quick; another one by its nanny, if it has one."""
+        """Restart a worker: one of our own by killing it, which is quick, another one by its nanny, if it has one."""
         for nanny in self.nannies:
             if nanny.worker_address == worker and nanny.pid is not None:
                 os.kill(nanny.pid, signal.SIGKILL)
@@ -276,21 +285,21 @@ class Team:
 
     @property
     def nannies(self) -> "list[Nanny]":
-        """What watches over the workers that are ours."""
+        """The processes that watch the workers of our own."""
         return list(self.client.cluster.workers.values()) if self.num_own and self.client.cluster is not None else []
 
 
 @contextmanager
-def open_team(
+def open_pool(
     workers: int | None, client: "Client | str | None", device: str, tile_seconds: float | None = None
-) -> Iterator[Team | None]:
-    """Start some workers on this machine, or find those of a cluster; None where this process is to do the work.
+) -> Iterator[WorkerPool | None]:
+    """Start workers on this machine, or connect to those of a cluster; None where this process computes alone.
 
     Args:
-        workers: So many processes of our own.
+        workers: The number of processes to start.
         client: A client of a running cluster, the address of its scheduler, or the scheduler's file.
-        device: What each computes on.
-        tile_seconds: After which a tile is taken for stalled.
+        device: What each worker computes on.
+        tile_seconds: The time after which a tile counts as stalled.
 
     Raises:
         InputError: If both are given, or there is no such cluster.
@@ -309,4 +318,4 @@ def open_team(
             found = held.enter_context(own_cluster(workers or 0))
         elif isinstance(found, str):
             found = held.enter_context(connected(found))
-        yield Team(found, device, workers or 0, tile_seconds)
+        yield WorkerPool(found, device, workers or 0, tile_seconds)

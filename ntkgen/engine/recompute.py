@@ -1,7 +1,7 @@
 """Stored tiles computed again from the network and its samples, and compared with what is stored.
 
 They are computed as they were the first time, and committed to an empty copy of the store in memory, whose files are
-then compared: a tile comes about in one way, its rounding, its mirror and its counts included.
+then compared: one code path makes a tile, with its rounding, its mirror and its counts.
 """
 
 import sys
@@ -18,7 +18,7 @@ from zarr.storage import MemoryStore
 import ntkgen
 from ntkgen.checks.certify import require_model
 from ntkgen.engine.machine import check_environment
-from ntkgen.engine.run import Bench
+from ntkgen.engine.run import TileComputer
 from ntkgen.errors import PlanError
 from ntkgen.files.bucket import StoreFolder
 from ntkgen.inputs import Inputs
@@ -33,8 +33,8 @@ from ntkgen.store.opening import ROOT, open_store
 from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, side_arrays
 from ntkgen.store.store import KernelStore
 
-# Two machines may differ by so many times what rounding once changes: they add up in other orders, and a deep network
-# multiplies what its first layers round. Where operands are rounded (tf32, bfloat16) that is most of the error itself.
+# Allowed difference of two machines, in units of one rounding: they add up in other orders, and a deep network
+# multiplies the rounding of its first layers. Where operands are rounded (tf32, bfloat16), that is most of the error.
 MACHINE_RATIO = {"float64": 128, "float64-accumulate": 128, "float32": 128, "tf32": 16, "bfloat16": 16}
 
 FloatArray = npt.NDArray[np.float64]
@@ -49,7 +49,7 @@ class Recomputed:
         dtype: The store dtype.
         equal: Whether all its files have the same bytes.
         max_error: The largest difference of an entry, over the largest √(K_rr K_cc) of the tile.
-        tolerance: How large that may be; 0 where the same machine must give the same bytes.
+        tolerance: The largest allowed error; 0 where the same machine must give the same bytes.
         different: The files that differ by more.
     """
 
@@ -62,7 +62,7 @@ class Recomputed:
 
 
 def draw_tiles(tiles: Sequence[Tile], count: int, seed: int) -> list[Tile]:
-    """Draw some of the tiles, each at most once; all of them where they are no more.
+    """Draw ``count`` of the tiles without replacement, or all of them if there are fewer.
 
     >>> len(draw_tiles([Tile(0, 0), Tile(0, 1)], 3, seed=0))
     2
@@ -72,8 +72,8 @@ def draw_tiles(tiles: Sequence[Tile], count: int, seed: int) -> list[Tile]:
 
 
 @dataclass(frozen=True)
-class Means:
-    """What tiles are computed again with."""
+class Resources:
+    """What a computation may use: a device, and memory."""
 
     device: torch.device
     budget: Budget
@@ -84,7 +84,7 @@ def recompute(
     model: nn.Module,
     inputs: Inputs,
     tiles: Sequence[Tile],
-    means: Means,
+    resources: Resources,
     report: Report = ignore_report,
 ) -> list[Recomputed]:
     """Compute some stored tiles again, and compare each in every dtype. Nothing is written.
@@ -96,26 +96,28 @@ def recompute(
         store: The store; the diagonal, and the tiles, are there.
         model: The network that the kernel is of.
         inputs: Its samples, in the store's order.
-        tiles: What is computed again.
-        means: With what.
+        tiles: The tiles to compute again.
+        resources: What the computation may use.
         report: Called as the stage ``recomputed`` proceeds.
 
     Raises:
         FingerprintError: If the store says that it was made of other parameters.
-        PlanError: If the network is not treated as the plan says.
+        PlanError: If the layers of the network are not those of the plan.
         BudgetError: If the memory is too small for a tile.
     """
     plan = store.manifest.plan
     require_model(store, model)
-    cached_blocks = plan.cached_blocks(means.budget)
-    again = _empty_copy(store)
-    bench = Bench(_prepared(store, model, inputs, means.device), inputs.all, again, cached_blocks=cached_blocks)
-    is_exact, found = must_be_equal(store, means.device), []
+    cached_blocks = plan.cached_blocks(resources.budget)
+    copy = _empty_copy(store)
+    computer = TileComputer(
+        _prepared(store, model, inputs, resources.device), inputs.all, copy, cached_blocks=cached_blocks
+    )
+    is_exact, found = must_be_equal(store, resources.device), []
     step = counter(report, "recomputed", 0, len(tiles))
     for tile in tiles:
-        bench.commit_tiles([Band((), (tile,))])
-        found += [_compared(store, again, tile, dtype, is_exact=is_exact) for dtype in store.manifest.dtypes]
-        _forget(again)
+        computer.commit_tiles([Band((), (tile,))])
+        found += [_compared(store, copy, tile, dtype, is_exact=is_exact) for dtype in store.manifest.dtypes]
+        _forget(copy)
         step()
     return found
 
@@ -164,23 +166,23 @@ def _forget(store: KernelStore) -> None:
         store.folder.remove(name)
 
 
-def _compared(store: KernelStore, again: KernelStore, tile: Tile, dtype: str, *, is_exact: bool) -> Recomputed:
+def _compared(store: KernelStore, copy: KernelStore, tile: Tile, dtype: str, *, is_exact: bool) -> Recomputed:
     """Compare the files of a tile in one dtype; the counts of a tile belong to its float16."""
-    names = [name for name in _chunks(again) if name.startswith(f"ntk_{dtype}/")]
-    counts = [name for name in _chunks(again) if dtype == "float16" and name.startswith(f"{UNDERFLOW}/")]
-    unequal = [name for name in names + counts if store.folder.read(name) != again.folder.read(name)]
-    errors = {name: _error(store, again, tile, name) for name in names if name in unequal}
+    names = [name for name in _chunks(copy) if name.startswith(f"ntk_{dtype}/")]
+    counts = [name for name in _chunks(copy) if dtype == "float16" and name.startswith(f"{UNDERFLOW}/")]
+    unequal = [name for name in names + counts if store.folder.read(name) != copy.folder.read(name)]
+    errors = {name: _error(store, copy, tile, name) for name in names if name in unequal}
     tolerance = 0.0 if is_exact else tolerance_of(dtype, store.manifest.plan.precision)
     different = unequal if is_exact else [name for name in errors if errors[name] > tolerance]
     largest = max(errors.values(), default=0.0)
     return Recomputed((tile.row, tile.col), dtype, not unequal, largest, tolerance, tuple(different))
 
 
-def _error(store: KernelStore, again: KernelStore, tile: Tile, file: str) -> float:
+def _error(store: KernelStore, copy: KernelStore, tile: Tile, file: str) -> float:
     """Find the largest difference in a file, but for what the smallest numbers of a dtype cannot say."""
     name = file.partition("/")[0]
     dtype, scale = name.removeprefix("ntk_"), store.scale_factor(name)
-    stored, computed = (_values(each, file, dtype) for each in (store, again))
+    stored, computed = (_values(each, file, dtype) for each in (store, copy))
     with np.errstate(over="ignore", invalid="ignore"):
         largest = float(np.nanmax(np.abs(stored - computed))) * scale  # beyond the array both are NaN
     unit = _unit(store, tile)

@@ -25,11 +25,10 @@ from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
 from ntkgen.store.store import KernelStore
 
 
-class Bench:
-    """What computes tiles and commits them: a network, its samples, a store, and the factors at hand.
+class TileComputer:
+    """Computes tiles and commits them: a network, its samples, a store, and the factors in memory.
 
-    The whole run in this process, a part of it and a worker of a cluster all use one, so that there is one way in which
-    a tile comes about.
+    A run in this process, a part of it and a worker of a cluster all use one, so that one code path makes a tile.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Bench:
         self._factors = BlockCache(compute, cached_blocks)
 
     def commit_diagonal(self, indices: Iterable[int], step: Step = ignore_step) -> None:
-        """Compute and commit the diagonal and the logits of some blocks that the store has named missing."""
+        """Compute and commit the diagonal and the logits of some missing blocks."""
         with self._arithmetic():
             for index in indices:
                 self.store.commit_block(index, *_diagonal_and_logits(self._plan, index, self._factors))
@@ -84,33 +83,33 @@ def run(
     report: Report = ignore_report,
 ) -> None:
     """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
-    bench = Bench(network, samples, store, cached_blocks=cached_blocks)
-    run_diagonal(bench, report)
-    run_tiles(bench, store.missing_tiles(), cached_blocks, report)
+    computer = TileComputer(network, samples, store, cached_blocks=cached_blocks)
+    run_diagonal(computer, report)
+    run_tiles(computer, store.missing_tiles(), report)
     store.finalize()
 
 
-def run_diagonal(bench: Bench, report: Report = ignore_report) -> None:
-    """Compute the exact diagonal where it is missing, and make the arrays whose scales follow from it.
+def run_diagonal(computer: TileComputer, report: Report = ignore_report) -> None:
+    """Compute the exact diagonal where it is missing, and create the arrays whose scales follow from it.
 
-    From the end, so that the blocks at hand afterwards are those that the first band of tiles holds.
+    The last block comes first, so that the factors in memory afterwards are those of the first band of tiles.
     """
-    store, total = bench.store, bench.store.manifest.plan.num_sides
+    store, total = computer.store, computer.store.manifest.plan.num_sides
     missing = store.missing_blocks()[::-1]
-    bench.commit_diagonal(missing, counter(report, "diagonal", total - len(missing), total))
+    computer.commit_diagonal(missing, counter(report, "diagonal", total - len(missing), total))
     store.create_kernels()
 
 
-def run_tiles(bench: Bench, tiles: Sequence[Tile], cached_blocks: int, report: Report = ignore_report) -> None:
-    """Compute some tiles of a store that are missing."""
-    plan = bench.store.manifest.plan
+def run_tiles(computer: TileComputer, tiles: Sequence[Tile], report: Report = ignore_report) -> None:
+    """Compute some of the missing tiles of a store."""
+    plan = computer.store.manifest.plan
     step = counter(report, "tiles", plan.grid.num_tiles - len(tiles), plan.grid.num_tiles)
-    bench.commit_tiles(plan.bands(tiles, cached_blocks), step)
+    computer.commit_tiles(plan.bands(tiles, computer.cached_blocks), step)
 
 
 @contextmanager
 def _writer(store: KernelStore) -> Iterator[Callable[[Tile, npt.NDArray[Any]], None]]:
-    """Write a tile while the next one is computed. One at a time: the second waits until the first is on disk."""
+    """Write a tile while the next one is computed. At most one tile is being written."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ntkgen-writer") as thread:
         pending: list[Future[None]] = []
 
