@@ -1,5 +1,8 @@
 """`ntkgen.compute`: any module, its samples, and a finished store."""
 
+import dataclasses
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,11 @@ from cases import chosen, files_of, in_turn, relative_error, small_network
 from torch import nn
 
 import ntkgen
+from ntkgen.engine.identity import KernelSpec
 from ntkgen.errors import BudgetError, FingerprintError, InputError, ShapeError
 from ntkgen.jacobian.outputs import output_map
+
+KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
 
 def samples(count, seed=1):
@@ -18,6 +24,25 @@ def samples(count, seed=1):
 def blocks_of(x1, x2=None, m=3):
     kernel = ntkgen.reference_ntk(small_network(), x1, x2).numpy()
     return kernel.reshape(len(x1), m, -1, m)
+
+
+def test_every_option_is_a_keyword_with_the_default_of_the_specification():
+    options = inspect.signature(ntkgen.compute).parameters
+    for field in dataclasses.fields(KernelSpec):
+        assert (options[field.name].kind, options[field.name].default) == (KEYWORD_ONLY, field.default)
+
+
+def test_options_reach_the_specification_under_their_names(tmp_path, monkeypatch):
+    asked = {
+        "output": "sum", "precision": "float64", "dtypes": ("float64",), "layout": "upper", "tile_side": 9,
+        "memory_bytes": 1 << 30, "replan": True, "certify": False,
+    }  # fmt: skip
+    made = []
+    monkeypatch.setattr("ntkgen.engine.compute.make", lambda folder, kernel, *_: made.append((folder, kernel)))
+    ntkgen.compute(small_network(), samples(2), store=tmp_path / "k.zarr", fsync=False, **asked)
+    ((folder, kernel),) = made
+    assert dataclasses.asdict(kernel.spec) == asked
+    assert folder.fsync is False
 
 
 def test_the_store_holds_the_kernel_and_its_labels(tmp_path):
@@ -133,12 +158,13 @@ def test_another_network_or_other_samples_are_refused(tmp_path):
         ({"inputs": samples(0)}, InputError),
         ({"against": torch.ones(2, 1, 5, 5)}, ShapeError),
         ({"labels": torch.arange(3)}, ShapeError),
-        ({"outputs": "sum"}, InputError),
+        ({"output": "product"}, InputError),
+        ({"outputs": "sum"}, TypeError),
         ({"memory_bytes": 1000}, BudgetError),
         ({"against": samples(2), "layout": "upper"}, InputError),
         ({"precision": "tf32"}, InputError),
     ],
-    ids=["no samples", "other shape", "labels", "output map", "memory", "layout", "precision"],
+    ids=["no samples", "other shape", "labels", "output map", "misspelt option", "memory", "layout", "precision"],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, change, error):
     arguments = {"inputs": samples(4), "store": tmp_path / "k.zarr", **change}

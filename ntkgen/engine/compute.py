@@ -1,12 +1,12 @@
 """A module and its samples → a finished store; shared by `ntkgen.compute` and the command line."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from ntkgen.store.rounding import check_dtypes
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 # The result of an attempt at a store.
 T = TypeVar("T")
@@ -75,56 +78,66 @@ class Computation:
         return describe_machine(self.device, self.spec.precision, self.spec.memory_bytes)
 
 
-def compute(
+def compute(  # noqa: PLR0913 - keywords of its own, so that an editor and a type checker know them
     model: nn.Module,
     inputs: ArrayLike,  # (n, …)
     against: ArrayLike | None = None,  # (n', …)
     *,
     store: str | PathLike[str] | Store,
     labels: ArrayLike | None = None,  # (n,)
+    output: str = KernelSpec.output,
+    precision: str = KernelSpec.precision,
+    dtypes: str | Iterable[str] = KernelSpec.dtypes,
+    layout: str = KernelSpec.layout,
+    tile_side: int | None = KernelSpec.tile_side,
+    memory_bytes: int | None = KernelSpec.memory_bytes,
+    replan: bool = KernelSpec.replan,
+    certify: bool = KernelSpec.certify,
+    fsync: bool = True,
+    workers: int | None = None,
+    client: "Client | str | None" = None,
     report: Report = ignore_report,
-    **settings: Any,
 ) -> KernelStore:
     """Compute the empirical neural tangent kernel of a module into a Zarr store, tile by tile, or finish it.
 
-    ``K = J Jᵀ`` of the inputs, of (n m × n m), or with other samples to compare ``against`` ``K = J J'ᵀ``. An
-    interrupted computation goes on with the same call; a store of other parameters, samples or settings is refused.
-    The module is copied and never changed; it is computed on the module's device.
+    ``K = J Jᵀ`` of the inputs, (n m × n m), or ``K = J J'ᵀ`` of the inputs and the samples ``against``. The same call
+    continues an interrupted computation. The module is copied, never changed, and computed on its own device.
 
     Args:
         model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
         inputs: The samples of the rows: a tensor, a NumPy array or nested lists of numbers.
         against: The samples of the columns; those of the rows where it is left out.
-        store: Where the store is, or is to be: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
-        labels: One integer per sample, to be stored beside the kernel; -1 where they are left out.
+        store: The store to create or to continue: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
+        labels: One integer per sample, stored beside the kernel; -1 where they are left out.
+        output: The output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
+        precision: The arithmetic: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
+        dtypes: How the kernel is stored: one or several of ``float16``, ``float32`` and ``float64``.
+        layout: ``upper`` stores one triangle and ``full`` both; ``auto`` stores both up to 10 GB.
+        tile_side: Rows of a tile, a multiple of the outputs; None derives it from samples and outputs.
+        memory_bytes: Memory that the computation may add; None takes 80 % of what is free.
+        replan: Whether to continue on another kind of machine, with tiles that differ in their last bits.
+        certify: Whether to compare the finished kernel with the exact one, and store the error bound.
+        fsync: Whether each tile survives a loss of power; False is quicker.
+        workers: The number of processes of this machine that compute; None computes in this process.
+        client: A client of a running dask cluster whose workers compute, or the address of its scheduler.
         report: Called with the stage, what is done and how much there is.
-        **settings: The fields of `KernelSpec`: ``output``, ``precision``, ``dtypes``, ``layout``, ``tile_side``,
-            ``memory_bytes``, ``replan``, ``certify``. Beside these ``fsync=False`` to be quicker and not safe from a
-            loss of power; and ``workers``, so many processes, or ``client``, a `dask.distributed.Client`, to compute on
-            several at a time.
 
     Raises:
-        InputError: If there is no sample, or what is not numbers, or a setting that does not exist.
+        InputError: If there is no sample, if samples are not numbers, or if an option has an unknown value.
         ShapeError: If labels or samples do not fit each other.
-        FingerprintError: If the store is of something else.
+        FingerprintError: If the store is of other parameters, samples or settings.
         BudgetError: If the memory is too small.
         ModelError: If the kernel of this network is not defined.
-        InaccurateKernelError: If the finished kernel is not what it should be, whenever it is asked for. The store is
-            complete, and can be opened.
+        InaccurateKernelError: If the certificate says that the kernel is wrong. The store is complete, and stays.
     """
     require_plain_module(model)
-    if isinstance(store, Store) and store.read_only:
-        raise InputError(
-            f"The {type(store).__name__} {store} is read-only: expected a store that the kernel can be written to. Was "
-            "it opened to read a kernel? Open it with read_only=False, or pass its path."
-        )
-    folder = folder_of(store, fsync=settings.pop("fsync", True))
-    workers, client = settings.pop("workers", None), settings.pop("client", None)
-    spec, given = _spec_of(settings), _inputs_of(inputs, against, labels)
+    folder = _writable_folder(store, fsync=fsync)
+    spec = KernelSpec(output, precision, check_dtypes(dtypes), layout, tile_side, memory_bytes, replan, certify)
+    given = _inputs_of(inputs, against, labels)
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
-    kernel = Computation(model, given, given.probe, spec, device)
     with open_pool(workers, client, str(device)) as pool:
-        return make(folder, dataclasses.replace(kernel, execution=Execution(pool)), InlineLoader(model, given), report)
+        kernel = Computation(model, given, given.probe, spec, device, execution=Execution(pool))
+        return make(folder, kernel, InlineLoader(model, given), report)
 
 
 def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ignore_report) -> KernelStore:
@@ -280,15 +293,18 @@ def _certified(store: KernelStore, kernel: Computation, report: Report) -> None:
         add_certificate(store, kernel.model, kernel.inputs, report=report)
 
 
-def _spec_of(settings: Mapping[str, Any]) -> KernelSpec:
-    known = {field.name for field in dataclasses.fields(KernelSpec)}
-    if unknown := set(settings) - known:
+def _writable_folder(store: str | PathLike[str] | Store, *, fsync: bool) -> Folder:
+    """Turn a path, a URL or a Zarr store into a folder.
+
+    Raises:
+        InputError: If nothing can be written there.
+    """
+    if isinstance(store, Store) and store.read_only:
         raise InputError(
-            f"There is no setting {sorted(unknown)[0]!r}: expected one of {', '.join(sorted(known))}, fsync, workers, "
-            "client. Is it misspelt, or an option of the command line under another name?"
+            f"The {type(store).__name__} {store} is read-only: expected a store that the kernel can be written to. Was "
+            "it opened to read a kernel? Open it with read_only=False, or pass its path."
         )
-    spec = KernelSpec(**settings)
-    return dataclasses.replace(spec, dtypes=check_dtypes(spec.dtypes))
+    return folder_of(store, fsync=fsync)
 
 
 def _inputs_of(x: ArrayLike, against: ArrayLike | None, labels: ArrayLike | None) -> Inputs:
