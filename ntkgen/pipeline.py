@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.data.dataset import Dataset, check_labels, sample_order
-from ntkgen.engine.compute import LOCAL, Computation, Execution, layout_of, make, ready
+from ntkgen.engine.computation import LOCAL, Computation, Execution, layout_of, prepare_kernel
+from ntkgen.engine.compute import make
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.machine import check_plan
 from ntkgen.errors import DiskSpaceError, InaccurateKernelError, InputError
@@ -238,13 +239,13 @@ def plan_kernel(
     place.out.require_writable()
     model, recipe = plan_training(request, data, place)
     asked = Computation(model, inputs, _probe(inputs, data), kernel.spec, place.device, execution=place.execution)
-    network, plan_anew = ready(asked)
-    check_labels(data.labels, network.profile.num_logits)
+    prepared = prepare_kernel(asked)
+    check_labels(data.labels, prepared.network.profile.num_logits)
     machine = asked.machine()
     folder = _store_folder(request, kernel, place, data, inputs.counts)
     store = open_store(folder) if has_store(folder) else None
     is_complete = store is not None and store.is_complete
-    plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else plan_anew()
+    plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else prepared.plan()
     layout_of(kernel.spec, plan.grid)  # raises where it has none
     if not is_complete:
         check_plan(plan, machine.environment)

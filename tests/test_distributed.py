@@ -20,7 +20,8 @@ from distributed import Client, LocalCluster
 import ntkgen
 from ntkgen.blocks import Block
 from ntkgen.engine import jobs, scheduler, worker
-from ntkgen.engine.compute import Computation, Execution, make
+from ntkgen.engine.computation import Computation, Execution
+from ntkgen.engine.compute import make
 from ntkgen.engine.coordinator import WorkerPool, open_pool
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader, Job, diagonal_jobs, job_size, tile_jobs

@@ -16,7 +16,8 @@ from cases import CPU, chosen, files_of, make_job, small_network
 
 from ntkgen import cli
 from ntkgen.engine import compute
-from ntkgen.engine.compute import Computation, Execution, make
+from ntkgen.engine.computation import Computation, Execution
+from ntkgen.engine.compute import make
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader
 from ntkgen.errors import InputError, StoreLockedError

@@ -15,7 +15,7 @@ from ntkgen.units import human_bytes, human_seconds
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ntkgen.engine.compute import Execution
+    from ntkgen.engine.computation import Execution
     from ntkgen.pipeline import PlannedKernel
 
 
@@ -135,7 +135,7 @@ def _execution(
     Raises:
         InputError: If both a part and workers are asked for.
     """
-    from ntkgen.engine.compute import Execution
+    from ntkgen.engine.computation import Execution
     from ntkgen.engine.coordinator import open_pool
     from ntkgen.plan.tiles import Part
 

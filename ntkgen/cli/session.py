@@ -13,7 +13,7 @@ TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
 
 if TYPE_CHECKING:
     from ntkgen.data.dataset import Dataset
-    from ntkgen.engine.compute import Execution
+    from ntkgen.engine.computation import Execution
     from ntkgen.pipeline import Place, TrainingRequest
 
 
@@ -80,7 +80,7 @@ class Settings:
 
     def place(self, execution: "Execution | None" = None) -> "Place":
         """Say where results lie, and what computes them."""
-        from ntkgen.engine.compute import LOCAL
+        from ntkgen.engine.computation import LOCAL
         from ntkgen.engine.machine import choose_device
         from ntkgen.files.place import folder_of
         from ntkgen.pipeline import Place

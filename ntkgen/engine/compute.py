@@ -1,81 +1,45 @@
 """A module and its samples → a finished store; shared by `ntkgen.compute` and the command line."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zarr.abc.store import Store
 
 from ntkgen.checks.certify import add_certificate, forget_certificate
-from ntkgen.engine.coordinator import WorkerPool, open_pool
-from ntkgen.engine.identity import KernelSpec, identity_of, require_same_network
+from ntkgen.engine.computation import Computation, Execution, begin_anew, begin_or_continue
+from ntkgen.engine.coordinator import open_pool
+from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader, Loader
-from ntkgen.engine.machine import Machine, check_environment, describe_machine
+from ntkgen.engine.machine import check_environment
 from ntkgen.engine.run import TileComputer, run, run_diagonal, run_tiles
-from ntkgen.errors import FingerprintError, InputError, RuleError, StoreLockedError
+from ntkgen.errors import InputError, RuleError, StoreLockedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 from ntkgen.files.place import folder_of
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
 from ntkgen.jacobian.evaluation import require_plain_module
-from ntkgen.jacobian.network import Network, more_excluded, prepare
-from ntkgen.jacobian.outputs import output_map
-from ntkgen.jacobian.precision import policy
-from ntkgen.plan.plan import Choices, Plan, make_plan
-from ntkgen.plan.tiles import Part, TileGrid, make_grid
+from ntkgen.jacobian.network import Network, more_excluded
+from ntkgen.plan.tiles import Part
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import require_accurate
-from ntkgen.store.manifest import Manifest, check_identity, resolve_layout
-from ntkgen.store.opening import create_store, has_store, open_store
+from ntkgen.store.opening import open_store
 from ntkgen.store.rounding import check_dtypes
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
-from ntkgen.store.tidy import tidy
 
 if TYPE_CHECKING:
     from distributed import Client
 
 # The result of an attempt at a store.
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Execution:
-    """What computes the tiles: this process, the workers of a ``pool``, or this process a ``part`` of the tiles."""
-
-    pool: WorkerPool | None = None
-    part: Part | None = None
-
-
-LOCAL = Execution()
-
-
-@dataclass(frozen=True)
-class Computation:
-    """One kernel: its network and samples, how it is stored, and what computes it."""
-
-    model: nn.Module
-    inputs: Inputs
-    probe: Tensor  # samples for the trial of the network
-    spec: KernelSpec
-    device: torch.device
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    execution: Execution = LOCAL
-    excluded: frozenset[str] = frozenset()  # parameters whose rule does not hold for some batch
-
-    def machine(self) -> Machine:
-        """Describe the machine that computes the tiles: this one, or those of the workers."""
-        if self.execution.pool is not None:
-            return self.execution.pool.machine(self.spec.precision, self.spec.memory_bytes)
-        return describe_machine(self.device, self.spec.precision, self.spec.memory_bytes)
 
 
 def compute(  # noqa: PLR0913 - keywords of its own, so that an editor and a type checker know them
@@ -163,7 +127,7 @@ def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ign
 def _make_whole(folder: Folder, kernel: Computation, load: Loader, report: Report) -> KernelStore:
     with write_lock(folder):
         require_no_tile_writers(folder)
-        store, network = _opened(folder, kernel)
+        store, network = begin_or_continue(folder, kernel)
         if not store.is_complete:
             forget_certificate(store)
             store = _without_wrong_rules(store, network, kernel, partial(_run, kernel=kernel, load=load, report=report))
@@ -198,32 +162,6 @@ def _without_wrong_rules(
             store, network = begin_anew(store, dataclasses.replace(kernel, excluded=excluded))
 
 
-def begin_anew(store: KernelStore, kernel: Computation) -> tuple[KernelStore, Network]:
-    """Replace a store that has no tile yet by one whose plan excludes some rules.
-
-    Raises:
-        RuleError: If it has a tile, which the rule may have spoilt.
-    """
-    if len(store.missing_tiles()) < store.grid.num_tiles:
-        raise RuleError(sorted(kernel.excluded))
-    store.folder.clear()
-    return _opened(store.folder, kernel)
-
-
-def _opened(folder: Folder, kernel: Computation, *, is_alone: bool = True) -> tuple[KernelStore, Network]:
-    if has_store(folder):  # as it was begun
-        planned = open_store(folder).manifest.plan.profile.fallback
-        kernel = dataclasses.replace(kernel, excluded=kernel.excluded.union(planned))
-    network, plan_anew = ready(kernel)
-    grid = _grid(network, kernel.spec, kernel.inputs.counts)
-    identity = identity_of(kernel.model, kernel.inputs, kernel.spec, grid)
-    store = open_or_create(folder, kernel.spec, identity, kernel.inputs, kernel.provenance, plan_anew)
-    if is_alone:
-        tidy(store, kernel.inputs.samples)
-    require_same_network(store, network, kernel.inputs)
-    return store, network
-
-
 def _run(store: KernelStore, network: Network, kernel: Computation, load: Loader, report: Report) -> KernelStore:
     """Compute what is missing of a store, in this process or on the workers of a cluster."""
     plan, machine = store.manifest.plan, kernel.machine()
@@ -244,7 +182,7 @@ def _make_part(folder: Folder, kernel: Computation, part: Part, report: Report) 
     with ExitStack() as writing:
         with write_lock(folder, is_short=True, waiting=partial(report, "waiting", 0, 1)):
             with without_tile_writers(folder) as is_alone:
-                store, network = _opened(folder, kernel, is_alone=is_alone)
+                store, network = begin_or_continue(folder, kernel, is_alone=is_alone)
             writing.enter_context(tile_lock(folder))
             missing = set(store.missing_tiles())
             tiles = [tile for tile in part.of(list(store.grid.tiles())) if tile in missing]
@@ -312,83 +250,3 @@ def _inputs_of(x: ArrayLike, against: ArrayLike | None, labels: ArrayLike | None
     marks = checked_labels(labels, len(rows))
     other = None if columns is None else Samples(np.arange(len(columns)), np.full(len(columns), -1))
     return Inputs(rows, Samples(np.arange(len(rows)), marks, other), columns)
-
-
-def ready(kernel: Computation) -> tuple[Network, Callable[[], Plan]]:
-    """Prepare a network for its output map, and a function that plans its kernel for what computes it."""
-    spec = kernel.spec
-    network = prepare(kernel.model, kernel.probe, policy(spec.precision), kernel.device, kernel.excluded)
-    chosen = output_map(spec.output, network.profile.num_logits)
-    network = network.seen_through(chosen.matrix)
-    grid = _grid(network, spec, kernel.inputs.counts)
-
-    def plan() -> Plan:
-        machine = kernel.machine()
-        choices = Choices(spec.precision, machine.rates, reduction=chosen.reduction)
-        made = make_plan(network.profile, grid, choices, budget=machine.budget, environment=machine.environment)
-        made.cached_blocks(machine.budget)  # raises if less memory is free than planned
-        return made
-
-    return network, plan
-
-
-def _grid(network: Network, spec: KernelSpec, counts: tuple[int, int | None]) -> TileGrid:
-    reduction = output_map(spec.output, network.profile.num_logits).reduction
-    outputs = network.profile.num_outputs
-    num_rows, num_planes = {"none": (outputs, 1), "trace": (1, 1), "diagonal": (1, outputs)}[reduction]
-    return make_grid(counts[0], num_rows, spec.tile_side, num_col_samples=counts[1], num_planes=num_planes)
-
-
-def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
-    """Choose between one triangle and both. A rectangular kernel has no triangles.
-
-    Raises:
-        InputError: If one triangle of a rectangular kernel is asked for.
-    """
-    if grid.is_symmetric:
-        return resolve_layout(spec.layout, grid.num_rows, spec.dtypes)
-    if spec.layout == "upper":
-        raise InputError(
-            "The layout 'upper' stores one triangle of a symmetric kernel: expected 'full' or 'auto' for a rectangular "
-            "one, whose columns are other samples than its rows. Use --layout auto."
-        )
-    return "full"
-
-
-def open_or_create(
-    folder: Folder,
-    spec: KernelSpec,
-    identity: Mapping[str, Any],
-    inputs: Inputs,
-    provenance: Mapping[str, Any],
-    plan_anew: Callable[[], Plan],
-) -> KernelStore:
-    """Open a store to continue it, or create it. The caller holds its lock.
-
-    Raises:
-        FingerprintError: If the store is of other parameters, samples or settings.
-    """
-    if not has_store(folder):
-        plan = plan_anew()
-        manifest = Manifest(identity, provenance, plan, spec.dtypes, layout_of(spec, plan.grid))
-        return create_store(folder, manifest, inputs.samples)
-    store = open_store(folder, mode="r+")
-    check_identity(str(folder), store.manifest, identity)
-    check_layout(store, spec.layout)
-    if spec.replan and not store.is_complete:  # the tiles that are there stay, within the stated bound
-        changed = dataclasses.replace(store.manifest, plan=plan_anew(), replanned=store.manifest.replanned + 1)
-        store.set_manifest(changed)
-    return store
-
-
-def check_layout(store: KernelStore, layout: str) -> None:
-    """Refuse to write both triangles into a store of one. A store of both serves either request.
-
-    Raises:
-        FingerprintError: If both triangles are asked for by name, and one is stored.
-    """
-    if layout == "full" and store.manifest.layout == "upper":
-        raise FingerprintError(
-            f"The store at {store.name} holds one triangle (layout upper), and both are asked for. Was it made "
-            "without --layout full? Finish it without that option, then `ntkgen mirror` writes the other triangle."
-        )

@@ -16,6 +16,7 @@ from ntkgen.jacobian.compute import compute_factors, pad_batch
 from ntkgen.jacobian.contract import exact_diagonal, reduced_diagonal
 from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.network import Network
+from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.plan.plan import Plan
 from ntkgen.plan.tiles import TileGrid
@@ -55,6 +56,15 @@ def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGr
         "tile_side": grid.side,
         "dtypes": list(spec.dtypes),
     }
+
+
+def network_of(store: KernelStore, model: nn.Module, inputs: Inputs, device: torch.device) -> Network:
+    """Prepare the network of a store on a device, as its plan and its identity say."""
+    plan, output = store.manifest.plan, store.manifest.identity.get("output", KernelSpec.output)
+    network, _ = prepare_mapped(
+        model.to(device), inputs.probe, plan.precision, output, device=device, excluded=plan.profile.fallback
+    )
+    return network
 
 
 def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -> None:

@@ -17,14 +17,12 @@ from zarr.storage import MemoryStore
 
 import ntkgen
 from ntkgen.checks.certify import require_model
+from ntkgen.engine.identity import network_of
 from ntkgen.engine.machine import check_environment
 from ntkgen.engine.run import TileComputer
 from ntkgen.errors import PlanError
 from ntkgen.files.bucket import StoreFolder
 from ntkgen.inputs import Inputs
-from ntkgen.jacobian.network import Network, prepare
-from ntkgen.jacobian.outputs import output_map
-from ntkgen.jacobian.precision import policy
 from ntkgen.plan.plan import Band, Budget
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
@@ -110,7 +108,7 @@ def recompute(
     cached_blocks = plan.cached_blocks(resources.budget)
     copy = _empty_copy(store)
     computer = TileComputer(
-        _prepared(store, model, inputs, resources.device), inputs.all, copy, cached_blocks=cached_blocks
+        network_of(store, model, inputs, resources.device), inputs.all, copy, cached_blocks=cached_blocks
     )
     is_exact, found = must_be_equal(store, resources.device), []
     step = counter(report, "recomputed", 0, len(tiles))
@@ -138,13 +136,6 @@ def tolerance_of(dtype: str, precision: str) -> float:
     ('7.7e-06', '1.4e-14')
     """
     return 2 * UNIT_ROUNDOFF[dtype] + MACHINE_RATIO[precision] * POLICY_ROUNDOFF[precision]
-
-
-def _prepared(store: KernelStore, model: nn.Module, inputs: Inputs, device: torch.device) -> Network:
-    plan = store.manifest.plan
-    network = prepare(model.to(device), inputs.probe, policy(plan.precision), device, plan.profile.fallback)
-    chosen = output_map(store.manifest.identity.get("output", "full"), network.profile.num_logits)
-    return network.seen_through(chosen.matrix)
 
 
 def _empty_copy(store: KernelStore) -> KernelStore:

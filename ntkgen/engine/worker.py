@@ -12,15 +12,13 @@ from dataclasses import replace
 import torch
 from distributed import Worker, WorkerPlugin, get_worker
 
+from ntkgen.engine.identity import network_of
 from ntkgen.engine.jobs import THREADS, Assignment, Job, Outcome, WorkerLimits
 from ntkgen.engine.machine import Machine, check_environment, choose_device, describe_machine, memory_budget
 from ntkgen.engine.run import TileComputer
 from ntkgen.errors import FingerprintError, NtkgenError, WorkerError
 from ntkgen.files.lock import tile_lock
 from ntkgen.fingerprints import parameter_fingerprint
-from ntkgen.jacobian.network import prepare
-from ntkgen.jacobian.outputs import output_map
-from ntkgen.jacobian.precision import policy
 from ntkgen.plan.plan import Band, Budget
 from ntkgen.store.opening import open_store
 
@@ -136,10 +134,9 @@ def make_computer(assignment: Assignment, device: torch.device) -> TileComputer:
             "paths? Give the workers the same --data-dir and the same folder of results."
         )
     check_environment(store.manifest.plan, device)
-    plan = store.manifest.plan
-    network = prepare(model.to(device), inputs.probe, policy(plan.precision), device, plan.profile.fallback)
-    network = network.seen_through(output_map(identity["output"], network.profile.num_logits).matrix)
-    return TileComputer(network, inputs.all, store, cached_blocks=assignment.cached_blocks)
+    return TileComputer(
+        network_of(store, model, inputs, device), inputs.all, store, cached_blocks=assignment.cached_blocks
+    )
 
 
 def _device(assignment: Assignment, number: int) -> torch.device:

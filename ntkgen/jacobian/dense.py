@@ -18,9 +18,9 @@ from ntkgen.jacobian.contract import fill_kernel
 from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, product_macs, sizes_for
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
-from ntkgen.jacobian.network import Network, more_excluded, prepare
-from ntkgen.jacobian.outputs import output_map
-from ntkgen.jacobian.precision import exact_arithmetic, policy
+from ntkgen.jacobian.network import Network, more_excluded
+from ntkgen.jacobian.outputs import prepare_mapped
+from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.probe import in_turns
 
 # Blocks of at most this many bytes of factors, two at a time, keep any batch in bounded memory.
@@ -116,9 +116,8 @@ def plan_ntk(
 ) -> DensePlan:
     """Prepare a network and plan the kernel of two batches, in the largest blocks that fit the bound."""
     x = x1 if x2 is None else torch.cat([x1, x2])
-    network = prepare(model, in_turns(x1, x2), policy(asked.precision), excluded=asked.excluded)
-    chosen = output_map(asked.output, network.profile.num_logits)
-    network = network.seen_through(chosen.matrix)
+    probe = in_turns(x1, x2)
+    network, chosen = prepare_mapped(model, probe, asked.precision, asked.output, excluded=asked.excluded)
     with alone():  # a measurement
         rates = rates_of(network.device, asked.precision)
 

@@ -1,13 +1,16 @@
 """What is differentiated: the matrix that maps logits to outputs, and what is kept of a pair's block."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.jacobian.cost import Reduction
+from ntkgen.jacobian.network import Network, prepare
+from ntkgen.jacobian.precision import policy
 
 OUTPUTS = ("full", "sum", "centered", "index:K", "trace", "diagonal")
 
@@ -55,6 +58,35 @@ def output_map(name: str, num_logits: int) -> OutputMap:
             f"{num_logits} outputs. Logits are counted from 0."
         )
     return OutputMap(name, torch.eye(num_logits, dtype=torch.float64, device="cpu")[int(index)][None])
+
+
+def prepare_mapped(
+    model: nn.Module,
+    x: Tensor,  # (samples, …): a few samples that the network accepts
+    precision: str,
+    output: str,
+    *,
+    device: torch.device | None = None,
+    excluded: Collection[str] = (),
+) -> tuple[Network, OutputMap]:
+    """Prepare a network whose kernel is that of an output map, both by name.
+
+    Args:
+        model: Any module that maps (samples, …) to (samples, logits); it is copied.
+        x: Samples for the trial of the network.
+        precision: The precision policy.
+        output: The output map.
+        device: Where the network computes; None takes the module's device.
+        excluded: Parameters that are left to autograd.
+
+    Raises:
+        UnknownNameError: If there is no such precision or output.
+        InputError: If the output map does not fit the network.
+        ModelError: If the kernel of this network is not defined.
+    """
+    network = prepare(model, x, policy(precision), device, excluded)
+    chosen = output_map(output, network.profile.num_logits)
+    return network.seen_through(chosen.matrix), chosen
 
 
 def contrast_matrix(num_logits: int) -> Tensor:  # (num_logits - 1, num_logits), float64
