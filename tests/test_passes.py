@@ -24,7 +24,7 @@ from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
 from ntkgen.analysis.gradient_flow import Flow, flow
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.passes import fold
-from ntkgen.analysis.regression import Ridge, regress
+from ntkgen.analysis.regression import RegressSettings, regress
 from ntkgen.errors import InputError, StoreError, WorkerError
 from ntkgen.files.place import folder_of
 from ntkgen.store.opening import open_store
@@ -65,7 +65,9 @@ def ask_align(matrix, _folder):
 
 
 def ask_regress(matrix, folder):
-    return regress(matrix, Ridge(SHIFTS, test=open_store(folder / "test.zarr"), method="cg"), MEMORY)
+    return regress(
+        matrix, RegressSettings(SHIFTS, test=open_store(folder / "test.zarr"), method="cg", memory_bytes=MEMORY)
+    ).to_json()
 
 
 def ask_flow(matrix, folder):

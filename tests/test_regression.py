@@ -1,6 +1,7 @@
 """Kernel ridge regression against NumPy on the dense matrix, and against really leaving samples out."""
 
 import dataclasses
+import functools
 import json
 import tempfile
 from pathlib import Path
@@ -15,13 +16,15 @@ from strategies import few
 
 from ntkgen import cli
 from ntkgen.analysis import regression
+from ntkgen.analysis.linalg import conjugate_gradients
 from ntkgen.analysis.matrix import open_matrix
-from ntkgen.analysis.regression import Ridge, bytes_of, choose_method, regress
+from ntkgen.analysis.regression import RegressSettings, bytes_of, choose_method, regress
 from ntkgen.analysis.targets import contrasts
 from ntkgen.errors import InputError
 from ntkgen.progress import ignore_report
 
 SHIFTS = (0.3, 2.0, 50.0)
+Asked = functools.partial(RegressSettings, memory_bytes=MEMORY)
 problems = given(
     n=st.integers(2, 8),
     m=st.integers(1, 4),
@@ -63,10 +66,10 @@ def check(found, content, offset, shifts=SHIFTS, tolerance=close):
         residual = (y - f0) - S @ (y - f0)
         left = really_left_out(K, y, f0, shift, len(K) // len(content.labels))
         gcv = np.mean(residual**2) / (np.trace(np.eye(len(K)) - S) / len(K)) ** 2
-        np.testing.assert_allclose(found["train_error"][at], np.mean(residual**2), **tolerance)
-        np.testing.assert_allclose(found["gcv"][at], gcv, **tolerance)
-        np.testing.assert_allclose(found["loo_error"][at], np.mean(left**2), **tolerance)
-    assert found["shifts"] == list(shifts)
+        np.testing.assert_allclose(found.train_error[at], np.mean(residual**2), **tolerance)
+        np.testing.assert_allclose(found.gcv[at], gcv, **tolerance)
+        np.testing.assert_allclose(found.loo_error[at], np.mean(left**2), **tolerance)
+    assert found.shifts == list(shifts)
 
 
 @problems
@@ -76,9 +79,9 @@ def test_errors_are_those_of_the_dense_matrix(n, m, tile, layout, offset, seed, 
     content = drawn(n, m, seed=seed, tile_samples=tile, layout=layout)
     with tempfile.TemporaryDirectory() as folder:
         matrix = open_matrix(filled(Path(folder) / "k.zarr", content))
-        found = regress(matrix, Ridge(SHIFTS, offset, None, method), MEMORY)
+        found = regress(matrix, Asked(SHIFTS, offset, None, method))
     check(found, content, offset)
-    assert (found["offset"], found["method"]) == (offset, method)
+    assert (found.offset, found.method) == (offset, method)
 
 
 @in_turn(
@@ -90,18 +93,18 @@ def test_errors_are_those_of_the_dense_matrix(n, m, tile, layout, offset, seed, 
 )
 def test_errors_of_every_output_map(tmp_path, output, method, offset):
     content = drawn(8, 3, output)
-    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Ridge(SHIFTS, offset, None, method), MEMORY)
+    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Asked(SHIFTS, offset, None, method))
     if method == "cg":
-        assert found["loo_error"] == [None] * 3
-        exact = regress(open_matrix(filled(tmp_path / "e.zarr", content)), Ridge(SHIFTS, offset), MEMORY)
-        np.testing.assert_allclose(found["train_error"], exact["train_error"], rtol=1e-8)
+        assert found.loo_error == [None] * 3
+        exact = regress(open_matrix(filled(tmp_path / "e.zarr", content)), Asked(SHIFTS, offset))
+        np.testing.assert_allclose(found.train_error, exact.train_error, rtol=1e-8)
     else:
         check(found, content, offset)
 
 
 def test_a_matrix_of_one_output_is_fitted_by_itself(tmp_path):
     content = drawn(6, 3, "diagonal")
-    found = regress(open_matrix(filled(tmp_path / "k.zarr", content), output=1), Ridge(SHIFTS), MEMORY)
+    found = regress(open_matrix(filled(tmp_path / "k.zarr", content), output=1), Asked(SHIFTS))
     check(found, dataclasses.replace(content, kernel=content.kernel[1], output="index:1"), "zero")
 
 
@@ -115,23 +118,23 @@ def test_leaving_rows_out_one_by_one_would_leak():
 @pytest.mark.parametrize("method", ["eigh", "cholesky"])
 def test_no_ridge_at_all_interpolates(tmp_path, method):
     content = drawn(6, 3)
-    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Ridge((0.0,), "zero", None, method), MEMORY)
+    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Asked((0.0,), "zero", None, method))
     K, y, f0 = problem_of(content)
     left, G = really_left_out(K, y, f0, 0.0, 3), np.linalg.inv(K)
-    assert found["train_error"] == [0.0]
-    assert found["train_accuracy"] == [1.0]
-    np.testing.assert_allclose(found["loo_error"], [np.mean(left**2)], rtol=1e-8)
-    np.testing.assert_allclose(found["gcv"], [np.mean((G @ y) ** 2) / np.mean(np.diag(G)) ** 2], rtol=1e-8)
+    assert found.train_error == [0.0]
+    assert found.train_accuracy == [1.0]
+    np.testing.assert_allclose(found.loo_error, [np.mean(left**2)], rtol=1e-8)
+    np.testing.assert_allclose(found.gcv, [np.mean((G @ y) ** 2) / np.mean(np.diag(G)) ** 2], rtol=1e-8)
 
 
 def test_accuracies_are_those_of_the_predictions(tmp_path):
     content = drawn(9, 3)
-    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Ridge((2.0,), "logits"), MEMORY)
+    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Asked((2.0,), "logits"))
     K, y, f0 = problem_of(content, "logits")
     fitted = f0 + K @ np.linalg.solve(K + 2 * np.eye(27), y - f0)
     left = y - really_left_out(K, y, f0, 2.0, 3)
-    assert found["train_accuracy"] == [np.mean(fitted.reshape(9, 3).argmax(1) == content.labels)]
-    assert found["loo_accuracy"] == [np.mean(left.reshape(9, 3).argmax(1) == content.labels)]
+    assert found.train_accuracy == [np.mean(fitted.reshape(9, 3).argmax(1) == content.labels)]
+    assert found.loo_accuracy == [np.mean(left.reshape(9, 3).argmax(1) == content.labels)]
 
 
 # test samples ---------------------------------------------------------------------------------------------------------
@@ -143,33 +146,31 @@ def test_predictions_for_test_samples(tmp_path, output, offset, method):
     other = rectangle(content, 6)
     test = filled(tmp_path / "t.zarr", other)
     matrix = open_matrix(filled(tmp_path / "k.zarr", content))
-    found = regress(matrix, Ridge(SHIFTS, offset, test, method), MEMORY)
+    found = regress(matrix, Asked(SHIFTS, offset, test, method))
     K, y, f0 = problem_of(content, offset)
     cross = other.kernel / (3 if output == "trace" else 1)
     columns = dataclasses.replace(content, labels=other.against[0], logits=other.against[1])
     _, y_test, f0_test = problem_of(columns, offset)
     for at, shift in enumerate(SHIFTS):
         values = f0_test + cross.T @ np.linalg.solve(K + shift * np.eye(len(K)), y - f0)
-        np.testing.assert_allclose(found["test_error"][at], np.mean((values - y_test) ** 2), rtol=1e-8)
+        np.testing.assert_allclose(found.test_error[at], np.mean((values - y_test) ** 2), rtol=1e-8)
         if output == "index:1":
             expected = (values[:, 0] > 0.5) == (columns.labels == 1)
         elif output == "centered":
             expected = (values.reshape(6, 2) @ contrasts(3)).argmax(1) == columns.labels
         else:
             expected = values.reshape(6, 3).argmax(1) == columns.labels
-        assert found["test_accuracy"][at] == np.mean(expected)
+        assert found.test_accuracy[at] == np.mean(expected)
 
 
 def test_a_leading_part_predicts_too(tmp_path):
     content = drawn(9, 2)
     other = rectangle(content, 4)
     matrix = open_matrix(filled(tmp_path / "k.zarr", content, skip={(0, 2)}), allow_partial=True)
-    found = regress(matrix, Ridge((1.0,), "zero", filled(tmp_path / "t.zarr", other)), MEMORY)
+    found = regress(matrix, Asked((1.0,), "zero", filled(tmp_path / "t.zarr", other)))
     K, y, _ = problem_of(content)
     values = other.kernel[:12].T @ np.linalg.solve(K[:12, :12] + np.eye(12), y[:12])
-    np.testing.assert_allclose(
-        found["test_error"], [np.mean((values - np.eye(2)[other.against[0]].reshape(-1, 1)) ** 2)]
-    )
+    np.testing.assert_allclose(found.test_error, [np.mean((values - np.eye(2)[other.against[0]].reshape(-1, 1)) ** 2)])
 
 
 # conjugate gradients --------------------------------------------------------------------------------------------------
@@ -181,17 +182,17 @@ def test_conjugate_gradients_find_what_the_decomposition_does(seed, tile, layout
     content = drawn(9, 4, seed=seed, tile_samples=tile, layout=layout)
     with tempfile.TemporaryDirectory() as folder:
         store = filled(Path(folder) / "k.zarr", content)
-        found = regress(open_matrix(store), Ridge(SHIFTS, "zero", None, "cg"), MEMORY)
-        exact = regress(open_matrix(store), Ridge(SHIFTS, "zero", None, "eigh"), MEMORY)
-    np.testing.assert_allclose(found["train_error"], exact["train_error"], rtol=1e-9)
-    assert max(found["residual_bounds"]) <= 1e-10
-    assert found["loo_error"] == [None] * 3
+        found = regress(open_matrix(store), Asked(SHIFTS, "zero", None, "cg"))
+        exact = regress(open_matrix(store), Asked(SHIFTS, "zero", None, "eigh"))
+    np.testing.assert_allclose(found.train_error, exact.train_error, rtol=1e-9)
+    assert max(found.residual_bounds) <= 1e-10
+    assert found.loo_error == [None] * 3
     for at in range(3):
-        assert abs(found["gcv"][at] - exact["gcv"][at]) <= 6 * found["gcv_standard_error"][at] + 1e-9
+        assert abs(found.gcv[at] - exact.gcv[at]) <= 6 * found.gcv_standard_error[at] + 1e-9
 
 
 def test_the_residual_bound_is_the_true_residual(tmp_path, monkeypatch):
-    monkeypatch.setattr(regression, "MAX_STEPS", 3)
+    monkeypatch.setattr(conjugate_gradients, "MAX_STEPS", 3)
     content = drawn(30, 4, tile_samples=9)
     problem = regression.Problem.of(open_matrix(filled(tmp_path / "k.zarr", content)), "zero")
     (fit,) = regression.fit_by_conjugate_gradients(problem, [1e-6], 0, ignore_report)
@@ -249,15 +250,15 @@ def test_the_method_follows_from_the_memory(tmp_path, monkeypatch):
 
 def test_another_method_is_computed_and_the_same_remembered(tmp_path):
     store = filled(tmp_path / "k.zarr", drawn())
-    for ridge, is_new in [
-        (Ridge(SHIFTS, method="cg"), True),
-        (Ridge(SHIFTS), True),
-        (Ridge(SHIFTS), False),
-        (Ridge(SHIFTS, offset="logits"), True),
-        (Ridge(SHIFTS[:2]), True),
-        (Ridge(SHIFTS, test=filled(tmp_path / "t.zarr", rectangle(drawn()))), True),
+    for settings, is_new in [
+        (Asked(SHIFTS, method="cg"), True),
+        (Asked(SHIFTS), True),
+        (Asked(SHIFTS), False),
+        (Asked(SHIFTS, offset="logits"), True),
+        (Asked(SHIFTS[:2]), True),
+        (Asked(SHIFTS, test=filled(tmp_path / "t.zarr", rectangle(drawn()))), True),
     ]:
-        assert regress(open_matrix(store), ridge, MEMORY)["remembered"] is not is_new
+        assert regress(open_matrix(store), settings).remembered is not is_new
 
 
 @pytest.mark.parametrize(("norm", "count"), [(None, 9), (1e-3, 6), (1e9, 1)])
@@ -266,8 +267,8 @@ def test_the_default_shifts_are_not_below_the_errors_of_the_kernel(tmp_path, mon
     mean = content.kernel.trace() / 24
     errors = property(lambda _: norm and norm * mean)
     monkeypatch.setattr("ntkgen.analysis.matrix.Matrix.error_norm", errors)
-    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Ridge(), MEMORY)
-    np.testing.assert_allclose(found["shifts"], mean * 10.0 ** np.arange(-6, 3)[-count:])
+    found = regress(open_matrix(filled(tmp_path / "k.zarr", content)), Asked())
+    np.testing.assert_allclose(found.shifts, mean * 10.0 ** np.arange(-6, 3)[-count:])
 
 
 def singular():
@@ -281,8 +282,8 @@ def singular():
 def test_a_singular_kernel_needs_a_ridge(tmp_path, method, shift):
     store = filled(tmp_path / "k.zarr", singular())
     with pytest.raises(InputError, match="cannot be inverted with λ"):
-        regress(open_matrix(store), Ridge((shift,), method=method), MEMORY)
-    check(regress(open_matrix(store), Ridge(SHIFTS, method=method), MEMORY), singular(), "zero")
+        regress(open_matrix(store), Asked((shift,), method=method))
+    check(regress(open_matrix(store), Asked(SHIFTS, method=method)), singular(), "zero")
 
 
 @pytest.mark.parametrize("method", ["eigh", "cholesky", "cg"])
@@ -290,7 +291,7 @@ def test_an_indefinite_kernel_is_refused(tmp_path, method):
     content = singular()
     store = filled(tmp_path / "k.zarr", dataclasses.replace(content, kernel=content.kernel - np.eye(18)))
     with pytest.raises(InputError, match=r"cannot be inverted with λ = 0\.5"):
-        regress(open_matrix(store), Ridge((0.5,), method=method), MEMORY)
+        regress(open_matrix(store), Asked((0.5,), method=method))
 
 
 @pytest.mark.parametrize(
@@ -320,8 +321,8 @@ def test_an_imported_kernel_has_no_logits_to_start_from(tmp_path):
     content = drawn(6, 3)
     store = filled(tmp_path / "k.zarr", dataclasses.replace(content, logits=np.zeros((6, 0))))
     with pytest.raises(InputError, match="has no logits"):
-        regress(open_matrix(store), Ridge(SHIFTS, "logits"), MEMORY)
-    check(regress(open_matrix(store), Ridge(SHIFTS), MEMORY), content, "zero")
+        regress(open_matrix(store), Asked(SHIFTS, "logits"))
+    check(regress(open_matrix(store), Asked(SHIFTS)), content, "zero")
 
 
 def test_the_command(tmp_path, capsys):

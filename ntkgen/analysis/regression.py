@@ -1,20 +1,23 @@
 """Kernel ridge regression on the labels, over a grid of λ, with its errors on samples left out and of a test set."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import scipy.linalg
 
+from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.eigenvalues import reading_bytes
+from ntkgen.analysis.linalg.conjugate_gradients import MAX_STEPS, Nystrom, System
 from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
 from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
 from ntkgen.analysis.linalg.krylov import EPSILON
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.results import remembered
+from ntkgen.analysis.results import recall_or_compute
 from ntkgen.analysis.targets import Problem, TestSamples
-from ntkgen.errors import InputError
+from ntkgen.errors import InputError, NotPositiveError
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.store import KernelStore
 
@@ -23,10 +26,9 @@ METHODS = ("auto", "eigh", "cholesky", "cg")
 DEFAULT_SHIFTS = tuple(10.0**power for power in range(-6, 3))
 # Bytes per entry of the matrix that stay in memory: of its eigenvectors LAPACK's workspace is two thirds.
 ENTRY_BYTES = {"eigh": 24, "cholesky": 8}
-# Of conjugate gradients: residuals, relative; random vectors for the trace; passes for each λ.
+# Of conjugate gradients: residuals, relative; random vectors for the trace.
 TOLERANCE, TRACE_TOLERANCE = 1e-10, 1e-5
 PROBES = 16
-MAX_STEPS = 1000
 MAX_RANK = 1024  # of their preconditioner: each vector takes time too
 BLOCKS_BYTES = 2**25
 
@@ -147,56 +149,28 @@ def fit_by_conjugate_gradients(problem: Problem, shifts: Sequence[float], rank: 
     limits = np.where(np.arange(B.shape[1]) < residual.shape[1], TOLERANCE, TRACE_TOLERANCE)
     limits = limits * np.maximum(np.linalg.norm(B, axis=0), np.finfo(float).tiny)
     step = counter(report, "solved", 0, MAX_STEPS * len(shifts))
-    near = Nystrom.of(problem, rank)
+
+    def multiply(V: FloatArray) -> FloatArray:
+        return np.asarray(problem.readout.scale * problem.matrix.matmat(V))
+
+    near = Nystrom.of(multiply, problem.matrix.num_rows, rank)
     X, R, last, fits = np.zeros_like(B), B, 0.0, dict[float, Fit]()
     for shift in sorted(shifts, reverse=True):
         R = R - (shift - last) * X  # what is left with the last solution
-        system = System(problem, shift, near, step)
-        X, R = system.solve(B, X, R, limits)
-        fits[shift], last = _fit_of(system, X, R, signs), shift
+        try:
+            X, R = System(multiply, shift, near, step).solve(B, X, R, limits)
+        except NotPositiveError as error:
+            _refuse(problem, shift, str(error))
+        fits[shift], last = _fit_of(problem, shift, (X, R), signs), shift
     return [fits[shift] for shift in shifts]
 
 
-@dataclass(frozen=True)
-class Nystrom:
-    """An approximation U Λ Uᵀ of K, by which (K + λI) is preconditioned: P = U (Λ + λ) Uᵀ / (λ_r + λ) + (I − U Uᵀ).
-
-    References:
-        Frangella, Tropp, Udell (2023), Randomized Nyström preconditioning, arXiv:2110.02820.
-    """
-
-    values: FloatArray  # (rank,), Λ
-    vectors: FloatArray  # (rows, rank), U
-
-    @classmethod
-    def of(cls, problem: Problem, rank: int) -> "Nystrom":
-        """Approximate by products with Gaussian vectors Ω, in one pass: (K Ω) (Ωᵀ K Ω)⁻¹ (K Ω)ᵀ."""
-        rows = problem.matrix.num_rows
-        if not rank:
-            return cls(np.zeros(0), np.zeros((rows, 0)))
-        gaussian = np.linalg.qr(np.random.default_rng(1).normal(size=(rows, rank)))[0]
-        product = problem.readout.scale * problem.matrix.matmat(gaussian)
-        values, rotation = np.linalg.eigh(gaussian.T @ product)
-        is_there = values > rows * EPSILON * abs(values).max()
-        root = product @ (rotation[:, is_there] / np.sqrt(values[is_there]))
-        vectors, sizes, _ = np.linalg.svd(root, full_matrices=False)
-        return cls(sizes**2, vectors)
-
-    def power(self, V: FloatArray, shift: float, exponent: float) -> FloatArray:
-        """Multiply with a power of P."""
-        if not len(self.values):
-            return V
-        factors = ((self.values + shift) / (self.values[-1] + shift)) ** exponent - 1
-        product: FloatArray = V + self.vectors @ (factors[:, None] * (self.vectors.T @ V))
-        return product
-
-
-def _fit_of(system: "System", X: FloatArray, R: FloatArray, signs: FloatArray) -> Fit:
-    columns = system.problem.targets.shape[1]
+def _fit_of(problem: Problem, shift: float, solved: tuple[FloatArray, FloatArray], signs: FloatArray) -> Fit:
+    (X, R), columns = solved, problem.targets.shape[1]
     traces = np.einsum("ij,ij->j", signs, X[:, columns:])
-    size = float(np.linalg.norm(system.problem.residual)) or 1.0
+    size = float(np.linalg.norm(problem.residual)) or 1.0
     return Fit(
-        system.shift,
+        shift,
         X[:, :columns].copy(),
         float(traces.mean()),
         None,
@@ -205,87 +179,70 @@ def _fit_of(system: "System", X: FloatArray, R: FloatArray, signs: FloatArray) -
     )
 
 
-@dataclass(frozen=True)
-class System:
-    """The equations (K + λI) X = B, solved by products alone."""
-
-    problem: Problem
-    shift: float
-    near: Nystrom
-    step: Callable[[], None]  # called after each pass
-
-    def multiply(self, V: FloatArray) -> FloatArray:
-        """Find (K + λI) V, in one pass."""
-        product: FloatArray = self.problem.readout.scale * self.problem.matrix.matmat(V) + self.shift * V
-        self.step()
-        return product
-
-    def solve(
-        self, B: FloatArray, X: FloatArray, R: FloatArray, limits: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:  # X, and the true R = B − (K + λI) X
-        """Go on from X until each column of the residual R is below its limit, or rounding allows no more."""
-        steps = 0
-        while (np.linalg.norm(R, axis=0) > limits).any() and steps < MAX_STEPS:
-            before = float(np.linalg.norm(R))
-            change, taken = self._descend(R, limits, MAX_STEPS - steps)
-            X = X + change
-            R = B - self.multiply(X)
-            steps += taken + 1
-            if float(np.linalg.norm(R)) > before / 2:
-                break
-        return X, R
-
-    def _descend(
-        self, R: FloatArray, limits: FloatArray, max_steps: int
-    ) -> tuple[FloatArray, int]:  # (K + λI)⁻¹ R, and the steps that were taken
-        """Take steps of conjugate gradients whose residual P^½ Q C is kept as an orthonormal basis and coefficients.
-
-        References:
-            Dubrulle (2001), Retooling the method of block conjugate gradients, ETNA 12, algorithm BCGrQ.
-        """
-        (Q, C), steps, Z = np.linalg.qr(self._scaled(R, -0.5)), 0, np.zeros_like(R)
-        D = Q
-        while (np.linalg.norm(self._scaled(Q, 0.5) @ C, axis=0) > limits / 2).any() and steps < max_steps:
-            KD = self._scaled(self.multiply(self._scaled(D, -0.5)), -0.5)
-            inverse = self._inverted(D.T @ KD)
-            Z += D @ (inverse @ C)
-            Q, S = np.linalg.qr(Q - KD @ inverse)
-            C, D, steps = S @ C, Q + D @ S.T, steps + 1
-        return self._scaled(Z, -0.5), steps
-
-    def _scaled(self, V: FloatArray, exponent: float) -> FloatArray:
-        return self.near.power(V, self.shift, exponent)
-
-    def _inverted(self, small: FloatArray) -> FloatArray:
-        """Invert Dᵀ (K + λI) D, but for directions that D has twice.
-
-        Raises:
-            InputError: If it is not positive definite.
-        """
-        values, vectors = np.linalg.eigh((small + small.T) / 2)
-        if values[0] < -len(values) * EPSILON * values[-1]:
-            _refuse(self.problem, self.shift, f"vᵀ(K + λI)v = {values[0]:.3g} for a unit vector v")
-        is_there = values > len(values) * EPSILON * values[-1]
-        inverse: FloatArray = (vectors[:, is_there] / values[is_there]) @ vectors[:, is_there].T
-        return inverse
-
-
 # all of it ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Ridge:
-    """What is asked of a regression."""
+class RegressSettings(Settings):
+    """What is asked of a regression.
 
-    shifts: tuple[float, ...] | None = None  # λ; None: `DEFAULT_SHIFTS`
-    offset: str = "zero"  # f₀
+    Attributes:
+        shifts: λ; None: `DEFAULT_SHIFTS` times the mean eigenvalue, not below ‖E‖.
+        offset: f₀, `zero` or the network's `logits`.
+        test: The kernel of the same samples with test samples.
+        method: One of `METHODS`.
+    """
+
+    shifts: tuple[float, ...] | None = None
+    offset: str = "zero"
     test: KernelStore | None = None
     method: str = "auto"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RegressAnswer(Answer):
+    """Errors and accuracies of kernel ridge regression, one for each λ.
+
+    Attributes:
+        shifts: λ.
+        train_error: Mean squares on the samples that were fitted.
+        loo_error: The same on samples left out one at a time; None where it is not known.
+        gcv: Generalised cross-validation.
+        train_accuracy, loo_accuracy: Parts of the samples that are classified correctly.
+        gcv_standard_error: Of gcv, where traces are estimated.
+        residual_bounds: What the solution leaves of the right side, relative.
+        output: The output map of the kernel.
+        samples: Samples that were fitted.
+        error_norm: The certificate's bound of ‖E‖_F, of the kernel as it is used.
+        passes: Passes over the stored tiles.
+        test_accuracy, test_error, test_store: Of the test samples, if there are any.
+        offset, method: As they were used.
+    """
+
+    shifts: Sequence[float]
+    train_error: Sequence[float]
+    loo_error: Sequence[float | None]
+    gcv: Sequence[float]
+    train_accuracy: Sequence[float]
+    loo_accuracy: Sequence[float | None]
+    gcv_standard_error: Sequence[float]
+    residual_bounds: Sequence[float]
+    output: str
+    samples: int
+    error_norm: float | None
+    passes: float
+    test_accuracy: Sequence[float] | None = None
+    test_error: Sequence[float] | None = None
+    test_store: str | None = None
+    offset: str
+    method: str
+
+    QUESTION: ClassVar[str] = "regress"
+
+
 def regress(
-    matrix: Matrix, ridge: Ridge, memory_bytes: int | None = None, report: Report = ignore_report
-) -> dict[str, Any]:
+    matrix: Matrix, settings: RegressSettings | None = None, *, report: Report = ignore_report
+) -> RegressAnswer:
     """Fit one-hot labels by kernel ridge regression, for each λ, and measure how it does on samples it has not seen.
 
     f(x) = f₀(x) + K(x, X) α with α = G (y − f₀) and G = (K + λI)⁻¹ on the rows of the kernel: one per sample and
@@ -307,18 +264,22 @@ def regress(
         FingerprintError: If the test kernel is not of these training samples.
         BudgetError: If the memory is too small.
     """
-    problem = Problem.of(matrix, ridge.offset)
-    test = None if ridge.test is None else TestSamples.of(ridge.test, problem, ridge.offset)
-    shifts = ridge.shifts or _default_shifts(problem)
-    method = choose_method(matrix, shifts, memory_bytes) if ridge.method == "auto" else ridge.method
+    settings = settings or RegressSettings()
+    problem = Problem.of(matrix, settings.offset)
+    test = None if settings.test is None else TestSamples.of(settings.test, problem, settings.offset)
+    shifts, method = settings.shifts or _default_shifts(problem), settings.method
+    if method == "auto":
+        method = choose_method(matrix, shifts, settings.memory_bytes)
     _check_shifts(problem, shifts, method)
-    settings = {"shifts": shifts, "offset": ridge.offset, "method": method, "test": named(ridge.test)}
+    asked = {"shifts": shifts, "offset": settings.offset, "method": method, "test": named(settings.test)}
+    chosen = dataclasses.replace(settings, shifts=shifts, method=method)
 
-    def compute() -> dict[str, Any]:
-        fits = _fit(problem, shifts, method, memory_bytes, report)
-        return _described(problem, fits, test, report) | {"offset": ridge.offset, "method": method}
+    def compute() -> RegressAnswer:
+        fits = _fit(problem, shifts, chosen, report)
+        answer = _described(problem, fits, chosen)
+        return answer if test is None else _with_test(answer, test, [fit.alpha for fit in fits], report)
 
-    return remembered(matrix, "regress", settings, compute)
+    return recall_or_compute(matrix, RegressAnswer, asked, compute)
 
 
 def named(store: KernelStore | None) -> list[Any] | None:
@@ -359,7 +320,8 @@ def _check_shifts(problem: Problem, shifts: Sequence[float], method: str) -> Non
         )
 
 
-def _fit(problem: Problem, shifts: Sequence[float], method: str, memory_bytes: int | None, report: Report) -> list[Fit]:
+def _fit(problem: Problem, shifts: Sequence[float], settings: RegressSettings, report: Report) -> list[Fit]:
+    method, memory_bytes = settings.method, settings.memory_bytes
     needed = bytes_of(problem.matrix, method, problem.targets.shape[1])
     require_memory({"cg": "tiles and vectors"}.get(method, f"the matrix (method {method})"), needed, memory_bytes)
     if method == "cg":
@@ -376,25 +338,33 @@ def _rank(problem: Problem, memory_bytes: int | None) -> int:
     return max(0, min(MAX_RANK, problem.matrix.num_rows // 4, room // (2 * 4 * 8 * problem.matrix.num_rows)))
 
 
-def _described(problem: Problem, fits: list[Fit], test: TestSamples | None, report: Report) -> dict[str, Any]:
+def _described(problem: Problem, fits: list[Fit], settings: RegressSettings) -> RegressAnswer:
     y, labels, accuracy = problem.targets, problem.matrix.labels, problem.readout.accuracy
     residuals, others = [fit.shift * fit.alpha for fit in fits], [fit.left_out for fit in fits]
-    result: dict[str, Any] = {
-        "shifts": [fit.shift for fit in fits],
-        "train_error": [float(np.mean(residual**2)) for residual in residuals],
-        "loo_error": [None if other is None else float(np.mean(other**2)) for other in others],
-        "gcv": [fit.gcv for fit in fits],
-        "train_accuracy": [accuracy(y - residual, labels) for residual in residuals],
-        "loo_accuracy": [None if other is None else accuracy(y - other, labels) for other in others],
-        "gcv_standard_error": [2 * fit.gcv * fit.trace_error / fit.trace for fit in fits],
-        "residual_bounds": [fit.bound for fit in fits],
-        "output": problem.readout.name,
-        "samples": problem.matrix.num_samples,
-        "error_norm": norm if (norm := problem.matrix.error_norm) is None else norm * problem.readout.scale,
-        "passes": round(problem.matrix.passes, 3),
-    }
-    if test is not None:
-        values = test.predict([fit.alpha for fit in fits], report)
-        result["test_accuracy"], result["test_error"] = map(list, zip(*map(test.measure, values), strict=True))
-        result["test_store"] = test.name
-    return result
+    return RegressAnswer(
+        shifts=[fit.shift for fit in fits],
+        train_error=[float(np.mean(residual**2)) for residual in residuals],
+        loo_error=[None if other is None else float(np.mean(other**2)) for other in others],
+        gcv=[fit.gcv for fit in fits],
+        train_accuracy=[accuracy(y - residual, labels) for residual in residuals],
+        loo_accuracy=[None if other is None else accuracy(y - other, labels) for other in others],
+        gcv_standard_error=[2 * fit.gcv * fit.trace_error / fit.trace for fit in fits],
+        residual_bounds=[fit.bound for fit in fits],
+        output=problem.readout.name,
+        samples=problem.matrix.num_samples,
+        error_norm=norm if (norm := problem.matrix.error_norm) is None else norm * problem.readout.scale,
+        passes=round(problem.matrix.passes, 3),
+        offset=settings.offset,
+        method=settings.method,
+    )
+
+
+def _with_test(answer: RegressAnswer, test: TestSamples, alphas: list[FloatArray], report: Report) -> RegressAnswer:
+    """Add accuracies and errors on test samples."""
+    measured = [test.measure(values) for values in test.predict(alphas, report)]
+    return dataclasses.replace(
+        answer,
+        test_accuracy=[accuracy for accuracy, _ in measured],
+        test_error=[error for _, error in measured],
+        test_store=test.name,
+    )

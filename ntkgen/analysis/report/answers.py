@@ -192,9 +192,9 @@ def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
 
 
 def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.regression import Ridge, regress
+    from ntkgen.analysis.regression import RegressSettings, regress
 
-    return regress(matrix, Ridge(), memory_bytes, report)
+    return regress(matrix, RegressSettings(memory_bytes=memory_bytes), report=report).to_json()
 
 
 def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:

@@ -9,6 +9,7 @@ from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import ManyCommand, ManyOption
 
 if TYPE_CHECKING:
+    from ntkgen.analysis.regression import RegressAnswer
     from ntkgen.store.store import KernelStore
 
 
@@ -44,16 +45,17 @@ def regress(paths: tuple[str, ...], **options: Any) -> None:
     generalised cross-validation; with --test those of test samples too, and their accuracy.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis import regression
+    from ntkgen.analysis.regression import RegressSettings
+    from ntkgen.analysis.regression import regress as ask
     from ntkgen.cli.progress import progress_bars
 
     options["test"] = test_store(options["test"], paths)
-    ridge = regression.Ridge(**{**options, "shifts": options["shifts"] or None})
+    settings = RegressSettings(**{**options, "shifts": options["shifts"] or None}, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = regression.regress(matrix, ridge, asked.memory_bytes, report)
-        asked.show(result, _page(result))
+            answer = ask(matrix, settings, report=report)
+        asked.answer(answer, _page(answer))
 
 
 def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
@@ -69,28 +71,26 @@ def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
     return None if path is None else open_store(path)
 
 
-_COLUMNS = {
-    "train_error": "train",
-    "loo_error": "left out",
-    "gcv": "gcv",
-    "test_error": "test",
-    "train_accuracy": "train acc",
-    "loo_accuracy": "l.o. acc",
-    "test_accuracy": "test acc",
-}
-
-
-def _page(result: dict[str, Any]) -> list[str]:
-    columns = {name: title for name, title in _COLUMNS.items() if name in result}
-    lines = [f"  from {'the logits' if result['offset'] == 'logits' else 'zero'}, by {result['method']}"]
-    lines += ["  " + f"{'λ':>10}" + "".join(f"{title:>11}" for title in columns.values())]
-    for at, shift in enumerate(result["shifts"]):
-        numbers = "".join(_number(result[name][at], is_part="accuracy" in name) for name in columns)
+def _page(answer: "RegressAnswer") -> list[str]:
+    series: dict[str, Sequence[float | None] | None] = {
+        "train": answer.train_error,
+        "left out": answer.loo_error,
+        "gcv": answer.gcv,
+        "test": answer.test_error,
+        "train acc": answer.train_accuracy,
+        "l.o. acc": answer.loo_accuracy,
+        "test acc": answer.test_accuracy,
+    }
+    known = {title: values for title, values in series.items() if values is not None}
+    lines = [f"  from {'the logits' if answer.offset == 'logits' else 'zero'}, by {answer.method}"]
+    lines += ["  " + f"{'λ':>10}" + "".join(f"{title:>11}" for title in known)]
+    for at, shift in enumerate(answer.shifts):
+        numbers = "".join(_number(values[at], is_part="acc" in title) for title, values in known.items())
         lines.append(f"  {shift:>10.3g}{numbers}")
-    if result["method"] == "cg":
-        lines.append(f"  residuals at most {max(result['residual_bounds']):.1g}; nothing is known of samples left out")
-    if result["error_norm"] is not None and result["error_norm"] > min(result["shifts"]):
-        lines.append(f"  the kernel is known to ‖E‖ = {result['error_norm']:.2g}: λ below that fit its errors")
+    if answer.method == "cg":
+        lines.append(f"  residuals at most {max(answer.residual_bounds):.1g}; nothing is known of samples left out")
+    if answer.error_norm is not None and answer.error_norm > min(answer.shifts):
+        lines.append(f"  the kernel is known to ‖E‖ = {answer.error_norm:.2g}: λ below that fit its errors")
     return lines
 
 
