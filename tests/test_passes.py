@@ -21,7 +21,7 @@ from ntkgen.analysis.alignment import align
 from ntkgen.analysis.comparison import compare
 from ntkgen.analysis.eigenvalue_density import DensitySettings, density
 from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
-from ntkgen.analysis.gradient_flow import Flow, flow
+from ntkgen.analysis.gradient_flow import FlowSettings, flow
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.passes import fold
 from ntkgen.analysis.regression import RegressSettings, regress
@@ -71,7 +71,9 @@ def ask_regress(matrix, folder):
 
 
 def ask_flow(matrix, folder):
-    return flow(matrix, Flow(times=(0.1, 1.0), test=open_store(folder / "test.zarr")), MEMORY)
+    return flow(
+        matrix, FlowSettings(times=(0.1, 1.0), test=open_store(folder / "test.zarr"), memory_bytes=MEMORY)
+    ).to_json()
 
 
 def ask_compare(matrix, folder):

@@ -1,53 +1,94 @@
 """Gradient flow of the linearised network: what it has learned when, and which modes of the kernel it learns first."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
-import scipy.integrate
-import scipy.sparse.linalg
 import scipy.special
 
-from ntkgen.analysis.eigenvalues import reading_bytes
-from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
+from ntkgen.analysis.answer import Answer, Settings
+from ntkgen.analysis.flow_courses import COURSES, Clock, Course
 from ntkgen.analysis.linalg.krylov import EPSILON
-from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
+from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
 from ntkgen.analysis.regression import bytes_of, named
-from ntkgen.analysis.results import remembered
+from ntkgen.analysis.results import recall_or_compute
 from ntkgen.analysis.targets import Problem, TestSamples
-from ntkgen.errors import DivergedError, InputError
-from ntkgen.progress import Report, counter, ignore_report
+from ntkgen.errors import InputError
+from ntkgen.progress import Report, ignore_report
 from ntkgen.store.store import KernelStore
 
 LOSSES = ("squared", "cross-entropy")
-# Where no times are given: so many, from a tenth of the first mode's learning time to so many of these at most.
-NUM_TIMES = 25
-LONGEST = {"eigh": 1e8, "krylov": 1e3, "ode": 1e4}
-# Of a subspace: its error, relative to y − f₀; the most passes; and what is no new direction, relative.
-TOLERANCE, MAX_STEPS, ROUNDING = 1e-10, 300, 1e-14
-# Of the integration.
-RELATIVE, ABSOLUTE = 1e-9, 1e-11
-# The integral in the error bound is taken on so many points per time.
-POINTS = 64
 
 
 @dataclass(frozen=True)
-class Flow:
-    """What is asked of a gradient flow."""
+class FlowSettings(Settings):
+    """What is asked of a gradient flow.
+
+    Attributes:
+        loss: One of `LOSSES`.
+        rate: Learning rate η.
+        normalisation: What the sum of losses is divided by, c; None: the number of samples.
+        times: When to look; None: over all learning times.
+        offset: f₀, `zero` or the network's `logits`.
+        num_modes: Modes of the kernel that the answer lists.
+        test: The kernel of the same samples with test samples.
+    """
 
     loss: str = "squared"
-    rate: float = 1.0  # η
-    normalisation: float | None = None  # c; None: the number of samples
+    rate: float = 1.0
+    normalisation: float | None = None
     times: tuple[float, ...] | None = None
-    offset: str = "zero"  # f₀
+    offset: str = "zero"
     num_modes: int = 100
     test: KernelStore | None = None
 
 
-def flow(
-    matrix: Matrix, asked: Flow, memory_bytes: int | None = None, report: Report = ignore_report
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class FlowAnswer(Answer):
+    """What gradient flow has learned at some times.
+
+    Attributes:
+        times: In steps of the learning rate.
+        train_loss, train_accuracy: At each time.
+        error_bounds: Of the outputs at each time, relative to y − f₀; None where none is known.
+        eigenvalues: Of the first modes, descending; these and the next three are None of the cross-entropy.
+        learning_times: When each mode is learned; None of a mode that never is.
+        energies: Part of y − f₀ in each mode.
+        energy_of_others: Part of it in all other modes.
+        loss, rate, offset, normalisation: As they were used.
+        output: The output map of the kernel.
+        samples: Samples of the kernel.
+        passes: Passes over the stored tiles.
+        test_store, test_accuracy, test_error: Of the test samples, if there are any; the error for the squared loss.
+        method: How the flow was followed, of `COURSES`.
+    """
+
+    times: Sequence[float]
+    train_loss: Sequence[float]
+    train_accuracy: Sequence[float]
+    error_bounds: Sequence[float | None]
+    eigenvalues: Sequence[float] | None = None
+    learning_times: Sequence[float | None] | None = None
+    energies: Sequence[float] | None = None
+    energy_of_others: float | None = None
+    loss: str
+    rate: float
+    offset: str
+    normalisation: float
+    output: str
+    samples: int
+    passes: float
+    test_store: str | None = None
+    test_accuracy: Sequence[float] | None = None
+    test_error: Sequence[float] | None = None
+    method: str
+
+    QUESTION: ClassVar[str] = "flow"
+
+
+def flow(matrix: Matrix, settings: FlowSettings | None = None, *, report: Report = ignore_report) -> FlowAnswer:
     """Follow gradient flow on the labels, as the network linearised at its parameters does it.
 
     The loss is L = (1/c) Σᵢ ℓ(f(xᵢ), yᵢ) over the samples, with ℓ = ½ ‖f − y‖² or the cross-entropy of softmax f; its
@@ -72,39 +113,50 @@ def flow(
             cross-entropy.
         BudgetError: If the memory is too small.
     """
-    problem = Problem.of(matrix, asked.offset)
-    test = None if asked.test is None else TestSamples.of(asked.test, problem, asked.offset)
-    _check(problem, asked)
-    method = _method(matrix, asked, memory_bytes)
-    settings = {**vars(asked), "test": named(asked.test), "method": method}
+    settings = settings or FlowSettings()
+    problem = Problem.of(matrix, settings.offset)
+    test = None if settings.test is None else TestSamples.of(settings.test, problem, settings.offset)
+    _check(problem, settings)
+    method = _method(matrix, settings)
+    asked = {
+        "loss": settings.loss,
+        "rate": settings.rate,
+        "normalisation": settings.normalisation,
+        "times": settings.times,
+        "offset": settings.offset,
+        "num_modes": settings.num_modes,
+        "test": named(settings.test),
+        "method": method,
+    }
 
-    def compute() -> dict[str, Any]:
-        clock = Clock(problem, asked)
-        course = COURSES[method](clock, memory_bytes, report)
-        return _described(clock, course, test, report) | {"method": method}
+    def compute() -> FlowAnswer:
+        clock = clock_of(problem, settings)
+        course = COURSES[method](clock, report)
+        answer = _with_modes(_described(clock, course, settings, method), clock, course, settings.num_modes)
+        return answer if test is None else _with_test(answer, course, test, report)
 
-    return remembered(matrix, "flow", settings, compute)
+    return recall_or_compute(matrix, FlowAnswer, asked, compute)
 
 
-def _check(problem: Problem, asked: Flow) -> None:
+def _check(problem: Problem, settings: FlowSettings) -> None:
     """Refuse what has no flow.
 
     Raises:
         InputError: If a number is wrong, or the cross-entropy lacks logits.
     """
     numbers = {
-        "--rate": asked.rate,
-        "--normalisation": 1.0 if asked.normalisation is None else asked.normalisation,
-        "--modes": asked.num_modes,
+        "--rate": settings.rate,
+        "--normalisation": 1.0 if settings.normalisation is None else settings.normalisation,
+        "--modes": settings.num_modes,
     }
     wrong = [f"{name} {value:g}" for name, value in numbers.items() if not 0 < value < np.inf]
-    wrong += [f"--times {time:g}" for time in asked.times or () if not 0 <= time < np.inf]
+    wrong += [f"--times {time:g}" for time in settings.times or () if not 0 <= time < np.inf]
     if wrong:
         raise InputError(
             f"A flow goes forward: expected positive numbers, found {wrong[0]} for {problem.matrix.name}. Is it a "
             "logarithm? Give the number itself."
         )
-    if asked.loss != "squared" and (problem.readout.one_class is not None or problem.readout.num_logits < 2):
+    if settings.loss != "squared" and (problem.readout.one_class is not None or problem.readout.num_logits < 2):
         raise InputError(
             f"The kernel at {problem.matrix.name} has no cross-entropy: expected the rows of all logits, found those "
             f"of one (output {problem.readout.name}). Is it of --output index or diagonal? Use --loss squared, or a "
@@ -112,291 +164,66 @@ def _check(problem: Problem, asked: Flow) -> None:
         )
 
 
-def _method(matrix: Matrix, asked: Flow, memory_bytes: int | None) -> str:
-    if asked.loss != "squared":
+def _method(matrix: Matrix, settings: FlowSettings) -> str:
+    if settings.loss != "squared":
         return "ode"
-    return "eigh" if bytes_of(matrix, "eigh") <= memory_left(memory_bytes) else "krylov"
+    return "eigh" if bytes_of(matrix, "eigh") <= memory_left(settings.memory_bytes) else "krylov"
 
 
-# the course of a flow -------------------------------------------------------------------------------------------------
+def clock_of(problem: Problem, settings: FlowSettings) -> Clock:
+    """Say what is learned, how quickly, and when to look."""
+    normalisation = settings.normalisation or float(problem.matrix.num_samples)
+    return Clock(problem, settings.rate, normalisation, settings.times, settings.memory_bytes)
 
 
-@dataclass(frozen=True)
-class Clock:
-    """What is learned, and how quickly."""
-
-    problem: Problem
-    asked: Flow
-
-    @property
-    def normalisation(self) -> float:
-        """The loss's, c."""
-        return self.asked.normalisation or float(self.problem.matrix.num_samples)
-
-    @property
-    def speed(self) -> float:
-        """η / c."""
-        return self.asked.rate / self.normalisation
-
-    def times(self, largest: float, slowest: float, method: str) -> FloatArray:
-        """Take the times asked for; or those between the first mode, of the largest eigenvalue, and the slowest."""
-        if self.asked.times is not None:
-            return np.array(sorted(self.asked.times))
-        if largest <= 0:
-            return np.array([0.0])
-        first = 1 / (self.speed * largest)
-        return np.geomspace(first / 10, first * min(LONGEST[method], 10 * largest / slowest), NUM_TIMES)
+def _described(clock: Clock, course: Course, settings: FlowSettings, method: str) -> FlowAnswer:
+    problem, labels = clock.problem, clock.problem.matrix.labels
+    return FlowAnswer(
+        times=course.times.tolist(),
+        train_loss=[_loss(clock, settings.loss, values) for values in course.values],
+        train_accuracy=[problem.readout.accuracy(values, labels) for values in course.values],
+        error_bounds=course.bounds,
+        loss=settings.loss,
+        rate=settings.rate,
+        offset=settings.offset,
+        normalisation=clock.normalisation,
+        output=problem.readout.name,
+        samples=problem.matrix.num_samples,
+        passes=round(problem.matrix.passes, 3),
+        method=method,
+    )
 
 
-@dataclass(frozen=True)
-class Course:
-    """A flow at some times: f_t = f₀ + K α_t."""
-
-    times: FloatArray
-    values: list[FloatArray]  # (rows, columns) for each time, f_t
-    alphas: list[FloatArray]  # (rows, columns) for each time, α_t
-    bounds: list[float | None]  # of ‖error of f_t‖ / ‖y − f₀‖; None where nobody knows one
-    eigenvalues: FloatArray | None = None  # descending
-    energies: FloatArray | None = None  # of y − f₀ in these modes
-
-
-@dataclass(frozen=True)
-class Subspace:
-    """A space that K maps into itself, but for B: K V = V Λ + Q B with orthonormal columns V and, beside them, Q."""
-
-    eigenvalues: FloatArray  # (modes,), Λ; what is below zero counts as zero
-    energies: FloatArray  # (modes, columns), Vᵀ (y − f₀)
-    rest: FloatArray  # (columns, modes), B; none of a whole eigendecomposition
-
-    @property
-    def clipped(self) -> FloatArray:
-        """The eigenvalues as they count."""
-        return np.maximum(self.eigenvalues, 0)
-
-    def times(self, clock: Clock, method: str) -> FloatArray:
-        """Take the times asked for, or those in which something is learned."""
-        largest = float(self.clipped.max(initial=0))
-        tiny = clock.problem.matrix.num_rows * EPSILON * largest
-        return clock.times(largest, float(self.clipped[self.clipped > tiny].min(initial=np.inf)), method)
-
-    def left(self, time: float) -> FloatArray:  # (modes, columns)
-        """What is not learned yet, Vᵀ (y − f_t)."""
-        return np.exp(-self.clipped * time)[:, None] * self.energies
-
-    def learned(self, time: float) -> FloatArray:  # (modes, columns)
-        """Find Vᵀ α_t, by (1 − exp(−λt)) / λ, which is t for λ = 0."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            factors = np.where(
-                self.clipped * time > np.finfo(float).tiny, -np.expm1(-self.clipped * time) / self.clipped, time
-            )
-        return factors[:, None] * self.energies
-
-    def bound(self, time: float) -> float:
-        """Bound the error of V exp(−Λ t) Vᵀ r against exp(−K t) r by ∫ ‖B exp(−Λ s) Vᵀ r‖ ds from 0 to t.
-
-        For of the first remains r_s' + K r_s = Q B exp(−Λ s) Vᵀ r, and no flow of a kernel lets an error grow.
-        """
-        if not len(self.rest) or time == 0:
-            return 0.0
-        first = min(time, 1 / max(float(self.clipped.max()), np.finfo(float).tiny)) / POINTS
-        points = np.concatenate([[0.0], np.geomspace(first, time, 4 * POINTS)])
-        return float(np.trapezoid([float(np.linalg.norm(self.rest @ self.left(at))) for at in points], points))
-
-    def course(self, clock: Clock, method: str, vectors: FloatArray) -> Course:
-        """Follow the flow in the space of these vectors V, of (rows, modes)."""
-        times, size = self.times(clock, method), float(np.sum(clock.problem.residual**2)) or 1.0
-        order = np.argsort(-self.eigenvalues, kind="stable")
-        return Course(
-            times,
-            [clock.problem.targets - vectors @ self.left(time) for time in clock.speed * times],
-            [vectors @ self.learned(time) for time in clock.speed * times],
-            [self.bound(time) / np.sqrt(size) for time in clock.speed * times],
-            self.eigenvalues[order],
-            np.sum(self.energies**2, axis=1)[order] / size,
-        )
+def _with_test(answer: FlowAnswer, course: Course, test: TestSamples, report: Report) -> FlowAnswer:
+    """Add accuracies and errors on test samples."""
+    measured = [test.measure(values) for values in test.predict(course.alphas, report)]
+    return dataclasses.replace(
+        answer,
+        test_store=test.name,
+        test_accuracy=[accuracy for accuracy, _ in measured],
+        test_error=[error for _, error in measured] if answer.loss == "squared" else None,
+    )
 
 
-def _by_eigenvalues(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
-    require_memory("the eigenvectors", bytes_of(clock.problem.matrix, "eigh"), memory_bytes)
-    values, vectors = eigenvalues_and_vectors(clock.problem.dense(report), report)
-    whole = Subspace(values, vectors.T @ clock.problem.residual, np.zeros((0, len(values))))
-    return whole.course(clock, "eigh", vectors)
-
-
-def _by_krylov(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
-    """Follow the flow in the space of r, K r, K² r, … with r = y − f₀, each step of which is a pass.
-
-    It ends when the bound is met at all times, nothing new is found, or the memory is full.
-    """
-    problem = clock.problem
-    most = _most_steps(problem, memory_bytes)
-    step = counter(report, "solved", 0, most)
-    rows, columns = problem.residual.shape
-    basis = np.empty((rows, min(rows, most * columns)))
-    products = np.zeros((basis.shape[1],) * 2)
-    new, first = _orthonormal(basis[:, :0], problem.residual)
-    space, rotation = _ritz(products[:0, :0], first[:0], first[:0, :0])
-    inside = 0
-    for count in range(1, most + 1):
-        if not new.shape[1]:
-            break
-        last = slice(inside, inside + new.shape[1])
-        basis[:, last], inside = new, last.stop
-        product = problem.readout.scale * problem.matrix.matmat(new)
-        step()
-        products[:inside, last] = basis[:, :inside].T @ product
-        new, rest = _orthonormal(basis[:, :inside], product)
-        if not new.shape[1] or count == most or count % max(1, count // 8) == 0:
-            space, rotation = _ritz(products[:inside, :inside], first, rest)
-            if _is_enough(space, clock):
-                break
-    return space.course(clock, "krylov", _rotated(basis, rotation))
-
-
-def _orthonormal(basis: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Find Q and B with vectors = basis C + Q B, Q orthonormal, and as narrow as rounding allows."""
-    left = vectors
-    for _ in range(2):
-        left = left - basis @ (basis.T @ left)
-    Q, sizes, B = np.linalg.svd(left, full_matrices=False)
-    is_there = sizes > ROUNDING * max(float(np.linalg.norm(vectors)), np.finfo(float).tiny)
-    Q = Q[:, is_there]
-    Q, R = np.linalg.qr(Q - basis @ (basis.T @ Q))  # what is small was not orthogonal enough
-    return Q, R @ (sizes[is_there, None] * B[is_there])
-
-
-def _most_steps(problem: Problem, memory_bytes: int | None) -> int:
-    """Count the steps whose vectors fit in memory, beside the tiles and the outputs at all times.
-
-    Raises:
-        BudgetError: If ten do not.
-    """
-    vectors = 8 * problem.targets.size
-    tiles = reading_bytes(problem.matrix, problem.targets.shape[1])
-    others = tiles + (2 * NUM_TIMES + 10) * vectors
-    require_memory("tiles, and vectors of ten steps", others + 10 * vectors, memory_bytes)
-    return min(MAX_STEPS, len(problem.targets), (memory_left(memory_bytes) - others) // vectors)
-
-
-def _ritz(products: FloatArray, first: FloatArray, rest: FloatArray) -> tuple[Subspace, FloatArray]:
-    """Diagonalise K within the basis; the second of the results are the coordinates of the modes in it."""
-    values, rotation = np.linalg.eigh(products, UPLO="U")  # below the diagonal blocks nothing was computed
-    last = rotation[len(rotation) - rest.shape[1] :]
-    return Subspace(values, rotation[: len(first)].T @ first, rest @ last), rotation
-
-
-def _is_enough(space: Subspace, clock: Clock) -> bool:
-    limit = TOLERANCE * float(np.linalg.norm(clock.problem.residual))
-    return max(space.bound(time) for time in clock.speed * space.times(clock, "krylov")) <= limit
-
-
-def _rotated(basis: FloatArray, rotation: FloatArray) -> FloatArray:
-    """Multiply a basis with a rotation where it lies, some rows at a time."""
-    inside = len(rotation)
-    for start in range(0, len(basis), 4096):
-        basis[start : start + 4096, :inside] = basis[start : start + 4096, :inside] @ rotation
-    return basis[:, :inside]
-
-
-# cross-entropy --------------------------------------------------------------------------------------------------------
-
-
-def _by_integration(clock: Clock, memory_bytes: int | None, report: Report) -> Course:
-    """Integrate f' = K α', α' = (η/c) A (y − softmax), from f₀ and zero; each step is a product with K."""
-    problem, shape = clock.problem, clock.problem.targets.shape
-    vectors = 16 * (20 + 2 * NUM_TIMES) * problem.targets.size  # of all stages of a step, and at all times
-    require_memory("the matrix, to integrate", bytes_of(problem.matrix, "cholesky") + vectors, memory_bytes)
-    K, one_hot = problem.dense(report), np.eye(problem.readout.num_logits)[problem.matrix.labels]
-    largest = float(scipy.sparse.linalg.eigsh(K, k=1, v0=np.ones(len(K)), return_eigenvectors=False)[0])
-    times = clock.times(largest, largest / LONGEST["ode"], "ode")
-
-    def change(_time: float, state: FloatArray) -> FloatArray:
-        scores = problem.readout.scores(state[: len(state) // 2].reshape(shape))
-        pull = clock.speed * problem.readout.mapped(one_hot - scipy.special.softmax(scores, axis=1))
-        return np.concatenate([(K @ pull).ravel(), pull.ravel()])
-
-    size, state = problem.targets.size, np.concatenate([problem.offset.ravel(), np.zeros(problem.targets.size)])
-    tolerances = ABSOLUTE * np.repeat([1.0, 1 / (largest or 1.0)], size)
-    states = _integrated(change, state, times, tolerances, counter(report, "integrated", 0, len(times)))
-    values = [state[:size].reshape(shape) for state in states]
-    return Course(times, values, [state[size:].reshape(shape) for state in states], [None] * len(times))
-
-
-def _integrated(
-    change: Callable[[float, FloatArray], FloatArray],
-    state: FloatArray,
-    times: FloatArray,
-    tolerances: FloatArray,
-    step: Callable[[], None],
-) -> list[FloatArray]:
-    """Integrate from time zero on, and keep the state at each time.
-
-    Raises:
-        DivergedError: If the steps become too small.
-    """
-    states, before = [], 0.0
-    for time in times:
-        if time > before:
-            found = scipy.integrate.solve_ivp(
-                change, (before, time), state, method="DOP853", rtol=RELATIVE, atol=tolerances, t_eval=[time]
-            )
-            if not found.success:
-                raise DivergedError(
-                    f"The flow could not be integrated from t = {before:g} to {time:g}: expected steps that meet the "
-                    f"tolerance {RELATIVE:g}, found none ({found.message}). Are logits or kernel infinite? Check them."
-                )
-            before, state = time, found.y[:, -1]
-        states.append(state)
-        step()
-    return states
-
-
-# what is told of it ---------------------------------------------------------------------------------------------------
-
-COURSES = {"eigh": _by_eigenvalues, "krylov": _by_krylov, "ode": _by_integration}
-
-
-def _described(clock: Clock, course: Course, test: TestSamples | None, report: Report) -> dict[str, Any]:
-    problem, asked, labels = clock.problem, clock.asked, clock.problem.matrix.labels
-    result = {
-        "times": course.times.tolist(),
-        "train_loss": [_loss(clock, values) for values in course.values],
-        "train_accuracy": [problem.readout.accuracy(values, labels) for values in course.values],
-        "error_bounds": course.bounds,
-        **_modes(clock, course),
-        **{name: getattr(asked, name) for name in ("loss", "rate", "offset")},
-        "normalisation": clock.normalisation,
-        "output": problem.readout.name,
-        "samples": problem.matrix.num_samples,
-        "passes": round(problem.matrix.passes, 3),
-    }
-    if test is not None:
-        measured = [test.measure(values) for values in test.predict(course.alphas, report)]
-        result["test_store"] = test.name
-        result["test_accuracy"] = [accuracy for accuracy, _ in measured]
-        if asked.loss == "squared":
-            result["test_error"] = [error for _, error in measured]
-    return result
-
-
-def _loss(clock: Clock, values: FloatArray) -> float:
+def _loss(clock: Clock, loss: str, values: FloatArray) -> float:
     """Measure the loss of outputs."""
-    if clock.asked.loss == "squared":
+    if loss == "squared":
         return float(np.sum((clock.problem.targets - values) ** 2)) / (2 * clock.normalisation)
     scores = scipy.special.log_softmax(clock.problem.readout.scores(values), axis=1)
     labels = clock.problem.matrix.labels
     return -float(scores[np.arange(len(labels)), labels].sum()) / clock.normalisation
 
 
-def _modes(clock: Clock, course: Course) -> dict[str, Any]:
+def _with_modes(answer: FlowAnswer, clock: Clock, course: Course, num_modes: int) -> FlowAnswer:
     """List the modes with the largest eigenvalues: when they are learned, and what of the labels is in them."""
     if course.eigenvalues is None or course.energies is None:
-        return {}
+        return answer
     tiny = clock.problem.matrix.num_rows * EPSILON * float(np.abs(course.eigenvalues).max(initial=0))
-    top, energies = course.eigenvalues[: clock.asked.num_modes], course.energies[: clock.asked.num_modes]
-    return {
-        "eigenvalues": top.tolist(),
-        "learning_times": [float(1 / (clock.speed * value)) if value > tiny else None for value in top],
-        "energies": energies.tolist(),
-        "energy_of_others": max(0.0, 1 - float(energies.sum())) if course.energies.any() else 0.0,
-    }
+    top, energies = course.eigenvalues[:num_modes], course.energies[:num_modes]
+    return dataclasses.replace(
+        answer,
+        eigenvalues=top.tolist(),
+        learning_times=[float(1 / (clock.speed * value)) if value > tiny else None for value in top],
+        energies=energies.tolist(),
+        energy_of_others=max(0.0, 1 - float(energies.sum())) if course.energies.any() else 0.0,
+    )

@@ -198,9 +198,10 @@ def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result
 
 
 def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.gradient_flow import Flow, flow
+    from ntkgen.analysis.gradient_flow import FlowSettings, flow
 
-    return flow(matrix, Flow(num_modes=min(matrix.num_rows, MAX_MODES)), memory_bytes, report)
+    settings = FlowSettings(num_modes=min(matrix.num_rows, MAX_MODES), memory_bytes=memory_bytes)
+    return flow(matrix, settings, report=report).to_json()
 
 
 def _align(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:

@@ -1,12 +1,15 @@
 """`ntkgen analyze flow`: what gradient flow has learned when."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.analyze.regress import test_store
 from ntkgen.cli.options import ManyCommand, ManyOption
+
+if TYPE_CHECKING:
+    from ntkgen.analysis.gradient_flow import FlowAnswer
 
 # Modes that the page lists.
 LISTED = 10
@@ -40,36 +43,41 @@ def flow(paths: tuple[str, ...], **options: Any) -> None:
     For the squared loss f_t = y + exp(−ηKt/c)(f₀ − y), and each mode of the kernel is learned in its own time, c/(ηλ).
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis import gradient_flow as flowing
+    from ntkgen.analysis.gradient_flow import FlowSettings
+    from ntkgen.analysis.gradient_flow import flow as ask
     from ntkgen.cli.progress import progress_bars
 
     options["test"], options["times"] = test_store(options["test"], paths), options["times"] or None
+    settings = FlowSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            result = flowing.flow(matrix, flowing.Flow(**options), asked.memory_bytes, report)
-        asked.show(result, _page(result))
+            answer = ask(matrix, settings, report=report)
+        asked.answer(answer, _page(answer))
 
 
-def _page(result: dict[str, Any]) -> list[str]:
-    start = "the logits" if result["offset"] == "logits" else "zero"
-    c, rate = result["normalisation"], result["rate"]
-    columns = {"train_loss": "loss", "train_accuracy": "accuracy", "test_accuracy": "test"}
-    there = {name: title for name, title in columns.items() if name in result}
-    lines = [f"  {result['loss']} loss / {c:g}, from {start}, learning rate {rate:g}, by {result['method']}"]
-    lines += [f"  {'t':>10}" + "".join(f"{title:>11}" for title in there.values())]
-    for at, time in enumerate(result["times"]):
-        numbers = (f"{result[name][at]:>11.{'2%' if 'accuracy' in name else '4g'}}" for name in there)
+def _page(answer: "FlowAnswer") -> list[str]:
+    start = "the logits" if answer.offset == "logits" else "zero"
+    series = {"loss": answer.train_loss, "accuracy": answer.train_accuracy, "test": answer.test_accuracy}
+    known = {title: values for title, values in series.items() if values is not None}
+    lines = [
+        f"  {answer.loss} loss / {answer.normalisation:g}, from {start}, learning rate {answer.rate:g}, "
+        f"by {answer.method}"
+    ]
+    lines += [f"  {'t':>10}" + "".join(f"{title:>11}" for title in known)]
+    for at, time in enumerate(answer.times):
+        numbers = (f"{values[at]:>11.{'4g' if title == 'loss' else '2%'}}" for title, values in known.items())
         lines.append(f"  {time:>10.3g}{''.join(numbers)}")
-    if max(bound or 0.0 for bound in result["error_bounds"]) > 0:
-        lines.append(f"  errors at most {max(result['error_bounds']):.1g} of what is to be learned")
-    return [*lines, *_modes(result)]
+    largest = max(bound or 0.0 for bound in answer.error_bounds)
+    if largest > 0:
+        lines.append(f"  errors at most {largest:.1g} of what is to be learned")
+    return [*lines, *_modes(answer)]
 
 
-def _modes(result: dict[str, Any]) -> list[str]:
-    if "energies" not in result:
+def _modes(answer: "FlowAnswer") -> list[str]:
+    if answer.eigenvalues is None or answer.learning_times is None or answer.energies is None:
         return []
-    modes = list(zip(result["eigenvalues"], result["learning_times"], result["energies"], strict=True))[:LISTED]
+    modes = list(zip(answer.eigenvalues, answer.learning_times, answer.energies, strict=True))[:LISTED]
     lines = [f"  {'eigenvalue':>11}{'learned at':>12}{'of labels':>11}"]
     return lines + [f"  {value:>11.4g}{_time(time):>12}{energy:>11.2%}" for value, time, energy in modes]
 
