@@ -18,7 +18,7 @@ from ntkgen.analysis import eigenvalue_density as densities
 from ntkgen.analysis import eigenvalues as spectra
 from ntkgen.analysis import passes
 from ntkgen.analysis.alignment import align
-from ntkgen.analysis.comparison import compare
+from ntkgen.analysis.comparison import CompareSettings, compare
 from ntkgen.analysis.eigenvalue_density import DensitySettings, density
 from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
 from ntkgen.analysis.gradient_flow import FlowSettings, flow
@@ -77,7 +77,8 @@ def ask_flow(matrix, folder):
 
 
 def ask_compare(matrix, folder):
-    return compare(matrix, open_matrix(open_store(folder / "other.zarr"), client=matrix.client), 3, MEMORY)
+    other = open_matrix(open_store(folder / "other.zarr"), client=matrix.client)
+    return compare(matrix, other, CompareSettings(3, memory_bytes=MEMORY)).to_json()
 
 
 def numbers(value):

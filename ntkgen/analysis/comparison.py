@@ -2,40 +2,112 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import scipy.linalg
 
-from ntkgen.analysis.alignment import centered_product, ratio
+from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, plan_sizes, reading_bytes
 from ntkgen.analysis.linalg.dense import eigenvalues
 from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, run
-from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.passes import Arrays, fold
-from ntkgen.analysis.results import remembered
+from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
+from ntkgen.analysis.pairs import PairMoments, measure_pair
+from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import FingerprintError, InputError
-from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
+from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.rounding import STORE_DTYPES
-from ntkgen.store.view import Place, read_ahead
 
 # The precisions that a kernel may be computed in, the least first.
 PRECISIONS = ("bfloat16", "tf32", "float32", "float64-accumulate", "float64")
 # Eigenvectors whose space is compared, where no number is given.
 USUAL_TOP = 10
-# Rows that are subtracted at a time.
-SLAB_ROWS = 256
 # Of the eigenvalues whose eigenvectors span what is compared, out of core; errors of the vectors are of its root.
 TOLERANCE, MAX_PASSES = 1e-12, 100
-# A stage reads two tiles in float64 while it works on two others, and holds what they were stored as.
-TILES_HELD = 8
+
+
+@dataclass(frozen=True)
+class CompareSettings(Settings):
+    """How two kernels are compared: by the ``top`` largest eigenvalues and their space; None: 10."""
+
+    top: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the lower of two precisions costs; see `_cost`.
+
+    Attributes:
+        lower, lower_dtype: The less precise kernel.
+        frobenius_error: ‖E‖_F / ‖K‖_F.
+        eigenvalue_error: The largest error of an eigenvalue, relative to the largest one.
+        relative_eigenvalue_error: The largest error of an eigenvalue, relative to itself.
+        eigenvalues_compared: How many these are.
+        not_positive: Eigenvalues of the less precise kernel that are not positive.
+        logdet, logdet_of_lower, logdet_error: Log-determinants, where all eigenvalues are known and positive.
+    """
+
+    lower: str
+    lower_dtype: str
+    frobenius_error: float
+    eigenvalue_error: float
+    relative_eigenvalue_error: float | None
+    eigenvalues_compared: int
+    not_positive: int
+    logdet: float | None
+    logdet_of_lower: float | None
+    logdet_error: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareAnswer(Answer):
+    """How far the second of two kernels is from the first one, the reference.
+
+    Attributes:
+        distance: 1 − ⟨K, L⟩ / (‖K‖ ‖L‖); None where one of them is zero.
+        centered_alignment: Linear CKA; None where one of them is constant.
+        principal_angles: Between the spaces of the top eigenvectors, the largest first, in radians.
+        angle_error: Bound of their error.
+        eigenvalues, reference_eigenvalues: The largest of both.
+        eigenvalue_ratios: The first over the second; None where that is not positive.
+        gaps: For both, what lies below the top eigenvalues, relative to the last of them.
+        cost: Of the lower precision, where both are of one network in two precisions.
+        samples: Samples that both share.
+        samples_are_known: Whether both stores have the fingerprint of their samples.
+        passes: Passes over the stored tiles of both.
+        reference, reference_dtype: The first kernel.
+    """
+
+    distance: float | None
+    centered_alignment: float | None
+    principal_angles: Sequence[float]
+    angle_error: float
+    eigenvalues: Sequence[float]
+    reference_eigenvalues: Sequence[float]
+    eigenvalue_ratios: Sequence[float | None]
+    gaps: Sequence[float | None]
+    cost: Cost | None
+    samples: int
+    samples_are_known: bool
+    passes: Sequence[float]
+    reference: str = ""
+    reference_dtype: str = ""
+
+    QUESTION: ClassVar[str] = "compare"
+    VOLATILE: ClassVar[tuple[str, ...]] = ("reference", "reference_dtype")
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> "CompareAnswer":
+        """Read what was kept."""
+        cost = found["cost"]
+        return super().from_json({**found, "cost": None if cost is None else Cost(**cost)})
 
 
 def compare(
-    first: Matrix, second: Matrix, top: int | None, memory_bytes: int | None = None, report: Report = ignore_report
-) -> dict[str, Any]:
+    first: Matrix, second: Matrix, settings: CompareSettings | None = None, *, report: Report = ignore_report
+) -> CompareAnswer:
     """Compare the kernel K of one store with the kernel L of another, row by row, in one pass over both.
 
     The distance is 1 − ⟨K, L⟩ / (‖K‖ ‖L‖), of the Frobenius inner product: 0 where L is a multiple of K. The centred
@@ -57,24 +129,29 @@ def compare(
         InputError: If there are not as many eigenvalues.
         BudgetError: If the memory is too small for two tiles of each.
     """
+    settings = settings or CompareSettings()
     _require_same_samples(first, second)
     rows = min(first.num_rows, second.num_rows)
     first, second = _leading(first, rows), _leading(second, rows)
-    top = min(USUAL_TOP, rows) if top is None else top
+    top = min(USUAL_TOP, rows) if settings.top is None else settings.top
     if not 1 <= top <= rows:
         raise InputError(
             f"The kernels have no {top:,} eigenvalues: expected from 1 to their {rows:,} rows, found --top {top:,}. "
             "Is another kernel meant? Lower --top."
         )
-    is_dense = _dense_bytes(first, second, top) <= memory_left(memory_bytes)
-    identity = [first.store.manifest.fingerprint, first.store.manifest.replanned, first.dtype, first.output]
-    settings = {"top": top, "reference": identity, "is_dense": is_dense}
+    is_dense = _dense_bytes(first, second, top) <= memory_left(settings.memory_bytes)
+    asked = {"top": top, "reference": reference_of(first), "is_dense": is_dense}
 
-    def compute() -> dict[str, Any]:
-        return _compared(first, second, Pairing(top, memory_bytes, is_dense), report)
+    def compute() -> CompareAnswer:
+        return _compared(first, second, Pairing(top, settings.memory_bytes, is_dense), report)
 
-    result = remembered(second, "compare", settings, compute)
-    return {**result, "reference": first.name, "reference_dtype": first.dtype}
+    answer = recall_or_compute(second, CompareAnswer, asked, compute)
+    return dataclasses.replace(answer, reference=first.name, reference_dtype=first.dtype)
+
+
+def reference_of(first: Matrix) -> list[Any]:
+    """Say which kernel others are compared with, as it is kept."""
+    return [first.store.manifest.fingerprint, first.store.manifest.replanned, first.dtype, first.output]
 
 
 @dataclass(frozen=True)
@@ -92,8 +169,8 @@ def _dense_bytes(first: Matrix, second: Matrix, top: int) -> int:
     return 8 * rows * (rows + 2 * top + 128) + max(reading_bytes(first), reading_bytes(second))
 
 
-def _compared(first: Matrix, second: Matrix, pairing: Pairing, report: Report) -> dict[str, Any]:
-    moments = _moments(first, second, pairing.memory_bytes, report)
+def _compared(first: Matrix, second: Matrix, pairing: Pairing, report: Report) -> CompareAnswer:
+    moments = measure_pair(first, second, pairing.memory_bytes, report)
     spaces = [_top_space(matrix, pairing, report) for matrix in (first, second)]
     known = [space.values for space in spaces]
     cost = None
@@ -101,20 +178,20 @@ def _compared(first: Matrix, second: Matrix, pairing: Pairing, report: Report) -
         values = [_all_eigenvalues(matrix, report) for matrix in (first, second)] if pairing.is_dense else known
         logdets = [_logdet(value) if pairing.is_dense else None for value in values]
         cost = _cost((first, second), moments, values, logdets)
-    return {
-        "distance": moments.distance,
-        "centered_alignment": moments.centered_alignment,
-        "principal_angles": _angles(spaces[0].vectors, spaces[1].vectors),
-        "angle_error": sum(space.error for space in spaces),
-        "eigenvalues": known[1].tolist(),
-        "reference_eigenvalues": known[0].tolist(),
-        "eigenvalue_ratios": [float(b / a) if a > 0 else None for a, b in zip(*known, strict=True)],
-        "gaps": [space.gap for space in spaces],
-        "cost": cost,
-        "samples": first.num_samples,
-        "samples_are_known": all("samples" in matrix.store.manifest.identity for matrix in (first, second)),
-        "passes": [round(matrix.passes, 3) for matrix in (first, second)],
-    }
+    return CompareAnswer(
+        distance=moments.distance,
+        centered_alignment=moments.centered_alignment,
+        principal_angles=_angles(spaces[0].vectors, spaces[1].vectors),
+        angle_error=sum(space.error for space in spaces),
+        eigenvalues=known[1].tolist(),
+        reference_eigenvalues=known[0].tolist(),
+        eigenvalue_ratios=[float(b / a) if a > 0 else None for a, b in zip(*known, strict=True)],
+        gaps=[space.gap for space in spaces],
+        cost=cost,
+        samples=first.num_samples,
+        samples_are_known=all("samples" in matrix.store.manifest.identity for matrix in (first, second)),
+        passes=[round(matrix.passes, 3) for matrix in (first, second)],
+    )
 
 
 # which samples --------------------------------------------------------------------------------------------------------
@@ -160,121 +237,6 @@ def _leading(matrix: Matrix, num_rows: int) -> Matrix:
     if num_rows == matrix.num_rows:
         return matrix
     return dataclasses.replace(matrix, num_rows=num_rows, view=matrix.view.leading(num_rows))
-
-
-# one pass over both ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PairMoments:
-    """Sums over the entries of two kernels K and L."""
-
-    row_sums: FloatArray  # (2, rows)
-    squares: FloatArray  # (2,), ‖K‖², ‖L‖²
-    inner: float = 0.0  # ⟨K, L⟩
-    difference: float = 0.0  # ‖K − L‖²
-    change: float = 0.0  # ⟨K − L, K + L⟩
-
-    @classmethod
-    def of(
-        cls, places: Sequence[Place], first: Matrix, second: Matrix, side: int, step: Step = ignore_step
-    ) -> "PairMoments":
-        """Sum over parts of both, of ``side`` rows and columns, each of which is read once."""
-        moments = cls(np.zeros((2, first.num_rows)), np.zeros(2))
-        for rows, cols, pair in _pairs(places, first, second, side):
-            moments.add(rows, cols, *pair)
-            step()
-        return moments
-
-    def add(self, rows: slice, cols: slice, K: FloatArray, L: FloatArray) -> None:
-        """Add what two parts above the diagonal, or one on it, say of both triangles."""
-        count = 1 if rows == cols else 2
-        self.inner += count * float(np.vdot(K, L))
-        self.squares += [count * float(np.vdot(M, M)) for M in (K, L)]
-        for start in range(0, len(K), SLAB_ROWS):
-            slab = slice(start, start + SLAB_ROWS)
-            minus = K[slab] - L[slab]
-            self.difference += count * float(np.vdot(minus, minus))
-            self.change += count * float(np.vdot(minus, K[slab] + L[slab]))
-        for sums, M in zip(self.row_sums, (K, L), strict=True):
-            sums[rows] += M.sum(1)
-            if rows != cols:
-                sums[cols] += M.sum(0)
-
-    @property
-    def distance(self) -> float | None:
-        """1 − ⟨K, L⟩ / (‖K‖ ‖L‖), with as many digits as the numbers have where K and L are close.
-
-        With g = ‖K‖ − ‖L‖ = ⟨K − L, K + L⟩ / (‖K‖ + ‖L‖) it is (‖K − L‖² − g²) / (2 ‖K‖ ‖L‖).
-        """
-        norms = [math.sqrt(square) for square in self.squares]
-        if not all(norms):
-            return None
-        if self.difference > self.squares[0] / 4:  # far apart, or of other sizes
-            return 1 - self.inner / norms[0] / norms[1]
-        gap = self.change / sum(norms)
-        return max(0.0, self.difference - gap**2) / (2 * norms[0] * norms[1])
-
-    @property
-    def centered_alignment(self) -> float | None:
-        """⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖); None where one of them is rounding alone."""
-        rows, means = self.row_sums.shape[1], self.row_sums / self.row_sums.shape[1]
-        squares = [centered_product(square, r, r) for square, r in zip(self.squares, means, strict=True)]
-        limits = [4 * rows * EPSILON * square for square in self.squares]
-        kept = [0.0 if square <= limit else square for square, limit in zip(squares, limits, strict=True)]
-        return ratio(centered_product(self.inner, *means), *kept)
-
-
-def _moments(first: Matrix, second: Matrix, memory_bytes: int | None, report: Report) -> PairMoments:
-    side = max(first.side, second.side)
-    require_memory("two tiles of each kernel", 8 * TILES_HELD * min(side, first.num_rows) ** 2, memory_bytes)
-    blocks = -(-first.num_rows // side)
-    places = [(row, col) for row in range(blocks) for col in range(row, blocks)]
-    step = counter(report, "compared", 0, len(places))
-    if first.client is None:
-        return PairMoments.of(places, first, second, side, step)
-    for row, col in places:
-        _count(first, second, (_span(first, side, row), _span(first, side, col)))
-    sums = fold(first.client, _measured, places, (first.carried, second.carried, side), step)
-    return PairMoments(sums[0], sums[1], *(float(value) for value in sums[2]))
-
-
-def _measured(places: Sequence[Place], first: Matrix, second: Matrix, side: int) -> Arrays:
-    """Measure some parts of both, on a worker."""
-    found = PairMoments.of(places, first, second, side)
-    return found.row_sums, found.squares, np.array([found.inner, found.difference, found.change])
-
-
-def _pairs(
-    places: Sequence[Place], first: Matrix, second: Matrix, side: int
-) -> Iterator[tuple[slice, slice, FloatArray]]:
-    """Read the same parts of both, those of the larger tiles; the next of them in a thread meanwhile."""
-
-    def read(place: Place) -> FloatArray:  # (2, rows, cols)
-        rows, cols = (_span(first, side, block) for block in place)
-        pair = np.empty((2, rows.stop - rows.start, cols.stop - cols.start))
-        for values, matrix in zip(pair, (first, second), strict=True):
-            values[...] = matrix.view[rows, cols]
-        return pair
-
-    for (row, col), pair in read_ahead(read, places, 1):
-        spans = _span(first, side, row), _span(first, side, col)
-        _count(first, second, spans)
-        yield *spans, pair
-
-
-def _span(matrix: Matrix, side: int, block: int) -> slice:
-    return slice(block * side, min((block + 1) * side, matrix.num_rows))
-
-
-def _count(first: Matrix, second: Matrix, spans: tuple[slice, slice]) -> None:
-    """Count the stored tiles that a part of both is read from."""
-    for matrix in (first, second):
-        matrix.tiles_read += _spanned(spans[0], matrix.side) * _spanned(spans[1], matrix.side)
-
-
-def _spanned(span: slice, side: int) -> int:
-    return -(-int(span.stop) // side) - int(span.start) // side
 
 
 # eigenspaces ----------------------------------------------------------------------------------------------------------
@@ -344,7 +306,7 @@ def _precision(matrix: Matrix) -> tuple[int, int]:
 
 def _cost(
     pair: tuple[Matrix, Matrix], moments: PairMoments, values: list[FloatArray], all_logdets: list[float | None]
-) -> dict[str, Any]:
+) -> Cost:
     """Say what the lower of two precisions costs: errors of the matrix, its eigenvalues and its log-determinant.
 
     With λ the eigenvalues of the more precise kernel K, and E the difference: ‖E‖_F / ‖K‖_F, which times ‖K‖_F bounds
@@ -354,18 +316,18 @@ def _cost(
     low, high = (0, 1) if _precision(pair[0]) < _precision(pair[1]) else (1, 0)
     logdet, other = all_logdets[high], all_logdets[low]
     errors, sizes = np.abs(values[low] - values[high]), np.abs(values[high])
-    return {
-        "lower": pair[low].name,
-        "lower_dtype": pair[low].dtype,
-        "frobenius_error": math.sqrt(moments.difference / (float(moments.squares[high]) or 1.0)),
-        "eigenvalue_error": float(errors.max() / (sizes.max() or 1.0)),
-        "relative_eigenvalue_error": float((errors / sizes).max()) if sizes.all() else None,
-        "eigenvalues_compared": len(errors),
-        "not_positive": int((values[low] <= 0).sum()),
-        "logdet": logdet,
-        "logdet_of_lower": other,
-        "logdet_error": None if logdet is None or other is None else other - logdet,
-    }
+    return Cost(
+        lower=pair[low].name,
+        lower_dtype=pair[low].dtype,
+        frobenius_error=math.sqrt(moments.difference / (float(moments.squares[high]) or 1.0)),
+        eigenvalue_error=float(errors.max() / (sizes.max() or 1.0)),
+        relative_eigenvalue_error=float((errors / sizes).max()) if sizes.all() else None,
+        eigenvalues_compared=len(errors),
+        not_positive=int((values[low] <= 0).sum()),
+        logdet=logdet,
+        logdet_of_lower=other,
+        logdet_error=None if logdet is None or other is None else other - logdet,
+    )
 
 
 def _all_eigenvalues(matrix: Matrix, report: Report) -> FloatArray:

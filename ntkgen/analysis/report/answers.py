@@ -80,7 +80,7 @@ def compare_all(
     matrices: Sequence[Matrix], memory_bytes: int | None = None, report: Report = ignore_report
 ) -> tuple[list[Result], dict[str, str]]:
     """Compare the first kernel with each other one; where they cannot be compared, say why, by store."""
-    from ntkgen.analysis.comparison import compare
+    from ntkgen.analysis.comparison import CompareSettings, compare
 
     found, lacking = list[Result](), dict[str, str]()
     for matrix in matrices[1:]:
@@ -90,7 +90,8 @@ def compare_all(
             if not kept:
                 _require_small(matrix, f"{COMPARISON} {matrices[0].name}", memory_bytes)
                 top = min(TOP, matrix.num_rows, matrices[0].num_rows)
-                kept = [{**compare(matrices[0], matrix, top, memory_bytes, report), "kind": COMPARISON}]
+                settings = CompareSettings(top, memory_bytes=memory_bytes)
+                kept = [{**compare(matrices[0], matrix, settings, report=report).to_json(), "kind": COMPARISON}]
             best: Result = max(kept, key=_richness)
             found.append({**best, "reference": matrices[0].name})
         except NtkgenError as error:

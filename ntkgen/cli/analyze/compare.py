@@ -8,6 +8,7 @@ import click
 from ntkgen.cli.analyze import Asked, shared_options
 
 if TYPE_CHECKING:
+    from ntkgen.analysis.comparison import CompareAnswer, Cost
     from ntkgen.analysis.matrix import Matrix
 
 # Angles and ratios that the page lists.
@@ -26,14 +27,15 @@ def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
     first; where two kernels are of one network, what the lower precision costs is said too.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis import comparison as comparing
+    from ntkgen.analysis.comparison import CompareSettings
+    from ntkgen.analysis.comparison import compare as ask
     from ntkgen.cli.progress import progress_bars
 
     first, others = _matrices(asked, paths)
     for second in others:
         with progress_bars(second.name, quiet=asked.quiet) as report:
-            result = comparing.compare(first, second, top, asked.memory_bytes, report)
-        asked.show(result, _page(result))
+            answer = ask(first, second, CompareSettings(top, memory_bytes=asked.memory_bytes), report=report)
+        asked.answer(answer, _page(answer))
 
 
 def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matrix]]":
@@ -53,31 +55,31 @@ def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matri
     return first, others
 
 
-def _page(result: dict[str, Any]) -> list[str]:
-    angles = _few([f"{angle:.3g}" for angle in result["principal_angles"]])
-    ratios = _few(["none" if ratio is None else f"{ratio:.4g}" for ratio in result["eigenvalue_ratios"]])
+def _page(answer: "CompareAnswer") -> list[str]:
+    angles = _few([f"{angle:.3g}" for angle in answer.principal_angles])
+    ratios = _few(["none" if ratio is None else f"{ratio:.4g}" for ratio in answer.eigenvalue_ratios])
     return [
-        f"  {result['dtype']}, against {result['reference']} ({result['reference_dtype']})",
-        f"  {'distance':<20}{_number(result['distance'])}",
-        f"  {'centred alignment':<20}{_number(result['centered_alignment'])}",
-        f"  {'principal angles':<20}{angles} rad, of the top {len(result['principal_angles'])} eigenvectors",
+        f"  {answer.dtype}, against {answer.reference} ({answer.reference_dtype})",
+        f"  {'distance':<20}{_number(answer.distance)}",
+        f"  {'centred alignment':<20}{_number(answer.centered_alignment)}",
+        f"  {'principal angles':<20}{angles} rad, of the top {len(answer.principal_angles)} eigenvectors",
         f"  {'eigenvalue ratios':<20}{ratios}",
-        *_cost(result["cost"]),
+        *_cost(answer.cost),
     ]
 
 
-def _cost(cost: dict[str, Any] | None) -> list[str]:
+def _cost(cost: "Cost | None") -> list[str]:
     if cost is None:
         return []
     lines = [
-        f"  The lower precision ({cost['lower_dtype']} at {cost['lower']}) costs",
-        f"    {'Frobenius error':<18}{cost['frobenius_error']:.3g}",
-        f"    {'eigenvalues':<18}{cost['eigenvalue_error']:.3g} of the largest, for {cost['eigenvalues_compared']:,}",
+        f"  The lower precision ({cost.lower_dtype} at {cost.lower}) costs",
+        f"    {'Frobenius error':<18}{cost.frobenius_error:.3g}",
+        f"    {'eigenvalues':<18}{cost.eigenvalue_error:.3g} of the largest, for {cost.eigenvalues_compared:,}",
     ]
-    if cost["logdet_error"] is not None:
-        lines.append(f"    {'log-determinant':<18}{cost['logdet_error']:+.6g} of {cost['logdet']:.6g}")
-    elif cost["not_positive"]:
-        lines.append(f"    {'log-determinant':<18}unknown: {cost['not_positive']:,} eigenvalues are not positive")
+    if cost.logdet_error is not None and cost.logdet is not None:
+        lines.append(f"    {'log-determinant':<18}{cost.logdet_error:+.6g} of {cost.logdet:.6g}")
+    elif cost.not_positive:
+        lines.append(f"    {'log-determinant':<18}unknown: {cost.not_positive:,} eigenvalues are not positive")
     return lines
 
 

@@ -1,0 +1,136 @@
+"""Sums over the entries of two kernels, in one pass over both."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ntkgen.analysis.alignment import centered_product, ratio
+from ntkgen.analysis.linalg.krylov import EPSILON
+from ntkgen.analysis.matrix import FloatArray, Matrix, require_memory
+from ntkgen.analysis.passes import Arrays, fold
+from ntkgen.progress import Report, Step, counter, ignore_step
+from ntkgen.store.view import Place, read_ahead
+
+# Rows that are subtracted at a time.
+SLAB_ROWS = 256
+# A stage reads two tiles in float64 while it works on two others, and holds what they were stored as.
+TILES_HELD = 8
+
+
+@dataclass
+class PairMoments:
+    """Sums over the entries of two kernels K and L."""
+
+    row_sums: FloatArray  # (2, rows)
+    squares: FloatArray  # (2,), ‖K‖², ‖L‖²
+    inner: float = 0.0  # ⟨K, L⟩
+    difference: float = 0.0  # ‖K − L‖²
+    change: float = 0.0  # ⟨K − L, K + L⟩
+
+    @classmethod
+    def of(
+        cls, places: Sequence[Place], first: Matrix, second: Matrix, side: int, step: Step = ignore_step
+    ) -> "PairMoments":
+        """Sum over parts of both, of ``side`` rows and columns, each of which is read once."""
+        moments = cls(np.zeros((2, first.num_rows)), np.zeros(2))
+        for rows, cols, pair in _pairs(places, first, second, side):
+            moments.add(rows, cols, *pair)
+            step()
+        return moments
+
+    def add(self, rows: slice, cols: slice, K: FloatArray, L: FloatArray) -> None:
+        """Add what two parts above the diagonal, or one on it, say of both triangles."""
+        count = 1 if rows == cols else 2
+        self.inner += count * float(np.vdot(K, L))
+        self.squares += [count * float(np.vdot(M, M)) for M in (K, L)]
+        for start in range(0, len(K), SLAB_ROWS):
+            slab = slice(start, start + SLAB_ROWS)
+            minus = K[slab] - L[slab]
+            self.difference += count * float(np.vdot(minus, minus))
+            self.change += count * float(np.vdot(minus, K[slab] + L[slab]))
+        for sums, M in zip(self.row_sums, (K, L), strict=True):
+            sums[rows] += M.sum(1)
+            if rows != cols:
+                sums[cols] += M.sum(0)
+
+    @property
+    def distance(self) -> float | None:
+        """1 − ⟨K, L⟩ / (‖K‖ ‖L‖), with as many digits as the numbers have where K and L are close.
+
+        With g = ‖K‖ − ‖L‖ = ⟨K − L, K + L⟩ / (‖K‖ + ‖L‖) it is (‖K − L‖² − g²) / (2 ‖K‖ ‖L‖).
+        """
+        norms = [math.sqrt(square) for square in self.squares]
+        if not all(norms):
+            return None
+        if self.difference > self.squares[0] / 4:  # far apart, or of other sizes
+            return 1 - self.inner / norms[0] / norms[1]
+        gap = self.change / sum(norms)
+        return max(0.0, self.difference - gap**2) / (2 * norms[0] * norms[1])
+
+    @property
+    def centered_alignment(self) -> float | None:
+        """⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖); None where one of them is rounding alone."""
+        rows, means = self.row_sums.shape[1], self.row_sums / self.row_sums.shape[1]
+        squares = [centered_product(square, r, r) for square, r in zip(self.squares, means, strict=True)]
+        limits = [4 * rows * EPSILON * square for square in self.squares]
+        kept = [0.0 if square <= limit else square for square, limit in zip(squares, limits, strict=True)]
+        return ratio(centered_product(self.inner, *means), *kept)
+
+
+def measure_pair(first: Matrix, second: Matrix, memory_bytes: int | None, report: Report) -> PairMoments:
+    """Sum over the entries of both kernels, in one pass.
+
+    Raises:
+        BudgetError: If two tiles of each do not fit in memory.
+    """
+    side = max(first.side, second.side)
+    require_memory("two tiles of each kernel", 8 * TILES_HELD * min(side, first.num_rows) ** 2, memory_bytes)
+    blocks = -(-first.num_rows // side)
+    places = [(row, col) for row in range(blocks) for col in range(row, blocks)]
+    step = counter(report, "compared", 0, len(places))
+    if first.client is None:
+        return PairMoments.of(places, first, second, side, step)
+    for row, col in places:
+        _count(first, second, (_span(first, side, row), _span(first, side, col)))
+    sums = fold(first.client, _measured, places, (first.carried, second.carried, side), step)
+    return PairMoments(sums[0], sums[1], *(float(value) for value in sums[2]))
+
+
+def _measured(places: Sequence[Place], first: Matrix, second: Matrix, side: int) -> Arrays:
+    """Measure some parts of both, on a worker."""
+    found = PairMoments.of(places, first, second, side)
+    return found.row_sums, found.squares, np.array([found.inner, found.difference, found.change])
+
+
+def _pairs(
+    places: Sequence[Place], first: Matrix, second: Matrix, side: int
+) -> Iterator[tuple[slice, slice, FloatArray]]:
+    """Read the same parts of both, those of the larger tiles; the next of them in a thread meanwhile."""
+
+    def read(place: Place) -> FloatArray:  # (2, rows, cols)
+        rows, cols = (_span(first, side, block) for block in place)
+        pair = np.empty((2, rows.stop - rows.start, cols.stop - cols.start))
+        for values, matrix in zip(pair, (first, second), strict=True):
+            values[...] = matrix.view[rows, cols]
+        return pair
+
+    for (row, col), pair in read_ahead(read, places, 1):
+        spans = _span(first, side, row), _span(first, side, col)
+        _count(first, second, spans)
+        yield *spans, pair
+
+
+def _span(matrix: Matrix, side: int, block: int) -> slice:
+    return slice(block * side, min((block + 1) * side, matrix.num_rows))
+
+
+def _count(first: Matrix, second: Matrix, spans: tuple[slice, slice]) -> None:
+    """Count the stored tiles that a part of both is read from."""
+    for matrix in (first, second):
+        matrix.tiles_read += _spanned(spans[0], matrix.side) * _spanned(spans[1], matrix.side)
+
+
+def _spanned(span: slice, side: int) -> int:
+    return -(-int(span.stop) // side) - int(span.start) // side
