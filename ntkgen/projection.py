@@ -43,7 +43,9 @@ def duration_of(planned: PlannedKernel) -> Duration:
         )
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
-            seconds = certificate_seconds(planned.model, planned.inputs.x, len(planned.inputs.all), spec.output, sampling)
+            seconds = certificate_seconds(
+                planned.model, planned.inputs.x, len(planned.inputs.all), spec.output, sampling
+            )
             found = dataclasses.replace(found, certificate=seconds)
     return found
 

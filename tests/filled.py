@@ -171,3 +171,9 @@ def certificate_of(dtype: str, bound: float) -> dict[str, Any]:
         "suspicious": [],
     }
     return {"num_probes": 10, "num_pairs": 16, "seed": 0, "kernel_norm": 1.0, "errors": [error]}
+
+
+def answer_of(kind, **known):
+    """An answer that says some things, and of all others None."""
+    unknown = dict.fromkeys(field.name for field in dataclasses.fields(kind))
+    return kind(**{**unknown, **known})

@@ -1,6 +1,7 @@
 """The page on a kernel: valid, self-contained, true; what it looks like in a browser; and `ntkgen report`."""
 
 import collections
+import dataclasses
 import itertools
 import json
 import re
@@ -14,9 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import chosen, files_of
-from filled import PROVENANCE, fill_store
+from filled import PROVENANCE, drawn, fill_store, filled
 
+from ntkgen.analysis.comparison import CompareSettings, compare
+from ntkgen.analysis.determinant import LogdetAnswer
+from ntkgen.analysis.eigenvalue_density import DensityAnswer
+from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.matrix import open_matrix
+from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report import make as report
 from ntkgen.analysis.report import page, reproduce
 from ntkgen.analysis.report.answers import compare_all, gather
@@ -187,6 +193,19 @@ def test_kernels_of_other_samples_are_told_not_to_be_comparable(tmp_path, stored
     assert "are of different rows" in comparison(found, refused).body
 
 
+def test_the_page_says_how_many_eigenvalues_the_lower_precision_loses(tmp_path):
+    content = drawn(8, 2)
+    values, Q = np.linalg.eigh(content.kernel)
+    values[:3] = -1e-3
+    lost = dataclasses.replace(content, kernel=(Q * values) @ Q.T, precision="tf32")
+    pair = [open_matrix(filled(tmp_path / f"{name}.zarr", each)) for name, each in (("a", content), ("b", lost))]
+    answer = compare(*pair, CompareSettings(2, memory_bytes=MEMORY))
+    assert answer.cost.not_positive == 3
+    body = comparison([answer], {}).body
+    assert "Eigenvalues that are not positive in the lower" in body
+    assert re.search(r"not positive in the lower</th><td[^>]*>3</td>", body)
+
+
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Leave out what takes longest."""
@@ -352,9 +371,9 @@ def test_what_was_asked_otherwise_than_usual_is_not_compared_with_other_kernels(
     store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, num_outputs=3)
     for question, options in UNUSUAL.items():
         assert run("analyze", question, store.name, *options)[0] == 0
-    found = gather(open_matrix(store)).found
-    asked = (found["density"]["bandwidth"], found["logdet"]["shift"], found["regress"]["offset"], found["flow"]["loss"])
-    assert asked == (0.1, 0.0, "zero", "squared")
+    found = gather(open_matrix(store))
+    assert (found.get(DensityAnswer).bandwidth, found.get(LogdetAnswer).shift) == (0.1, 0.0)
+    assert (found.get(RegressAnswer).offset, found.get(FlowAnswer).loss) == ("zero", "squared")
     code, out, err = run("plot", store.name, "--kind", "modes", "flow", "--json")
     assert (code, err) == (0, "")
     assert len(json.loads(out)["pictures"]) == 2

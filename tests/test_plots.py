@@ -1,5 +1,6 @@
 """Pictures: what they show is true, their texts do not overlap, they can be read in grey; and `ntkgen plot`."""
 
+import dataclasses
 import importlib
 import io
 import itertools
@@ -12,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 from cases import chosen
-from filled import fill_store, gram
+from filled import answer_of, fill_store, gram
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
@@ -21,12 +22,16 @@ from matplotlib.text import Text
 from strategies import few
 
 from ntkgen import analysis, cli
+from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.determinant import LogdetAnswer
+from ntkgen.analysis.eigenvalues import SpectrumAnswer
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.plots import draw as plots
 from ntkgen.analysis.plots import matrix as plots_matrix
 from ntkgen.analysis.plots import style as plots_style
 from ntkgen.analysis.plots.matrix import decimate, draw_matrix, orders_of
 from ntkgen.analysis.plots.style import LINES, render
+from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report import answers
 from ntkgen.analysis.report.answers import gather
 from ntkgen.cli import progress
@@ -262,8 +267,12 @@ def test_series_are_told_apart_without_colour():
 
 
 def test_the_spectrum_shows_what_is_negative_and_what_is_not_known():
-    result = {"eigenvalues": [4.0, 1.0, -0.5], "residual_bounds": [0.5, 0.5, 0.5], "trace": 4.5, "rows": 3}
     from ntkgen.analysis.plots.spectrum import draw_spectrum
+
+    values, bounds = [4.0, 1.0, -0.5], [0.5, 0.5, 0.5]
+    result = answer_of(
+        SpectrumAnswer, eigenvalues=values, residual_bounds=bounds, trace=4.5, rows=3, effective_rank=2.0
+    )
 
     picture = draw_spectrum(result, error_norm=0.6)
     labels = texts(picture.figure)
@@ -276,21 +285,15 @@ def test_the_spectrum_shows_what_is_negative_and_what_is_not_known():
     np.testing.assert_array_equal(lines["|λₖ| of negative ones"], [[3, 0.5]])
     np.testing.assert_allclose(picture.figure.axes[1].lines[0].get_ydata(), np.array([4, 5, 4.5]) / 4.5 * 100)
     assert_readable(picture.figure)
-    assert "The 3 largest of 10" in draw_spectrum({**result, "rows": 10}).caption
+    assert "The 3 largest of 10" in draw_spectrum(dataclasses.replace(result, rows=10)).caption
 
 
 @pytest.mark.slow
 def test_the_determinant_is_drawn_against_whole_samples():
     from ntkgen.analysis.plots.logdet import draw_logdet
 
-    result = {
-        "prefixes": [-1.0, -3.0, -4.0, -8.0],
-        "prefix_rows": [1, 2, 3, 4],
-        "rows": 4,
-        "logdet": -8.0,
-        "sign": 1,
-        "shift": 0.0,
-    }
+    prefixes = {"prefixes": [-1.0, -3.0, -4.0, -8.0], "prefix_rows": [1, 2, 3, 4]}
+    result = answer_of(LogdetAnswer, **prefixes, rows=4, logdet=-8.0, sign=1, shift=0.0)
     left, right = draw_logdet(result, 2).figure.axes
     np.testing.assert_array_equal(left.lines[0].get_xydata(), [[1, -3], [2, -8]])
     np.testing.assert_array_equal(right.lines[0].get_xydata(), [[2, -5]])
@@ -316,13 +319,8 @@ def test_the_law_goes_on_to_where_it_was_asked_for(tmp_path):
 def test_regression_is_drawn_with_gaps_where_nobody_knows():
     from ntkgen.analysis.plots.regression import draw_regression
 
-    result = {
-        "shifts": [0.1, 1.0],
-        "train_error": [0.1, 0.2],
-        "loo_error": [None, None],
-        "gcv": [0.4, 0.3],
-        "train_accuracy": [1.0, 0.5],
-    }
+    errors = {"train_error": [0.1, 0.2], "loo_error": [None, None], "gcv": [0.4, 0.3]}
+    result = answer_of(RegressAnswer, shifts=[0.1, 1.0], **errors, train_accuracy=[1.0, 0.5])
     picture = draw_regression(result)
     drawn = {line.get_label(): line for line in picture.figure.axes[0].lines}
     assert set(drawn) == {"training", "generalised cross-validation"}
@@ -337,11 +335,11 @@ def test_regression_is_drawn_with_gaps_where_nobody_knows():
 def test_what_was_asked_before_is_read_and_nothing_else_of_a_large_kernel(tmp_path, monkeypatch):
     store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, num_outputs=3)
     matrix = open_matrix(store)
-    known = gather(matrix, MEMORY, ["align"]).found["align"]
+    known = gather(matrix, MEMORY, ["align"]).get(AlignAnswer)
     monkeypatch.setattr(answers, "is_small", lambda *_: False)
     monkeypatch.setattr(answers, "_ASKING", dict.fromkeys(answers._ASKING))
     found = gather(matrix, MEMORY)
-    assert found.found["align"]["alignment"] == known["alignment"]
+    assert found.get(AlignAnswer).alignment == known.alignment
     assert set(found.lacking) == set(answers.QUESTIONS) - {"align", "extrapolate"}
     assert "Run that command first" in found.lacking["logdet"]
     assert "ntkgen analyze logdet" in found.lacking["logdet"]
@@ -367,14 +365,14 @@ def test_results_of_another_kernel_are_not_taken(tmp_path, damage):
     if damage != "cut":
         result["identity"][damage] = "other"
     file.with_name("align-000000000000.json").write_text(json.dumps(result)[: 40 if damage == "cut" else None])
-    assert gather(matrix, MEMORY, ["align"]).found["align"]["alignment"] != 77.0
+    assert gather(matrix, MEMORY, ["align"]).get(AlignAnswer).alignment != 77.0
 
 
 def test_the_richest_result_is_taken():
-    poor, rich = {"kind": "spectrum", "eigenvalues": [1]}, {"kind": "spectrum", "eigenvalues": [1, 2]}
+    poor, rich = (answer_of(SpectrumAnswer, eigenvalues=values) for values in ([1], [1, 2]))
     assert answers._richness(rich) > answers._richness(poor)
-    shifted = {"kind": "logdet", "prefixes": [1], "shift": 2.0}
-    assert answers._richness({**shifted, "shift": 0.0}) > answers._richness(shifted)
+    shifted, plain = (answer_of(LogdetAnswer, prefixes=[1], shift=shift) for shift in (2.0, 0.0))
+    assert answers._richness(plain) > answers._richness(shifted)
 
 
 # the command ----------------------------------------------------------------------------------------------------------

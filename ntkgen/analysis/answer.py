@@ -62,6 +62,11 @@ class Answer:
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in found.items() if name in names})
 
+    @classmethod
+    def from_kept(cls, found: Mapping[str, Any], asked: Mapping[str, Any]) -> Self:  # noqa: ARG003 - for subclasses
+        """Read what `to_keep` has made, kept with the settings that the answer depends on."""
+        return cls.from_json(found)
+
 
 def _plain(value: Any) -> Any:
     """Turn a part of an answer that has fields of its own into a dictionary."""

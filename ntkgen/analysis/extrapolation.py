@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from scipy.linalg import qr, solve_triangular
@@ -189,6 +189,11 @@ class ExtrapolateAnswer(Answer):
 
     QUESTION: ClassVar[str] = "extrapolate"
     VOLATILE: ClassVar[tuple[str, ...]] = ("shift", "warnings")
+
+    @classmethod
+    def from_kept(cls, found: Mapping[str, Any], asked: Mapping[str, Any]) -> "ExtrapolateAnswer":
+        """Read what was kept; the shift is kept as a setting."""
+        return dataclasses.replace(cls.from_json(found), shift=asked["shift"])
 
     @property
     def law(self) -> Law:

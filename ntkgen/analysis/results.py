@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import ntkgen
 from ntkgen.analysis.answer import Answer
@@ -17,6 +18,16 @@ from ntkgen.files.folder import Folder
 from ntkgen.files.paths import beside
 
 AnAnswer = TypeVar("AnAnswer", bound=Answer)
+
+
+@dataclass(frozen=True)
+class Kept(Generic[AnAnswer]):
+    """An answer that lies beside a store, with the settings that it depends on, as plain values."""
+
+    answer: AnAnswer
+    asked: Mapping[str, Any]
+    identity: Mapping[str, Any] = field(default_factory=dict)  # which numbers it is about
+
 
 # What another version of this program, or of what it writes here, has kept is computed anew.
 VERSION = f"{ntkgen.__version__}-3"
@@ -68,35 +79,6 @@ def identity_of(matrix: Matrix) -> dict[str, Any]:
     }
 
 
-def remembered(
-    matrix: Matrix, kind: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """Read a result that was computed before with the same settings from the same kernel, or compute and keep it.
-
-    What is computed must be plain values; ``store``, ``dtype``, ``rows``, ``seconds`` and ``peak_bytes`` are added. The
-    kernel is known by the store's fingerprint, its dtype, the rows that are there and whether it was replanned; a store
-    that was repaired has the same. What cannot be kept is returned all the same, with the reason as ``not_kept``.
-    """
-    identity = {**identity_of(matrix), "settings": dict(settings), "version": VERSION}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    folder, name = kept_files(matrix), f"{kind}-{digest}.json"
-    if folder is not None and (found := _read(folder.read(name))) is not None:
-        return {**found, "store": matrix.name, "remembered": True}
-    started = time.monotonic()
-    result = compute()
-    result = {
-        "store": matrix.name,
-        "dtype": matrix.dtype,
-        "rows": matrix.num_rows,
-        **result,
-        "seconds": round(time.monotonic() - started, 3),
-        "peak_bytes": peak_bytes(),
-        "remembered": False,
-    }
-    reason = _keep(folder, name, {**result, "identity": identity})
-    return result if reason is None else {**result, "not_kept": reason}
-
-
 def recall_or_compute(
     matrix: Matrix, kind: type[AnAnswer], asked: Mapping[str, Any], compute: Callable[[], AnAnswer]
 ) -> AnAnswer:
@@ -114,8 +96,8 @@ def recall_or_compute(
     identity = {**identity_of(matrix), "settings": dict(asked), "version": VERSION}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     folder, name = kept_files(matrix), f"{kind.QUESTION}-{digest}.json"
-    if folder is not None and (found := answer_of(kind, _read(folder.read(name)))) is not None:
-        return dataclasses.replace(found, store=matrix.name, remembered=True)
+    if folder is not None and (kept := _read(kind, folder.read(name))) is not None:
+        return dataclasses.replace(kept.answer, store=matrix.name, remembered=True)
     started = time.monotonic()
     computed = compute()
     answer = dataclasses.replace(
@@ -129,12 +111,19 @@ def recall_or_compute(
     return dataclasses.replace(answer, not_kept=_keep(folder, name, {**answer.to_keep(), "identity": identity}))
 
 
-def answer_of(kind: type[AnAnswer], found: Mapping[str, Any] | None) -> AnAnswer | None:
-    """Make an answer of what was kept; None where that is not whole."""
-    try:
-        return None if found is None else kind.from_json(found)
-    except (TypeError, KeyError):
-        return None
+def kept_answers(matrix: Matrix, kinds: Sequence[type[AnAnswer]]) -> list[Kept[AnAnswer]]:
+    """Read the answers beside the store that are about this very matrix, of some kinds."""
+    folder = kept_files(matrix)
+    by_question = {kind.QUESTION: kind for kind in kinds}
+    wanted, found = {**identity_of(matrix), "version": VERSION}, list[Kept[AnAnswer]]()
+    for name in sorted(folder.sizes()) if folder is not None else ():
+        question, _, rest = name.rpartition("-")
+        if folder is None or question not in by_question or not rest.endswith(".json"):
+            continue
+        kept = _read(by_question[question], folder.read(name))
+        if kept is not None and {key: kept.identity.get(key) for key in wanted} == wanted:
+            found.append(dataclasses.replace(kept, answer=dataclasses.replace(kept.answer, store=matrix.name)))
+    return found
 
 
 def _keep(folder: Folder | None, name: str, result: Mapping[str, Any]) -> str | None:
@@ -150,15 +139,16 @@ def _keep(folder: Folder | None, name: str, result: Mapping[str, Any]) -> str | 
     return None
 
 
-def _read(data: bytes | None) -> dict[str, Any] | None:
+def _read(kind: type[AnAnswer], data: bytes | None) -> Kept[AnAnswer] | None:
+    """Read an answer; None where there is none, or a damaged one, which is computed again."""
     if data is None:
         return None
     try:
         found: dict[str, Any] = json.loads(data)
-    except ValueError:  # a damaged one is computed again
+        identity = found.pop("identity")
+        return Kept(kind.from_kept(found, identity["settings"]), identity["settings"], identity)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    found.pop("identity", None)
-    return found
 
 
 def peak_bytes() -> int:

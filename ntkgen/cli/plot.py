@@ -66,7 +66,8 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
         _require_all(missing if kinds else {})
         files = write_pictures(folder, name, pictures, formats)
         result = {"store": matrix.name, "pictures": files, "left_out": missing, "peak_bytes": peak_bytes()}
-        asked.show(result, _page(result))
+        page = [f"  {made['file']}" for made in files] + [f"  no {kind}: {why}" for kind, why in missing.items()]
+        asked.show_values(matrix.name, result, page)
 
 
 def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "tuple[list[Picture], dict[str, str]]":
@@ -138,8 +139,3 @@ def write_pictures(
             folder.write(file, render(picture, form))
             written.append({"kind": picture.kind, "file": str(folder / file), "caption": picture.caption})
     return written
-
-
-def _page(result: dict[str, Any]) -> list[str]:
-    lines = [f"  {made['file']}" for made in result["pictures"]]
-    return lines + [f"  no {kind}: {reason}" for kind, reason in result["left_out"].items()]

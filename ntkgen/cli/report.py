@@ -40,6 +40,7 @@ def report(paths: tuple[str, ...], out: str, **options: Any) -> None:
             "lacking": lacking,
             "peak_bytes": peak_bytes(),
         }
-        asked.show(result, [f"  no {question}: {reason}" for question, reason in lacking.items()])
+        page = [f"  no {question}: {reason}" for question, reason in lacking.items()]
+        asked.show_values(matrix.name, result, page)
     if not asked.as_json:
         click.echo(f"{out}: {human_bytes(len(made.page))}")

@@ -1,26 +1,25 @@
 """A picture of what differs between kernels of the same samples."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ntkgen.analysis.comparison import CompareAnswer
 from ntkgen.analysis.plots.style import BLACK, LINES, Picture, legend, new_axes, plain, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Result = Mapping[str, Any]
-
 # Letters of a store's name that a legend has room for.
 MAX_LETTERS = 62
 
 
-def draw_comparison(results: Sequence[Result]) -> Picture:
+def draw_comparison(results: Sequence[CompareAnswer]) -> Picture:
     """Draw the eigenvalues of some kernels over those of the first one, and the angles between their eigenspaces.
 
     Args:
-        results: What `compare` returns for the same first kernel and some others.
+        results: Answers of `compare` about the same first kernel and some others.
     """
     with styled():
         figure, (left, right) = new_axes(2, height=4.2 + 0.17 * len(results))
@@ -37,15 +36,15 @@ def draw_comparison(results: Sequence[Result]) -> Picture:
     return Picture("comparison", "Comparison", _caption(results), figure)
 
 
-def _are_positive(results: Sequence[Result]) -> bool:
-    return all(ratio is None or ratio > 0 for result in results for ratio in result["eigenvalue_ratios"])
+def _are_positive(results: Sequence[CompareAnswer]) -> bool:
+    return all(ratio is None or ratio > 0 for result in results for ratio in result.eigenvalue_ratios)
 
 
-def _draw(left: "Axes", right: "Axes", result: Result, index: int) -> None:
-    ratios = np.array([np.nan if ratio is None else ratio for ratio in result["eigenvalue_ratios"]])
-    angles = np.degrees(np.sort(result["principal_angles"]))
+def _draw(left: "Axes", right: "Axes", result: CompareAnswer, index: int) -> None:
+    ratios = np.array([np.nan if ratio is None else ratio for ratio in result.eigenvalue_ratios])
+    angles = np.degrees(np.sort(result.principal_angles))
     line = LINES[index % len(LINES)]
-    left.plot(np.arange(1, len(ratios) + 1), ratios, label=short(result["store"]), **line.style(len(ratios)))
+    left.plot(np.arange(1, len(ratios) + 1), ratios, label=short(result.store), **line.style(len(ratios)))
     right.plot(np.arange(1, len(angles) + 1), angles, **line.style(len(angles)))
 
 
@@ -59,13 +58,13 @@ def short(store: str) -> str:
     return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2]}…{name[1 - MAX_LETTERS // 2 :]}"
 
 
-def _caption(results: Sequence[Result]) -> str:
+def _caption(results: Sequence[CompareAnswer]) -> str:
     each = "; ".join(
-        f"{short(result['store'])}: distance {_number(result['distance'])}, centred alignment "
-        f"{_number(result['centered_alignment'])}"
+        f"{short(result.store)}: distance {_number(result.distance)}, centred alignment "
+        f"{_number(result.centered_alignment)}"
         for result in results
     )
-    return f"Compared with {short(results[0]['reference'])}: {each}."
+    return f"Compared with {short(results[0].reference)}: {each}."
 
 
 def _number(value: float | None) -> str:

@@ -2,34 +2,72 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.determinant import LogdetAnswer
+from ntkgen.analysis.eigenvalue_density import DensityAnswer
+from ntkgen.analysis.eigenvalues import SpectrumAnswer
+from ntkgen.analysis.extrapolation import ExtrapolateAnswer
+from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.plots.flow import draw_flow, draw_modes
 from ntkgen.analysis.plots.logdet import draw_logdet
 from ntkgen.analysis.plots.matrix import draw_matrix
 from ntkgen.analysis.plots.regression import draw_regression
 from ntkgen.analysis.plots.spectrum import draw_alignment, draw_density, draw_spectrum
 from ntkgen.analysis.plots.style import Picture
+from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report.answers import Answers
 from ntkgen.progress import Report, ignore_report
 
-Draw = Callable[[Answers], Picture]
+Draw = Callable[[Answers], Picture | None]
 
 
-def _draw_logdet(answers: Answers) -> Picture:
-    result, law = answers.found["logdet"], answers.found.get("extrapolate")
-    if law is not None and law["shift"] != result["shift"]:
-        law = None
-    return draw_logdet(result, answers.matrix.num_outputs, law)
+def _spectrum(answers: Answers) -> Picture | None:
+    answer = answers.get(SpectrumAnswer)
+    return None if answer is None else draw_spectrum(answer, answers.matrix.error_norm)
+
+
+def _density(answers: Answers) -> Picture | None:
+    answer = answers.get(DensityAnswer)
+    return None if answer is None else draw_density(answer)
+
+
+def _modes(answers: Answers) -> Picture | None:
+    answer = answers.get(FlowAnswer)
+    return None if answer is None else draw_modes(answer)
+
+
+def _flow(answers: Answers) -> Picture | None:
+    answer = answers.get(FlowAnswer)
+    return None if answer is None else draw_flow(answer)
+
+
+def _alignment(answers: Answers) -> Picture | None:
+    answer = answers.get(AlignAnswer)
+    return None if answer is None else draw_alignment(answer)
+
+
+def _logdet(answers: Answers) -> Picture | None:
+    answer, law = answers.get(LogdetAnswer), answers.get(ExtrapolateAnswer)
+    if answer is None:
+        return None
+    is_same = law is not None and law.shift == answer.shift
+    return draw_logdet(answer, answers.matrix.num_outputs, law if is_same else None)
+
+
+def _regression(answers: Answers) -> Picture | None:
+    answer = answers.get(RegressAnswer)
+    return None if answer is None else draw_regression(answer)
 
 
 # What each picture is drawn from, and how.
 _DRAWN: Mapping[str, tuple[str, Draw]] = {
-    "spectrum": ("spectrum", lambda answers: draw_spectrum(answers.found["spectrum"], answers.matrix.error_norm)),
-    "density": ("density", lambda answers: draw_density(answers.found["density"])),
-    "modes": ("flow", lambda answers: draw_modes(answers.found["flow"])),
-    "flow": ("flow", lambda answers: draw_flow(answers.found["flow"])),
-    "alignment": ("align", lambda answers: draw_alignment(answers.found["align"])),
-    "logdet": ("logdet", _draw_logdet),
-    "regression": ("regress", lambda answers: draw_regression(answers.found["regress"])),
+    "spectrum": ("spectrum", _spectrum),
+    "density": ("density", _density),
+    "modes": ("flow", _modes),
+    "flow": ("flow", _flow),
+    "alignment": ("align", _alignment),
+    "logdet": ("logdet", _logdet),
+    "regression": ("regress", _regression),
 }
 KINDS = ("matrix", *_DRAWN, "comparison")
 
@@ -43,9 +81,9 @@ def questions_for(kinds: Sequence[str]) -> tuple[str, ...]:
 def draw_all(answers: Answers, kinds: Sequence[str], report: Report = ignore_report) -> dict[str, Picture]:
     """Draw the pictures of one kernel that can be drawn, by kind."""
     pictures = {"matrix": draw_matrix(answers.matrix, report)} if "matrix" in kinds else {}
-    for kind, (question, draw) in _DRAWN.items():
-        if kind in kinds and question in answers.found:
-            pictures[kind] = draw(answers)
+    for kind, (_, draw) in _DRAWN.items():
+        if kind in kinds and (picture := draw(answers)) is not None:
+            pictures[kind] = picture
     return pictures
 
 

@@ -1,26 +1,22 @@
 """Pictures of what is learned when: the labels in the modes of the kernel, and the course of gradient flow."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.plots.style import DARK, GREY, LINES, Picture, legend, new_axes, plain, scale_for, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Result = Mapping[str, Any]
 
-ACCURACIES = {"train_accuracy": "training", "test_accuracy": "test"}
-
-
-def draw_modes(result: Result) -> Picture:
+def draw_modes(result: FlowAnswer) -> Picture:
     """Draw how much of the labels lies in the first modes of the kernel, and when each of them is learned."""
-    energies = np.asarray(result["energies"], dtype=np.float64)
+    energies = np.asarray(result.energies or (), dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
-        _draw_cumulated(left, energies, int(result["rows"]))
+        _draw_cumulated(left, energies, result.rows)
         _draw_times(right, result)
         legend(left)
     half = int(np.searchsorted(np.cumsum(energies), 0.5)) + 1
@@ -41,9 +37,9 @@ def _draw_cumulated(axes: "Axes", energies: "np.ndarray[Any, Any]", rows: int) -
     axes.set_title("Alignment of the top modes")
 
 
-def _draw_times(axes: "Axes", result: Result) -> None:
+def _draw_times(axes: "Axes", result: FlowAnswer) -> None:
     """Draw each mode that is ever learned at its time."""
-    modes = zip(result["learning_times"], result["energies"], strict=True)
+    modes = zip(result.learning_times or (), result.energies or (), strict=True)
     known = np.array([(time, 100 * energy) for time, energy in modes if time is not None and energy > 0])
     if len(known):
         axes.plot(known[:, 0], known[:, 1], "o", color=DARK, markersize=3, alpha=0.6)
@@ -51,26 +47,25 @@ def _draw_times(axes: "Axes", result: Result) -> None:
     axes.set(xlabel="learning time, steps", ylabel="share of the labels in a mode, %", title="Modes")
 
 
-def draw_flow(result: Result) -> Picture:
+def draw_flow(result: FlowAnswer) -> Picture:
     """Draw loss and accuracy against time."""
-    times = np.asarray(result["times"], dtype=np.float64)
+    times = np.asarray(result.times, dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
-        left.plot(times, result["train_loss"], **LINES[0].style(len(times)))
-        for (name, label), line in zip(ACCURACIES.items(), LINES, strict=False):
-            if name in result:
-                right.plot(times, 100 * np.asarray(result[name]), label=label, **line.style(len(times)))
-        left.set(
-            title="Loss", xlabel="time, steps", ylabel=f"{result['loss']} loss", yscale=scale_for(result["train_loss"])
-        )
+        left.plot(times, result.train_loss, **LINES[0].style(len(times)))
+        accuracies = {"training": result.train_accuracy, "test": result.test_accuracy}
+        for (label, accuracy), line in zip(accuracies.items(), LINES, strict=False):
+            if accuracy is not None:
+                right.plot(times, 100 * np.asarray(accuracy), label=label, **line.style(len(times)))
+        left.set(title="Loss", xlabel="time, steps", ylabel=f"{result.loss} loss", yscale=scale_for(result.train_loss))
         right.set(title="Accuracy", xlabel="time, steps", ylabel="samples classified correctly, %")
         for axes in (left, right):
             axes.set_xscale("log" if (times > 0).all() else "linear")
         legend(right)
-    start = {"zero": "zero", "logits": "the network’s logits"}[result["offset"]]
+    start = "zero" if result.offset == "zero" else "the network’s logits"
     caption = (
-        f"Gradient flow of the linearised network on the {result['loss']} loss, from {start}, with the learning rate "
-        f"{plain(result['rate'])}: in the end {100 * result['train_accuracy'][-1]:.1f} % of the training samples are "
+        f"Gradient flow of the linearised network on the {result.loss} loss, from {start}, with the learning rate "
+        f"{plain(result.rate)}: in the end {100 * result.train_accuracy[-1]:.1f} % of the training samples are "
         "classified correctly."
     )
     return Picture("flow", "Gradient flow", caption, figure)

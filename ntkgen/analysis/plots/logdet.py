@@ -1,32 +1,31 @@
 """A picture of the log-determinant against the number of samples, and of the law that it follows."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkgen.analysis.extrapolation import Law
+from ntkgen.analysis.determinant import LogdetAnswer
+from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 from ntkgen.analysis.matrix import FloatArray
 from ntkgen.analysis.plots.style import DARK, LINES, WARM, Picture, legend, new_axes, plain, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Result = Mapping[str, Any]
-
 # Points of a curve; between them lie the prefixes whose differences are averaged.
 MAX_POINTS = 240
 
 
-def draw_logdet(result: Result, num_outputs: int, law: Result | None = None) -> Picture:
+def draw_logdet(result: LogdetAnswer, num_outputs: int, law: ExtrapolateAnswer | None = None) -> Picture:
     """Draw log |det| of the leading blocks against their samples, and what each further sample adds.
 
     Args:
-        result: What `logdet` returns, with its prefixes.
+        result: The answer of `logdet`, with its prefixes.
         num_outputs: Rows per sample, m.
-        law: What `extrapolate` returns for the same shift; its curve goes on to the number of samples it was asked for.
+        law: The answer of `extrapolate` for the same shift; its curve goes on to the samples it was asked for.
     """
-    x, y = _thinned(*_whole_samples(result, num_outputs))
+    samples, logdets = result.by_samples(num_outputs)
+    x, y = _thinned(np.asarray(samples, dtype=np.float64), np.asarray(logdets, dtype=np.float64))
     with styled():
         figure, (left, right) = new_axes(2)
         points = LINES[0].style(len(x))
@@ -35,18 +34,11 @@ def draw_logdet(result: Result, num_outputs: int, law: Result | None = None) -> 
             right.plot(x[1:], np.diff(y) / np.diff(x), **LINES[0].style(len(x) - 1))
         if law is not None:
             _draw_law(left, right, law, (float(x[0]), float(x[-1])))
-        shifted = "K" if not result["shift"] else f"(K + {plain(result['shift'])} I)"
+        shifted = "K" if not result.shift else f"(K + {plain(result.shift)} I)"
         left.set(title="Log-determinant", xlabel="samples n", ylabel=f"log |det {shifted}ₙ|, nats")
         right.set(title="Added by a sample", xlabel="samples n", ylabel="nats per sample", xscale="log")
         legend(left)
     return Picture("logdet", "Log-determinant", _caption(result, law), figure)
-
-
-def _whole_samples(result: Result, num_outputs: int) -> tuple[FloatArray, FloatArray]:
-    """Take the prefixes that end with a sample."""
-    rows, values = np.asarray(result["prefix_rows"]), np.asarray(result["prefixes"], dtype=np.float64)
-    is_whole = rows % num_outputs == 0
-    return (rows[is_whole] // num_outputs).astype(np.float64), values[is_whole]
 
 
 def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -55,29 +47,29 @@ def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     return x[wanted], y[wanted]
 
 
-def _draw_law(left: "Axes", right: "Axes", law: Result, ends: tuple[float, float]) -> None:
+def _draw_law(left: "Axes", right: "Axes", law: ExtrapolateAnswer, ends: tuple[float, float]) -> None:
     """Draw the fitted law from where it was fitted to where it was asked for, and mark that point."""
-    known = Law(law["to"], q=law["q"], powers=law["powers"], alpha=law["alpha"])
-    coefficients = np.array([law["coefficients"][term] for term in known.terms])
-    x = np.geomspace(max(2.0, float(law["fitted_from"])), max(float(law["to"]), ends[1]), MAX_POINTS)
+    known = law.law
+    coefficients = np.array([law.coefficients[term] for term in known.terms])
+    x = np.geomspace(max(2.0, float(law.fitted_from)), max(float(law.to), ends[1]), MAX_POINTS)
     style: dict[str, Any] = {"color": WARM, "linestyle": "--"}
-    left.plot(x, known.basis(x) @ coefficients, label=f"fitted law, ν = {plain(law['nu'])}", **style)
+    left.plot(x, known.basis(x) @ coefficients, label=f"fitted law, ν = {plain(law.nu)}", **style)
     right.plot(x, (known.basis(x) - known.basis(x - 1)) @ coefficients, **style)
-    left.plot([law["to"]], [law["logdet"]], "*", color=WARM, markersize=10, label=f"at n = {law['to']:,}")
+    left.plot([law.to], [law.logdet], "*", color=WARM, markersize=10, label=f"at n = {law.to:,}")
     for axes in (left, right):
         axes.axvline(ends[1], color=DARK, linewidth=0.8, linestyle=":")
 
 
-def _caption(result: Result, law: Result | None) -> str:
-    rows, shift = result["rows"], result["shift"]
+def _caption(result: LogdetAnswer, law: ExtrapolateAnswer | None) -> str:
+    rows, shift = result.rows, result.shift
     what = "K" if not shift else f"(K + {plain(shift)} I)"
     words = (
-        f"log |det {what}| = {plain(result['logdet'], 8)} nats, with the sign {'+' if result['sign'] > 0 else '−'}, of "
-        f"{rows:,} rows: {plain(result['logdet'] / rows)} per row."
+        f"log |det {what}| = {plain(result.logdet, 8)} nats, with the sign {'+' if result.sign > 0 else '−'}, of "
+        f"{rows:,} rows: {plain(result.logdet / rows)} per row."
     )
     if law is not None:
         words += (
-            f" The law fitted to blocks of {law['fitted_from']:,} to {law['fitted_to']:,} samples gives "
-            f"{plain(law['logdet'], 6)} nats for {law['to']:,} samples."
+            f" The law fitted to blocks of {law.fitted_from:,} to {law.fitted_to:,} samples gives "
+            f"{plain(law.logdet, 6)} nats for {law.to:,} samples."
         )
     return words

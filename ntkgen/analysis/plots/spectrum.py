@@ -1,10 +1,13 @@
 """Pictures of eigenvalues: the spectrum and its sum, its density, and what the labels have to do with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.eigenvalue_density import DensityAnswer
+from ntkgen.analysis.eigenvalues import SpectrumAnswer
 from ntkgen.analysis.matrix import FloatArray
 from ntkgen.analysis.plots.style import (
     BLACK,
@@ -23,24 +26,22 @@ from ntkgen.analysis.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Result = Mapping[str, Any]
-
 MAX_BARS = 40
 # A bound that is a smaller part of its eigenvalue is thinner than the line.
 VISIBLE = 0.02
 
 
-def draw_spectrum(result: Result, error_norm: float | None = None) -> Picture:
+def draw_spectrum(result: SpectrumAnswer, error_norm: float | None = None) -> Picture:
     """Draw eigenvalues against their number, and what share of the trace the first ones have.
 
     Args:
-        result: What `spectrum` returns.
+        result: The answer of `spectrum`.
         error_norm: The certificate's bound of ‖E‖_F: no eigenvalue is known more closely than that.
     """
-    values = np.asarray(result["eigenvalues"], dtype=np.float64)
+    values = np.asarray(result.eigenvalues, dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
-        _draw_eigenvalues(left, values, result.get("residual_bounds") or [], error_norm)
+        _draw_eigenvalues(left, values, result.residual_bounds, error_norm)
         _draw_cumulated(right, values, result)
         legend(left)
     return Picture("spectrum", "Eigenvalues", _spectrum_caption(values, result, error_norm), figure)
@@ -64,23 +65,23 @@ def _draw_eigenvalues(axes: "Axes", values: FloatArray, bounds: Sequence[Any], e
     axes.set_title("Spectrum")
 
 
-def _draw_cumulated(axes: "Axes", values: FloatArray, result: Result) -> None:
+def _draw_cumulated(axes: "Axes", values: FloatArray, result: SpectrumAnswer) -> None:
     """Draw Σ_{i≤k} λᵢ / tr K."""
-    trace = float(result.get("trace") or values.sum()) or 1.0
+    trace = float(result.trace or values.sum()) or 1.0
     axes.plot(np.arange(1, len(values) + 1), 100 * np.cumsum(values) / trace, **LINES[0].style(len(values)))
-    if (rank := result.get("effective_rank")) is not None:
-        axes.axvline(rank, color=WARM, linestyle="--")
-        is_late = rank > len(values) ** 0.8  # no room to the right of it
-        axes.annotate(
-            f"effective rank {plain(rank)}", (rank, 3), xytext=(-4 if is_late else 4, 0), textcoords="offset points",
-            color=WARM, rotation=90, va="bottom", ha="right" if is_late else "left",
-        )  # fmt: skip
+    rank = result.effective_rank
+    axes.axvline(rank, color=WARM, linestyle="--")
+    is_late = rank > len(values) ** 0.8  # no room to the right of it
+    axes.annotate(
+        f"effective rank {plain(rank)}", (rank, 3), xytext=(-4 if is_late else 4, 0), textcoords="offset points",
+        color=WARM, rotation=90, va="bottom", ha="right" if is_late else "left",
+    )  # fmt: skip
     axes.set(xscale="log", ylim=(0, 103), xlabel="first k eigenvalues", ylabel="share of the trace, %")
     axes.set_title("Cumulated")
 
 
-def _spectrum_caption(values: FloatArray, result: Result, error_norm: float | None) -> str:
-    rows = result.get("rows", len(values))
+def _spectrum_caption(values: FloatArray, result: SpectrumAnswer, error_norm: float | None) -> str:
+    rows = result.rows
     which = f"All {rows:,} eigenvalues"
     if len(values) < rows:
         which = f"The {len(values):,} largest of {rows:,} eigenvalues"
@@ -94,15 +95,15 @@ def _spectrum_caption(values: FloatArray, result: Result, error_norm: float | No
     return f"{which}, from {plain(values[0])} to {plain(values[-1])}; {right}.{floor}"
 
 
-def draw_density(result: Result) -> Picture:
+def draw_density(result: DensityAnswer) -> Picture:
     """Draw the density of eigenvalues on a logarithmic axis, and what part of them lies above each value.
 
     Args:
-        result: What `density` returns.
+        result: The answer of `density`.
     """
-    values = 10.0 ** np.asarray(result["log10_eigenvalues"], dtype=np.float64)
-    density = np.asarray(result["density"], dtype=np.float64)
-    errors = np.nan_to_num(np.asarray(result["density_errors"], dtype=np.float64))  # unknown below what is resolved
+    values = 10.0 ** np.asarray(result.log10_eigenvalues, dtype=np.float64)
+    density = np.asarray(result.density, dtype=np.float64)
+    errors = np.nan_to_num(np.asarray(result.density_errors, dtype=np.float64))  # unknown below what is resolved
     with styled():
         figure, (left, right) = new_axes(2)
         left.plot(values, density, color=DARK, label="density")
@@ -111,7 +112,7 @@ def draw_density(result: Result) -> Picture:
             left.fill_between(
                 values, low, density + errors, color=DARK, alpha=0.25, linewidth=0, label="± two standard errors"
             )
-        right.plot(values, 100 * np.asarray(result["fraction_above"]), color=DARK)
+        right.plot(values, 100 * np.asarray(result.fraction_above), color=DARK)
         _mark_limits(left, right, result)
         scale = scale_for(values)
         left.set(title="Density", xscale=scale, xlabel="eigenvalue λ of K", ylabel="share of all per decade", ylim=0)
@@ -120,11 +121,11 @@ def draw_density(result: Result) -> Picture:
     return Picture("density", "Density of eigenvalues", _density_caption(result), figure)
 
 
-def _mark_limits(left: "Axes", right: "Axes", result: Result) -> None:
+def _mark_limits(left: "Axes", right: "Axes", result: DensityAnswer) -> None:
     """Mark below what value the stored matrix, or the method, knows nothing of single eigenvalues."""
     limits = {
-        "certificate: bound on ‖E‖$_F$": (result.get("error_norm"), GREY, "--"),
-        "resolved above": (result.get("resolved_above"), WARM, ":"),
+        "certificate: bound on ‖E‖$_F$": (result.error_norm, GREY, "--"),
+        "resolved above": (result.resolved_above, WARM, ":"),
     }
     for label, (limit, color, linestyle) in limits.items():
         if limit:
@@ -132,22 +133,18 @@ def _mark_limits(left: "Axes", right: "Axes", result: Result) -> None:
             right.axvline(limit, color=color, linestyle=linestyle)
 
 
-def _density_caption(result: Result) -> str:
-    how = (
-        "from all eigenvalues"
-        if result["method"] == "all"
-        else f"by Lanczos quadrature with {result['probes']} vectors"
-    )
+def _density_caption(result: DensityAnswer) -> str:
+    how = "from all eigenvalues" if result.method == "all" else f"by Lanczos quadrature with {result.probes} vectors"
     return (
-        f"The share of the eigenvalues per decade, {how}, each drawn as a Gaussian of {plain(result['bandwidth'])} "
-        f"decades. {100 * result['fraction_off_axis']:.2g} % are not positive, or not told from zero."
+        f"The share of the eigenvalues per decade, {how}, each drawn as a Gaussian of {plain(result.bandwidth)} "
+        f"decades. {100 * result.fraction_off_axis:.2g} % are not positive, or not told from zero."
     )
 
 
-def draw_alignment(result: Result) -> Picture:
+def draw_alignment(result: AlignAnswer) -> Picture:
     """Draw the alignment of each output's kernel with its labels, and that of the whole."""
-    each = {"plain": result["output_alignment"], "centred": result["output_centered_alignment"]}
-    whole = {"plain": result["alignment"], "centred": result["centered_alignment"]}
+    each = {"plain": result.output_alignment, "centred": result.output_centered_alignment}
+    whole = {"plain": result.alignment, "centred": result.centered_alignment}
     count = len(each["plain"])
     with styled():
         figure, (axes,) = new_axes(1)
@@ -155,11 +152,11 @@ def draw_alignment(result: Result) -> Picture:
             heights = [value or 0.0 for value in each[name]]
             places = np.arange(count) + 0.4 * (index - 0.5)
             axes.bar(places, heights, 0.4, color=color, edgecolor=BLACK, linewidth=0.5, label=f"{name}, one output")
-            if whole[name] is not None:
+            if (height := whole[name]) is not None:
                 line = {"plain": "-", "centred": "--"}[name]
-                axes.axhline(whole[name], color=WARM, linestyle=line, label=f"{name}, whole kernel")
+                axes.axhline(height, color=WARM, linestyle=line, label=f"{name}, whole kernel")
         axes.axhline(0, color=BLACK, linewidth=0.8)
-        names = result["output_names"]
+        names = result.output_names
         axes.set(xlabel=names[0].split()[0], ylabel="alignment with the labels", title="Kernel–target alignment")
         axes.grid(visible=False, axis="x")
         every = -(-count // MAX_BARS)

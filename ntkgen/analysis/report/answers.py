@@ -3,42 +3,34 @@
 Quick is what fits into memory as one matrix. Of a larger kernel nothing is begun that could take days.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
 
+from ntkgen.analysis.alignment import AlignAnswer, AlignSettings, align
+from ntkgen.analysis.answer import Answer
+from ntkgen.analysis.comparison import CompareAnswer, CompareSettings, compare, reference_of
+from ntkgen.analysis.determinant import LogdetAnswer, LogdetSettings, logdet
+from ntkgen.analysis.eigenvalue_density import DensityAnswer, DensitySettings, density
+from ntkgen.analysis.eigenvalues import SpectrumAnswer, SpectrumSettings, spectrum
+from ntkgen.analysis.extrapolation import ExtrapolateAnswer
+from ntkgen.analysis.gradient_flow import FlowAnswer, FlowSettings, flow
 from ntkgen.analysis.matrix import Matrix, memory_left
-from ntkgen.analysis.results import VERSION, identity_of, kept_files
+from ntkgen.analysis.regression import RegressAnswer, RegressSettings, regress
+from ntkgen.analysis.results import AnAnswer, Kept, kept_answers
 from ntkgen.errors import InputError, NtkgenError
 from ntkgen.progress import Report, ignore_report
 
-Result = dict[str, Any]
-
-# What a kernel is asked, in the order of the page. Of several results the one with most of this is taken.
-QUESTIONS = {
-    "spectrum": "eigenvalues",
-    "density": "density",
-    "logdet": "prefixes",
-    "extrapolate": "coefficients",
-    "regress": "shifts",
-    "flow": "times",
-    "align": "output_alignment",
-}
-COMPARISON = "compare"
-RICHNESS = {**QUESTIONS, COMPARISON: "eigenvalues"}
+# What a kernel is asked, in the order of the page.
+KINDS: tuple[type[Answer], ...] = (
+    SpectrumAnswer, DensityAnswer, LogdetAnswer, ExtrapolateAnswer, RegressAnswer, FlowAnswer, AlignAnswer,
+)  # fmt: skip
+QUESTIONS = tuple(kind.QUESTION for kind in KINDS)
 # The matrix, its eigenvectors, and LAPACK's workspace.
 BYTES_PER_ENTRY = 24
 # Of kernels that take more, pictures find nothing out by themselves, unless a budget is given: it takes minutes.
 QUICK_BYTES = 10**9
 MAX_MODES = 1000
-# How questions are asked unless somebody wants something else.
-USUAL: Mapping[str, Mapping[str, Any]] = {
-    "density": {"bandwidth": 0.1},
-    "logdet": {"shift": 0.0},
-    "regress": {"offset": "zero"},
-    "flow": {"loss": "squared", "rate": 1.0, "offset": "zero"},
-}
 # Eigenvalues and angles of two kernels that are compared in passing.
 TOP = 50
 
@@ -48,29 +40,36 @@ class Answers:
     """What is known of a kernel, by question; and why the rest is not."""
 
     matrix: Matrix
-    found: Mapping[str, Result]
+    found: Mapping[str, Kept[Answer]]
     lacking: Mapping[str, str] = field(default_factory=dict)
+
+    def get(self, kind: type[AnAnswer]) -> AnAnswer | None:
+        """Pick the answer of a kind, if there is one."""
+        kept = self.found.get(kind.QUESTION)
+        return kept.answer if kept is not None and isinstance(kept.answer, kind) else None
 
 
 def gather(
     matrix: Matrix,
     memory_bytes: int | None = None,
-    questions: Sequence[str] = tuple(QUESTIONS),
+    questions: Sequence[str] = QUESTIONS,
     report: Report = ignore_report,
 ) -> Answers:
     """Read what was found out before and, where the kernel fits in memory, find out the rest."""
-    found, lacking = dict[str, Result](), dict[str, str]()
-    kept = _kept(matrix)
+    found, lacking = dict[str, Kept[Answer]](), dict[str, str]()
+    kept = kept_answers(matrix, KINDS)
     for question in questions:
-        best = max((result for result in kept if result["kind"] == question), key=_richness, default=None)
+        same = [each for each in kept if question == each.answer.QUESTION]
+        best = max(same, key=lambda each: _richness(each.answer), default=None)
         if best is not None:
             found[question] = best
-        if question not in _ASKING or (best is not None and _is_usual(best)):
+        if question not in _ASKING or (best is not None and _is_usual(best.answer)):
             continue
         try:
-            found[question] = _ask(matrix, question, memory_bytes, report)
+            _require_small(matrix, question, memory_bytes)
+            found[question] = Kept(_ASKING[question](matrix, memory_bytes, report), {})
         except NtkgenError as error:
-            if best is None or not _is_drawable(best):
+            if best is None or not _is_drawable(best.answer):
                 found.pop(question, None)
                 lacking[question] = str(error)
     return Answers(matrix, found, lacking)
@@ -78,86 +77,80 @@ def gather(
 
 def compare_all(
     matrices: Sequence[Matrix], memory_bytes: int | None = None, report: Report = ignore_report
-) -> tuple[list[Result], dict[str, str]]:
+) -> tuple[list[CompareAnswer], dict[str, str]]:
     """Compare the first kernel with each other one; where they cannot be compared, say why, by store."""
-    from ntkgen.analysis.comparison import CompareSettings, compare
-
-    found, lacking = list[Result](), dict[str, str]()
+    found, lacking = list[CompareAnswer](), dict[str, str]()
     for matrix in matrices[1:]:
-        reference = _identity(matrices[0])
-        kept = [result for result in _kept(matrix) if result["kind"] == COMPARISON and result["reference"] == reference]
         try:
-            if not kept:
-                _require_small(matrix, f"{COMPARISON} {matrices[0].name}", memory_bytes)
-                top = min(TOP, matrix.num_rows, matrices[0].num_rows)
-                settings = CompareSettings(top, memory_bytes=memory_bytes)
-                kept = [{**compare(matrices[0], matrix, settings, report=report).to_json(), "kind": COMPARISON}]
-            best: Result = max(kept, key=_richness)
-            found.append({**best, "reference": matrices[0].name})
+            found.append(_comparison(matrices[0], matrix, memory_bytes, report))
         except NtkgenError as error:
             lacking[matrix.name] = str(error)
     return found, lacking
 
 
-def _identity(matrix: Matrix) -> list[Any]:
-    """Say which kernel it is, as `compare` keeps it."""
-    manifest = matrix.store.manifest
-    return [manifest.fingerprint, manifest.replanned, matrix.dtype, matrix.output]
+def _comparison(first: Matrix, second: Matrix, memory_bytes: int | None, report: Report) -> CompareAnswer:
+    """Read the comparison with the most eigenvalues, or compare now."""
+    reference = reference_of(first)
+    kept = [each.answer for each in kept_answers(second, [CompareAnswer]) if each.asked["reference"] == reference]
+    if kept:
+        return dataclasses.replace(max(kept, key=_richness), reference=first.name, reference_dtype=first.dtype)
+    _require_small(second, f"compare {first.name}", memory_bytes)
+    top = min(TOP, second.num_rows, first.num_rows)
+    return compare(first, second, CompareSettings(top, memory_bytes=memory_bytes), report=report)
 
 
-def _is_usual(result: Result) -> bool:
+def _is_usual(answer: Answer) -> bool:
     """Say whether a question was asked as others are, so that answers of several kernels can be compared."""
-    return all(result.get(name, value) == value for name, value in USUAL.get(result["kind"], {}).items())
+    match answer:
+        case DensityAnswer():
+            return answer.bandwidth == DensitySettings().bandwidth
+        case LogdetAnswer():
+            return answer.shift == 0
+        case RegressAnswer():
+            return answer.offset == "zero"
+        case FlowAnswer():
+            return (answer.loss, answer.rate, answer.offset) == ("squared", 1.0, "zero")
+    return True
 
 
-def _is_drawable(result: Result) -> bool:
-    """Say whether a result has what pictures are made of: the flow of the cross-entropy has no modes."""
-    return result["kind"] != "flow" or "energies" in result
+def _is_drawable(answer: Answer) -> bool:
+    """Say whether an answer has what pictures are made of: the flow of the cross-entropy has no modes."""
+    return not isinstance(answer, FlowAnswer) or answer.energies is not None
 
 
-def _richness(result: Result) -> tuple[bool, bool, int, float, int]:
-    """Say how much a result holds; what was asked as usual comes first, and of equals the one with the least shift."""
-    size = len(result.get(RICHNESS[result["kind"]]) or [])
-    shift, to = float(result.get("shift") or 0.0), int(result.get("to") or 0)
-    return _is_usual(result), "test_accuracy" in result, size, -shift, to
+def _richness(answer: Answer) -> tuple[bool, bool, int, float, int]:
+    """Say how much an answer holds; what was asked as usual comes first, and of equals the one with the least shift."""
+    has_test = isinstance(answer, RegressAnswer | FlowAnswer) and answer.test_accuracy is not None
+    shift = answer.shift if isinstance(answer, LogdetAnswer | ExtrapolateAnswer) else 0.0
+    to = answer.to if isinstance(answer, ExtrapolateAnswer) else 0
+    return _is_usual(answer), has_test, _size(answer), -shift, to
 
 
-def _kept(matrix: Matrix) -> list[Result]:
-    """Read the results beside the store that are of this matrix, each with its kind."""
-    folder = kept_files(matrix)
-    kept: list[Result] = []
-    if folder is None:
-        return kept
-    for name in sorted(folder.sizes()):
-        kind, _, rest = name.rpartition("-")
-        if kind in RICHNESS and rest.endswith(".json") and (result := _read(matrix, folder.read(name))):
-            kept.append({**result, "kind": kind, "store": matrix.name})
-    return kept
-
-
-def _read(matrix: Matrix, data: bytes | None) -> Result | None:
-    """Read a result, if it is whole and of this very matrix, with what was asked."""
-    try:
-        result: Result = json.loads(data or b"")
-        identity = result.pop("identity")
-    except (ValueError, KeyError):
-        return None
-    wanted = {**identity_of(matrix), "version": VERSION}
-    if {name: identity.get(name) for name in wanted} != wanted:
-        return None
-    return {**identity["settings"], **result, "asked": identity["settings"]}
+def _size(answer: Answer) -> int:
+    """Count what an answer lists."""
+    listed: Sized | None = None
+    match answer:
+        case SpectrumAnswer() | CompareAnswer():
+            listed = answer.eigenvalues
+        case DensityAnswer():
+            listed = answer.density
+        case LogdetAnswer():
+            listed = answer.prefixes
+        case ExtrapolateAnswer():
+            listed = answer.coefficients
+        case RegressAnswer():
+            listed = answer.shifts
+        case FlowAnswer():
+            listed = answer.times
+        case AlignAnswer():
+            listed = answer.output_alignment
+    return len(listed or ())
 
 
 def is_small(matrix: Matrix, memory_bytes: int | None) -> bool:
     """Say whether a kernel fits in memory with its eigenvectors; without a budget, in what takes a minute or so."""
     room = memory_left(memory_bytes) if memory_bytes is not None else min(memory_left(None), QUICK_BYTES)
     return BYTES_PER_ENTRY * matrix.num_rows**2 <= room
-
-
-def _ask(matrix: Matrix, question: str, memory_bytes: int | None, report: Report) -> Result:
-    """Find out what nobody has asked before, with the usual settings."""
-    _require_small(matrix, question, memory_bytes)
-    return {**_ASKING[question](matrix, memory_bytes, report), "kind": question}
 
 
 def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> None:
@@ -174,44 +167,33 @@ def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> N
         )
 
 
-def _spectrum(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.eigenvalues import SpectrumSettings, spectrum
-
-    return spectrum(matrix, SpectrumSettings(memory_bytes=memory_bytes), report=report).to_json()
+def _spectrum(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
+    return spectrum(matrix, SpectrumSettings(memory_bytes=memory_bytes), report=report)
 
 
-def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.eigenvalue_density import DensitySettings, density
-
-    return density(matrix, DensitySettings(memory_bytes=memory_bytes), report=report).to_json()
+def _density(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
+    return density(matrix, DensitySettings(memory_bytes=memory_bytes), report=report)
 
 
-def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.determinant import LogdetSettings, logdet
-
-    return logdet(matrix, LogdetSettings(prefixes=True, memory_bytes=memory_bytes), report=report).to_json()
+def _logdet(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
+    return logdet(matrix, LogdetSettings(prefixes=True, memory_bytes=memory_bytes), report=report)
 
 
-def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.regression import RegressSettings, regress
-
-    return regress(matrix, RegressSettings(memory_bytes=memory_bytes), report=report).to_json()
+def _regress(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
+    return regress(matrix, RegressSettings(memory_bytes=memory_bytes), report=report)
 
 
-def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.gradient_flow import FlowSettings, flow
-
-    settings = FlowSettings(num_modes=min(matrix.num_rows, MAX_MODES), memory_bytes=memory_bytes)
-    return flow(matrix, settings, report=report).to_json()
+def _flow(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
+    num_modes = min(matrix.num_rows, MAX_MODES)
+    return flow(matrix, FlowSettings(num_modes=num_modes, memory_bytes=memory_bytes), report=report)
 
 
-def _align(matrix: Matrix, memory_bytes: int | None, report: Report) -> Result:
-    from ntkgen.analysis.alignment import AlignSettings, align
-
-    return align(matrix, AlignSettings(memory_bytes=memory_bytes), report=report).to_json()
+def _align(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
+    return align(matrix, AlignSettings(memory_bytes=memory_bytes), report=report)
 
 
-_ASKING: Mapping[str, Callable[[Matrix, int | None, Report], Result]] = {
+# How a question is asked that has no answer yet: with the usual settings.
+_ASKING: Mapping[str, Callable[[Matrix, int | None, Report], Answer]] = {
     "spectrum": _spectrum,
     "density": _density,
     "logdet": _logdet,

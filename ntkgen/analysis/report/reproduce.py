@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ntkgen
+from ntkgen.analysis.answer import Answer
+from ntkgen.analysis.gradient_flow import FlowAnswer
+from ntkgen.analysis.regression import RegressAnswer
+from ntkgen.analysis.results import Kept
 from ntkgen.store.manifest import IMPORTED, Manifest
 from ntkgen.store.store import KernelStore
 
@@ -97,18 +101,19 @@ def _notes(made: Mapping[str, Any], *, is_untrained: bool) -> list[str]:
     return notes
 
 
-def question_command(question: str, result: Mapping[str, Any], path: str) -> str:
+def question_command(kept: Kept[Answer], path: str) -> str:
     """Write the command that asks a question of a kernel again, with what was asked."""
+    question = kept.answer.QUESTION
     words = ["ntkgen", "analyze", question, path, *["--prefixes"] * (question == "logdet")]
-    asked = {name: value for name, value in result.get("asked", {}).items() if name not in _IMPLIED}
+    asked = {name: value for name, value in kept.asked.items() if name not in _IMPLIED}
     for name, value in asked.items():
         if value is None or value is False or value == _USUAL.get(name):
             continue
         words.append(_FLAGS.get(name, f"--{name.replace('_', '-')}"))
         if value is not True:
             words += map(str, value) if isinstance(value, list) else [str(value)]
-    if "test_store" in result:
-        words += ["--test", result["test_store"]]
+    if isinstance(kept.answer, RegressAnswer | FlowAnswer) and kept.answer.test_store is not None:
+        words += ["--test", kept.answer.test_store]
     return shlex.join(words)
 
 

@@ -5,9 +5,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.comparison import CompareAnswer, Cost
+from ntkgen.analysis.determinant import LogdetAnswer
+from ntkgen.analysis.eigenvalues import SpectrumAnswer
+from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 from ntkgen.analysis.plots.compare import draw_comparison, short
 from ntkgen.analysis.plots.style import Picture
-from ntkgen.analysis.report.answers import Answers, Result
+from ntkgen.analysis.regression import RegressAnswer
+from ntkgen.analysis.report.answers import Answers
 from ntkgen.analysis.report.page import Section, code, facts, figure, paragraph, table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
 from ntkgen.store.describe import describe
@@ -87,109 +93,104 @@ def _lacking(answers: Answers, *questions: str) -> str:
     return "".join(paragraph(reason, kind="soft") for reason in sorted(reasons))
 
 
-def _numbers(result: Result, names: Mapping[str, str]) -> dict[str, Any]:
-    """Pick some numbers of a result that are known, under names for people."""
-    return {title: result[key] for key, title in names.items() if result.get(key) is not None}
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is not known."""
+    return {title: value for title, value in values.items() if value is not None}
 
 
 def _spectrum(answers: Answers, pictures: Pictures) -> Section:
-    result = answers.found.get("spectrum")
-    if result is None:
+    answer = answers.get(SpectrumAnswer)
+    if answer is None:
         return Section("Spectrum", _lacking(answers, "spectrum"))
-    names = {
-        "trace": "Trace, Σ λ",
-        "frobenius_norm": "Frobenius norm, ‖K‖_F",
-        "effective_rank": "Effective rank, exp of the entropy",
-        "participation_ratio": "Participation ratio, (Σ λ)² / Σ λ²",
-        "stable_rank": "Stable rank, ‖K‖²_F / λ₁²",
-        "condition": "Condition number, λ₁ / λ_N",
+    numbers = {
+        "Trace, Σ λ": answer.trace,
+        "Frobenius norm, ‖K‖_F": answer.frobenius_norm,
+        "Effective rank, exp of the entropy": answer.effective_rank,
+        "Participation ratio, (Σ λ)² / Σ λ²": answer.participation_ratio,
+        "Stable rank, ‖K‖²_F / λ₁²": answer.stable_rank,
+        "Condition number, λ₁ / λ_N": answer.condition,
     }
-    listed = facts(_numbers(result, names), "Numbers of the spectrum")
-    return Section("Spectrum", listed + _shown(pictures, "spectrum", "density") + _eigenvalues(result))
+    listed = facts(_known(numbers), "Numbers of the spectrum")
+    return Section("Spectrum", listed + _shown(pictures, "spectrum", "density") + _eigenvalues(answer))
 
 
-def _eigenvalues(result: Result) -> str:
+def _eigenvalues(answer: SpectrumAnswer) -> str:
     """List the largest eigenvalues, with the bound of what is known of them and their share of the trace."""
-    values = result["eigenvalues"][:MAX_LISTED]
-    bounds = list(result.get("residual_bounds") or [])[: len(values)]
-    bounds += [None] * (len(values) - len(bounds))
-    trace = result.get("trace")
+    pairs = zip(answer.eigenvalues[:MAX_LISTED], answer.residual_bounds, strict=False)
     rows = [
-        (number, value, bound, 100 * value / trace if trace else None)
-        for number, (value, bound) in enumerate(zip(values, bounds, strict=True), 1)
+        (number, value, bound, 100 * value / answer.trace if answer.trace else None)
+        for number, (value, bound) in enumerate(pairs, 1)
     ]
     columns = ("k", "Eigenvalue λₖ", "Residual bound", "Share of the trace, %")
     return table(columns, rows, "The largest eigenvalues")
 
 
 def _logdet(answers: Answers, pictures: Pictures) -> Section:
-    result = answers.found.get("logdet")
-    if result is None:
+    answer = answers.get(LogdetAnswer)
+    if answer is None:
         return Section("Log-determinant", _lacking(answers, "logdet"))
-    names = {
-        "logdet": "log |det (K + λI)|, nats",
-        "sign": "Sign",
-        "shift": "λ",
-        "logdet_per_row": "Nats per row",
-        "smallest_pivot": "Smallest pivot",
+    numbers = {
+        "log |det (K + λI)|, nats": answer.logdet,
+        "Sign": answer.sign,
+        "λ": answer.shift,
+        "Nats per row": answer.logdet_per_row,
+        "Smallest pivot": answer.smallest_pivot,
     }
-    warnings = "".join(paragraph(warning, kind="warning") for warning in result.get("warnings") or [])
-    listed = facts(_numbers(result, names), "Numbers of the log-determinant")
+    warnings = "".join(paragraph(warning, kind="warning") for warning in answer.warnings)
+    listed = facts(numbers, "Numbers of the log-determinant")
     return Section("Log-determinant", listed + warnings + _shown(pictures, "logdet") + _law(answers))
 
 
 def _law(answers: Answers) -> str:
-    result = answers.found.get("extrapolate")
-    if result is None:
+    answer = answers.get(ExtrapolateAnswer)
+    if answer is None:
         return ""
-    names = {
-        "logdet": "Predicted log-determinant, nats",
-        "nu": "ν",
-        "holdout_error": "Error on held-out prefixes, nats",
-        "holdout_error_relative": "The same, relative",
+    numbers = {
+        "Predicted log-determinant, nats": answer.logdet,
+        "ν": answer.nu,
+        "Error on held-out prefixes, nats": answer.holdout_error,
+        "The same, relative": answer.holdout_error_relative,
     }
-    words = f"Extrapolated to {result['to']:,} samples, by the law that the leading blocks follow:"
-    return paragraph(words) + facts(_numbers(result, names), "Extrapolation")
+    words = f"Extrapolated to {answer.to:,} samples, by the law that the leading blocks follow:"
+    return paragraph(words) + facts(_known(numbers), "Extrapolation")
 
 
 def _regression(answers: Answers, pictures: Pictures) -> Section:
-    result = answers.found.get("regress")
-    if result is None:
+    answer = answers.get(RegressAnswer)
+    if answer is None:
         return Section("Regression", _lacking(answers, "regress"))
-    columns = {
-        "shifts": "λ",
-        "train_error": "Training error",
-        "loo_error": "Left-out error",
-        "gcv": "GCV",
-        "test_error": "Test error",
-        "train_accuracy": "Training, %",
-        "loo_accuracy": "Left out, %",
-        "test_accuracy": "Test, %",
+    series: dict[str, Sequence[float | None] | None] = {
+        "λ": answer.shifts,
+        "Training error": answer.train_error,
+        "Left-out error": answer.loo_error,
+        "GCV": answer.gcv,
+        "Test error": answer.test_error,
+        "Training, %": _in_percent(answer.train_accuracy),
+        "Left out, %": _in_percent(answer.loo_accuracy),
+        "Test, %": _in_percent(answer.test_accuracy),
     }
-    known = [name for name in columns if any(value is not None for value in result.get(name) or [])]
-    rows = list(zip(*(_in_percent(name, result[name]) for name in known), strict=True))
-    start = {"zero": "zero", "logits": "the network’s logits"}.get(result.get("offset", ""), "f₀")
+    known = {title: each for title, each in series.items() if any(value is not None for value in each or ())}
+    rows = list(zip(*(each for each in known.values() if each is not None), strict=True))
+    start = "zero" if answer.offset == "zero" else "the network’s logits"
     words = (
         f"Kernel ridge regression on the one-hot labels, from {start}. Errors are mean squares per output; “left out” "
         "is one sample at a time, with all of its outputs. In per cent: the samples classified correctly."
     )
-    listed = table([columns[name] for name in known], rows, "Regression")
+    listed = table(list(known), rows, "Regression")
     return Section("Regression", paragraph(words) + _shown(pictures, "regression") + listed)
 
 
-def _in_percent(name: str, values: Sequence[float | None]) -> list[float | None]:
-    """Turn accuracies into per cent, and leave errors as they are."""
-    factor = 100 if name.endswith("accuracy") else 1
-    return [None if value is None else factor * value for value in values]
+def _in_percent(values: Sequence[float | None] | None) -> list[float | None]:
+    return [None if value is None else 100 * value for value in values or ()]
 
 
 def _alignment(answers: Answers, pictures: Pictures) -> Section:
-    result = answers.found.get("align")
-    if result is None:
+    answer = answers.get(AlignAnswer)
+    if answer is None:
         return Section("Alignment with the labels", _lacking(answers, "align"))
-    each = zip(result["output_names"], result["output_alignment"], result["output_centered_alignment"], strict=True)
+    each = zip(answer.output_names, answer.output_alignment, answer.output_centered_alignment, strict=True)
     rows = [(name.removeprefix("output "), plain, centred) for name, plain, centred in each]
-    rows.append(("whole", result["alignment"], result["centered_alignment"]))
+    rows.append(("whole", answer.alignment, answer.centered_alignment))
     columns = ("Output", "Alignment", "Centred alignment")
     body = _shown(pictures, "alignment") + table(columns, rows, "Alignment by output")
     return Section("Alignment with the labels", body + _shown(pictures, "modes", "flow") + _lacking(answers, "flow"))
@@ -230,7 +231,7 @@ def _provenance(values: Mapping[str, Any]) -> Section:
 def _reproduce(answers: Answers) -> Section:
     recipe = recipe_of(answers.matrix.store)
     path = shlex.quote(answers.matrix.name)
-    asked = [question_command(question, result, answers.matrix.name) for question, result in answers.found.items()]
+    asked = [question_command(kept, answers.matrix.name) for kept in answers.found.values()]
     body = code(recipe.commands) + "".join(map(paragraph, recipe.notes))
     check = paragraph("To see that the store holds what it should, and to ask the questions of this page again:")
     return Section("How to reproduce", body + check + code([f"ntkgen verify {path}", *asked]))
@@ -246,53 +247,54 @@ def overview(every: Sequence[Answers]) -> str:
 
 
 def _line(answers: Answers) -> tuple[Any, ...]:
-    found = {name: answers.found.get(name, {}) for name in ("spectrum", "logdet", "regress", "align")}
-    errors = [value for value in found["regress"].get("loo_error") or [] if value is not None]
+    spectrum, logdet = answers.get(SpectrumAnswer), answers.get(LogdetAnswer)
+    regression, alignment = answers.get(RegressAnswer), answers.get(AlignAnswer)
+    errors = [value for value in (regression.loo_error if regression else ()) if value is not None]
     return (
         short(answers.matrix.name),
         answers.matrix.num_rows,
-        next(iter(found["spectrum"].get("eigenvalues") or []), None),
-        found["spectrum"].get("effective_rank"),
-        found["logdet"].get("logdet") if not found["logdet"].get("shift") else None,
+        spectrum.eigenvalues[0] if spectrum else None,
+        spectrum.effective_rank if spectrum else None,
+        logdet.logdet if logdet and not logdet.shift else None,
         min(errors, default=None),
-        found["align"].get("alignment"),
+        alignment.alignment if alignment else None,
         answers.matrix.error_norm,
     )
 
 
-def comparison(results: Sequence[Result], refused: Mapping[str, str]) -> Section:
+def comparison(compared: Sequence[CompareAnswer], refused: Mapping[str, str]) -> Section:
     """Compare the other kernels with the first one."""
     reasons = "".join(paragraph(reason, kind="soft") for reason in refused.values())
-    if not results:
+    if not compared:
         return Section("Comparison", reasons)
     columns = ("Store", "Distance", "Centred alignment", "Largest angle, degrees", "λ₁ ÷ λ₁ of the first")
     rows = [
         (
-            short(result["store"]),
-            result["distance"],
-            result["centered_alignment"],
-            math.degrees(max(result["principal_angles"])),
-            result["eigenvalue_ratios"][0],
+            short(answer.store),
+            answer.distance,
+            answer.centered_alignment,
+            math.degrees(max(answer.principal_angles)),
+            answer.eigenvalue_ratios[0],
         )
-        for result in results
+        for answer in compared
     ]
-    words = paragraph(f"With {results[0]['reference']}, whose samples are the same.")
-    drawn = figure(draw_comparison(results))
-    return Section("Comparison", words + drawn + table(columns, rows, "Comparison") + _costs(results) + reasons)
+    words = paragraph(f"With {compared[0].reference}, whose samples are the same.")
+    drawn = figure(draw_comparison(compared))
+    return Section("Comparison", words + drawn + table(columns, rows, "Comparison") + _costs(compared) + reasons)
 
 
-def _costs(results: Sequence[Result]) -> str:
+def _costs(compared: Sequence[CompareAnswer]) -> str:
     """Say what a lower precision costs, where two kernels are of one network."""
-    names = {
-        "frobenius_error": "‖difference‖_F ÷ ‖K‖_F",
-        "eigenvalue_error": "Largest change of an eigenvalue ÷ λ₁",
-        "relative_eigenvalue_error": "Largest relative change of an eigenvalue",
-        "negative_eigenvalues": "Eigenvalues that are not positive in the lower",
-        "logdet_error": "Change of the log-determinant, nats",
+    return "".join(_cost(answer.store, answer.cost) for answer in compared if answer.cost is not None)
+
+
+def _cost(store: str, cost: Cost) -> str:
+    numbers = {
+        "‖difference‖_F ÷ ‖K‖_F": cost.frobenius_error,
+        "Largest change of an eigenvalue ÷ λ₁": cost.eigenvalue_error,
+        "Largest relative change of an eigenvalue": cost.relative_eigenvalue_error,
+        "Eigenvalues that are not positive in the lower": cost.not_positive,
+        "Change of the log-determinant, nats": cost.logdet_error,
     }
-    costs = [(result, result["cost"]) for result in results if result.get("cost")]
-    return "".join(
-        paragraph(f"What the lower precision costs: {cost['lower_dtype']} of {cost['lower']}.")
-        + facts(_numbers(cost, names), f"Cost of {cost['lower_dtype']} at {result['store']}")
-        for result, cost in costs
-    )
+    words = paragraph(f"What the lower precision costs: {cost.lower_dtype} of {cost.lower}.")
+    return words + facts(_known(numbers), f"Cost of {cost.lower_dtype} at {store}")

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,19 +86,19 @@ class Asked:
             client=self.client,
         )
 
-    def answer(self, answer: "Answer", page: Sequence[str]) -> None:
+    def show(self, answer: "Answer", page: Sequence[str]) -> None:
         """Print an answer: one JSON object, or lines for people; and say so where it could not be kept."""
-        self.show(answer.to_json(), page)
-
-    def show(self, result: dict[str, Any], page: Sequence[str]) -> None:
-        """Print a result: one JSON object, or lines for people; and say so where it could not be kept."""
-        click.echo(json.dumps(result) if self.as_json else "\n".join([result["store"], *page]))
-        if "not_kept" in result:
+        self.show_values(answer.store, answer.to_json(), page)
+        if answer.not_kept is not None:
             click.echo(
-                f"Warning: The result is not kept beside {result['store']}, and is computed again when it is asked for "
-                f"({result['not_kept']}).",
+                f"Warning: The result is not kept beside {answer.store}, and is computed again when it is asked for "
+                f"({answer.not_kept}).",
                 err=True,
             )
+
+    def show_values(self, store: str, values: Mapping[str, Any], page: Sequence[str]) -> None:
+        """Print what is said of a store: one JSON object, or lines for people."""
+        click.echo(json.dumps(values) if self.as_json else "\n".join([store, *page]))
 
 
 def shared_options(command: Command) -> Command:

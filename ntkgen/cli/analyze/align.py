@@ -30,7 +30,7 @@ def align(paths: tuple[str, ...], **options: Any) -> None:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
             answer = ask(matrix, AlignSettings(memory_bytes=asked.memory_bytes), report=report)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def _page(answer: "AlignAnswer") -> list[str]:

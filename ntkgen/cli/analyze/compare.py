@@ -35,7 +35,7 @@ def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
     for second in others:
         with progress_bars(second.name, quiet=asked.quiet) as report:
             answer = ask(first, second, CompareSettings(top, memory_bytes=asked.memory_bytes), report=report)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matrix]]":

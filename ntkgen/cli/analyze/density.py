@@ -31,7 +31,7 @@ def density(paths: tuple[str, ...], **options: Any) -> None:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
             answer = ask(matrix, settings, report=report)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def _page(answer: "DensityAnswer") -> list[str]:

@@ -39,7 +39,7 @@ def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
             answer = ask(matrix, settings, report=report)
         for warning in answer.warnings:
             click.echo(f"Warning: {warning}", err=True)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def _page(answer: "ExtrapolateAnswer") -> list[str]:

@@ -53,7 +53,7 @@ def flow(paths: tuple[str, ...], **options: Any) -> None:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
             answer = ask(matrix, settings, report=report)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def _page(answer: "FlowAnswer") -> list[str]:

@@ -42,7 +42,7 @@ def logdet(
             answer = ask(matrix, settings, report=report)
         for warning in answer.warnings:
             click.echo(f"Warning: {warning}", err=True)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def _page(answer: "LogdetAnswer") -> list[str]:

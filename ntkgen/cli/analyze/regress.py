@@ -55,7 +55,7 @@ def regress(paths: tuple[str, ...], **options: Any) -> None:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
             answer = ask(matrix, settings, report=report)
-        asked.answer(answer, _page(answer))
+        asked.show(answer, _page(answer))
 
 
 def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
