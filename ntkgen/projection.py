@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from ntkgen.engine.compute import ready
+from ntkgen.engine.computation import prepare_kernel
 from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
 from ntkgen.pipeline import PlannedKernel, computation_of
 from ntkgen.plan.explain import Work, explain
@@ -35,7 +35,7 @@ def duration_of(planned: PlannedKernel) -> Duration:
     num_workers = (1 if team is None else team.num_workers) * (1 if part is None else part.count)
     found = Duration(training=_training_seconds(planned))
     if tiles or diagonal:
-        network, _ = ready(kernel)
+        network = prepare_kernel(kernel).network
         found = dataclasses.replace(
             kernel_duration(plan, work, network, planned.inputs.x, num_workers=num_workers),
             training=found.training,

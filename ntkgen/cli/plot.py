@@ -10,11 +10,11 @@ import click
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import ManyCommand, ManyOption
 from ntkgen.errors import InputError
-from ntkgen.files.folder import LocalFolder
 
 if TYPE_CHECKING:
     from ntkgen.analysis.matrix import Matrix
     from ntkgen.analysis.plots.style import Picture
+    from ntkgen.files.folder import LocalFolder
 
 KINDS = ("matrix", "spectrum", "density", "modes", "flow", "alignment", "logdet", "regression", "comparison")
 FORMATS = ("png", "svg")
@@ -52,6 +52,7 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
     """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
     asked = Asked.pop_from(options)
     from ntkgen.analysis.results import peak_bytes
+    from ntkgen.files.folder import LocalFolder
 
     folder = LocalFolder(Path(out))
     folder.require_writable()
@@ -127,7 +128,7 @@ def unique_names(paths: Sequence[str]) -> list[str]:
 
 
 def write_pictures(
-    folder: LocalFolder, name: str, pictures: "Sequence[Picture]", formats: Sequence[str]
+    folder: "LocalFolder", name: str, pictures: "Sequence[Picture]", formats: Sequence[str]
 ) -> list[dict[str, str]]:
     """Write some pictures in some formats; return what was written, and what each shows."""
     from ntkgen.analysis.plots.style import render
