@@ -1,4 +1,4 @@
-"""The samples of a kernel as a network sees them, with what is stored of them."""
+"""The samples of a kernel: what the network is given, and what is stored of them."""
 
 from dataclasses import dataclass
 
@@ -25,12 +25,12 @@ class Inputs:
 
     @property
     def probe(self) -> Tensor:
-        """Some samples to try a network on, of rows and columns."""
+        """Samples of rows and columns for the trial of a network."""
         return in_turns(self.x, self.against)
 
     @property
     def counts(self) -> tuple[int, int | None]:
-        """Samples of the rows, and of the columns if they are others."""
+        """The numbers of samples of the rows, and of the columns if these are others."""
         return len(self.x), None if self.against is None else len(self.against)
 
     def fingerprint(self) -> str:

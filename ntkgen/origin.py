@@ -37,7 +37,7 @@ QUICK_FLOPS = 10**13
 
 @dataclass(frozen=True)
 class Origin:
-    """The network and the samples of a store, as its identity says they were."""
+    """The network and the samples of a store, checked against its identity."""
 
     model: nn.Module
     inputs: Inputs
@@ -56,9 +56,9 @@ def load_origin(
         download: Whether a missing data set may be downloaded.
 
     Raises:
-        StoreError: If the store does not say what it was made of, or the checkpoint has gone.
-        DataError: If an `.npz` file has gone.
-        FingerprintError: If network or samples are not those that the store was made of.
+        StoreError: If the store has no provenance, or its checkpoint is missing.
+        DataError: If an `.npz` file is missing.
+        FingerprintError: If network or samples are not those of the store.
     """
     made = _provenance(store)
     checkpoint = _checkpoint(store, made["checkpoint"])
@@ -157,9 +157,9 @@ def _check_samples(store: KernelStore, inputs: Inputs) -> None:
         )
 
 
-def load_parts(place: Folder, data_dir: Path | None, dataset: str | None) -> tuple[nn.Module, Inputs]:
+def load_parts(folder: Folder, data_dir: Path | None, dataset: str | None) -> tuple[nn.Module, Inputs]:
     """Load network and samples of a store, as a worker of a cluster does."""
-    origin = load_origin(open_store(place), data_dir, dataset)
+    origin = load_origin(open_store(folder), data_dir, dataset)
     return origin.model, origin.inputs
 
 
@@ -174,16 +174,16 @@ def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: 
 
 
 def certify_again(
-    place: Folder, data_dir: Path | None, sampling: Sampling, device: torch.device, report: Report = ignore_report
+    folder: Folder, data_dir: Path | None, sampling: Sampling, device: torch.device, report: Report = ignore_report
 ) -> Certificate:
     """Certify a finished store again, from its origin, and write the certificate into it, under its lock.
 
     Raises:
-        FingerprintError: If network or samples are not those that the store was made of.
-        StoreError: If tiles are missing or damaged, or the store does not say what it was made of.
+        FingerprintError: If network or samples are not those of the store.
+        StoreError: If tiles are missing or damaged, or the store has no provenance.
     """
-    with write_lock(place):
-        store = open_store(place, mode="r+")
+    with write_lock(folder):
+        store = open_store(folder, mode="r+")
         origin = load_origin(store, data_dir)
         return add_certificate(store, origin.model.to(device), origin.inputs, sampling, report=report)
 
@@ -206,9 +206,9 @@ def recompute_tiles(
     """Compute some of the stored tiles again, drawn at random, from the origin of the store, and compare them.
 
     Raises:
-        FingerprintError: If network or samples are not those that the store was made of.
-        StoreError: If the store does not say what it was made of, or the checkpoint has gone.
-        DataError: If the data set has gone.
+        FingerprintError: If network or samples are not those of the store.
+        StoreError: If the store has no provenance, or its checkpoint is missing.
+        DataError: If the data set is missing.
         InputError: If no count is given and one tile would take long.
         BudgetError: If the memory is too small for one tile.
     """

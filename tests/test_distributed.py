@@ -55,7 +55,7 @@ def pool():
 
 
 @pytest.fixture(scope="module")
-def job():
+def kernel():
     """A kernel of 11 samples and 3 outputs in 4 × 4 tiles."""
     made = make_job()
     inputs = Inputs(made.x, made.samples)
@@ -63,25 +63,25 @@ def job():
 
 
 @pytest.fixture(scope="module")
-def expected(job, tmp_path_factory):
+def expected(kernel, tmp_path_factory):
     """The bytes that one process writes."""
     path = tmp_path_factory.mktemp("alone") / "k.zarr"
-    make(LocalFolder(path), job, InlineLoader(job.model, job.inputs))
+    make(LocalFolder(path), kernel, InlineLoader(kernel.model, kernel.inputs))
     return files_of(path)
 
 
-def shared_out(job: Computation, pool: WorkerPool) -> Computation:
-    return Computation(job.model, job.inputs, job.probe, SHARED, CPU, execution=Execution(pool))
+def shared_out(kernel: Computation, pool: WorkerPool) -> Computation:
+    return Computation(kernel.model, kernel.inputs, kernel.probe, SHARED, CPU, execution=Execution(pool))
 
 
 # what is done ---------------------------------------------------------------------------------------------------------
 
 
-def test_workers_write_the_bytes_of_one_process(job, expected, pool, tmp_path):
+def test_workers_write_the_bytes_of_one_process(kernel, expected, pool, tmp_path):
     seen = []
     place = LocalFolder(tmp_path / "k.zarr")
     store = make(
-        place, shared_out(job, pool), InlineLoader(job.model, job.inputs), lambda *what: seen.append(what[:3])
+        place, shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs), lambda *what: seen.append(what[:3])
     )  # fmt: skip
     assert store.is_complete
     assert files_of(tmp_path / "k.zarr") == expected
@@ -90,36 +90,36 @@ def test_workers_write_the_bytes_of_one_process(job, expected, pool, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]  # no lock is left
 
 
-def test_only_what_is_missing_is_computed(job, expected, pool, tmp_path):
+def test_only_what_is_missing_is_computed(kernel, expected, pool, tmp_path):
     path = tmp_path / "k.zarr"
-    make(LocalFolder(path), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+    make(LocalFolder(path), shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))
     chunks = [path / "ntk_float32/c/1/3", path / "ntk_float16/c/0/0"]
     for chunk in chunks:
         chunk.unlink()
     before = {file: file.stat().st_mtime_ns for file in path.glob("ntk_*/c/*/*")}
-    make(LocalFolder(path), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+    make(LocalFolder(path), shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))
     assert files_of(path) == expected
     changed = {file for file in before if file.stat().st_mtime_ns != before[file]}
     assert changed <= {path / f"ntk_{dtype}/c/{place}" for dtype in ("float16", "float32") for place in ("1/3", "0/0")}
 
 
-def test_a_client_and_a_number_of_workers_are_taken_from_python(job, expected, pool, tmp_path):
-    x = job.inputs.x
-    alone = ntkgen.compute(job.model, x, store=tmp_path / "1.zarr", tile_side=9, memory_bytes=1 << 30)
+def test_a_client_and_a_number_of_workers_are_taken_from_python(kernel, expected, pool, tmp_path):
+    x = kernel.inputs.x
+    alone = ntkgen.compute(kernel.model, x, store=tmp_path / "1.zarr", tile_side=9, memory_bytes=1 << 30)
     ntkgen.compute(
-        job.model, x, store=tmp_path / "2.zarr", tile_side=9, memory_bytes=1 << 30, client=pool.client
+        kernel.model, x, store=tmp_path / "2.zarr", tile_side=9, memory_bytes=1 << 30, client=pool.client
     )  # fmt: skip
     assert files_of(tmp_path / "2.zarr") == files_of(alone.path)
     with pytest.raises(InputError, match="expected one of them"):
-        ntkgen.compute(job.model, x, store=tmp_path / "3.zarr", workers=2, client=pool.client)
+        ntkgen.compute(kernel.model, x, store=tmp_path / "3.zarr", workers=2, client=pool.client)
     assert not (tmp_path / "3.zarr").exists()
 
 
-def test_a_store_in_this_process_alone_is_refused(job, pool):
+def test_a_store_in_this_process_alone_is_refused(kernel, pool):
     import zarr
 
     with pytest.raises(InputError, match="in the memory of this process"):
-        ntkgen.compute(job.model, job.inputs.x, store=zarr.storage.MemoryStore(), tile_side=9, client=pool.client)
+        ntkgen.compute(kernel.model, kernel.inputs.x, store=zarr.storage.MemoryStore(), tile_side=9, client=pool.client)
 
 
 def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
@@ -131,14 +131,14 @@ def test_a_scheduler_that_is_not_there_is_named(monkeypatch):
         pass
 
 
-def test_a_cluster_without_workers_is_refused(job, tmp_path, monkeypatch):
+def test_a_cluster_without_workers_is_refused(kernel, tmp_path, monkeypatch):
     monkeypatch.setattr("ntkgen.engine.cluster.WORKER_SECONDS", 1)
     with (
         LocalCluster(n_workers=0, processes=True, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
         pytest.raises(InputError, match="has no workers"),
     ):
-        ntkgen.compute(job.model, job.inputs.x, store=tmp_path / "k.zarr", client=client)
+        ntkgen.compute(kernel.model, kernel.inputs.x, store=tmp_path / "k.zarr", client=client)
 
 
 # what goes wrong ------------------------------------------------------------------------------------------------------
@@ -185,48 +185,48 @@ class Sabotaged:
 
 
 @pytest.mark.parametrize("kind", chosen(["kill", "litter", "fail", "hang", "stop"], ["litter"]))
-def test_a_job_whose_worker_is_lost_is_done_by_another(job, expected, pool, kind, tmp_path):
+def test_a_job_whose_worker_is_lost_is_done_by_another(kernel, expected, pool, kind, tmp_path):
     patient = pool if kind in {"kill", "litter", "fail"} else dataclasses.replace(pool, tile_seconds=6.0)
-    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, kind)
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, patient), load)
+    load = Sabotaged(InlineLoader(kernel.model, kernel.inputs), tmp_path, kind)
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, patient), load)
     assert (tmp_path / f"{kind}0").exists()
     assert files_of(tmp_path / "k.zarr") == expected
 
 
-def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done(job, expected, pool, tmp_path):
-    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "fail", times=1000)
+def test_an_error_that_comes_again_and_again_ends_the_run_and_keeps_what_is_done(kernel, expected, pool, tmp_path):
+    load = Sabotaged(InlineLoader(kernel.model, kernel.inputs), tmp_path, "fail", times=1000)
     with pytest.raises(WorkerError, match="RuntimeError: cosmic rays"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), load)
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), load)
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))
     assert files_of(tmp_path / "k.zarr") == expected
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_each_time_ends_the_run(job, pool, monkeypatch, tmp_path):
+def test_a_worker_that_dies_each_time_ends_the_run(kernel, pool, monkeypatch, tmp_path):
     monkeypatch.setattr(scheduler, "MAX_ATTEMPTS", 2)
-    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "kill", times=1000)
+    load = Sabotaged(InlineLoader(kernel.model, kernel.inputs), tmp_path, "kill", times=1000)
     with pytest.raises(WorkerError, match="lost or stalled 2 times"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), load)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), load)
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_at_once(job, pool, tmp_path):
-    load = Sabotaged(InlineLoader(job.model, job.inputs), tmp_path, "full", times=1000)
+def test_a_full_disk_ends_the_run_at_once(kernel, pool, tmp_path):
+    load = Sabotaged(InlineLoader(kernel.model, kernel.inputs), tmp_path, "full", times=1000)
     with pytest.raises(OSError, match="No space left") as raised:
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), load)
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), load)
     assert raised.value.errno == errno.ENOSPC
     assert Counter(file.name[:4] for file in tmp_path.iterdir())["full"] <= 2  # each worker has met it once at most
 
 
-def test_a_worker_that_finds_other_samples_refuses_them(job, pool, tmp_path):
-    other = Inputs(job.inputs.x + 1, job.inputs.samples)
+def test_a_worker_that_finds_other_samples_refuses_them(kernel, pool, tmp_path):
+    other = Inputs(kernel.inputs.x + 1, kernel.inputs.samples)
     with pytest.raises(FingerprintError, match="other samples than the store"):
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, other))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), InlineLoader(kernel.model, other))
     assert not open_store(tmp_path / "k.zarr").is_complete
 
 
-def test_nothing_of_a_run_stays_with_the_workers(job, pool, tmp_path):
-    make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+def test_nothing_of_a_run_stays_with_the_workers(kernel, pool, tmp_path):
+    make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))
     plugins = pool.client.run(_plugins)
     assert [name for names in plugins.values() for name in names if name.startswith("ntkgen")] == []
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
@@ -257,17 +257,17 @@ def killing_before(monkeypatch, method: str, number: int) -> list[int]:
     [("register_plugin", 1), ("run", 1), ("run", 2), ("run", 3), ("unregister_worker_plugin", 1)],
 )
 def test_a_worker_that_dies_while_all_are_told_something_does_not_end_the_run(
-    job, expected, pool, method, number, monkeypatch, tmp_path
+    kernel, expected, pool, method, number, monkeypatch, tmp_path
 ):
     with monkeypatch.context() as patch:
         calls = killing_before(patch, method, number)
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))
     assert len(calls) >= number
     assert files_of(tmp_path / "k.zarr") == expected
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, expected, pool, monkeypatch, tmp_path):
+def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(kernel, expected, pool, monkeypatch, tmp_path):
     """A job that has ended, as far as the scheduler knows, but whose outcome is lost before it is fetched."""
     ended, killed = WorkerPool._ended, []
 
@@ -283,7 +283,7 @@ def test_a_worker_that_dies_with_what_it_has_to_say_does_not_end_the_run(job, ex
 
     with monkeypatch.context() as patch:
         patch.setattr(WorkerPool, "_ended", ending)
-        make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, pool), InlineLoader(job.model, job.inputs))
+        make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))
     assert killed
     assert files_of(tmp_path / "k.zarr") == expected
 
@@ -298,28 +298,28 @@ def test_workers_that_do_not_start_are_one_error(monkeypatch):
 
 
 @pytest.mark.slow
-def test_workers_of_ours_that_never_come_back_end_the_run(job, monkeypatch, tmp_path):
+def test_workers_of_ours_that_never_come_back_end_the_run(kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(scheduler, "NO_WORKER_SECONDS", 2)
     monkeypatch.setattr(WorkerPool, "workers", lambda pool: set())
     with open_pool(1, None, "cpu") as alone, monkeypatch.context() as patch:
         patch.setattr(WorkerPool, "_ask", lambda _, asked, *args, **__: {"w": asked(*args, None) if args else "host"})
         patch.setattr("ntkgen.engine.worker.budget", lambda limits, _: memory_budget(CPU, limits.memory_bytes))
         with pytest.raises(WorkerError, match="None of the 1 workers is left"):
-            make(LocalFolder(tmp_path / "k.zarr"), shared_out(job, alone), InlineLoader(job.model, job.inputs))
+            make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, alone), InlineLoader(kernel.model, kernel.inputs))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::zarr.errors.ZarrUserWarning")  # two threads set and reset what is ignored
-def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(job, expected, pool, tmp_path):
-    shared = shared_out(job, pool)
+def test_two_runs_of_one_kernel_share_a_cluster_and_not_their_places(kernel, expected, pool, tmp_path):
+    shared = shared_out(kernel, pool)
     plain = dataclasses.replace(shared, spec=dataclasses.replace(SHARED, certify=False))
     with ThreadPoolExecutor(2) as threads:
         places = [LocalFolder(tmp_path / name) for name in ("1.zarr", "2.zarr")]
-        runs = [threads.submit(make, place, plain, InlineLoader(job.model, job.inputs)) for place in places]
+        runs = [threads.submit(make, place, plain, InlineLoader(kernel.model, kernel.inputs)) for place in places]
         for run in runs:
             run.result()
     for place in places:
-        make(place, shared, InlineLoader(job.model, job.inputs))  # with its certificate
+        make(place, shared, InlineLoader(kernel.model, kernel.inputs))  # with its certificate
         assert files_of(place.path) == expected
 
 
@@ -456,13 +456,13 @@ def test_workers_of_ours_share_the_memory_that_is_asked_for_and_those_of_others_
     assert pool.machine("float32", None).environment.threads == 1
 
 
-def test_workers_keep_a_whole_run_of_another_process_out(job, pool, tmp_path, monkeypatch):
+def test_workers_keep_a_whole_run_of_another_process_out(kernel, pool, tmp_path, monkeypatch):
     from ntkgen.errors import StoreLockedError
     from ntkgen.files import lock
 
     monkeypatch.setattr(lock, "ORPHAN_SECONDS", 0.3)
     place = LocalFolder(tmp_path / "k.zarr")
     with tile_lock(place), pytest.raises(StoreLockedError, match="writing tiles"):
-        make(place, job, InlineLoader(job.model, job.inputs))
+        make(place, kernel, InlineLoader(kernel.model, kernel.inputs))
     with write_lock(place), pytest.raises(StoreLockedError):
-        make(place, shared_out(job, pool), InlineLoader(job.model, job.inputs))
+        make(place, shared_out(kernel, pool), InlineLoader(kernel.model, kernel.inputs))

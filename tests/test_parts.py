@@ -36,44 +36,44 @@ COMMAND = [
 
 
 @pytest.fixture(scope="module")
-def job():
+def kernel():
     """A kernel of 11 samples and 3 outputs in 4 × 4 tiles."""
     made = make_job()
     return Computation(small_network(), Inputs(made.x, made.samples), made.x, SPEC, CPU)
 
 
-def part_of(job: Computation, text: str) -> Computation:
+def part_of(kernel: Computation, text: str) -> Computation:
     execution = Execution(part=Part.parse(text))
-    return Computation(job.model, job.inputs, job.probe, SPEC, CPU, execution=execution)
+    return Computation(kernel.model, kernel.inputs, kernel.probe, SPEC, CPU, execution=execution)
 
 
-def run(job: Computation, path: Path, report=lambda *_: None) -> KernelStore:
-    return make(LocalFolder(path), job, InlineLoader(job.model, job.inputs), report)
+def run(kernel: Computation, path: Path, report=lambda *_: None) -> KernelStore:
+    return make(LocalFolder(path), kernel, InlineLoader(kernel.model, kernel.inputs), report)
 
 
 @pytest.fixture(scope="module")
-def expected(job, tmp_path_factory):
+def expected(kernel, tmp_path_factory):
     """The bytes that one process writes."""
     path = tmp_path_factory.mktemp("alone") / "k.zarr"
-    run(job, path)
+    run(kernel, path)
     return files_of(path)
 
 
 @pytest.mark.parametrize("count", chosen([1, 2, 3, 20], [3]))
-def test_the_last_part_finishes_the_kernel_whichever_it_is(job, expected, count, tmp_path):
+def test_the_last_part_finishes_the_kernel_whichever_it_is(kernel, expected, count, tmp_path):
     path = tmp_path / "k.zarr"
     order = [*range(2, count + 1), 1]
     for done, number in enumerate(order, start=1):
-        store = run(part_of(job, f"{number}/{count}"), path)
+        store = run(part_of(kernel, f"{number}/{count}"), path)
         assert store.is_complete == (len(store.missing_tiles()) == 0)
         assert store.is_complete or done < count
     assert files_of(path) == expected
     assert [file.name for file in tmp_path.iterdir()] == ["k.zarr"]
 
 
-def test_a_part_computes_its_tiles_and_no_others(job, tmp_path):
+def test_a_part_computes_its_tiles_and_no_others(kernel, tmp_path):
     seen = []
-    store = run(part_of(job, "2/3"), tmp_path / "k.zarr", lambda *what: seen.append(what[:3]))
+    store = run(part_of(kernel, "2/3"), tmp_path / "k.zarr", lambda *what: seen.append(what[:3]))
     assert sum(stage == "tiles" for stage, *_ in seen) == 1 + 3
     assert not store.is_complete
     assert open_store(tmp_path / "k.zarr").manifest.certificate is None
@@ -81,39 +81,39 @@ def test_a_part_computes_its_tiles_and_no_others(job, tmp_path):
     assert store.missing_tiles() == [*tiles[:3], *tiles[6:]]
 
 
-def test_the_same_command_without_part_finishes_what_parts_have_left(job, expected, tmp_path):
-    run(part_of(job, "2/3"), tmp_path / "k.zarr")
-    run(job, tmp_path / "k.zarr")
+def test_the_same_command_without_part_finishes_what_parts_have_left(kernel, expected, tmp_path):
+    run(part_of(kernel, "2/3"), tmp_path / "k.zarr")
+    run(kernel, tmp_path / "k.zarr")
     assert files_of(tmp_path / "k.zarr") == expected
 
 
-def test_a_finished_kernel_is_left_alone_by_its_parts(job, expected, tmp_path):
+def test_a_finished_kernel_is_left_alone_by_its_parts(kernel, expected, tmp_path):
     path = tmp_path / "k.zarr"
-    run(job, path)
+    run(kernel, path)
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
-    run(part_of(job, "1/2"), path)
+    run(part_of(kernel, "1/2"), path)
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
 
 
-def test_a_part_beside_others_sweeps_nothing(job, tmp_path):
+def test_a_part_beside_others_sweeps_nothing(kernel, tmp_path):
     path = tmp_path / "k.zarr"
-    run(part_of(job, "1/3"), path)
+    run(part_of(kernel, "1/3"), path)
     draft = path / "ntk_float32" / "c" / "4.partial"
     draft.write_bytes(b"another part is writing this")
     with tile_lock(LocalFolder(path)):
-        run(part_of(job, "2/3"), path)
+        run(part_of(kernel, "2/3"), path)
     assert draft.exists()
-    run(part_of(job, "3/3"), path)
+    run(part_of(kernel, "3/3"), path)
     assert not draft.exists()
     assert open_store(path).is_complete
 
 
-def test_a_part_is_not_begun_beside_a_whole_run(job, tmp_path):
+def test_a_part_is_not_begun_beside_a_whole_run(kernel, tmp_path):
     with write_lock(LocalFolder(tmp_path / "k.zarr")), pytest.raises(StoreLockedError, match="Another process"):
-        run(part_of(job, "1/2"), tmp_path / "k.zarr")
+        run(part_of(kernel, "1/2"), tmp_path / "k.zarr")
 
 
-def test_the_diagonal_is_computed_by_the_first_part_alone(job, tmp_path, monkeypatch):
+def test_the_diagonal_is_computed_by_the_first_part_alone(kernel, tmp_path, monkeypatch):
     blocks, commit_block = [], KernelStore.commit_block
 
     def counted(self, index, *values):
@@ -122,20 +122,20 @@ def test_the_diagonal_is_computed_by_the_first_part_alone(job, tmp_path, monkeyp
 
     monkeypatch.setattr(KernelStore, "commit_block", counted)
     for number in (1, 2):
-        run(part_of(job, f"{number}/2"), tmp_path / "k.zarr")
+        run(part_of(kernel, f"{number}/2"), tmp_path / "k.zarr")
     assert sorted(blocks) == [0, 1, 2, 3]
 
 
-def test_a_certificate_is_made_by_the_last_part_alone(job, tmp_path, monkeypatch):
+def test_a_certificate_is_made_by_the_last_part_alone(kernel, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(compute, "add_certificate", lambda store, *_, **__: made.append(store))
     for number in (1, 2, 3):
-        run(part_of(job, f"{number}/3"), tmp_path / "k.zarr")
+        run(part_of(kernel, f"{number}/3"), tmp_path / "k.zarr")
     assert len(made) == 1
 
 
 @pytest.mark.slow
-def test_parts_that_end_together_leave_it_to_the_last_of_them(job, expected, tmp_path, monkeypatch):
+def test_parts_that_end_together_leave_it_to_the_last_of_them(kernel, expected, tmp_path, monkeypatch):
     """The first finds the second at work, and leaves; the second waits for the first, and finds nobody."""
     path, looked, began = tmp_path / "k.zarr", [], threading.Event()
 
@@ -147,14 +147,14 @@ def test_parts_that_end_together_leave_it_to_the_last_of_them(job, expected, tmp
                 time.sleep(0.5)  # in which the other ends
             yield is_alone
 
-    run(part_of(job, "1/3"), path)
+    run(part_of(kernel, "1/3"), path)
     with tile_lock(LocalFolder(path)):  # a third part is at work
-        run(part_of(job, "2/3"), path)
+        run(part_of(kernel, "2/3"), path)
     began.set()
     monkeypatch.setattr(compute, "without_tile_writers", slowly)
     with ThreadPoolExecutor(2) as pool:
-        writer = pool.submit(run, part_of(job, "3/3"), path)
-        other = pool.submit(run, part_of(job, "1/3"), path)
+        writer = pool.submit(run, part_of(kernel, "3/3"), path)
+        other = pool.submit(run, part_of(kernel, "1/3"), path)
         for each in (writer, other):
             each.result()
     assert looked

@@ -15,7 +15,7 @@ from ntkgen.cli.session import Settings, start_process
 def train(**options: Any) -> None:
     """Train networks until their training accuracy reaches the target.
 
-    A checkpoint is kept after every epoch; an interrupted training goes on with the same command.
+    A checkpoint is written after every epoch. The same command continues an interrupted training.
     """
     start_process()
     from ntkgen import pipeline

@@ -1,4 +1,4 @@
-"""A running dask cluster, as whatever divides its work needs it."""
+"""A running dask cluster: the connection, its address, and folders that its workers find."""
 
 import re
 import time
@@ -23,7 +23,7 @@ CONNECT_SECONDS, WORKER_SECONDS, POLL_SECONDS = 20, 60, 0.1
 
 @contextmanager
 def connected(place: str) -> "Iterator[Client]":
-    """Connect to a cluster, by the address of its scheduler or the scheduler's file, for the time of this block.
+    """Connect to a cluster within this block, by the address of its scheduler or the scheduler's file.
 
     Raises:
         InputError: If there is none.
@@ -49,7 +49,7 @@ def connected(place: str) -> "Iterator[Client]":
 
 
 def _refuse(place: str, why: str, error: Exception | None = None) -> NoReturn:
-    """Say that there is no cluster.
+    """Report that there is no cluster.
 
     Raises:
         InputError: Always.
@@ -65,7 +65,7 @@ def wait_for_a_worker(client: "Client") -> None:
     """Wait until a cluster has a worker.
 
     Raises:
-        InputError: If none comes.
+        InputError: If no worker comes.
     """
     try:
         client.wait_for_workers(1, timeout=WORKER_SECONDS)
@@ -78,15 +78,15 @@ def wait_for_a_worker(client: "Client") -> None:
 
 
 def address_of(client: "Client") -> str:
-    """Say where the scheduler is."""
+    """Return the address of the scheduler."""
     return str(client.scheduler_info(n_workers=0)["address"])
 
 
 def shared(folder: Folder) -> Folder:
-    """Name a folder so that a worker, which runs in another one, finds it.
+    """Make the path of a folder absolute, because workers run in other folders.
 
     Raises:
-        InputError: If it lies in this process's memory.
+        InputError: If the store lies in the memory of this process.
     """
     if isinstance(folder, StoreFolder) and isinstance(folder.store, MemoryStore):
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a kernel is of, and whether a network is the one that a store was begun with."""
+"""The identity of a kernel, and whether a network is the one of a store."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.schema import side_arrays
 from ntkgen.store.store import KernelStore
 
-# How far the outputs of the same network may be from the stored ones, relative to the largest: for the batch that the
-# store was made with, for the same samples in other batches, and on another machine, which adds up in another order.
+# Maximum difference of the outputs of the same network from the stored ones, relative to the largest: in the same
+# batch, in other batches, and on another machine, which adds up in another order.
 SAME_BATCH = {torch.float64: 1e-12, torch.float32: 1e-6}
 OTHER_BATCH = {torch.float64: 1e-10, torch.float32: 1e-4}
 OTHER_MACHINE = {torch.float64: 1e-9, torch.float32: 1e-3}
-# Samples, spread over the store, that are run again before it is continued or returned.
+# Number of samples, spread over the store, that are run again before it is continued or returned.
 SPREAD_SAMPLES = 256
 
 
@@ -47,7 +47,7 @@ class KernelSpec:
 
 
 def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGrid) -> dict[str, Any]:
-    """Collect what a run that continues a store must agree with."""
+    """Collect what must stay equal when a store is continued."""
     return {
         "parameters": parameter_fingerprint(model),
         "samples": inputs.fingerprint(),
@@ -68,10 +68,10 @@ def network_of(store: KernelStore, model: nn.Module, inputs: Inputs, device: tor
 
 
 def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -> None:
-    """Refuse to continue, or to return, a store whose network gave other outputs or gradients for its samples.
+    """Require that a network gives the stored outputs and gradients, before its store is continued or returned.
 
-    Equal parameters do not make equal networks: an activation or an epsilon is not among them. Samples spread over what
-    the store has are run again, and the diagonal of one batch is computed again, as it was for the store.
+    Equal parameters do not make equal networks: an activation or an epsilon is no parameter. Samples spread over the
+    store are run again, and the diagonal of one batch is computed again in the same way.
 
     Raises:
         FingerprintError: If one of them differs.
@@ -96,10 +96,10 @@ def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -
 
 
 class KnownOutputs:
-    """The outputs that a store keeps of the network that it was begun with; those of another one are refused.
+    """The outputs that a store keeps of its network; those of another network are refused.
 
-    Every block that is computed again for a store is held against it, so that a store which is continued has no tile
-    of another network, whichever samples tell the two apart.
+    Every block that is computed again for a store is compared with them, so that a continued store has no tile of
+    another network, whichever samples tell the two apart.
     """
 
     def __init__(self, store: KernelStore, network: Network) -> None:
@@ -110,7 +110,7 @@ class KnownOutputs:
         self.logits = _stored_logits(store)
 
     def require(self, indices: Tensor, logits: Tensor, tolerances: dict[torch.dtype, float]) -> None:
-        """Compare the outputs for some samples with the stored ones; what is not stored yet is not compared.
+        """Compare the outputs for some samples with the stored ones. Outputs that are not stored yet are not compared.
 
         Raises:
             FingerprintError: If they differ by more than rounding explains.
@@ -138,7 +138,7 @@ def _another_network(name: str, what: str, difference: float, scale: float) -> s
 
 
 def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, then of columns; logits), NaN: not there
-    """Read the logits that a store has; None where there are none, or where they are damaged."""
+    """Read the logits of a store; None where there are none, or where they are damaged."""
     missing = set(store.missing_blocks())
     plan = store.manifest.plan
     if not store.num_logits or len(missing) == plan.num_sides:
@@ -170,7 +170,7 @@ def _require_same_diagonal(store: KernelStore, network: Network, inputs: Inputs,
     """
     plan, grid = store.manifest.plan, store.grid
     if not network.follows(plan.profile):
-        return  # to continue is refused with another error
+        return  # another check refuses it
     is_column = batch.start >= grid.num_samples
     first = grid.num_samples if is_column else 0
     m = grid.num_outputs

@@ -1,4 +1,4 @@
-"""What there is to compute with: device, memory, rates, and what the bits of a computation depend on."""
+"""The machine: its device, memory and rates, and what the bits of a computation depend on."""
 
 import platform
 import re
@@ -53,7 +53,7 @@ def _cpu_model() -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to compute with: what bits depend on, the memory, and how fast each product is."""
+    """What computes: what its bits depend on, its memory, and the rate of each product."""
 
     environment: Environment
     budget: Budget
@@ -63,14 +63,14 @@ class Machine:
 def describe_machine(
     device: torch.device, precision: str, memory_bytes: int | None, *, threads: int | None = None
 ) -> Machine:
-    """Describe the machine at hand, as it is with some threads."""
+    """Describe this machine, computing with some threads."""
     budget = memory_budget(device, memory_bytes)
     with fixed_threads(threads or torch.get_num_threads()):
         return Machine(environment(device), budget, rates_of(device, precision))
 
 
 def memory_budget(device: torch.device, requested: int | None, *, sharers: int = 1, limit: int | None = None) -> Budget:
-    """Say how many bytes a computation on a device may take: as requested, or its share, or its process's limit."""
+    """Compute how many bytes a computation may take: the request, its share of the device, or its process's limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
@@ -81,12 +81,12 @@ def memory_budget(device: torch.device, requested: int | None, *, sharers: int =
 
 
 def check_environment(plan: Plan, device: torch.device) -> None:
-    """Refuse to continue a plan whose bytes this machine would not repeat."""
+    """Require that this machine repeats the bytes of a plan."""
     check_plan(plan, environment(device))
 
 
 def check_plan(plan: Plan, found: Environment) -> None:
-    """Refuse to continue a plan whose bytes a machine would not repeat. Threads are set as planned.
+    """Require that a machine repeats the bytes of a plan. Threads are set as planned.
 
     Raises:
         PlanError: If device, its type or torch differ; the message names what does.

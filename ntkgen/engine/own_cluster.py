@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @contextmanager
 def own_cluster(workers: int) -> "Iterator[Client]":
-    """Start processes on this machine, with its threads shared among them; they end with this block or this process.
+    """Start processes that share the threads of this machine. They end with this block or this process.
 
     Raises:
-        InputError: If their number is none, or each of them comes to this call too.
-        WorkerError: If they do not start.
+        InputError: If the number is below 1, or if each process reaches this call too.
+        WorkerError: If the processes do not start.
     """
     require_main_guard()
     import dask
@@ -64,7 +64,7 @@ def own_cluster(workers: int) -> "Iterator[Client]":
 
 @contextmanager
 def _closed_quietly(cluster: "LocalCluster") -> "Iterator[LocalCluster]":
-    """Close a cluster in the end, of which dask may have lost a worker that died while it was started (KeyError)."""
+    """Close a cluster in the end. dask raises KeyError for a worker that died while it was started."""
     try:
         yield cluster
     finally:

@@ -1,7 +1,7 @@
 """Stored tiles computed again from the network and its samples, and compared with what is stored.
 
-They are computed as they were the first time, and committed to an empty copy of the store in memory, whose files are
-then compared: one code path makes a tile, with its rounding, its mirror and its counts.
+They are computed as the first time, and committed to an empty copy of the store in memory, whose files are compared.
+Thus one code path makes a tile, with its rounding, its mirror and its counts.
 """
 
 import sys

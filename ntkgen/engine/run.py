@@ -126,7 +126,7 @@ def _writer(store: KernelStore) -> Iterator[Callable[[Tile, npt.NDArray[Any]], N
 
 
 def _check_network(network: Network, plan: Plan) -> None:
-    """Refuse a network whose parameters are not treated as the plan says.
+    """Require that a network has the layers and the fallback parameters of a plan.
 
     Raises:
         PlanError: If layers, or the parameters without a rule, differ.

@@ -1,7 +1,7 @@
-"""Processes that are started afresh: each imports the script that started it before it does its work.
+"""Processes that import the script that started them before they do their work.
 
-A script that starts processes outside of ``if __name__ == "__main__":`` is thereby run again in each of them, and comes
-to the same call there. Such a process ends without a word, and the one that started it says what is wrong.
+A script that starts processes outside of ``if __name__ == "__main__":`` runs again in each of them, and reaches the
+same call there. Such a process ends silently, and the process that started it reports the error.
 """
 
 import multiprocessing
@@ -13,17 +13,17 @@ from pathlib import Path
 
 from ntkgen.errors import InputError
 
-# The environment variable that names the file by which a process says that it came to the same call again.
+# The environment variable with the path of the file that a process creates when it reaches the same call again.
 SIGN = "NTKGEN_STARTED_AGAIN"
 ENDED = 3
 
 
 @contextmanager
 def starting_processes(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Start processes in this block; yield what says whether one of them has come to the same call again.
+    """Start processes in this block. Yield a function that tells whether one of them reached the same call again.
 
     Args:
-        folder: An empty one, for them to say so.
+        folder: An empty folder for the file of such a process.
     """
     sign, before = folder / "again", os.environ.get(SIGN)
     os.environ[SIGN] = str(sign)
@@ -37,11 +37,11 @@ def starting_processes(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def require_main_guard() -> None:
-    """Leave a process that is still importing the script that started it, quietly if that is waiting for a sign.
+    """End a process that is still importing the script that started it; silently, if its parent checks for the file.
 
     Raises:
-        SystemExit: If it is.
-        InputError: If nobody waits for a sign.
+        SystemExit: If the parent checks for the file.
+        InputError: If no parent does.
     """
     if not getattr(multiprocessing.current_process(), "_inheriting", False):
         return
@@ -52,7 +52,7 @@ def require_main_guard() -> None:
 
 
 def unguarded() -> str:
-    """Say that a script starts processes where each of them does so too."""
+    """Write the message about a script that starts processes outside of a main guard."""
     script = getattr(sys.modules["__main__"], "__file__", None) or "the script"
     return (
         f"The workers of {script} began to run it from its first line, and came to the same call: expected the call "
@@ -63,7 +63,7 @@ def unguarded() -> str:
 
 @contextmanager
 def without_missing_script() -> Iterator[None]:
-    """Let processes start in this block that would look for a script that is no file, as one that came from stdin."""
+    """Let processes start in this block although the script is no file, for example because it came from stdin."""
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     if path is None or Path(path).is_file():
