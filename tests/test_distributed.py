@@ -18,13 +18,12 @@ from cases import CPU, chosen, files_of, make_job, small_network
 from distributed import Client, LocalCluster
 
 import ntkgen
-from ntkgen.blocks import Block
-from ntkgen.engine import jobs, scheduler, worker
+from ntkgen.engine import scheduler, worker
 from ntkgen.engine.computation import Computation, Execution
 from ntkgen.engine.compute import make
 from ntkgen.engine.coordinator import WorkerPool, open_pool
 from ntkgen.engine.identity import KernelSpec
-from ntkgen.engine.jobs import InlineLoader, Job, diagonal_jobs, job_size, tile_jobs
+from ntkgen.engine.jobs import Assignment, InlineLoader, Job
 from ntkgen.engine.machine import describe_machine, memory_budget
 from ntkgen.errors import FingerprintError, InputError, WorkerError
 from ntkgen.files.folder import LocalFolder
@@ -346,7 +345,7 @@ class Lingering:
 
 def test_a_worker_that_is_told_to_let_go_ends_with_its_tile_and_keeps_others_out_until_then(tmp_path):
     place, alone = LocalFolder(tmp_path / "k.zarr"), []
-    plugin = worker.TilePlugin(jobs.Assignment(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
+    plugin = worker.TilePlugin(Assignment(place, lambda: None, "cpu", is_local=True, cached_blocks=1))
     plugin.setup(SimpleNamespace(name=0))
 
     def during():
@@ -404,37 +403,6 @@ def test_ctrl_c_ends_the_workers_too_and_is_one_line(tmp_path):
     assert [line for line in err.splitlines() if line] == [
         "Interrupted. What is finished is kept: the same command goes on from there."
     ]
-
-
-# planning -------------------------------------------------------------------------------------------------------------
-
-
-def test_jobs_hold_every_tile_once_and_none_spans_two_bands():
-    tiles = [Tile(row, col) for row in range(6) for col in range(row, 6)]
-    bands = [Band((Block(0, 3),), tuple(tiles[:11])), Band((Block(3, 6),), tuple(tiles[11:]))]
-    for workers in (1, 2, 7):
-        cut = list(tile_jobs(bands, job_size(len(tiles), workers, 1.0)))
-        assert [tile for job in cut for tile in job.band.tiles] == tiles
-        assert all(
-            set(job.band.tiles) <= set(bands[0].tiles) or set(job.band.tiles) <= set(bands[1].tiles) for job in cut
-        )
-        assert all(job.band.held in {band.held for band in bands} for job in cut)
-        assert len(cut) >= min(len(tiles), 2 * workers)
-
-
-def test_many_tiles_are_cut_into_jobs_of_a_bounded_size():
-    tiles = tuple(Tile(0, col) for col in range(10_000))
-    cut = list(tile_jobs([Band((), tiles)], job_size(len(tiles), 2, 0.0)))
-    assert max(job.size for job in cut) == jobs.TILES_PER_JOB
-    slow = job_size(len(tiles), 2, tile_seconds=100.0)  # seconds a tile
-    assert slow == jobs.JOB_SECONDS // 100
-    assert job_size(len(tiles), 2, tile_seconds=1e6) == 1
-    assert [job.size for job in diagonal_jobs(range(3), 1)] == [1, 1, 1]
-
-
-def test_the_size_of_a_job_is_its_blocks_or_tiles():
-    assert Job(indices=(1, 2)).size == 2
-    assert Job(band=Band((), (Tile(0, 0),))).size == 1
 
 
 # several processes and one store --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from cases import CASES, reference_of, relative_error
 
 from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.jacobian.dense import ntk
-from ntkgen.jacobian.outputs import contrast_matrix, output_map
+from ntkgen.jacobian.outputs import contrast_matrix, output_map, prepare_mapped
 
 NAMES = ["full", "sum", "centered", "index:0", "trace", "diagonal"]
 # a convolution with batch norm, a fallback, a network with tied weights
@@ -76,3 +76,17 @@ def test_what_does_not_exist_is_refused_in_one_line(name, error, message):
 def test_nothing_is_left_of_a_single_centered_logit():
     with pytest.raises(InputError, match="at least two"):
         output_map("centered", 1)
+
+
+@pytest.mark.parametrize("output", NAMES)
+def test_a_network_is_prepared_for_the_outputs_of_its_map(output):
+    case = CASES["residual_with_shortcut"]()
+    excluded = [next(name for name, _ in case.module.named_parameters())]
+    network, chosen = prepare_mapped(case.module, case.x, "float64", output, excluded=excluded)
+    m = network.profile.num_logits
+    assert (chosen.name, network.precision.compute_dtype) == (output, torch.float64)
+    assert set(excluded) <= set(network.fallback)
+    logits = torch.arange(float(m), dtype=torch.float64)
+    mapped = network.mapped(logits)
+    assert len(mapped) == network.profile.num_outputs
+    assert torch.equal(mapped, logits if chosen.matrix is None else chosen.matrix @ logits)
