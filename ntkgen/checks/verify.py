@@ -26,8 +26,7 @@ from ntkgen.store.describe import first_few
 from ntkgen.store.opening import ROOT
 from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, Key, StoredArray, create_array
 from ntkgen.store.store import KernelStore
-
-Place = tuple[int, int]  # of a tile: its row and its column of tiles
+from ntkgen.store.view import Place
 
 # Threads that read, and the bytes that they may hold together.
 THREADS, HELD_BYTES = 8, 1 << 29

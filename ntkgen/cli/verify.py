@@ -68,9 +68,9 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_
         return Sampling(*counts, options["seed"])
 
     sampling_of("full", 1)  # numbers that cannot be meant are refused before anything is read
-    wanted, exit_code = _Wanted(sampling_of, **options), 0
+    request, exit_code = _Request(sampling_of, **options), 0
     for path in paths:
-        finding = _found(path, wanted)
+        finding = _found(path, request)
         if as_json or "error" not in finding.result:
             click.echo(json.dumps(finding.result) if as_json else _page(finding.result))
         for note in finding.notes:
@@ -82,7 +82,7 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Request:
     """What is asked for beside the checksums, and with what it is done."""
 
     sampling_of: "Callable[[str, int], Sampling]"
@@ -105,14 +105,14 @@ class _Finding:
     problems: list[tuple[str, int]] = field(default_factory=list)
 
 
-def _found(path: str, wanted: _Wanted) -> _Finding:
+def _found(path: str, request: _Request) -> _Finding:
     """Verify one store; where there is none, or it cannot be reached, the others are read nevertheless."""
     from ntkgen.cli.progress import progress_bars
     from ntkgen.files.bucket import first_lines, is_remote_error
 
     try:
-        with progress_bars(path.rstrip("/").rpartition("/")[2], quiet=wanted.quiet) as report:
-            return _verified(path, wanted, report)
+        with progress_bars(path.rstrip("/").rpartition("/")[2], quiet=request.quiet) as report:
+            return _verified(path, request, report)
     except NtkgenError as error:
         problem = (str(error), error.exit_code)
     except Exception as error:
@@ -122,25 +122,27 @@ def _found(path: str, wanted: _Wanted) -> _Finding:
     return _Finding({"store": path, "is_whole": None, "error": problem[0]}, problems=[problem])
 
 
-def _verified(path: str, wanted: _Wanted, report: "Report") -> _Finding:
+def _verified(path: str, request: _Request, report: "Report") -> _Finding:
     """Read a store, make tiles again, remove what is damaged, certify what is whole: as far as is asked for."""
     from ntkgen.checks.verify import find_damage, repair
 
     finding = _Finding({"store": path})
-    with _opened(path, wanted) as store:
+    with _opened(path, request) as store:
         damage = find_damage(store, report)
-        damage += _differing(store, damage, wanted, report, finding)
+        damage += _differing(store, damage, request, report, finding)
         is_whole = not damage and store.manifest.is_complete
         finding.result |= {"is_whole": is_whole, "damage": [vars(each) for each in damage]}
-        finding.result["removed"] = repair(store, damage) if wanted.repaired else []
+        finding.result["removed"] = repair(store, damage) if request.repaired else []
         if not is_whole:
-            _say_what_is_lacking(store, damage, wanted, finding)
+            _say_what_is_lacking(store, damage, request, finding)
     if is_whole:
-        _describe_whole(store, wanted, report, finding)
+        _describe_whole(store, request, report, finding)
     return finding
 
 
-def _say_what_is_lacking(store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, finding: _Finding) -> None:
+def _say_what_is_lacking(
+    store: "KernelStore", damage: "Sequence[Damage]", request: _Request, finding: _Finding
+) -> None:
     from ntkgen.checks.verify import explain_damage, explain_unfinished, next_step, unfinished_tiles
 
     unfinished = unfinished_tiles(store, damage)
@@ -149,18 +151,18 @@ def _say_what_is_lacking(store: "KernelStore", damage: "Sequence[Damage]", wante
         "tiles_missing": len(unfinished),
         "next": next_step(store, damage),
     }
-    if not wanted.repaired:
+    if not request.repaired:
         problem = explain_damage(store, damage) if damage else explain_unfinished(store, unfinished)
         finding.problems.append((problem, DAMAGED))
 
 
-def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
+def _describe_whole(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
     """Say what a whole store holds; certify it first, if that is asked for."""
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store
 
-    if wanted.certified:
-        _certify(store, wanted, report, finding)
+    if request.certified:
+        _certify(store, request, report, finding)
         store = open_store(store.folder)
     described = describe(store)
     finding.problems += [(wrong, DAMAGED)] if (wrong := described["inaccuracy"]) else []
@@ -172,13 +174,13 @@ def _describe_whole(store: "KernelStore", wanted: _Wanted, report: "Report", fin
 
 
 @contextmanager
-def _opened(path: str, wanted: _Wanted) -> "Iterator[KernelStore]":
+def _opened(path: str, request: _Request) -> "Iterator[KernelStore]":
     """Open a store; to repair it, under its lock, and while no process writes tiles."""
     from ntkgen.files.lock import require_no_tile_writers, write_lock
     from ntkgen.store.opening import open_store
 
     store = open_store(path)
-    if not wanted.repaired:
+    if not request.repaired:
         yield store
         return
     with write_lock(store.folder):
@@ -187,7 +189,7 @@ def _opened(path: str, wanted: _Wanted) -> "Iterator[KernelStore]":
 
 
 def _differing(
-    store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, report: "Report", finding: _Finding
+    store: "KernelStore", damage: "Sequence[Damage]", request: _Request, report: "Report", finding: _Finding
 ) -> "list[Damage]":
     """Make some tiles again, and name the files that differ.
 
@@ -197,10 +199,10 @@ def _differing(
 
     finding.result |= {"recomputed": [], "not_recomputed": None}
     try:
-        again = _recomputed(store, damage, wanted, report)
+        again = _recomputed(store, damage, request, report)
     except (InputError, StoreError) as error:
         finding.result["not_recomputed"] = str(error)
-        if wanted.num_recomputed is None:
+        if request.num_recomputed is None:
             finding.notes.append(f"No tile of {store.name} was computed again. {error}")
         else:
             finding.problems.append((str(error), error.exit_code))
@@ -210,18 +212,20 @@ def _differing(
 
 
 def _recomputed(
-    store: "KernelStore", damage: "Sequence[Damage]", wanted: _Wanted, report: "Report"
+    store: "KernelStore", damage: "Sequence[Damage]", request: _Request, report: "Report"
 ) -> "list[Recomputed]":
     from ntkgen import origin
     from ntkgen.checks.verify import whole_tiles
     from ntkgen.engine.machine import choose_device
 
-    if wanted.num_recomputed == 0:
+    if request.num_recomputed == 0:
         return []
     _require_small_arrays(store, damage)
-    download = wanted.num_recomputed is not None or wanted.certified  # what was not asked for fetches nothing
-    device, memory = choose_device(wanted.device), wanted.memory_bytes
-    settings = origin.RecomputeSettings(wanted.num_recomputed, wanted.seed, device, memory, wanted.data_dir, download)
+    download = request.num_recomputed is not None or request.certified  # what was not asked for fetches nothing
+    device, memory = choose_device(request.device), request.memory_bytes
+    settings = origin.RecomputeSettings(
+        request.num_recomputed, request.seed, device, memory, request.data_dir, download
+    )
     return origin.recompute_tiles(store, whole_tiles(store, damage), settings, report)
 
 
@@ -241,14 +245,14 @@ def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> N
         )
 
 
-def _certify(store: "KernelStore", wanted: _Wanted, report: "Report", finding: _Finding) -> None:
+def _certify(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
     from ntkgen import origin
     from ntkgen.engine.machine import choose_device
 
     num_logits = store.manifest.plan.profile.num_logits
-    sampling = wanted.sampling_of(store.manifest.identity.get("output", "full"), num_logits)
+    sampling = request.sampling_of(store.manifest.identity.get("output", "full"), num_logits)
     try:
-        origin.certify_again(store.folder, wanted.data_dir, sampling, choose_device(wanted.device), report)
+        origin.certify_again(store.folder, request.data_dir, sampling, choose_device(request.device), report)
     except NtkgenError as error:
         finding.problems.append((str(error), error.exit_code))
 

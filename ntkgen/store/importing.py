@@ -63,7 +63,7 @@ def import_kernel(
         missing, total = store.missing_tiles(), store.grid.num_tiles
 
         def write(tile: Tile) -> None:
-            store.commit_stored(tile, {foreign.dtype: foreign.read(*_region(store.grid, tile))})
+            store.commit_stored(tile, {foreign.dtype: foreign.read(*store.region(tile))})
 
         try:
             write_each(write, missing, counter(report, "imported", total - len(missing), total))
@@ -171,7 +171,3 @@ def _require_room(target: Folder, foreign: ForeignKernel) -> None:
             f"{human_bytes(free)} are free. Does it lie on the same disk as the source? Free some, or choose another "
             "--out."
         )
-
-
-def _region(grid: TileGrid, tile: Tile) -> tuple[slice, slice]:
-    return grid.block(tile.row).rows(grid.num_outputs), grid.block(tile.col).rows(grid.num_outputs)

@@ -113,13 +113,23 @@ class StoredArray:
         return tuple(slice(min(chunk, length - at * chunk)) for length, chunk, at in axes)
 
     def chunk_keys(self) -> Iterator[Key]:
-        """List its chunks: of one stored triangle, and of counts per tile, no others."""
+        """List its chunks; of one stored triangle, and of counts per tile, no others.
+
+        >>> array = StoredArray("ntk_float16", "float16", (5, 5), (3, 3), ("row", "col"), is_triangle=True)
+        >>> list(array.chunk_keys()), array.file_bytes, array.inside((0, 1))
+        ([(0, 0), (0, 1), (1, 1)], 22, (slice(None, 3, None), slice(None, 2, None)))
+        """
         counts = (-(-length // chunk) for length, chunk in zip(self.shape, self.chunks, strict=True))
         keys = itertools.product(*map(range, counts))
         return (key for key in keys if (place := self.place(key))[0] <= place[1]) if self.is_triangle else keys
 
     def whole_chunks(self, sizes: Mapping[str, int]) -> set[Key]:
-        """List the chunks that have their exact size, of a listing of the array's folder."""
+        """List the chunks that have their exact size, of a listing of the array's folder.
+
+        >>> array = StoredArray("diagonal", "float64", (5,), (3,), ("row",), role="side")
+        >>> array.whole_chunks({"diagonal/c/0": 28, "diagonal/c/1": 20, "diagonal/c/1.partial": 28})
+        {(0,)}
+        """
         size, first = self.file_bytes, len(self.name) + len("/c/")
         return {
             tuple(map(int, key[first:].split("/")))
