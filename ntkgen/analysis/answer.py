@@ -46,7 +46,13 @@ class Answer:
         """Turn into what the command prints: plain values, by the names of the fields."""
         fields = dataclasses.fields(self)
         names = [field.name for field in fields if field.default is not None or getattr(self, field.name) is not None]
-        return {name: _plain(getattr(self, name)) for name in sorted(names, key=_is_about_the_run)}
+        return {name: _plain(getattr(self, name)) for name in sorted(names, key=self._order)}
+
+    @classmethod
+    def _order(cls, name: str) -> int:
+        """Order keys: what was found out, then what the run took, then what is not kept."""
+        about_the_run = {"seconds", "peak_bytes", "remembered", "not_kept"}
+        return 2 if name in cls.VOLATILE else int(name in about_the_run)
 
     def to_keep(self) -> dict[str, Any]:
         """Turn into what is written beside the store."""
@@ -71,8 +77,3 @@ class Answer:
 def _plain(value: Any) -> Any:
     """Turn a part of an answer that has fields of its own into a dictionary."""
     return dict(vars(value)) if dataclasses.is_dataclass(value) else value
-
-
-def _is_about_the_run(name: str) -> bool:
-    """Tell what is printed last."""
-    return name in {"seconds", "peak_bytes", "remembered", "not_kept"}

@@ -10,11 +10,12 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.answer import Answer, Settings
-from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, plan_sizes, reading_bytes
+from ntkgen.analysis.eigenvalues import SpectrumSettings, plan_sizes
 from ntkgen.analysis.linalg.dense import eigenvalues
 from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, run
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
 from ntkgen.analysis.pairs import PairMoments, measure_pair
+from ntkgen.analysis.products import Products, reading_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import FingerprintError, InputError
 from ntkgen.progress import Report, counter, ignore_report

@@ -8,10 +8,11 @@ from typing import ClassVar
 import numpy as np
 
 from ntkgen.analysis.answer import Answer, Settings
-from ntkgen.analysis.eigenvalues import Products, SpectrumSettings, is_dense, reading_bytes, spectrum
+from ntkgen.analysis.eigenvalues import SpectrumSettings, is_dense, spectrum
 from ntkgen.analysis.linalg.krylov import EPSILON, Krylov, Sizes
 from ntkgen.analysis.linalg.quadrature import Moments, Quadrature, gauss, standard_error
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
+from ntkgen.analysis.products import Products, reading_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report

@@ -25,15 +25,14 @@ import numpy as np
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
 from ntkgen.analysis.linalg.dense import eigenvalues
-from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES, place_of_factor
+from ntkgen.analysis.linalg.factor import place_of_factor
 from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
 from ntkgen.analysis.linalg.quadrature import Moments, estimate_effective_rank
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.passes import Arrays
+from ntkgen.analysis.products import TILES_HELD, Products, reading_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError, NotPositiveError
-from ntkgen.plan.tiles import Tile
-from ntkgen.progress import Report, Step, counter, ignore_report
+from ntkgen.progress import Report, counter, ignore_report
 
 # So many eigenvalues, where all of them do not fit and no number is given.
 USUAL_TOP = 50
@@ -45,8 +44,6 @@ OVERSAMPLING, MAX_BLOCK = 8, 1024
 UNASKED_BLOCK = 256
 # Blocks that the memory is to hold, so that this many passes need no restart; and the fewest it may hold.
 BLOCKS, MIN_BLOCKS = 8, 3
-# Tiles in float64 that are in memory while they are read and multiplied, with what reading takes.
-TILES_HELD = 6
 # Of the Krylov space of the inverse, in which the smallest eigenvalue is looked for.
 INVERSE_BLOCK, INVERSE_STEPS = 8, 24
 
@@ -188,11 +185,6 @@ def _check(matrix: Matrix, settings: SpectrumSettings) -> None:
 # how ------------------------------------------------------------------------------------------------------------------
 
 
-def reading_bytes(matrix: Matrix, vectors: int = 0) -> int:
-    """Estimate what reading and multiplying tiles takes, besides the vectors, and what the BLAS keeps."""
-    return WORKSPACE_BYTES + 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
-
-
 def is_dense(matrix: Matrix, settings: SpectrumSettings) -> bool:
     """Say whether all eigenvalues are to be computed: they fit in memory, and are wanted or few."""
     needed = 8 * matrix.num_rows * (matrix.num_rows + 128) + reading_bytes(matrix)
@@ -306,52 +298,6 @@ def _count_above_error(matrix: Matrix, values: FloatArray) -> int | None:
 
 
 # the largest ----------------------------------------------------------------------------------------------------------
-
-
-class Products:
-    """Multiplies a kernel with vectors, and adds up its trace and the squares of its entries in the first pass."""
-
-    def __init__(self, matrix: Matrix, report: Report = ignore_report) -> None:
-        self.matrix = matrix
-        self.moments: Moments | None = None
-        self._report = report
-        self._passes = 0
-
-    @property
-    def squares(self) -> float | None:
-        """‖K‖_F², once it is known."""
-        return None if self.moments is None else self.moments.squares
-
-    def __call__(self, V: FloatArray) -> FloatArray:
-        """Compute K V, in one pass."""
-        each = self.matrix.num_tiles
-        step = counter(self._report, "spectrum", self._passes * each, (self._passes + 1) * each)
-        self._passes += 1
-        if self.moments is not None:
-            return self.matrix.matmat(V, step=step)
-        product, self.moments = multiply_and_measure(self.matrix, V, step)
-        return product
-
-
-def multiply_and_measure(matrix: Matrix, V: FloatArray, step: Step) -> tuple[FloatArray, Moments]:
-    """Compute K V, tr K and ‖K‖_F² in one pass over one triangle."""
-    product, sums = matrix.fold(_multiplied_and_measured, V, step=step)
-    return product, Moments(matrix.num_rows, *(float(each) for each in sums))
-
-
-def _multiplied_and_measured(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
-    """Do so for some tiles: the product, and both sums."""
-    product, trace, squares = np.zeros_like(V, order="C"), 0.0, 0.0
-    for rows, cols, tile in matrix.tiles(tiles, step=step):
-        product[rows] += tile @ V[cols]
-        square = float(np.linalg.norm(tile)) ** 2
-        if rows == cols:
-            trace += float(np.trace(tile))
-            squares += square
-        else:
-            product[cols] += tile.T @ V[rows]
-            squares += 2 * square
-    return product, np.array([trace, squares])
 
 
 def largest_eigenvalues(

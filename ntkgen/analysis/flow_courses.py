@@ -8,10 +8,10 @@ import scipy.integrate
 import scipy.sparse.linalg
 import scipy.special
 
-from ntkgen.analysis.eigenvalues import reading_bytes
 from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
 from ntkgen.analysis.linalg.krylov import EPSILON
 from ntkgen.analysis.matrix import FloatArray, memory_left, require_memory
+from ntkgen.analysis.products import reading_bytes
 from ntkgen.analysis.regression import bytes_of
 from ntkgen.analysis.targets import Problem
 from ntkgen.errors import DivergedError

@@ -9,12 +9,12 @@ import numpy as np
 import scipy.linalg
 
 from ntkgen.analysis.answer import Answer, Settings
-from ntkgen.analysis.eigenvalues import reading_bytes
 from ntkgen.analysis.linalg.conjugate_gradients import MAX_STEPS, Nystrom, System
 from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
 from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
 from ntkgen.analysis.linalg.krylov import EPSILON
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
+from ntkgen.analysis.products import reading_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.analysis.targets import Problem, TestSamples
 from ntkgen.errors import InputError, NotPositiveError

@@ -22,14 +22,13 @@ def align(paths: tuple[str, ...], **options: Any) -> None:
     1 is the kernel of the labels themselves, y yᵀ. For the whole kernel, and for each output by itself.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis.alignment import AlignSettings
-    from ntkgen.analysis.alignment import align as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, AlignSettings(memory_bytes=asked.memory_bytes), report=report)
+            answer = analysis.align(matrix, analysis.AlignSettings(memory_bytes=asked.memory_bytes), report=report)
         asked.show(answer, _page(answer))
 
 

@@ -27,14 +27,14 @@ def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
     first; where two kernels are of one network, what the lower precision costs is said too.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis.comparison import CompareSettings
-    from ntkgen.analysis.comparison import compare as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
+    settings = analysis.CompareSettings(top, memory_bytes=asked.memory_bytes)
     first, others = _matrices(asked, paths)
     for second in others:
         with progress_bars(second.name, quiet=asked.quiet) as report:
-            answer = ask(first, second, CompareSettings(top, memory_bytes=asked.memory_bytes), report=report)
+            answer = analysis.compare(first, second, settings, report=report)
         asked.show(answer, _page(answer))
 
 

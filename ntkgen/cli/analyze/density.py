@@ -21,16 +21,15 @@ def density(paths: tuple[str, ...], **options: Any) -> None:
 
     From all of them where they fit in memory, else by stochastic Lanczos quadrature, with error bars.
     """
-    from ntkgen.analysis.eigenvalue_density import DensitySettings
-    from ntkgen.analysis.eigenvalue_density import density as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = DensitySettings(**options, memory_bytes=asked.memory_bytes)
+    settings = analysis.DensitySettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, settings, report=report)
+            answer = analysis.density(matrix, settings, report=report)
         asked.show(answer, _page(answer))
 
 

@@ -27,16 +27,15 @@ def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
     The samples of the kernel should be in random order (`ntkgen compute --shuffle-seed`). By FLODANCE (Ameli et al.
     2025): adding the x-th sample multiplies the determinant by about x^−ν.
     """
-    from ntkgen.analysis.extrapolation import ExtrapolateSettings
-    from ntkgen.analysis.extrapolation import extrapolate as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = ExtrapolateSettings(**options, memory_bytes=asked.memory_bytes)
+    settings = analysis.ExtrapolateSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, settings, report=report)
+            answer = analysis.extrapolate(matrix, settings, report=report)
         for warning in answer.warnings:
             click.echo(f"Warning: {warning}", err=True)
         asked.show(answer, _page(answer))

@@ -43,16 +43,15 @@ def flow(paths: tuple[str, ...], **options: Any) -> None:
     For the squared loss f_t = y + exp(−ηKt/c)(f₀ − y), and each mode of the kernel is learned in its own time, c/(ηλ).
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis.gradient_flow import FlowSettings
-    from ntkgen.analysis.gradient_flow import flow as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     options["test"], options["times"] = test_store(options["test"], paths), options["times"] or None
-    settings = FlowSettings(**options, memory_bytes=asked.memory_bytes)
+    settings = analysis.FlowSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, settings, report=report)
+            answer = analysis.flow(matrix, settings, report=report)
         asked.show(answer, _page(answer))
 
 

@@ -30,16 +30,15 @@ def logdet(
     A Cholesky factor in float64 is written tile by tile into STORE.analysis, and removed afterwards. It takes the room
     of one triangle in float64. An interrupted run goes on with the same command.
     """
-    from ntkgen.analysis.determinant import LogdetSettings
-    from ntkgen.analysis.determinant import logdet as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = LogdetSettings(shift, indefinite, keep_factor, prefixes, memory_bytes=asked.memory_bytes)
+    settings = analysis.LogdetSettings(shift, indefinite, keep_factor, prefixes, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, settings, report=report)
+            answer = analysis.logdet(matrix, settings, report=report)
         for warning in answer.warnings:
             click.echo(f"Warning: {warning}", err=True)
         asked.show(answer, _page(answer))

@@ -45,16 +45,17 @@ def regress(paths: tuple[str, ...], **options: Any) -> None:
     generalised cross-validation; with --test those of test samples too, and their accuracy.
     """
     asked = Asked.pop_from(options)
-    from ntkgen.analysis.regression import RegressSettings
-    from ntkgen.analysis.regression import regress as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     options["test"] = test_store(options["test"], paths)
-    settings = RegressSettings(**{**options, "shifts": options["shifts"] or None}, memory_bytes=asked.memory_bytes)
+    settings = analysis.RegressSettings(
+        **{**options, "shifts": options["shifts"] or None}, memory_bytes=asked.memory_bytes
+    )
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, settings, report=report)
+            answer = analysis.regress(matrix, settings, report=report)
         asked.show(answer, _page(answer))
 
 

@@ -32,16 +32,15 @@ def spectrum(paths: tuple[str, ...], **options: Any) -> None:
 
     All of them where they fit in memory, else the largest in a few passes over the stored tiles.
     """
-    from ntkgen.analysis.eigenvalues import SpectrumSettings
-    from ntkgen.analysis.eigenvalues import spectrum as ask
+    from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = SpectrumSettings(**options, memory_bytes=asked.memory_bytes)
+    settings = analysis.SpectrumSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:
-            answer = ask(matrix, settings, report=report)
+            answer = analysis.spectrum(matrix, settings, report=report)
         asked.show(answer, _page(answer))
 
 

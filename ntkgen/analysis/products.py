@@ -1,0 +1,66 @@
+"""Products of a stored kernel with vectors; the first pass gives its trace and norm too."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
+from ntkgen.analysis.linalg.quadrature import Moments
+from ntkgen.analysis.matrix import FloatArray, Matrix
+from ntkgen.analysis.passes import Arrays
+from ntkgen.plan.tiles import Tile
+from ntkgen.progress import Report, Step, counter, ignore_report
+
+# Tiles in float64 that are in memory while they are read and multiplied, with what reading takes.
+TILES_HELD = 6
+
+
+def reading_bytes(matrix: Matrix, vectors: int = 0) -> int:
+    """Estimate what reading and multiplying tiles takes, besides the vectors, and what the BLAS keeps."""
+    return WORKSPACE_BYTES + 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
+
+
+class Products:
+    """Multiplies a kernel with vectors, and adds up its trace and the squares of its entries in the first pass."""
+
+    def __init__(self, matrix: Matrix, report: Report = ignore_report) -> None:
+        self.matrix = matrix
+        self.moments: Moments | None = None
+        self._report = report
+        self._passes = 0
+
+    @property
+    def squares(self) -> float | None:
+        """‖K‖_F², once it is known."""
+        return None if self.moments is None else self.moments.squares
+
+    def __call__(self, V: FloatArray) -> FloatArray:
+        """Compute K V, in one pass."""
+        each = self.matrix.num_tiles
+        step = counter(self._report, "spectrum", self._passes * each, (self._passes + 1) * each)
+        self._passes += 1
+        if self.moments is not None:
+            return self.matrix.matmat(V, step=step)
+        product, self.moments = multiply_and_measure(self.matrix, V, step)
+        return product
+
+
+def multiply_and_measure(matrix: Matrix, V: FloatArray, step: Step) -> tuple[FloatArray, Moments]:
+    """Compute K V, tr K and ‖K‖_F² in one pass over one triangle."""
+    product, sums = matrix.fold(_multiplied_and_measured, V, step=step)
+    return product, Moments(matrix.num_rows, *(float(each) for each in sums))
+
+
+def _multiplied_and_measured(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
+    """Do so for some tiles: the product, and both sums."""
+    product, trace, squares = np.zeros_like(V, order="C"), 0.0, 0.0
+    for rows, cols, tile in matrix.tiles(tiles, step=step):
+        product[rows] += tile @ V[cols]
+        square = float(np.linalg.norm(tile)) ** 2
+        if rows == cols:
+            trace += float(np.trace(tile))
+            squares += square
+        else:
+            product[cols] += tile.T @ V[rows]
+            squares += 2 * square
+    return product, np.array([trace, squares])
