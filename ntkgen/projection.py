@@ -1,10 +1,11 @@
-"""What a job would do, and how long it would take, before it is begun."""
+"""What a planned kernel would do, and how long it would take."""
 
 import dataclasses
 from typing import Any
 
 from ntkgen.engine.computation import prepare_kernel
 from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
+from ntkgen.engine.jobs import seconds_at_planned_rate
 from ntkgen.pipeline import PlannedKernel, computation_of
 from ntkgen.plan.explain import Work, explain
 from ntkgen.plan.tiles import Tile
@@ -26,13 +27,12 @@ def _missing(planned: PlannedKernel) -> tuple[list[Tile], list[int]]:
 
 
 def duration_of(planned: PlannedKernel) -> Duration:
-    """Project how long a job takes here, by measuring one batch of each kind of work that is missing."""
+    """Project how long a kernel takes here, by measuring one batch of each kind of work that is missing."""
     tiles, diagonal = _missing(planned)
     plan, kernel, spec = planned.plan, computation_of(planned), planned.kernel.spec
     work = Work.of(plan, tiles, plan.cached_blocks(planned.budget), diagonal)
-    team = planned.place.execution.pool
-    part = planned.place.execution.part
-    num_workers = (1 if team is None else team.num_workers) * (1 if part is None else part.count)
+    pool, part = planned.place.execution.pool, planned.place.execution.part
+    num_workers = (1 if pool is None else pool.num_workers) * (1 if part is None else part.count)
     found = Duration(training=_training_seconds(planned))
     if tiles or diagonal:
         network = prepare_kernel(kernel).network
@@ -60,14 +60,14 @@ def _training_seconds(planned: PlannedKernel) -> float:
 
 
 def takes_minutes(planned: PlannedKernel) -> bool:
-    """Say whether a job is worth the seconds that a projection takes, by the rate of the plan's products."""
+    """Decide by the rate of the plan's products whether a kernel is worth the seconds of a projection."""
     tiles, diagonal = _missing(planned)
     flops = planned.plan.projected_flops(tiles, planned.plan.cached_blocks(planned.budget), diagonal)
-    return flops / 2 / (planned.plan.jacobian.rates.product * 1e6) > MEASURED_FROM_SECONDS
+    return seconds_at_planned_rate(planned.plan, flops) > MEASURED_FROM_SECONDS
 
 
 def project(planned: PlannedKernel, *, explained: bool = False) -> dict[str, Any]:
-    """Say what a job would do and how long it would take, as plain values; explained, part by part too."""
+    """Project what a planned kernel costs and how long it takes, as plain values; ``explained``, layer by layer too."""
     plan, path = planned.plan, planned.store
     cached_blocks = plan.cached_blocks(planned.budget)
     tiles, diagonal = _missing(planned)
