@@ -15,36 +15,36 @@ if TYPE_CHECKING:
 MAX_LETTERS = 62
 
 
-def draw_comparison(results: Sequence[CompareAnswer]) -> Picture:
+def draw_comparison(answers: Sequence[CompareAnswer]) -> Picture:
     """Draw the eigenvalues of some kernels over those of the first one, and the angles between their eigenspaces.
 
     Args:
-        results: Answers of `compare` about the same first kernel and some others.
+        answers: Answers of `compare` about the same first kernel and some others.
     """
     with styled():
-        figure, (left, right) = new_axes(2, height=4.2 + 0.17 * len(results))
+        figure, (left, right) = new_axes(2, height=4.2 + 0.17 * len(answers))
         left.axhline(1, color=BLACK, linewidth=0.8)
-        for index, result in enumerate(results):
-            _draw(left, right, result, index)
-        scale = "log" if _are_positive(results) else "linear"
+        for index, answer in enumerate(answers):
+            _draw(left, right, answer, index)
+        scale = "log" if _are_positive(answers) else "linear"
         left.set(title="Eigenvalues", yscale=scale)
         left.set(xscale="log", xlabel="number k, the largest first", ylabel="λₖ ÷ λₖ of the first")
         right.set(title="Eigenspaces", xlabel="principal angle, the smallest first", ylabel="angle, degrees")
         right.set_ylim(-2, 92)
         right.set_yticks(range(0, 91, 15))
         legend(left, columns=1)
-    return Picture("comparison", "Comparison", _caption(results), figure)
+    return Picture("comparison", "Comparison", _caption(answers), figure)
 
 
-def _are_positive(results: Sequence[CompareAnswer]) -> bool:
-    return all(ratio is None or ratio > 0 for result in results for ratio in result.eigenvalue_ratios)
+def _are_positive(answers: Sequence[CompareAnswer]) -> bool:
+    return all(ratio is None or ratio > 0 for answer in answers for ratio in answer.eigenvalue_ratios)
 
 
-def _draw(left: "Axes", right: "Axes", result: CompareAnswer, index: int) -> None:
-    ratios = np.array([np.nan if ratio is None else ratio for ratio in result.eigenvalue_ratios])
-    angles = np.degrees(np.sort(result.principal_angles))
+def _draw(left: "Axes", right: "Axes", answer: CompareAnswer, index: int) -> None:
+    ratios = np.array([np.nan if ratio is None else ratio for ratio in answer.eigenvalue_ratios])
+    angles = np.degrees(np.sort(answer.principal_angles))
     line = LINES[index % len(LINES)]
-    left.plot(np.arange(1, len(ratios) + 1), ratios, label=short(result.store), **line.style(len(ratios)))
+    left.plot(np.arange(1, len(ratios) + 1), ratios, label=short(answer.store), **line.style(len(ratios)))
     right.plot(np.arange(1, len(angles) + 1), angles, **line.style(len(angles)))
 
 
@@ -58,13 +58,13 @@ def short(store: str) -> str:
     return name if len(name) <= MAX_LETTERS else f"{name[: MAX_LETTERS // 2]}…{name[1 - MAX_LETTERS // 2 :]}"
 
 
-def _caption(results: Sequence[CompareAnswer]) -> str:
+def _caption(answers: Sequence[CompareAnswer]) -> str:
     each = "; ".join(
-        f"{short(result.store)}: distance {_number(result.distance)}, centred alignment "
-        f"{_number(result.centered_alignment)}"
-        for result in results
+        f"{short(answer.store)}: distance {_number(answer.distance)}, centred alignment "
+        f"{_number(answer.centered_alignment)}"
+        for answer in answers
     )
-    return f"Compared with {short(results[0].reference)}: {each}."
+    return f"Compared with {short(answers[0].reference)}: {each}."
 
 
 def _number(value: float | None) -> str:

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def draw_modes(result: FlowAnswer) -> Picture:
+def draw_modes(answer: FlowAnswer) -> Picture:
     """Draw how much of the labels lies in the first modes of the kernel, and when each of them is learned."""
-    energies = np.asarray(result.energies or (), dtype=np.float64)
+    energies = np.asarray(answer.energies or (), dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
-        _draw_cumulated(left, energies, result.rows)
-        _draw_times(right, result)
+        _draw_cumulated(left, energies, answer.rows)
+        _draw_times(right, answer)
         legend(left)
     half = int(np.searchsorted(np.cumsum(energies), 0.5)) + 1
     found = f"the first {half:,} modes hold half of it" if half <= len(energies) else "they hold less than half of it"
@@ -37,9 +37,9 @@ def _draw_cumulated(axes: "Axes", energies: "np.ndarray[Any, Any]", rows: int) -
     axes.set_title("Alignment of the top modes")
 
 
-def _draw_times(axes: "Axes", result: FlowAnswer) -> None:
+def _draw_times(axes: "Axes", answer: FlowAnswer) -> None:
     """Draw each mode that is ever learned at its time."""
-    modes = zip(result.learning_times or (), result.energies or (), strict=True)
+    modes = zip(answer.learning_times or (), answer.energies or (), strict=True)
     known = np.array([(time, 100 * energy) for time, energy in modes if time is not None and energy > 0])
     if len(known):
         axes.plot(known[:, 0], known[:, 1], "o", color=DARK, markersize=3, alpha=0.6)
@@ -47,25 +47,25 @@ def _draw_times(axes: "Axes", result: FlowAnswer) -> None:
     axes.set(xlabel="learning time, steps", ylabel="share of the labels in a mode, %", title="Modes")
 
 
-def draw_flow(result: FlowAnswer) -> Picture:
+def draw_flow(answer: FlowAnswer) -> Picture:
     """Draw loss and accuracy against time."""
-    times = np.asarray(result.times, dtype=np.float64)
+    times = np.asarray(answer.times, dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
-        left.plot(times, result.train_loss, **LINES[0].style(len(times)))
-        accuracies = {"training": result.train_accuracy, "test": result.test_accuracy}
+        left.plot(times, answer.train_loss, **LINES[0].style(len(times)))
+        accuracies = {"training": answer.train_accuracy, "test": answer.test_accuracy}
         for (label, accuracy), line in zip(accuracies.items(), LINES, strict=False):
             if accuracy is not None:
                 right.plot(times, 100 * np.asarray(accuracy), label=label, **line.style(len(times)))
-        left.set(title="Loss", xlabel="time, steps", ylabel=f"{result.loss} loss", yscale=scale_for(result.train_loss))
+        left.set(title="Loss", xlabel="time, steps", ylabel=f"{answer.loss} loss", yscale=scale_for(answer.train_loss))
         right.set(title="Accuracy", xlabel="time, steps", ylabel="samples classified correctly, %")
         for axes in (left, right):
             axes.set_xscale("log" if (times > 0).all() else "linear")
         legend(right)
-    start = "zero" if result.offset == "zero" else "the network’s logits"
+    start = "zero" if answer.offset == "zero" else "the network’s logits"
     caption = (
-        f"Gradient flow of the linearised network on the {result.loss} loss, from {start}, with the learning rate "
-        f"{plain(result.rate)}: in the end {100 * result.train_accuracy[-1]:.1f} % of the training samples are "
+        f"Gradient flow of the linearised network on the {answer.loss} loss, from {start}, with the learning rate "
+        f"{plain(answer.rate)}: in the end {100 * answer.train_accuracy[-1]:.1f} % of the training samples are "
         "classified correctly."
     )
     return Picture("flow", "Gradient flow", caption, figure)

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 MAX_POINTS = 240
 
 
-def draw_logdet(result: LogdetAnswer, num_outputs: int, law: ExtrapolateAnswer | None = None) -> Picture:
+def draw_logdet(answer: LogdetAnswer, num_outputs: int, law: ExtrapolateAnswer | None = None) -> Picture:
     """Draw log |det| of the leading blocks against their samples, and what each further sample adds.
 
     Args:
-        result: The answer of `logdet`, with its prefixes.
+        answer: The answer of `logdet`, with its prefixes.
         num_outputs: Rows per sample, m.
         law: The answer of `extrapolate` for the same shift; its curve goes on to the samples it was asked for.
     """
-    samples, logdets = result.by_samples(num_outputs)
+    samples, logdets = answer.by_samples(num_outputs)
     x, y = _thinned(np.asarray(samples, dtype=np.float64), np.asarray(logdets, dtype=np.float64))
     with styled():
         figure, (left, right) = new_axes(2)
@@ -34,11 +34,11 @@ def draw_logdet(result: LogdetAnswer, num_outputs: int, law: ExtrapolateAnswer |
             right.plot(x[1:], np.diff(y) / np.diff(x), **LINES[0].style(len(x) - 1))
         if law is not None:
             _draw_law(left, right, law, (float(x[0]), float(x[-1])))
-        shifted = "K" if not result.shift else f"(K + {plain(result.shift)} I)"
+        shifted = "K" if not answer.shift else f"(K + {plain(answer.shift)} I)"
         left.set(title="Log-determinant", xlabel="samples n", ylabel=f"log |det {shifted}ₙ|, nats")
         right.set(title="Added by a sample", xlabel="samples n", ylabel="nats per sample", xscale="log")
         legend(left)
-    return Picture("logdet", "Log-determinant", _caption(result, law), figure)
+    return Picture("logdet", "Log-determinant", _caption(answer, law), figure)
 
 
 def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -60,12 +60,12 @@ def _draw_law(left: "Axes", right: "Axes", law: ExtrapolateAnswer, ends: tuple[f
         axes.axvline(ends[1], color=DARK, linewidth=0.8, linestyle=":")
 
 
-def _caption(result: LogdetAnswer, law: ExtrapolateAnswer | None) -> str:
-    rows, shift = result.rows, result.shift
+def _caption(answer: LogdetAnswer, law: ExtrapolateAnswer | None) -> str:
+    rows, shift = answer.rows, answer.shift
     what = "K" if not shift else f"(K + {plain(shift)} I)"
     words = (
-        f"log |det {what}| = {plain(result.logdet, 8)} nats, with the sign {'+' if result.sign > 0 else '−'}, of "
-        f"{rows:,} rows: {plain(result.logdet / rows)} per row."
+        f"log |det {what}| = {plain(answer.logdet, 8)} nats, with the sign {'+' if answer.sign > 0 else '−'}, of "
+        f"{rows:,} rows: {plain(answer.logdet / rows)} per row."
     )
     if law is not None:
         words += (

@@ -31,20 +31,20 @@ MAX_BARS = 40
 VISIBLE = 0.02
 
 
-def draw_spectrum(result: SpectrumAnswer, error_norm: float | None = None) -> Picture:
+def draw_spectrum(answer: SpectrumAnswer, error_norm: float | None = None) -> Picture:
     """Draw eigenvalues against their number, and what share of the trace the first ones have.
 
     Args:
-        result: The answer of `spectrum`.
+        answer: The answer of `spectrum`.
         error_norm: The certificate's bound of ‖E‖_F: no eigenvalue is known more closely than that.
     """
-    values = np.asarray(result.eigenvalues, dtype=np.float64)
+    values = np.asarray(answer.eigenvalues, dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
-        _draw_eigenvalues(left, values, result.residual_bounds, error_norm)
-        _draw_cumulated(right, values, result)
+        _draw_eigenvalues(left, values, answer.residual_bounds, error_norm)
+        _draw_cumulated(right, values, answer)
         legend(left)
-    return Picture("spectrum", "Eigenvalues", _spectrum_caption(values, result, error_norm), figure)
+    return Picture("spectrum", "Eigenvalues", _spectrum_caption(values, answer, error_norm), figure)
 
 
 def _draw_eigenvalues(axes: "Axes", values: FloatArray, bounds: Sequence[Any], error_norm: float | None) -> None:
@@ -65,11 +65,11 @@ def _draw_eigenvalues(axes: "Axes", values: FloatArray, bounds: Sequence[Any], e
     axes.set_title("Spectrum")
 
 
-def _draw_cumulated(axes: "Axes", values: FloatArray, result: SpectrumAnswer) -> None:
+def _draw_cumulated(axes: "Axes", values: FloatArray, answer: SpectrumAnswer) -> None:
     """Draw Σ_{i≤k} λᵢ / tr K."""
-    trace = float(result.trace or values.sum()) or 1.0
+    trace = float(answer.trace or values.sum()) or 1.0
     axes.plot(np.arange(1, len(values) + 1), 100 * np.cumsum(values) / trace, **LINES[0].style(len(values)))
-    rank = result.effective_rank
+    rank = answer.effective_rank
     axes.axvline(rank, color=WARM, linestyle="--")
     is_late = rank > len(values) ** 0.8  # no room to the right of it
     axes.annotate(
@@ -80,8 +80,8 @@ def _draw_cumulated(axes: "Axes", values: FloatArray, result: SpectrumAnswer) ->
     axes.set_title("Cumulated")
 
 
-def _spectrum_caption(values: FloatArray, result: SpectrumAnswer, error_norm: float | None) -> str:
-    rows = result.rows
+def _spectrum_caption(values: FloatArray, answer: SpectrumAnswer, error_norm: float | None) -> str:
+    rows = answer.rows
     which = f"All {rows:,} eigenvalues"
     if len(values) < rows:
         which = f"The {len(values):,} largest of {rows:,} eigenvalues"
@@ -95,15 +95,15 @@ def _spectrum_caption(values: FloatArray, result: SpectrumAnswer, error_norm: fl
     return f"{which}, from {plain(values[0])} to {plain(values[-1])}; {right}.{floor}"
 
 
-def draw_density(result: DensityAnswer) -> Picture:
+def draw_density(answer: DensityAnswer) -> Picture:
     """Draw the density of eigenvalues on a logarithmic axis, and what part of them lies above each value.
 
     Args:
-        result: The answer of `density`.
+        answer: The answer of `density`.
     """
-    values = 10.0 ** np.asarray(result.log10_eigenvalues, dtype=np.float64)
-    density = np.asarray(result.density, dtype=np.float64)
-    errors = np.nan_to_num(np.asarray(result.density_errors, dtype=np.float64))  # unknown below what is resolved
+    values = 10.0 ** np.asarray(answer.log10_eigenvalues, dtype=np.float64)
+    density = np.asarray(answer.density, dtype=np.float64)
+    errors = np.nan_to_num(np.asarray(answer.density_errors, dtype=np.float64))  # unknown below what is resolved
     with styled():
         figure, (left, right) = new_axes(2)
         left.plot(values, density, color=DARK, label="density")
@@ -112,20 +112,20 @@ def draw_density(result: DensityAnswer) -> Picture:
             left.fill_between(
                 values, low, density + errors, color=DARK, alpha=0.25, linewidth=0, label="± two standard errors"
             )
-        right.plot(values, 100 * np.asarray(result.fraction_above), color=DARK)
-        _mark_limits(left, right, result)
+        right.plot(values, 100 * np.asarray(answer.fraction_above), color=DARK)
+        _mark_limits(left, right, answer)
         scale = scale_for(values)
         left.set(title="Density", xscale=scale, xlabel="eigenvalue λ of K", ylabel="share of all per decade", ylim=0)
         right.set(title="Counted", xscale=scale, xlabel="eigenvalue λ of K", ylabel="share of all above λ, %")
         legend(left)
-    return Picture("density", "Density of eigenvalues", _density_caption(result), figure)
+    return Picture("density", "Density of eigenvalues", _density_caption(answer), figure)
 
 
-def _mark_limits(left: "Axes", right: "Axes", result: DensityAnswer) -> None:
+def _mark_limits(left: "Axes", right: "Axes", answer: DensityAnswer) -> None:
     """Mark below what value the stored matrix, or the method, knows nothing of single eigenvalues."""
     limits = {
-        "certificate: bound on ‖E‖$_F$": (result.error_norm, GREY, "--"),
-        "resolved above": (result.resolved_above, WARM, ":"),
+        "certificate: bound on ‖E‖$_F$": (answer.error_norm, GREY, "--"),
+        "resolved above": (answer.resolved_above, WARM, ":"),
     }
     for label, (limit, color, linestyle) in limits.items():
         if limit:
@@ -133,18 +133,18 @@ def _mark_limits(left: "Axes", right: "Axes", result: DensityAnswer) -> None:
             right.axvline(limit, color=color, linestyle=linestyle)
 
 
-def _density_caption(result: DensityAnswer) -> str:
-    how = "from all eigenvalues" if result.method == "all" else f"by Lanczos quadrature with {result.probes} vectors"
+def _density_caption(answer: DensityAnswer) -> str:
+    how = "from all eigenvalues" if answer.method == "all" else f"by Lanczos quadrature with {answer.probes} vectors"
     return (
-        f"The share of the eigenvalues per decade, {how}, each drawn as a Gaussian of {plain(result.bandwidth)} "
-        f"decades. {100 * result.fraction_off_axis:.2g} % are not positive, or not told from zero."
+        f"The share of the eigenvalues per decade, {how}, each drawn as a Gaussian of {plain(answer.bandwidth)} "
+        f"decades. {100 * answer.fraction_off_axis:.2g} % are not positive, or not told from zero."
     )
 
 
-def draw_alignment(result: AlignAnswer) -> Picture:
+def draw_alignment(answer: AlignAnswer) -> Picture:
     """Draw the alignment of each output's kernel with its labels, and that of the whole."""
-    each = {"plain": result.output_alignment, "centred": result.output_centered_alignment}
-    whole = {"plain": result.alignment, "centred": result.centered_alignment}
+    each = {"plain": answer.output_alignment, "centred": answer.output_centered_alignment}
+    whole = {"plain": answer.alignment, "centred": answer.centered_alignment}
     count = len(each["plain"])
     with styled():
         figure, (axes,) = new_axes(1)
@@ -156,7 +156,7 @@ def draw_alignment(result: AlignAnswer) -> Picture:
                 line = {"plain": "-", "centred": "--"}[name]
                 axes.axhline(height, color=WARM, linestyle=line, label=f"{name}, whole kernel")
         axes.axhline(0, color=BLACK, linewidth=0.8)
-        names = result.output_names
+        names = answer.output_names
         axes.set(xlabel=names[0].split()[0], ylabel="alignment with the labels", title="Kernel–target alignment")
         axes.grid(visible=False, axis="x")
         every = -(-count // MAX_BARS)
