@@ -167,7 +167,7 @@ FAULTS = (
     ),
     Fault(
         "wrong fingerprint: which parameters are trainable is not hashed",
-        "training/checkpoint.py",
+        "fingerprints.py",
         'value, f"{name in trainable}|")',
         'value, "")',
         "checkpoint compute",
