@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from ntkgen.engine.computation import prepare_kernel
-from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
+from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
 from ntkgen.engine.jobs import seconds_at_planned_rate
 from ntkgen.pipeline import PlannedKernel, computation_of
 from ntkgen.plan.explain import Work, explain
@@ -36,17 +36,18 @@ def duration_of(planned: PlannedKernel) -> Duration:
     found = Duration(training=_training_seconds(planned))
     if tiles or diagonal:
         network = prepare_kernel(kernel).network
+        rates = storage_rates(planned.store, spec.dtypes)
         found = dataclasses.replace(
             kernel_duration(plan, work, network, planned.inputs.x, num_workers=num_workers),
             training=found.training,
-            disk=disk_seconds(planned.store, planned.missing_bytes),
+            storing=planned.missing_bytes * rates.write,
         )
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
             seconds = certificate_seconds(
                 planned.model, planned.inputs.x, len(planned.inputs.all), spec.output, sampling
             )
-            found = dataclasses.replace(found, certificate=seconds)
+            found = dataclasses.replace(found, certificate=seconds + planned.disk_bytes * rates.read)
     return found
 
 

@@ -1,17 +1,18 @@
 """How long a run is projected to take: what is measured is multiplied by what the plan counts."""
 
 import json
-import math
 
 import pytest
 import torch
 from cases import make_job
 from torch import nn
+from zarr.storage import MemoryStore
 
 from ntkgen.engine import duration
-from ntkgen.engine.duration import Duration, certificate_seconds, disk_seconds, kernel_duration
+from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
+from ntkgen.jacobian.compute import compute_factors
 from ntkgen.plan.explain import Work
 from ntkgen.store.certificate import Sampling
 from ntkgen.units import human_seconds
@@ -19,18 +20,17 @@ from ntkgen.units import human_seconds
 FAST = ["compute", "--models", "logistic", "--subsample", "6", "--tile", "20", "--json"]
 
 
-def test_tiles_are_written_while_the_next_ones_are_computed():
-    found = Duration(training=100, factors=20, products=30, disk=40, certificate=5)
-    assert found.total == 155
-    assert Duration(disk=40, products=30).total == 40
-    assert found.range == (155 / 1.5, 155 * 1.5)
+def test_the_total_is_the_sum_with_a_range():
+    found = Duration(training=100, factors=20, products=30, storing=40, certificate=5)
+    assert found.total == 195
+    assert found.range == (195 / 1.5, 195 * 1.5)
     assert found.to_json() == {
-        "training": 100, "factors": 20, "products": 30, "disk": 40, "certificate": 5, "total": 155,
-        "range": [155 / 1.5, 155 * 1.5],
+        "training": 100, "factors": 20, "products": 30, "storing": 40, "certificate": 5, "total": 195,
+        "range": [195 / 1.5, 195 * 1.5],
     }  # fmt: skip
 
 
-def test_factors_are_projected_from_one_batch_and_products_from_the_rates_of_the_plan(monkeypatch):
+def test_factors_are_projected_from_one_batch_and_products_from_two_blocks(monkeypatch):
     job = make_job()
     monkeypatch.setattr(duration, "_seconds", lambda run, _: (run(), 2.0)[1])
     work = Work(factor_samples=30, built_samples=0, pairs=500)
@@ -39,7 +39,19 @@ def test_factors_are_projected_from_one_batch_and_products_from_the_rates_of_the
     twice = kernel_duration(job.plan, Work(30, 0, 1000), job.network, job.x, num_workers=2)
     assert twice.factors == found.factors / 2
     assert twice.products == pytest.approx(found.products)
-    assert found.products > 0
+    assert found.products == 500 * 2.0 / job.plan.block_samples**2
+
+
+def test_a_repeated_block_has_the_samples_again_and_again():
+    job = make_job()
+    block = compute_factors(job.network, job.plan.jacobian, job.x[:3])
+    found = block.repeated(7)
+    again = compute_factors(job.network, job.plan.jacobian, job.x[[0, 1, 2, 0, 1, 2, 0]])
+    torch.testing.assert_close(found.rows, again.rows)
+    torch.testing.assert_close(found.logits, again.logits)
+    for pair, other in zip(found.pairs, again.pairs, strict=True):
+        torch.testing.assert_close(pair.inputs, other.inputs)
+        torch.testing.assert_close(pair.cotangents, other.cotangents)
 
 
 @pytest.mark.parametrize(("output", "columns"), [("full", 5), ("trace", 15)])
@@ -51,23 +63,16 @@ def test_a_certificate_takes_a_product_per_probe_and_tries_each_batch_once(outpu
     assert found == pytest.approx(1000 * (columns * 0.1 + 1.0) / duration.CERTIFIED_SAMPLES)
 
 
-def test_a_disk_is_measured_where_the_store_will_be_and_nothing_stays(tmp_path):
-    folder = LocalFolder(tmp_path / "not" / "there" / "k.zarr")
-    once = disk_seconds(folder, duration.DISK_BYTES)
-    assert 0 < once < math.inf
+def test_storing_is_measured_where_the_store_will_be_and_nothing_stays(tmp_path):
+    rates = storage_rates(LocalFolder(tmp_path / "not" / "there" / "k.zarr"), ("float16", "float32"))
+    assert 0 < rates.read < rates.write < 1e-5
     assert list(tmp_path.iterdir()) == []
-    assert disk_seconds(folder, 0) == 0
-
-
-def test_of_an_object_store_no_time_is_known():
-    from zarr.storage import MemoryStore
-
-    assert disk_seconds(folder_of(MemoryStore()), 1000) == 0
+    assert 0 < storage_rates(folder_of(MemoryStore()), ("float32",)).write < 1e-5
 
 
 def test_a_dry_run_says_how_long_it_would_take(run):
     seconds = json.loads(run(*FAST, "--epochs", "2", "--dry-run")[1])["seconds"]
-    assert all(seconds[name] > 0 for name in ("training", "factors", "products", "disk", "certificate"))
+    assert all(seconds[name] > 0 for name in ("training", "factors", "products", "storing", "certificate"))
     assert seconds["total"] >= seconds["training"] + seconds["certificate"]
     page = run(*FAST[:-1], "--epochs", "0", "--no-certify", "--dry-run")[1]
     (line,) = (line for line in page.splitlines() if line.startswith("  time"))

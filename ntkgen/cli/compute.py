@@ -194,7 +194,7 @@ def _time(seconds: dict[str, Any]) -> str:
     if not seconds["total"]:
         return "nothing is missing"
     low, high = seconds["range"]
-    names = ("training", "factors", "products", "disk", "certificate")
+    names = ("training", "factors", "products", "storing", "certificate")
     parts = ", ".join(
         f"{name} {'at most ' if name == 'training' else ''}{human_seconds(seconds[name])}"
         for name in names

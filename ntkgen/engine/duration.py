@@ -3,46 +3,52 @@
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+import google_crc32c
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ntkgen.checks.certify import exact_operator
 from ntkgen.files.folder import Folder, LocalFolder
-from ntkgen.jacobian.choice import order_nanoseconds
 from ntkgen.jacobian.compute import compute_factors
+from ntkgen.jacobian.contract import contract
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.plan.explain import Work
 from ntkgen.plan.plan import Plan
 from ntkgen.store.certificate import Sampling
+from ntkgen.store.rounding import count_underflow, to_stored
 
 # The projection may be wrong by this factor in both directions: a machine slows down when it is warm or shared.
 UNCERTAINTY = 1.5
-# Samples with which the products of the certificate are measured.
-CERTIFIED_SAMPLES = 8
-DISK_BYTES = 1 << 25
+# Samples with which the products of the certificate are measured, and maximum samples of a measured block.
+CERTIFIED_SAMPLES, BLOCK_SAMPLES = 8, 128
+# Numbers of the tile with which writing and reading are measured.
+STORED_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds that each kind of work is projected to take. Tiles are written while the next ones are computed."""
+    """Seconds that each kind of work is projected to take.
+
+    Tiles are written while the next ones are computed, but rounding and checksums take the same processor.
+    """
 
     training: float = 0.0  # an upper bound: training ends at its target
     factors: float = 0.0
     products: float = 0.0
-    disk: float = 0.0
+    storing: float = 0.0  # rounding, checksums and the disk
     certificate: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds from beginning to end."""
-        return self.training + max(self.factors + self.products, self.disk) + self.certificate
+        return self.training + self.factors + self.products + self.storing + self.certificate
 
     @property
     def range(self) -> tuple[float, float]:
@@ -62,19 +68,17 @@ def kernel_duration(
     *,
     num_workers: int = 1,
 ) -> Duration:
-    """Project the seconds of factors and products, from one batch of factors and the rates that the plan goes by."""
+    """Project the seconds of factors and products, from one batch of factors and the product of two blocks."""
     jacobian = plan.jacobian
     batch = x[: jacobian.batch_size]
+    samples = min(plan.block_samples, BLOCK_SAMPLES)
     with exact_arithmetic(network.device, plan.environment.threads):
         per_batch = _seconds(lambda: compute_factors(network, jacobian, batch), network.device)
-    per_pair = sum(
-        order_nanoseconds(layer, jacobian.num_outputs, plan.block_samples, jacobian.rates, jacobian.reduction)
-        for layer in jacobian.layers
-    )
-    per_pair += 1000 * jacobian.dense_macs // jacobian.rates.product
+        block = compute_factors(network, jacobian, batch).repeated(samples)
+        per_product = _seconds(lambda: contract(block, block.repeated(samples), jacobian).cpu(), network.device)
     return Duration(
         factors=work.factor_samples * per_batch / jacobian.batch_size / num_workers,
-        products=work.pairs * per_pair * 1e-9 / num_workers,
+        products=work.pairs * per_product / samples**2 / num_workers,
     )
 
 
@@ -98,24 +102,48 @@ def certificate_seconds(
     return num_samples * per_sample + sampling.num_pairs * (exact.num_outputs + 1) * product / len(few)
 
 
-def disk_seconds(folder: Folder, num_bytes: int) -> float:
-    """Project the seconds that a disk takes to write so many bytes, from a file that is removed again.
+@dataclass(frozen=True)
+class StorageRates:
+    """Seconds per byte of a kernel on disk, to write it and to read it again."""
 
-    In an object store nothing is measured, and the answer is zero.
+    write: float
+    read: float
+
+
+def storage_rates(folder: Folder, dtypes: Sequence[str]) -> StorageRates:
+    """Measure how fast tiles are rounded, written and read, with a file that is removed again.
+
+    An object store is not measured: its network is not known before.
     """
-    if not isinstance(folder, LocalFolder) or not num_bytes:
+    values = np.random.default_rng(0).normal(size=STORED_NUMBERS).astype(np.float32)
+    started = time.perf_counter()
+    chunks = []
+    for dtype in dtypes:
+        if dtype == "float16":
+            count_underflow(values, 8.0)
+        chunks.append(to_stored(values, dtype, 8.0).tobytes())
+        google_crc32c.value(chunks[-1])
+    rounding = time.perf_counter() - started
+    num_bytes = sum(map(len, chunks))
+    writing = _write_seconds(folder, chunks)
+    started = time.perf_counter()
+    for chunk in chunks:
+        google_crc32c.value(chunk)
+        np.frombuffer(chunk, np.uint8).copy()
+    return StorageRates((rounding + writing) / num_bytes, (time.perf_counter() - started) / num_bytes)
+
+
+def _write_seconds(folder: Folder, chunks: Sequence[bytes]) -> float:
+    if not isinstance(folder, LocalFolder):
         return 0.0
     there = next(path for path in (folder.path, *folder.path.parents) if path.is_dir())
-    return num_bytes / DISK_BYTES * _write_seconds(there)
-
-
-def _write_seconds(folder: Path) -> float:
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             started = time.perf_counter()
-            file.write(os.urandom(DISK_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
+            for chunk in chunks:
+                file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
             return time.perf_counter() - started
     except OSError:  # a folder that cannot be written is refused elsewhere
         return 0.0

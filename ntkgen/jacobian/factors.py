@@ -38,3 +38,15 @@ class BlockFactors:
     def __len__(self) -> int:
         """Count the samples."""
         return len(self.logits)
+
+    def repeated(self, samples: int) -> "BlockFactors":
+        """Repeat the samples until there are this many: a block of the same size to multiply, without its passes."""
+
+        def repeat(values: Tensor) -> Tensor:
+            return values.repeat(-(-samples // len(values)), *[1] * (values.ndim - 1))[:samples].contiguous()
+
+        pairs = tuple(
+            dataclasses.replace(pair, inputs=repeat(pair.inputs), cotangents=repeat(pair.cotangents))
+            for pair in self.pairs
+        )
+        return BlockFactors(repeat(self.logits), repeat(self.rows), pairs)
