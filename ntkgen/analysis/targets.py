@@ -1,12 +1,12 @@
 """What the rows of a kernel are to be: targets from the labels, and test samples."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import helmert
 
 from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.passes import Arrays, fold
@@ -33,10 +33,7 @@ def contrasts(num_logits: int) -> FloatArray:  # (num_logits - 1, num_logits)
     >>> contrasts(2).round(4)
     array([[ 0.7071, -0.7071]])
     """
-    rows = np.zeros((num_logits - 1, num_logits))
-    for row in range(1, num_logits):
-        rows[row - 1, :row] = 1 / math.sqrt(row * (row + 1))
-        rows[row - 1, row] = -row / math.sqrt(row * (row + 1))
+    rows: FloatArray = helmert(num_logits)
     return rows
 
 

@@ -1,10 +1,10 @@
 """What is differentiated: the matrix that maps logits to outputs, and what is kept of a pair's block."""
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from scipy.linalg import helmert
 from torch import Tensor, nn
 
 from ntkgen.errors import InputError, UnknownNameError
@@ -99,8 +99,4 @@ def contrast_matrix(num_logits: int) -> Tensor:  # (num_logits - 1, num_logits),
     >>> contrast_matrix(2)
     tensor([[ 0.7071, -0.7071]], dtype=torch.float64)
     """
-    rows = torch.zeros(num_logits - 1, num_logits, dtype=torch.float64, device="cpu")
-    for row in range(1, num_logits):
-        rows[row - 1, :row] = 1 / math.sqrt(row * (row + 1))
-        rows[row - 1, row] = -row / math.sqrt(row * (row + 1))
-    return rows
+    return torch.from_numpy(helmert(num_logits))
