@@ -83,16 +83,16 @@ def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -
     if not len(there):
         return
     plan = store.manifest.plan
-    batch_size = plan.jacobian.batch_size
+    batch_size, x = plan.jacobian.batch_size, inputs.all
     first = _first_batch(plan, int(there[0]))
     spread = there[torch.linspace(0, len(there) - 1, min(len(there), SPREAD_SAMPLES)).long()]
     with exact_arithmetic(network.device, plan.environment.threads), torch.no_grad():
         for chosen, tolerances in ((torch.arange(first.start, first.stop), SAME_BATCH), (spread, OTHER_BATCH)):
             for indices in chosen.split(batch_size):
-                samples = network.input(inputs.all[indices])
+                samples = network.input(x[indices])
                 logits = outputs_of(network.module, pad_batch(samples, batch_size))[: len(samples)]
                 known.require(indices, logits, tolerances)
-    _require_same_diagonal(store, network, inputs, first)
+    _require_same_diagonal(store, network, known, x, first)
 
 
 class KnownOutputs:
@@ -122,10 +122,20 @@ class KnownOutputs:
         expected, found = expected[is_known], logits.detach().cpu().double()[is_known]
         if not len(expected):
             return
+        self.refuse_difference("outputs", found, expected, tolerances)
+
+    def refuse_difference(
+        self, what: str, found: Tensor, expected: Tensor, tolerances: dict[torch.dtype, float]
+    ) -> None:
+        """Compare numbers of the network with the stored ones, relative to the largest.
+
+        Raises:
+            FingerprintError: If they differ by more than rounding explains.
+        """
         tolerance = (tolerances if self._is_same_machine else OTHER_MACHINE)[self._dtype]
         difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
         if not difference <= tolerance * max(scale, 1e-30):
-            raise FingerprintError(_another_network(self._name, "outputs", difference, scale))
+            raise FingerprintError(_another_network(self._name, what, difference, scale))
 
 
 def _another_network(name: str, what: str, difference: float, scale: float) -> str:
@@ -162,7 +172,7 @@ def _first_batch(plan: Plan, sample: int) -> Block:
     return Block(sample, sample + 1)
 
 
-def _require_same_diagonal(store: KernelStore, network: Network, inputs: Inputs, batch: Block) -> None:
+def _require_same_diagonal(store: KernelStore, network: Network, known: KnownOutputs, x: Tensor, batch: Block) -> None:
     """Compare the diagonal of one batch with the stored one: networks with equal outputs may have other gradients.
 
     Raises:
@@ -178,10 +188,6 @@ def _require_same_diagonal(store: KernelStore, network: Network, inputs: Inputs,
     with suppress(StoreError):  # a damaged array is written anew
         expected = torch.from_numpy(store.read(side_arrays(grid)[int(is_column)][0])[..., rows])
         with exact_arithmetic(network.device, plan.environment.threads):
-            factors = compute_factors(network, plan.jacobian, inputs.all[batch.start : batch.stop])
+            factors = compute_factors(network, plan.jacobian, x[batch.start : batch.stop])
             found = reduced_diagonal(exact_diagonal(factors).cpu(), plan.jacobian.reduction)
-        difference, scale = float((found - expected).abs().max()), float(expected.abs().max())
-        is_same_machine = not plan.environment.differences(environment(network.device, plan.environment.threads))
-        tolerance = (OTHER_BATCH if is_same_machine else OTHER_MACHINE)[network.precision.compute_dtype]
-        if not difference <= tolerance * max(scale, 1e-30):
-            raise FingerprintError(_another_network(store.name, "gradients", difference, scale))
+        known.refuse_difference("gradients", found, expected, OTHER_BATCH)
