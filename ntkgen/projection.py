@@ -6,6 +6,7 @@ from typing import Any
 from ntkgen.engine.computation import prepare_kernel
 from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
 from ntkgen.engine.jobs import seconds_at_planned_rate
+from ntkgen.jacobian.outputs import output_map
 from ntkgen.pipeline import PlannedKernel, computation_of
 from ntkgen.plan.explain import Work, explain
 from ntkgen.plan.tiles import Tile
@@ -44,9 +45,8 @@ def duration_of(planned: PlannedKernel) -> Duration:
         )
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
-            seconds = certificate_seconds(
-                planned.model, planned.inputs.x, len(planned.inputs.all), spec.output, sampling
-            )
+            chosen = output_map(spec.output, plan.profile.num_logits)
+            seconds = certificate_seconds(planned.model, planned.inputs.x, len(planned.inputs.all), chosen, sampling)
             found = dataclasses.replace(found, certificate=seconds + planned.disk_bytes * rates.read)
     return found
 

@@ -13,6 +13,7 @@ from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duratio
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
 from ntkgen.jacobian.compute import compute_factors
+from ntkgen.jacobian.outputs import output_map
 from ntkgen.plan.explain import Work
 from ntkgen.store.certificate import Sampling
 from ntkgen.units import human_seconds
@@ -59,7 +60,7 @@ def test_a_certificate_takes_a_product_per_probe_and_tries_each_batch_once(outpu
     model, x = nn.Linear(4, 3), torch.ones(20, 4)
     times = iter([1.1, 0.1])
     monkeypatch.setattr(duration, "_seconds", lambda run, _, **__: (run(), next(times))[1])
-    found = certificate_seconds(model, x, 1000, output, Sampling(num_probes=5, num_pairs=0))
+    found = certificate_seconds(model, x, 1000, output_map(output, 3), Sampling(num_probes=5, num_pairs=0))
     assert found == pytest.approx(1000 * (columns * 0.1 + 1.0) / duration.CERTIFIED_SAMPLES)
 
 

@@ -17,7 +17,7 @@ from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract
 from ntkgen.jacobian.network import Network
-from ntkgen.jacobian.outputs import output_map
+from ntkgen.jacobian.outputs import OutputMap
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.plan.explain import Work
 from ntkgen.plan.plan import Plan
@@ -86,18 +86,16 @@ def certificate_seconds(
     model: nn.Module,
     x: Tensor,  # (samples, …), some samples of the kernel
     num_samples: int,
-    output: str,
+    chosen: OutputMap,
     sampling: Sampling,
 ) -> float:
-    """Project the seconds of a certificate of so many samples, from one product with a few of them."""
+    """Project the seconds of a certificate of ``num_samples`` samples from one product with a few of them."""
     few = x[:CERTIFIED_SAMPLES]
-    logits = exact_operator(model, few).num_outputs
-    chosen = output_map(output, logits)
     exact = exact_operator(model, few, transform=chosen.matrix)
     v = torch.ones(exact.shape[1], dtype=exact.dtype, device=exact.device)
     first = _seconds(lambda: exact @ v, exact.device, warm_up=False)  # it tries every batch, too
     product = _seconds(lambda: exact @ v, exact.device, warm_up=False)
-    columns = sampling.num_probes * (1 if chosen.reduction == "none" else logits)
+    columns = sampling.num_probes * (1 if chosen.reduction == "none" else exact.num_outputs)
     per_sample = (columns * product + max(0.0, first - product)) / len(few)
     return num_samples * per_sample + sampling.num_pairs * (exact.num_outputs + 1) * product / len(few)
 
