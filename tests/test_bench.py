@@ -15,7 +15,7 @@ from ntkgen.blocks import Block
 from ntkgen.jacobian.evaluation import evaluation_copy
 from ntkgen.training import zoo
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent / "scripts" / "bench"
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def small(monkeypatch):
     """Make the scripts importable, and their matrix products and measured rates cheap."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("NTKGEN_RATES", "default")
-    monkeypatch.setattr(importlib.import_module("bench_engine"), "PEAK_SIDE", {"cpu": 32})
+    monkeypatch.setattr(importlib.import_module("machine"), "PEAK_SIDE", {"cpu": 32})
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ ENGINE = ["--device", "cpu", "--models", "lenet", "--n", "5", "--block", "2", "-
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 def test_the_numbers_of_a_comparison_fit_each_other(run, precision):
-    code, captured = run("bench_engine", *ENGINE, "--precision", precision, "--json")
+    code, captured = run("engine", *ENGINE, "--precision", precision, "--json")
     assert code == 0
     found = json.loads(captured.out)
     assert found["relative_error"] <= TOLERANCES[precision]
@@ -71,7 +71,7 @@ def test_the_numbers_of_a_comparison_fit_each_other(run, precision):
 
 
 def test_the_table_says_what_the_baseline_is_scaled_from(run):
-    code, captured = run("bench_engine", *ENGINE, "--models", "logistic", "--trials", "1", "--pairs", "1")
+    code, captured = run("engine", *ENGINE, "--models", "logistic", "--trials", "1", "--pairs", "1")
     assert code == 0
     assert "lenet" in captured.out
     assert "logistic" in captured.out
@@ -82,10 +82,10 @@ def test_the_table_says_what_the_baseline_is_scaled_from(run):
 @pytest.mark.parametrize(
     ("script", "args", "expected"),
     [
-        ("bench_engine", ["--device", "cpu", "--models", "vgg11", "lent"], "Did you mean lenet or"),
-        ("bench_engine", ["--device", "cpu", "--precision", "tf32"], "cuda"),
-        ("bench_engine", ["--precision", "float8"], "Unknown precision"),
-        ("bench_gpu", ["--device", "cpu", "--models", "lenet", "--tile", "15"], "--tile 20"),
+        ("engine", ["--device", "cpu", "--models", "vgg11", "lent"], "Did you mean lenet or"),
+        ("engine", ["--device", "cpu", "--precision", "tf32"], "cuda"),
+        ("engine", ["--precision", "float8"], "Unknown precision"),
+        ("gpu", ["--device", "cpu", "--models", "lenet", "--tile", "15"], "--tile 20"),
     ],
 )
 def test_a_mistake_is_one_line(run, script, args, expected):
@@ -135,7 +135,7 @@ def test_doctests(baseline):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_tile_rate_needs_a_cuda_device(run):
-    code, captured = run("bench_gpu")
+    code, captured = run("gpu")
     assert code == 2
     assert captured.err.startswith("Error: There is no CUDA device here")
     assert captured.err.count("\n") == 1
@@ -143,7 +143,7 @@ def test_a_tile_rate_needs_a_cuda_device(run):
 
 def test_the_extrapolated_hours_add_up(run):
     small_kernel = ["--device", "cpu", "--models", "lenet", "--n", "25", "--tile", "40", "--trials", "1"]
-    code, captured = run("bench_gpu", *small_kernel, "--json")
+    code, captured = run("gpu", *small_kernel, "--json")
     assert code == 0
     found = json.loads(captured.out)
     assert found["hours"] == pytest.approx(found["factor_hours"] + found["diagonal_hours"] + found["product_hours"])
@@ -158,7 +158,7 @@ def test_the_extrapolated_hours_add_up(run):
 
 
 def test_published_hours_are_compared_in_kind():
-    script = importlib.import_module("bench_gpu")
+    script = importlib.import_module("gpu")
     result = {"model": "resnet18", "n": 50_000, "width": None, "precision": "float32", "hours": 6.3}
     assert script.compare_with_published(result)["ratio"] == pytest.approx(10)
     assert script.compare_with_published({**result, "precision": "bfloat16"})["ratio"] == pytest.approx(14 / 6.3)
@@ -168,11 +168,11 @@ def test_published_hours_are_compared_in_kind():
 
 @pytest.mark.slow
 def test_questions_to_a_kernel_are_timed_and_compared_with_what_is_known(run, monkeypatch):
-    bench = importlib.import_module("bench_analysis")
+    bench = importlib.import_module("analysis")
     monkeypatch.setattr(bench, "PRODUCT_SIDE", 64)
     assert bench.product_gflops() > 0
     monkeypatch.setattr(bench, "product_gflops", lambda: 2.0)
-    code, printed = run("bench_analysis", "--rows", "305", "--trials", "1", "--json", "--memory", "1GB")
+    code, printed = run("analysis", "--rows", "305", "--trials", "1", "--json", "--memory", "1GB")
     assert code == 0
     results = {found["question"]: found for found in map(json.loads, printed.out.splitlines())}
     assert set(results) == {"spectrum", "density", "logdet"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# A short one is in test_store.py, and a long one is scripts/torture.py.
+# A short one is in test_store.py, and a long one is scripts/torture/torture.py.
 pytestmark = pytest.mark.slow
 
 # 100 samples in tiles of 20: a grid of 5 × 5, and two epochs of training before it

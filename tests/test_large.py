@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "bench"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def bench():
     sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("bench_analysis")
+    yield importlib.import_module("analysis")
     sys.path.remove(str(SCRIPTS))
 
 

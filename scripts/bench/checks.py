@@ -1,6 +1,6 @@
 """What the proof of every batch costs: the part of the time of `ntkgen.ntk` that its checks take.
 
-    python scripts/bench_checks.py --models lenet resnet18 vgg11 --n 128 --trials 5
+    python scripts/bench/checks.py --models lenet resnet18 vgg11 --n 128 --trials 5
 
 The checks are timed within the run that they are a part of, so that a busy machine slows both alike. Prints a line per
 network: the median seconds of the run, and the median, least and most of what the checks add to the rest, in per cent.

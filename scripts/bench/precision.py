@@ -1,6 +1,6 @@
 """Measure what each precision policy does to small eigenvalues and log-determinants, beside float64.
 
-    uv run python scripts/bench_precision.py [--json] [--cases mlp lenet] [--eta lenet resnet9 vgg11]
+    uv run python scripts/bench/precision.py [--json] [--cases mlp lenet] [--eta lenet resnet9 vgg11]
 
 Two kernels are computed with every policy that the device has: of a wide MLP (GELU, 2 × 512) trained long on the first
 two principal components of the digits, whose kernel is ill-conditioned, and of a LeNet trained on the digits to 99.5 %.

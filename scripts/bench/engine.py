@@ -1,6 +1,6 @@
 """Time the engine against the full-Jacobian method and against the machine's matrix products, side by side.
 
-    uv run python scripts/bench_engine.py --models resnet9 resnet18 vgg11 --n 128
+    uv run python scripts/bench/engine.py --models resnet9 resnet18 vgg11 --n 128
 
 In one process, with the same weights and samples, `ntkgen.ntk` is timed end to end (preparation, factors, contraction),
 in turns with pairs of blocks of the full-Jacobian method, whose time is scaled to all pairs. Both kernels are compared
@@ -10,9 +10,7 @@ gives the time that the fewest multiply-adds of an exact plan would take. FLOPs 
 
 import json
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,28 +26,21 @@ import full_jacobian
 import psutil
 import torch
 from full_jacobian import FullJacobian, Measurement, Schedule, timed
+from machine import Peak, choose_device, machine, measure_peak
+from printing import Line, one_line_errors, print_table, say
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen.engine.machine import choose_device as any_device
-from ntkgen.engine.machine import environment
-from ntkgen.errors import InputError, NtkgenError
 from ntkgen.jacobian import choice, dense
 from ntkgen.jacobian.cost import NetworkProfile
 from ntkgen.jacobian.dense import DensePlan
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy
-from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy, reduced_products
-from ntkgen.jacobian.products import Products, routes
+from ntkgen.jacobian.precision import check_device, policy
 from ntkgen.training import zoo
 
 NUM_OUTPUTS = 10
 SAMPLE_SHAPE = (3, 32, 32)  # what the zoo's networks take
 WARMUP_SAMPLES = 2
-
-# Rows of the square matrices whose product is the machine's peak.
-PEAK_SIDE = {"cpu": 3072, "cuda": 8192}
-PEAK_REPEATS = 5
-FILE_WIDTH = 160  # of a table that is not printed on a terminal
 
 
 @dataclass(frozen=True)
@@ -77,33 +68,6 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Peak:
-    """FLOP/s of large square products: by `torch.mm`, and by the engine's quickest route."""
-
-    mm: tuple[float, ...]
-    route: tuple[float, ...]
-
-    def __add__(self, other: "Peak") -> "Peak":
-        """Join what was measured before and after."""
-        return Peak(self.mm + other.mm, self.route + other.route)
-
-    @property
-    def mm_flops(self) -> float:
-        """Take the median."""
-        return statistics.median(self.mm)
-
-    @property
-    def route_flops(self) -> float:
-        """Take the median."""
-        return statistics.median(self.route)
-
-    @property
-    def flops(self) -> float:
-        """Take the quicker of the two."""
-        return max(self.mm_flops, self.route_flops)
-
-
-@dataclass(frozen=True)
 class Work:
     """FLOPs of one kernel: the fewest of an exact plan, those of the engine's, and those of the full Jacobian."""
 
@@ -128,24 +92,6 @@ class Trials:
     seconds: tuple[float, ...]
     baseline: tuple[Measurement, ...]
     kernel: Tensor  # (n m, n m), on the CPU
-
-
-def measure_peak(precision: str, device: torch.device) -> Peak:
-    """Time large square products, rounded as the policy says, by `torch.mm` and by the engine's quickest route."""
-    side, rounding = PEAK_SIDE[device.type], policy(precision)
-    ways = [Products(rounding, route) for route in routes(device)]
-    a, b = (ways[0].operand(torch.randn(side, side, device=device)) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def plain(a: Tensor, b: Tensor) -> Tensor:
-        with reduced_products(device, rounding.rounding):
-            return torch.mm(a, b, out=out)
-
-    runs = [plain, *(way.rounded for way in ways)]
-    with exact_arithmetic(device):
-        seconds = [[timed(device, run, a, b)[1] for run in runs] for _ in range(PEAK_REPEATS + 1)]
-    mm, *by_route = ([2 * side**3 / took for took in of_run] for of_run in zip(*seconds[1:], strict=True))
-    return Peak(tuple(mm), tuple(max(by_route, key=statistics.median)))
 
 
 def count_work(plan: DensePlan) -> Work:
@@ -295,22 +241,11 @@ def rates(seconds: float, work: Work, peak: Peak) -> dict[str, float]:
     }
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Say where this was measured."""
-    return {
-        "device": environment(device).device_name,
-        "cpu_model": environment(torch.device("cpu")).device_name,
-        "torch_version": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def random_samples(count: int, seed: int) -> Tensor:  # (count, 3, 32, 32)
     """Draw normal samples from a seed, the same on every device."""
     return torch.randn(count, *SAMPLE_SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-Line = tuple[str, Callable[[Mapping[str, Any]], str]]
 TABLE: tuple[Line, ...] = (
     ("samples", lambda r: f"{r['n']}"),
     ("precision", lambda r: f"{r['precision']}"),
@@ -331,32 +266,6 @@ TABLE: tuple[Line, ...] = (
     ("executed / minimal", lambda r: f"{r['executed_over_minimal']:.2f}"),
     ("wall / minimal", lambda r: f"{r['wall_over_minimal']:.2f}"),
 )
-
-
-def print_table(results: Sequence[Mapping[str, Any]], lines: Sequence[Line], title: str) -> None:
-    """Print one column per result, one line per number."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    table = Table(Column(no_wrap=True), *(result["model"] for result in results), title=title, title_justify="left")
-    for label, write in lines:
-        table.add_row(label, *(write(result) for result in results))
-    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
-
-
-def say(line: str) -> None:
-    """Report progress."""
-    click.echo(line, err=True)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn an error of this package into one line on stderr and its exit code."""
-    try:
-        yield
-    except NtkgenError as error:
-        say(f"Error: {' '.join(str(error).split())}")
-        sys.exit(error.exit_code)
 
 
 class Pairs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -393,21 +302,6 @@ def main(*, device: str, models: tuple[str, ...], as_json: bool, **options: Any)
                 click.echo(json.dumps(results[-1]))
         if not as_json:
             print_table(results, TABLE, f"{results[0]['device']}, {results[0]['threads']} threads")
-
-
-def choose_device(name: str) -> torch.device:
-    """Choose the CPU or a CUDA device.
-
-    Raises:
-        InputError: If it is another kind.
-    """
-    device = torch.device("cpu") if name == "auto" and not torch.cuda.is_available() else any_device(name)
-    if device.type not in PEAK_SIDE:
-        raise InputError(
-            f"The benchmark does not run on {name!r}: expected cpu or cuda, whose matrix products it knows how to "
-            "measure. Was --device taken from another command? Use --device cpu."
-        )
-    return device
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the tile rate on a CUDA device, and extrapolate it to the whole kernel of CIFAR-10.
 
-    uv run python scripts/bench_gpu.py --models resnet9 resnet18 resnet50 --precision float32 bfloat16 --tile 4070 10000
+    uv run python scripts/bench/gpu.py --models resnet9 resnet18 resnet50 --precision float32 bfloat16 --tile 4070 10000
 
 For each network a plan for ``--n`` samples is made as the command `compute` makes it. The factors of two of its blocks,
 the product of the two (copied to the host) and the exact diagonal of one are timed, and scaled to all that the plan
@@ -24,8 +24,10 @@ if __name__ == "__main__":
     start_process()  # sets what must be set before torch is loaded
 
 import torch
-from bench_engine import Line, build_all, machine, one_line_errors, print_table, random_samples, say
+from engine import build_all, random_samples
 from full_jacobian import timed
+from machine import machine
+from printing import Line, one_line_errors, print_table, say
 from torch import Tensor
 
 from ntkgen.engine.machine import choose_device as any_device

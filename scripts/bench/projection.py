@@ -1,6 +1,6 @@
 """Compare what `ntkgen compute --dry-run` projects with the time that the same command takes.
 
-    uv run python scripts/bench_projection.py -- --models lenet --dataset mnist --subsample 3000 --epochs 0
+    uv run python scripts/bench/projection.py -- --models lenet --dataset mnist --subsample 3000 --epochs 0
 
 What follows `--` are the options of `ntkgen compute`. Nothing else should run on the machine. Prints the projected and
 the real seconds and their ratio; the exit code is 1 where they differ by more than a factor of 1.5.

@@ -1,6 +1,6 @@
 """Time what `ntkgen analyze` finds out about a kernel that does not fit in memory, and compare it with what is known.
 
-    uv run python scripts/bench_analysis.py [--rows 20000] [--memory 1GB] [--trials 3] [--json]
+    uv run python scripts/bench/analysis.py [--rows 20000] [--memory 1GB] [--trials 3] [--json]
 
 The kernel is H diag(λ) H with a reflection H = I − 2vvᵀ, so that all its eigenvalues are known: λᵢ = 100 i^−0.4, the
 five largest raised, as those of networks are. It is written as float32 to a raw file and imported. Each question is

@@ -1,0 +1,40 @@
+"""What a benchmark prints: progress, a table of its results, and its errors in one line."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from ntkgen.errors import NtkgenError
+
+FILE_WIDTH = 160  # of a table that is not printed on a terminal
+
+Line = tuple[str, Callable[[Mapping[str, Any]], str]]
+
+
+def print_table(results: Sequence[Mapping[str, Any]], lines: Sequence[Line], title: str) -> None:
+    """Print one column per result, one line per number."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column(no_wrap=True), *(result["model"] for result in results), title=title, title_justify="left")
+    for label, write in lines:
+        table.add_row(label, *(write(result) for result in results))
+    Console(width=None if sys.stdout.isatty() else FILE_WIDTH).print(table)
+
+
+def say(line: str) -> None:
+    """Report progress."""
+    click.echo(line, err=True)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an error of this package into one line on stderr and its exit code."""
+    try:
+        yield
+    except NtkgenError as error:
+        say(f"Error: {' '.join(str(error).split())}")
+        sys.exit(error.exit_code)
