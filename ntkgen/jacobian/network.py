@@ -108,11 +108,7 @@ def prepare(
     require_plain_module(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
     check_device(precision, device)
-    if not any(param.requires_grad for param in model.parameters()):
-        raise ModelError(
-            f"{type(model).__name__} has no trainable parameter: expected at least one with requires_grad, found none. "
-            "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
-        )
+    _require_trainable(model)
     _refuse_batch_statistics(model)
     samples = choose_samples(x)
     with exact_arithmetic(device), without_kept_graphs():
@@ -126,26 +122,20 @@ def prepare(
         require_own_parameters(recording.outputs, model)
         windows = _windows(layers, recording)
     shapes = tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix)
-    treated = {layer.full_name(param) for layer in layers for param in layer.params()}
-    own = trainable(module)
-    fallback = tuple(name for name in own if name not in treated)
-    profile = NetworkProfile(
+    profile = _profile(
+        module,
+        layers,
+        shapes,
         num_outputs=trial.num_outputs,
-        num_params=count_real_numbers(own.values()),
-        layers=shapes,
-        dense_params=sum(own[layer.full_name(v)].numel() for layer in layers for v in layer.vectors)
-        + count_real_numbers(own[name] for name in fallback),
-        fallback=fallback,
         activation_numbers=activations,
         input_numbers=samples[0].numel(),
-        num_logits=trial.num_outputs,
     )
     return Network(
         module=module,
         precision=precision,
         device=device,
         layers=layers,
-        fallback=fallback,
+        fallback=profile.fallback,
         profile=profile,
         use_shapes={layer.name: use_shapes(recording, layer) for layer in layers},
         directions={shape.name: draw_directions(shape.groups, shape.inputs, recording.outputs) for shape in shapes},
@@ -191,6 +181,14 @@ def _tried_copy(model: nn.Module, samples: Tensor, dtype: torch.dtype, device: t
     return judge, trial
 
 
+def _require_trainable(model: nn.Module) -> None:
+    if not any(param.requires_grad for param in model.parameters()):
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameter: expected at least one with requires_grad, found none. "
+            "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
+        )
+
+
 def _refuse_batch_statistics(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.running_mean is None:
@@ -229,6 +227,32 @@ def _windows(layers: tuple[Layer, ...], recording: Recording) -> dict[str, Windo
             windows = windows_of(layer.module, uses[0].x)
             found |= {} if windows is None else {layer.name: windows}
     return found
+
+
+def _profile(
+    module: nn.Module,
+    layers: tuple[Layer, ...],
+    shapes: tuple[LayerShape, ...],
+    *,
+    num_outputs: int,
+    activation_numbers: int,
+    input_numbers: int,
+) -> NetworkProfile:
+    """Collect the sizes of a network. Parameters that no layer treats are left to autograd."""
+    treated = {layer.full_name(param) for layer in layers for param in layer.params()}
+    params = trainable(module)
+    fallback = tuple(name for name in params if name not in treated)
+    vectors = sum(params[layer.full_name(vector)].numel() for layer in layers for vector in layer.vectors)
+    return NetworkProfile(
+        num_outputs=num_outputs,
+        num_params=count_real_numbers(params.values()),
+        layers=shapes,
+        dense_params=vectors + count_real_numbers(params[name] for name in fallback),
+        fallback=fallback,
+        activation_numbers=activation_numbers,
+        input_numbers=input_numbers,
+        num_logits=num_outputs,
+    )
 
 
 def _shape(layer: Layer, recording: Recording, windows: Mapping[str, Windows]) -> LayerShape:
