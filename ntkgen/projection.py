@@ -8,7 +8,7 @@ from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duratio
 from ntkgen.engine.jobs import seconds_at_planned_rate
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.pipeline import PlannedKernel, computation_of
-from ntkgen.plan.explain import Work, explain
+from ntkgen.plan.explain import WorkCount, explain
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.certificate import usual_sampling
 from ntkgen.store.opening import has_store, open_store
@@ -31,7 +31,7 @@ def duration_of(planned: PlannedKernel) -> Duration:
     """Project how long a kernel takes here, by measuring one batch of each kind of work that is missing."""
     tiles, diagonal = _missing(planned)
     plan, kernel, spec = planned.plan, computation_of(planned), planned.kernel.spec
-    work = Work.of(plan, tiles, plan.cached_blocks(planned.budget), diagonal)
+    work = WorkCount.of(plan, tiles, plan.cached_blocks(planned.budget), diagonal)
     pool, part = planned.place.execution.pool, planned.place.execution.part
     num_workers = (1 if pool is None else pool.num_workers) * (1 if part is None else part.count)
     found = Duration(training=_training_seconds(planned))
@@ -72,7 +72,7 @@ def project(planned: PlannedKernel, *, explained: bool = False) -> dict[str, Any
     plan, path = planned.plan, planned.store
     cached_blocks = plan.cached_blocks(planned.budget)
     tiles, diagonal = _missing(planned)
-    work = Work.of(plan, tiles, cached_blocks, diagonal)
+    work = WorkCount.of(plan, tiles, cached_blocks, diagonal)
     parts = {"parts": [dataclasses.asdict(part) for part in explain(plan, work)]} if explained else {}
     return {
         "store": str(path),

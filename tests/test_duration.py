@@ -14,7 +14,7 @@ from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.outputs import output_map
-from ntkgen.plan.explain import Work
+from ntkgen.plan.explain import WorkCount
 from ntkgen.store.certificate import Sampling
 from ntkgen.units import human_seconds
 
@@ -34,10 +34,10 @@ def test_the_total_is_the_sum_with_a_range():
 def test_factors_are_projected_from_one_batch_and_products_from_two_blocks(monkeypatch):
     job = make_job()
     monkeypatch.setattr(duration, "_seconds", lambda run, _: (run(), 2.0)[1])
-    work = Work(factor_samples=30, built_samples=0, pairs=500)
+    work = WorkCount(factor_samples=30, built_samples=0, pairs=500)
     found = kernel_duration(job.plan, work, job.network, job.x)
     assert found.factors == 30 * 2.0 / job.plan.jacobian.batch_size
-    twice = kernel_duration(job.plan, Work(30, 0, 1000), job.network, job.x, num_workers=2)
+    twice = kernel_duration(job.plan, WorkCount(30, 0, 1000), job.network, job.x, num_workers=2)
     assert twice.factors == found.factors / 2
     assert twice.products == pytest.approx(found.products)
     assert found.products == 500 * 2.0 / job.plan.block_samples**2

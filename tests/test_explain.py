@@ -8,7 +8,7 @@ from ntkgen.engine.machine import environment
 from ntkgen.jacobian.cost import ORDERS
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
-from ntkgen.plan.explain import Work, explain
+from ntkgen.plan.explain import WorkCount, explain
 from ntkgen.plan.plan import Budget, Choices, make_plan
 from ntkgen.plan.tiles import make_grid
 
@@ -28,13 +28,13 @@ def test_the_flops_of_the_parts_add_up_to_what_the_plan_projects(name, order):
     plan = plan_of(name, order)
     tiles = list(plan.grid.tiles())[1:]
     for cached_blocks in (1, 2, 9):
-        parts = explain(plan, Work.of(plan, tiles, cached_blocks, diagonal=[0, 2]))
+        parts = explain(plan, WorkCount.of(plan, tiles, cached_blocks, diagonal=[0, 2]))
         assert sum(part.flops for part in parts) == plan.projected_flops(tiles, cached_blocks, [0, 2])
 
 
 def test_what_is_kept_of_a_sample_adds_up():
     plan = plan_of("residual_with_shortcut")
-    parts = explain(plan, Work.of(plan, list(plan.grid.tiles()), 2))
+    parts = explain(plan, WorkCount.of(plan, list(plan.grid.tiles()), 2))
     kept = plan.jacobian.factor_bytes - plan.jacobian.num_outputs * 4  # the logits
     assert sum(part.factor_bytes for part in parts) == kept
 
@@ -42,6 +42,6 @@ def test_what_is_kept_of_a_sample_adds_up():
 def test_structure_saves_where_positions_are_few():
     with torch.random.fork_rng():
         plan = plan_of("residual_with_shortcut")
-    parts = explain(plan, Work.of(plan, list(plan.grid.tiles()), 9))
+    parts = explain(plan, WorkCount.of(plan, list(plan.grid.tiles()), 9))
     assert {part.order.split(",")[0] for part in parts} >= {"explicit"}
     assert all(part.explicit_flops >= 0 for part in parts)

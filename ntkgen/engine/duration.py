@@ -19,7 +19,7 @@ from ntkgen.jacobian.contract import contract
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.outputs import OutputMap
 from ntkgen.jacobian.precision import exact_arithmetic
-from ntkgen.plan.explain import Work
+from ntkgen.plan.explain import WorkCount
 from ntkgen.plan.plan import Plan
 from ntkgen.store.certificate import Sampling
 from ntkgen.store.rounding import count_underflow, to_stored
@@ -62,7 +62,7 @@ class Duration:
 
 def kernel_duration(
     plan: Plan,
-    work: Work,
+    work: WorkCount,
     network: Network,
     x: Tensor,  # (samples, …), some samples of the kernel
     *,

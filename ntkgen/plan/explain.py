@@ -9,7 +9,7 @@ from ntkgen.plan.tiles import Tile
 
 
 @dataclass(frozen=True)
-class Part:
+class CostLine:
     """One line of an explained plan. FLOPs are two per multiply-add, of all the work that is missing."""
 
     name: str
@@ -21,7 +21,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkCount:
     """How much a plan has to do, counted in the two things that cost: samples and pairs of samples."""
 
     factor_samples: int  # whose factors are computed, as often as they are
@@ -29,7 +29,7 @@ class Work:
     pairs: int
 
     @classmethod
-    def of(cls, plan: Plan, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> "Work":
+    def of(cls, plan: Plan, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> "WorkCount":
         """Count what some tiles need, after the diagonal of some row blocks."""
         built = pairs = 0
         for tile in tiles:
@@ -40,25 +40,25 @@ class Work:
         return cls(count_factor_samples(plan, tiles, cached_blocks, diagonal), built, pairs)
 
 
-def explain(plan: Plan, work: Work) -> list[Part]:
-    """List the parts of a plan; their FLOPs add up to what `Plan.projected_flops` says."""
+def explain(plan: Plan, work: WorkCount) -> list[CostLine]:
+    """List the lines of a plan; their FLOPs add up to what `Plan.projected_flops` says."""
     jacobian, m, samples = plan.jacobian, plan.jacobian.num_outputs, plan.num_samples
     passes = pass_macs(plan.profile)
-    parts = [Part("passes", f"1 + {m} per sample", "", 0, 2 * work.factor_samples * passes, 2 * samples * passes)]
-    parts += [_part(plan, layer, work) for layer in jacobian.layers]
+    lines = [CostLine("passes", f"1 + {m} per sample", "", 0, 2 * work.factor_samples * passes, 2 * samples * passes)]
+    lines += [_layer_line(plan, layer, work) for layer in jacobian.layers]
     dense = m * jacobian.dense_params * jacobian.factor_bytes // max(1, jacobian.factor_numbers)
     flops = 2 * work.pairs * jacobian.dense_macs
-    return [*parts, Part("all else", f"{jacobian.dense_params:,} parameters", "rows", dense, flops, flops)]
+    return [*lines, CostLine("all else", f"{jacobian.dense_params:,} parameters", "rows", dense, flops, flops)]
 
 
-def _part(plan: Plan, layer: LayerPlan, work: Work) -> Part:
+def _layer_line(plan: Plan, layer: LayerPlan, work: WorkCount) -> CostLine:
     shape, m = layer.shape, plan.jacobian.num_outputs
     building = building_macs(shape, m)
     built = work.factor_samples if layer.keeps_rows else work.built_samples if layer.order == "explicit" else 0
     explicit = pair_macs(LayerPlan(shape, "explicit", keeps_rows=True), m, plan.jacobian.reduction)
     kept = m * shape.num_params if layer.keeps_rows else factor_numbers(layer, m)
     groups = f"{shape.groups} × " if shape.groups > 1 else ""
-    return Part(
+    return CostLine(
         name=shape.name or "(the network itself)",
         shape=f"T {shape.positions}, {groups}{shape.inputs} → {shape.channels}",
         order=layer.order + (", rows kept" if layer.keeps_rows else ", pixels" if layer.uses_pixels else ""),
