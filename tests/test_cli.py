@@ -185,7 +185,7 @@ BAD = {
     "labels out of range": (["--models", "badnets:three", "--dataset", "labels.npz"], "labels"),
     "mixing": (["--models", "badnets:mixing", "--epochs", "0"], "track_running_stats"),
     "shape": (["--models", "badnets:images", "--epochs", "0"], "one row per sample"),
-    "other size": (["--models", "lenet", "--dataset", "labels.npz"], "cannot take"),
+    "other size": (["--models", "lenet", "--dataset", "labels.npz"], "does not accept"),
 }
 
 

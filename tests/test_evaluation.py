@@ -503,7 +503,7 @@ class InFloat64Alone(nn.Module):
 def test_a_network_that_runs_in_float64_alone_says_so(tmp_path):
     model = InFloat64Alone()
     for call in (ntkgen.ntk, lambda *args: ntkgen.compute(*args, store=tmp_path / "k.zarr")):
-        with pytest.raises(ModelError, match=r"run in float64 alone.*Choose the precision float64"):
+        with pytest.raises(ModelError, match=r"run only in float64.*Choose the precision float64"):
             call(model, noise(4, 3))
     assert not (tmp_path / "k.zarr").exists()
     assert ntkgen.ntk(model, noise(4, 3), precision="float64").shape == (8, 8)
@@ -513,7 +513,7 @@ def test_a_tensor_that_is_no_buffer_stays_in_float32():
     model = nn.Linear(3, 2)
     model.factor = torch.ones(3, 3)
     model.forward = lambda x: nn.functional.linear(x @ model.factor, model.weight)
-    with pytest.raises(ModelError, match=r"run in float32 alone.*register_buffer"):
+    with pytest.raises(ModelError, match=r"run only in float32.*register_buffer"):
         ntkgen.NTKOperator(model, noise(4, 3))
 
 

@@ -317,9 +317,12 @@ def test_a_registered_rule_takes_the_place_of_ours(rules):
 REFUSED = {
     "a module": ((nn.Linear(2, 2), LINEAR), r"a subclass of torch.nn.Module, found Linear\(.*Pass type\(module\)"),
     "another type": ((Tensor, LINEAR), "a subclass of torch.nn.Module, found <class 'torch.Tensor'>"),
-    "a function alone": ((Scale, scale_rows), "The rule of Scale must be a LayerRule, and is a function.*Wrap it"),
-    "no inputs": ((Scale, LayerRule("gamma")), "names the weight matrix 'gamma'.*lacks one of them"),
-    "no cotangents": ((Scale, LayerRule("gamma", rotated_inputs)), "or name the parameter in vectors"),
+    "a function alone": (
+        (Scale, scale_rows),
+        "The rule of Scale must be a LayerRule, and is a function.*Pass for example",
+    ),
+    "no inputs": ((Scale, LayerRule("gamma")), "has the weight matrix 'gamma'.*one of the two is missing"),
+    "no cotangents": ((Scale, LayerRule("gamma", rotated_inputs)), "or list the parameter in vectors"),
 }
 
 

@@ -462,7 +462,7 @@ def seeded(factory):
         (Neighbours, "mixes the samples"),
         (Counting, "mixes the samples"),
         (Clipped, "backward pass is not linear"),
-        (Keeping, "an earlier call computed"),
+        (Keeping, "a result of an earlier call"),
     ],
 )
 @pytest.mark.numeric

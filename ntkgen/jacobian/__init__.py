@@ -1,6 +1,6 @@
-"""From a network and a block of samples to factors, and from factors to kernel tiles.
+"""Compute the factors of a block of samples, and multiply factors to kernel tiles.
 
-The public names load what they need when they are first used, so that planning never imports torch.
+Each public name is imported when it is first used. Planning therefore never imports torch.
 """
 
 import importlib
@@ -32,5 +32,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, loaded or not."""
+    """List the public names, whether they are loaded or not."""
     return sorted({*globals(), *_HOMES})

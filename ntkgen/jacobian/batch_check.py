@@ -1,8 +1,8 @@
-"""The proof of one batch: its factors are what autograd gives, and its samples do not depend on each other.
+"""The check of one batch: its factors agree with autograd, and its samples do not depend on each other.
 
-What holds for the few samples that a network was tried on need not hold for the next batch: a network may route, sort
-or replace samples by their content. So every batch is checked by value, at the cost of a forward pass and a backward
-pass.
+The trial of a network (`probe.py`) uses a few samples only. A network may route, sort or replace samples by their
+content, and then a later batch behaves differently. Every batch is therefore checked by value. The check costs one
+forward pass and one backward pass.
 """
 
 from collections.abc import Mapping
@@ -21,43 +21,43 @@ from ntkgen.jacobian.probe import is_one_by_one, require_same_outputs
 
 
 def require_planned_uses(network: Network, recording: Recording) -> None:
-    """Refuse a batch in which a layer is not called as it was planned: as often, with all samples, in these shapes.
+    """Refuse a batch in which the calls of a layer differ from the plan in number, samples or shapes.
 
     Raises:
         DivergedError: If the outputs are not finite.
-        RuleError: If a layer is called otherwise; it names the parameters.
+        RuleError: If the calls of a layer differ. The error names its parameters.
     """
     require_finite(recording.outputs)
     batch_size = len(recording.outputs)
-    otherwise = [
+    deviating = [
         layer
         for layer in network.layers
         if not is_one_by_one(recording.uses.get(layer.name, []), batch_size)
         or use_shapes(recording, layer) != network.use_shapes[layer.name]
     ]
-    if otherwise:
-        raise RuleError(layer.full_name(param) for layer in otherwise for param in layer.params())
+    if deviating:
+        raise RuleError(layer.full_name(param) for layer in deviating for param in layer.params())
 
 
 def require_finite(outputs: Tensor) -> None:
     """Refuse outputs that are not finite.
 
     Raises:
-        DivergedError: If there are such.
+        DivergedError: If an output is infinite or NaN.
     """
     if not outputs.isfinite().all():
         raise DivergedError(
             "The network's outputs are not finite: expected numbers, found infinity or NaN in some batch. Do some "
-            "samples have values that are not finite, or are they far from those that it was trained on? Leave them "
+            "samples have values that are not finite, or are they far from the training samples? Leave these samples "
             "out, or repair them."
         )
 
 
 def require_true_factors(network: Network, recording: Recording, block: BlockFactors, batch: slice) -> None:
-    """Compare the factors of a batch, as they are kept, with autograd; frees the graph.
+    """Compare the stored factors of a batch with autograd, and free the graph.
 
     Raises:
-        RuleError: If some of them differ by more than rounding explains; it names the parameters.
+        RuleError: If some factors differ by more than rounding explains. The error names the parameters.
     """
     if not network.layers:
         return
@@ -65,21 +65,21 @@ def require_true_factors(network: Network, recording: Recording, block: BlockFac
     claims = _kept_claims(network, block, batch, weights[: recording.count])
     params = {name: param for layer in network.layers for name, param in _params(layer)}
     tolerance = max(TOLERANCES[network.precision.compute_dtype], TOLERANCES[network.precision.factor_dtype])
-    found = hold_against_autograd(recording.outputs, weights, params, claims, tolerance)
-    if found.disproved:
-        raise RuleError(name for name in params if name in found.disproved)
+    findings = hold_against_autograd(recording.outputs, weights, params, claims, tolerance)
+    if findings.disproved:
+        raise RuleError(name for name in params if name in findings.disproved)
 
 
 def require_same_in_other_batches(
     network: Network,
     x: Tensor,  # (samples, …), a block
-    logits: Tensor,  # (samples, logits), as they were in its batches
+    logits: Tensor,  # (samples, logits), computed in the batches of the plan
     batch_size: int,
 ) -> None:
-    """Refuse a network whose outputs are others in other batches: of another size, in random order.
+    """Refuse a network whose outputs change when the samples are batched differently.
 
-    The other batches are a third larger, which takes less time than smaller ones, or halves of a block that is one
-    batch.
+    The samples are run again in random order, in batches that are a third larger. Larger batches take less time than
+    smaller ones. A block that fits into one batch is run again in two halves.
 
     Raises:
         ModelError: If outputs differ by more than rounding explains.
@@ -90,8 +90,8 @@ def require_same_in_other_batches(
     size = batch_size + -(-batch_size // 3) if len(x) > batch_size else max(1, len(x) // 2)
     with torch.no_grad():
         for part in order.split(size):
-            otherwise = outputs_of(network.module, network.input(x[part.to(x.device)]))
-            require_same_outputs(logits[part.to(logits.device)], otherwise, batch_size)
+            outputs = outputs_of(network.module, network.input(x[part.to(x.device)]))
+            require_same_outputs(logits[part.to(logits.device)], outputs, batch_size)
 
 
 def _params(layer: Layer) -> list[tuple[str, nn.Parameter]]:
@@ -104,7 +104,7 @@ def _kept_claims(
     batch: slice,
     weights: Tensor,  # (samples, outputs)
 ) -> Mapping[str, Claim]:
-    """Collect what the kept factors of a batch say of the weighted gradient, in the order in which rows are kept."""
+    """Compute the weighted gradient from the stored factors of a batch, parameter by parameter."""
     pairs = {pair.plan.shape.name: pair for pair in block.pairs}
     rows = _weighted(block.rows[batch], weights).sum(0)  # (row parameters,)
     claims, column = {}, 0
@@ -137,6 +137,6 @@ def _weighted(
         return (weights.unsqueeze(1) @ values.flatten(2)).view(len(values), *values.shape[2:])
     total = weights.new_zeros(len(values), *values.shape[2:])
     ones = [1] * (values.ndim - 2)
-    for output in range(values.shape[1]):  # all outputs at once would need a copy of the factors
+    for output in range(values.shape[1]):  # to process all outputs at once would need a copy of the factors
         total += weights[:, output].view(-1, *ones) * values[:, output]
     return total

@@ -1,4 +1,4 @@
-"""What callers hand in, batches, labels and vectors, checked at one door and made plain tensors."""
+"""Checks of the arguments of callers (batches, labels and vectors), and their conversion to plain tensors."""
 
 import warnings
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ntkgen.errors import InputError, ShapeError
 
-# What a caller may hand in: a tensor, an array, or (nested) lists of numbers.
+# The types of arguments that are accepted: a tensor, an array, or (nested) lists of numbers.
 ArrayLike = Tensor | npt.NDArray[Any] | Sequence[Any]
 
 
@@ -22,11 +22,11 @@ def checked_batches(
     x1: ArrayLike,  # (n₁, …)
     x2: ArrayLike | None = None,  # (n₂, …)
 ) -> tuple[Tensor, Tensor | None]:
-    """Make tensors of the batches of rows and columns, without copying what is a tensor.
+    """Convert the batches of rows and columns to tensors. A tensor is not copied.
 
     Raises:
-        InputError: If one is not numbers, or empty, or complex, or the one holds integers and the other does not.
-        ShapeError: If they hold samples of different shapes.
+        InputError: If a batch is empty, complex or not numeric, or if only one of the two holds integers.
+        ShapeError: If the two batches hold samples of different shapes.
     """
     rows, columns = _batch(x1), None if x2 is None else _batch(x2)
     if columns is None:
@@ -34,12 +34,12 @@ def checked_batches(
     if rows.shape[1:] != columns.shape[1:]:
         raise ShapeError(
             f"The batches hold samples of different shapes, {tuple(rows.shape[1:])} and {tuple(columns.shape[1:])}, "
-            "but one network is to take both. Were they prepared in the same way?"
+            "but one network must accept both. Prepare both batches in the same way."
         )
     if rows.is_floating_point() != columns.is_floating_point():
         raise InputError(
-            f"The batches hold different kinds of numbers, {rows.dtype} and {columns.dtype}, but one network is to "
-            "take both. Is one of them token ids, or an image that was not scaled? Prepare both in the same way."
+            f"The batches hold different kinds of numbers, {rows.dtype} and {columns.dtype}, but one network must "
+            "accept both. Does one hold token ids, or images that were not scaled? Prepare both in the same way."
         )
     return rows, columns.to(rows.device)
 
@@ -48,17 +48,17 @@ def _batch(x: ArrayLike) -> Tensor:
     tensor = _tensor_of(x, "A batch")
     if tensor.ndim == 0 or len(tensor) == 0:
         raise InputError(
-            f"A kernel needs samples: expected at least one along the first axis, found an empty batch, of the shape "
-            f"{tuple(tensor.shape)}. Pass some; one sample alone is x[None]."
+            f"A kernel needs samples: expected at least one along the first axis, found an empty batch of shape "
+            f"{tuple(tensor.shape)}. Pass at least one sample. A single sample x is passed as x[None]."
         )
     return tensor
 
 
 def _tensor_of(values: object, what: str) -> Tensor:
-    """Make a plain tensor of numbers of what a caller hands in, detached from graphs.
+    """Convert an argument of a caller to a plain tensor of numbers, detached from graphs.
 
     Raises:
-        InputError: If it is not real numbers in a rectangle.
+        InputError: If the argument is not a rectangular array of real numbers.
     """
     if isinstance(values, np.ndarray):
         tensor = _of_array(values, what)
@@ -69,44 +69,44 @@ def _tensor_of(values: object, what: str) -> Tensor:
     else:
         raise InputError(
             f"{what} must be a torch.Tensor, a NumPy array or a list of numbers, and is a {type(values).__name__}. Is "
-            "it a table or a data set? Convert it, as with torch.as_tensor or to_numpy()."
+            "it a table or a data set? Convert it, for example with torch.as_tensor or to_numpy()."
         )
     if tensor.is_nested:
         raise InputError(
             f"{what} must have samples of one shape, and is a nested tensor. Do the samples have different lengths? "
-            "Pad them, as with to_padded_tensor, and let the network ignore the padding."
+            "Pad them, for example with to_padded_tensor, and let the network ignore the padding."
         )
     if tensor.is_complex() or tensor.is_quantized or tensor.is_meta or tensor.layout != torch.strided:
         kind = "complex" if tensor.is_complex() else "quantised" if tensor.is_quantized else f"{tensor.layout}"
         raise InputError(
-            f"{what} must hold real numbers in plain memory, and is {'on the device meta' if tensor.is_meta else kind} "
-            f"({tensor.dtype}). Is it meant for another program? Convert it, as with torch.view_as_real, dequantize() "
-            "or to_dense()."
+            f"{what} must be a dense tensor of real numbers, and is {'on the device meta' if tensor.is_meta else kind} "
+            f"({tensor.dtype}). Is it meant for another program? Convert it, for example with torch.view_as_real, "
+            "dequantize() or to_dense()."
         )
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def _of_array(array: npt.NDArray[Any], what: str) -> Tensor:
-    """Make a tensor of an array that shares its memory where torch can; no network ever writes into it.
+    """Convert an array to a tensor that shares its memory if torch can. Networks never write into the tensor.
 
     Raises:
-        InputError: If it does not hold numbers.
+        InputError: If the array does not hold numbers.
     """
     if isinstance(array, np.ma.MaskedArray) or array.dtype.kind not in "biufc":
         kind = "masked" if isinstance(array, np.ma.MaskedArray) else f"of {array.dtype}"
         raise InputError(
             f"{what} must hold numbers, and is an array {kind}. Do its rows have different lengths, or does it hold "
-            "text? Make it one rectangular array of numbers."
+            "text? Convert it to one rectangular array of numbers."
         )
-    known = array.astype(_known_to_torch(array.dtype), copy=False)
-    if any(stride < 0 for stride in known.strides):
-        known = known.copy()
-    with warnings.catch_warnings(action="ignore"):  # that it may not be written, as a file that is opened for reading
-        return torch.from_numpy(known)
+    supported = array.astype(_supported_dtype(array.dtype), copy=False)
+    if any(stride < 0 for stride in supported.strides):
+        supported = supported.copy()
+    with warnings.catch_warnings(action="ignore"):  # torch warns if the array is read-only, such as a mapped file
+        return torch.from_numpy(supported)
 
 
-def _known_to_torch(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """Choose the nearest dtype in which torch computes; it has no wider numbers, and hardly any unsigned ones."""
+def _supported_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Choose the nearest dtype in which torch computes. Torch lacks extended precision and most unsigned integers."""
     if dtype.kind == "u" and 1 < dtype.itemsize < 8:
         return np.dtype(np.int64)
     if dtype.kind in "fc" and dtype.itemsize > {"f": 8, "c": 16}[dtype.kind]:
@@ -123,8 +123,8 @@ def _of_list(values: Sequence[Any], what: str) -> Tensor:
         return torch.as_tensor(values, device="cpu")
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise InputError(
-            f"{what} must be a rectangle of numbers, and the list is not ({' '.join(str(error).split())[:150]}). Do "
-            "its samples have different lengths, or is there something else among them? Pad them, or pass a tensor."
+            f"{what} must be a rectangular list of numbers, and is not ({' '.join(str(error).split())[:150]}). Do "
+            "its samples have different lengths, or are some entries not numbers? Pad the samples, or pass a tensor."
         ) from error
 
 
@@ -134,12 +134,12 @@ def _of_list(values: Sequence[Any], what: str) -> Tensor:
 def checked_labels(
     labels: ArrayLike | None,  # (n,)
     num_samples: int,
-) -> npt.NDArray[np.int64]:  # (n,), -1 where there are none
-    """Make an array of one integer per sample.
+) -> npt.NDArray[np.int64]:  # (n,), -1 for a missing label
+    """Convert labels to an array of one integer per sample.
 
     Raises:
-        InputError: If they are not whole numbers.
-        ShapeError: If there are more or fewer than samples, or several for each.
+        InputError: If the labels are not integers.
+        ShapeError: If the number of labels is not the number of samples.
     """
     if labels is None:
         return np.full(num_samples, -1)
@@ -147,22 +147,22 @@ def checked_labels(
     if tensor.ndim != 1:
         advice = "labels.argmax(1)" if tensor.ndim == 2 and tensor.shape[1] > 1 else "labels.flatten()"
         raise ShapeError(
-            f"Labels must be one integer per sample, ({num_samples},), and have the shape {tuple(tensor.shape)}. Are "
-            f"they one-hot or of one column? Pass {advice}."
+            f"Labels must be one integer per sample, of shape ({num_samples},), and have shape {tuple(tensor.shape)}. "
+            f"Are they one-hot, or a matrix of one column? Pass {advice}."
         )
     if len(tensor) != num_samples:
         raise ShapeError(
-            f"{len(tensor)} labels were given for {num_samples} samples: expected one for each. Is one of them a part "
-            "of a larger set? Give the same part of both."
+            f"{len(tensor)} labels were given for {num_samples} samples: expected one label per sample. Do the samples "
+            "or the labels belong to a larger set? Select the same part of both."
         )
     return _whole(tensor)
 
 
 def _whole(labels: Tensor) -> npt.NDArray[np.int64]:
-    """Convert to int64, where that changes no number.
+    """Convert labels to int64 without changing their values.
 
     Raises:
-        InputError: If it would.
+        InputError: If a value would change.
     """
     values = (labels.double() if labels.is_floating_point() else labels).numpy()
     limits = -(2**63), 2**63
@@ -174,8 +174,8 @@ def _whole(labels: Tensor) -> npt.NDArray[np.int64]:
     if not is_kept.all():
         first = int(np.flatnonzero(~is_kept)[0])
         raise InputError(
-            f"Labels must be whole numbers, and that of sample {first} is {values[first]}. Are these the targets of a "
-            "regression, or is one missing? Leave them out, or pass the number of each sample's class."
+            f"Labels must be integers, and the label of sample {first} is {values[first]}. Are these the targets of a "
+            "regression, or is a label missing? Leave the labels out, or pass the class number of each sample."
         )
     return values.astype(np.int64)
 
@@ -186,14 +186,14 @@ def _whole(labels: Tensor) -> npt.NDArray[np.int64]:
 def checked_vectors(
     vectors: Tensor | npt.NDArray[Any],  # (length,) or (length, columns)
 ) -> Tensor:
-    """Make a tensor of what is to be multiplied with a kernel.
+    """Convert vectors that are multiplied with a kernel to a tensor.
 
     Raises:
-        InputError: If it is not a tensor or an array of real numbers.
+        InputError: If the vectors are not a tensor or an array of real numbers.
     """
     if not isinstance(vectors, Tensor | np.ndarray):
         raise InputError(
-            f"What is to be multiplied must be a torch.Tensor or a NumPy array, and is a {type(vectors).__name__}. Is "
-            "it a list? Use torch.tensor(v)."
+            f"The vectors to multiply must be a torch.Tensor or a NumPy array, and are a {type(vectors).__name__}. Are "
+            "they a list? Pass torch.tensor(v)."
         )
-    return _tensor_of(vectors, "What is to be multiplied")
+    return _tensor_of(vectors, "The matrix of vectors")

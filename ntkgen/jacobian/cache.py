@@ -1,4 +1,4 @@
-"""Which blocks of samples are at hand: those of the rows that stay, and those that were streamed past last."""
+"""A cache of the values of blocks of samples. Held blocks stay; the least recently used others are dropped."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class BlockCache(Generic[T]):
-    """What is made of a block, made when it is asked for; never more than ``capacity`` of them at a time.
+    """The values of blocks, computed on request. The cache never has more than ``capacity`` values at a time.
 
     >>> cache = BlockCache(lambda block: block.start, capacity=2)
     >>> first, second, third = Block(0, 3).pieces(1)
@@ -26,7 +26,7 @@ class BlockCache(Generic[T]):
         self._passing: OrderedDict[Block, T] = OrderedDict()
 
     def hold(self, blocks: Sequence[Block]) -> None:
-        """Keep these blocks until others are to be held; what was held and is not among them may go."""
+        """Keep these blocks until the next call. Blocks that were held before and are not listed may be dropped."""
         assert len(blocks) <= self._capacity
         for block in [block for block in self._held if block not in blocks]:
             self._passing[block] = self._held.pop(block)
@@ -39,7 +39,7 @@ class BlockCache(Generic[T]):
                 self._held[block] = self._make(block)
 
     def __call__(self, block: Block) -> T:
-        """Look up a block, or make it, dropping the one that was streamed longest ago first."""
+        """Return the value of a block. If it is missing, drop the least recently used value and compute this one."""
         if block in self._held:
             return self._held[block]
         if block not in self._passing:
@@ -55,21 +55,21 @@ class BlockCache(Generic[T]):
 
 
 def count_samples(capacity: int, steps: Iterable[tuple[Sequence[Block], Iterable[Block]]]) -> int:
-    """Count the samples that are made for some steps, each of blocks to hold and blocks to ask for.
+    """Count the samples whose values are computed in some steps. A step has blocks to hold and blocks to request.
 
     >>> blocks = Block(0, 6).pieces(2)
     >>> count_samples(2, [([], blocks), (blocks[:1], blocks)])
     12
     """
-    made = 0
+    computed = 0
 
     def make(block: Block) -> None:
-        nonlocal made
-        made += len(block)
+        nonlocal computed
+        computed += len(block)
 
     cache = BlockCache(make, capacity)
-    for held, asked in steps:
+    for held, requested in steps:
         cache.hold(held)
-        for block in asked:
+        for block in requested:
             cache(block)
-    return made
+    return computed

@@ -1,4 +1,4 @@
-"""One batch → every layer's inputs and output cotangents, without touching weight gradients."""
+"""The inputs and output cotangents of every layer for one batch. No gradient of a weight is computed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,9 +13,10 @@ from ntkgen.jacobian.evaluation import outputs_of
 
 @dataclass(frozen=True)
 class Use:
-    """One call of a layer: its detached input, its output in the graph, and whether gradients pass it on their way.
+    """One call of a layer.
 
-    ``shapes`` are those of input and output, of the whole batch with its padding.
+    ``x`` is its detached input and ``output`` its output in the graph. ``passes_back`` says whether gradients go on to
+    earlier layers. ``shapes`` are the shapes of input and output for the whole batch, with its padding.
     """
 
     x: Tensor
@@ -26,9 +27,9 @@ class Use:
 
 @dataclass
 class Recording:
-    """What a forward pass left: the network's outputs and, per recorded module, its uses in order.
+    """The result of a forward pass: the network's outputs and, for each recorded module, its uses in order.
 
-    The first ``count`` samples of the batch are meant; what follows pads it.
+    The first ``count`` samples of the batch are real. The others are padding.
     """
 
     count: int
@@ -40,8 +41,8 @@ class Recording:
 def _recording_hooks(layers: dict[str, nn.Module], recording: Recording) -> Iterator[None]:
     """Record the calls of some modules.
 
-    The hook hands a clone onwards: what follows in place (ReLU, a residual sum) then overwrites the clone, and the
-    gradient is taken of the layer's output as it was.
+    The hook returns a clone of the output. Later in-place operations (ReLU, a residual sum) then overwrite the clone,
+    and the gradient is taken at the unchanged output of the layer.
     """
 
     def hook_of(name: str) -> Any:
@@ -73,8 +74,8 @@ def record(module: nn.Module, layers: dict[str, nn.Module], batch: Tensor, count
 def cotangents(recording: Recording) -> Iterator[dict[str, list[Tensor]]]:
     """Yield, output by output, the gradient of that output with respect to every recorded layer output.
 
-    Samples do not mix, so one backward pass per output serves the whole batch. Layers that the output does not depend
-    on get zeros. The graph stays, for the check of the batch.
+    Samples do not mix, so one backward pass per output is enough for the whole batch. The gradient is zero for a layer
+    that the output does not depend on. The graph is kept for the check of the batch.
     """
     outputs = recording.outputs
     for index in range(outputs.shape[1]):
@@ -99,7 +100,7 @@ def pull_back(
 
 
 def weighted_sum(outputs: Tensor, weights: Tensor) -> Tensor:
-    """Sum up the outputs; torch takes the gradient of a scalar without loading its symbolic shapes, for seconds."""
+    """Sum the outputs with weights. For a scalar, autograd does not import symbolic shapes, which takes seconds."""
     return (outputs * weights).sum()
 
 

@@ -1,4 +1,4 @@
-"""The exact order of each layer, chosen by the time that it is estimated to take; integers only."""
+"""The choice of the exact order of multiplication of each layer, by its estimated time; integers only."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +23,7 @@ from ntkgen.jacobian.cost import (
 
 
 def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rates: Rates, reduction: Reduction) -> int:
-    """Estimate the time of one layer for one pair of samples, from its multiply-adds and from what it touches."""
+    """Estimate the time of one layer for one pair of samples, from its multiply-adds and its memory accesses."""
     shape, m = plan.shape, num_outputs
     q, t, c = shape.groups, shape.positions, shape.channels
     products = block_products(m, reduction)
@@ -40,13 +40,13 @@ def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rat
 
 
 def _candidates(shape: LayerShape, num_outputs: int, reduction: Reduction) -> Iterator[LayerPlan]:
-    """List the ways to contract a layer. Rows are kept where they are no larger than the factors."""
+    """List the ways to contract a layer. Its rows are kept if they are not larger than its factors."""
     explicit = LayerPlan(shape, "explicit", keeps_rows=False)
     keeps_rows = num_outputs * shape.num_params <= factor_numbers(explicit, num_outputs)
     yield LayerPlan(shape, "explicit", keeps_rows=keeps_rows)
     for order in ORDERS[1:]:
         if order == "ordered" and reduction != "none":
-            continue  # H would be made for m outputs, of which gram makes one product
+            continue  # H has m outputs, while gram needs a single product
         yield LayerPlan(shape, order, keeps_rows=False)
         if shape.taps > 1:
             yield LayerPlan(shape, order, keeps_rows=False, uses_pixels=True)
@@ -59,7 +59,7 @@ def choose_layer(
     rates: Rates = USUAL_RATES,
     reduction: Reduction = "none",
 ) -> LayerPlan:
-    """Choose the exact order for one layer that is estimated to be quickest.
+    """Choose the exact order with the shortest estimated time for one layer.
 
     >>> choose_layer(LayerShape("stem", 1024, 27, 64), 10, 64).order
     'explicit'
@@ -73,16 +73,16 @@ def choose_layer(
 
 
 def _forced(shape: LayerShape, order: Order, num_outputs: int, reduction: Reduction) -> LayerPlan:
-    """Take the cheaper way of a given order; explicit rows are then built anew for each product.
+    """Choose the cheaper way of a given order. Explicit rows are then built again for each product.
 
     Raises:
-        InputError: If the order is of no use for the reduction.
+        InputError: If the order cannot be used with the reduction.
     """
     ways = [plan for plan in _candidates(shape, num_outputs, reduction) if plan.order == order]
     if not ways:
         raise InputError(
             f"The order {order!r} cannot be forced on a kernel whose output is reduced to its {reduction}: expected "
-            "explicit or gram, which are never slower there. Give one of them, or none."
+            "explicit or gram, which are never slower for it. Give one of these two, or no orders."
         )
     plan = min(ways, key=lambda way: way.input_gram_macs)
     return LayerPlan(shape, order, keeps_rows=False, uses_pixels=plan.uses_pixels)
@@ -100,13 +100,13 @@ def plan_jacobian(
     """Fix how a network's factors are computed and contracted. ``orders``, one per layer, overrides the choice.
 
     Raises:
-        InputError: If there are not as many orders as layers, or one cannot be had.
+        InputError: If the number of orders is not the number of layers, or an order cannot be used.
     """
     m = profile.num_outputs
     if orders and len(orders) != len(profile.layers):
         raise InputError(
             f"{len(orders)} orders were given for {len(profile.layers)} layers with a weight matrix: expected one for "
-            f"each, in the order {', '.join(shape.name for shape in profile.layers)}. Give as many, or none."
+            f"each of {', '.join(shape.name for shape in profile.layers)}. Give one order per layer, or no orders."
         )
     chosen = tuple(choose_layer(shape, m, sizes.block_samples, rates, reduction) for shape in profile.layers)
     if orders:
@@ -127,10 +127,10 @@ def plan_jacobian(
 
 
 def minimal_macs(profile: NetworkProfile, num_samples: int) -> int:
-    """Count the multiply-adds that no exact plan of these orders can do without, for a square kernel.
+    """Count the fewest multiply-adds of any exact plan with these orders, for a square kernel.
 
-    Every sample's passes once, its rows built once where the order is explicit, each pair of samples once, and for
-    each layer the order with the fewest multiply-adds.
+    The count includes the passes of every sample once and every pair of samples once. Rows of explicit layers are
+    built once per sample. Each layer uses the order with the fewest multiply-adds.
     """
     m, pairs = profile.num_outputs, num_samples * (num_samples + 1) // 2
 

@@ -1,4 +1,4 @@
-"""The factors of a block of samples, computed batch by batch, and proved batch by batch."""
+"""The factors of a block of samples, computed and checked batch by batch."""
 
 from collections.abc import Sequence
 
@@ -25,8 +25,8 @@ def compute_factors(
 ) -> BlockFactors:
     """Compute the factors of a block of samples, batch by batch.
 
-    A ragged batch is padded with its last sample, so that every pass has the same shape and a sample's factors have the
-    same bits whichever tile asks for them.
+    An incomplete last batch is padded with its last sample, so that every pass has the same shape. The bits of a
+    sample's factors then do not depend on the tile that uses them.
     """
     block = _empty_factors(network, plan, len(x))
     with without_kept_graphs():
@@ -66,19 +66,19 @@ def _kept_inputs(layer: LayerPlan) -> tuple[int, int]:
 
 
 def pad_batch(samples: Tensor, batch_size: int) -> Tensor:
-    """Fill a ragged batch up with its last sample."""
+    """Pad an incomplete batch with its last sample."""
     return torch.cat([samples, samples[-1:].expand(batch_size - len(samples), *samples.shape[1:])])
 
 
 def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> None:
-    """Run one batch, padded, and write its factors to their place in the block."""
+    """Run one padded batch, and write its factors into the block."""
     padded = pad_batch(samples, plan.batch_size)
     recording = record(network.module, network.layer_modules, padded, len(samples))
     block.logits[batch] = recording.outputs[: recording.count].detach()
     require_planned_uses(network, recording)
     recording.outputs = network.mapped(recording.outputs)
     pairs = {pair.plan.shape.name: pair for pair in block.pairs}
-    inputs: dict[str, list[Tensor]] = {}  # of the layers whose rows are kept, in the dtype in which those are summed
+    inputs: dict[str, list[Tensor]] = {}  # of the layers whose rows are kept, in the dtype of the sums
     wide = network.precision.accumulate_dtype
     for layer in network.layers:
         if not layer.has_matrix:
@@ -98,9 +98,9 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
                 block.rows[batch, output, column : column + rows.shape[1]] = rows
                 column += rows.shape[1]
     require_true_factors(network, recording, block, batch)
-    del recording  # and with it the graph
+    del recording  # frees the graph
     if network.fallback:
-        for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample's rows at a time
+        for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample at a time
             rows = jacobian_rows(network.module, network.fallback, sample[None])[0]
             block.rows[index, :, column:] = network.mapped(rows.mT).mT
 
@@ -125,10 +125,10 @@ def _fill_inputs(pair: PairFactor, layer: Layer, recording: Recording, batch: sl
 def _layer_rows(
     layer: Layer, recording: Recording, grads: list[Tensor], inputs: Sequence[Tensor], route: str
 ) -> list[Tensor]:  # each (samples, parameter)
-    """Form the rows of a layer's parameters for one output, summed over its uses; of the matrix if inputs are given."""
-    found = []
+    """Form the rows of a layer for one output, summed over its uses. Without inputs the matrix is left out."""
+    rows = []
     if inputs:
-        found.append(
+        rows.append(
             sum_over_uses(
                 rows_of(layer.rule.cotangents(layer.module, grad).mT.to(a.dtype), a, route).flatten(1)
                 for grad, a in zip(grads, inputs, strict=True)
@@ -137,5 +137,5 @@ def _layer_rows(
     for vector in layer.vectors:
         rule = layer.rule.vectors[vector]
         uses = recording.uses[layer.name]
-        found.append(sum_over_uses(rule(layer.module, use.x, grad) for use, grad in zip(uses, grads, strict=True)))
-    return found
+        rows.append(sum_over_uses(rule(layer.module, use.x, grad) for use, grad in zip(uses, grads, strict=True)))
+    return rows

@@ -1,4 +1,4 @@
-"""Two blocks of factors → their part of the kernel, in each exact order of multiplication."""
+"""The product of two blocks of factors, which is a part of the kernel, in each exact order of multiplication."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,12 +28,12 @@ def fill_kernel(
     factors: Callable[[Block], BlockFactors],
     plan: JacobianPlan,
 ) -> Tensor:  # (row samples · outputs, column samples · outputs); (rows, columns) for trace, (outputs, …) for diagonal
-    """Compute a rectangle of the kernel, block by block; where rows are columns, the upper triangle and its mirror."""
+    """Compute a rectangle of the kernel, block by block. If rows are columns, mirror the upper triangle."""
     m = plan.num_outputs if plan.reduction == "none" else 1
     height, width = (blocks[-1].stop - blocks[0].start for blocks in (rows, columns))
     kernel: Tensor | None = None
     for row, column in block_pairs(rows, columns):
-        part = contract(factors(row), factors(column), plan)  # without names, which would keep a third block alive
+        part = contract(factors(row), factors(column), plan)  # without names, which would keep a third block in memory
         if kernel is None:
             kernel = part.new_empty(*part.shape[:-2], height * m, width * m)
         i = Block(row.start - rows[0].start, row.stop - rows[0].start).rows(m)
@@ -52,9 +52,10 @@ def contract(
 ) -> Tensor:  # (left samples · outputs, right samples · outputs), sample-major
     """Compute the kernel of two blocks, the sum over layers of K[i o, j o'] = Σ_tt' (a_t · a'_t') (g_ot · g'_o't').
 
-    A block with itself is computed above a staircase of panels, then made exactly symmetric from its upper triangle.
-    With the reduction ``trace`` the result is Σ_o K[i o, j o], of (left samples, right samples), with ``diagonal``
-    K[i o, j o], of (outputs, left samples, right samples).
+    For a block with itself, each panel of rows is computed from its first row to the last column, and the result is
+    mirrored from its upper triangle, so it is exactly symmetric. With the reduction ``trace`` the result is
+    Σ_o K[i o, j o], of shape (left samples, right samples). With ``diagonal`` it is K[i o, j o], of shape (outputs,
+    left samples, right samples).
     """
     work = _Work.of(plan, left, right)
     out = left.logits.new_zeros(work.shape, dtype=policy(plan.precision).accumulate_dtype)
@@ -67,7 +68,7 @@ def contract(
 
 @dataclass(frozen=True)
 class _Work:
-    """One product of two blocks: how it is cut, and how its products are made."""
+    """One product of two blocks: its plan, its shape, and its matrix products."""
 
     plan: JacobianPlan
     rows: int
@@ -92,7 +93,7 @@ class _Work:
         return list(self.plan.panels(self.rows, self.cols, is_diagonal=self.is_diagonal))
 
     def blocks(self, out: Tensor, rows: Block, cols: Block) -> Tensor:
-        """View a panel of the result: (rows, m, columns, m), or what the reduction leaves of it."""
+        """View a panel of the result: (rows, m, columns, m), or its reduced shape."""
         i, j = slice(rows.start, rows.stop), slice(cols.start, cols.stop)
         if self.plan.reduction != "none":
             return out[..., i, j]
@@ -101,7 +102,7 @@ class _Work:
 
 
 def _add_kept_rows(work: _Work, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Add the product of the rows that are kept of both blocks, some parameters at a time."""
+    """Add the product of the stored rows of both blocks, in slices of the parameters."""
     sides = [left] if work.is_diagonal else [left, right]
     for part in slices(left.shape[2], kept_width(work.plan, work.cols)):
         _add_rows(work, [work.products.operand(side[..., part]).contiguous() for side in sides], out)
@@ -130,7 +131,7 @@ def _add_group(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) ->
 
 
 def _add_explicit(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
-    """Build Jacobian rows of (inputs, cotangents), some output channels at a time, and add their product."""
+    """Build Jacobian rows from inputs and cotangents, in slices of the output channels, and add their product."""
     m, shape = work.plan.num_outputs, left.plan.shape
     sides = [left] if work.is_diagonal else [left, right]
     per_channel = sum(len(side.inputs) * m * shape.inputs for side in sides)
@@ -152,14 +153,14 @@ def _built(work: _Work, side: PairFactor, channels: slice) -> Tensor:  # (sample
 
 
 def _input_gram(work: _Work, left: Tensor, right: Tensor, windows: Windows | None) -> Tensor:
-    """Multiply inputs with inputs, A[i, t, j, t'] = a_t · a'_t', or the sums of windows over products of pixels."""
+    """Multiply inputs with inputs, A[i, t, j, t'] = a_t · a'_t'. With windows, sum the products of their pixels."""
     one, other = (work.products.operand(side).flatten(0, 1) for side in (left, right))
     product = work.products.rounded(one, other).view(len(left), left.shape[1], len(right), right.shape[1])
     return product if windows is None else windows.gram(product)
 
 
 def _add_ordered(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
-    """Carry the right cotangents through the Gram matrix of inputs, H = (a aᵀ) g', then K = ⟨g, H⟩."""
+    """Multiply the Gram matrix of inputs with the right cotangents, H = (a a'ᵀ) g', and add K = ⟨g, H⟩."""
     height, width, outputs = ordered_pieces(work.plan, left.plan)
     for rows, columns in work.panels():
         i0 = slice(rows.start, rows.stop)
@@ -179,9 +180,9 @@ def _add_carried(
     g1: Tensor,  # (I, T, m, c)
     grams: Tensor,  # (J, I, T, T)
     g2: Tensor,  # (J, m, c, T)
-    target: tuple[Tensor, int],  # (I, m, J, m), and of how many right outputs H may be made at a time
+    target: tuple[Tensor, int],  # (I, m, J, m), and the number of right outputs of H at a time
 ) -> None:
-    """Make H for one right sample after the other: long, thin, and used while it is still in a cache."""
+    """Compute H for one right sample at a time. It is then small enough to be used while it is in the cache."""
     out, step = target
     for j, (gram, g) in enumerate(zip(grams.flatten(1, 2), g2, strict=True)):
         for outputs in slices(g.shape[0], step):
@@ -189,14 +190,14 @@ def _add_carried(
 
 
 def _finished(g1: Tensor, carried: Tensor) -> Tensor:  # (I, m, some m)
-    """Multiply ⟨g, H⟩, H of (I · T, some m · c): a small product per position, then their sum."""
+    """Compute ⟨g, H⟩ for H of shape (I · T, some m · c): one small product per position, then their sum."""
     rows, t, m, c = g1.shape
     products = torch.bmm(g1.view(rows * t, m, c), carried.view(rows * t, -1, c).mT)
     return products.view(rows, t, m, -1).sum(1)
 
 
 def _add_gram(work: _Work, left: PairFactor, right: PairFactor, out: Tensor) -> None:
-    """Multiply Gram matrices of inputs and of cotangents entrywise, K = Σ_tt' (a aᵀ) ∘ (g gᵀ)."""
+    """Multiply the Gram matrices of inputs and of cotangents entrywise, K = Σ_tt' (a a'ᵀ) ∘ (g g'ᵀ)."""
     sizes, m, t = work.plan.sizes, work.plan.num_outputs, left.plan.shape.positions
     per_pair = max(m * m * t * t, left.plan.widest**2)
     width = max(1, sizes.workspace_numbers // (sizes.panel_samples * per_pair))
@@ -218,7 +219,7 @@ def _positions_first(work: _Work, g: Tensor) -> Tensor:  # (samples, m, T, c)
 
 
 def _add_entrywise(work: _Work, grams: Tensor, sides: tuple[Tensor, Tensor], target: Tensor) -> None:
-    """Multiply cotangents with cotangents, and sum with the weights A[i, t, j, t']."""
+    """Multiply cotangents with cotangents, and sum the products with the weights A[i, t, j, t']."""
     (rows, m, t, _), product = sides[0].shape, work.products.rounded
     cols, reduction = len(sides[1]), work.plan.reduction
     if reduction == "none":
@@ -254,14 +255,14 @@ def exact_diagonal(block: BlockFactors) -> Tensor:  # (samples, outputs), float6
 def reduced_diagonal(
     diagonal: Tensor,  # (samples, outputs)
     reduction: Reduction,
-) -> Tensor:  # (rows,), of the reduction `diagonal` (outputs, samples)
-    """Reduce the diagonal as the kernel is reduced."""
+) -> Tensor:  # (rows,), or (outputs, samples) for the reduction `diagonal`
+    """Reduce the diagonal in the same way as the kernel."""
     reduced = {"none": diagonal.flatten(), "trace": diagonal.sum(1), "diagonal": diagonal.mT}[reduction]
     return reduced.contiguous()
 
 
 def _own_gram(pair: PairFactor, index: int) -> Tensor:  # (T, T), float64
-    """Multiply one sample's inputs with themselves."""
+    """Compute the Gram matrix of the inputs of one sample."""
     a = widen(pair.inputs[index])
     if pair.plan.order == "explicit":
         return a.mT @ a

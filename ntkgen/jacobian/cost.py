@@ -4,15 +4,17 @@ For one sample, a layer with T positions contributes to the Jacobian row of outp
 
     J[o] = Σ_t g_o[t] ⊗ a[t],        a: (T, k) inputs,  g_o: (T, c) cotangents,
 
-and to the kernel between two samples ``K[o, o'] = Σ_tt' (a_t · a'_t') (g_ot · g'_o't')``. Three exact orders do it:
+and to the kernel between two samples ``K[o, o'] = Σ_tt' (a_t · a'_t') (g_ot · g'_o't')``. Three exact orders of
+multiplication compute this sum:
 
     explicit    build J on both sides, one matrix product       q m² c k  + building
     gram        A = a a'ᵀ and G = g g'ᵀ, then Σ A ∘ G             q (T² k + m² T² c + m² T²)
     ordered     A = a a'ᵀ, H = A g', then ⟨g, H⟩                  q (T² k + m T² c + m² T c)
 
-multiply-adds per sample pair, for q groups of k inputs and c channels each. Where the inputs are windows of w pixels
-moved in steps of one, A follows from the Gram matrix of the P pixels, ``A[t, t'] = Σ_δ X[t+δ, t'+δ]``, and T² k becomes
-P² k / w. Reductions of the m × m blocks (`trace`, `diagonal`) need m where the whole blocks need m².
+The last column counts the multiply-adds per pair of samples, for q groups of k inputs and c channels each. Some layers
+have inputs that are windows of w pixels with stride 1. Their A follows from the Gram matrix X of the P pixels,
+``A[t, t'] = Σ_δ X[t+δ, t'+δ]``, and T² k becomes P² k / w. For the reductions `trace` and `diagonal` of the m × m
+blocks, m² becomes m.
 """
 
 import dataclasses
@@ -25,10 +27,10 @@ from ntkgen.blocks import Block
 Order = Literal["explicit", "gram", "ordered"]
 ORDERS: tuple[Order, ...] = get_args(Order)
 
-# What is kept of the m × m block of a pair of samples: all of it, its trace, or its diagonal.
+# The stored part of the m × m block of a pair of samples: the whole block, its trace, or its diagonal.
 Reduction = Literal["none", "trace", "diagonal"]
 
-# Bytes of one number of the factors, and of the products, of each precision policy.
+# Bytes of one number of the factors, and of one number of the products, for each precision policy.
 PRECISION_BYTES = {
     "float64": (8, 8),
     "float64-accumulate": (4, 8),
@@ -36,12 +38,12 @@ PRECISION_BYTES = {
     "tf32": (4, 4),
     "bfloat16": (2, 4),
 }
-# Of so many parameters at least kept rows are multiplied at a time.
+# Minimum number of parameters per product of stored rows.
 KEPT_PARAMS = 512
-# So many products are summed in one go at most. A library adds them up one after the other where the result is small:
-# a float32 sum of a million squares has lost two digits, and the diagonal of the kernel is such a sum.
+# Maximum number of products in one sum. If the result is small, libraries add the products one after the other. A
+# float32 sum of a million squares loses two digits in this way, and the diagonal of the kernel is such a sum.
 LONGEST_SUM = 1 << 16
-# How many float64 numbers the Gram matrices of some cotangents may have while the exact diagonal is computed.
+# Maximum number of float64 numbers in the Gram matrices of cotangents while the exact diagonal is computed.
 DIAGONAL_NUMBERS = 1 << 20
 
 
@@ -54,9 +56,9 @@ class LayerShape:
     inputs: int  # k, per group
     channels: int  # c, per group
     groups: int = 1
-    taps: int = 1  # w: the inputs are windows of so many pixels, moved in steps of one; 1: they are not
-    pixels: int = 0  # P: positions of the input that the windows are cut from
-    passes_back: bool = True  # gradients go on to earlier layers; those of the first one stop at its output
+    taps: int = 1  # w: pixels of a window if the inputs are windows of stride 1, otherwise 1
+    pixels: int = 0  # P: positions of the input that the windows are taken from
+    passes_back: bool = True  # whether gradients go on to earlier layers; false for the first layer
 
     @property
     def num_params(self) -> int:
@@ -66,16 +68,16 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is contracted. ``keeps_rows`` says that its Jacobian rows, not its factors, are kept of a block."""
+    """How one layer is contracted. With ``keeps_rows`` a block stores its Jacobian rows instead of its factors."""
 
     shape: LayerShape
     order: Order
     keeps_rows: bool
-    uses_pixels: bool = False  # A from the Gram matrix of pixels; the inputs are kept as pixels
+    uses_pixels: bool = False  # A is computed from the Gram matrix of pixels; the inputs are stored as pixels
 
     @property
     def input_numbers(self) -> int:
-        """Numbers per sample in the inputs as they are kept."""
+        """Numbers per sample in the stored inputs."""
         shape = self.shape
         if self.uses_pixels:
             return shape.groups * shape.pixels * shape.inputs // shape.taps
@@ -97,23 +99,23 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class NetworkProfile:
-    """What a network costs per sample, as integers."""
+    """The sizes of a network that determine its cost per sample, as integers."""
 
     num_outputs: int
     num_params: int
     layers: tuple[LayerShape, ...]
-    dense_params: int  # biases, normalisations and parameters without a rule: always rows
-    fallback: tuple[str, ...]  # the parameters among them that go through autograd
-    activation_numbers: int  # what the graph of one sample keeps for its backward passes
+    dense_params: int  # biases, normalisations and parameters without a rule; they always have rows
+    fallback: tuple[str, ...]  # those of them that are left to autograd
+    activation_numbers: int  # numbers that the graph of one sample keeps for its backward passes
     input_numbers: int
-    num_logits: int  # what the network returns, before an output map
+    num_logits: int  # outputs of the network, before an output map
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a device is, in multiply-adds or numbers per microsecond, by a short measurement (`measure.py`)."""
+    """The speed of a device in multiply-adds or numbers per microsecond, from a short measurement (`measure.py`)."""
 
-    route: str = "mm"  # how large products are made: `torch.mm`, or oneDNN's product
+    route: str = "mm"  # library of large products: `torch.mm` or oneDNN
     product: int = 80_000  # large matrix products
     building: int = 50_000  # Jacobian rows of one sample
     carrying: int = 60_000  # H = A g', long and thin
@@ -126,17 +128,17 @@ USUAL_RATES = Rates()
 
 @dataclass(frozen=True)
 class Sizes:
-    """Into what pieces the work on one block of samples is cut."""
+    """The sizes of the pieces into which the work on one block of samples is cut."""
 
     block_samples: int  # samples whose factors are kept together
-    batch_size: int  # samples in one forward pass; a ragged batch is padded to it
-    panel_samples: int  # rows of a product that are made together; on the diagonal, the step of the staircase
-    workspace_numbers: int  # how many numbers an intermediate of a contraction may have
-    carried_numbers: int  # the same for H, which should stay in a cache
+    batch_size: int  # samples in one forward pass; an incomplete batch is padded to it
+    panel_samples: int  # samples of the rows of a product that are computed together
+    workspace_numbers: int  # maximum number of numbers in an intermediate of a contraction
+    carried_numbers: int  # the same for H, which should fit into a cache
     rows_numbers: int  # the same for Jacobian rows that are built for a product
 
 
-# What suits each device's caches and, of a GPU, its appetite. A batch is not larger than a block.
+# Sizes for each type of device. They suit its caches, and keep a GPU busy. A batch is not larger than a block.
 SIZES = {
     "cpu": Sizes(1, 32, 16, 1 << 22, 5 << 17, 1 << 26),
     "cuda": Sizes(1, 64, 64, 1 << 27, 1 << 26, 1 << 28),
@@ -145,7 +147,7 @@ SIZES = {
 
 
 def sizes_for(device_type: str, block_samples: int, batch_size: int, limit: int | None = None) -> Sizes:
-    """Cut the work on blocks of so many samples as suits a device, no intermediate having more numbers than a limit.
+    """Choose the sizes that suit a device. ``limit`` is the maximum number of numbers in an intermediate.
 
     >>> sizes_for("cpu", 8, 32).batch_size
     8
@@ -164,7 +166,7 @@ def sizes_for(device_type: str, block_samples: int, batch_size: int, limit: int 
 
 @dataclass(frozen=True)
 class JacobianPlan:
-    """Everything that fixes the bits of a block's factors and of a product of two blocks."""
+    """All settings that determine the bits of a block's factors and of a product of two blocks."""
 
     precision: str
     num_outputs: int
@@ -182,24 +184,24 @@ class JacobianPlan:
 
     @property
     def row_numbers(self) -> int:
-        """Numbers per sample in the kept Jacobian rows."""
+        """Numbers per sample in the stored Jacobian rows."""
         kept = sum(plan.shape.num_params for plan in self.layers if plan.keeps_rows)
         return self.num_outputs * (self.dense_params + kept)
 
     @property
     def factor_numbers(self) -> int:
-        """Numbers per sample in everything that is kept of a block."""
+        """Numbers per sample in the stored factors and rows of a block."""
         pairs = (factor_numbers(plan, self.num_outputs) for plan in self.layers if not plan.keeps_rows)
         return self.row_numbers + sum(pairs) + self.num_outputs
 
     @property
     def factor_bytes(self) -> int:
-        """Bytes per sample of everything that is kept of a block."""
+        """Bytes per sample of the stored factors and rows of a block."""
         return self.factor_numbers * PRECISION_BYTES[self.precision][0]
 
     @property
     def pair_macs(self) -> int:
-        """Multiply-adds per pair of samples, without building rows."""
+        """Multiply-adds per pair of samples, without those that build rows."""
         return self.dense_macs + sum(pair_macs(plan, self.num_outputs, self.reduction) for plan in self.layers)
 
     @property
@@ -209,12 +211,12 @@ class JacobianPlan:
 
     @property
     def built_macs(self) -> int:
-        """Multiply-adds per sample and product of blocks for the rows that are built anew for each."""
+        """Multiply-adds per sample that build rows again for each product of blocks."""
         layers = (plan for plan in self.layers if plan.order == "explicit" and not plan.keeps_rows)
         return sum(building_macs(plan.shape, self.num_outputs) for plan in layers)
 
     def panels(self, rows: int, cols: int, *, is_diagonal: bool) -> Iterator[tuple[Block, Block]]:
-        """Cut a product of so many by so many samples into panels; on the diagonal, those above the staircase.
+        """Cut a product into panels of rows. On the diagonal a panel has only the columns from its first row on.
 
         >>> plan = JacobianPlan("float32", 1, (), 0, (), Sizes(4, 4, 2, 1, 1, 1))
         >>> [(len(rows), len(cols)) for rows, cols in plan.panels(4, 4, is_diagonal=True)]
@@ -229,7 +231,7 @@ class JacobianPlan:
 
 
 def block_products(num_outputs: int, reduction: Reduction) -> int:
-    """Count the products of rows that one pair of samples needs."""
+    """Count the products of Jacobian rows that one pair of samples needs."""
     return num_outputs**2 if reduction == "none" else num_outputs
 
 
@@ -251,7 +253,7 @@ def pair_macs(plan: LayerPlan, num_outputs: int, reduction: Reduction = "none") 
 
 
 def factor_numbers(plan: LayerPlan, num_outputs: int) -> int:
-    """Count the numbers in a layer's inputs and cotangents of one sample, as they are kept.
+    """Count the numbers in the stored inputs and cotangents of a layer for one sample.
 
     >>> factor_numbers(LayerPlan(LayerShape("fc", positions=1, inputs=84, channels=10), "gram", keeps_rows=False), 10)
     184
@@ -266,25 +268,25 @@ def building_macs(shape: LayerShape, num_outputs: int) -> int:
 
 
 def pass_macs(profile: NetworkProfile) -> int:
-    """Count the multiply-adds of one sample's passes through its layers, one forward and m back to their outputs."""
+    """Count the multiply-adds of one sample's forward pass and of its m backward passes to the layers' outputs."""
     m = profile.num_outputs
     return sum(shape.positions * shape.num_params * (1 + m * shape.passes_back) for shape in profile.layers)
 
 
 def factor_macs(profile: NetworkProfile, plan: JacobianPlan) -> int:
-    """Count the multiply-adds of one sample's factors: its passes, and the kept rows."""
+    """Count the multiply-adds of one sample's factors: its passes and its stored rows."""
     kept = (building_macs(layer.shape, plan.num_outputs) for layer in plan.layers if layer.keeps_rows)
     return pass_macs(profile) + sum(kept)
 
 
 def product_macs(plan: JacobianPlan, rows: int, cols: int, *, is_diagonal: bool) -> int:
-    """Count the multiply-adds of a product of two blocks of samples, rows that are built for it included."""
+    """Count the multiply-adds of a product of two blocks of samples, including the rows that are built for it."""
     sides = rows if is_diagonal else rows + cols
     return plan.computed_pairs(rows, cols, is_diagonal=is_diagonal) * plan.pair_macs + sides * plan.built_macs
 
 
 def contraction_numbers(plan: JacobianPlan) -> int:
-    """Count the numbers that a product of two blocks needs beside its result, at the worst of its layers."""
+    """Count the numbers that a product of two blocks needs besides its result, for the layer that needs the most."""
     sizes, m, block = plan.sizes, plan.num_outputs, plan.sizes.block_samples
     width = kept_width(plan, block)
     kept = (2 * block + sizes.panel_samples) * m * width if plan.row_numbers else 0
@@ -293,7 +295,7 @@ def contraction_numbers(plan: JacobianPlan) -> int:
 
 
 def _layer_numbers(plan: JacobianPlan, layer: LayerPlan) -> int:
-    """Count the numbers of one layer's intermediates, which `contract` cuts in the same way."""
+    """Count the numbers of one layer's intermediates. `contract` cuts them in the same way."""
     sizes, m, shape = plan.sizes, plan.num_outputs, layer.shape
     panel, t, c, k = sizes.panel_samples, shape.positions, shape.channels, shape.inputs
     if layer.order == "explicit":
@@ -312,13 +314,13 @@ def _layer_numbers(plan: JacobianPlan, layer: LayerPlan) -> int:
 
 
 def kept_width(plan: JacobianPlan, samples: int) -> int:
-    """Cut kept rows of so many samples: the parameters that are multiplied at a time."""
+    """Choose the number of parameters per product of stored rows."""
     width = max(KEPT_PARAMS, plan.sizes.rows_numbers // (2 * samples * plan.num_outputs))
     return max(1, min(width, LONGEST_SUM // _summed_outputs(plan)))
 
 
 def built_channels(plan: JacobianPlan, layer: LayerPlan, per_channel: int) -> int:
-    """Cut rows that are built for a product, of so many numbers per channel: the channels that are built at a time."""
+    """Choose the number of channels whose rows are built at a time, from the numbers per channel."""
     longest = LONGEST_SUM // (layer.shape.inputs * _summed_outputs(plan))
     return max(1, min(plan.sizes.rows_numbers // per_channel, longest))
 
@@ -328,7 +330,7 @@ def _summed_outputs(plan: JacobianPlan) -> int:
 
 
 def ordered_pieces(plan: JacobianPlan, layer: LayerPlan) -> tuple[int, int, int]:
-    """Cut the ordered contraction of a layer: left samples, right samples, and right outputs of H at a time."""
+    """Choose the left samples, the right samples and the right outputs of H per step of an ordered contraction."""
     sizes, m, shape = plan.sizes, plan.num_outputs, layer.shape
     one_output = shape.positions * shape.channels
     height = min(sizes.panel_samples, max(1, sizes.carried_numbers // (m * one_output)))
@@ -338,7 +340,7 @@ def ordered_pieces(plan: JacobianPlan, layer: LayerPlan) -> tuple[int, int, int]
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
-    """Cut a range into slices of at most so many, but of one at least.
+    """Cut a range into slices of at most ``step`` numbers; a step below one counts as one.
 
     >>> [(part.start, part.stop) for part in slices(5, 2)]
     [(0, 2), (2, 4), (4, 5)]

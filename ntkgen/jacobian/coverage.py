@@ -1,4 +1,4 @@
-"""Rules held against autograd by value: the gradient of Σ_io w_io f_o(x_i) as the rules give it, and as it is.
+"""The comparison of layer rules with autograd, by the value of the gradient of Σ_io w_io f_o(x_i).
 
 The weights w are Gaussian, one for each sample and output. The gradient is linear in the rows of the Jacobian, so a
 wrong row changes it. A row that belongs to another sample changes it too, because the samples have different weights.
@@ -14,28 +14,32 @@ from torch import Tensor, nn
 
 from ntkgen.jacobian.capture import weighted_sum
 
-# How far a rule's rows may be from autograd's, relative to their norm, by the dtype of what is kept of a sample. Wrong
-# rules are off by per cents. Both sides come from one forward pass, so that no unit changes its sign between them.
+# Maximum difference between the rows of a rule and those of autograd, relative to their norm, for each dtype of the
+# factors. Wrong rules differ by at least a few per cent. Both sides use the same forward pass, so no unit changes its
+# sign between them.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2e-2}
-# A gradient that is zero but for rounding is judged by this part of the gradient of all parameters together.
+# Minimum scale of a comparison, as a fraction of the norm of the gradient of all parameters. Without a minimum, the
+# rounding of a gradient that should be zero would count as a difference.
 SCALE_FLOOR = 1e-3
-# A weight matrix is compared by its products with so many random vectors: the whole of it costs as much as a backward
-# pass. With two of them a wrong matrix of rank one is missed once in a million times.
+# Number of random vectors with which the gradient of a weight matrix is multiplied before the comparison. A comparison
+# of the whole matrix costs as much as a backward pass. With two vectors, one of a million wrong matrices of rank one is
+# missed.
 NUM_DIRECTIONS = 2
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What a rule says of the gradient of one parameter.
+    """The gradient of one parameter that follows from its rule.
 
-    ``value`` is the flattened gradient; with ``directions`` it is the products of a weight matrix's gradient with them.
+    ``value`` is the flattened gradient. With ``directions`` it is the product of a weight matrix's gradient with these
+    vectors.
     """
 
     value: Tensor  # (parameter,), or (groups, channels, directions)
     directions: Tensor | None = None  # (groups, inputs, directions)
 
     def compare(self, grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Give the norm of the difference from autograd's gradient, and the norm of that."""
+        """Return the norm of the difference from autograd's gradient, and the norm of autograd's gradient."""
         if grad is None:
             return self.value.norm(), torch.zeros_like(self.value.norm())
         expected, norm = grad.flatten(), grad.norm()
@@ -49,7 +53,7 @@ class Claim:
 
 
 def draw_weights(outputs: Tensor, count: int) -> Tensor:  # (samples, outputs)
-    """Draw a weight for each of the first ``count`` samples and each output; those of the padding are zero."""
+    """Draw a weight for each of the first ``count`` samples and each output. The weights of the padding are zero."""
     generator = torch.Generator("cpu").manual_seed(0)
     drawn = torch.randn(count, outputs.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     weights = torch.zeros_like(outputs)
@@ -58,7 +62,7 @@ def draw_weights(outputs: Tensor, count: int) -> Tensor:  # (samples, outputs)
 
 
 def draw_directions(groups: int, inputs: int, like: Tensor) -> Tensor:  # (groups, inputs, directions)
-    """Draw the vectors with which a weight matrix is multiplied."""
+    """Draw the vectors with which the gradient of a weight matrix is multiplied."""
     generator = torch.Generator("cpu").manual_seed(1)
     drawn = torch.randn(groups, inputs, NUM_DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.to(like.device, like.dtype)
@@ -74,10 +78,10 @@ def rows_product(
 
 @dataclass(frozen=True)
 class Findings:
-    """What one backward pass through the whole network shows of its parameters."""
+    """The result of one backward pass through the whole network."""
 
-    reached: frozenset[str]  # a gradient comes to them
-    disproved: frozenset[str]  # their rule says something else than autograd
+    reached: frozenset[str]  # parameters that get a gradient
+    disproved: frozenset[str]  # parameters whose rule disagrees with autograd
 
 
 def hold_against_autograd(
@@ -87,22 +91,22 @@ def hold_against_autograd(
     claims: Mapping[str, Claim],
     tolerance: float,
 ) -> Findings:
-    """Compare the claims with the gradients of Σ w f with respect to some parameters; frees the graph.
+    """Compare the claims with the gradients of Σ w f with respect to some parameters, and free the graph.
 
-    All gradients together are as large as the network, and go unused: each is dropped as soon as it has been seen.
+    All gradients together are as large as the network. Each is therefore freed directly after its comparison.
     """
     compared: dict[str, tuple[Tensor, Tensor]] = {}
     reached = set()
     with ExitStack() as stack:
         for name, param in params.items():
 
-            def see(param: Tensor, name: str = name) -> None:
+            def compare(param: Tensor, name: str = name) -> None:
                 reached.add(name)
                 if name in claims:
                     compared[name] = claims[name].compare(param.grad)
                 param.grad = None
 
-            stack.callback(param.register_post_accumulate_grad_hook(see).remove)
+            stack.callback(param.register_post_accumulate_grad_hook(compare).remove)
         if outputs.requires_grad and params:
             weighted_sum(outputs, weights).backward(inputs=list(params.values()))
     compared |= {name: claim.compare(None) for name, claim in claims.items() if name not in compared}
@@ -110,10 +114,10 @@ def hold_against_autograd(
 
 
 def _beyond(compared: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> Iterator[str]:
-    """Name what differs by more than the tolerance, relative to its norm or to a part of the norm of all."""
+    """List the parameters that differ by more than the tolerance, relative to their norm or the norm of all."""
     if not compared:
         return
     errors, norms = (torch.stack(each).cpu().double() for each in zip(*compared.values(), strict=True))
     scale = torch.maximum(norms, SCALE_FLOOR * norms.norm())
-    holds: list[bool] = (errors <= tolerance * scale).tolist()  # false for what is not a number
+    holds: list[bool] = (errors <= tolerance * scale).tolist()  # false for NaN
     yield from (name for name, is_close in zip(compared, holds, strict=True) if not is_close)

@@ -23,7 +23,7 @@ from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.probe import in_turns
 
-# Blocks of at most this many bytes of factors, two at a time, keep any batch in bounded memory.
+# Maximum bytes of the factors of a block. Two blocks are in memory at a time.
 BLOCK_BYTES = 4 << 30
 BATCH_SIZE = 32
 
@@ -39,19 +39,19 @@ def ntk(
 ) -> Tensor:  # (n₁ m, n₂ m)
     """Compute the empirical neural tangent kernel of two batches, K = J₁ J₂ᵀ, exactly up to rounding.
 
-    Rows and columns are sample-major: ``row = sample · m + output``. Without ``x2`` the kernel of ``x1`` with itself is
-    computed once per pair, and is exactly symmetric. The module is copied and never changed; the copy is in evaluation
-    mode. The result lies on the module's device.
+    Rows and columns are sample-major: ``row = sample · m + output``. Without ``x2`` the kernel is that of ``x1`` with
+    itself. Each pair of samples is then computed once, and the result is exactly symmetric. The module is copied and
+    never changed. The copy is in evaluation mode. The result is on the module's device.
 
     Args:
         model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
         x1: The samples of the rows: a tensor, a NumPy array or nested lists of numbers.
-        x2: The samples of the columns; those of the rows where it is left out.
-        output: What is differentiated (`ntkgen.jacobian.outputs.output_map`): ``full``, ``sum``, ``centered`` (m - 1
-            contrasts) or ``index:K``; or what is kept of each m × m block: ``trace``, for a result (n₁, n₂), or
-            ``diagonal``, for (m, n₁, n₂).
+        x2: The samples of the columns. By default these are the samples of the rows.
+        output: The output map (`ntkgen.jacobian.outputs.output_map`). ``full``, ``sum``, ``centered`` (m - 1 contrasts)
+            and ``index:K`` choose the outputs that are differentiated. ``trace`` and ``diagonal`` reduce each m × m
+            block. The shape of the result is then (n₁, n₂) or (m, n₁, n₂).
         precision: The policy: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
-        orders: One order of multiplication per layer with a weight matrix, instead of the cheapest.
+        orders: One order of multiplication per layer with a weight matrix. By default the fastest order is chosen.
 
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4; Novak, Sohl-Dickstein, Schoenholz (2022),
@@ -61,7 +61,7 @@ def ntk(
         InputError: If a batch is empty, or not real numbers.
         ShapeError: If the batches hold samples of different shapes.
         ModelError: If the kernel of this network is not defined.
-        UnknownNameError: If there is no such precision, output or order.
+        UnknownNameError: If a precision, output or order has an unknown name.
 
     >>> import torch
     >>> x = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
@@ -71,17 +71,17 @@ def ntk(
     """
     _check_orders(orders)
     rows, columns = checked_batches(x1, x2)
-    asked = Request(output, precision, tuple(orders))
+    request = Request(output, precision, tuple(orders))
     while True:
         try:
-            return compute_ntk(plan_ntk(model, rows, columns, asked))
-        except RuleError as error:  # some batch has shown that a rule does not hold: begin again without it
-            asked = dataclasses.replace(asked, excluded=more_excluded(asked.excluded, error))
+            return compute_ntk(plan_ntk(model, rows, columns, request))
+        except RuleError as error:  # a rule does not hold for some batch: begin again without this rule
+            request = dataclasses.replace(request, excluded=more_excluded(request.excluded, error))
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: the output, the precision policy, orders of multiplication, and parameters without a rule."""
+    """A requested kernel: its output, precision policy, orders of multiplication, and parameters left to autograd."""
 
     output: str = "full"
     precision: str = "float32"
@@ -95,13 +95,13 @@ class DensePlan:
 
     network: Network
     jacobian: JacobianPlan
-    x: Tensor  # the samples of rows and columns, one after the other
+    x: Tensor  # the samples of the rows, then the samples of the columns
     rows: list[Block]
     columns: list[Block]
 
     @property
     def macs(self) -> int:
-        """Count the multiply-adds in all: factors, as often as they are computed, and products of blocks."""
+        """Count all multiply-adds: those of the factors, including repeated ones, and those of the products."""
         pairs = list(block_pairs(self.rows, self.columns))
         computed = count_samples(2, [([], (block for pair in pairs for block in pair))])
         products = (product_macs(self.jacobian, len(i), len(j), is_diagonal=i == j) for i, j in pairs)
@@ -114,11 +114,11 @@ def plan_ntk(
     x2: Tensor | None = None,
     asked: Request = Request(),
 ) -> DensePlan:
-    """Prepare a network and plan the kernel of two batches, in the largest blocks that fit the bound."""
+    """Prepare a network and plan the kernel of two batches, in the largest blocks of at most `BLOCK_BYTES`."""
     x = x1 if x2 is None else torch.cat([x1, x2])
     probe = in_turns(x1, x2)
     network, chosen = prepare_mapped(model, probe, asked.precision, asked.output, excluded=asked.excluded)
-    with alone():  # a measurement
+    with alone():  # other threads would disturb the measurement
         rates = rates_of(network.device, asked.precision)
 
     def planned(block: int) -> JacobianPlan:
@@ -142,7 +142,7 @@ def plan_ntk(
 
 
 def compute_ntk(plan: DensePlan) -> Tensor:
-    """Compute what `plan_ntk` has planned."""
+    """Compute a planned kernel."""
 
     def factors(block: Block) -> BlockFactors:
         return compute_factors(plan.network, plan.jacobian, plan.x[block.start : block.stop])

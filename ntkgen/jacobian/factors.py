@@ -1,4 +1,4 @@
-"""What is kept of a block of samples: dense Jacobian rows, or (inputs, cotangents), per layer."""
+"""The stored factors of a block of samples: Jacobian rows, or inputs and cotangents, for each layer."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from ntkgen.jacobian.windows import Windows
 class PairFactor:
     """The inputs and cotangents of one layer, or of one of its groups, without the axis of groups.
 
-    Positions come last where rows are built of them, and before the numbers of one position where they are multiplied
-    with other positions.
+    For the order ``explicit``, which builds rows, the axis of positions is the last axis of the inputs. For the other
+    orders, which multiply positions with positions, it comes before the axis of inputs.
     """
 
     plan: LayerPlan
@@ -29,7 +29,7 @@ class PairFactor:
 
 @dataclass(frozen=True)
 class BlockFactors:
-    """Everything that is kept of a block of samples: what its products with other blocks are made of."""
+    """All stored factors of a block of samples, from which its products with other blocks are computed."""
 
     logits: Tensor  # (samples, logits)
     rows: Tensor  # (samples, outputs, row parameters)
@@ -40,7 +40,7 @@ class BlockFactors:
         return len(self.logits)
 
     def repeated(self, samples: int) -> "BlockFactors":
-        """Repeat the samples until there are this many: a block of the same size to multiply, without its passes."""
+        """Repeat the samples up to a number. A measurement of products then needs no passes for a whole block."""
 
         def repeat(values: Tensor) -> Tensor:
             return values.repeat(-(-samples // len(values)), *[1] * (values.ndim - 1))[:samples].contiguous()

@@ -1,8 +1,8 @@
-"""The proof of what products with the kernel rely on: samples are treated one by one, and backward passes are linear.
+"""The check of two assumptions of products with the kernel: samples are independent, and backward passes are linear.
 
-A product J₁ (J₂ᵀ V) runs the network on whole batches, and J of a batch is that of its samples only where the network
-does not mix them. What holds for the few samples that a network was tried on need not hold for the next batch: a
-network may drop what exceeds the capacity of an expert, or average over some samples. So every batch is tried.
+A product J₁ (J₂ᵀ V) runs the network on whole batches. The Jacobian of a batch consists of those of its samples only if
+the network does not mix samples. The trial of a network (`probe.py`) uses only a few samples. A network may average
+over some samples, or drop tokens that exceed the capacity of an expert. Every batch is therefore checked.
 """
 
 import math
@@ -18,11 +18,11 @@ from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.probe import require_same_outputs
 from ntkgen.jacobian.reals import real_numbers
 
-# How far a sum of gradients may be from the gradient of the sum, relative to its norm for each parameter …
+# Maximum difference between a sum of gradients and the gradient of the sum, relative to the norm for each parameter.
 TOLERANCES = {torch.float32: 3e-3, torch.float64: 1e-9}
-# … and to that of all parameters, where a gradient is zero but for rounding.
+# Additional difference, relative to the norm of all gradients, for a gradient that would be zero without rounding.
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
-# The second of the two cotangents is larger by this factor, so that a gradient that is clipped shows.
+# Ratio of the second cotangent to the first. A clipped gradient is then not linear.
 SCALE = 10.0
 
 # One gradient per trainable parameter, as real numbers.
@@ -30,13 +30,13 @@ Gradients = list[Tensor]
 
 
 def has_own_gradients(module: nn.Module, batch: Tensor) -> bool:
-    """Say whether the gradient of each sample is its own in this batch, as it is alone.
+    """Check whether the gradient of each sample in this batch equals its gradient alone.
 
-    It is not where an embedding divides by how often a token occurs, or where a mean over the batch is detached. Then
-    the samples must be run one at a time. A batch whose outputs depend on each other is refused.
+    The gradients differ if an embedding divides by the frequency of a token, or if a mean over the batch is detached.
+    The samples must then be run one at a time. A batch in which outputs depend on other samples is refused.
 
-    With random cotangents u and v the gradient of ⟨u + v, f⟩ over the batch must be the sum of those of ⟨u, f⟩ and
-    ⟨v, f⟩ over smaller batches, of about √b of the b samples in random order.
+    For random cotangents u and v, the gradient of ⟨u + v, f⟩ over the batch is compared with the sum of the gradients
+    of ⟨u, f⟩ and ⟨v, f⟩ over smaller batches. These have about √b of the b samples, in random order.
 
     Raises:
         DivergedError: If outputs are not finite.
@@ -65,15 +65,15 @@ def _gradients(module: nn.Module, outputs: Tensor, weights: Tensor, *, retain: b
     params = [param for param in module.parameters() if param.requires_grad]
     if not outputs.requires_grad:
         return [torch.zeros_like(real_numbers(param.detach())) for param in params]
-    found = torch.autograd.grad(weighted_sum(outputs, weights), params, retain_graph=retain, allow_unused=True)
+    grads = torch.autograd.grad(weighted_sum(outputs, weights), params, retain_graph=retain, allow_unused=True)
     return [
         torch.zeros_like(real_numbers(param.detach())) if grad is None else real_numbers(grad.to_dense())
-        for param, grad in zip(params, found, strict=True)
+        for param, grad in zip(params, grads, strict=True)
     ]
 
 
 def _differ(found: Gradients, expected: Gradients) -> bool:
-    """Compare each parameter's gradient: a small one may be wrong beside a large one that is right."""
+    """Compare gradients parameter by parameter, so that a large correct gradient does not hide a small wrong one."""
     dtype = expected[0].dtype
     norms = torch.stack([part.double().norm() for part in expected])
     differences = torch.stack([(one - other).double().norm() for one, other in zip(found, expected, strict=True)])
@@ -82,16 +82,16 @@ def _differ(found: Gradients, expected: Gradients) -> bool:
 
 
 def _require_linear(module: nn.Module, batch: Tensor, cotangents: tuple[Tensor, Tensor], whole: Gradients) -> None:
-    """Refuse a backward pass that is not linear: the batch is the same, and the cotangents come one by one.
+    """Refuse a backward pass that is not linear. The same batch is differentiated for each cotangent separately.
 
     Raises:
-        ModelError: If it is not.
+        ModelError: If the gradient of the sum is not the sum of the gradients.
     """
     outputs = outputs_of(module, batch)
     first, second = (_gradients(module, outputs, weights, retain=True) for weights in cotangents)
     if _differ([one + other for one, other in zip(first, second, strict=True)], whole):
         raise ModelError(
             "The network's backward pass is not linear: the gradient of a sum of outputs was expected to be the sum of "
-            "their gradients, and is not. Is a gradient clipped, normalised or rounded within the network, by an "
-            "autograd.Function or a hook? Remove that: the Jacobian of such a network is not defined."
+            "their gradients, and is not. Does an autograd.Function or a hook clip, normalise or round a gradient? "
+            "Remove it, because the Jacobian of such a network is not defined."
         )

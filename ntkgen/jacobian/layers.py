@@ -1,7 +1,7 @@
-"""The rule of each layer type: how inputs and cotangents become factors.
+"""The rule of each layer type, which computes factors from the inputs and cotangents of a layer.
 
-A layer's weight matrix has, for one sample and output o, the Jacobian row ``Σ_t g_o[t] ⊗ a[t]``; a rule says what the
-inputs a and the cotangents g are. Its other parameters are vectors, with rows that are sums over positions.
+For one sample and output o, the Jacobian row of a layer's weight matrix is ``Σ_t g_o[t] ⊗ a[t]``. A rule computes the
+inputs a and the cotangents g. The other parameters of a layer are vectors. Their rows are sums over positions.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ def _always(_module: nn.Module) -> bool:
 class LayerRule:
     """How the parameters of one layer type appear in the Jacobian.
 
-    ``inputs`` maps the layer's input to (samples, groups, positions, k) and ``cotangents`` the gradient of its output
-    to (samples, groups, positions, c), such that the row of ``matrix``, flattened, is Σ_t g[t] ⊗ a[t], group by group.
-    ``vectors`` maps each other parameter to a function of (module, input, gradient) that gives its rows
-    (samples, parameter). ``applies`` says whether the rule holds for a module as it is configured, where a few
-    samples might not show that it does not.
+    ``inputs`` maps the layer's input to a: (samples, groups, positions, k). ``cotangents`` maps the gradient of its
+    output to g: (samples, groups, positions, c). The flattened row of ``matrix`` is Σ_t g[t] ⊗ a[t], group by group.
+    ``vectors`` maps each other parameter to a function of (module, input, gradient) that returns its rows
+    (samples, parameter). ``applies`` decides by the configuration of a module whether the rule holds. It is needed
+    only if a few samples might not reveal a wrong rule.
     """
 
     matrix: str | None = None
@@ -52,12 +52,12 @@ class LayerRule:
 
 
 def _positions_of_vectors(_module: nn.Module, x: Tensor) -> Tensor:
-    """Make every leading axis but the samples' a position: a linear layer's inputs, and its cotangents."""
+    """Flatten all axes between the first and the last to positions, for the inputs and cotangents of a linear layer."""
     return x.reshape(x.shape[0], 1, -1, x.shape[-1])
 
 
 def _sum_to_channels_last(_module: nn.Module, _x: Tensor, grad: Tensor) -> Tensor:
-    """Sum over every axis but samples and the last: the bias of a linear layer."""
+    """Sum over all axes except the samples and the last axis, for the bias of a linear layer."""
     return grad.flatten(1, -2).sum(1) if grad.ndim > 2 else grad
 
 
@@ -65,10 +65,10 @@ def _sum_to_channels_last(_module: nn.Module, _x: Tensor, grad: Tensor) -> Tenso
 
 
 def _convolution_inputs(module: nn.Module, x: Tensor) -> Tensor:
-    """Lay the window of every output position out in the order of the flattened weight, (c_in / groups, *kernel).
+    """Arrange the window of each output position in the order of the flattened weight, (c_in / groups, *kernel).
 
-    The windows are a view of the padded input, copied once, with the positions innermost (where memory is contiguous):
-    up to five times faster than im2col, and a 1 × 1 kernel of stride 1 copies nothing.
+    The windows are a view of the padded input. They are copied once, with positions as the contiguous axis. This is up
+    to five times faster than im2col. A 1 × 1 kernel of stride 1 needs no copy.
     """
     assert isinstance(module, Convolution)
     axes = x.ndim - 2
@@ -84,7 +84,7 @@ def _convolution_inputs(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def padding_of(module: Convolution) -> list[tuple[int, int]]:  # (before, after) of each axis
-    """Read how a convolution pads, as torch does when it is called; an odd total of "same" has one more at the end.
+    """Return the padding of a convolution. For "same", an odd total has one more zero at the end, as in torch.
 
     >>> padding_of(nn.Conv2d(1, 1, (4, 3), padding="same"))
     [(1, 2), (1, 1)]
@@ -98,7 +98,7 @@ def padding_of(module: Convolution) -> list[tuple[int, int]]:  # (before, after)
 
 
 def padded(module: Convolution, x: Tensor) -> Tensor:
-    """Pad an input as a convolution does; where it does not, the input itself."""
+    """Pad an input as a convolution does. Without padding, return the input itself."""
     pads = [pad for sides in reversed(padding_of(module)) for pad in sides]  # torch names the last axis first
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, pads, mode=mode) if any(pads) else x
@@ -110,7 +110,7 @@ def _convolution_cotangents(module: nn.Module, grad: Tensor) -> Tensor:
 
 
 def _sum_to_channels_first(_module: nn.Module, _x: Tensor, grad: Tensor) -> Tensor:
-    """Sum over every axis but samples and the first after it: the bias of a convolution or a batch norm."""
+    """Sum over all axes except the first two, for the bias of a convolution or a batch norm."""
     return grad.flatten(2).sum(2) if grad.ndim > 2 else grad
 
 
@@ -118,7 +118,7 @@ def _sum_to_channels_first(_module: nn.Module, _x: Tensor, grad: Tensor) -> Tens
 
 
 def _affine(normalise: Normalise, total: Rows) -> LayerRule:
-    """Make the rule of y = γ ∘ x̂ + β: the rows are Σ_t g[t] ∘ x̂[t] for γ and Σ_t g[t] for β."""
+    """Build the rule of y = γ ∘ x̂ + β. The rows are Σ_t g[t] ∘ x̂[t] for γ and Σ_t g[t] for β."""
     return LayerRule(vectors={"weight": partial(_weighted_total, normalise, total), "bias": total})
 
 
@@ -136,7 +136,7 @@ def _by_running_statistics(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _by_instance(module: nn.Module, x: Tensor) -> Tensor:
-    """Normalise every channel of every sample by itself, or by running statistics where they are tracked."""
+    """Normalise each channel of each sample separately, or by running statistics if these are tracked."""
     assert isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d)
     return _by_running_statistics(module, x) if module.track_running_stats else F.instance_norm(x, eps=module.eps)
 
@@ -157,7 +157,7 @@ def _by_mean_square(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _sum_to_normalised(module: nn.Module, _x: Tensor, grad: Tensor) -> Tensor:
-    """Sum over every axis but samples and the last ones, which are normalised."""
+    """Sum over all axes except the samples and the normalised axes, which are the last ones."""
     assert isinstance(module, nn.LayerNorm | nn.RMSNorm)
     return grad.reshape(len(grad), -1, math.prod(module.normalized_shape)).sum(1)
 
@@ -166,9 +166,10 @@ def _sum_to_normalised(module: nn.Module, _x: Tensor, grad: Tensor) -> Tensor:
 
 
 def _embedding_rows(module: nn.Module, tokens: Tensor, grad: Tensor) -> Tensor:
-    """Add the gradient at every position to the row of its token, Σ_t e[token t] ⊗ g[t]; padding gets none.
+    """Add the gradient at each position to the row of its token, Σ_t e[token t] ⊗ g[t]. The padding token gets zero.
 
-    As torch does for the whole batch, so that it is as reproducible: here every sample has a table of its own.
+    The function of torch that adds gradients for a whole batch is called with a separate table for each sample. The
+    result is therefore as reproducible as a gradient of torch.
     """
     assert isinstance(module, nn.Embedding)
     samples, size = len(tokens), module.num_embeddings
@@ -186,7 +187,7 @@ def _embedding_rows(module: nn.Module, tokens: Tensor, grad: Tensor) -> Tensor:
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:
-    """Say no where autograd's gradient is sparse, or scaled by frequency, or the weights change as they are read."""
+    """Return whether the gradient is dense and not scaled by frequency, and a forward pass keeps the weights."""
     assert isinstance(module, nn.Embedding)
     return module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
 
@@ -219,18 +220,18 @@ RULES: dict[type[nn.Module], LayerRule] = {
 
 
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
-    """Treat every module of exactly this type by a rule, in place of autograd or of the rule there was.
+    """Apply a rule to every module of exactly this type, instead of autograd or of an earlier rule.
 
-    Whether the rule holds is checked by value against autograd, for every network and parameter: on a few samples, and
-    then on every batch. A parameter for which it does not is computed as if there were no rule, which is slower and as
+    The rule is compared by value with autograd, for every network and parameter: on a few samples first, and then on
+    every batch. If it does not hold for a parameter, this parameter is left to autograd, which is slower and equally
     exact.
 
     Args:
-        module_type: The layer's class. A subclass of it needs a rule of its own, as it may compute something else.
-        rule: What its inputs, cotangents and vectors are.
+        module_type: The layer's class. A subclass needs its own rule, because it may compute something else.
+        rule: The functions that compute its inputs, cotangents and vectors.
 
     Raises:
-        InputError: If the type is not a module's, or the rule is not one, or lacks a function that it needs.
+        InputError: If the type is not a module class, the rule is not a `LayerRule`, or the rule lacks a function.
 
     A layer y = γ ∘ x has the row Σ_t g[t] ∘ x[t]:
 
@@ -248,19 +249,19 @@ def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise InputError(
-            f"A rule is registered for a type of layer: expected a subclass of torch.nn.Module, found {module_type!r}. "
-            "Was a module passed in place of its class? Pass type(module)."
+            f"A rule needs a type of layer: expected a subclass of torch.nn.Module, found {module_type!r}. "
+            "Was a module passed instead of its class? Pass type(module)."
         )
     if not isinstance(rule, LayerRule):
         raise InputError(
             f"The rule of {module_type.__name__} must be a LayerRule, and is a {type(rule).__name__}: {rule!r}. Was "
-            "one of its functions passed alone? Wrap it, as in LayerRule(vectors={'weight': rows})."
+            "one of its functions passed alone? Pass for example LayerRule(vectors={'weight': rows})."
         )
     if rule.matrix is not None and _never in {rule.inputs, rule.cotangents}:
         raise InputError(
-            f"The rule of {module_type.__name__} names the weight matrix {rule.matrix!r}, for which both inputs and "
-            "cotangents are expected, and lacks one of them. Is the parameter a vector? Give LayerRule both functions, "
-            "or name the parameter in vectors."
+            f"The rule of {module_type.__name__} has the weight matrix {rule.matrix!r}: expected the functions inputs "
+            "and cotangents, found that one of the two is missing. Is the parameter a vector? Give LayerRule both "
+            "functions, or list the parameter in vectors."
         )
     RULES[module_type] = rule
 
@@ -270,7 +271,7 @@ def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with a rule, and those of its trainable parameters that the rule treats."""
+    """A module with a rule, and its trainable parameters that the rule treats."""
 
     name: str
     module: nn.Module
@@ -279,41 +280,41 @@ class Layer:
     vectors: tuple[str, ...]
 
     def full_name(self, param: str) -> str:
-        """Name a parameter as `nn.Module.named_parameters` does."""
+        """Return the name of a parameter in `nn.Module.named_parameters`."""
         return f"{self.name}.{param}" if self.name else param
 
     def params(self) -> Iterator[str]:
-        """Name the treated parameters, relative to the module: the matrix first, then the vectors."""
+        """List the names of the treated parameters within the module: the matrix first, then the vectors."""
         if self.has_matrix:
             assert self.rule.matrix is not None
             yield self.rule.matrix
         yield from self.vectors
 
     def without(self, excluded: Collection[str]) -> "Layer":
-        """Drop the parameters of these full names."""
+        """Remove the parameters with these full names."""
         kept = {param for param in self.params() if self.full_name(param) not in excluded}
         vectors = tuple(vector for vector in self.vectors if vector in kept)
         return dataclasses.replace(self, has_matrix=self.rule.matrix in kept, vectors=vectors)
 
 
 def sum_over_uses(parts: Iterable[Tensor]) -> Tensor:
-    """Add up what the uses of a layer contribute; of one use, that itself."""
+    """Add the contributions of the uses of a layer. A single contribution is returned without a copy."""
     first, *others = parts
     return torch.stack([first, *others]).sum(0) if others else first
 
 
 def layers_with_rules(module: nn.Module) -> Iterator[Layer]:
-    """Find the modules with a rule. A parameter that two modules own is tied, and belongs to neither."""
+    """Find the modules with a rule. A parameter of two modules is tied, and is treated in neither."""
     owners = Counter(id(param) for child in module.modules() for param in child.parameters(recurse=False))
     for name, child in module.named_modules():
         rule = RULES.get(type(child))  # the exact type: a subclass may compute something else
         if rule is None or not rule.applies(child):
             continue
-        own = {
+        untied = {
             n
             for n, p in child.named_parameters(recurse=False)
-            if p.requires_grad and owners[id(p)] == 1 and not p.is_complex()  # no rule is made for complex numbers
+            if p.requires_grad and owners[id(p)] == 1 and not p.is_complex()  # rules assume real numbers
         }
-        layer = Layer(name, child, rule, rule.matrix in own, tuple(v for v in rule.vectors if v in own))
+        layer = Layer(name, child, rule, rule.matrix in untied, tuple(v for v in rule.vectors if v in untied))
         if any(layer.params()):
             yield layer

@@ -1,4 +1,4 @@
-"""How fast the device at hand multiplies, measured once and remembered per device and version of torch."""
+"""The measured speed of a device. It is measured once for each device and version of torch, and stored in a file."""
 
 import contextlib
 import dataclasses
@@ -22,10 +22,10 @@ TRIALS = 5
 
 @cache
 def rates_of(device: torch.device, precision: str) -> Rates:
-    """Look up a device's rates for a precision policy, or measure them, which takes a fraction of a second.
+    """Look up the rates of a device for a precision policy, or measure them in a fraction of a second.
 
-    They are kept in ``$XDG_CACHE_HOME/ntkgen/rates.json`` (``~/.cache`` by default). The environment variable
-    ``NTKGEN_RATES=default`` takes the built-in ones instead. Without a home directory they are not kept.
+    The rates are stored in ``$XDG_CACHE_HOME/ntkgen/rates.json`` (``~/.cache`` by default). With the environment
+    variable ``NTKGEN_RATES=default`` the built-in rates are used. Without a home directory no rates are stored.
     """
     if os.environ.get("NTKGEN_RATES") == "default":
         return Rates()
@@ -40,7 +40,7 @@ def rates_of(device: torch.device, precision: str) -> Rates:
 
 
 def _file() -> Path | None:
-    """Say where rates are kept; None for a user without a home, as in some containers, who measures each time."""
+    """Return the path of the stored rates, or None for a user without a home directory, as in some containers."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -63,14 +63,14 @@ def _read(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _are_rates(value: object) -> bool:
-    """Say whether what a file holds, which may have been damaged or made by another version, are rates."""
+    """Check whether a value from a file is a set of rates. The file may be damaged, or from another version."""
     if not isinstance(value, dict) or set(value) != {field.name for field in dataclasses.fields(Rates)}:
         return False
     return all(isinstance(rate, int) and rate > 0 for name, rate in value.items() if name != "route")
 
 
 def _write(file: Path, known: dict[str, dict[str, Any]]) -> None:
-    with contextlib.suppress(OSError):  # a cache that cannot be written is measured again
+    with contextlib.suppress(OSError):  # without a stored value the next run measures again
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(f".{os.getpid()}")
         draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
@@ -80,7 +80,7 @@ def _write(file: Path, known: dict[str, dict[str, Any]]) -> None:
 def measure(device: torch.device, precision: Precision) -> Rates:
     """Measure the rates of a device, on products like those of a middle layer of a residual network.
 
-    They are rounded to one digit, so that two measurements on one machine mostly agree, and with them the plans.
+    Rates are rounded to one digit, so that two measurements on one machine mostly agree and give the same plans.
     """
 
     def random(*shape: int) -> Tensor:
@@ -111,7 +111,7 @@ def measure(device: torch.device, precision: Precision) -> Rates:
 def _rate(device: torch.device, work: int, run: Callable[[], object]) -> int:
     """Divide an amount of work by the median of its times, in microseconds."""
     times = []
-    for _ in range(TRIALS + 1):  # the first warms up
+    for _ in range(TRIALS + 1):  # the first run is a warm-up
         start = time.perf_counter()
         run()
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Jᵀ V and J U of one batch, in each mode of automatic differentiation that a network may allow."""
+"""The products Jᵀ V and J U of one batch, in the modes of automatic differentiation that a network supports."""
 
 import contextlib
 import warnings
@@ -14,7 +14,7 @@ from ntkgen.jacobian.capture import weighted_sum
 from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.reals import real_numbers
 
-# How far products in other modes may be from those in reverse mode, relative to their norm.
+# Maximum difference between products in another mode and those in reverse mode, relative to their norm.
 COVERAGE_TOLERANCE = {torch.float32: 3e-3, torch.float64: 1e-9}
 
 # One tensor per trainable parameter, (columns, *parameter): several vectors in the space of parameters.
@@ -24,28 +24,28 @@ Directions = list[Tensor]
 def real_rows(
     part: Tensor,  # (columns, *parameter)
 ) -> Tensor:  # (columns, numbers)
-    """Lay the columns of a parameter out as rows of real numbers: ⟨u, v⟩ is then Σ Re u Re v + Im u Im v."""
+    """Reshape the columns of a parameter to rows of real numbers, so that ⟨u, v⟩ = Σ Re u Re v + Im u Im v."""
     return real_numbers(part).reshape(len(part), -1)
 
 
 def trainable_parameters(module: nn.Module) -> list[Tensor]:
-    """List what the Jacobian is with respect to, in the order of directions."""
+    """List the trainable parameters, which the Jacobian is taken with respect to, in the order of `Directions`."""
     return [param for param in module.parameters() if param.requires_grad]
 
 
-def _places(module: nn.Module) -> dict[str, int]:
-    """Find where each trainable parameter is kept: a tied one in several places, a shared module's once.
+def _parameter_indices(module: nn.Module) -> dict[str, int]:
+    """Map each parameter name to the index of its trainable parameter.
 
-    `functional_call` would tie the names itself, but to both names of a shared module, and leave that without its
-    parameters.
+    A tied parameter has several names. A module that is used in two places contributes one name, because
+    `functional_call` would otherwise remove its parameters.
     """
     index = {id(param): position for position, param in enumerate(trainable_parameters(module))}
-    places = {}
+    indices = {}
     for prefix, child in module.named_modules():
         for name, param in child.named_parameters(recurse=False, remove_duplicate=False):
             if id(param) in index:
-                places[f"{prefix}.{name}" if prefix else name] = index[id(param)]
-    return places
+                indices[f"{prefix}.{name}" if prefix else name] = index[id(param)]
+    return indices
 
 
 def add_pullback(
@@ -54,7 +54,7 @@ def add_pullback(
     cotangents: Tensor,  # (columns, samples, outputs)
     total: Directions,
 ) -> None:
-    """Add Jᵀ V of one batch to a running total: one forward pass, and one backward pass per column."""
+    """Add Jᵀ V of one batch to a total, with one forward pass and one backward pass per column."""
     outputs = outputs_of(module, batch)
     if not outputs.requires_grad:
         return
@@ -72,11 +72,11 @@ def push_forward(
     batch: Tensor,  # (samples, …)
     directions: Directions,
 ) -> Tensor:  # (columns, samples, outputs)
-    """Compute J U of one batch in forward mode, one pass per column."""
-    places = _places(module)
+    """Compute J U of one batch in forward mode, with one pass per column."""
+    indices = _parameter_indices(module)
 
     def outputs(values: list[Tensor]) -> Tensor:
-        by_name = {name: values[index] for name, index in places.items()}
+        by_name = {name: values[index] for name, index in indices.items()}
         result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
         return result
 
@@ -92,7 +92,7 @@ def push_double_backward(
 ) -> Tensor:  # (columns, samples, outputs)
     """Compute J U of one batch by differentiating ⟨Jᵀ V, U⟩, which is linear in V, with respect to V.
 
-    Costs up to three times as much as forward mode, and needs each backward formula to be differentiable itself.
+    The cost is up to three times that of forward mode. Each backward formula must be differentiable.
     """
     outputs = outputs_of(module, batch)
     cotangents = torch.zeros_like(outputs).requires_grad_()
@@ -113,7 +113,7 @@ def push_rows(
     batch: Tensor,  # (samples, …)
     directions: Directions,
 ) -> Tensor:  # (columns, samples, outputs)
-    """Compute J U of one batch row by row of J, in reverse mode: one backward pass per sample and output."""
+    """Compute J U of one batch row by row in reverse mode, with one backward pass per sample and output."""
     params, samples = trainable_parameters(module), []
     for sample in batch:
         outputs = outputs_of(module, sample[None])[0]
@@ -129,7 +129,7 @@ def push_rows(
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Use the one implementation of attention that has a forward mode, and a backward that can be differentiated."""
+    """Use the implementation of attention that supports forward mode and double backward."""
     mha: Any = torch.backends.mha
     before = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
@@ -140,7 +140,7 @@ def plain_attention() -> Iterator[None]:
         mha.set_fastpath_enabled(before)
 
 
-# The cheapest first; the last always works, and is what the others are checked against.
+# The ways to compute J U, fastest first. The last one works for every network, and the others are checked against it.
 PUSHES: dict[str, Callable[[nn.Module, Tensor, Directions], Tensor]] = {
     "forward": push_forward,
     "double-backward": push_double_backward,
@@ -149,11 +149,11 @@ PUSHES: dict[str, Callable[[nn.Module, Tensor, Directions], Tensor]] = {
 
 
 def choose_push(module: nn.Module, sample: Tensor) -> str:
-    """Name the cheapest way to J U that this network allows, by trying each on one sample and a random direction.
+    """Choose the fastest way to compute J U for a network, by a trial with one sample and a random direction.
 
-    Not every operation has a forward mode or a differentiable backward, and a wrong one of a custom operation would
-    go unnoticed: the result is compared with that of plain reverse mode. What autograd does to the gradient of an
-    embedding table depends on all tokens, and one sample has only some: those cases are known.
+    Not every operation supports forward mode or double backward, and a custom operation may compute a wrong result in
+    these modes. The result is therefore compared with that of plain reverse mode. The gradient of an embedding table
+    may depend on all tokens, and one sample has only some of them. Such tables are recognised by their settings.
     """
     candidates = ["forward", "double-backward"]
     for table in embedding_tables(module):
@@ -165,7 +165,7 @@ def choose_push(module: nn.Module, sample: Tensor) -> str:
     directions = [_random_direction(param.detach(), generator) for param in trainable_parameters(module)]
     expected = push_rows(module, sample, directions)
     for name in candidates:
-        # an operation without this mode raises what its author liked; torch warns of itself where it first needs it
+        # an operation that does not support the mode may raise any error, and torch warns on the first use of a mode
         with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
             if _agree(PUSHES[name](module, sample, directions), expected):
                 return name
@@ -182,9 +182,9 @@ def embedding_tables(module: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
     return [child for child in module.modules() if isinstance(child, nn.Embedding | nn.EmbeddingBag)]
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    assert found.shape == expected.shape
-    return bool((found - expected).norm() <= COVERAGE_TOLERANCE[expected.dtype] * expected.norm())
+def _agree(product: Tensor, expected: Tensor) -> bool:
+    assert product.shape == expected.shape
+    return bool((product - expected).norm() <= COVERAGE_TOLERANCE[expected.dtype] * expected.norm())
 
 
 def is_symmetric(
@@ -192,7 +192,7 @@ def is_symmetric(
     U: Directions,
     KV: Tensor,  # (rows, columns)
 ) -> bool:
-    """Say whether ⟨v, K v⟩ = ‖Jᵀ v‖² for each column, relative to ‖v‖ ‖K v‖."""
+    """Check whether ⟨v, K v⟩ = ‖Jᵀ v‖² for each column, relative to ‖v‖ ‖K v‖."""
     squares = torch.stack([real_rows(part).square().sum(1) for part in U]).sum(0)
     difference = ((V * KV).sum(0) - squares).abs()
     return not bool((difference > COVERAGE_TOLERANCE[V.dtype] * V.norm(dim=0) * KV.norm(dim=0)).any())

@@ -1,4 +1,4 @@
-"""A user's module made ready: our evaluation copy of it, and which rule treats which parameter, checked by value."""
+"""The preparation of a user's module: an evaluation copy, and the choice of a rule or autograd for each parameter."""
 
 import dataclasses
 from collections.abc import Collection, Mapping
@@ -32,7 +32,7 @@ UseShapes = tuple[tuple[torch.Size, torch.Size], ...]
 
 @dataclass(frozen=True)
 class Network:
-    """An evaluation copy in the compute dtype, with its layers, its parameters without a rule, and its sizes."""
+    """An evaluation copy in the compute dtype, with its layers, its parameters left to autograd, and its sizes."""
 
     module: nn.Module
     precision: Precision
@@ -40,24 +40,24 @@ class Network:
     layers: tuple[Layer, ...]
     fallback: tuple[str, ...]
     profile: NetworkProfile
-    use_shapes: Mapping[str, UseShapes]  # of each layer, to which every batch must keep
-    directions: Mapping[str, Tensor]  # with which the weight matrix of each layer is checked, (groups, k, directions)
-    windows: Mapping[str, Windows] = field(default_factory=dict)  # of the convolutions that move in steps of one
-    transform: Tensor | None = None  # (outputs, logits): the kernel is of A f; None: of f
+    use_shapes: Mapping[str, UseShapes]  # by layer; every batch must have the same
+    directions: Mapping[str, Tensor]  # by layer, (groups, k, directions): vectors for the check of its weight matrix
+    windows: Mapping[str, Windows] = field(default_factory=dict)  # by layer, for convolutions of stride 1
+    transform: Tensor | None = None  # A, (outputs, logits), if the kernel is that of A f instead of f
 
     def seen_through(self, transform: Tensor | None) -> "Network":
-        """Give the same network with the kernel of A f in place of that of f.
+        """Return the same network with the kernel of A f instead of f.
 
         Raises:
-            ShapeError: If the matrix has not as many columns as the network has outputs.
+            ShapeError: If the number of columns of A is not the number of outputs of the network.
         """
         if transform is None:
             return self
         num_logits = self.profile.num_logits
         if transform.ndim != 2 or transform.shape[1] != num_logits or not len(transform):
             raise ShapeError(
-                f"The output map has the shape {tuple(transform.shape)}: expected (outputs, {num_logits}), a column "
-                "for each output of the network. Is it meant for another network? Give a matrix of that shape."
+                f"The output map has shape {tuple(transform.shape)}: expected (outputs, {num_logits}), one column "
+                "per output of the network. Is it meant for another network? Pass a matrix of that shape."
             )
         profile = dataclasses.replace(self.profile, num_outputs=len(transform))
         matrix = transform.to(self.device, self.precision.compute_dtype)
@@ -67,17 +67,17 @@ class Network:
         self,
         logits: Tensor,  # (…, logits)
     ) -> Tensor:  # (…, outputs)
-        """Turn what the network returns into the outputs that the kernel is of, A f(x)."""
+        """Apply the output map to the logits: A f(x)."""
         return logits if self.transform is None else logits @ self.transform.mT
 
     def input(self, x: Tensor) -> Tensor:
-        """Move a batch to where and how the network computes."""
+        """Move a batch to the device of the network, and convert it to the compute dtype."""
         return as_input(x, self.precision.compute_dtype, self.device)
 
     def follows(self, planned: NetworkProfile) -> bool:
-        """Say whether the parameters are treated as was planned: the same layers, and the same ones without a rule."""
-        mine = self.profile
-        return (mine.layers, mine.dense_params, mine.fallback) == (
+        """Check whether layers and parameters left to autograd are those of a plan."""
+        profile = self.profile
+        return (profile.layers, profile.dense_params, profile.fallback) == (
             planned.layers,
             planned.dense_params,
             planned.fallback,
@@ -85,7 +85,7 @@ class Network:
 
     @property
     def layer_modules(self) -> dict[str, nn.Module]:
-        """What `capture.record` records."""
+        """The modules that `capture.record` records, by layer."""
         return {layer.name: layer.module for layer in self.layers}
 
 
@@ -96,14 +96,15 @@ def prepare(
     device: torch.device | None = None,
     excluded: Collection[str] = (),
 ) -> Network:
-    """Copy a module and decide, by value, how each of its parameters is treated.
+    """Copy a module, and decide for each parameter whether a rule or autograd computes its rows.
 
     For a few samples and random weights w, ``Σ_io w_io · row_io`` of every parameter with a rule must equal
-    ``autograd.grad(Σ_io w_io f_io)``. A parameter that differs (a hook that never fires, a rule that does not fit) is
-    left to autograd, as are tied weights, parameters of layers without a rule, and those ``excluded`` by name.
+    ``autograd.grad(Σ_io w_io f_io)``. A parameter is left to autograd if the two differ (a rule does not fit, or a hook
+    is never called). Tied weights, parameters of layers without a rule, and ``excluded`` names use autograd too.
 
     Raises:
-        ModelError: If the kernel is not defined: samples mix, outputs are not (samples, outputs), nothing is trainable.
+        ModelError: If the kernel is not defined, because the network mixes samples, its outputs are not (samples,
+            outputs), or it has no trainable parameter.
     """
     require_plain_module(model)
     device = device or next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -118,7 +119,7 @@ def prepare(
         wrong = trial.disproved | set(excluded)
         layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
         recording, activations = _record_one(module, layers, samples[:1])
-        layers = tuple(layer for layer in layers if layer.name in recording.uses)  # not one whose output was kept
+        layers = tuple(layer for layer in layers if layer.name in recording.uses)  # only layers that were called
         require_own_parameters(recording.outputs, model)
         windows = _windows(layers, recording)
     shapes = tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix)
@@ -144,19 +145,19 @@ def prepare(
 
 
 def more_excluded(excluded: frozenset[str], error: RuleError) -> frozenset[str]:
-    """Add the parameters whose rule was found not to hold for a batch to those that are left to autograd.
+    """Add the parameters of a `RuleError` to those that are left to autograd.
 
     Raises:
-        RuleError: If they are there already.
+        RuleError: If they are left to autograd already.
     """
-    found = excluded.union(error.params)
-    if found == excluded:
+    extended = excluded.union(error.params)
+    if extended == excluded:
         raise error
-    return found
+    return extended
 
 
 def use_shapes(recording: Recording, layer: Layer) -> UseShapes:
-    """List the shapes, without the axis of samples, of what goes into a layer and comes out of it."""
+    """List the shapes of a layer's inputs and outputs, without the axis of samples."""
     return tuple((into[1:], out[1:]) for into, out in (use.shapes for use in recording.uses.get(layer.name, ())))
 
 
@@ -167,25 +168,25 @@ def _float64_device(device: torch.device) -> torch.device:
 def _tried_copy(model: nn.Module, samples: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Trial]:
     """Copy a module, and try it on a few samples.
 
-    It is tried on a copy in float64, which is gone before the one in another dtype is made.
+    The trial uses a copy in float64. This copy is freed before the copy in another dtype is made.
     """
-    judge = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
+    copied = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
     try:
-        trial = try_network(judge, samples, torch.float64)
-    except NotInThisDtypeError:  # it may cast to float32 on its way
-        judge = evaluation_copy(model, dtype, device)
-        return judge, try_network(judge, samples, dtype)
+        trial = try_network(copied, samples, torch.float64)
+    except NotInThisDtypeError:  # the forward pass may cast to float32
+        copied = evaluation_copy(model, dtype, device)
+        return copied, try_network(copied, samples, dtype)
     if dtype != torch.float64:
-        del judge
-        judge = evaluation_copy(model, dtype, device)
-    return judge, trial
+        del copied
+        copied = evaluation_copy(model, dtype, device)
+    return copied, trial
 
 
 def _require_trainable(model: nn.Module) -> None:
     if not any(param.requires_grad for param in model.parameters()):
         raise ModelError(
             f"{type(model).__name__} has no trainable parameter: expected at least one with requires_grad, found none. "
-            "Was the network frozen? Set requires_grad_(True) on what the kernel is to be taken of."
+            "Was the network frozen? Call requires_grad_(True) on the parameters of the kernel."
         )
 
 
@@ -203,7 +204,7 @@ def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) ->
     """Run one sample, and count the numbers that its graph keeps for the backward passes.
 
     Raises:
-        NotInThisDtypeError: If the network raises.
+        NotInThisDtypeError: If the network raises an error.
     """
     saved: dict[int, int] = {}
 
@@ -219,14 +220,14 @@ def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) ->
 
 
 def _windows(layers: tuple[Layer, ...], recording: Recording) -> dict[str, Windows]:
-    """Find the convolutions whose inputs may be kept as pixels: used once, in steps of one."""
-    found: dict[str, Windows] = {}
+    """Find the convolutions whose inputs may be stored as pixels. These have stride 1 and are used once."""
+    by_layer: dict[str, Windows] = {}
     for layer in layers:
         uses = recording.uses[layer.name]
         if layer.has_matrix and layer.rule is CONVOLUTION and len(uses) == 1:
             windows = windows_of(layer.module, uses[0].x)
-            found |= {} if windows is None else {layer.name: windows}
-    return found
+            by_layer |= {} if windows is None else {layer.name: windows}
+    return by_layer
 
 
 def _profile(
@@ -256,17 +257,17 @@ def _profile(
 
 
 def _shape(layer: Layer, recording: Recording, windows: Mapping[str, Windows]) -> LayerShape:
-    """Measure one layer: positions are summed over its uses."""
+    """Determine the sizes of one layer. Its positions are summed over its uses."""
     inputs = [layer.rule.inputs(layer.module, use.x) for use in recording.uses[layer.name]]
     outputs = [layer.rule.cotangents(layer.module, use.output) for use in recording.uses[layer.name]]
-    own = windows.get(layer.name)
+    layer_windows = windows.get(layer.name)
     return LayerShape(
         name=layer.name,
         positions=sum(a.shape[2] for a in inputs),
         inputs=inputs[0].shape[3],
         channels=outputs[0].shape[3],
         groups=inputs[0].shape[1],
-        taps=1 if own is None else own.taps,
-        pixels=0 if own is None else own.pixels,
+        taps=1 if layer_windows is None else layer_windows.taps,
+        pixels=0 if layer_windows is None else layer_windows.pixels,
         passes_back=any(use.passes_back for use in recording.uses[layer.name]),
     )

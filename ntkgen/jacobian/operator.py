@@ -1,4 +1,4 @@
-"""The kernel as a linear operator that is never formed, K V = J₁ (J₂ᵀ V): `NTKOperator`."""
+"""`NTKOperator`: products with the kernel, K V = J₁ (J₂ᵀ V), without forming the kernel."""
 
 import copy
 import math
@@ -34,25 +34,26 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 32
 PRECISIONS = ("float32", "float64")
-# Maximum bytes of Jᵀ V that are held at a time; a column has as many numbers as the network has parameters.
+# Maximum bytes of Jᵀ V in memory. A column of it has one number per parameter of the network.
 DIRECTION_BYTES = 1 << 30
 
 
 class NTKOperator:
-    """The empirical neural tangent kernel of two batches as a linear operator, K = J₁ J₂ᵀ, of (n₁ m, n₂ m).
+    """The empirical neural tangent kernel of two batches, K = J₁ J₂ᵀ, as a linear operator of shape (n₁ m, n₂ m).
 
-    ``K V = J₁ (J₂ᵀ V)``: reverse mode sums J₂ᵀ V over the batches, forward mode multiplies it by J₁. For c columns and
-    n = n₁ + n₂ samples this costs about c · n forward and as many backward passes, and holds c · P numbers, in groups
-    of at most `DIRECTION_BYTES`; neither J nor K is ever there. The first product also tries every batch, which costs
-    about three more forward and backward passes. Rows and columns are sample-major,
-    ``row = sample · m + output``. The module is copied and never changed; the copy is in evaluation mode.
+    ``K V = J₁ (J₂ᵀ V)``: reverse mode computes J₂ᵀ V, summed over the batches, and forward mode multiplies it by J₁.
+    For c columns and n = n₁ + n₂ samples this costs about c · n forward passes and c · n backward passes. It needs
+    memory for c · P numbers. Columns are processed in groups of at most `DIRECTION_BYTES`. Neither J nor K is formed.
+    The first product also checks every batch, which costs about three more forward and backward passes. Rows and
+    columns are sample-major, ``row = sample · m + output``. The module is copied and never changed. The copy is in
+    evaluation mode.
 
     Attributes:
         shape: Rows and columns, n₁ m and n₂ m.
         dtype: The dtype of network, vectors and products.
-        device: Where the products are made, and lie: the module's device, or the CPU where that has no float64.
-        push: How J U is computed: ``forward`` mode, or where an operation of the network has none
-            ``double-backward``, or where that is not possible either ``rows``, one backward pass per row of J.
+        device: The device of the products: the module's device, or the CPU if that device has no float64.
+        push: The way in which J U is computed. It is ``forward`` mode if all operations of the network support it,
+            otherwise ``double-backward`` if that is possible, otherwise ``rows``, one backward pass per row of J.
 
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4; Novak, Sohl-Dickstein, Schoenholz (2022),
@@ -74,21 +75,21 @@ class NTKOperator:
         batch_size: int = BATCH_SIZE,
         transform: Tensor | npt.NDArray[Any] | None = None,  # (outputs, logits)
     ) -> None:
-        """Prepare a network, without computing anything of its kernel.
+        """Prepare a network. No entry of its kernel is computed.
 
         Args:
             model: Any module that maps (samples, …) to (samples, logits) and treats samples one by one.
             x1: The samples of the rows.
-            x2: The samples of the columns; those of the rows where it is left out.
-            precision: ``float32`` or ``float64``: the dtype of network and products.
+            x2: The samples of the columns. By default these are the samples of the rows.
+            precision: The dtype of network and products, ``float32`` or ``float64``.
             batch_size: Samples in one pass.
-            transform: A matrix A: the kernel is then that of A f(x), with as many outputs as A has rows.
+            transform: A matrix A. The kernel is then that of A f(x), with one output per row of A.
 
         Raises:
             InputError: If a batch is empty or not real numbers, or the batch size is not positive.
             ShapeError: If the batches hold samples of different shapes, or the transform does not fit the network.
             ModelError: If the kernel of this network is not defined.
-            UnknownNameError: If there is no such precision.
+            UnknownNameError: If the precision has an unknown name.
         """
         rows, columns = checked_batches(x1, x2)
         require_plain_module(model)
@@ -102,16 +103,16 @@ class NTKOperator:
         self._transform = None if transform is None else self._floats(transform)
         _check_transform(self._transform, network.profile.num_outputs)
         self.num_outputs = network.profile.num_outputs if self._transform is None else len(self._transform)
-        # only alone is the gradient of a sample its own where it is scaled by how often a token occurs
+        # gradients that are scaled by the frequency of a token are correct only for batches of one sample
         is_alone = any(table.scale_grad_by_freq for table in embedding_tables(self._module))
         self._rows, self._columns = rows, rows if columns is None else columns
         self._batch_size = 1 if is_alone else batch_size
-        self._proved: set[tuple[int, int]] = set()  # samples, and the batch size with which they were run
+        self._checked: set[tuple[int, int]] = set()  # samples, by id, and their batch size
         with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
             self.push = choose_push(self._module, as_input(rows[:1], self.dtype, self.device))
 
     def __repr__(self) -> str:
-        """Say the size and the precision."""
+        """Show shape, dtype and the way in which J U is computed."""
         return f"<NTKOperator {self.shape[0]} × {self.shape[1]}, {self.dtype}, {self.push}>"
 
     @property
@@ -121,7 +122,7 @@ class NTKOperator:
 
     @property
     def T(self) -> "NTKOperator":  # noqa: N802
-        """The transpose, J₂ J₁ᵀ; it shares the network."""
+        """The transpose, J₂ J₁ᵀ. It shares the network with this operator."""
         other = copy.copy(self)
         other._rows, other._columns = self._columns, self._rows
         return other
@@ -130,10 +131,10 @@ class NTKOperator:
         self,
         v: Tensor | npt.NDArray[Any],  # (n₂ m,)
     ) -> Tensor:  # (n₁ m,)
-        """Multiply the kernel with a vector, a tensor or a NumPy array; the product is a tensor.
+        """Multiply the kernel with a vector, which is a tensor or a NumPy array. The product is a tensor.
 
         Raises:
-            InputError: If it is neither, or complex.
+            InputError: If the vector is complex, or neither a tensor nor a NumPy array.
             ShapeError: If the vector does not have as many entries as the kernel has columns.
             ModelError: If samples of a batch depend on each other, or a backward pass is not linear.
         """
@@ -147,14 +148,14 @@ class NTKOperator:
         V: Tensor | npt.NDArray[Any],  # (n₂ m, columns)
         report: Report = ignore_report,
     ) -> Tensor:  # (n₁ m, columns)
-        """Multiply the kernel with several vectors; cheaper than one by one, because forward passes are shared.
+        """Multiply the kernel with several vectors. They share forward passes, so this is faster than one by one.
 
         Args:
             V: The vectors, one per column.
-            report: Called as the stage ``exact product`` proceeds, batch by batch.
+            report: Called after each batch, with the stage ``exact product``.
 
         Raises:
-            InputError: If they are neither a tensor nor a NumPy array, or complex.
+            InputError: If the vectors are complex, or neither a tensor nor a NumPy array.
             ShapeError: If the vectors do not have as many entries as the kernel has columns.
             ModelError: If samples of a batch depend on each other, or a backward pass is not linear.
         """
@@ -167,7 +168,7 @@ class NTKOperator:
         num_batches = self._num_batches(self._rows) + self._num_batches(self._columns)
         step = counter(report, "exact product", 0, len(groups) * num_batches)
         with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
-            self._prove()
+            self._check_batches()
             return torch.cat([self._multiply(group, step) for group in groups], dim=1)
 
     def __matmul__(self, other: Tensor | npt.NDArray[Any]) -> Tensor:
@@ -175,7 +176,7 @@ class NTKOperator:
         return self.matvec(other) if np.ndim(other) == 1 else self.matmat(other)
 
     def to_scipy(self) -> "LinearOperator":
-        """View as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg` and their like."""
+        """Return a `scipy.sparse.linalg.LinearOperator`, for example for `eigsh`, `svds` or `cg`."""
         from scipy.sparse.linalg import LinearOperator
 
         transpose = self.T
@@ -189,13 +190,13 @@ class NTKOperator:
             rmatmat=lambda V: _in_numpy(transpose.matmat, V),
         )
 
-    def _prove(self) -> None:
-        """Try every batch once, before the first product; where gradients are not a sample's own, take them alone."""
+    def _check_batches(self) -> None:
+        """Check every batch once. If gradients depend on the other samples of a batch, use batches of one sample."""
         for samples in (self._columns, self._rows):
-            while (id(samples), self._batch_size) not in self._proved:
+            while (id(samples), self._batch_size) not in self._checked:
                 batches = (as_input(batch, self.dtype, self.device) for batch in samples.split(self._batch_size))
                 if all(has_own_gradients(self._module, batch) for batch in batches) or self._batch_size == 1:
-                    self._proved.add((id(samples), self._batch_size))
+                    self._checked.add((id(samples), self._batch_size))
                 else:
                     self._batch_size = 1
 
@@ -211,10 +212,10 @@ class NTKOperator:
         V: Tensor,  # (n₂ m, columns)
         step: Step,
     ) -> Tensor:  # (n₁ m, columns)
-        """Multiply one group of columns, and once more, more slowly, if that was not symmetric.
+        """Multiply one group of columns. If the product is not symmetric, multiply again in a slower way.
 
-        ⟨V, J (Jᵀ V)⟩ = ‖Jᵀ V‖² costs nothing to check where rows and columns are the same samples. It fails where one
-        of the two does something else than the other to some of the samples, as a custom operation may.
+        If rows and columns are the same samples, ⟨V, J (Jᵀ V)⟩ = ‖Jᵀ V‖² is checked at no cost. The check fails if the
+        products with J and with Jᵀ are inconsistent for some samples, which a custom operation may cause.
         """
         U = self._pull(V, step)
         KV = self._push(U, step)
@@ -223,7 +224,7 @@ class NTKOperator:
         return self._multiply(V, step)
 
     def _fall_back(self) -> bool:
-        """Choose the next slower way, in the end one sample at a time; say whether there was one."""
+        """Choose the next slower way to compute J U, then batches of one sample. Return whether one was left."""
         ways = list(PUSHES)
         if self.push != ways[-1]:
             self.push = ways[ways.index(self.push) + 1]
@@ -264,23 +265,23 @@ class NTKOperator:
     def _floats(self, values: Tensor | npt.NDArray[Any]) -> Tensor:
         return as_input(checked_vectors(values).to(self.dtype), self.dtype, self.device)
 
-    def _shape_error(self, found: Tensor) -> ShapeError:
+    def _shape_error(self, vectors: Tensor) -> ShapeError:
         return ShapeError(
-            f"What is to be multiplied does not fit the kernel of {self.shape[0]} × {self.shape[1]}: expected "
-            f"({self.shape[1]},) or ({self.shape[1]}, columns), found {tuple(found.shape)}. Was it made for other "
-            f"samples, or for another number of outputs than {self.num_outputs}? Its rows are those of the second "
-            "batch, sample · outputs + output; the transpose is operator.T."
+            f"The vectors do not fit the kernel of {self.shape[0]} × {self.shape[1]}: expected ({self.shape[1]},) or "
+            f"({self.shape[1]}, columns), found {tuple(vectors.shape)}. Were they made for other samples, or for "
+            f"another number of outputs than {self.num_outputs}? Row sample · outputs + output belongs to a sample of "
+            "the second batch. Pass vectors of this length, or use the transpose, operator.T."
         )
 
 
 def _in_numpy(product: Callable[[Tensor], Tensor], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Call a product of tensors on arrays."""
+    """Apply a product of tensors to an array."""
     array: npt.NDArray[Any] = product(checked_vectors(values)).cpu().numpy()
     return array
 
 
 def _device(model: nn.Module, precision: str) -> torch.device:
-    """Compute where the module is, but on the CPU where that has no float64."""
+    """Choose the device of the module, or the CPU if that device has no float64."""
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "mps" and precision == "float64" else device
 
@@ -289,5 +290,6 @@ def _check_transform(transform: Tensor | None, num_logits: int) -> None:
     if transform is not None and (transform.ndim != 2 or transform.shape[1] != num_logits or not len(transform)):
         raise ShapeError(
             f"The transform does not fit the network: expected (outputs, {num_logits}), one column per logit, found "
-            f"{tuple(transform.shape)}. Is it transposed, or made for a network of other classes?"
+            f"{tuple(transform.shape)}. Is it transposed, or made for a network with other classes? Pass a matrix of "
+            "the expected shape."
         )

@@ -1,4 +1,4 @@
-"""What is differentiated: the matrix that maps logits to outputs, and what is kept of a pair's block."""
+"""Output maps: the matrix that maps logits to outputs, and the reduction of the block of a pair of samples."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ OUTPUTS = ("full", "sum", "centered", "index:K", "trace", "diagonal")
 
 @dataclass(frozen=True)
 class OutputMap:
-    """A named choice: the kernel is of A f(x), and its m × m blocks are kept whole or reduced."""
+    """A named output map. The kernel is that of A f(x), and its m × m blocks are stored whole or reduced."""
 
     name: str
-    matrix: Tensor | None  # (outputs, logits), float64; None is the identity
+    matrix: Tensor | None  # A, (outputs, logits), float64; None is the identity
     reduction: Reduction = "none"
 
 
 def output_map(name: str, num_logits: int) -> OutputMap:
-    """Look an output map up by name.
+    """Look up an output map by its name.
 
-    ``full`` is f itself, ``sum`` Σ_k f_k (whose kernel is the pseudo-kernel of Mohamadi, Bae, Sutherland 2023,
-    arXiv:2206.12543, up to its factor 1 / m), ``index:K`` the K-th logit, ``centered`` the contrasts of
-    `contrast_matrix`. ``trace`` and ``diagonal`` keep of each m × m block its trace, or its diagonal.
+    ``full`` is f itself. ``sum`` is Σ_k f_k. Its kernel is the pseudo-kernel of Mohamadi, Bae, Sutherland (2023,
+    arXiv:2206.12543), without its factor 1 / m. ``index:K`` is the logit K, and ``centered`` the contrasts of
+    `contrast_matrix`. ``trace`` and ``diagonal`` store the trace or the diagonal of each m × m block.
 
     Raises:
-        UnknownNameError: If there is none of that name.
-        InputError: If there is no logit of that number, or nothing left of a single one.
+        UnknownNameError: If the name is unknown.
+        InputError: If there is no logit of that number, or if a single logit should be centered.
 
     >>> output_map("index:1", 3).matrix
     tensor([[0., 1., 0.]], dtype=torch.float64)
@@ -55,7 +55,7 @@ def output_map(name: str, num_logits: int) -> OutputMap:
     if int(index) >= num_logits:
         raise InputError(
             f"There is no logit {index}: expected a number from 0 to {num_logits - 1}, because the network has "
-            f"{num_logits} outputs. Logits are counted from 0."
+            f"{num_logits} outputs. Is the number counted from 1? Logits are counted from 0."
         )
     return OutputMap(name, torch.eye(num_logits, dtype=torch.float64, device="cpu")[int(index)][None])
 
@@ -69,18 +69,18 @@ def prepare_mapped(
     device: torch.device | None = None,
     excluded: Collection[str] = (),
 ) -> tuple[Network, OutputMap]:
-    """Prepare a network whose kernel is that of an output map, both by name.
+    """Prepare a network for an output map, with the precision and the output map given by name.
 
     Args:
-        model: Any module that maps (samples, …) to (samples, logits); it is copied.
-        x: Samples for the trial of the network.
+        model: Any module that maps (samples, …) to (samples, logits). It is copied.
+        x: Samples on which the network is tried.
         precision: The precision policy.
         output: The output map.
-        device: Where the network computes; None takes the module's device.
+        device: The device of the computation. By default it is the module's device.
         excluded: Parameters that are left to autograd.
 
     Raises:
-        UnknownNameError: If there is no such precision or output.
+        UnknownNameError: If the precision or the output has an unknown name.
         InputError: If the output map does not fit the network.
         ModelError: If the kernel of this network is not defined.
     """
@@ -90,11 +90,11 @@ def prepare_mapped(
 
 
 def contrast_matrix(num_logits: int) -> Tensor:  # (num_logits - 1, num_logits), float64
-    """Build the orthonormal contrasts of Helmert, Q with Q Qᵀ = I and Qᵀ Q = I − 1 1ᵀ / m.
+    """Build the matrix of Helmert's orthonormal contrasts, Q with Q Qᵀ = I and Qᵀ Q = I − 1 1ᵀ / m.
 
-    The kernel Q K Qᵀ has the nonzero eigenvalues of the kernel of centered logits, is nonsingular when K is, and has
-    the size n (m − 1). Cross-entropy never drives the common shift of the logits, so this is the kernel that training
-    with it sees. Source: Helmert (1876); Lancaster (1965), The Helmert matrices.
+    The kernel Q K Qᵀ has size n (m − 1) and the nonzero eigenvalues of the kernel of centered logits. It is nonsingular
+    if K is. The gradient of the cross-entropy has no component along a common shift of the logits, so Q K Qᵀ determines
+    the training dynamics. Source: Helmert (1876); Lancaster (1965), The Helmert matrices.
 
     >>> contrast_matrix(2)
     tensor([[ 0.7071, -0.7071]], dtype=torch.float64)

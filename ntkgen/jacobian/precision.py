@@ -1,4 +1,4 @@
-"""What is rounded where: compute dtype, accumulation dtype, and the switches that must not change them silently."""
+"""Precision policies: compute dtype, accumulation dtype, and the torch settings that could change them silently."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,13 +16,13 @@ Rounding = Literal["ieee", "tf32", "bf16"]
 
 @dataclass(frozen=True)
 class Precision:
-    """A policy: the dtypes of the network, of what is kept of a sample, of its products, and how those round."""
+    """A policy: the dtypes of the network, of the factors and of the products, and the rounding of the products."""
 
     name: str
-    compute_dtype: torch.dtype  # the network, and its passes
-    factor_dtype: torch.dtype  # inputs, cotangents and kept rows
+    compute_dtype: torch.dtype  # the network and its passes
+    factor_dtype: torch.dtype  # inputs, cotangents and stored rows
     accumulate_dtype: torch.dtype  # intermediates (A, H, G, rows that are built for a product) and sums
-    rounding: Rounding = "ieee"  # what large products may do to their operands
+    rounding: Rounding = "ieee"  # permitted rounding of the operands of large products
 
 
 POLICIES = {
@@ -38,10 +38,10 @@ POLICIES = {
 
 
 def policy(name: str) -> Precision:
-    """Look a policy up by name.
+    """Look up a policy by its name.
 
     Raises:
-        UnknownNameError: If there is none of that name.
+        UnknownNameError: If the name is unknown.
     """
     if name not in POLICIES:
         raise UnknownNameError("precision", name, POLICIES)
@@ -49,10 +49,10 @@ def policy(name: str) -> Precision:
 
 
 def check_device(precision: Precision, device: torch.device) -> None:
-    """Refuse a policy that a device cannot follow.
+    """Refuse a policy that a device does not support.
 
     Raises:
-        InputError: If it has no float64, or no TF32.
+        InputError: If the device lacks float64 or TF32, and the policy needs it.
     """
     if device.type == "mps" and torch.float64 in {precision.compute_dtype, precision.accumulate_dtype}:
         raise InputError(
@@ -67,17 +67,18 @@ def check_device(precision: Precision, device: torch.device) -> None:
 
 
 def widen(x: Tensor) -> Tensor:
-    """Convert to float64, on the CPU where the device has none."""
+    """Convert to float64. On a device without float64 the result is on the CPU."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 @contextmanager
 def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """Compute as the policy says, whatever the process has been set to, and leave the process as it was.
+    """Set the settings of torch that exact arithmetic needs, and restore the previous settings at the end.
 
-    Gradients on, inference mode and autocast off, no TF32 and no bfloat16 inside float32 products, deterministic cuDNN
-    algorithms, and the number of threads that the plan records (matrix products differ bitwise between thread counts).
-    These are switches of the process: another thread of it that computes too waits until this block ends.
+    Gradients are enabled. Inference mode, autocast, and TF32 or bfloat16 inside float32 products are disabled. cuDNN
+    uses deterministic algorithms. The number of threads is that of the plan, because matrix products differ bitwise
+    between thread counts. The settings apply to the whole process. Another thread that needs them waits until this
+    block ends.
     """
     with ExitStack() as stack:
         stack.enter_context(alone())
@@ -94,7 +95,7 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
 
 @contextmanager
 def fixed_threads(threads: int) -> Iterator[None]:
-    """Use so many threads, whose number decides the last bits of matrix products."""
+    """Set the number of threads, on which the last bits of matrix products depend."""
     with alone():
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -106,7 +107,7 @@ def fixed_threads(threads: int) -> Iterator[None]:
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Treat numbers below the smallest normal one as zero: a CPU needs a hundred times longer for each of them."""
+    """Treat denormal numbers as zero. A CPU needs a hundred times longer for each denormal number."""
     smallest = torch.tensor([torch.finfo(torch.float32).tiny], dtype=torch.float32, device="cpu")
     were_flushed = bool(smallest.mul(0.5).item() == 0)
     torch.set_flush_denormal(True)
@@ -118,7 +119,7 @@ def flushed_denormals() -> Iterator[None]:
 
 @contextmanager
 def _deterministic_cudnn() -> Iterator[None]:
-    """Use the same algorithm each time, chosen without a measurement."""
+    """Use deterministic algorithms, chosen without a benchmark."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -130,9 +131,9 @@ def _deterministic_cudnn() -> Iterator[None]:
 
 @contextmanager
 def _ieee_float32(device: torch.device) -> Iterator[None]:
-    """Switch reduced-precision float32 products off where the device's backends have them on.
+    """Disable float32 products of reduced precision in the backends of the device that have them enabled.
 
-    The other switches are not touched: what is set in one place is inherited in another.
+    Other settings are not changed, because backends inherit settings from each other.
     """
     backends: Any = torch.backends
     switches = {
@@ -146,14 +147,14 @@ def _ieee_float32(device: torch.device) -> Iterator[None]:
         yield
     finally:
         for switch, value in reduced.items():
-            switch.fp32_precision = "none"  # inherited again, if it was
+            switch.fp32_precision = "none"  # restores an inherited value
             if switch.fp32_precision != value:
                 switch.fp32_precision = value
 
 
 @contextmanager
 def reduced_products(device: torch.device, rounding: Rounding) -> Iterator[None]:
-    """Let float32 matrix products round their operands, where the device gains by it."""
+    """Let float32 matrix products round their operands, on devices where this is faster."""
     backends: Any = torch.backends
     switch = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}.get(device.type)
     if switch is None or rounding == "ieee" or (device.type == "cuda" and rounding == "bf16"):

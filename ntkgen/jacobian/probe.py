@@ -1,4 +1,4 @@
-"""A network tried on a few samples: what it returns, which rules hold, and which parameters its outputs depend on."""
+"""The trial of a network on a few samples: its outputs, the rules that hold, and the parameters with a gradient."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,22 +21,22 @@ from ntkgen.jacobian.coverage import (
 from ntkgen.jacobian.evaluation import as_input, require_real_outputs
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
 
-# Samples of the rows, and as many of the columns, among which those are chosen on which a network is tried.
+# Number of samples of the rows, and of samples of the columns, from which the samples of the trial are chosen.
 PROBE_SAMPLES = 16
-# Samples on which a network is tried together, and one by one. Different ones, if there are any: equal ones could mix
-# unnoticed. With one sample alone an input without an axis of samples looks like a batch of one.
+# Number of samples on which a network is tried, together and one by one. They are different if possible, because mixing
+# of equal samples has no effect. With a single sample, an input without an axis of samples would look like a batch.
 PROBE_BATCH = 3
-# How far a sample's outputs may be from those of the same sample in another batch, relative to the largest output.
+# Maximum difference between the outputs of a sample in two batches, relative to the largest output.
 OUTPUT_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
 class NotInThisDtypeError(ModelError):
-    """The network raised, or cast, when it was run in a dtype; it may run in another."""
+    """The network raised an error or returned another dtype. It may work in another dtype."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few samples show of a network."""
+    """The result of the trial of a network."""
 
     num_outputs: int
     disproved: frozenset[str]  # parameters whose rule does not hold
@@ -44,7 +44,7 @@ class Trial:
 
 
 def in_turns(x1: Tensor, x2: Tensor | None) -> Tensor:
-    """Take some samples of the rows and the columns, in turns, so that both are among the first."""
+    """Take some samples of rows and columns alternately, so that the first samples contain both."""
     if x2 is None:
         return x1[:PROBE_SAMPLES]
     few = min(len(x1), len(x2), PROBE_SAMPLES)
@@ -53,7 +53,7 @@ def in_turns(x1: Tensor, x2: Tensor | None) -> Tensor:
 
 
 def choose_samples(x: Tensor) -> Tensor:  # (PROBE_BATCH, …)
-    """Choose some different samples; where there are too few, the last one again."""
+    """Choose `PROBE_BATCH` different samples. If there are too few, repeat the last one."""
     chosen = [0]
     for index in range(1, len(x)):
         if len(chosen) < PROBE_BATCH and not any(torch.equal(x[index], x[other]) for other in chosen):
@@ -62,13 +62,13 @@ def choose_samples(x: Tensor) -> Tensor:  # (PROBE_BATCH, …)
 
 
 def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype) -> Trial:
-    """Run a network on a few samples, together and one by one, and hold its rules against autograd.
+    """Run a network on a few samples, together and one by one, and compare its rules with autograd.
 
-    The rules are applied to the samples together. The gradients that they are compared with are those of each sample
-    alone, which the kernel is defined by.
+    The rules are applied to the samples together. They are compared with the gradients of each sample alone, because
+    these define the kernel.
 
     Raises:
-        NotInThisDtypeError: If it raises, or returns another dtype.
+        NotInThisDtypeError: If the network raises an error or returns another dtype.
         ModelError: If its kernel is not defined.
     """
     samples = as_input(samples, dtype, next(module.parameters()).device)
@@ -77,20 +77,20 @@ def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype) -> Trial
     weights = draw_weights(together.outputs, len(samples))
     claims, failed = _claims(together, layers, weights)
     in_batch = together.outputs.detach()
-    del together  # and with it a graph
+    del together  # frees its graph
     alone = torch.cat([_called(module, (), sample[None]).outputs for sample in samples])
     require_same_outputs(in_batch, alone.detach(), len(samples))
     params = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    found = hold_against_autograd(alone, weights, params, claims, TOLERANCES[alone.dtype])
-    return Trial(alone.shape[1], found.disproved | failed, found.reached)
+    findings = hold_against_autograd(alone, weights, params, claims, TOLERANCES[alone.dtype])
+    return Trial(alone.shape[1], findings.disproved | failed, findings.reached)
 
 
 def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Recording:
     """Run a network on a batch.
 
     Raises:
-        NotInThisDtypeError: If it raises, or returns another dtype.
-        ModelError: If it does not return (samples, outputs), all finite.
+        NotInThisDtypeError: If the network raises an error or returns another dtype.
+        ModelError: If the outputs are not (samples, outputs), or not finite.
     """
     with explained_errors(samples):
         recording = record(module, {layer.name: layer.module for layer in layers}, samples)
@@ -98,7 +98,7 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(samples):
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ModelError(
-            f"The network must return one row per sample, ({len(samples)}, outputs), and returned {found}. Is there a "
+            f"The network must return one row per sample, ({len(samples)}, outputs), and returned {found}. Is a "
             "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
         )
     require_real_outputs(outputs)
@@ -110,44 +110,43 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
     if not outputs.isfinite().all():
         raise ModelError(
             "The network's outputs are not finite: expected numbers, found infinity or NaN for the first samples. "
-            "Did its training diverge, or do the samples have values that are not finite? Repair what made them."
+            "Did its training diverge, or do the samples have values that are not finite? Train the network again, or "
+            "repair the samples."
         )
     return recording
 
 
 @contextmanager
 def explained_errors(samples: Tensor) -> Iterator[None]:
-    """Explain what a network raises: it is somebody else's code, and its error its own.
+    """Explain an error that is raised in the user's network, which may be of any type.
 
     Raises:
-        NotInThisDtypeError: If it raises.
+        NotInThisDtypeError: If the network raises an error.
     """
     try:
         yield
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "dtype" in said or "same type" in said or "Float" in said or "Double" in said:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if "dtype" in text or "same type" in text or "Float" in text or "Double" in text:
             other = "float32" if samples.dtype == torch.float64 else "float64"
             cause = (
-                f"Does it run in {other} alone, because of a cast in its forward pass or a tensor that is no buffer? "
+                f"Does it run only in {other}, because of a cast in its forward pass or a tensor that is not a buffer? "
                 f"Choose the precision {other}, or remove the cast and use register_buffer."
             )
         else:
-            cause = (
-                "Is it made for another size, number of channels or dtype? Give it samples of the kind it was made for."
-            )
+            cause = "Does the network expect another size, number of channels or dtype? Pass samples that it accepts."
         raise NotInThisDtypeError(
-            f"The network cannot take these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
-            f"({said}). {cause}"
+            f"The network does not accept these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
+            f"({text}). {cause}"
         ) from error
 
 
 def require_same_outputs(
     in_batch: Tensor,  # (samples, outputs)
-    otherwise: Tensor,  # (samples, outputs), of the same samples alone or in a smaller batch
+    otherwise: Tensor,  # (samples, outputs), of the same samples alone or in another batch
     batch_size: int,
 ) -> None:
-    """Refuse a network whose outputs for a sample depend on the batch that it is in.
+    """Refuse a network whose outputs for a sample depend on the other samples of its batch.
 
     Raises:
         ModelError: If they differ by more than rounding explains.
@@ -156,14 +155,15 @@ def require_same_outputs(
     scale = float(otherwise.abs().max())
     if not difference <= OUTPUT_TOLERANCES[in_batch.dtype] * max(scale, 1e-30):
         raise ModelError(
-            f"The network mixes the samples of a batch even in evaluation mode: alone and in a batch of {batch_size} a "
-            f"sample's outputs differ by {difference:.1e} (largest output {scale:.1e}), expected rounding only. Does a "
-            "layer use batch statistics or randomness? Replace it by one that treats samples one by one."
+            f"The network mixes the samples of a batch even in evaluation mode: expected that a sample has the same "
+            f"outputs in every batch up to rounding, found that they differ by {difference:.1e} between a batch of "
+            f"{batch_size} and another one (largest output {scale:.1e}). Does a layer use batch statistics or "
+            "randomness? Replace it by one that treats samples one by one."
         )
 
 
 def is_one_by_one(uses: Sequence[Use], batch_size: int) -> bool:
-    """Say whether a layer was called, each time with real numbers and the samples as first axis, in and out."""
+    """Check that a layer was called, and that all its inputs and outputs are real and have samples as first axis."""
     return bool(uses) and all(
         shape and shape[0] == batch_size and not use.output.is_complex() and not use.x.is_complex()
         for use in uses
@@ -174,8 +174,8 @@ def is_one_by_one(uses: Sequence[Use], batch_size: int) -> bool:
 def _claims(
     recording: Recording, layers: Sequence[Layer], weights: Tensor
 ) -> tuple[Mapping[str, Claim], frozenset[str]]:
-    """Collect what the rules say of the weighted gradient, and the parameters for which a rule cannot say anything."""
-    grads = pull_back(recording, weights)  # rows are linear in the cotangents, so that one pass checks all outputs
+    """Compute the weighted gradients by the rules, and list the parameters for which this is not possible."""
+    grads = pull_back(recording, weights)  # rows are linear in the cotangents, so one pass checks all outputs
     claims: dict[str, Claim] = {}
     treated = {layer.full_name(param) for layer in layers for param in layer.params()}
     for layer in layers:
@@ -189,7 +189,7 @@ def _layer_claims(layer: Layer, uses: Sequence[Use], grads: Sequence[Tensor]) ->
     claims: dict[str, Claim] = {}
     for param in layer.params():
         claim = _matrix_claim if param == layer.rule.matrix else partial(_vector_claim, layer.rule.vectors[param])
-        with suppress(Exception):  # to raise is one way in which a rule does not hold
+        with suppress(Exception):  # a rule that raises an error does not hold
             claims[layer.full_name(param)] = claim(layer, uses, grads)
     return claims
 

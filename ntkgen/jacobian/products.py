@@ -1,4 +1,4 @@
-"""Matrix products, by the route that is quickest on the device."""
+"""Matrix products, computed by the fastest library on the device, which is called the route."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from torch import Tensor
 from ntkgen.jacobian.cost import LONGEST_SUM, slices
 from ntkgen.jacobian.precision import Precision, reduced_products
 
-# `torch.mm` adds up so many float32 products at most: where its result is small it does so one after the other.
+# Maximum number of float32 products in one sum of `torch.mm`, which adds them one after the other for small results.
 LONGEST_MM_SUM = 1 << 13
-# A product of fewer multiply-adds than this is not worth a call of its own for each sample.
+# Minimum number of multiply-adds for which each sample gets its own call of a matrix product.
 LARGE_MACS = 1 << 19
 
 
@@ -20,7 +20,7 @@ def matmul_nt(
     b: Tensor,  # (columns, k)
     route: str = "mm",
 ) -> Tensor:  # (rows, columns)
-    """Multiply ``a bᵀ``, by `torch.mm` or, for float32 on a CPU, by oneDNN, which on some is twice as quick."""
+    """Multiply ``a bᵀ`` with `torch.mm`, or with oneDNN for float32 on a CPU. oneDNN is twice as fast on some CPUs."""
     is_onednn = route == "onednn" and a.dtype == torch.float32 and a.device.type == "cpu"
     product, longest = (_onednn, LONGEST_SUM) if is_onednn else (_mm, LONGEST_MM_SUM)
     if a.dtype == torch.float64 or a.device.type != "cpu" or a.shape[1] <= longest:
@@ -36,13 +36,13 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
-    # the operator that torch's own compiler uses for linear layers; torch.mm asks MKL instead
+    # the operator that torch.compile uses for linear layers; torch.mm calls MKL instead
     result: Tensor = torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
     return result
 
 
 def routes(device: torch.device) -> tuple[str, ...]:
-    """List the routes that work here, tried on a small product."""
+    """List the routes that work on this machine, by a trial with a small product."""
     a = torch.arange(12.0, dtype=torch.float32, device=device).view(3, 4)
     if device.type != "cpu":
         return ("mm",)
@@ -55,7 +55,7 @@ def routes(device: torch.device) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Products:
-    """The products of a contraction, as a precision policy rounds them."""
+    """The matrix products of a contraction, rounded according to a precision policy."""
 
     precision: Precision
     route: str
@@ -65,16 +65,16 @@ class Products:
         return x.to(self.precision.accumulate_dtype)
 
     def operand(self, x: Tensor) -> Tensor:
-        """Convert to what `rounded` multiplies: bfloat16 where the policy rounds to it."""
+        """Convert to the dtype of operands of `rounded`: bfloat16 if the policy rounds to it."""
         is_rounded = self.precision.rounding == "bf16"
         return x.to(self.precision.factor_dtype if is_rounded else self.precision.accumulate_dtype)
 
     def exact(self, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply wide operands, a bᵀ, without rounding them."""
+        """Multiply operands in the dtype of sums, a bᵀ, without rounding them."""
         return matmul_nt(a, b, self.route)
 
     def rounded(self, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply operands, a bᵀ, as the policy rounds; the result is wide."""
+        """Multiply operands, a bᵀ, with the rounding of the policy. The result has the dtype of sums."""
         if self.precision.rounding == "ieee":
             return matmul_nt(a, b, self.route)
         with reduced_products(a.device, self.precision.rounding):
@@ -82,9 +82,7 @@ class Products:
                 mm: Any = torch.mm
                 result: Tensor = mm(a, b.mT, out_dtype=self.precision.accumulate_dtype)
                 return result
-            return matmul_nt(
-                self.wide(a), self.wide(b)
-            )  # exact for bfloat16 operands; quick where the processor has AMX
+            return matmul_nt(self.wide(a), self.wide(b))  # exact for bfloat16 operands; fast if the processor has AMX
 
 
 def rows_of(
@@ -92,7 +90,7 @@ def rows_of(
     inputs: Tensor,  # (samples, groups, k, positions)
     route: str = "mm",
 ) -> Tensor:  # (samples, groups, channels, k)
-    """Build Jacobian rows, Σ_t g[t] ⊗ a[t], sample by sample where one is work enough for a call."""
+    """Build Jacobian rows, Σ_t g[t] ⊗ a[t]. Large products are computed sample by sample."""
     samples, groups, channels, positions = cotangents.shape
     k = inputs.shape[2]
     if route == "mm" or channels * k * positions < LARGE_MACS or cotangents.dtype != torch.float32:

@@ -1,4 +1,4 @@
-"""Which trainable parameters the outputs of a network depend on, and where the gradient ends if they do not."""
+"""The trainable parameters that the outputs of a network depend on, and the layer after which a gradient is lost."""
 
 import warnings
 from collections.abc import Collection
@@ -13,7 +13,7 @@ from ntkgen.errors import ModelError
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of
 from ntkgen.jacobian.reference import trainable
 
-# Parameters that a message names at most.
+# Maximum number of parameters in a message.
 NAMED = 3
 
 
@@ -22,18 +22,18 @@ class UnreachedParameterWarning(UserWarning):
 
 
 def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reached: Collection[str]) -> None:
-    """Refuse a network whose outputs depend on none of its trainable parameters: its kernel would be zero.
+    """Refuse a network whose outputs depend on none of its trainable parameters, because its kernel would be zero.
 
-    Parameters that they depend on in training mode alone have a part of zero in the kernel, and get a warning.
+    Parameters that have a gradient only in training mode contribute zero to the kernel. They cause a warning.
 
     Args:
         model: The user's module.
         module: Its evaluation copy.
         samples: A few samples.
-        reached: The parameters that autograd found a gradient for.
+        reached: The parameters for which autograd found a gradient.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If no parameter has a gradient.
     """
     unreached = [name for name in trainable(module) if name not in reached]
     if not unreached:
@@ -42,14 +42,14 @@ def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reache
     only_in_training = [name for name in unreached if name in in_training]
     if not reached:
         raise ModelError(
-            "The outputs of the network depend on none of its trainable parameters, so that its kernel would be zero: "
+            "The outputs of the network depend on none of its trainable parameters, so its kernel would be zero: "
             f"expected a gradient, and {where_gradient_ends(module, samples)}. {_cause(only_in_training)}"
         )
     if only_in_training:
         warnings.warn(
             f"The outputs depend on {_listed(only_in_training)} in training mode, and not in evaluation mode. The "
-            "kernel is that of evaluation mode: these parameters add nothing to it. Does eval() merge adapters into "
-            "frozen weights? Keep them apart, or ignore this warning where the parameters serve training alone.",
+            "kernel is that of evaluation mode, so these parameters add nothing to it. Does eval() merge adapters into "
+            "frozen weights? Keep them separate, or ignore this warning if the parameters are used only in training.",
             UnreachedParameterWarning,
             stacklevel=2,
         )
@@ -59,7 +59,7 @@ def _cause(only_in_training: list[str]) -> str:
     if only_in_training:
         return (
             f"In training mode they depend on {_listed(only_in_training)}. Does eval() merge adapters into frozen "
-            "weights? Keep them apart in evaluation mode."
+            "weights? Keep them separate in evaluation mode."
         )
     return "Does the forward pass use torch.no_grad(), detach() or .data, or go through NumPy? Remove that."
 
@@ -70,8 +70,8 @@ def _listed(names: list[str]) -> str:
 
 
 def reached_in_training(model: nn.Module, samples: Tensor) -> set[str]:
-    """Name the trainable parameters that the outputs depend on in training mode; none where that cannot be run."""
-    found: set[str] = set()
+    """List the trainable parameters with a gradient in training mode. List none if that mode raises an error."""
+    reached: set[str] = set()
     with suppress(Exception), warnings.catch_warnings(action="ignore"), torch.random.fork_rng():
         device = next(model.parameters()).device
         module = evaluation_copy(model, torch.float32, device)
@@ -79,20 +79,20 @@ def reached_in_training(model: nn.Module, samples: Tensor) -> set[str]:
         params = {name: value for name, value in module.named_parameters() if value.requires_grad}
         outputs = outputs_of(module, as_input(samples, torch.float32, device))
         grads = torch.autograd.grad(outputs.sum(), list(params.values()), allow_unused=True)
-        found = {name for name, grad in zip(params, grads, strict=True) if grad is not None}
-    return found
+        reached = {name for name, grad in zip(params, grads, strict=True) if grad is not None}
+    return reached
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of a module: whether a gradient can come to its output."""
+    """One call of a module, and whether its output has a gradient."""
 
     name: str
     has_gradient: bool
 
 
 def where_gradient_ends(module: nn.Module, samples: Tensor) -> str:
-    """Say in which of its modules the outputs of a network lose their gradient."""
+    """Describe the module after which the outputs of a network have no gradient."""
     calls: list[_Call] = []
 
     def hook_of(name: str) -> Any:

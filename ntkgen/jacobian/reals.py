@@ -1,4 +1,4 @@
-"""Complex parameters as two real ones: their numbers, and how many there are."""
+"""Complex parameters as pairs of real numbers."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def real_numbers(tensor: Tensor) -> Tensor:  # (numbers,)
-    """Flatten a tensor, with the real and the imaginary part of a complex number as two.
+    """Flatten a tensor. A complex number becomes two numbers, its real and its imaginary part.
 
     >>> real_numbers(torch.tensor([1.0, 2 + 3j]))
     tensor([1., 0., 2., 3.])
@@ -16,7 +16,7 @@ def real_numbers(tensor: Tensor) -> Tensor:  # (numbers,)
 
 
 def count_real_numbers(tensors: Iterable[Tensor]) -> int:
-    """Count the real numbers of some tensors.
+    """Count the real numbers in some tensors. A complex number counts as two.
 
     >>> count_real_numbers([torch.zeros(2, 3), torch.zeros(2, dtype=torch.complex64), torch.tensor(1.0)])
     11

@@ -1,7 +1,7 @@
-"""The same kernel, dense, slow and obvious; the oracle.
+"""The reference implementation of the kernel: dense, slow and simple.
 
-Every sample goes through the network alone, every row of the Jacobian is a backward pass in float64, and the products
-are summed parameter by parameter. Tests, verification and the documentation all compare with this.
+The network is run on each sample alone, and each row of the Jacobian is one backward pass in float64. The products are
+summed over groups of parameters. Tests and verification compare their results with this implementation.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,12 +20,12 @@ from ntkgen.jacobian.evaluation import (
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.reals import count_real_numbers, real_numbers
 
-# Jacobian rows are formed for so many bytes of parameters at a time: a ResNet152 never needs all of J.
+# Maximum bytes of Jacobian rows at a time. The whole Jacobian of a large network never needs to fit in memory.
 MAX_JACOBIAN_BYTES = 1 << 30
 
 
 def trainable(module: nn.Module) -> dict[str, Tensor]:
-    """Name the trainable parameters, each once, in the module's own order."""
+    """Return the trainable parameters by name, each once, in the module's order."""
     return {name: param.detach() for name, param in module.named_parameters() if param.requires_grad}
 
 
@@ -34,17 +34,17 @@ def jacobian_rows(
     params: Iterable[str],
     x: Tensor,  # (samples, …)
 ) -> Tensor:  # (samples, outputs, params)
-    """Form the Jacobian with respect to some of a module's parameters: a backward pass per sample and output.
+    """Form the Jacobian with respect to some of a module's parameters, with one backward pass per sample and output.
 
-    A complex parameter is two real ones. The gradient of a real output for z = a + i b is ∂/∂a + i ∂/∂b: its real and
-    imaginary parts are the columns of a and b.
+    A complex parameter counts as two real ones. The gradient of a real output for z = a + i b is ∂/∂a + i ∂/∂b. Its
+    real and imaginary parts are the columns of a and b.
     """
-    own = dict(module.named_parameters())
-    wanted = [own[name] for name in params]
+    by_name = dict(module.named_parameters())
+    selected = [by_name[name] for name in params]
     rows = []
     for sample in x:
         outputs = outputs_of(module, sample[None])[0]
-        rows.append(torch.stack([_row(output, wanted) for output in outputs]))
+        rows.append(torch.stack([_row(output, selected) for output in outputs]))
     return torch.stack(rows)
 
 
@@ -52,7 +52,7 @@ def _row(
     output: Tensor,  # ()
     params: Sequence[Tensor],
 ) -> Tensor:  # (params,)
-    """Differentiate one output of one sample; what it does not depend on has zeros."""
+    """Differentiate one output of one sample. Parameters that it does not depend on get zeros."""
     grads: Sequence[Tensor | None] = [None] * len(params)
     if output.requires_grad:
         grads = torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
@@ -67,14 +67,14 @@ def sampled_rows(
     sample: Tensor,
     cotangents: Tensor,  # (rows, outputs)
 ) -> Tensor:  # (rows, params)
-    """Form the Jacobian rows of vᵀ f of one sample for some v, by a backward pass each; a complex number is two."""
+    """Form the Jacobian rows of vᵀ f of one sample, with one backward pass per v. Complex numbers count as two."""
     params = [param for param in module.parameters() if param.requires_grad]
     outputs = outputs_of(module, sample[None])[0]
     return torch.stack([_row(outputs @ v, params) for v in cotangents])
 
 
 def _groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str, Tensor]]:
-    """Cut the parameters, in order, into groups of at most ``max_numbers`` scalars (a larger one stands alone)."""
+    """Cut the parameters, in order, into groups of at most ``max_numbers`` scalars. A larger one has its own group."""
     group: dict[str, Tensor] = {}
     for name, param in params.items():
         if group and count_real_numbers([*group.values(), param]) > max_numbers:

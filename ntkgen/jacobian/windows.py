@@ -1,4 +1,4 @@
-"""Convolutions in steps of one: their inputs as pixels, and the Gram matrix of windows from that of pixels."""
+"""Convolutions of stride 1: their inputs as pixels, and the Gram matrix of windows from the Gram matrix of pixels."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from ntkgen.jacobian.layers import Convolution, padded, padding_of
 
 @dataclass(frozen=True)
 class Axis:
-    """How windows lie along one spatial axis: tap d of window t is pixel t + d · dilation - padding, zero outside."""
+    """The windows along one spatial axis. Tap d of window t is pixel t + d · dilation - padding, or zero outside."""
 
     pixels: int
     positions: int
@@ -21,27 +21,27 @@ class Axis:
 
     @property
     def padding_after(self) -> int:
-        """Zeros behind the last pixel."""
+        """Zeros after the last pixel."""
         return self.positions + self.dilation * (self.taps - 1) - self.pixels - self.padding
 
     def overlaps(self) -> list[tuple[slice, slice]]:
-        """List, tap by tap, the windows whose tap lies within the axis, and the pixels that these taps are.
+        """List for each tap the windows whose tap is a pixel, and these pixels.
 
         >>> Axis(pixels=4, positions=4, taps=3, dilation=1, padding=1).overlaps()[0]
         (slice(1, 4, None), slice(0, 3, None))
         """
-        found = []
+        ranges = []
         for tap in range(self.taps):
             shift = tap * self.dilation - self.padding
             first, last = max(0, -shift), min(self.positions, self.pixels - shift)
             if first < last:
-                found.append((slice(first, last), slice(first + shift, last + shift)))
-        return found
+                ranges.append((slice(first, last), slice(first + shift, last + shift)))
+        return ranges
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of a convolution in steps of one, axis by axis."""
+    """The windows of a convolution of stride 1, axis by axis."""
 
     axes: tuple[Axis, ...]
 
@@ -52,7 +52,7 @@ class Windows:
 
     @property
     def taps(self) -> int:
-        """Pixels of a window, w."""
+        """Pixels per window, w."""
         return math.prod(axis.taps for axis in self.axes)
 
     def project(
@@ -60,21 +60,21 @@ class Windows:
         pixels: Tensor,  # (samples, groups, P, channels)
         directions: Tensor,  # (groups, channels · w, d)
     ) -> Tensor:  # (samples, groups, T, d)
-        """Multiply each window with some vectors: a convolution of the pixels, with the vectors as its filters."""
+        """Multiply each window with some vectors. This is a convolution of the pixels with the vectors as filters."""
         samples, groups, _, channels = pixels.shape
         images = pixels.mT.reshape(samples, groups * channels, *(axis.pixels for axis in self.axes))
         pads = [pad for axis in reversed(self.axes) for pad in (axis.padding, axis.padding_after)]
         filters = directions.mT.reshape(-1, channels, *(axis.taps for axis in self.axes))
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(self.axes)]
         dilation = [axis.dilation for axis in self.axes]
-        found = convolve(F.pad(images, pads), filters, dilation=dilation, groups=groups)
-        return found.reshape(samples, groups, directions.shape[2], -1).mT
+        products = convolve(F.pad(images, pads), filters, dilation=dilation, groups=groups)
+        return products.reshape(samples, groups, directions.shape[2], -1).mT
 
     def gram(
         self,
         pixels: Tensor,  # (rows, P, columns, P)
     ) -> Tensor:  # (rows, T, columns, T)
-        """Sum the Gram matrix of pixels to that of windows, A[t, t'] = Σ_δ X[t+δ, t'+δ], one axis after the other."""
+        """Compute the Gram matrix of windows from that of pixels, A[t, t'] = Σ_δ X[t+δ, t'+δ], axis by axis."""
         rows, columns = pixels.shape[0], pixels.shape[2]
         sizes = [axis.pixels for axis in self.axes]
         grid = pixels.reshape(rows, *sizes, columns, *sizes)
@@ -97,17 +97,18 @@ def windows_of(
     module: nn.Module,
     x: Tensor,  # (samples, channels, …): an input of the module
 ) -> Windows | None:
-    """Describe the windows of a convolution, or None where they are not moved in steps of one, or hold one pixel."""
+    """Describe the windows of a convolution. Return None if its stride is not 1, or its windows have one pixel."""
     if not isinstance(module, Convolution) or set(module.stride) != {1} or set(module.kernel_size) == {1}:
         return None
     axes = []
     for size, (before, after), taps, dilation in zip(
         x.shape[2:], padding_of(module), module.kernel_size, module.dilation, strict=True
     ):
-        whole = size + before + after
-        positions = whole - dilation * (taps - 1)
+        padded_size = size + before + after
+        positions = padded_size - dilation * (taps - 1)
         zeros_around = module.padding_mode == "zeros"
-        axes.append(Axis(size if zeros_around else whole, positions, taps, dilation, before if zeros_around else 0))
+        padding = before if zeros_around else 0
+        axes.append(Axis(size if zeros_around else padded_size, positions, taps, dilation, padding))
     return Windows(tuple(axes))
 
 
@@ -115,7 +116,7 @@ def pixels_of(
     module: nn.Module,
     x: Tensor,  # (samples, channels, …)
 ) -> Tensor:  # (samples, groups, P, channels per group)
-    """Give the pixels of a convolution's input; zeros around it are left out, other padding is made."""
+    """Return the pixels of a convolution's input. Padding with zeros is left out; other padding is added."""
     assert isinstance(module, Convolution)
     x = x if module.padding_mode == "zeros" else padded(module, x)
     return x.reshape(len(x), module.groups, x.shape[1] // module.groups, -1).mT
