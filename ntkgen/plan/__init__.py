@@ -1,1 +1,1 @@
-"""What a kernel is made of and what it costs: integers only."""
+"""The tiles, the blocks and the cost of a kernel; integers only."""

@@ -1,4 +1,4 @@
-"""A plan part by part: what each layer costs, how it is multiplied, and what that saves; integers only."""
+"""A plan layer by layer: the cost of each layer, its order of multiplication, and its savings; integers only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,27 +10,27 @@ from ntkgen.plan.tiles import Tile
 
 @dataclass(frozen=True)
 class CostLine:
-    """One line of an explained plan. FLOPs are two per multiply-add, of all the work that is missing."""
+    """One line of an explained plan. FLOPs are two per multiply-add, and count the missing work only."""
 
     name: str
     shape: str
     order: str
-    factor_bytes: int  # kept per sample
+    factor_bytes: int  # bytes of stored factors per sample
     flops: int
-    explicit_flops: int  # the same by Jacobian rows alone, built once per sample
+    explicit_flops: int  # FLOPs if only Jacobian rows were used, built once per sample
 
 
 @dataclass(frozen=True)
 class WorkCount:
-    """How much a plan has to do, counted in the two things that cost: samples and pairs of samples."""
+    """The missing work of a plan, counted in samples and pairs of samples."""
 
-    factor_samples: int  # whose factors are computed, as often as they are
-    built_samples: int  # whose rows are built for a product
+    factor_samples: int  # samples whose factors are computed; a repeated sample counts again
+    built_samples: int  # samples whose rows are built for a product
     pairs: int
 
     @classmethod
     def of(cls, plan: Plan, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> "WorkCount":
-        """Count what some tiles need, after the diagonal of some row blocks."""
+        """Count the work of some tiles, and of the diagonal of some row blocks before them."""
         built = pairs = 0
         for tile in tiles:
             for row, column in plan.pairs(tile):
@@ -41,7 +41,7 @@ class WorkCount:
 
 
 def explain(plan: Plan, work: WorkCount) -> list[CostLine]:
-    """List the lines of a plan; their FLOPs add up to what `Plan.projected_flops` says."""
+    """List the lines of a plan. The sum of their FLOPs is `Plan.projected_flops`."""
     jacobian, m, samples = plan.jacobian, plan.jacobian.num_outputs, plan.num_samples
     passes = pass_macs(plan.profile)
     lines = [CostLine("passes", f"1 + {m} per sample", "", 0, 2 * work.factor_samples * passes, 2 * samples * passes)]

@@ -1,4 +1,7 @@
-"""Budget → block sizes, tiles to do, projected bytes and FLOPs; says no before anything runs. Integers only."""
+"""The plan of a kernel: block sizes for a memory budget, the order of tiles, projected bytes and FLOPs.
+
+A budget that is too small is refused before any computation. All quantities are integers.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,22 +34,23 @@ from ntkgen.jacobian.cost import (
 from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.units import human_bytes
 
-# A forward pass and a backward pass hold, beside the saved activations, about as much again in gradients and clones.
+# Memory of a forward and a backward pass, as a multiple of the saved activations. It includes gradients and clones.
 ACTIVATION_COPIES = 3
-# Per entry of a tile on the host: two computed ones, three store dtypes of each, a mirror, a chunk with its checksum.
+# Bytes of host memory per entry of a tile: two computed tiles, each in three store dtypes, a mirror, and a chunk with
+# its checksum.
 TILE_COPY_BYTES = 60
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes allowed. ``planned_bytes`` shapes the plan and must be the same on every run of a machine."""
+    """The allowed bytes of memory. ``planned_bytes`` determines the plan, so it must be the same in every run."""
 
     planned_bytes: int
     available_bytes: int
 
     @classmethod
     def of(cls, requested: int | None, *, total_bytes: int, free_bytes: int) -> "Budget":
-        """Take what the user asked for, or two fifths of the device's memory, which does not change between runs."""
+        """Return the user's budget, or two fifths of the device's total memory, which is the same in every run."""
         if requested is not None:
             return cls(requested, requested)
         return cls(total_bytes * 2 // 5, free_bytes * 4 // 5)
@@ -54,7 +58,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Environment:
-    """What tile bytes depend on beside the plan. The libraries below torch are taken to be those of its version."""
+    """The properties of a machine that tile bytes depend on. The torch version stands for the libraries below torch."""
 
     device_type: str
     device_name: str
@@ -62,16 +66,18 @@ class Environment:
     threads: int
 
     def differences(self, other: "Environment") -> list[str]:
-        """Name what differs, with both values; this one is the store's."""
+        """List the fields that differ, with both values. This environment is that of the store."""
         pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
         return [
-            f"{name.replace('_', ' ')} {mine} there, {theirs} here" for (name, mine), theirs in pairs if mine != theirs
+            f"{name.replace('_', ' ')} {stored} there, {current} here"
+            for (name, stored), current in pairs
+            if stored != current
         ]
 
 
 @dataclass(frozen=True)
 class Band:
-    """Row blocks whose factors stay while the columns of some tiles stream past; none where they do not fit."""
+    """Some tiles, and the row blocks whose factors stay in memory while they are computed (none if they do not fit)."""
 
     held: tuple[Block, ...]
     tiles: tuple[Tile, ...]
@@ -79,7 +85,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a tile's bytes are a function of, and the sizes from which its cost follows."""
+    """All settings that determine the bytes of a tile, and the sizes that determine its cost."""
 
     grid: TileGrid
     jacobian: JacobianPlan
@@ -93,32 +99,32 @@ class Plan:
 
     @property
     def block_samples(self) -> int:
-        """Samples whose factors are kept together; a tile is cut into such blocks."""
+        """Samples of a block, whose factors are stored together. A tile is cut into such blocks."""
         return self.jacobian.sizes.block_samples
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of a number of the network."""
+        """Bytes of one number in the network."""
         return 8 if self.precision == "float64" else 4
 
     @property
     def product_bytes(self) -> int:
-        """Bytes of a computed entry."""
+        """Bytes of one computed entry of the kernel."""
         return PRECISION_BYTES[self.precision][1]
 
     def blocks(self, index: int) -> list[Block]:
-        """Cut one row of tiles into the blocks that are computed together."""
+        """Cut the samples of one row of tiles into blocks."""
         return self.grid.block(index).pieces(self.block_samples)
 
     def col_blocks(self, index: int) -> list[Block]:
-        """Cut one column of tiles; samples of other columns than rows are numbered after those of the rows."""
+        """Cut the samples of one column of tiles into blocks. Samples of other columns are numbered after the rows."""
         if self.grid.is_symmetric:
             return self.blocks(index)
         block, first = self.grid.col_block(index), self.grid.num_samples
         return Block(first + block.start, first + block.stop).pieces(self.block_samples)
 
     def side_blocks(self, index: int) -> list[Block]:
-        """Cut a row of tiles or, numbered after those, a column of other samples: what has a diagonal of its own."""
+        """Cut the samples of a side into blocks. Sides are the rows of tiles, then the columns of other samples."""
         rows = self.grid.num_blocks
         return self.blocks(index) if index < rows else self.col_blocks(index - rows)
 
@@ -128,12 +134,12 @@ class Plan:
 
     @property
     def num_sides(self) -> int:
-        """Count what `side_blocks` numbers."""
+        """The number of sides, as numbered in `side_blocks`."""
         return self.grid.num_blocks + (0 if self.grid.is_symmetric else self.grid.num_col_blocks)
 
     @property
     def num_samples(self) -> int:
-        """Samples whose factors are needed, of rows and columns."""
+        """Samples of rows and columns."""
         return self.grid.num_samples + (self.grid.num_col_samples or 0)
 
     @property
@@ -143,7 +149,7 @@ class Plan:
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes beside the factors: network, samples, one batch, one contraction, two tiles on their way to disk."""
+        """Bytes besides the factors: network, samples, one batch, one contraction, and two tiles that are written."""
         m, batch = self.jacobian.num_outputs, self.jacobian.batch_size
         per_sample = ACTIVATION_COPIES * self.profile.activation_numbers + 2 * self.profile.input_numbers
         kept = [layer.shape for layer in self.jacobian.layers if layer.keeps_rows]
@@ -151,7 +157,7 @@ class Plan:
         widest = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
         unfolded = sum(shape.groups * shape.positions * shape.inputs for shape in kept)
         passes = (
-            3 * self.profile.num_params  # our copy, what the libraries pack of it, and what allocators lose
+            3 * self.profile.num_params  # the copy, packed weights of the libraries, and losses of the allocator
             + batch * (per_sample + 2 * widest)
             + (2 * m * self.jacobian.dense_params if self.jacobian.fallback else 0)
         )
@@ -167,28 +173,28 @@ class Plan:
         )
 
     def _diagonal_numbers(self, layer: LayerPlan) -> int:
-        """Count the float64 numbers with which one sample's diagonal is computed."""
+        """Count the float64 numbers in the computation of one sample's diagonal."""
         grams = max(layer.shape.positions, layer.widest) ** 2
         return max(DIAGONAL_NUMBERS, grams) * 3 + factor_numbers(layer, self.jacobian.num_outputs)
 
     @property
     def preparing_bytes(self) -> int:
-        """Bytes with which the network is made ready: a float64 copy, and the check of its rules on three samples."""
-        shapes, copy = self.profile.layers, self.profile.num_params * 6 // 5  # a fifth is what allocators lose
+        """Bytes for the preparation of the network: a float64 copy, and the check of its rules on three samples."""
+        shapes, copy = self.profile.layers, self.profile.num_params * 6 // 5  # the allocator loses up to a fifth
         inputs = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
         params = max((shape.num_params for shape in shapes), default=0)
         return 8 * (copy + 3 * ACTIVATION_COPIES * self.profile.activation_numbers + 3 * inputs + 5 * params)
 
     @property
     def minimum_bytes(self) -> int:
-        """Bytes without which no tile can be computed: a row block and a column block."""
+        """Minimum bytes for the computation of a tile: a row block and a column block."""
         return self.projected_bytes(2)
 
     def cached_blocks(self, budget: Budget) -> int:
-        """Count the blocks whose factors may be held at a time.
+        """Return the number of blocks whose factors may be in memory at a time.
 
         Raises:
-            BudgetError: If not even two fit.
+            BudgetError: If two blocks do not fit.
         """
         if self.preparing_bytes > budget.available_bytes:
             raise BudgetError(
@@ -211,19 +217,19 @@ class Plan:
         return sum(len(self.side_blocks(index)) for index in range(self.num_sides))
 
     def projected_bytes(self, cached_blocks: int) -> int:
-        """Project the peak of memory that the computation adds to the loaded process."""
+        """Project the peak memory of the computation, without the memory of the process before it."""
         return max(self.fixed_bytes + cached_blocks * self.block_bytes, self.preparing_bytes)
 
     def bands(self, tiles: Iterable[Tile], cached_blocks: int) -> Iterator[Band]:
-        """Order some tiles in bands: as many row blocks stay as fit beside those of one column.
+        """Order some tiles in bands. A band has as many rows of tiles as fit in memory beside one column.
 
-        The columns of a band are as many as the matrix is wide, so fewer and higher bands compute fewer factors.
+        Each band needs the factors of all columns of the matrix, so fewer and higher bands compute fewer factors.
         """
         per_tile = len(self.blocks(0))
         fits = cached_blocks >= self._all_blocks
         height = self.grid.num_blocks if fits else cached_blocks // per_tile - 1
         if height <= 0 and cached_blocks > per_tile:
-            height = 1  # each column block passes the one held row of tiles once
+            height = 1  # hold one row of tiles, so each column block is computed once
         by_band: dict[int, list[Tile]] = {}
         for tile in tiles:
             by_band.setdefault(tile.row // max(1, height), []).append(tile)
@@ -233,9 +239,9 @@ class Plan:
             yield Band(held, tuple(sorted(members, key=lambda tile: (tile.col, tile.row) if height > 0 else tile)))
 
     def projected_flops(self, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> int:
-        """Project the floating-point operations of some tiles, two per multiply-add, factors included.
+        """Project the floating-point operations of some tiles, two per multiply-add, including those of the factors.
 
-        Those of the ``diagonal``, by row block, come first; its own products are left out, a sample's each.
+        The factors for the ``diagonal`` of some row blocks are included. The few products of the diagonal are not.
         """
         computed = count_factor_samples(self, tiles, cached_blocks, diagonal)
         products = sum(
@@ -246,12 +252,12 @@ class Plan:
         return 2 * (computed * factor_macs(self.profile, self.jacobian) + products)
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values for the manifest."""
+        """Convert to plain values for the manifest."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Plan":
-        """Read back what `to_json` wrote."""
+        """Convert back from the values of `to_json`."""
         profile, jacobian = dict(values["profile"]), dict(values["jacobian"])
         layers = tuple(LayerShape(**shape) for shape in profile["layers"])
         plans = tuple(LayerPlan(**{**layer, "shape": LayerShape(**layer["shape"])}) for layer in jacobian["layers"])
@@ -271,7 +277,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Choices:
-    """What is chosen of a plan rather than planned: the precision policy, the rates that it goes by, forced orders."""
+    """Inputs of a plan: the precision policy, the rates of the device, forced orders, and the reduction."""
 
     precision: str = "float32"
     rates: Rates = USUAL_RATES
@@ -287,10 +293,10 @@ def make_plan(
     budget: Budget,
     environment: Environment,
 ) -> Plan:
-    """Fix a plan: the largest blocks, then the largest batches, whose projected bytes fit the budget.
+    """Make a plan with the largest blocks, and then the largest batches, whose projected bytes fit the budget.
 
     Raises:
-        BudgetError: If not even one sample at a time fits; the message has both numbers.
+        BudgetError: If blocks of one sample do not fit. The message has both numbers of bytes.
     """
     device = environment.device_type
 
@@ -312,7 +318,7 @@ def make_plan(
             plan = candidate(block, batch)
             if plan.minimum_bytes <= budget.planned_bytes:
                 return plan
-    plan.cached_blocks(Budget(budget.planned_bytes, budget.planned_bytes))  # raises, with both numbers
+    plan.cached_blocks(Budget(budget.planned_bytes, budget.planned_bytes))  # raises an error with both numbers
     return plan
 
 
@@ -326,7 +332,7 @@ def _halvings(number: int) -> list[int]:
 
 
 def _block_sizes(tile_samples: int) -> Iterable[int]:
-    """List the block sizes to try: a tile cut into 1, 2, 3, 4, 6, 8, … equal parts.
+    """List the block sizes to try, which cut a tile into 1, 2, 3, 4, 6, 8, … equal parts.
 
     >>> list(_block_sizes(10))
     [10, 5, 4, 3, 2, 1]
@@ -338,7 +344,7 @@ def _block_sizes(tile_samples: int) -> Iterable[int]:
 def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int] = ()) -> int:
     """Count the samples whose factors are computed, with a cache of ``cached_blocks`` blocks.
 
-    First for the ``diagonal`` of some row blocks, one after the other, then for some tiles.
+    Factors are needed for the ``diagonal`` of some row blocks first, and then for some tiles.
     """
     return count_samples(cached_blocks, _steps(plan, tiles, cached_blocks, diagonal))
 
@@ -346,7 +352,7 @@ def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int, 
 def _steps(
     plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int]
 ) -> Iterator[tuple[Sequence[Block], Iterable[Block]]]:
-    """List what is held and what is asked for, in the order in which the engine does."""
+    """List the blocks that the engine holds and the blocks that it requests, in the order of the computation."""
     yield (), (block for index in diagonal for block in plan.side_blocks(index))
     for band in plan.bands(tiles, cached_blocks):
         yield band.held, (block for tile in band.tiles for pair in plan.pairs(tile) for block in pair)

@@ -1,4 +1,4 @@
-"""The tile grid: which tile covers which rows, in which order; integers only."""
+"""The tile grid: the rows and columns of each tile, and the order of the tiles; integers only."""
 
 import itertools
 import math
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from ntkgen.blocks import Block
 from ntkgen.errors import InputError
 
-# Minimum number of tiles along a side: an interruption of a small kernel then loses a small part of it.
+# Minimum number of tiles along a side. An interruption then loses only a small part of a small kernel.
 MIN_BLOCKS = 8
-# Minimum samples of a tile, also where there are then fewer tiles, and maximum rows, rounded up to whole samples.
+# Minimum number of samples of a tile. It has priority over the minimum number of tiles.
 MIN_TILE_SAMPLES = 16
+# Maximum number of rows of a tile, rounded up to whole samples.
 MAX_TILE_ROWS = 4096
 
 
@@ -26,36 +27,36 @@ class Tile:
 
 @dataclass(frozen=True)
 class Part:
-    """One of several equal parts of the tiles, for jobs that know nothing of each other; the first is number 1."""
+    """One of several equal parts of the tiles, for independent jobs of a job array. The first part has number 1."""
 
     number: int
     count: int
 
     def __str__(self) -> str:
-        """Write as the command line does."""
+        """Format as on the command line."""
         return f"{self.number}/{self.count}"
 
     @classmethod
     def parse(cls, text: str) -> "Part":
-        """Read ``k/K``.
+        """Parse ``k/K``.
 
         >>> Part.parse("2/8")
         Part(number=2, count=8)
 
         Raises:
-            InputError: If it is not written so, or there is no such part.
+            InputError: If the text has another form, or k is not between 1 and K.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        part = cls(*map(int, found.groups())) if found else None
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        part = cls(*map(int, match.groups())) if match else None
         if part is None or not 1 <= part.number <= part.count:
             raise InputError(
-                f"{text!r} is no part: expected k/K, from 1/K to K/K, as 3/8 for the third of eight. Do the jobs of an "
-                "array count from 0? Add 1."
+                f"{text!r} is not a part: expected k/K, from 1/K to K/K, such as 3/8 for the third of eight. Does the "
+                "job array count from 0? Add 1."
             )
         return part
 
     def of(self, tiles: Sequence[Tile]) -> Sequence[Tile]:
-        """Take this part of some tiles: neighbours, so that they share factors.
+        """Select the tiles of this part. They are neighbours, so that they share factors.
 
         >>> Part(2, 3).of([Tile(0, col) for col in range(7)])
         [Tile(row=0, col=2), Tile(row=0, col=3)]
@@ -66,20 +67,21 @@ class Part:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Square tiles: the upper triangle of a symmetric kernel, or all of a rectangular one; the last ones are ragged.
+    """Square tiles of the upper triangle of a symmetric kernel, or of a whole rectangular kernel.
 
-    A tile has ``num_planes`` matrices: one, or for the reduction `diagonal` one per output.
+    The last tiles of a row or column may be smaller. A tile has ``num_planes`` matrices: one per output for the
+    reduction `diagonal`, otherwise one.
     """
 
     num_samples: int
     num_outputs: int  # rows of the kernel per sample
     tile_samples: int
-    num_col_samples: int | None = None  # samples of the columns; None: those of the rows
+    num_col_samples: int | None = None  # samples of the columns; None if they are the samples of the rows
     num_planes: int = 1
 
     @property
     def is_symmetric(self) -> bool:
-        """Say whether columns are the samples of the rows."""
+        """Whether rows and columns have the same samples."""
         return self.num_col_samples is None
 
     @property
@@ -99,7 +101,7 @@ class TileGrid:
 
     @property
     def num_blocks(self) -> int:
-        """Tiles along a side.
+        """Tiles along a column.
 
         >>> TileGrid(num_samples=10, num_outputs=2, tile_samples=4).num_blocks
         3
@@ -108,7 +110,7 @@ class TileGrid:
 
     @property
     def num_col_blocks(self) -> int:
-        """Tiles along the other side."""
+        """Tiles along a row."""
         return -(-self.num_cols // self.side)
 
     @property
@@ -119,33 +121,32 @@ class TileGrid:
         return self.num_blocks * self.num_col_blocks
 
     def block(self, index: int) -> Block:
-        """Locate the samples of one row or column of tiles."""
+        """Return the samples of one row of tiles. In a symmetric kernel a column of tiles has the same samples."""
         start = index * self.tile_samples
         return Block(start, min(start + self.tile_samples, self.num_samples))
 
     def col_block(self, index: int) -> Block:
-        """Locate the samples of one column of tiles, among the samples of the columns."""
+        """Return the samples of one column of tiles, numbered within the samples of the columns."""
         if self.num_col_samples is None:
             return self.block(index)
         start = index * self.tile_samples
         return Block(start, min(start + self.tile_samples, self.num_col_samples))
 
     def tiles(self) -> Iterator[Tile]:
-        """List the upper triangle row by row, so that a row block's factors are used up before the next is needed.
+        """List the tiles row by row, so that the factors of a row block are no longer needed when the next row begins.
 
         >>> [(tile.row, tile.col) for tile in TileGrid(6, 1, 3).tiles()]
         [(0, 0), (0, 1), (1, 1)]
         """
-        every = itertools.product(range(self.num_blocks), range(self.num_col_blocks))
-        return (Tile(row, col) for row, col in every if row <= col or not self.is_symmetric)
+        positions = itertools.product(range(self.num_blocks), range(self.num_col_blocks))
+        return (Tile(row, col) for row, col in positions if row <= col or not self.is_symmetric)
 
 
 def default_tile_samples(num_samples: int, num_outputs: int, num_planes: int = 1) -> int:
-    """Choose the samples of a tile, ⌈n/g⌉ with g = max(min(8, ⌈n/16⌉), ⌈nm/4096⌉) tiles along a side.
+    """Choose the number of samples of a tile, ⌈n/g⌉ with g = max(min(8, ⌈n/16⌉), ⌈nm/4096⌉) tiles along a side.
 
-    With several planes to a tile the side is smaller by the root of their number.
-
-    A function of n and m alone: the same for every dtype and every machine.
+    For p planes per tile, 4096 is divided by √p. The result depends only on n, m and p, and not on the dtype or the
+    machine.
 
     >>> default_tile_samples(500, 10), default_tile_samples(50_000, 10), default_tile_samples(3, 10)
     (63, 407, 3)
@@ -163,7 +164,7 @@ def make_grid(
     num_col_samples: int | None = None,
     num_planes: int = 1,
 ) -> TileGrid:
-    """Lay the grid, with tiles of ``side`` rows or of the default size.
+    """Build the grid, with tiles of ``side`` rows or of the default size.
 
     Raises:
         InputError: If the side is not a positive multiple of the number of outputs.
