@@ -1,1 +1,1 @@
-"""From a name to samples in one fixed order."""
+"""Data sets: samples in one fixed order, loaded by name."""

@@ -1,8 +1,8 @@
-"""A batch of images → a randomly transformed one, on its device.
+"""Random transformations of a batch of images, on its device.
 
-For training alone: a kernel is computed on images as they are. Images are float, (samples, channels, height, width),
-with black at 0, hence not yet normalised. Every draw comes from the generator given, on the generator's own device, so
-one seed makes the same draws wherever the images lie.
+They are used only in training. A kernel is computed on the images without augmentation. Images are float, (samples,
+channels, height, width), with black at 0, and are normalised later. All random numbers are drawn on the device of the
+given generator. A seed therefore gives the same numbers for images on any device.
 """
 
 from dataclasses import dataclass
@@ -16,29 +16,29 @@ from ntkgen.errors import InputError
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to an image during training; by default nothing.
+    """The random transformations of an image in training. By default there are none.
 
     >>> Augmentation(crop_padding=4, flip=True)
     Augmentation(crop_padding=4, flip=True, rotation_degrees=0.0)
     """
 
     crop_padding: int = 0
-    """Pixels of black added on every side before a window of the original size is cut out at random."""
+    """Black pixels added on every side before a window of the original size is cut out at random."""
     flip: bool = False
-    """Whether left and right are exchanged in half of the images; never for digits and letters."""
+    """Whether each image is mirrored (left and right) with probability 1/2. Not suitable for digits and letters."""
     rotation_degrees: float = 0.0
-    """Largest angle, in degrees, of a rotation about the centre to either side."""
+    """Maximum angle of a random rotation about the centre, in degrees and in both directions."""
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
             raise InputError(
                 f"The padding of a random crop is negative: expected 0 pixels or more, found {self.crop_padding}. "
-                "A sign may be wrong. Use 0 for no crop."
+                "The sign may be wrong. Use 0 for no crop."
             )
         if not 0 <= self.rotation_degrees <= 180:
             raise InputError(
                 "The largest angle of rotation is out of range: expected 0 to 180 degrees, found "
-                f"{self.rotation_degrees}. The rotation goes to both sides, so it needs no sign. Use 0 for no rotation."
+                f"{self.rotation_degrees}. Was it given a sign? Rotations have both directions. Use 0 for no rotation."
             )
 
 
@@ -47,9 +47,9 @@ def augment(
     augmentation: Augmentation,
     generator: torch.Generator,
 ) -> Tensor:  # (samples, channels, height, width)
-    """Rotate, crop and flip each image at random, in this order; what is off draws nothing.
+    """Rotate, crop and flip each image at random, in this order. A disabled transformation draws no random numbers.
 
-    Without any of the three the result is ``images`` itself, not a copy.
+    If all three are disabled, the result is ``images`` itself, not a copy.
     """
     if augmentation.rotation_degrees > 0:
         images = rotate(images, _draw_angles(len(images), augmentation.rotation_degrees, generator))
@@ -66,11 +66,11 @@ def rotate(
     images: Tensor,  # (samples, channels, height, width)
     degrees: Tensor,  # (samples,)
 ) -> Tensor:  # (samples, channels, height, width)
-    """Turn each image counter-clockwise about its centre by its own angle, bilinearly; outside the image is black."""
+    """Rotate each image counter-clockwise about its centre by its own angle, bilinearly. Pixels outside are black."""
     height, width = images.shape[2:]
     angles = torch.deg2rad(degrees).to(images)
     cos, sin, zero = torch.cos(angles), torch.sin(angles), torch.zeros_like(angles)
-    # affine_grid measures both axes from -1 to 1, so the angle is kept only if the sides' ratio is taken out.
+    # affine_grid scales both axes to [-1, 1], so a rotation must be corrected for the ratio of the sides
     rows = [cos, -sin * height / width, zero], [sin * width / height, cos, zero]
     theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)  # (samples, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
@@ -82,7 +82,7 @@ def crop(
     offsets: Tensor,  # (samples, 2), int64: top and left edge of each window, 0..2 · padding
     padding: int,
 ) -> Tensor:  # (samples, channels, height, width)
-    """Cut from each image, padded with black, the window at its own offset; ``padding`` is the offset of no shift."""
+    """Pad each image with black, and cut out the window at its offset. The offset ``padding`` is no shift."""
     height, width = images.shape[2:]
     padded = F.pad(images, (padding, padding, padding, padding))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (samples, channels, top, left, height, width)

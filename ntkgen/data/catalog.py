@@ -1,4 +1,4 @@
-"""What is known of each data set before any file is touched."""
+"""The catalogue of data sets: their sizes, files and preprocessing, without reading any file."""
 
 from dataclasses import dataclass
 
@@ -16,34 +16,34 @@ _MNIST_FILES = tuple(
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What is known of a data set before any file is touched."""
+    """The properties of a data set that are known without reading its files."""
 
     name: str
-    """The name that ``load`` takes and a store records."""
+    """The name in ``load`` and in the metadata of a store."""
     title: str
-    """The name people use."""
+    """The usual name, for display."""
     num_samples: int
     """Images in the split ``train``."""
     num_test_samples: int
-    """Images in the split ``test``; 0 where there is no such split."""
+    """Images in the split ``test``; 0 if there is no such split."""
     num_classes: int
     image_shape: tuple[int, int, int]
     """Channels, height and width of a raw image."""
     augmentation: Augmentation
-    """What training may do to an image of network size."""
+    """The augmentation of an image of network size in training."""
     mean: tuple[float, ...] | None = None
-    """Per channel, of images in [0, 1]; None leaves them in [0, 1]."""
+    """Mean of each channel of images in [0, 1]. None: images are not normalised."""
     std: tuple[float, ...] | None = None
-    """Per channel, of images in [0, 1]; None leaves them in [0, 1]."""
+    """Standard deviation of each channel of images in [0, 1]. None: images are not normalised."""
     folder: str = ""
-    """Where in the data directory the files lie."""
+    """The folder of the files within the data directory."""
     files: tuple[str, ...] = ()
-    """Files needed in the folder, with ``{split}`` where a split has its own; none for what comes with a package."""
+    """Names of the files in the folder, with ``{split}`` for files of one split. Empty for data of a package."""
     source: str = ""
-    """Where the files can be had by hand."""
+    """The address from which the files can be downloaded by hand."""
 
     def file_names(self, split: str) -> tuple[str, ...]:
-        """List the files in the folder that this split needs.
+        """List the files of a split.
 
         >>> DATASETS["svhn"].file_names("test")
         ('test_32x32.mat',)

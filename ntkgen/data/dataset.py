@@ -1,7 +1,7 @@
-"""Data set name → inputs and labels in one fixed sample order, with a fingerprint.
+"""Data sets: images and labels in one fixed sample order, with a fingerprint.
 
-A data set is one tensor of raw images and one of labels, kept as they are stored. What a network sees is made from them
-batch by batch: ``scale`` to [0, 1], ``resize`` to the zoo's 3×32×32, in training ``augment``, then ``normalise``.
+A data set has one tensor of raw images and one of labels. The inputs of a network are computed from the raw images
+batch by batch: ``scale`` to [0, 1], ``resize`` to 3×32×32 for the zoo, ``augment`` in training, and ``normalise``.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ from ntkgen.data.official import data_directory, load_official
 from ntkgen.errors import DataError, InputError, ShapeError, UnknownNameError
 
 SPLITS = ("train", "test")
-ZOO_SIZE = 32  # pixels: height and width of what the networks of the zoo take
+ZOO_SIZE = 32  # height and width of the inputs of the zoo's networks, in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Raw images and their labels, and how a network's inputs are made from them."""
+    """Raw images and their labels, and the settings that convert them to inputs of a network."""
 
     name: str
     images: Tensor  # (samples, channels, height, width), uint8 or float32
     labels: Tensor  # (samples,), int64
     num_classes: int
     augmentation: Augmentation = field(default_factory=Augmentation)
-    """What ``batch`` does to an image of network size; ``inputs`` never does it."""
+    """The random transformations in ``batch``. ``inputs`` has none."""
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     zoo_sized: bool = False
-    """Whether a network sees 3×32×32, made by ``resize``, or the images in the size they have."""
+    """Whether inputs are resized to 3×32×32, or keep the size of the images."""
 
     @property
     def num_samples(self) -> int:
@@ -49,14 +49,14 @@ class Dataset:
         self,
         ids: Tensor | None = None,  # (selected,), int64; None: all
     ) -> Tensor:  # (selected, channels, height, width), float32
-        """Return images in the size they have: uint8 is scaled to [0, 1], float32 used as it is, perhaps uncopied."""
+        """Return images in their own size. uint8 is scaled to [0, 1]. float32 is not changed, and may not be copied."""
         return scale(self.images if ids is None else self.images[ids.to(self.images.device)])
 
     def inputs(
         self,
         ids: Tensor | None = None,  # (selected,), int64; None: all
     ) -> Tensor:  # (selected, channels, height, width), float32; 3×32×32 for the zoo
-        """Return what a network sees: sized and normalised. A sample's bytes do not depend on the other ids."""
+        """Return inputs of a network, resized and normalised. The bytes of a sample do not depend on the other ids."""
         return normalise(self._sized(ids), self.mean, self.std)
 
     def batch(
@@ -64,13 +64,13 @@ class Dataset:
         ids: Tensor,  # (selected,), int64
         generator: torch.Generator,
     ) -> Tensor:  # (selected, channels, height, width), float32; 3×32×32 for the zoo
-        """Return what a network in training sees: ``inputs``, augmented at random before normalisation."""
+        """Return inputs for training. They are those of ``inputs``, augmented at random before normalisation."""
         return normalise(augment(self._sized(ids), self.augmentation, generator), self.mean, self.std)
 
     def fingerprint(self) -> str:
-        """Hash all that determines ``inputs`` and labels: images and labels with dtype and shape, size, normalisation.
+        """Hash images and labels with their dtypes and shapes, the resizing, and the normalisation.
 
-        The same on every device. The name is left out: a renamed file is the same data.
+        The hash is the same on every device. It does not include the name, because a renamed file has the same data.
         """
         digest = hashlib.sha256(repr((self.mean, self.std, self.zoo_sized)).encode())
         for tensor in (self.images, self.labels):
@@ -80,7 +80,7 @@ class Dataset:
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """Move images and labels to the device, each as one tensor."""
+        """Move images and labels to a device, each as one tensor."""
         return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def _sized(self, ids: Tensor | None) -> Tensor:
@@ -91,16 +91,18 @@ def load(name: str, *, data_dir: Path | None = None, split: str = "train", downl
     """Load a data set of ``DATASETS`` by its name or alias, or the arrays x and y of a file ``NAME.npz``.
 
     Args:
-        name: A key of ``DATASETS`` or ``ALIASES``, or a path that ends with ``.npz``: x is (samples, channels, height,
-            width), float32 used as it is or uint8 divided by 255, and y holds one integer label for each sample.
-        data_dir: The folder of the files; by default that in NTKGEN_DATA_DIR, else ``data`` in the current directory.
-        split: ``train`` or ``test``; ``digits`` and ``.npz`` files have no ``test``.
-        download: Whether what is not in the folder may be fetched from the network.
+        name: A key of ``DATASETS`` or ``ALIASES``, or a path that ends with ``.npz``. In such a file, x is (samples,
+            channels, height, width) and y has one integer label per sample. float32 images are not changed, and uint8
+            images are divided by 255.
+        data_dir: The folder of the files. By default it is the folder in the environment variable NTKGEN_DATA_DIR, or
+            ``data`` in the current directory.
+        split: ``train`` or ``test``. ``digits`` and ``.npz`` files have no ``test``.
+        download: Whether missing files may be downloaded.
 
     Raises:
-        UnknownNameError: If there is no such data set or no such split.
+        UnknownNameError: If the data set or the split has an unknown name.
         InputError: If the data set has no test split.
-        DataError: If the files are missing and cannot be fetched, or are not what they should be.
+        DataError: If the files are missing and cannot be downloaded, or are not valid.
     """
     if split not in SPLITS:
         raise UnknownNameError("split", split, SPLITS)
@@ -141,7 +143,7 @@ def check_labels(
     labels: Tensor,  # (samples,), int64
     num_outputs: int,
 ) -> None:
-    """Refuse labels that are not the number of one of the network's outputs.
+    """Refuse labels that are not the number of an output of the network.
 
     Raises:
         DataError: If a label is below 0, or at least ``num_outputs``.
@@ -160,24 +162,24 @@ def network_inputs(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> Tensor:  # (samples, 3, 32, 32), float32
-    """Turn raw images into what the networks of the zoo see: scaled to [0, 1], sized, normalised."""
+    """Convert raw images to inputs of the zoo's networks: scaled to [0, 1], resized, normalised."""
     return normalise(resize(scale(images)), mean, std)
 
 
 def scale(
     images: Tensor,  # (samples, channels, height, width), uint8 or float32
 ) -> Tensor:  # (samples, channels, height, width), float32
-    """Divide uint8 by 255; leave float32 as it is, uncopied."""
+    """Divide uint8 by 255. Return float32 unchanged, without a copy."""
     if images.dtype != torch.uint8:
         return images.to(torch.float32)
-    # CUDA multiplies by the reciprocal of a Python number; it divides, like the CPU to the last bit, by a tensor.
+    # For a Python number CUDA multiplies by the reciprocal. For a tensor it divides, with the same bits as the CPU.
     return images.to(torch.float32).div_(torch.tensor(255.0, device=images.device))
 
 
 def resize(
     images: Tensor,  # (samples, 1 or 3, height, width), float32
 ) -> Tensor:  # (samples, 3, 32, 32), float32
-    """Bring images to the zoo's size: grey to three channels, 28×28 in a black frame, 8×8 scaled by 4, bilinearly.
+    """Resize images to 3×32×32: repeat grey channels, pad 28×28 with black, and interpolate 8×8 bilinearly.
 
     Raises:
         ShapeError: If the images have another size or number of channels.
@@ -185,7 +187,7 @@ def resize(
     _, channels, *size = images.shape
     if channels not in {1, 3} or size not in ([8, 8], [28, 28], [ZOO_SIZE, ZOO_SIZE]):
         raise ShapeError(
-            "Images cannot be brought to the size of the zoo: expected 1 or 3 channels of 8×8, 28×28 or 32×32 pixels, "
+            "Images cannot be resized to 3×32×32 for the zoo: expected 1 or 3 channels of 8×8, 28×28 or 32×32 pixels, "
             f"found {channels} of {'×'.join(map(str, size))}. They may be meant for a network of your own. "
             "Resize them to 3×32×32 beforehand, or save them in an .npz file, whose images keep their size."
         )
@@ -201,7 +203,7 @@ def normalise(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
 ) -> Tensor:  # (samples, channels, height, width), float32
-    """Subtract the mean and divide by the standard deviation, channel by channel; None leaves the images uncopied."""
+    """Subtract the mean and divide by the standard deviation, channel by channel. None skips a step."""
     if mean is not None:
         images = images - torch.tensor(mean, device=images.device)[:, None, None]
     if std is not None:
@@ -225,8 +227,8 @@ def _named_dataset(info: DatasetInfo, images: Tensor, labels: Tensor) -> Dataset
 def _check_has_split(name: str, split: str) -> None:
     if split != "train":
         raise InputError(
-            f"Data set {name} has no split {split!r}: expected 'train', which holds all its samples. It may have been "
-            "taken for a data set with its own test images. Use the split 'train', or another data set."
+            f"Data set {name} has no split {split!r}: expected 'train', which has all its samples. Was a data set with "
+            "separate test images meant? Use the split 'train', or another data set."
         )
 
 
@@ -238,7 +240,7 @@ def _load_digits(info: DatasetInfo, split: str) -> Dataset:
 
 @functools.cache
 def _digits() -> tuple[Tensor, Tensor]:
-    """Read the digits once in a process: they are a text file, which takes longer to parse than to train on."""
+    """Read the digits once per process. Parsing their text file takes longer than training on them."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

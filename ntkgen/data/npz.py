@@ -1,4 +1,4 @@
-"""An .npz file of images and labels, checked before anything is made of it."""
+"""The loader of .npz files with images and labels. It checks shapes, dtypes and values."""
 
 import zipfile
 from pathlib import Path
@@ -13,22 +13,22 @@ from ntkgen.data.official import UNREADABLE, one_line
 from ntkgen.errors import DataError
 from ntkgen.files.paths import expanded
 
-# Labels above this, and above the number of samples, are identifiers or a mistake.
+# Maximum number of classes, if it is larger than the number of samples. Larger labels are identifiers or mistakes.
 MAX_CLASSES = 10_000
 
 
 def load_npz(
     name: str,
 ) -> tuple[Tensor, Tensor]:  # images (samples, channels, height, width), uint8 or float32; labels (samples,), int64
-    """Load a file of the user's own.
+    """Load images and labels from a user's file.
 
     Raises:
-        DataError: If it is missing, or not what it should be.
+        DataError: If the file is missing or not valid.
     """
     path = expanded(name)
     if not path.is_file():
         raise DataError(
-            f"Data file {path} is missing: expected a file, found none from {Path.cwd()}. The path may be misspelt, or "
+            f"Data file {path} is missing: expected a file, found none in {Path.cwd()}. The path may be misspelt, or "
             f"relative to another directory. Give the path of a file, or the name of a data set: {', '.join(DATASETS)}."
         )
     x, y = _read_arrays(path)
@@ -37,27 +37,27 @@ def load_npz(
     if len(x) != len(y):
         raise DataError(
             f"x and y in {path} have different lengths: expected one label for each sample, found {len(x)} samples and "
-            f"{len(y)} labels. They may come from different splits. Save the two that belong together."
+            f"{len(y)} labels. They may come from different splits. Save samples and labels of the same split."
         )
     return torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(y.astype(np.int64))
 
 
 def _read_arrays(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Read x and y.
+    """Read the arrays x and y.
 
     Raises:
-        DataError: If the file is not an archive of arrays, or one of the two is not in it.
+        DataError: If the file is not an archive of arrays, or x or y is missing.
     """
     advice = "Write the file with numpy.savez(path, x=images, y=labels)."
     try:
-        with zipfile.ZipFile(path):  # numpy.load would also take a single array
+        with zipfile.ZipFile(path):  # numpy.load also accepts a file of a single array
             pass
         with np.load(path, allow_pickle=False) as archive:
             found = list(archive.files)
             arrays = {name: archive[name] for name in ("x", "y") if name in found}
     except UNREADABLE as error:
         raise DataError(
-            f"{path} cannot be read: expected an .npz file of arrays, found what gives {one_line(error)}. "
+            f"{path} cannot be read: expected an .npz file of arrays, found the error {one_line(error)}. "
             f"It may be of another format, be damaged, or hold Python objects. {advice}"
         ) from error
     missing = [name for name in ("x", "y") if not isinstance(arrays.get(name), np.ndarray)]
@@ -70,21 +70,21 @@ def _read_arrays(path: Path) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
 
 
 def _check_images(x: np.ndarray[Any, Any], path: Path) -> None:
-    """Refuse what are not images.
+    """Refuse an array that does not hold images.
 
     Raises:
-        DataError: If shape, dtype or values are not those of images.
+        DataError: If the shape, the dtype or the values are wrong.
     """
     if x.ndim != 4 or x.size == 0:
         raise DataError(
-            f"x in {path} has the wrong shape: expected (samples, channels, height, width), none of them 0, found "
-            f"{x.shape}. Grey images may lack their channel, or a selection left no sample. "
+            f"x in {path} has the wrong shape: expected (samples, channels, height, width), all at least 1, found "
+            f"{x.shape}. Grey images may lack the axis of channels, or there are no samples. "
             "Reshape it; x[:, None] adds a channel."
         )
     if x.dtype not in {np.dtype(np.float32), np.dtype(np.uint8)}:
         raise DataError(
-            f"x in {path} has the wrong dtype: expected float32 or uint8, found {x.dtype}. NumPy makes float64 unless "
-            "told otherwise. Save x.astype('float32'), or uint8 images of 0 to 255."
+            f"x in {path} has the wrong dtype: expected float32 or uint8, found {x.dtype}. The default dtype of "
+            "NumPy is float64. Save x.astype('float32'), or uint8 images of 0 to 255."
         )
     finite = np.isfinite(x)
     if not finite.all():
@@ -96,10 +96,10 @@ def _check_images(x: np.ndarray[Any, Any], path: Path) -> None:
 
 
 def _check_targets(y: np.ndarray[Any, Any], path: Path) -> None:
-    """Refuse what are not class labels.
+    """Refuse an array that does not hold class labels.
 
     Raises:
-        DataError: If shape, dtype or values are not those of labels.
+        DataError: If the shape, the dtype or the values are wrong.
     """
     if y.ndim != 1 or y.size == 0:
         raise DataError(
@@ -114,11 +114,11 @@ def _check_targets(y: np.ndarray[Any, Any], path: Path) -> None:
     least, largest = int(y.min()), int(y.max())
     if least < 0 or largest >= np.iinfo(np.int64).max:
         raise DataError(
-            f"y in {path} has labels out of range: expected 0 to the number of classes less one, found {least} to "
+            f"y in {path} has labels out of range: expected 0 to the number of classes minus 1, found {least} to "
             f"{largest}. -1 may stand for a missing label. Remove those samples, or number the classes from 0."
         )
     if largest >= max(MAX_CLASSES, len(y)):
         raise DataError(
-            f"y in {path} has labels that number no classes: expected at most {max(MAX_CLASSES, len(y))} of them, "
-            f"found a label of {largest}. Every class gets an output of the network. Number the classes from 0."
+            f"y in {path} has labels that are not class numbers: expected at most {max(MAX_CLASSES, len(y))} classes, "
+            f"found the label {largest}. The labels may be identifiers. Number the classes from 0."
         )

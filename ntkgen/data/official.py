@@ -1,4 +1,4 @@
-"""The published data sets as torchvision keeps them: found, fetched, and compared with what is known of them."""
+"""The published data sets, read and downloaded by torchvision, and compared with the catalogue."""
 
 import contextlib
 import functools
@@ -22,7 +22,7 @@ from ntkgen.files.paths import absolute
 
 DATA_DIR_VARIABLE = "NTKGEN_DATA_DIR"
 
-# What torchvision lets through from the network, from archives and from the parsers of its formats.
+# Exceptions of torchvision for failures of the network, of archives, and of the parsers of its formats.
 UNREADABLE = (
     OSError, HTTPException, RuntimeError, ValueError, TypeError, AssertionError, LookupError, EOFError,
     pickle.UnpicklingError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
@@ -35,12 +35,12 @@ def data_directory(data_dir: Path | None) -> Path:
 
 
 def load_official(info: DatasetInfo, data_dir: Path, split: str, *, download: bool) -> tuple[Tensor, Tensor]:
-    """Read the official files, fetched first if they are not there.
+    """Read the official files. Download them first if they are missing and ``download`` is set.
 
     Raises:
-        DataError: If they are missing and cannot be fetched, or are damaged.
+        DataError: If the files are missing and cannot be downloaded, or are damaged.
     """
-    from torchvision import datasets  # outside of try: a broken installation is not a damaged file
+    from torchvision import datasets  # outside of try, because a broken installation is not a damaged file
 
     folder = data_dir / info.folder
     read: Callable[..., tuple[Tensor, Tensor]] = functools.partial(_read_official, datasets, info, data_dir, split)
@@ -59,10 +59,10 @@ def load_official(info: DatasetInfo, data_dir: Path, split: str, *, download: bo
 def _read_official(
     datasets: Any, info: DatasetInfo, data_dir: Path, split: str, *, download: bool
 ) -> tuple[Tensor, Tensor]:
-    """Read images and labels, and compare them with what is known: torchvision has no checksum for unpacked idx files.
+    """Read images and labels, and compare them with the catalogue. Torchvision has no checksums of unpacked idx files.
 
     Raises:
-        ValueError: If number, size or labels of the images are not those of the data set.
+        ValueError: If the number or size of the images, or the labels, do not match.
     """
     images, labels = _open_torchvision(datasets, info.name, str(data_dir), split, download=download)
     num_samples = info.num_samples if split == "train" else info.num_test_samples
@@ -77,7 +77,7 @@ def _read_official(
 def _open_torchvision(
     datasets: Any, name: str, root: str, split: str, *, download: bool
 ) -> tuple[Tensor, Tensor]:  # (samples, channels, height, width), uint8; (samples,), int64
-    """Read with the class that torchvision has for the data set, each of which keeps its images in another way."""
+    """Read with the class of torchvision for the data set. Each class stores its images in its own layout."""
     train = split == "train"
     if name in {"cifar10", "cifar100"}:
         source = getattr(datasets, name.upper())(root, train=train, download=download)
@@ -95,18 +95,18 @@ def _open_torchvision(
 
 @contextlib.contextmanager
 def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
-    """Remove at the end the folders down to this one that were not there before and are empty."""
+    """Remove a folder and its parents at the end, if they were created meanwhile and are empty."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     finally:
         for path in new:
-            with contextlib.suppress(OSError):  # not empty, or never made
+            with contextlib.suppress(OSError):  # not empty, or never created
                 path.rmdir()
 
 
 def _unavailable(info: DatasetInfo, folder: Path, split: str, error: BaseException, *, download: bool) -> str:
-    """Say which files are missing or damaged, and where to put them."""
+    """Write the error message about missing or damaged files, with their folder."""
     names = info.file_names(split)
     found = [name for name in names if (folder / name).is_file()]
     if len(found) == len(names):
@@ -127,5 +127,5 @@ def _unavailable(info: DatasetInfo, folder: Path, split: str, error: BaseExcepti
 
 
 def one_line(error: BaseException) -> str:
-    """Name an error and its message, on one line."""
+    """Format an error with its type, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
