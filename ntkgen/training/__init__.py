@@ -1,1 +1,1 @@
-"""From a module to a checkpoint."""
+"""Training of a network, and its checkpoints."""

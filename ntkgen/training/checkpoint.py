@@ -1,4 +1,4 @@
-"""Trained parameters on disk, with the recipe and fingerprint that made them."""
+"""Checkpoints: trained parameters on disk, with the recipe of the training and the fingerprint of the data."""
 
 import dataclasses
 import io
@@ -20,7 +20,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a training run but the device."""
+    """All settings that determine a training run, except the device."""
 
     model: str
     dataset: str
@@ -34,9 +34,13 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def differences(self, other: "Recipe") -> list[str]:
-        """Name the fields that differ, with both values."""
+        """List the fields that differ, with both values. This recipe is that of the checkpoint."""
         pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
-        return [f"{name} {str(mine)[:40]}, now {str(theirs)[:40]}" for (name, mine), theirs in pairs if mine != theirs]
+        return [
+            f"{name} {str(stored)[:40]}, now {str(current)[:40]}"
+            for (name, stored), current in pairs
+            if stored != current
+        ]
 
 
 @dataclass(frozen=True)
@@ -44,18 +48,18 @@ class Checkpoint:
     """The state of a training run after an epoch."""
 
     recipe: Recipe
-    epoch: int  # epochs done
+    epoch: int  # finished epochs
     train_accuracy: float | None  # per cent, without augmentation, in evaluation mode
     train_loss: float | None
-    is_finished: bool  # it has reached the target it was trained for, or used up its epochs: it is never trained on
+    is_finished: bool  # the target is reached or all epochs are done; training never continues
     state: dict[str, Tensor]  # parameters and buffers by name
-    training: dict[str, Any]  # optimizer, scheduler, scaler, random states: what a resumed run needs
+    training: dict[str, Any]  # state for a resumed run: optimizer, scheduler, scaler, random generators
 
 
 def save(place: File | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, whole or not at all: arrays and plain values only, loadable with ``weights_only=True``."""
+    """Write a checkpoint atomically. It has only arrays and plain values, and loads with ``weights_only=True``."""
     file = file_of(place)
-    buffer = io.BytesIO()  # torch would turn the error of a full disk into one of its own
+    buffer = io.BytesIO()  # torch would replace the error of a full disk by its own error
     torch.save(_plain({"format_version": FORMAT_VERSION, **_shallow_dict(checkpoint)}), buffer)
     file.folder.write(file.name, buffer.getvalue())
 
@@ -65,9 +69,9 @@ def _shallow_dict(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Rebuild containers, and make equal strings one: pickle writes equal values differently where they are shared.
+    """Rebuild containers, and intern strings. Pickle writes a shared object differently from two equal objects.
 
-    A checkpoint of a training that went on from a file has then the bytes of one that did not.
+    The checkpoint of a resumed training then has the same bytes as that of an uninterrupted one.
     """
     if isinstance(value, dict):
         return {_plain(key): _plain(item) for key, item in value.items()}
@@ -77,7 +81,7 @@ def _plain(value: Any) -> Any:
 
 
 def load(place: File | Path) -> Checkpoint:
-    """Read a checkpoint, onto the CPU.
+    """Read a checkpoint into CPU memory.
 
     Raises:
         StoreError: If the file is not a checkpoint of this format.
@@ -102,22 +106,22 @@ def load(place: File | Path) -> Checkpoint:
     ) as error:
         raise StoreError(
             f"{file} is not a checkpoint of this program, or a damaged one ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:100]}): expected one written by `ntkgen train`. Was it copied in part, or "
-            "written by something else? Remove it, and the network is trained again."
+            f"{' '.join(str(error).split())[:100]}): expected a file of `ntkgen train`. Was it copied only in part, or "
+            "written by another program? Remove it to train the network again."
         ) from error
     if version != FORMAT_VERSION:
         raise StoreError(
             f"{file} has format version {version}, and this program reads version {FORMAT_VERSION}. Was it written by "
-            "a newer one? Use that, or remove the file to train again."
+            "a newer version of ntkgen? Use that version, or remove the file to train again."
         )
     return checkpoint
 
 
 def _check_archive(file: io.BytesIO) -> None:
-    """Compare the checksums of the archive, which torch does not.
+    """Compare the checksums of the archive. Torch does not compare them.
 
     Raises:
-        ValueError: If one of them does not match.
+        ValueError: If a checksum does not match.
     """
     with zipfile.ZipFile(file) as archive:
         if damaged := archive.testzip():
@@ -129,7 +133,7 @@ def check_recipe(path: File | Path, checkpoint: Checkpoint, recipe: Recipe) -> N
     """Refuse to continue a checkpoint of another recipe.
 
     Raises:
-        FingerprintError: If they differ; the message names the fields.
+        FingerprintError: If the recipes differ. The message lists the fields.
     """
     if differences := checkpoint.recipe.differences(recipe):
         raise FingerprintError(
@@ -139,7 +143,7 @@ def check_recipe(path: File | Path, checkpoint: Checkpoint, recipe: Recipe) -> N
 
 
 def load_state(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's parameters and buffers into the network that it was made from.
+    """Load the parameters and buffers of a checkpoint into its network.
 
     Raises:
         FingerprintError: If the network has other parameters than the checkpoint.

@@ -1,4 +1,4 @@
-"""Module + data → checkpoint, trained until the stated criterion or an explicit NotConverged."""
+"""Training of a network until a target accuracy. A network that misses the target can be refused."""
 
 import copy
 import math
@@ -22,9 +22,10 @@ from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training.checkpoint import Checkpoint, Recipe
 
 EVALUATION_BATCH = 1000
-# Steps from which the time of training is projected.
+# Number of measured steps for a projection of the training time.
 MEASURED_STEPS = 2
-# At 0.1 a network without batch norm falls to chance on digits in half of the seeds.
+# Default learning rate with and without batch norm. At 0.1, networks without batch norm fail on digits for half of the
+# seeds.
 LEARNING_RATE = {True: 0.1, False: 0.02}
 
 
@@ -32,17 +33,17 @@ class EpochReport(Protocol):
     """Called after every step and, with an accuracy, after every epoch."""
 
     def __call__(self, epoch: int, step: int, num_steps: int, accuracy: float | None) -> None:
-        """Tell how far training has come."""
+        """Report the progress of training."""
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Say whether any layer is a batch norm, on which the default learning rate depends."""
+    """Return whether a layer is a batch norm. The default learning rate depends on this."""
     return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in model.modules())
 
 
 @dataclass
 class _Run:
-    """A network in training with everything that changes from step to step."""
+    """A network in training, with all state that changes from step to step."""
 
     model: nn.Module
     recipe: Recipe
@@ -60,7 +61,7 @@ class _Run:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=max(1, recipe.num_epochs))
         self.order = torch.Generator("cpu").manual_seed(
             recipe.seed
-        )  # of samples and augmentation; dropout has torch's own
+        )  # for sample order and augmentation; dropout uses torch's generator
         self.amp_dtype = torch.bfloat16 if _has_bfloat16(self.device) else torch.float16
         scaled = self.device.type == "cuda" and self.amp_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)  # bfloat16 needs no scaling
@@ -93,7 +94,7 @@ class _Run:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy parameters and buffers to the processor."""
+    """Copy parameters and buffers to the CPU."""
     return {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
 
 
@@ -106,24 +107,25 @@ def train(
     target_accuracy: float,
     report: EpochReport = lambda *_: None,
 ) -> Checkpoint:
-    """Train until the accuracy on the training samples, unaugmented and in evaluation mode, reaches the target.
+    """Train until the accuracy on the training samples reaches the target.
 
-    Stochastic gradient descent on the cross-entropy, with momentum, weight decay and a cosine schedule over the
-    recipe's epochs; a checkpoint after each, from which an interrupted run goes on. On a CPU it then ends bit-identical
-    to an uninterrupted one. With no epochs the network is taken as it is built. Everything happens on the device of the
-    module, which is trained in place.
+    The accuracy is measured without augmentation and in evaluation mode. The loss is the cross-entropy. It is minimised
+    by stochastic gradient descent with momentum, weight decay and a cosine schedule over the recipe's epochs. A
+    checkpoint is written after each epoch, and an interrupted run resumes from it. On a CPU the result of a resumed run
+    has the same bits as that of an uninterrupted run. With zero epochs the network is not trained. Otherwise the module
+    is trained in place, on its own device.
 
     Raises:
-        DivergedError: If the loss is not finite; the checkpoint of the last good epoch stays.
-        FingerprintError: If there is a checkpoint of another recipe at the path.
+        DivergedError: If the loss is not finite. The checkpoint of the last good epoch is kept.
+        FingerprintError: If the checkpoint at this path has another recipe.
     """
     path = file_of(place)
     found = checkpoints.load(path) if path.exists else None
     if found is not None:
         checkpoints.check_recipe(path, found, recipe)
-        if found.is_finished:  # kernels may have been made of it
+        if found.is_finished:  # kernels of this checkpoint may exist
             return found
-    elif recipe.num_epochs == 0:  # without an optimizer, which loads torch's compiler: more than a second
+    elif recipe.num_epochs == 0:  # no optimizer, because its import takes more than a second
         found = Checkpoint(recipe, 0, None, None, is_finished=True, state=_state(model), training={})
         checkpoints.save(path, found)
         return found
@@ -149,14 +151,14 @@ def train(
 
 
 def seconds_to_train(model: nn.Module, data: Dataset, recipe: Recipe) -> float:
-    """Project the seconds of all epochs of a recipe, an upper bound, from a few steps of a copy of the network."""
+    """Project an upper bound of the training time in seconds, from a few steps with a copy of the network."""
     copied = copy.deepcopy(model)
     device = next(copied.parameters()).device
     with _training_mode(device, recipe.seed, torch.get_num_threads()):
         run, data = _Run(copied.train(), recipe, device), data.to(device)
         batches = _batches(torch.arange(data.num_samples, device="cpu"), recipe.batch_size)
         steps = []
-        for ids in batches[: MEASURED_STEPS + 1]:  # the first warms up
+        for ids in batches[: MEASURED_STEPS + 1]:  # the first step is a warm-up
             started = time.perf_counter()
             _train_step(run, data.batch(ids, run.order), data.labels[ids.to(data.labels.device)])
             steps.append(time.perf_counter() - started)
@@ -170,7 +172,7 @@ def seconds_to_train(model: nn.Module, data: Dataset, recipe: Recipe) -> float:
 
 
 def has_converged(checkpoint: Checkpoint, target_accuracy: float) -> bool:
-    """Say whether a checkpoint has reached the target; a network taken as built always has."""
+    """Return whether a checkpoint has reached the target. This is true for a network that is not trained."""
     if checkpoint.recipe.num_epochs == 0:
         return True
     return checkpoint.train_accuracy is not None and checkpoint.train_accuracy >= target_accuracy
@@ -180,7 +182,7 @@ def require_convergence(path: File, checkpoint: Checkpoint, target_accuracy: flo
     """Refuse a network that has not reached its target.
 
     Raises:
-        NotConvergedError: If it has not; the checkpoint stays where it is.
+        NotConvergedError: If the accuracy is below the target. The checkpoint is kept.
     """
     if not has_converged(checkpoint, target_accuracy):
         recipe = checkpoint.recipe
@@ -199,7 +201,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
 @contextmanager
 def _training_mode(device: torch.device, seed: int, threads: int) -> Iterator[None]:
-    """Flush denormals, seed torch's own generators for dropout, fix the threads, and put all back as they were."""
+    """Flush denormals, seed torch's generators for dropout, fix the threads, and restore all settings at the end."""
     devices = [device] if device.type == "cuda" else []
     with flushed_denormals(), torch.random.fork_rng(devices=devices), fixed_threads(threads):
         torch.manual_seed(seed)
@@ -211,7 +213,7 @@ def _num_steps(run: _Run, data: Dataset) -> int:
 
 
 def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> float:
-    """Go once through the samples in a random order and return the mean loss.
+    """Train one epoch, with the samples in random order, and return the mean loss.
 
     Raises:
         DivergedError: If a loss is not finite.
@@ -235,7 +237,7 @@ def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> f
 
 
 def _batches(order: Tensor, size: int) -> list[Tensor]:
-    """Cut an order into batches; a last sample on its own, of which no batch norm has statistics, joins those before.
+    """Cut an order into batches. A last batch of one sample is merged, because batch norm needs two samples.
 
     >>> [len(batch) for batch in _batches(torch.arange(7), 3)]
     [3, 4]

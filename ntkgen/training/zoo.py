@@ -1,4 +1,7 @@
-"""The one door to `models`: a name, or an import string such as mylab.nets:wide, → nn.Module."""
+"""Networks by name, from `models` or by an import string such as mylab.nets:wide.
+
+Only this module imports `models`.
+"""
 
 import copy
 import importlib
@@ -17,18 +20,18 @@ from ntkgen.errors import InputError, ModelError, UnknownNameError
 
 
 def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -> nn.Module:
-    """Build a network by name, with parameters drawn from its own seed.
+    """Build a network by name, with random parameters from a seed.
 
     Args:
-        name: One of `MODELS`, or ``package.module:factory`` for anybody's network. Such a factory may take
-            ``num_classes`` or nothing, and may return a trained network; it may also be a module instance.
-        num_classes: Outputs, for factories that take it.
-        seed: Seeds torch's generator for the factory alone.
+        name: A key of `MODELS`, or ``package.module:factory`` for another network. Such a factory may have the argument
+            ``num_classes`` or no arguments, and may return a trained network. It may also be an instance of a module.
+        num_classes: Number of outputs, for factories with this argument.
+        seed: Seed of torch's generator while the factory runs.
         width: Channels of the first stage, for ResNets.
 
     Raises:
-        UnknownNameError: If there is no such name.
-        InputError: If the network has no width to set, or the import string leads nowhere.
+        UnknownNameError: If the name is unknown.
+        InputError: If the network has no width, or the import string does not name a factory.
     """
     options = {} if width is None else {"width": width}
     if ":" in name:
@@ -50,7 +53,7 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
 
 
 def file_name(model: str) -> str:
-    """Turn a model's name into a part of a file name.
+    """Convert a model's name to a part of a file name.
 
     >>> file_name("mylab.nets:wide")
     'mylab.nets-wide'
@@ -59,7 +62,7 @@ def file_name(model: str) -> str:
 
 
 def listing() -> list[dict[str, Any]]:
-    """List the zoo: name, number of parameters at ten classes, paper."""
+    """List the zoo: name, number of parameters for ten classes, paper, and whether the width can be set."""
     rows = []
     for name, entry in MODELS.items():
         with torch.device("meta"):
@@ -69,44 +72,51 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _imported(name: str) -> Callable[..., Any] | nn.Module:
-    """Import what a string names; the current directory counts, as it does for ``python -m``.
+    """Import the factory of an import string. The current directory is searched too, as for ``python -m``.
 
     Raises:
-        InputError: If the module cannot be imported, or the name is not a factory.
-        UnknownNameError: If the module has no such name.
+        InputError: If the module cannot be imported, or the object is not a factory.
+        UnknownNameError: If the module does not have this name.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # somebody else's code, or no module name at all
+    except Exception as error:  # user code may raise any error, and the name may be invalid
         raise InputError(
             f"Cannot import {module_name!r} for the model {name} ({type(error).__name__}: {error}). "
-            "Expected package.module:factory, found on PYTHONPATH or in the current directory. Is it spelled right, "
-            "and are its own imports installed?"
+            "Expected package.module:factory, with a module on PYTHONPATH or in the current directory. Is the name "
+            "misspelt, or is a dependency of the module missing? Correct the name, or install the dependency."
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UnknownNameError(f"factory in {module_name}", attribute, [n for n in vars(found) if n[0] != "_"])
         found = getattr(found, part)
     if not callable(found):
-        raise InputError(f"{name} is a {type(found).__name__}: expected a function that returns a network. Name one.")
+        raise InputError(
+            f"{name} is a {type(found).__name__}: expected a function that returns a network. Is the name that of "
+            "another object? Give the name of a function."
+        )
     return found  # type: ignore[no-any-return]
 
 
 def _call(name: str, factory: Callable[..., Any] | nn.Module, num_classes: int, options: dict[str, int]) -> nn.Module:
     if isinstance(factory, nn.Module):
-        return copy.deepcopy(factory)  # training works in place, and every seed starts from the same network
+        return copy.deepcopy(factory)  # training changes a network, and each seed must start from the same one
     try:
         parameters = inspect.signature(factory).parameters.values()
         takes = {p.name for p in parameters} | {"num_classes" for p in parameters if p.kind is p.VAR_KEYWORD}
         network = factory(**({"num_classes": num_classes} if "num_classes" in takes else {}), **options)
-    except Exception as error:  # somebody else's code: whatever it raises is its own error
+    except Exception as error:  # user code may raise any error
         raise ModelError(
-            f"The factory {name} failed ({type(error).__name__}: {error}). It is called with num_classes={num_classes} "
-            "if it takes that, else with nothing. Try it in Python."
+            f"The factory {name} failed ({type(error).__name__}: {error}). It was called with "
+            f"num_classes={num_classes} if it has this argument, otherwise without arguments. Does it need other "
+            "arguments? Call it in Python to find the cause."
         ) from error
     if not isinstance(network, nn.Module):
-        raise ModelError(f"The factory {name} returned a {type(network).__name__}: expected a torch.nn.Module. Fix it.")
+        raise ModelError(
+            f"The factory {name} returned a {type(network).__name__}: expected a torch.nn.Module. Is a return missing? "
+            "Return the network."
+        )
     return network
