@@ -1,1 +1,1 @@
-"""Where bytes lie, and who may write them."""
+"""Folders on disks and in object stores, durable writes, and locks."""

@@ -1,7 +1,7 @@
-"""A folder of results, one set of verbs for every place, and the one on a disk.
+"""Folders of results: the interface for all types of storage, and its implementation for a disk.
 
-What is written is durable before it is seen: `ntkgen.files.durable` says how for a disk, and an object store
-acknowledges an object when it is safe.
+A file is durable before it becomes visible. On a disk `ntkgen.files.durable` ensures this. An object store acknowledges
+an object only after it is stored safely.
 """
 
 import contextlib
@@ -21,41 +21,41 @@ from ntkgen.files.durable import PARTIAL, DurableStore, write_file
 
 
 class Folder(ABC):
-    """Named files in one place. A key is a path below it, with slashes."""
+    """A folder with named files. A key is the relative path of a file, with slashes."""
 
     @abstractmethod
     def __str__(self) -> str:
-        """Name the folder as a user writes it."""
+        """Return the path or URL of the folder, as the user wrote it."""
 
     @abstractmethod
     def __truediv__(self, name: str) -> "Folder":
-        """Name a folder inside this one."""
+        """Return a folder inside this one."""
 
     @property
     @abstractmethod
     def parent(self) -> "Folder":
-        """The folder that this one lies in."""
+        """The folder that contains this one."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What it is called in the folder that it lies in."""
+        """The name of this folder in its parent folder."""
 
     @abstractmethod
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """List the keys below a prefix that is a folder, with their sizes in bytes; not what is being written."""
+        """List the keys in a folder, given as prefix, with their sizes in bytes. Unfinished files are not listed."""
 
     @abstractmethod
     def read(self, key: str) -> bytes | None:
-        """Read a file whole; None where there is none."""
+        """Read a whole file. Return None if it does not exist."""
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
-        """Write a file, whole or not at all, and durably."""
+        """Write a file atomically and durably."""
 
     @abstractmethod
     def remove(self, key: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def zarr_store(self, *, read_only: bool) -> Store:
@@ -63,14 +63,14 @@ class Folder(ABC):
 
     @abstractmethod
     def size(self, key: str) -> int | None:
-        """Say how many bytes a file has; None where there is none."""
+        """Return the size of a file in bytes, or None if it does not exist."""
 
     def has(self, key: str) -> bool:
-        """Say whether there is a file."""
+        """Return whether a file exists."""
         return self.size(key) is not None
 
-    def sweep(self, pattern: str = "*") -> None:  # noqa: ARG002 - an object store leaves nothing
-        """Remove what interrupted writes of files that match a pattern have left; only while no process writes."""
+    def sweep(self, pattern: str = "*") -> None:  # noqa: ARG002 - an object store has no leftovers
+        """Remove leftovers of interrupted writes of files that match a pattern. No process may write meanwhile."""
         return
 
     def clear(self) -> None:
@@ -80,19 +80,19 @@ class Folder(ABC):
 
     @property
     def free_bytes(self) -> int | None:
-        """The room that is left; None where it is not known."""
+        """The free space in bytes, or None if it is not known."""
         return None
 
     def require_writable(self) -> None:
-        """Refuse a folder that cannot be written, or made; of an object store the first write will tell."""
+        """Refuse a folder that cannot be written or created. By default nothing is checked."""
         return
 
 
 @dataclass(frozen=True)
 class LocalFolder(Folder):
-    """A folder of a file system. Without ``fsync`` a power loss may undo what was written.
+    """A folder of a file system. Without ``fsync`` a loss of power may undo writes.
 
-    Its path is made absolute, and it is shown as it was given.
+    The path is converted to an absolute path. Messages show it as it was given.
     """
 
     path: Path
@@ -111,29 +111,29 @@ class LocalFolder(Folder):
 
     @property
     def parent(self) -> "LocalFolder":
-        """The folder that this one lies in."""
+        """The folder that contains this one."""
         shown = Path(self.shown)
         above = shown.parent if shown.name not in {"", "..", "~"} else shown / ".."
         return LocalFolder(self.path.parent, self.fsync, str(above))
 
     @property
     def name(self) -> str:
-        """What it is called in the folder that it lies in."""
+        """The name of this folder in its parent folder."""
         return self.path.name
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """List the keys below a prefix that is a folder, with their sizes in bytes, by directory scan."""
+        """List the keys in a folder, given as prefix, with their sizes in bytes."""
         return dict(_scan(str(self.path / prefix), prefix))
 
     def read(self, key: str) -> bytes | None:
-        """Read a file whole; None where there is none."""
+        """Read a whole file. Return None if it does not exist."""
         try:
             return (self.path / key).read_bytes()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
 
     def size(self, key: str) -> int | None:
-        """Say how many bytes a file has; None where there is none."""
+        """Return the size of a file in bytes, or None if it does not exist."""
         path = self.path / key
         try:
             return path.stat().st_size if path.is_file() else None
@@ -141,11 +141,11 @@ class LocalFolder(Folder):
             return None
 
     def write(self, key: str, data: bytes) -> None:
-        """Write a file, whole or not at all, and durably."""
+        """Write a file atomically and durably."""
         write_file(self.path / key, data, fsync=self.fsync)
 
     def remove(self, key: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         (self.path / key).unlink(missing_ok=True)
 
     def clear(self) -> None:
@@ -157,20 +157,20 @@ class LocalFolder(Folder):
         return DurableStore(self.path, read_only=read_only, fsync=self.fsync)
 
     def sweep(self, pattern: str = "*") -> None:
-        """Remove what interrupted writes of files that match a pattern have left; only while no process writes."""
+        """Remove leftovers of interrupted writes of files that match a pattern. No process may write meanwhile."""
         for leftover in self.path.rglob(f"{pattern}{PARTIAL}") if pattern == "*" else self.path.glob(pattern + PARTIAL):
             leftover.unlink(missing_ok=True)
 
     @property
     def free_bytes(self) -> int | None:
-        """The room that is left where the folder lies or would lie."""
+        """The free space in bytes of the file system of this folder, which need not exist yet."""
         return int(psutil.disk_usage(str(self._nearest)).free)
 
     def require_writable(self) -> None:
-        """Refuse a folder that cannot be written, or made.
+        """Refuse a folder that cannot be written or created.
 
         Raises:
-            InputError: If there is a file at the path or above it, or no permission.
+            InputError: If the path or one of its parents is a file, or permission is missing.
         """
         self.require_no_dangling_link()
         nearest = self._nearest
@@ -181,17 +181,17 @@ class LocalFolder(Folder):
             )
 
     def require_no_dangling_link(self) -> None:
-        """Refuse a folder that is, or lies below, a symbolic link to nothing.
+        """Refuse a folder that is, or is inside, a symbolic link without a target.
 
         Raises:
-            InputError: If it does.
+            InputError: If there is such a link.
         """
         for place in (self.path, *self.path.parents):
             if place.is_symlink() and not place.exists():
                 raise InputError(
-                    f"Nothing can be written to {self}: expected a folder or nothing there, found {place}, a symbolic "
-                    f"link to {os.readlink(place)}, which is not there. Was it moved, or its disk not mounted? Make "
-                    "that folder, or remove the link."
+                    f"Nothing can be written to {self}: expected a folder or an unused path, found {place}, a symbolic "
+                    f"link to {os.readlink(place)}, which does not exist. Was the target moved, or its disk not "
+                    "mounted? Create the target, or remove the link."
                 )
 
     @property
@@ -222,25 +222,25 @@ class File:
 
     @property
     def exists(self) -> bool:
-        """Say whether it is there."""
+        """Whether the file exists."""
         return self.folder.has(self.name)
 
     def require_writable(self) -> None:
         """Refuse a file that cannot be written.
 
         Raises:
-            InputError: If there is a folder in its place, or its own folder cannot be written.
+            InputError: If the path is a folder, or the folder of the file cannot be written.
         """
         if isinstance(self.folder, LocalFolder) and (self.folder.path / self.name).is_dir():
             raise InputError(
-                f"No file can be written to {self}: expected a file or nothing, found a folder. Was a name left out? "
-                "Give the name of a file in it."
+                f"No file can be written to {self}: expected a file or an unused path, found a folder. Was the name of "
+                "the file left out? Give the path of a file in this folder."
             )
         self.folder.require_writable()
 
 
 def file_of(place: "File | str | os.PathLike[str]") -> File:
-    """Turn a path into a file of a local folder."""
+    """Convert a path to a file of a local folder."""
     if isinstance(place, File):
         return place
     folder = LocalFolder(Path(place))

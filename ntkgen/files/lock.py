@@ -1,10 +1,10 @@
-"""The right to write what lies at a path: of one process, or of several that write different tiles.
+"""Locks for writing to a store: for one process, or for several processes that write different tiles.
 
-Two lock files lie beside a store, and vanish with their last holder, unless it is killed. NAME.lock is held by the one
-process that may change anything; a whole computation keeps it. NAME.tiles.lock is shared by the processes that write
-tiles without it: the workers of a cluster, and the parts of a job array. Leftovers are swept only where none holds
-either. The system drops the locks of a process that dies. Where a file system has no locks, and in object stores, there
-are none: two processes that do the same work there write equal bytes.
+There are two lock files beside a store. NAME.lock is held by the one process that may change anything, for example
+during a whole computation. NAME.tiles.lock is shared by processes that only write tiles: the workers of a cluster, and
+the parts of a job array. The last holder of a lock removes its file, unless the process is killed. The operating system
+then releases the lock. Leftovers of interrupted writes are removed only while both locks are free. Object stores and
+some file systems have no locks. Two processes that do the same work there write equal bytes.
 """
 
 import errno
@@ -21,10 +21,10 @@ from ntkgen.errors import InputError, StoreLockedError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.files.paths import absolute, beside
 
-# What a lock file says of its holder: that others may wait for it, or not.
+# Contents of a lock file. Other processes may wait for a short lock, and not for the lock of a whole computation.
 SHORT, WHOLE = "short", "whole"
 POLL_SECONDS = 0.2
-# Time that the workers of a dead coordinator are given to notice it.
+# Time until the workers of a killed coordinator have noticed it and stopped.
 ORPHAN_SECONDS = 20.0
 
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
@@ -34,15 +34,15 @@ _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
 def write_lock(
     place: Folder | Path, *, is_short: bool = False, waiting: Callable[[], None] | None = None
 ) -> Iterator[None]:
-    """Hold the right to change anything at a place.
+    """Hold the exclusive lock of a store or checkpoint.
 
     Args:
-        place: What is to be written.
-        is_short: Whether it will be held for a while alone, so that others may wait for it.
-        waiting: Called again and again while such a holder is waited for; None: it is not waited for.
+        place: The path that is written.
+        is_short: Whether the lock is held only for a short time, so that other processes may wait for it.
+        waiting: Called repeatedly while another process holds a short lock. None: do not wait.
 
     Raises:
-        StoreLockedError: If another process holds it.
+        StoreLockedError: If another process holds the lock.
     """
     path = _local(place)
     if path is None:
@@ -70,25 +70,25 @@ def write_lock(
 
 @contextmanager
 def tile_lock(place: Folder | Path) -> Iterator[None]:
-    """Share the right to write tiles at a place, each process its own."""
+    """Hold the shared lock of a store, with which each process writes its own tiles."""
     path = _local(place)
     if path is None:
         yield
         return
     lock = _tiles(path)
-    while (file := _take(lock, fcntl.LOCK_SH)) is None:  # another process sweeps
+    while (file := _take(lock, fcntl.LOCK_SH)) is None:  # another process removes leftovers
         time.sleep(POLL_SECONDS)
     with file:
         try:
             yield
         finally:
-            if _try(file, fcntl.LOCK_EX):  # the last one to leave
+            if _try(file, fcntl.LOCK_EX):  # no other process holds it
                 lock.unlink(missing_ok=True)
 
 
 @contextmanager
 def without_tile_writers(place: Folder | Path, *, seconds: float = 0.0) -> Iterator[bool]:
-    """Keep others from beginning to write tiles; yield whether none does, after ``seconds`` at most."""
+    """Prevent other processes from writing tiles. Yield whether none writes tiles after at most ``seconds``."""
     path = _local(place)
     if path is None:
         yield True
@@ -107,10 +107,10 @@ def without_tile_writers(place: Folder | Path, *, seconds: float = 0.0) -> Itera
 
 
 def require_no_tile_writers(place: Folder | Path) -> None:
-    """Refuse a place where other processes write tiles, once the workers of a dead coordinator had time to go.
+    """Refuse a store if other processes write its tiles. Workers of a killed coordinator get time to stop.
 
     Raises:
-        StoreLockedError: If there are such processes.
+        StoreLockedError: If other processes write tiles.
     """
     with without_tile_writers(place, seconds=ORPHAN_SECONDS) as is_alone:
         if not is_alone:
@@ -135,27 +135,27 @@ def _tiles(path: Path) -> Path:
 
 
 def _take(lock: Path, kind: int) -> IO[str] | None:
-    """Open and lock a file; None where another process holds it in a way that does not go with this.
+    """Open and lock a file. Return None if another process holds a lock that excludes this one.
 
     Raises:
-        InputError: If there can be no such file.
+        InputError: If the file cannot be created.
     """
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
-            file = lock.open("a+")  # also for reading: where flock is made of record locks, a shared one needs that
+            file = lock.open("a+")  # also readable, because some systems emulate shared locks by record locks
         except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
             raise InputError(
                 f"Nothing can be written at {lock.parent} ({type(error).__name__}: {error.strerror}): expected a "
-                "folder, or a place for one. Is a file in the way, or is it a file system of the kernel, as /proc is? "
-                "Choose another path."
+                "folder that exists or can be created. Is there a file of this name, or is it a special file system "
+                "such as /proc? Choose another path."
             ) from error
         if not _try(file, kind):
             file.close()
             return None
         if _is_at(file, lock):
             return file
-        file.close()  # its former holder removed it before we had it
+        file.close()  # its former holder removed the file before it was locked here
 
 
 def _try(file: IO[str], kind: int) -> bool:
@@ -167,7 +167,7 @@ def _try(file: IO[str], kind: int) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         warnings.warn(
-            f"The file system of {file.name} has no locks: nothing keeps a second process from the same work.",
+            f"The file system of {file.name} has no locks, so a second process may do the same work.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -182,9 +182,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def _is_short(lock: Path) -> bool:
-    """Say whether who holds a lock will soon let go; also where the holder has just gone, or not said yet.
+    """Return whether a lock is short, or has just been released, or its holder has not written the file yet.
 
-    What a killed process has said is read twice, so that its follower has the time to say something else.
+    The contents are read twice with a pause. At first they may still be those of a killed process.
     """
     for seconds in (0.0, POLL_SECONDS):
         time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""A path, a URL or a Zarr store → the folder that it names."""
+"""Conversion of a path, a URL or a Zarr store to a folder."""
 
 import os
 from pathlib import Path
@@ -12,10 +12,10 @@ from ntkgen.files.folder import Folder, LocalFolder
 
 
 def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool = True) -> Folder:
-    """Turn a path, a URL (s3://, gs://, az://, file://) or a Zarr store into a folder.
+    """Convert a path, a URL (s3://, gs://, az://, file://) or a Zarr store to a folder.
 
     Raises:
-        InputError: If it is none of these, if the URL is of a kind that is not known, or what it needs is not there.
+        InputError: If the argument has another type, the type of the URL is unknown, or a library is missing.
     """
     if isinstance(place, Folder):
         return place
@@ -26,7 +26,7 @@ def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool =
         return StoreFolder(place, str(place))
     if not isinstance(place, str | os.PathLike) or "\0" in os.fspath(place):
         raise InputError(
-            f"{place!r} is no place that results can be written to: expected a path, a URL or a Zarr store, found "
+            f"Results cannot be written to {place!r}: expected a path, a URL or a Zarr store, found "
             f"{type(place).__name__}. Was an argument left out? Pass a path without null characters."
         )
     scheme, separator, rest = os.fspath(place).partition("://")
