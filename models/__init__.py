@@ -1,7 +1,7 @@
 """The model zoo: networks for 32×32 RGB images, (samples, 3, 32, 32) → (samples, num_classes) logits.
 
-One family per file, written on torch alone. Parameters are drawn from torch's global generator, so
-``torch.manual_seed`` before the call fixes them.
+Each file has one family, and imports only torch. Parameters are drawn from torch's global generator, so they are
+determined by a call of ``torch.manual_seed`` before.
 
 >>> MODELS["lenet"](num_classes=7)[-1]
 Linear(in_features=84, out_features=7, bias=True)
@@ -24,20 +24,20 @@ __all__ = ["MODELS", "Entry"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One row of the zoo; calling it builds the network."""
+    """One entry of the zoo. A call builds the network."""
 
     factory: Callable[..., nn.Module]
-    """Takes ``num_classes``, and ``width`` where ``has_width``."""
+    """A function of ``num_classes``, and of ``width`` if ``has_width``."""
     paper: str
     """Authors, year, and venue or arXiv number."""
 
     @property
     def has_width(self) -> bool:
-        """Whether the factory takes ``width``, the number of channels of the first stage."""
+        """Whether the factory has the argument ``width``, the number of channels of the first stage."""
         return "width" in inspect.signature(self.factory).parameters
 
     def __call__(self, num_classes: int = 10, **options: int) -> nn.Module:
-        """Build the network with freshly drawn parameters, in training mode."""
+        """Build the network with new random parameters, in training mode."""
         return self.factory(num_classes=num_classes, **options)
 
 
@@ -60,4 +60,4 @@ MODELS: dict[str, Entry] = {
     "logistic": Entry(logistic.logistic, logistic.PAPER),
     "densenet121": Entry(densenet.densenet121, densenet.PAPER),
 }
-"""Every network by its name."""
+"""All networks by name."""

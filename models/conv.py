@@ -1,8 +1,8 @@
-"""Convolutions as the families build and initialise them.
+"""Convolutions with batch norm, and their initialisation.
 
-He initialisation is Gaussian with variance 2 / fan out, as in the code published with ResNet, WRN and DenseNet. VGG and
-the MobileNets start from it too: PyTorch's default shrinks the signal at every layer, so that without batch statistics
-(an untrained network in evaluation mode) their output would hardly depend on the input.
+He initialisation is Gaussian with variance 2 / fan out, as in the code published with ResNet, WRN and DenseNet. It is
+also used for VGG and the MobileNets. PyTorch's default reduces the signal at every layer. Without batch statistics (in
+an untrained network in evaluation mode) the output would then hardly depend on the input.
 
 References:
     He, Zhang, Ren, Sun (2015), arXiv:1502.01852, equation 14.
@@ -17,7 +17,7 @@ from torch import nn
 def conv_bn(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, groups: int = 1, bias: bool = False
 ) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """Make a convolution that keeps height and width up to its stride, followed by batch norm."""
+    """Build a convolution and its batch norm. The padding keeps height and width, except for the stride."""
     padding = kernel_size // 2
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias)
     return conv, nn.BatchNorm2d(out_channels)

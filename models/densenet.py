@@ -1,7 +1,7 @@
 """DenseNet-BC-121 (Huang et al. 2017), Table 1, for 32×32 images: a 3×3 stem of stride 1 and no max-pooling.
 
-Growth rate 32; bottlenecks of 4 · 32 channels; each transition halves channels, height and width. Convolutions start
-from He's initialisation, the last layer from PyTorch's default.
+The growth rate is 32, and bottlenecks have 4 · 32 channels. Each transition halves channels, height and width.
+Convolutions have He initialisation, and the last layer has PyTorch's default.
 """
 
 from collections import OrderedDict
@@ -19,7 +19,7 @@ _DEPTHS = (6, 12, 24, 16)
 
 
 class DenseLayer(nn.Module):
-    """Append ``_GROWTH`` new channels, computed from all channels so far."""
+    """Append ``_GROWTH`` new channels, computed from all previous channels."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class DenseLayer(nn.Module):
         self,
         x: Tensor,  # (samples, in_channels, height, width)
     ) -> Tensor:  # (samples, in_channels + _GROWTH, height, width)
-        """Return x with the channels of branch(x) after its own."""
+        """Return x and branch(x), concatenated along the channels."""
         return torch.cat([x, self.branch(x)], dim=1)
 
 

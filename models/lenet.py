@@ -1,6 +1,6 @@
-"""LeNet-5 (LeCun et al. 1998) for three input channels, with ReLU and max-pooling in place of tanh and averaging.
+"""LeNet-5 (LeCun et al. 1998) for three input channels, with ReLU and max-pooling instead of tanh and averaging.
 
-Initialisation is PyTorch's default.
+The initialisation is PyTorch's default.
 """
 
 from torch import nn

@@ -1,6 +1,6 @@
-"""Logistic regression (Cox 1958) on the raw pixels, the one network here whose kernel does not change in training.
+"""Logistic regression (Cox 1958) on the pixels. Its kernel does not change in training, because it is linear.
 
-Initialisation is PyTorch's default.
+The initialisation is PyTorch's default.
 """
 
 from torch import nn
@@ -9,5 +9,5 @@ PAPER = "Cox (1958), Journal of the Royal Statistical Society B 20(2)"
 
 
 def logistic(num_classes: int = 10) -> nn.Sequential:
-    """Build one linear layer on the flattened image; its outputs are the logits."""
+    """Build one linear layer on the flattened image. Its outputs are the logits."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, num_classes))

@@ -1,7 +1,7 @@
-"""MobileNet (Howard et al. 2017), its Table 1 with strides for 32×32 images: the first convolution has stride 1.
+"""MobileNet (Howard et al. 2017), Table 1, for 32×32 images: the first convolution has stride 1.
 
-Every depthwise and every pointwise convolution is followed by batch norm and ReLU. Convolutions start from He's
-initialisation, the last layer from PyTorch's default.
+Every depthwise and every pointwise convolution is followed by batch norm and ReLU. Convolutions have He initialisation,
+and the last layer has PyTorch's default.
 """
 
 from collections import OrderedDict
@@ -36,7 +36,7 @@ def _separable(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 
 
 def mobilenet(num_classes: int = 10) -> nn.Sequential:
-    """Build MobileNet of width multiplier 1."""
+    """Build MobileNet with width multiplier 1."""
     channels = [_STEM_CHANNELS, *(out_channels for out_channels, _ in _BLOCKS)]
     blocks = (_separable(channels[k], out_channels, stride) for k, (out_channels, stride) in enumerate(_BLOCKS))
     layers = OrderedDict[str, nn.Module](

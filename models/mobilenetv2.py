@@ -1,9 +1,9 @@
-"""MobileNetV2 (Sandler et al. 2018), its Table 2 with strides for 32×32 images: stride 1 up to the 24-channel stage.
+"""MobileNetV2 (Sandler et al. 2018), Table 2, for 32×32 images: the stride is 1 up to the stage of 24 channels.
 
-Inverted residuals with linear bottlenecks and ReLU6, as in the paper. Two things are as in the common CIFAR variant:
-the first block keeps its expansion convolution although it expands by 1, and a block of stride 1 that changes the
-channels has a shortcut too, a 1×1 convolution with batch norm. Convolutions start from He's initialisation, the last
-layer from PyTorch's default.
+Blocks are inverted residuals with linear bottlenecks and ReLU6, as in the paper. Two details follow the common CIFAR
+variant. The first block has an expansion convolution, although its expansion is 1. A block of stride 1 that changes the
+number of channels has a shortcut, a 1×1 convolution with batch norm. Convolutions have He initialisation, and the last
+layer has PyTorch's default.
 """
 
 from collections import OrderedDict
@@ -55,7 +55,7 @@ def _blocks() -> nn.Sequential:
 
 
 def mobilenetv2(num_classes: int = 10) -> nn.Sequential:
-    """Build MobileNetV2 of width multiplier 1."""
+    """Build MobileNetV2 with width multiplier 1."""
     layers = OrderedDict[str, nn.Module](
         stem=nn.Sequential(*conv_bn(3, _STEM_CHANNELS, 3), nn.ReLU6()),
         blocks=_blocks(),

@@ -1,4 +1,4 @@
-"""The residual connection, and stages of blocks built around it."""
+"""Residual connections, and stages of residual blocks."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Residual(nn.Module):
-    """Add a branch to its shortcut, which is the identity unless given."""
+    """Add a branch and a shortcut. The default shortcut is the identity."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module | None = None) -> None:
         super().__init__()
@@ -23,10 +23,10 @@ class Residual(nn.Module):
 
 
 Block = Callable[[int, int, int], nn.Module]
-"""Makes one block from its input channels, output channels and stride."""
+"""Function that builds a block from its input channels, output channels and stride."""
 
 
 def stage(block: Block, depth: int, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    """Stack blocks, of which the first changes the channels and takes the stride."""
+    """Stack blocks. The first block changes the number of channels and has the stride."""
     first = block(in_channels, out_channels, stride)
     return nn.Sequential(first, *(block(out_channels, out_channels, 1) for _ in range(depth - 1)))

@@ -1,8 +1,8 @@
 """Residual networks (He et al. 2016) in their CIFAR form: a 3×3 stem of stride 1, no max-pooling, four stages.
 
-Depths 18, 34, 50, 101 and 152 are those of the paper's Table 1; 9 and 68 stack its basic block 1, 1, 1, 1 and
-3, 4, 23, 3 times. A shortcut is a 1×1 convolution with batch norm where the shape changes (the paper's option B).
-Convolutions start from He's initialisation, the last layer from PyTorch's default.
+Depths 18, 34, 50, 101 and 152 are those of Table 1 in the paper. Depths 9 and 68 stack its basic block 1, 1, 1, 1 and
+3, 4, 23, 3 times. If the shape changes, the shortcut is a 1×1 convolution with batch norm (option B of the paper).
+Convolutions have He initialisation, and the last layer has PyTorch's default.
 """
 
 from collections import OrderedDict

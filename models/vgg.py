@@ -1,7 +1,8 @@
-"""VGG-11 and VGG-13 (Simonyan, Zisserman 2015): columns A and B of its Table 1, for 32×32 images.
+"""VGG-11 and VGG-13 (Simonyan, Zisserman 2015), columns A and B of Table 1, for 32×32 images.
 
-Batch norm follows every convolution, and one linear layer replaces the paper's three: five max-poolings leave one
-position of 512 channels. Convolutions start from He's initialisation, the last layer from PyTorch's default.
+Every convolution is followed by batch norm. After five max-poolings there is one position with 512 channels, so one
+linear layer replaces the three of the paper. Convolutions have He initialisation, and the last layer has PyTorch's
+default.
 """
 
 from collections import OrderedDict
@@ -12,7 +13,7 @@ from models.conv import conv_bn, he_normal
 
 PAPER = "Simonyan, Zisserman (2015), ICLR, arXiv:1409.1556"
 
-_CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions before each of the five max-poolings
+_CHANNELS = (64, 128, 256, 512, 512)  # output channels of the convolutions before each of the five max-poolings
 
 
 def _vgg(depths: tuple[int, int, int, int, int], num_classes: int) -> nn.Sequential:

@@ -1,8 +1,8 @@
 """Wide residual networks WRN-28-k (Zagoruyko, Komodakis 2016): three stages of four blocks, k times wider.
 
-A block is BN-ReLU-conv-BN-ReLU-conv (pre-activation); its second convolution has a bias, the others none. Where the
-shape changes, the shortcut is a plain 1×1 convolution of the activated input. There is no dropout. Convolutions start
-from He's initialisation, the last layer from PyTorch's default.
+A block is BN-ReLU-conv-BN-ReLU-conv (pre-activation). Only its second convolution has a bias. If the shape changes, the
+shortcut is a 1×1 convolution of the activated input, without batch norm. There is no dropout. Convolutions have He
+initialisation, and the last layer has PyTorch's default.
 """
 
 from collections import OrderedDict
