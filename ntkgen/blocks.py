@@ -1,6 +1,6 @@
 """Ranges of samples, and the order of the rows of a kernel.
 
-Rows are sample-major, ``row = sample · num_outputs + output``; this is the one place where that is written.
+Rows are sample-major, ``row = sample · num_outputs + output``. Only this module defines the order of rows.
 """
 
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 
 def row_of(sample: int, output: int, num_outputs: int) -> int:
-    """Number the row of one output of one sample.
+    """Return the row of one output of one sample.
 
     >>> row_of(sample=3, output=1, num_outputs=10)
     31
@@ -28,7 +28,7 @@ class Block:
         return self.stop - self.start
 
     def rows(self, num_outputs: int) -> slice:
-        """Locate the rows of these samples."""
+        """Return the rows of these samples as a slice."""
         return slice(row_of(self.start, 0, num_outputs), row_of(self.stop, 0, num_outputs))
 
     def pieces(self, size: int) -> list["Block"]:
@@ -41,7 +41,9 @@ class Block:
 
 
 def block_pairs(rows: list[Block], columns: list[Block]) -> Iterator[tuple[Block, Block]]:
-    """List the products that fill a rectangle of the kernel, column by column; on the diagonal, the upper triangle's.
+    """List the pairs of blocks that fill a rectangle of the kernel, column by column.
+
+    If the columns are the rows, only the pairs of the upper triangle are listed.
 
     >>> blocks = Block(0, 4).pieces(2)
     >>> [(row.start, column.start) for row, column in block_pairs(blocks, blocks)]

@@ -1,7 +1,7 @@
-"""The exceptions a caller may want to catch.
+"""The exceptions that a caller may want to catch.
 
-Every message has four parts: what is wrong, what was expected and found, the likely cause, what to do. Every error is
-also the built-in kind it is, so that ``except ValueError`` works for a caller who does not know this module.
+Every message has four parts: what is wrong, what was expected and found, the likely cause, and what to do. Every error
+is also a built-in exception, so that for example ``except ValueError`` works without this module.
 """
 
 import difflib
@@ -9,25 +9,25 @@ from collections.abc import Iterable
 
 
 class NtkgenError(Exception):
-    """What every error of this package is; ``exit_code`` is the command line's exit status for it."""
+    """The base class of all errors of this package. ``exit_code`` is the exit status of the command line."""
 
     exit_code = 1
 
 
 class InputError(NtkgenError, ValueError):
-    """An argument has a value that cannot be meant."""
+    """An argument has an invalid value."""
 
     exit_code = 2
 
 
 class UnknownNameError(InputError, LookupError):
-    """A name is not in the list of those that exist."""
+    """A name is unknown."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         super().__init__(kind, name, list(known))
 
     def __str__(self) -> str:
-        """Build the message: the name, the close matches, and all there are.
+        """Build the message with the name, similar names, and all known names.
 
         >>> print(UnknownNameError("model", "resnt18", ["resnet18", "vgg11"]))
         Unknown model 'resnt18'. Did you mean resnet18? Known: resnet18, vgg11.
@@ -43,11 +43,11 @@ class ShapeError(InputError):
 
 
 class ModelError(InputError):
-    """The network is one whose kernel is not defined: it mixes samples, or it has no trainable parameter."""
+    """The kernel of a network is not defined, for example because it mixes samples or has no trainable parameter."""
 
 
 class RuleError(ModelError):
-    """For a batch of samples, the rules of some parameters do not give what autograd gives.
+    """For a batch of samples, the layer rules of some parameters disagree with autograd.
 
     Attributes:
         params: The full names of these parameters.
@@ -58,7 +58,7 @@ class RuleError(ModelError):
 
     @property
     def params(self) -> tuple[str, ...]:
-        """Name the parameters."""
+        """The full names of the parameters."""
         names: tuple[str, ...] = self.args[0]
         return names
 
@@ -66,18 +66,18 @@ class RuleError(ModelError):
         """Build the message.
 
         >>> print(RuleError(["fc.weight"]))  # doctest: +ELLIPSIS
-        The network treats the samples of some batch otherwise than the first ones: the gradients of fc.weight ...
+        The network treats a batch differently from the first samples: the gradients of fc.weight ...
         """
         return (
-            f"The network treats the samples of some batch otherwise than the first ones: the gradients of "
-            f"{', '.join(self.params)} were expected to follow from what goes in and out of their layers, and do not. "
-            "Does it route, sort or replace samples by their content? Where a store is there, remove it and run the "
-            "same command again: these parameters are then computed sample by sample."
+            f"The network treats a batch differently from the first samples: the gradients of {', '.join(self.params)} "
+            "were expected to follow from the inputs and outputs of their layers, and do not. Does the network route, "
+            "sort or replace samples by their content? If a store exists, remove it and run the same command again. "
+            "These parameters are then computed sample by sample."
         )
 
 
 class FingerprintError(InputError):
-    """What is on disk was made from other parameters, other data or other settings."""
+    """A stored result has other parameters, other data or other settings."""
 
 
 class PlanError(InputError):
@@ -89,21 +89,21 @@ class BudgetError(InputError, MemoryError):
 
 
 class DiskSpaceError(InputError, OSError):
-    """The disk has no room for what would be written."""
+    """The disk does not have enough free space."""
 
 
 class DataError(InputError):
-    """A data set is missing, or is not what it should be."""
+    """A data set is missing or invalid."""
 
 
 class StoreError(NtkgenError, OSError):
-    """What lies at a path is not a store, or is a damaged one."""
+    """A path has no store, or a damaged store."""
 
     exit_code = 2
 
 
 class DamagedTileError(StoreError):
-    """What a store holds is not what was written."""
+    """The contents of a store differ from the data that was written."""
 
     exit_code = 1
 
@@ -115,7 +115,7 @@ class StoreLockedError(NtkgenError, BlockingIOError):
 
 
 class NotConvergedError(NtkgenError, RuntimeError):
-    """Training used up its epochs before it reached the target accuracy."""
+    """Training finished all epochs without reaching the target accuracy."""
 
 
 class DivergedError(NtkgenError, FloatingPointError):
@@ -127,16 +127,16 @@ class NotPositiveError(NtkgenError, ArithmeticError):
 
 
 class InaccurateKernelError(NtkgenError, ArithmeticError):
-    """A finished kernel differs from the exact one by more than its precision policy explains; its store stays."""
+    """A finished kernel differs from the exact one by more than its precision policy explains. Its store is kept."""
 
 
 class InaccurateKernelWarning(UserWarning):
-    """A kernel was opened whose certificate says that it is wrong."""
+    """An opened kernel is inaccurate according to its certificate, which is its measured error bound."""
 
 
 class WorkerError(NtkgenError, RuntimeError):
-    """The workers of a cluster could not do what they were told."""
+    """The workers of a cluster failed to do their work."""
 
 
 class Terminated(SystemExit):
-    """The process was told to end, by SIGTERM: as after Ctrl-C, what is finished is kept."""
+    """The process received SIGTERM. As after Ctrl-C, finished work is kept."""

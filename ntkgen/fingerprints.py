@@ -1,4 +1,4 @@
-"""Hashes of the parameters of a network, and of samples."""
+"""Fingerprints: hashes of the parameters of a network, and of samples."""
 
 import hashlib
 import pickle
@@ -11,12 +11,12 @@ from ntkgen.errors import ModelError
 
 
 def parameter_fingerprint(model: nn.Module) -> str:
-    """Hash names, shapes, dtypes and bytes of all parameters and buffers, and which parameters are trainable.
+    """Hash names, shapes, dtypes and bytes of all parameters and buffers, and the set of trainable parameters.
 
-    Of buffers those too that are not saved with the module, and what else its `get_extra_state` says of it.
+    The hash includes buffers that are not saved with the module, and the result of `get_extra_state`.
 
     Raises:
-        ModelError: If that cannot be written down.
+        ModelError: If the result of `get_extra_state` cannot be pickled.
     """
     digest = hashlib.sha256()
     trainable = {name for name, param in model.named_parameters() if param.requires_grad}
@@ -39,7 +39,7 @@ def _hash_tensor(digest: "hashlib._Hash", before: str, tensor: Tensor, after: st
 
 
 def _hash_value(digest: "hashlib._Hash", name: str, value: Any) -> None:
-    """Hash what a module says of itself: tensors by their bytes, containers by their items, other values by pickle."""
+    """Hash a value of `get_extra_state`: tensors by bytes, containers by items, and other values by pickle."""
     if isinstance(value, Tensor):
         _hash_tensor(digest, f"{name}|", value)
     elif isinstance(value, dict | list | tuple):
@@ -53,18 +53,18 @@ def _hash_value(digest: "hashlib._Hash", name: str, value: Any) -> None:
 
 def _pickled(name: str, value: Any) -> bytes:
     try:
-        # a set has its items in an order that differs between processes
+        # the order of a set's items differs between processes
         return pickle.dumps(sorted(map(repr, value)) if isinstance(value, set | frozenset) else value, protocol=4)
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"The network's {name} cannot be told from another ({type(error).__name__}: {error}): expected what "
-            f"get_extra_state returns to be pickled, as torch.save does, found a {type(value).__name__}. Does it hold "
+            f"The network's {name} cannot be hashed ({type(error).__name__}: {error}): expected that get_extra_state "
+            f"returns a value that can be pickled, as for torch.save, found a {type(value).__name__}. Does it contain "
             "a lock, a file or a function? Return plain values and tensors."
         ) from error
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """View the numbers of a tensor of any dtype and layout, row by row."""
+    """Return the bytes of a tensor of any dtype and layout, in row-major order."""
     values = tensor.detach().cpu()
     values = values if values.layout == torch.strided else values.to_dense()
     values = values.resolve_conj().resolve_neg().contiguous()
@@ -82,7 +82,7 @@ def array_fingerprint(*arrays: Tensor) -> str:
 
 
 def _numpy_name(dtype: torch.dtype) -> str:
-    """Name a dtype as NumPy does, or as torch does where NumPy has none, as of bfloat16."""
+    """Return NumPy's name of a dtype, or torch's name if NumPy does not have the dtype, such as bfloat16."""
     try:
         return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.str
     except TypeError:

@@ -1,4 +1,4 @@
-"""The samples of a kernel: what the network is given, and what is stored of them."""
+"""The samples of a kernel: the inputs of the network, and the labels and positions that are stored."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from ntkgen.store.schema import Samples
 
 @dataclass(frozen=True)
 class Inputs:
-    """The samples of the rows and, of a rectangular kernel, those of the columns."""
+    """The samples of the rows and, for a rectangular kernel, the samples of the columns."""
 
     x: Tensor
     samples: Samples
@@ -20,17 +20,17 @@ class Inputs:
 
     @property
     def all(self) -> Tensor:
-        """Every sample once, those of the rows first."""
+        """All samples, each once: first those of the rows, then those of the columns."""
         return self.x if self.against is None else torch.cat([self.x, self.against])
 
     @property
     def probe(self) -> Tensor:
-        """Samples of rows and columns for the trial of a network."""
+        """Samples of rows and columns on which the network is tried."""
         return in_turns(self.x, self.against)
 
     @property
     def counts(self) -> tuple[int, int | None]:
-        """The numbers of samples of the rows, and of the columns if these are others."""
+        """The number of samples of the rows, and of the columns if these have other samples."""
         return len(self.x), None if self.against is None else len(self.against)
 
     def fingerprint(self) -> str:

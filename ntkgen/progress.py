@@ -1,4 +1,4 @@
-"""How long work tells how far it has come."""
+"""Progress reports of long computations."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,29 +8,30 @@ Step = Callable[[], None]
 
 
 class Report(Protocol):
-    """Called as a stage proceeds, with a note to be shown.
+    """Called as a stage proceeds, with a note to display.
 
-    The stages are ``training``, ``diagonal``, ``tiles``, of the certificate ``stored product``, ``exact product`` and
-    ``pairs``, of a verification ``files`` and ``recomputed``; ``mirrored``, ``imported``; and those of analysis, each
-    named after what it counts. `ntkgen.cli.progress` has the unit of each.
+    The stages of a computation are ``training``, ``diagonal`` and ``tiles``. A certificate, which is the measured error
+    bound of a kernel, has the stages ``stored product``, ``exact product`` and ``pairs``. A verification has ``files``
+    and ``recomputed``. Other stages are ``mirrored`` and ``imported``. A stage of the analysis is named after the items
+    that it counts. `ntkgen.cli.progress` has the unit of each stage.
     """
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """Tell how far a stage has come."""
+        """Report the progress of a stage."""
 
 
 def ignore_report(stage: str, done: int, total: int, note: str = "") -> None:
-    """Report nothing."""
+    """Ignore a progress report."""
 
 
 def ignore_step() -> None:
-    """Count nothing."""
+    """Ignore a step."""
 
 
 def counter(report: Report, stage: str, done: int, total: int) -> Step:
-    """Make a function that counts what is done of a stage, and reports it; now, and with each call.
+    """Return a function that counts the finished items of a stage. The count is reported now and after each call.
 
-    What is done again, after all was done, counts no further.
+    The count never exceeds the total, even if items are repeated.
 
     >>> step = counter(lambda stage, done, total: print(stage, done, total), "tiles", 3, 5)
     tiles 3 5

@@ -1,4 +1,4 @@
-"""What a planned kernel would do, and how long it would take."""
+"""The projection of a planned kernel: its cost and its duration."""
 
 import dataclasses
 from typing import Any
@@ -15,12 +15,12 @@ from ntkgen.store.opening import has_store, open_store
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training.fit import seconds_to_train
 
-# A run that is shorter than this by the plan's rates has no projection, which takes seconds itself.
+# Minimum estimated duration of a run for which a projection is measured. The measurement itself takes seconds.
 MEASURED_FROM_SECONDS = 20.0
 
 
 def _missing(planned: PlannedKernel) -> tuple[list[Tile], list[int]]:
-    """List the tiles, and the blocks of the diagonal, that are not on disk yet."""
+    """List the tiles and the blocks of the diagonal that are not stored yet."""
     if not has_store(planned.store):
         return list(planned.plan.grid.tiles()), list(range(planned.plan.num_sides))
     store = open_store(planned.store)
@@ -28,31 +28,34 @@ def _missing(planned: PlannedKernel) -> tuple[list[Tile], list[int]]:
 
 
 def duration_of(planned: PlannedKernel) -> Duration:
-    """Project how long a kernel takes here, by measuring one batch of each kind of work that is missing."""
+    """Project how long a kernel takes on this machine, by measuring one batch of each kind of missing work.
+
+    This includes the certificate, which is the measured error bound of a kernel.
+    """
     tiles, diagonal = _missing(planned)
     plan, kernel, spec = planned.plan, computation_of(planned), planned.kernel.spec
     work = WorkCount.of(plan, tiles, plan.cached_blocks(planned.budget), diagonal)
     pool, part = planned.place.execution.pool, planned.place.execution.part
     num_workers = (1 if pool is None else pool.num_workers) * (1 if part is None else part.count)
-    found = Duration(training=_training_seconds(planned))
+    duration = Duration(training=_training_seconds(planned))
     if tiles or diagonal:
         network = prepare_kernel(kernel).network
         rates = storage_rates(planned.store, spec.dtypes)
-        found = dataclasses.replace(
+        duration = dataclasses.replace(
             kernel_duration(plan, work, network, planned.inputs.x, num_workers=num_workers),
-            training=found.training,
+            training=duration.training,
             storing=planned.missing_bytes * rates.write,
         )
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
             chosen = output_map(spec.output, plan.profile.num_logits)
             seconds = certificate_seconds(planned.model, planned.inputs.x, len(planned.inputs.all), chosen, sampling)
-            found = dataclasses.replace(found, certificate=seconds + planned.disk_bytes * rates.read)
-    return found
+            duration = dataclasses.replace(duration, certificate=seconds + planned.disk_bytes * rates.read)
+    return duration
 
 
 def _training_seconds(planned: PlannedKernel) -> float:
-    """Project the seconds of the epochs that are left; none where the network is there."""
+    """Project the duration of the remaining epochs. It is zero for a trained network."""
     found = checkpoints.load(planned.checkpoint) if planned.checkpoint.exists else None
     if not planned.recipe.num_epochs or (found is not None and found.is_finished):
         return 0.0
@@ -61,14 +64,14 @@ def _training_seconds(planned: PlannedKernel) -> float:
 
 
 def takes_minutes(planned: PlannedKernel) -> bool:
-    """Decide by the rate of the plan's products whether a kernel is worth the seconds of a projection."""
+    """Decide by the rate of the plan's products whether a kernel takes long enough for a measured projection."""
     tiles, diagonal = _missing(planned)
     flops = planned.plan.projected_flops(tiles, planned.plan.cached_blocks(planned.budget), diagonal)
     return seconds_at_planned_rate(planned.plan, flops) > MEASURED_FROM_SECONDS
 
 
 def project(planned: PlannedKernel, *, explained: bool = False) -> dict[str, Any]:
-    """Project what a planned kernel costs and how long it takes, as plain values; ``explained``, layer by layer too."""
+    """Return the projected cost and duration of a planned kernel. With ``explained``, add the cost of each layer."""
     plan, path = planned.plan, planned.store
     cached_blocks = plan.cached_blocks(planned.budget)
     tiles, diagonal = _missing(planned)

@@ -1,4 +1,4 @@
-"""Bytes, written for people and read from them."""
+"""Conversion of bytes and seconds to readable text, and of text to bytes."""
 
 import re
 
@@ -6,7 +6,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def human_bytes(count: float) -> str:
-    """Write a number of bytes in decimal units.
+    """Format a number of bytes in decimal units.
 
     >>> human_bytes(465), human_bytes(5_000_000_000)
     ('465 B', '5.0 GB')
@@ -19,7 +19,7 @@ def human_bytes(count: float) -> str:
 
 
 def parse_bytes(text: str) -> int | None:
-    """Read a number of bytes, or return None where the text is none.
+    """Parse a number of bytes. Return None if the text is not a number of bytes.
 
     >>> parse_bytes("1.5GB"), parse_bytes("2GiB"), parse_bytes("much")
     (1500000000, 2147483648, None)
@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int | None:
 
 
 def human_seconds(seconds: float) -> str:
-    """Write a duration for people.
+    """Format a duration in a suitable unit.
 
     >>> human_seconds(0.4), human_seconds(75), human_seconds(5400), human_seconds(200_000)
     ('0.4 s', '75 s', '1.5 h', '2.3 days')
