@@ -253,7 +253,7 @@ def conv_replicate() -> Case:
 
 @case
 def conv_same() -> Case:
-    """An odd total of padding: one column more at the end than at the start, of which torch warns once."""
+    """An odd total of padding, with one column more at the end than at the start. Torch warns once about it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return convolutional(nn.Conv2d(2, 3, (2, 4), padding="same", dilation=(3, 1)), 2, 6)
@@ -623,7 +623,7 @@ def detached_branch() -> Case:
 
 
 def tokens_of(vocabulary: int, samples: int, length: int) -> Tensor:
-    """Draw token ids of which the first sample repeats some: their gradients add up."""
+    """Draw token ids. The first sample repeats some of them, so their gradients add up."""
     ids = torch.randint(0, vocabulary, (samples, length))
     ids[0, -1] = ids[0, 0]
     return ids
@@ -888,10 +888,10 @@ def in_turn(
     *others: Sequence[Any],
     always: Sequence[tuple[Any, ...]] = (),
 ) -> pytest.MarkDecorator:
-    """Run a test with every combination of some parameters, of which only a few are not slow.
+    """Run a test with every combination of some parameters. Only a few combinations are not marked as slow.
 
-    Each of the values is among these few: with what is ``always`` of the others, and with one other combination, in
-    turn, so that each of those is among them too. A value that is slow is so with all.
+    Each value is run with the combinations in ``always``, and with one of the other combinations, which are used in
+    turn. All other combinations are marked as slow. A value that is marked itself keeps its marks in all combinations.
     """
     combinations = list(itertools.product(*others))
     rest = [number for number, each in enumerate(combinations) if each not in always]

@@ -20,22 +20,22 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Load the profile of hypothesis where tests are run; the process that hands them out imports nothing of ours."""
+    """Load the profile of hypothesis in processes that run tests. The distributing process does not need it."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
         import strategies  # noqa: F401
 
 
 def pytest_collection_finish() -> None:
-    """Keep the garbage collector off what is imported: it walks the objects of torch again and again."""
+    """Exclude imported objects from garbage collection, which would traverse the objects of torch repeatedly."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Use one thread: the networks are so small that handing work to a second takes most of the time.
+    """Use one thread. The networks are small, and a second thread costs more time than it saves.
 
-    NTKGEN_TEST_THREADS says otherwise, for a run that looks for what depends on their number.
+    NTKGEN_TEST_THREADS sets another number, for a run that searches for a dependence on the number of threads.
     """
     import torch
 

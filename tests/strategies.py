@@ -52,12 +52,12 @@ ROOMS = [field.name for field in dataclasses.fields(Sizes) if field.name.endswit
 
 
 def pieces_of(block: int, batch: int, panel: int, numbers: int) -> Sizes:
-    """Cut the work on a few samples, with room for so many numbers in each intermediate."""
+    """Return sizes for a few samples, with a maximum number of numbers in each intermediate."""
     return Sizes(block, batch, panel, **dict.fromkeys(ROOMS, numbers))
 
 
 def pieces(samples: int, numbers: int) -> st.SearchStrategy[Sizes]:
-    """Every way to cut the work on a few samples, with room for so many numbers or fewer."""
+    """Draw sizes for a few samples, with at most ``numbers`` numbers in each intermediate."""
     few, room = st.integers(1, samples), st.integers(1, numbers)
     return st.builds(Sizes, few, few, few, **dict.fromkeys(ROOMS, room))
 

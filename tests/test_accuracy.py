@@ -277,7 +277,7 @@ def test_what_no_dtype_can_run_is_found_before_the_work(job, tmp_path):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Record of how many rows and of which sample the reference forms."""
+    """Record the sample and the number of rows of each call of the reference."""
     formed, form = [], pairs.sampled_rows
 
     def counted(module, sample, cotangents):

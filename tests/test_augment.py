@@ -18,7 +18,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def numbered(num_samples: int, channels: int = 2, height: int = 5, width: int = 6) -> torch.Tensor:
-    """Images whose every pixel has a value of its own, none of them 0."""
+    """Images whose pixels all have different nonzero values."""
     shape = (num_samples, channels, height, width)
     return torch.arange(1, math.prod(shape) + 1, dtype=torch.float32).reshape(shape)
 

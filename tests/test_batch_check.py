@@ -1,4 +1,4 @@
-"""Every batch is proved: a network may treat later samples otherwise than the first ones, on which it was tried."""
+"""Every batch is checked, because a network may treat later samples differently from those of its trial."""
 
 import shutil
 from collections.abc import Callable

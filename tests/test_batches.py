@@ -1,4 +1,4 @@
-"""What callers may hand in, and what is refused: batches, labels and vectors, at every entry alike."""
+"""Accepted and refused batches, labels and vectors. All public functions use the same checks."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The benchmark scripts, on networks so small that only their arithmetic is of interest."""
+"""The benchmark scripts, on small networks. Only the arithmetic is tested."""
 
 import doctest
 import importlib

@@ -1,4 +1,4 @@
-"""The cache of blocks: what is held stays, what streams past leaves in order, and never more than allowed is alive."""
+"""The cache of blocks: held blocks stay, other blocks are dropped in order, and the capacity is never exceeded."""
 
 import gc
 import weakref
@@ -14,14 +14,14 @@ BLOCKS = Block(0, 15).pieces(2)  # eight of them, the last with one sample
 
 
 class Made:
-    """What is made of a block: something that can be seen to be alive."""
+    """The value of a block. A weak reference shows whether it is in memory."""
 
     def __init__(self, block):
         self.block = block
 
 
 class Watch:
-    """Makes things of blocks, and remembers which, and how many were alive at the most."""
+    """Compute values of blocks. Record the blocks, and the maximum number of values in memory."""
 
     def __init__(self):
         self.made, self.alive, self.peak = [], [], 0
@@ -153,7 +153,7 @@ def test_more_than_there_is_room_for_is_our_mistake():
 
 
 def test_a_further_block_beside_held_ones_that_fill_the_cache_is_our_mistake():
-    """There is no place for it: to make it would be to have one more alive than was projected."""
+    """The cache is full. One value more than projected would be in memory."""
     cache = BlockCache(Made, capacity=2)
     cache.hold(BLOCKS[:2])
     with pytest.raises(AssertionError):

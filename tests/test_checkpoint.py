@@ -207,7 +207,7 @@ def test_the_parameter_fingerprint_sees_buffers_that_are_not_saved():
     models += [network(torch.tensor([1 + 1j])), network(torch.tensor([1 - 1j])), network(None)]
     prints = [parameter_fingerprint(model) for model in models]
     assert len(set(prints[:-1])) == len(models) - 1
-    assert prints[-1] == prints[0]  # a buffer that is None is none
+    assert prints[-1] == prints[0]  # a buffer with the value None is ignored
 
 
 def test_a_parameter_that_its_module_does_not_save_is_seen():

@@ -24,7 +24,7 @@ def complex_noise(*shape: int) -> Tensor:
 
 
 def split_kernel(model: nn.Module, x: Tensor) -> Tensor:
-    """Differentiate each output of each sample for real leaves, of which complex parameters are made, in a loop."""
+    """Differentiate each output of each sample in a loop. Complex parameters are computed from real leaves."""
     leaves, values = [], {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         wide = tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)

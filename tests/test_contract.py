@@ -368,7 +368,7 @@ ALIVE = [(4, 1_000, "float64"), (1, 30_000, "float64"), (4, 1_000, "bfloat16"), 
     ALIVE,
 )
 def test_no_more_numbers_are_alive_than_are_counted(way, work):
-    """Beside the result, of which a block with itself has four in the end, when all else is gone."""
+    """The result is added. A block with itself has four copies of it at the end, without intermediates."""
     (name, order, uses_pixels), (panel, numbers, precision) = way, work
     layer = layer_of(name, order, uses_pixels)
     plan = plan_of(layer, pieces_of(10, 1, panel, numbers), precision=precision)

@@ -1,4 +1,4 @@
-"""A store of one triangle, as it is, given to detkit: the log-determinant by another hand."""
+"""A store of one triangle is passed to detkit without changes, which computes the log-determinant independently."""
 
 import importlib.util
 import json

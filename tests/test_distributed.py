@@ -1,4 +1,4 @@
-"""The same tiles on workers: the same bytes, also when workers die, stall or meet errors."""
+"""Tiles that workers compute have the same bytes, even if workers are killed, stall or raise errors."""
 
 import dataclasses
 import errno

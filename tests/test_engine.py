@@ -125,7 +125,7 @@ def test_a_tile_does_not_depend_on_what_was_computed_before(job):
 @pytest.mark.slow
 @pytest.mark.parametrize("block_samples", chosen([2, 3], [2]))
 def test_a_store_whose_tiles_are_made_in_any_order_has_the_same_bytes(block_samples, tmp_path):
-    """Whichever tiles were there already, and however much of the rest is at hand."""
+    """The set of tiles that exist already, and the size of the cache, do not matter."""
     job = make_job(block_samples=block_samples)
     path = tmp_path / "k.zarr"
     job.run(job.create(path))
@@ -419,7 +419,7 @@ def test_a_network_that_diverged_is_refused_before_any_tile(tmp_path):
     store = broken.create(tmp_path / "k.zarr")
     with pytest.raises(DivergedError, match="not finite"):
         broken.run(store)
-    assert store.missing_blocks() == [0, 1, 2]  # sample 7 is in block 2, and the last block comes first
+    assert store.missing_blocks() == [0, 1, 2]  # sample 7 is in block 2, and the last block is computed first
     assert not (store.path / "ntk_float32").exists()
 
 

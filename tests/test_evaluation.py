@@ -43,7 +43,7 @@ def plain_kernel(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def assert_exact(build, x=None):
-    """Compare the engine, the reference and the operator with plain autograd on a module built anew."""
+    """Compare the engine, the reference and the operator with plain autograd on a newly built module."""
     x = noise(4, 3) if x is None else x
     model = seeded(build)
     model.eval()
@@ -65,7 +65,7 @@ def hidden(model, *shape):
 
 
 class Keeps(nn.Module):
-    """Keeps what it computed last, in an attribute and in nested containers, and uses none of it."""
+    """Keeps its last activations in an attribute and in nested containers, without using them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ def test_a_module_that_refuses_to_be_copied_is_refused():
 
 
 class Part:
-    """Something of somebody's own that cannot be copied, and makes another such thing each time it is asked."""
+    """A user's object that cannot be copied. Each attempt to copy it creates another such object."""
 
     def __reduce__(self):
         return (dict, ({"lock": threading.Lock()},))
@@ -286,7 +286,7 @@ def test_two_functions_that_share_a_variable_share_it_in_the_copy():
 
 
 class Held:
-    """An object of somebody's own, with a function that holds the module."""
+    """A user's object with a function that refers to the module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.act = lambda x: x * module.slope

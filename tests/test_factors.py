@@ -1,4 +1,4 @@
-"""What is kept of a block: as much as planned, the same bits whoever asks, and never more blocks than allowed."""
+"""The factors of a block: their planned size, their bits, and the maximum number of blocks in memory."""
 
 import weakref
 
@@ -79,7 +79,7 @@ def test_logits_are_the_outputs_in_evaluation_mode(name):
 @pytest.mark.parametrize("name", ["mlp", "conv", "residual_in_place", "transformer"])
 @pytest.mark.numeric
 def test_a_sample_has_the_same_bits_in_every_block(name):
-    """With one thread; several share a sum over one sample otherwise than one over two."""
+    """One thread is used. Several threads would divide a sum over one sample differently from a sum over two."""
     network, plan, x = prepared(name, "float32")
     with exact_arithmetic(CPU, threads=1):
         whole, first, last = (compute_factors(network, plan, part) for part in (x, x[:2], x[2:3]))
@@ -124,11 +124,11 @@ def test_cotangents_are_the_gradients_of_one_output_after_the_other():
     assert output == 1
 
 
-# how many blocks are alive --------------------------------------------------------------------------------------------
+# number of blocks in memory -------------------------------------------------------------------------------------------
 
 
 class Watch:
-    """Stands for `compute_factors`: counts calls and the blocks that are alive while another is computed."""
+    """A substitute for `compute_factors` that counts its calls, and the blocks in memory during each call."""
 
     def __init__(self, compute):
         self.compute, self.alive, self.calls, self.peak = compute, [], 0, 0
@@ -142,7 +142,7 @@ class Watch:
 
 
 def test_no_more_blocks_are_alive_than_the_cache_may_hold(monkeypatch):
-    """The projection counts two; a third, kept alive by a name in a loop, would exceed it."""
+    """The projection counts two blocks. A third one, kept in memory by a name in a loop, would exceed it."""
     watch = Watch(compute_factors)
     monkeypatch.setattr(dense, "compute_factors", watch)
     monkeypatch.setattr(dense, "BLOCK_BYTES", 1)

@@ -109,7 +109,7 @@ def test_samples_beyond_the_first_batch_tell_two_networks_apart(tmp_path):
 
 
 def test_a_store_is_not_continued_by_another_network_whichever_sample_shows_it(tmp_path, monkeypatch):
-    """Few samples are run again before, and the one that differs is none of them: its block is compared anyway."""
+    """Only a few samples are run again at the start. Another sample differs, and its block is compared later."""
     monkeypatch.setattr(identity, "SPREAD_SAMPLES", 2)
     x, folder = with_one_large_sample(60, 50), tmp_path / "k.zarr"
     store = ntkgen.compute(Body(F.relu), x, store=folder, certify=False, **SETTINGS)

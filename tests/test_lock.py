@@ -1,4 +1,4 @@
-"""Who may write: one process everything, or several the tiles, and nobody sweeps beside another."""
+"""Locks: one process writes everything, or several processes write tiles, and no process sweeps meanwhile."""
 
 import errno
 import fcntl
@@ -148,7 +148,7 @@ def test_a_killed_long_holder_does_not_keep_a_short_one_from_waiting(place):
 
 
 def test_record_locks_as_those_of_nfs_do_too(place, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)  # of which a shared one needs a file that can be read
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)  # its shared locks need a readable file
     with tile_lock(place):
         assert (place.parent.path / "k.zarr.tiles.lock").exists()
     with write_lock(place):

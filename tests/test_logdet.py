@@ -196,7 +196,7 @@ class StopError(Exception):
 
 
 def interrupted(matrix, after):
-    """Begin a factorisation and stop it after so many tiles were written; count them."""
+    """Begin a factorisation, stop it after a given number of written tiles, and count them."""
     write, count = cholesky.Factor.write, 0
 
     def limited(self, place, values):

@@ -32,7 +32,7 @@ def test_the_operator_is_the_reference(name):
     assert relative_error(found @ V[:, 0], K @ V[:, 0]) < 1e-10
 
 
-# torch's fused weight norm has no forward mode, and what it does to the gradients of a table is no derivative
+# torch's fused weight norm has no forward mode; the treatment of a table's gradients by torch is not a derivative
 WITHOUT_FORWARD_MODE = {
     "weight_norm": "double-backward",
     "embedding_of_repeated_and_padding_tokens": "double-backward",
@@ -189,7 +189,7 @@ def test_float32_is_float32_to_scipy():
 
 
 class Cube(torch.autograd.Function):
-    """An operation of somebody's own, with a differentiable backward and no forward mode."""
+    """A user's operation with a differentiable backward pass and without forward mode."""
 
     generate_vmap_rule = False
 
@@ -366,7 +366,7 @@ def test_it_says_what_it_is():
 
 
 class Experts(nn.Module):
-    """Two experts, each of which takes at most eight samples of a batch."""
+    """Two experts. Each takes at most eight samples of a batch."""
 
     def __init__(self):
         super().__init__()

@@ -76,7 +76,7 @@ class Checked(HTMLParser):
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Two stores of the same samples, of which one has a name that is no HTML."""
+    """Two stores of the same samples. The name of one must be escaped in HTML."""
     folder = tmp_path_factory.mktemp("page")
     provenance = {**PROVENANCE, "model": NASTY}
     one, K = fill_store(

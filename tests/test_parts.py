@@ -136,7 +136,7 @@ def test_a_certificate_is_made_by_the_last_part_alone(kernel, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_parts_that_end_together_leave_it_to_the_last_of_them(kernel, expected, tmp_path, monkeypatch):
-    """The first finds the second at work, and leaves; the second waits for the first, and finds nobody."""
+    """The first part ends while the second is at work. The second waits for the first, and is then the last."""
     path, looked, began = tmp_path / "k.zarr", [], threading.Event()
 
     @contextmanager

@@ -176,7 +176,7 @@ def plan_of(grid, block):
 
 @st.composite
 def unfinished(draw):
-    """A plan, the tiles that are missing of it, and how many blocks may be at hand."""
+    """A plan, its missing tiles, and the maximum number of blocks in memory."""
     plan = plan_of(draw(grids | rectangles), draw(st.integers(1, 12)))
     tiles = list(plan.grid.tiles())
     done = draw(st.sets(st.sampled_from(tiles))) if draw(st.booleans()) else set()
@@ -203,7 +203,7 @@ def test_the_rows_of_a_band_are_held_and_come_before_those_of_the_next(drawn):
 
 
 class Counter:
-    """What a block is made to be: something to count while it is alive."""
+    """The value of a block. Its instances in memory are counted."""
 
     alive = 0
     peak = 0
@@ -281,7 +281,7 @@ def test_a_resumed_run_computes_as_many_factors_as_counted(done, capacity, compu
 
 
 def stop_before(stage, count):
-    """A report that stops the run before so many are done."""
+    """Return a report that stops the run when ``count`` items of a stage are done."""
 
     def report(what, done, _total):
         if (what, done) == (stage, count):
@@ -312,7 +312,7 @@ def test_the_diagonal_leaves_what_the_first_tiles_need(drawn):
 
 @given(grids, st.integers(1, 12), st.integers(2, 40))
 def test_more_room_saves_factors(grid, block, capacity):
-    """One more block at hand is never worse, and neither are twice as many."""
+    """One more block in memory never needs more factors, and neither do twice as many blocks."""
     plan, tiles = plan_of(grid, block), list(grid.tiles())
     capacities = [capacity, capacity + 1, *(capacity << shift for shift in range(1, 8))]
     counts = [count_factor_samples(plan, tiles, capacity) for capacity in capacities]
@@ -347,7 +347,7 @@ def test_flops_are_two_for_every_multiply_add_of_every_pair_and_sample(drawn):
 
 @given(grids, st.integers(1, 12))
 def test_flops_of_a_kernel_whose_panels_are_its_blocks_are_those_of_every_pair(grid, block):
-    """Counted sample by sample: each pair of blocks once, and rows that are built anew for each product."""
+    """The expected FLOPs are counted sample by sample: each pair of blocks once, and rows built for each product."""
     plan = plan_of(grid, block)
     sizes = dataclasses.replace(plan.jacobian.sizes, panel_samples=block)
     plan = dataclasses.replace(plan, jacobian=dataclasses.replace(plan.jacobian, sizes=sizes))

@@ -69,7 +69,7 @@ def test_a_full_disk_loses_no_answer_and_other_faults_are_not_hidden(place, monk
 
 
 def test_a_factor_that_cannot_be_written_is_refused_before_the_work(closed, run, monkeypatch):
-    monkeypatch.setattr("ntkgen.analysis.linalg.cholesky.load", None)  # whoever begins fails
+    monkeypatch.setattr("ntkgen.analysis.linalg.cholesky.load", None)  # a factorisation that begins fails
     code, out, err = run("analyze", "logdet", closed)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"ln -s {closed}" in err

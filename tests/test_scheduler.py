@@ -61,7 +61,7 @@ def test_nothing_to_do_is_finished():
     assert scheduler.assign(0.0) == []
 
 
-# workers that come, go and die ----------------------------------------------------------------------------------------
+# workers that join, leave and are killed ------------------------------------------------------------------------------
 
 
 def test_a_worker_that_comes_later_gets_a_job():
@@ -158,7 +158,7 @@ def test_a_job_that_stalls_is_done_by_another_worker_and_its_worker_gets_none():
     assert assigned(scheduler, 6.0) == {}
     scheduler.observe({"a", "b"}, 7.0)
     assert assigned(scheduler, 7.0) == {"b": 0}
-    assert scheduler.withdraw(12.0) == []  # counted anew
+    assert scheduler.withdraw(12.0) == []  # the count begins again
 
 
 @pytest.mark.parametrize(

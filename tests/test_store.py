@@ -152,7 +152,7 @@ class Killed(BaseException):
 
 
 def dying_after(monkeypatch, count, error=Killed):
-    """Let the process die at a rename, when so many files have been written; return the count of those left."""
+    """Kill the process at a rename, after a given number of written files. Return the number of files left."""
     left, rename = [count], os.replace
 
     def replace(source, target, **options):

@@ -133,7 +133,7 @@ def test_the_values_are_symmetric_and_true():
 
 
 def without(tile, *, is_complete, layout="upper"):
-    """A kernel of which one tile is gone, and what reading it gives."""
+    """A kernel with one missing tile, and its expected entries."""
     K, dense = stored(layout=layout)
     rows, cols = (slice(at * SIDE, (at + 1) * SIDE) for at in tile)
     K._array[rows, cols] = np.nan  # as an absent chunk: Zarr removes one that holds nothing else

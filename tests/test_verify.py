@@ -1,4 +1,4 @@
-"""Every file of a store is read, and what is wrong with it is named, removed, and made anew to the byte."""
+"""Every file of a store is read. Damaged files are named, removed, and written again with the same bytes."""
 
 import errno
 import itertools
@@ -138,7 +138,7 @@ def test_every_file_that_is_harmed_is_found_removed_and_made_anew(made, first):
     store = made()
     before = files_of(store.path)
     kinds = dict(zip(chunks_of(store), itertools.cycle([*HARMS][first:] + [*HARMS][:first]), strict=False))
-    kinds |= {"row_label/c/0": "emptied"}  # without any labels nobody knows whether some were given
+    kinds |= {"row_label/c/0": "emptied"}  # without any labels it is unknown whether some were given
     expected = {Damage(name, harm(store.path / name, kinds[name]), tile_of(store, name)) for name in chunks_of(store)}
     found = find_damage(store)
     assert set(found) == expected

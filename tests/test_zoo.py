@@ -1,4 +1,4 @@
-"""The one door to the networks: names, import strings, seeds, and what is wrong with them."""
+"""Networks by name: names, import strings, seeds, and the errors of wrong ones."""
 
 import subprocess
 import sys
