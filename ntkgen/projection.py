@@ -56,10 +56,10 @@ def duration_of(planned: PlannedKernel) -> Duration:
 
 def _training_seconds(planned: PlannedKernel) -> float:
     """Project the duration of the remaining epochs. It is zero for a trained network."""
-    found = checkpoints.load(planned.checkpoint) if planned.checkpoint.exists else None
-    if not planned.recipe.num_epochs or (found is not None and found.is_finished):
+    checkpoint = checkpoints.load(planned.checkpoint) if planned.checkpoint.exists else None
+    if not planned.recipe.num_epochs or (checkpoint is not None and checkpoint.is_finished):
         return 0.0
-    left = 1.0 if found is None else 1 - found.epoch / planned.recipe.num_epochs
+    left = 1.0 if checkpoint is None else 1 - checkpoint.epoch / planned.recipe.num_epochs
     return left * seconds_to_train(planned.model, planned.data, planned.recipe)
 
 

@@ -120,34 +120,34 @@ def train(
         FingerprintError: If the checkpoint at this path has another recipe.
     """
     path = file_of(place)
-    found = checkpoints.load(path) if path.exists else None
-    if found is not None:
-        checkpoints.check_recipe(path, found, recipe)
-        if found.is_finished:  # kernels of this checkpoint may exist
-            return found
+    checkpoint = checkpoints.load(path) if path.exists else None
+    if checkpoint is not None:
+        checkpoints.check_recipe(path, checkpoint, recipe)
+        if checkpoint.is_finished:  # kernels of this checkpoint may exist
+            return checkpoint
     elif recipe.num_epochs == 0:  # no optimizer, because its import takes more than a second
-        found = Checkpoint(recipe, 0, None, None, is_finished=True, state=_state(model), training={})
-        checkpoints.save(path, found)
-        return found
+        checkpoint = Checkpoint(recipe, 0, None, None, is_finished=True, state=_state(model), training={})
+        checkpoints.save(path, checkpoint)
+        return checkpoint
     device = next(model.parameters()).device
-    threads = torch.get_num_threads() if found is None else found.training["threads"]
+    threads = torch.get_num_threads() if checkpoint is None else checkpoint.training["threads"]
     with _training_mode(device, recipe.seed, threads):
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         run = _Run(model, recipe, device)
-        if found is not None:
-            run.resume(found)
+        if checkpoint is not None:
+            run.resume(checkpoint)
         else:
-            found = run.checkpoint(None, None, target_accuracy)
-            checkpoints.save(path, found)
+            checkpoint = run.checkpoint(None, None, target_accuracy)
+            checkpoints.save(path, checkpoint)
         data = data.to(device)
-        while not found.is_finished:
+        while not checkpoint.is_finished:
             loss = _train_epoch(run, data, path, report)
             accuracy = train_accuracy(run.model, data)
-            found = run.checkpoint(accuracy, loss, target_accuracy)
-            checkpoints.save(path, found)
+            checkpoint = run.checkpoint(accuracy, loss, target_accuracy)
+            checkpoints.save(path, checkpoint)
             report(run.epoch, _num_steps(run, data), _num_steps(run, data), accuracy)
-    return found
+    return checkpoint
 
 
 def seconds_to_train(model: nn.Module, data: Dataset, recipe: Recipe) -> float:
