@@ -1,4 +1,6 @@
-"""Logistic regression (Cox 1958) on the pixels. Its kernel does not change in training, because it is linear.
+"""Logistic regression (Cox 1958) on the pixels.
+
+The network is linear in its parameters, so its kernel does not change in training.
 
 The initialisation is PyTorch's default.
 """

@@ -49,7 +49,7 @@ class Dataset:
         self,
         ids: Tensor | None = None,  # (selected,), int64; None: all
     ) -> Tensor:  # (selected, channels, height, width), float32
-        """Return images in their own size. uint8 is scaled to [0, 1]. float32 is not changed, and may not be copied."""
+        """Return images in their own size. uint8 is scaled to [0, 1]. float32 is unchanged, and may share memory."""
         return scale(self.images if ids is None else self.images[ids.to(self.images.device)])
 
     def inputs(

@@ -13,7 +13,8 @@ from ntkgen.data.official import UNREADABLE, one_line
 from ntkgen.errors import DataError
 from ntkgen.files.paths import expanded
 
-# Maximum number of classes, if it is larger than the number of samples. Larger labels are identifiers or mistakes.
+# Maximum number of classes of a small data set. A larger data set may have as many classes as samples. Larger labels
+# are identifiers or mistakes.
 MAX_CLASSES = 10_000
 
 

@@ -1,4 +1,4 @@
-"""A cache of the values of blocks of samples. Held blocks stay; the least recently used others are dropped."""
+"""A cache of the values of blocks of samples. Held blocks stay. Other blocks are dropped, least recently used first."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence

@@ -29,7 +29,7 @@ class Use:
 class Recording:
     """The result of a forward pass: the network's outputs and, for each recorded module, its uses in order.
 
-    The first ``count`` samples of the batch are real. The others are padding.
+    The first ``count`` samples of the batch belong to the block. The others are padding.
     """
 
     count: int

@@ -97,7 +97,7 @@ def plan_jacobian(
     reduction: Reduction = "none",
     orders: Sequence[Order] = (),
 ) -> JacobianPlan:
-    """Fix how a network's factors are computed and contracted. ``orders``, one per layer, overrides the choice.
+    """Decide how the factors of a network are contracted. ``orders``, one per layer, overrides the choice.
 
     Raises:
         InputError: If the number of orders is not the number of layers, or an order cannot be used.

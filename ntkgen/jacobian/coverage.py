@@ -22,8 +22,8 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 2e-2}
 # rounding of a gradient that should be zero would count as a difference.
 SCALE_FLOOR = 1e-3
 # Number of random vectors with which the gradient of a weight matrix is multiplied before the comparison. A comparison
-# of the whole matrix costs as much as a backward pass. With two vectors, one of a million wrong matrices of rank one is
-# missed.
+# of the whole matrix costs as much as a backward pass. With two vectors, a wrong matrix of rank one is missed
+# once in a million times.
 NUM_DIRECTIONS = 2
 
 

@@ -1,4 +1,4 @@
-"""The stored factors of a block of samples: Jacobian rows, or inputs and cotangents, for each layer."""
+"""The factors of a block of samples in memory: Jacobian rows, or inputs and cotangents, for each layer."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class PairFactor:
 
 @dataclass(frozen=True)
 class BlockFactors:
-    """All stored factors of a block of samples, from which its products with other blocks are computed."""
+    """All factors of a block of samples. Products with other blocks are computed from them."""
 
     logits: Tensor  # (samples, logits)
     rows: Tensor  # (samples, outputs, row parameters)

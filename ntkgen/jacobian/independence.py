@@ -22,7 +22,7 @@ from ntkgen.jacobian.reals import real_numbers
 TOLERANCES = {torch.float32: 3e-3, torch.float64: 1e-9}
 # Additional difference, relative to the norm of all gradients, for a gradient that would be zero without rounding.
 ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
-# Ratio of the second cotangent to the first. A clipped gradient is then not linear.
+# Ratio of the second cotangent to the first. With different sizes, a clipped gradient is not linear.
 SCALE = 10.0
 
 # One gradient per trainable parameter, as real numbers.

@@ -34,8 +34,9 @@ def _always(_module: nn.Module) -> bool:
 class LayerRule:
     """How the parameters of one layer type appear in the Jacobian.
 
-    ``inputs`` maps the layer's input to a: (samples, groups, positions, k). ``cotangents`` maps the gradient of its
-    output to g: (samples, groups, positions, c). The flattened row of ``matrix`` is Σ_t g[t] ⊗ a[t], group by group.
+    ``inputs`` maps the layer's input to a, of shape (samples, groups, positions, k). ``cotangents`` maps the gradient
+    of its output to g, of shape (samples, groups, positions, c). The flattened row of ``matrix`` is Σ_t g[t] ⊗ a[t],
+    group by group.
     ``vectors`` maps each other parameter to a function of (module, input, gradient) that returns its rows
     (samples, parameter). ``applies`` decides by the configuration of a module whether the rule holds. It is needed
     only if a few samples might not reveal a wrong rule.
@@ -84,7 +85,7 @@ def _convolution_inputs(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def padding_of(module: Convolution) -> list[tuple[int, int]]:  # (before, after) of each axis
-    """Return the padding of a convolution. For "same", an odd total has one more zero at the end, as in torch.
+    """Return the padding of a convolution. For "same", an odd total has one more position at the end, as in torch.
 
     >>> padding_of(nn.Conv2d(1, 1, (4, 3), padding="same"))
     [(1, 2), (1, 1)]
@@ -187,7 +188,7 @@ def _embedding_rows(module: nn.Module, tokens: Tensor, grad: Tensor) -> Tensor:
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:
-    """Return whether the gradient is dense and not scaled by frequency, and a forward pass keeps the weights."""
+    """Return whether the gradient is dense and not scaled by frequency, and no forward pass changes the weights."""
     assert isinstance(module, nn.Embedding)
     return module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
 

@@ -109,7 +109,7 @@ def measure(device: torch.device, precision: Precision) -> Rates:
 
 
 def _rate(device: torch.device, work: int, run: Callable[[], object]) -> int:
-    """Divide an amount of work by the median of its times, in microseconds."""
+    """Return the amount of work per microsecond, from the median time of several runs."""
     times = []
     for _ in range(TRIALS + 1):  # the first run is a warm-up
         start = time.perf_counter()

@@ -40,7 +40,7 @@ class Network:
     layers: tuple[Layer, ...]
     fallback: tuple[str, ...]
     profile: NetworkProfile
-    use_shapes: Mapping[str, UseShapes]  # by layer; every batch must have the same
+    use_shapes: Mapping[str, UseShapes]  # by layer; those of every batch must be equal
     directions: Mapping[str, Tensor]  # by layer, (groups, k, directions): vectors for the check of its weight matrix
     windows: Mapping[str, Windows] = field(default_factory=dict)  # by layer, for convolutions of stride 1
     transform: Tensor | None = None  # A, (outputs, logits), if the kernel is that of A f instead of f
@@ -98,9 +98,10 @@ def prepare(
 ) -> Network:
     """Copy a module, and decide for each parameter whether a rule or autograd computes its rows.
 
-    For a few samples and random weights w, ``Σ_io w_io · row_io`` of every parameter with a rule must equal
-    ``autograd.grad(Σ_io w_io f_io)``. A parameter is left to autograd if the two differ (a rule does not fit, or a hook
-    is never called). Tied weights, parameters of layers without a rule, and ``excluded`` names use autograd too.
+    Autograd needs one backward pass per sample and output, and is slower than a rule. For a few samples and random
+    weights w, ``Σ_io w_io · row_io`` of every parameter with a rule must equal ``autograd.grad(Σ_io w_io f_io)``. A
+    parameter is left to autograd if the two differ (a rule does not fit, or a hook is never called). Tied weights,
+    parameters of layers without a rule, and ``excluded`` names are left to autograd too.
 
     Raises:
         ModelError: If the kernel is not defined, because the network mixes samples, its outputs are not (samples,

@@ -43,16 +43,16 @@ class NTKOperator:
 
     ``K V = J₁ (J₂ᵀ V)``: reverse mode computes J₂ᵀ V, summed over the batches, and forward mode multiplies it by J₁.
     For c columns and n = n₁ + n₂ samples this costs about c · n forward passes and c · n backward passes. It needs
-    memory for c · P numbers. Columns are processed in groups of at most `DIRECTION_BYTES`. Neither J nor K is formed.
-    The first product also checks every batch, which costs about three more forward and backward passes. Rows and
-    columns are sample-major, ``row = sample · m + output``. The module is copied and never changed. The copy is in
-    evaluation mode.
+    memory for c numbers per parameter. Columns are processed in groups of at most `DIRECTION_BYTES`, and neither J nor
+    K is formed. The first product also checks every batch, which costs about three more forward and backward passes.
+    Rows and columns are sample-major, ``row = sample · m + output``. The module is copied and never changed. The copy
+    is in evaluation mode.
 
     Attributes:
         shape: Rows and columns, n₁ m and n₂ m.
         dtype: The dtype of network, vectors and products.
         device: The device of the products: the module's device, or the CPU if that device has no float64.
-        push: The way in which J U is computed. It is ``forward`` mode if all operations of the network support it,
+        push: The way in which J₁ U is computed for U = J₂ᵀ V. It is ``forward`` mode if all operations support it,
             otherwise ``double-backward`` if that is possible, otherwise ``rows``, one backward pass per row of J.
 
     References:

@@ -221,7 +221,7 @@ class Plan:
         return max(self.fixed_bytes + cached_blocks * self.block_bytes, self.preparing_bytes)
 
     def bands(self, tiles: Iterable[Tile], cached_blocks: int) -> Iterator[Band]:
-        """Order some tiles in bands. A band has as many rows of tiles as fit in memory beside one column.
+        """Order some tiles in bands. A band has as many rows of tiles as fit in memory with one column.
 
         Each band needs the factors of all columns of the matrix, so fewer and higher bands compute fewer factors.
         """
