@@ -155,10 +155,10 @@ def checked_labels(
             f"{len(tensor)} labels were given for {num_samples} samples: expected one label per sample. Do the samples "
             "or the labels belong to a larger set? Select the same part of both."
         )
-    return _whole(tensor)
+    return _as_int64(tensor)
 
 
-def _whole(labels: Tensor) -> npt.NDArray[np.int64]:
+def _as_int64(labels: Tensor) -> npt.NDArray[np.int64]:
     """Convert labels to int64 without changing their values.
 
     Raises:

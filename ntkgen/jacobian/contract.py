@@ -245,7 +245,7 @@ def exact_diagonal(block: BlockFactors) -> Tensor:  # (samples, outputs), float6
         for layer in block.pairs:
             for number in range(layer.plan.shape.groups):
                 pair = layer.group(number)
-                grams = _own_gram(pair, index)
+                grams = _sample_gram(pair, index)
                 for outputs in slices(diagonal.shape[1], DIAGONAL_NUMBERS // grams.numel()):
                     g = widen(pair.cotangents[index, outputs])  # (some m, c, T)
                     diagonal[index, outputs] += (g.mT @ g).mul_(grams).sum((1, 2))
@@ -261,7 +261,7 @@ def reduced_diagonal(
     return reduced.contiguous()
 
 
-def _own_gram(pair: PairFactor, index: int) -> Tensor:  # (T, T), float64
+def _sample_gram(pair: PairFactor, index: int) -> Tensor:  # (T, T), float64
     """Compute the Gram matrix of the inputs of one sample."""
     a = widen(pair.inputs[index])
     if pair.plan.order == "explicit":

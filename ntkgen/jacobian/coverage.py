@@ -110,10 +110,10 @@ def hold_against_autograd(
         if outputs.requires_grad and params:
             weighted_sum(outputs, weights).backward(inputs=list(params.values()))
     compared |= {name: claim.compare(None) for name, claim in claims.items() if name not in compared}
-    return Findings(frozenset(reached), frozenset(_beyond(compared, tolerance)))
+    return Findings(frozenset(reached), frozenset(_exceeding(compared, tolerance)))
 
 
-def _beyond(compared: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> Iterator[str]:
+def _exceeding(compared: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> Iterator[str]:
     """List the parameters that differ by more than the tolerance, relative to their norm or the norm of all."""
     if not compared:
         return
