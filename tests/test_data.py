@@ -484,7 +484,7 @@ def test_damaged_files_are_told_from_missing_ones(tmp_path, monkeypatch, no_netw
     write_mnist(tmp_path)
     damage(tmp_path / "MNIST" / "raw")
     with pytest.raises(
-        DataError, match=r"mnist is damaged\b.* cut short\. Delete them and run again, or put the"
+        DataError, match=r"mnist is damaged\b.* interrupted\. Delete them and run again, or put the"
     ) as error:
         load("mnist", data_dir=tmp_path, download=download)
     assert_one_line(error)
@@ -495,7 +495,7 @@ def test_a_damaged_file_that_cannot_be_downloaded_again_says_both(tmp_path, no_n
     folder.mkdir()
     for file in DATASETS["cifar100"].file_names("train"):
         (folder / file).write_bytes(b"damaged")
-    with pytest.raises(DataError, match=r"is damaged, and a download did not mend it .*no network in this test"):
+    with pytest.raises(DataError, match=r"is damaged, and a download did not repair it .*no network in this test"):
         load("cifar100", data_dir=tmp_path)
 
 
@@ -539,7 +539,9 @@ def test_a_download_that_fails_halfway_keeps_what_was_there(tmp_path, monkeypatc
 
     monkeypatch.setattr("torchvision.datasets.MNIST", Failing)
     (tmp_path / "empty-before").mkdir()
-    with pytest.raises(DataError, match=r"found train-labels-idx1-ubyte\. This machine may have no way to the network"):
+    with pytest.raises(
+        DataError, match=r"found train-labels-idx1-ubyte\. This machine may have no connection to the network"
+    ):
         load("mnist", data_dir=tmp_path)
     assert (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").exists()
     assert (tmp_path / "empty-before").is_dir()

@@ -80,7 +80,7 @@ def _check_images(x: np.ndarray[Any, Any], path: Path) -> None:
         raise DataError(
             f"x in {path} has the wrong shape: expected (samples, channels, height, width), all at least 1, found "
             f"{x.shape}. Grey images may lack the axis of channels, or there are no samples. "
-            "Reshape it; x[:, None] adds a channel."
+            "Reshape it. For grey images, x[:, None] adds this axis."
         )
     if x.dtype not in {np.dtype(np.float32), np.dtype(np.uint8)}:
         raise DataError(

@@ -110,14 +110,14 @@ def _unavailable(info: DatasetInfo, folder: Path, split: str, error: BaseExcepti
     names = info.file_names(split)
     found = [name for name in names if (folder / name).is_file()]
     if len(found) == len(names):
-        again = ", and a download did not mend it" if download else ""
-        state, cause = f"is damaged{again} ({one_line(error)})", "A download or a copy may have been cut short"
+        again = ", and a download did not repair it" if download else ""
+        state, cause = f"is damaged{again} ({one_line(error)})", "A download or a copy may have been interrupted"
         remedy = "Delete them and run again, or put"
     elif download:
-        state, cause = f"cannot be downloaded ({one_line(error)})", "This machine may have no way to the network"
+        state, cause = f"cannot be downloaded ({one_line(error)})", "This machine may have no connection to the network"
         remedy = "Put"
     else:
-        state, cause = "is missing", "It may lie in another folder, or was never downloaded"
+        state, cause = "is missing", "It may be in another folder, or was never downloaded"
         remedy = "Allow the download, or put"
     return (
         f"Data set {info.name} {state}: expected in {folder} the files {', '.join(names)}, found "

@@ -36,8 +36,8 @@ from ntkgen.units import human_bytes
 
 # Memory of a forward and a backward pass, as a multiple of the saved activations. It includes gradients and clones.
 ACTIVATION_COPIES = 3
-# Bytes of host memory per entry of a tile: two computed tiles, each in three store dtypes, a mirror, and a chunk with
-# its checksum.
+# Bytes of host memory per entry of a tile: two computed tiles, their copies in three store dtypes, a mirror, and a
+# chunk with its checksum.
 TILE_COPY_BYTES = 60
 
 

@@ -46,7 +46,10 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
     else:
         raise UnknownNameError("model", name, [*MODELS, "package.module:factory"])
     if width is not None and width < 1:
-        raise InputError(f"A width of {width} leaves no channels: expected a positive number. The default is 64.")
+        raise InputError(
+            f"A width of {width} is not possible: expected a positive number of channels. Is the sign wrong? Use a "
+            "positive number, or leave the width out for the default, 64."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _call(name, factory, num_classes, options)
