@@ -1,4 +1,4 @@
-"""How well a kernel is aligned with its labels, in one pass over the stored tiles."""
+"""Kernel–target alignment: how well a kernel agrees with the labels, in one pass over the stored tiles."""
 
 import math
 from collections.abc import Sequence
@@ -19,22 +19,22 @@ from ntkgen.progress import Report, Step, counter, ignore_report
 
 @dataclass(frozen=True, kw_only=True)
 class AlignSettings(Settings):
-    """How alignment is asked for: there is nothing to choose but the memory."""
+    """Settings of `align`: only the memory limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignAnswer(Answer):
-    """How well a kernel is aligned with its labels, from −1 to 1; None where a norm is zero.
+    """Alignments of a kernel with its labels, each from −1 to 1; an alignment is None where a norm is zero.
 
     Attributes:
-        alignment: Of the whole kernel.
-        centered_alignment: Of the whole kernel, centred over all rows.
-        output_names: What each of the following is about.
-        output_alignment: Of each output by itself.
-        output_centered_alignment: Of each output, centred over its samples.
-        output: The output map of the kernel.
-        samples: Samples of the kernel.
-        passes: Passes over the stored tiles.
+        alignment: Alignment of the whole kernel with the labels.
+        centered_alignment: Alignment of the whole kernel after centring over all rows.
+        output_names: Names of the outputs, in the order of the two lists that follow.
+        output_alignment: Alignment of each output's own kernel with the labels of that output.
+        output_centered_alignment: Alignment of each output's own kernel after centring over the samples.
+        output: Name of the output map that the kernel was computed with.
+        samples: Number of samples in the kernel.
+        passes: Number of passes over the stored tiles.
     """
 
     alignment: float | None
@@ -50,8 +50,8 @@ class AlignAnswer(Answer):
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A kernel K on the rows of one target Y, as far as alignment needs it."""
+class TargetProducts:
+    """Products of a kernel K with a target Y, from which the alignments follow."""
 
     Y: FloatArray  # (rows, columns)
     KY: FloatArray  # (rows, columns)
@@ -60,12 +60,12 @@ class Seen:
 
     @property
     def plain(self) -> float | None:
-        """⟨K, Y Yᵀ⟩ / (‖K‖ ‖Y Yᵀ‖); None where one of them is zero."""
+        """⟨K, Y Yᵀ⟩ / (‖K‖ ‖Y Yᵀ‖); None where one of the norms is zero."""
         return ratio(float(np.vdot(self.Y, self.KY)), self.square, _square(self.Y.T @ self.Y))
 
     @property
     def centered(self) -> float | None:
-        """The same of H K H and H Y Yᵀ H with H = I − 1 1ᵀ / rows; None where one of them is rounding alone."""
+        """The same for H K H and H Y Yᵀ H with H = I − 1 1ᵀ / rows; None where a norm is zero up to rounding."""
         rows, means, row_means = len(self.Y), self.Y.mean(0), self.row_sums / len(self.Y)
         Y = self.Y - means
         square = centered_product(self.square, row_means, row_means)
@@ -77,8 +77,8 @@ class Seen:
 def centered_product(inner: float, row_means: FloatArray, other_row_means: FloatArray) -> float:
     """Turn ⟨K, L⟩ into ⟨H K H, H L H⟩ = ⟨K, L⟩ − 2 N r·s + N² r̄ s̄ for symmetric K, L with the row means r, s.
 
-    H = I − 1 1ᵀ / N takes a common shift from the N features. What is lost where K is nearly constant: the digits by
-    which ‖K‖² exceeds ‖H K H‖².
+    H = I − 1 1ᵀ / N subtracts the mean of the N feature vectors. Where K is nearly constant, the differences cancel:
+    the relative rounding error grows by the factor ‖K‖² / ‖H K H‖².
     """
     rows = len(row_means)
     mean, other_mean = float(row_means.mean()), float(other_row_means.mean())
@@ -86,7 +86,7 @@ def centered_product(inner: float, row_means: FloatArray, other_row_means: Float
 
 
 def ratio(inner: float, square: float, other_square: float) -> float | None:
-    """Divide an inner product by both norms; None where one is zero."""
+    """Divide an inner product by both norms, which are given squared; return None where one of them is zero."""
     if square <= 0 or other_square <= 0:
         return None
     return inner / (math.sqrt(square) * math.sqrt(other_square))
@@ -101,22 +101,24 @@ def align(matrix: Matrix, settings: AlignSettings | None = None, *, report: Repo
 
     The alignment of K with the target kernel y yᵀ of the one-hot labels y is
 
-        A = yᵀ K y / (‖K‖_F ‖y‖²),
+        A = yᵀ K y / (‖K‖_F ‖y‖²).
 
-    the centered one that of H K H and H y yᵀ H with H = I − 1 1ᵀ / N, which a constant added to the kernel does not
-    change. The whole kernel has one row per sample and output, and y as many entries; output a by itself is the n × n
-    kernel of this output with its column of the one-hot labels. A trace kernel stands for each output; as a whole it is
-    compared with Y Yᵀ, which is 1 for two samples of one class. None where a norm is zero.
+    The centred alignment is that of H K H and H y yᵀ H with H = I − 1 1ᵀ / N. Adding a constant to all entries of the
+    kernel does not change it. The whole kernel has one row per sample and output, and y has one entry per row. The
+    alignment of output a is that of its own n × n kernel with column a of the one-hot labels.
 
-    Costs 4 · rows² · m FLOPs, and holds four tiles.
+    A trace kernel has one row per sample and serves for every output. Its alignment as a whole is that with Y Yᵀ, whose
+    entries are 1 for two samples of the same class and 0 otherwise. An alignment is None where a norm is zero.
+
+    Costs 4 · rows² · m FLOPs. Holds four tiles in memory.
 
     References:
         Cristianini, Shawe-Taylor, Elisseeff, Kandola (2001), On kernel-target alignment.
         Cortes, Mohri, Rostamizadeh (2012), arXiv:1203.0550, definition 4.
 
     Raises:
-        InputError: If there are no labels, or they do not fit the outputs.
-        BudgetError: If the memory is too small for the tiles.
+        InputError: If the store has no labels, or its labels do not fit the outputs.
+        BudgetError: If the memory limit is too small for the tiles.
     """
     settings = settings or AlignSettings()
     readout = Readout.of(matrix.store, matrix.output)
@@ -131,30 +133,30 @@ def align(matrix: Matrix, settings: AlignSettings | None = None, *, report: Repo
 
 
 def _aligned(matrix: Matrix, readout: Readout, Y: FloatArray, report: Report) -> AlignAnswer:
-    whole, each = _looked_at(matrix, Y, report)
+    whole, outputs = _measured(matrix, Y, report)
     return AlignAnswer(
         alignment=whole.plain,
         centered_alignment=whole.centered,
         output_names=readout.names,
-        output_alignment=[seen.plain for seen in each],
-        output_centered_alignment=[seen.centered for seen in each],
+        output_alignment=[output.plain for output in outputs],
+        output_centered_alignment=[output.centered for output in outputs],
         output=readout.name,
         samples=matrix.num_samples,
         passes=round(matrix.passes, 3),
     )
 
 
-def _looked_at(matrix: Matrix, Y: FloatArray, report: Report) -> tuple[Seen, list[Seen]]:
-    """See the whole kernel on its targets, and each output by itself, in one pass."""
+def _measured(matrix: Matrix, Y: FloatArray, report: Report) -> tuple[TargetProducts, list[TargetProducts]]:
+    """Multiply the whole kernel, and the kernel of each output, with their targets in one pass."""
     m, (rows, columns) = matrix.num_outputs, Y.shape
-    indicators = np.tile(np.eye(m), (matrix.num_samples, 1))  # (rows, m): of the output of each row
+    indicators = np.tile(np.eye(m), (matrix.num_samples, 1))  # (rows, m), 1 in the column of the row's output
     products, squares, square = _sweep(matrix, np.hstack([Y * indicators if m > 1 else Y, indicators]), report)
     KY, sums = products[:, :-m], products[:, -m:]
     if m == 1:
-        each = [Seen(Y[:, [a]], KY[:, [a]], sums[:, 0], square) for a in range(columns)]
-        return Seen(Y, KY, sums[:, 0], square), each
-    each = [Seen(Y[a::m], KY[a::m, [a]], sums[a::m, a], float(squares[a])) for a in range(m)]
-    return Seen(Y, KY.sum(1).reshape(rows, 1), sums.sum(1), square), each
+        outputs = [TargetProducts(Y[:, [a]], KY[:, [a]], sums[:, 0], square) for a in range(columns)]
+        return TargetProducts(Y, KY, sums[:, 0], square), outputs
+    outputs = [TargetProducts(Y[a::m], KY[a::m, [a]], sums[a::m, a], float(squares[a])) for a in range(m)]
+    return TargetProducts(Y, KY.sum(1).reshape(rows, 1), sums.sum(1), square), outputs
 
 
 def _sweep(
@@ -162,14 +164,14 @@ def _sweep(
     V: FloatArray,  # (rows, vectors)
     report: Report,
 ) -> tuple[FloatArray, FloatArray, float]:
-    """Find K V, ‖Kᵃᵃ‖² of each output a with itself, and ‖K‖², in one pass."""
+    """Compute K V, the squared norm ‖Kᵃᵃ‖² of each output's own kernel, and ‖K‖², in one pass."""
     step = counter(report, "aligned", 0, matrix.num_tiles)
-    products, squares = matrix.fold(_swept, V, step=step)
+    products, squares = matrix.fold(_sweep_tiles, V, step=step)
     return products, squares[1:], float(squares[0])
 
 
-def _swept(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
-    """Do so for some tiles: the product, and the squares, of the whole first."""
+def _sweep_tiles(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
+    """Compute what some tiles add to K V and to the squared norms, which are ‖K‖² followed by ‖Kᵃᵃ‖² of each output."""
     m, products = matrix.num_outputs, np.zeros_like(V)
     squares = np.zeros(1 + m)
     for rows, cols, tile in matrix.tiles(tiles, step=step):

@@ -1,4 +1,4 @@
-"""Two kernels of the same samples: how far they are from each other, and what the less precise one costs."""
+"""Comparison of two kernels of the same samples: their distance, and the errors of the less precise one."""
 
 import dataclasses
 import math
@@ -21,33 +21,41 @@ from ntkgen.errors import FingerprintError, InputError
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.rounding import STORE_DTYPES
 
-# The precisions that a kernel may be computed in, the least first.
+# Precisions in which a kernel may be computed, from the lowest to the highest.
 PRECISIONS = ("bfloat16", "tf32", "float32", "float64-accumulate", "float64")
-# Eigenvectors whose space is compared, where no number is given.
+# Number of eigenvectors whose spaces are compared when none is given.
 USUAL_TOP = 10
-# Of the eigenvalues whose eigenvectors span what is compared, out of core; errors of the vectors are of its root.
+# Relative tolerance of the eigenvalues, and maximum number of passes, when the eigenvectors are computed out of core.
+# The error of an eigenvector is of the order of the square root of this tolerance.
 TOLERANCE, MAX_PASSES = 1e-12, 100
 
 
 @dataclass(frozen=True)
 class CompareSettings(Settings):
-    """How two kernels are compared: by the ``top`` largest eigenvalues and their space; None: 10."""
+    """Settings of `compare`.
+
+    Attributes:
+        top: Number of the largest eigenvalues that are compared, with the space of their eigenvectors. None means 10.
+    """
 
     top: int | None = None
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the lower of two precisions costs; see `_cost`.
+    """Errors of the less precise of two kernels of one network; see `_cost`.
 
     Attributes:
-        lower, lower_dtype: The less precise kernel.
-        frobenius_error: ‖E‖_F / ‖K‖_F.
-        eigenvalue_error: The largest error of an eigenvalue, relative to the largest one.
-        relative_eigenvalue_error: The largest error of an eigenvalue, relative to itself.
-        eigenvalues_compared: How many these are.
-        not_positive: Eigenvalues of the less precise kernel that are not positive.
-        logdet, logdet_of_lower, logdet_error: Log-determinants, where all eigenvalues are known and positive.
+        lower: Path of the store with the less precise kernel.
+        lower_dtype: Data type of the less precise kernel.
+        frobenius_error: ‖E‖_F / ‖K‖_F, with E the difference of the kernels and K the more precise one.
+        eigenvalue_error: Largest error of an eigenvalue, relative to the largest eigenvalue.
+        relative_eigenvalue_error: Largest error of an eigenvalue, relative to that eigenvalue; None where one is zero.
+        eigenvalues_compared: Number of eigenvalues that were compared.
+        not_positive: Number of compared eigenvalues of the less precise kernel that are not positive.
+        logdet: Log-determinant of the more precise kernel in nats; None unless all eigenvalues are known and positive.
+        logdet_of_lower: Log-determinant of the less precise kernel in nats; None under the same condition.
+        logdet_error: Difference of the two log-determinants in nats; None where one of them is None.
     """
 
     lower: str
@@ -64,21 +72,24 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareAnswer(Answer):
-    """How far the second of two kernels is from the first one, the reference.
+    """Differences between two kernels K and L; K, the first one, is the reference.
 
     Attributes:
-        distance: 1 − ⟨K, L⟩ / (‖K‖ ‖L‖); None where one of them is zero.
-        centered_alignment: Linear CKA; None where one of them is constant.
-        principal_angles: Between the spaces of the top eigenvectors, the largest first, in radians.
-        angle_error: Bound of their error.
-        eigenvalues, reference_eigenvalues: The largest of both.
-        eigenvalue_ratios: The first over the second; None where that is not positive.
-        gaps: For both, what lies below the top eigenvalues, relative to the last of them.
-        cost: Of the lower precision, where both are of one network in two precisions.
-        samples: Samples that both share.
-        samples_are_known: Whether both stores have the fingerprint of their samples.
-        passes: Passes over the stored tiles of both.
-        reference, reference_dtype: The first kernel.
+        distance: 1 − ⟨K, L⟩ / (‖K‖ ‖L‖); None where one of the kernels is zero.
+        centered_alignment: Linear CKA (centred kernel alignment); None where one of the kernels is constant.
+        principal_angles: Principal angles between the spaces of the top eigenvectors in radians, in descending order.
+        angle_error: Upper bound on the error of each principal angle in radians.
+        eigenvalues: Largest eigenvalues of L, in descending order.
+        reference_eigenvalues: Largest eigenvalues of K, in descending order.
+        eigenvalue_ratios: Eigenvalues of L divided by those of K; None where that of K is not positive.
+        gaps: Gap of K and gap of L below the top eigenvalues, each relative to the last of them; None where the top
+            eigenvalues are all there are.
+        cost: Errors of the less precise kernel; None unless both are of one network in two precisions.
+        samples: Number of samples that the kernels share.
+        samples_are_known: Whether both stores record the fingerprint of their samples.
+        passes: Number of passes over the stored tiles of K and of L.
+        reference: Path of the store with K.
+        reference_dtype: Data type of K.
     """
 
     distance: float | None
@@ -101,7 +112,7 @@ class CompareAnswer(Answer):
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "CompareAnswer":
-        """Read what was kept."""
+        """Build an answer from a saved dictionary."""
         cost = found["cost"]
         return super().from_json({**found, "cost": None if cost is None else Cost(**cost)})
 
@@ -109,15 +120,19 @@ class CompareAnswer(Answer):
 def compare(
     first: Matrix, second: Matrix, settings: CompareSettings | None = None, *, report: Report = ignore_report
 ) -> CompareAnswer:
-    """Compare the kernel K of one store with the kernel L of another, row by row, in one pass over both.
+    """Compare the kernel K of one store with the kernel L of another store that has the same rows.
 
-    The distance is 1 − ⟨K, L⟩ / (‖K‖ ‖L‖), of the Frobenius inner product: 0 where L is a multiple of K. The centred
-    alignment is ⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖) with H = I − 1 1ᵀ / N, 1 where L is a multiple of K but for a
-    constant: linear CKA, of rows in place of samples. The principal angles are those between the spaces of the
-    eigenvectors with the ``top`` largest eigenvalues, the largest first, in radians, with a bound of their error where
-    the vectors are not those of LAPACK; they say little where the gap below these eigenvalues, λ_k − λ_k₊₁, is small.
-    The eigenvalue ratios are those of L over those of K. Two kernels of one network in two precisions are also told
-    apart by their errors (`_cost`). Where tiles have different sides, those of the smaller one are read more than once.
+    The distance is 1 − ⟨K, L⟩ / (‖K‖ ‖L‖) with the Frobenius inner product. It is 0 where L is a positive multiple of
+    K. The centred alignment is ⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖) with H = I − 1 1ᵀ / N. It is linear CKA with rows in
+    place of samples, and 1 where L is a positive multiple of K plus a constant. Both numbers come from one pass over
+    both kernels.
+
+    The principal angles are those between the spaces that the eigenvectors with the ``top`` largest eigenvalues span.
+    Their error bound is 0 where LAPACK computes the eigenvectors. The angles mean little where the gap below these
+    eigenvalues, λ_k − λ_k₊₁, is small. The eigenvalue ratios are the eigenvalues of L divided by those of K.
+
+    If both kernels are of one network in two precisions, the answer also has the errors of the less precise one
+    (`_cost`). If the stores have tiles of different sizes, the smaller tiles may be read more than once.
 
     References:
         Fort et al. (2020), arXiv:2010.15110 (kernel distance).
@@ -126,9 +141,9 @@ def compare(
         Björck, Golub (1973), Numerical methods for computing angles between linear subspaces.
 
     Raises:
-        FingerprintError: If their rows are not of the same samples and outputs.
-        InputError: If there are not as many eigenvalues.
-        BudgetError: If the memory is too small for two tiles of each.
+        FingerprintError: If the rows of the kernels are not of the same samples and outputs.
+        InputError: If the kernels have fewer than ``top`` eigenvalues.
+        BudgetError: If the memory limit is too small for two tiles of each kernel.
     """
     settings = settings or CompareSettings()
     _require_same_samples(first, second)
@@ -151,21 +166,21 @@ def compare(
 
 
 def reference_of(first: Matrix) -> list[Any]:
-    """Say which kernel others are compared with, as it is kept."""
+    """Return the values that identify the reference kernel in a saved answer."""
     return [first.store.manifest.fingerprint, first.store.manifest.replanned, first.dtype, first.output]
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """How two kernels are compared."""
+    """Resolved settings of a comparison."""
 
     top: int
     memory_bytes: int | None
-    is_dense: bool  # whether each of them fits in memory
+    is_dense: bool  # whether each of the two matrices fits in memory
 
 
 def _dense_bytes(first: Matrix, second: Matrix, top: int) -> int:
-    """Count what all eigenvalues and the top eigenvectors of one after the other take."""
+    """Count the bytes for all eigenvalues and the top eigenvectors, if the kernels are treated one after the other."""
     rows = first.num_rows
     return 8 * rows * (rows + 2 * top + 128) + max(reading_bytes(first), reading_bytes(second))
 
@@ -173,10 +188,10 @@ def _dense_bytes(first: Matrix, second: Matrix, top: int) -> int:
 def _compared(first: Matrix, second: Matrix, pairing: Pairing, report: Report) -> CompareAnswer:
     moments = measure_pair(first, second, pairing.memory_bytes, report)
     spaces = [_top_space(matrix, pairing, report) for matrix in (first, second)]
-    known = [space.values for space in spaces]
+    top_values = [space.values for space in spaces]
     cost = None
     if _is_one_network(first, second):
-        values = [_all_eigenvalues(matrix, report) for matrix in (first, second)] if pairing.is_dense else known
+        values = [_all_eigenvalues(matrix, report) for matrix in (first, second)] if pairing.is_dense else top_values
         logdets = [_logdet(value) if pairing.is_dense else None for value in values]
         cost = _cost((first, second), moments, values, logdets)
     return CompareAnswer(
@@ -184,9 +199,9 @@ def _compared(first: Matrix, second: Matrix, pairing: Pairing, report: Report) -
         centered_alignment=moments.centered_alignment,
         principal_angles=_angles(spaces[0].vectors, spaces[1].vectors),
         angle_error=sum(space.error for space in spaces),
-        eigenvalues=known[1].tolist(),
-        reference_eigenvalues=known[0].tolist(),
-        eigenvalue_ratios=[float(b / a) if a > 0 else None for a, b in zip(*known, strict=True)],
+        eigenvalues=top_values[1].tolist(),
+        reference_eigenvalues=top_values[0].tolist(),
+        eigenvalue_ratios=[float(b / a) if a > 0 else None for a, b in zip(*top_values, strict=True)],
         gaps=[space.gap for space in spaces],
         cost=cost,
         samples=first.num_samples,
@@ -195,14 +210,14 @@ def _compared(first: Matrix, second: Matrix, pairing: Pairing, report: Report) -
     )
 
 
-# which samples --------------------------------------------------------------------------------------------------------
+# same samples ---------------------------------------------------------------------------------------------------------
 
 
 def _require_same_samples(first: Matrix, second: Matrix) -> None:
-    """Refuse kernels whose rows are not the same.
+    """Refuse two kernels whose rows differ.
 
     Raises:
-        FingerprintError: If they are not.
+        FingerprintError: If their rows differ.
     """
     if differing := _differences(first, second):
         name, mine, other = differing[0]
@@ -214,7 +229,10 @@ def _require_same_samples(first: Matrix, second: Matrix) -> None:
 
 
 def _differences(first: Matrix, second: Matrix) -> list[tuple[str, Any, Any]]:
-    """Name what the rows of two kernels do not share, with both values; of imported ones less is known."""
+    """List the properties in which the rows of two kernels differ, with both values.
+
+    A property that is missing in one of the stores is skipped, since an imported kernel may lack it.
+    """
     stores = first.store, second.store
     grids, manifests = [store.grid for store in stores], [store.manifest for store in stores]
     pairs: list[tuple[str, list[Any]]] = [
@@ -234,7 +252,7 @@ def _differences(first: Matrix, second: Matrix) -> list[tuple[str, Any, Any]]:
 
 
 def _leading(matrix: Matrix, num_rows: int) -> Matrix:
-    """View the first rows alone."""
+    """Return a view of the leading part with this number of rows."""
     if num_rows == matrix.num_rows:
         return matrix
     return dataclasses.replace(matrix, num_rows=num_rows, view=matrix.view.leading(num_rows))
@@ -245,12 +263,12 @@ def _leading(matrix: Matrix, num_rows: int) -> Matrix:
 
 @dataclass(frozen=True)
 class Space:
-    """The eigenvectors with the largest eigenvalues."""
+    """The largest eigenvalues and their eigenvectors."""
 
     values: FloatArray  # (top,), descending
     vectors: FloatArray  # (rows, top)
-    gap: float | None  # relative to the last, what lies between it and the next; None where there is no next
-    error: float = 0.0  # of an angle with the true space
+    gap: float | None  # (λ_top − λ_top₊₁) / |λ_top|; None where there is no λ_top₊₁
+    error: float = 0.0  # bound on the angle between this space and the true one, in radians
 
 
 def _top_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
@@ -263,7 +281,10 @@ def _top_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
 
 
 def _krylov_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
-    """Find the space on products with the stored tiles; an angle is off by ‖residuals‖ / gap (Davis, Kahan 1970)."""
+    """Compute the space from products with the stored tiles.
+
+    The error of an angle is at most ‖residuals‖ / gap (Davis, Kahan 1970).
+    """
     count = min(pairing.top + 1, matrix.num_rows)
     settings = SpectrumSettings(count, TOLERANCE, MAX_PASSES, memory_bytes=pairing.memory_bytes)
     krylov = Krylov(Products(matrix, report), plan_sizes(matrix, settings))
@@ -274,7 +295,7 @@ def _krylov_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
 
 
 def _space(values: FloatArray, vectors: FloatArray, top: int, residual: float) -> Space:
-    """Cut the first eigenvectors off one more, which says how far they are from the others."""
+    """Keep the ``top`` first eigenvectors; the eigenvalue after them, if there is one, gives the gap."""
     if len(values) <= top:
         return Space(values, vectors, None)
     gap = float(values[top - 1] - values[top])
@@ -287,11 +308,11 @@ def _angles(first: FloatArray, second: FloatArray) -> list[float]:
     return angles
 
 
-# what a lower precision costs -----------------------------------------------------------------------------------------
+# errors of the lower precision ----------------------------------------------------------------------------------------
 
 
 def _is_one_network(first: Matrix, second: Matrix) -> bool:
-    """Say whether both are of one network's parameters and outputs, in two precisions."""
+    """Return whether both kernels have the same parameters and outputs but different precisions."""
     mine, other = (matrix.store.manifest.identity for matrix in (first, second))
     is_same = all(mine.get(name) == other.get(name) for name in ("parameters", "output"))
     return (
@@ -300,7 +321,7 @@ def _is_one_network(first: Matrix, second: Matrix) -> bool:
 
 
 def _precision(matrix: Matrix) -> tuple[int, int]:
-    """Rank what a kernel was stored in, and computed in."""
+    """Rank a kernel by its stored data type, then by the precision of its computation."""
     name = matrix.store.manifest.identity.get("precision", "")
     return STORE_DTYPES.index(matrix.dtype), PRECISIONS.index(name) if name in PRECISIONS else -1
 
@@ -308,11 +329,12 @@ def _precision(matrix: Matrix) -> tuple[int, int]:
 def _cost(
     pair: tuple[Matrix, Matrix], moments: PairMoments, values: list[FloatArray], all_logdets: list[float | None]
 ) -> Cost:
-    """Say what the lower of two precisions costs: errors of the matrix, its eigenvalues and its log-determinant.
+    """Measure the errors of the less precise kernel: of its entries, its eigenvalues and its log-determinant.
 
-    With λ the eigenvalues of the more precise kernel K, and E the difference: ‖E‖_F / ‖K‖_F, which times ‖K‖_F bounds
-    all differences of eigenvalues (Hoffman, Wielandt 1953), max |Δλ| / λ₁ and max |Δλ| / |λ|; of all eigenvalues where
-    they fit in memory, and then the log-determinants too, otherwise of the largest.
+    Let K be the more precise kernel, λ its eigenvalues, E the difference of the kernels and Δλ the differences of their
+    eigenvalues. The errors are ‖E‖_F / ‖K‖_F, max |Δλ| / max |λ| and max |Δλ| / |λ|. ‖E‖_F bounds every |Δλ| (Hoffman,
+    Wielandt 1953). If the matrices fit in memory, all eigenvalues are compared, and the log-determinants too. Otherwise
+    only the largest eigenvalues are compared.
     """
     low, high = (0, 1) if _precision(pair[0]) < _precision(pair[1]) else (1, 0)
     logdet, other = all_logdets[high], all_logdets[low]
@@ -337,6 +359,6 @@ def _all_eigenvalues(matrix: Matrix, report: Report) -> FloatArray:
 
 
 def _logdet(values: FloatArray) -> float | None:
-    """Add up logarithms; None where an eigenvalue is not positive, beyond rounding."""
+    """Sum the logarithms of descending eigenvalues; return None where the smallest is not positive beyond rounding."""
     limit = len(values) * EPSILON * float(np.abs(values).max())
     return float(np.log(values).sum()) if values[-1] > limit else None

@@ -1,4 +1,8 @@
-"""The log-determinant of a kernel, exact and out of core, with those of all its leading principal blocks."""
+"""The log-determinant of a kernel and of all its leading principal blocks, exact and out of core.
+
+The certificate of a store is a measured bound on the error E of the stored kernel, with 95 % confidence. An eigenvalue
+below that bound, and its contribution to the log-determinant, may be pure error.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,22 +20,31 @@ from ntkgen.analysis.results import recall_or_compute
 from ntkgen.files.lock import write_lock
 from ntkgen.progress import Report, ignore_report
 
-# Of the subspace in which the smallest eigenvalue is looked for.
+# Number of vectors and of steps of the subspace iteration for the smallest eigenvalue.
 VECTORS, ITERATIONS = 8, 3
-# Rounded to these, a number has an error that is felt in every small eigenvalue.
+# Data types and precisions whose rounding errors are visible in every small eigenvalue.
 COARSE = ("float16", "bfloat16")
 
 
 @dataclass(frozen=True)
 class LogdetSettings(FactorSettings):
-    """What is factored and how; with ``prefixes`` the answer has those of the leading principal blocks too."""
+    """Settings of `logdet`.
+
+    Attributes:
+        prefixes: Whether the answer also has the log-determinants of the leading principal blocks.
+    """
 
     prefixes: bool = False
 
 
 @dataclass(frozen=True)
 class Inertia:
-    """How many pivots, and so eigenvalues, have which sign."""
+    """Numbers of positive and of negative pivots, which are those of the eigenvalues (Sylvester's law of inertia).
+
+    Attributes:
+        positive: Number of positive eigenvalues.
+        negative: Number of negative eigenvalues.
+    """
 
     positive: int
     negative: int
@@ -39,25 +52,32 @@ class Inertia:
 
 @dataclass(frozen=True, kw_only=True)
 class LogdetAnswer(Answer):
-    """log |det(K + λI)| and its sign, with what says how far to trust it.
+    """log |det(K + λI)| and its sign, with measures of their reliability.
 
     Attributes:
-        logdet: In nats.
-        sign: Of the determinant.
-        shift: λ.
-        logdet_per_row: The same, divided by the rows.
-        inertia: Signs of the eigenvalues.
-        smallest_pivot: In magnitude.
-        tile_rows, panel_rows, panels: How the factor was cut.
-        bytes_kept_planned, bytes_read_planned, factor_bytes: What it takes in memory, reads, and takes on disk.
-        gflops: Speed of this process, in GFLOP/s; None where it found the factor there.
-        error_norm: The certificate's bound of ‖E‖_F.
-        prefixes: Log-determinants of the leading blocks.
-        prefix_rows: Rows of these blocks: every number where the kernel is positive definite, else where tiles end.
-        prefix_signs: Signs of their determinants.
-        max_factor, growth, residual: How well L D Lᵀ is K + λI, of a kernel that may be indefinite.
-        smallest_eigenvalue_bound: The smallest eigenvalue is at most this; None of an indefinite kernel.
-        warnings: What is not to be trusted.
+        logdet: log |det(K + λI)| in nats.
+        sign: Sign of the determinant, 1 or −1.
+        shift: Shift λ that was added to the diagonal.
+        logdet_per_row: Log-determinant divided by the number of rows, in nats.
+        inertia: Numbers of positive and of negative eigenvalues of K + λI.
+        smallest_pivot: Smallest magnitude of a pivot.
+        tile_rows: Number of rows of a tile of the factor.
+        panel_rows: Number of columns of a panel, the part of the factor that is held in memory.
+        panels: Number of panels.
+        bytes_kept_planned: Memory of a panel in bytes.
+        bytes_read_planned: Number of bytes that the factorisation reads from its own finished tiles.
+        factor_bytes: Size of the factor on disk in bytes.
+        gflops: Speed of the factorisation by this process in GFLOP/s; None if the factor was complete before.
+        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
+        prefixes: Log-determinants of the leading blocks in nats; None unless the settings ask for them.
+        prefix_rows: Numbers of rows of these blocks. They are all numbers of rows if all pivots are positive, and
+            otherwise those at which a tile ends.
+        prefix_signs: Signs of the determinants of these blocks.
+        max_factor: Largest |L| of the factorisation L D Lᵀ; this and the next two only if ``indefinite`` was set.
+        growth: max |L|² / max |(K + λI)_ii|, which is at most 1 for a positive definite matrix.
+        residual: Largest ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ over a few random vectors v.
+        smallest_eigenvalue_bound: Upper bound on the smallest eigenvalue of K + λI; None if a pivot is negative.
+        warnings: Sentences on limits of the result, such as an error that may exceed the smallest eigenvalue.
     """
 
     logdet: float
@@ -87,11 +107,11 @@ class LogdetAnswer(Answer):
 
     @classmethod
     def from_json(cls, found: Mapping[str, Any]) -> "LogdetAnswer":
-        """Read what was kept."""
+        """Build an answer from a saved dictionary."""
         return super().from_json({**found, "inertia": Inertia(**found["inertia"])})
 
     def by_samples(self, num_outputs: int) -> tuple[list[int], list[float]]:  # samples, log-determinants
-        """Pick the prefixes that are of whole samples."""
+        """Select the prefixes that consist of whole samples."""
         pairs = [
             (rows // num_outputs, value)
             for rows, value in zip(self.prefix_rows or (), self.prefixes or (), strict=True)
@@ -101,12 +121,14 @@ class LogdetAnswer(Answer):
 
 
 def logdet(matrix: Matrix, settings: LogdetSettings | None = None, *, report: Report = ignore_report) -> LogdetAnswer:
-    """Compute log |det(K + λI)| and its sign, by a Cholesky factor on disk; or by LDLᵀ, if the settings say so.
+    """Compute log |det(K + λI)| and its sign from a Cholesky factor on disk.
 
-    Costs N³/3 FLOPs; see `factored`.
+    With ``indefinite`` in the settings, the factorisation is L D Lᵀ, and negative eigenvalues are allowed. Costs N³/3
+    FLOPs; see `factored`.
 
     Raises:
-        NotPositiveError: If a pivot is not positive, and must be; or LDLᵀ cannot be trusted.
+        NotPositiveError: If a pivot is not positive although ``indefinite`` is not set, or if the residual of L D Lᵀ
+            is too large.
     """
     settings = settings or LogdetSettings()
     keeping = dataclasses.replace(settings, keep=True)
@@ -120,7 +142,7 @@ def logdet(matrix: Matrix, settings: LogdetSettings | None = None, *, report: Re
     if settings.keep and answer.remembered:
         with factored(matrix, keeping, report):
             pass
-    elif not settings.keep and not answer.remembered:  # only now that the answer is on the disk
+    elif not settings.keep and not answer.remembered:  # not earlier: now the answer is on disk
         remove_factor(matrix, settings.shift)
     if settings.prefixes:
         return answer
@@ -134,8 +156,8 @@ def remove_factor(matrix: Matrix, shift: float) -> None:
         remove_folder(folder)
 
 
-def _measured(matrix: Matrix, settings: LogdetSettings, made: tuple[Factor, Work], report: Report) -> LogdetAnswer:
-    factor, work = made
+def _measured(matrix: Matrix, settings: LogdetSettings, result: tuple[Factor, Work], report: Report) -> LogdetAnswer:
+    factor, work = result
     plan, pivots = factor.plan, factor.pivots()
     rows, prefixes, signs = _prefixes(pivots, plan)
     examination = examined(matrix, factor, settings.shift, report) if settings.indefinite else None
@@ -165,29 +187,30 @@ def _measured(matrix: Matrix, settings: LogdetSettings, made: tuple[Factor, Work
 
 
 def _prefixes(pivots: FloatArray, plan: FactorPlan) -> tuple[list[int], list[float], list[int]]:
-    """List the log-determinants of leading blocks, where they are known: not inside tiles that were pivoted.
+    """List the log-determinants of the leading blocks; those that end inside a pivoted tile are not known.
 
     Returns:
-        Rows of the blocks, log-determinants and signs.
+        Numbers of rows of the blocks, log-determinants and signs.
     """
-    every, signs = prefix_logdets(pivots), np.cumprod(np.sign(pivots))
+    logdets, signs = prefix_logdets(pivots), np.cumprod(np.sign(pivots))
     is_positive = bool((pivots > 0).all())
     rows = np.arange(1, len(pivots) + 1) if is_positive else [plan.rows(block).stop for block in range(plan.num_blocks)]
     at = np.asarray(rows) - 1
-    return (at + 1).tolist(), every[at].tolist(), signs[at].astype(int).tolist()
+    return (at + 1).tolist(), logdets[at].tolist(), signs[at].astype(int).tolist()
 
 
 def _speed(plan: FactorPlan, work: Work) -> float | None:
-    """Say at how many GFLOP/s this process has worked; None where it found the factor there."""
+    """Compute the speed of this process in GFLOP/s; None if the factor was complete before."""
     fraction = work.products / plan.num_products if plan.num_products else 1.0
     return fraction * plan.num_rows**3 / 3 / work.seconds / 1e9 if fraction else None
 
 
 def _smallest_eigenvalue(matrix: Matrix, factor: Factor, pivots: FloatArray) -> float | None:
-    """Bound the smallest eigenvalue of a positive definite K + λI from above, so closely that its error is judged.
+    """Bound the smallest eigenvalue of a positive definite K + λI from above, closely enough to compare it with ‖E‖.
 
-    No pivot is below it. Where these do not settle whether ‖E‖ reaches it, or no ‖E‖ is known, it is at most the
-    reciprocal of a Ritz value of the inverse, by a few steps of subspace iteration on the factor.
+    No pivot is below the smallest eigenvalue, so the smallest pivot is a first bound. If ‖E‖ is known and below that
+    bound, a few steps of subspace iteration with the factor improve it: the reciprocal of a Ritz value of the inverse
+    is a bound, too.
     """
     if (pivots < 0).any():
         return None
@@ -205,25 +228,25 @@ def _smallest_eigenvalue(matrix: Matrix, factor: Factor, pivots: FloatArray) -> 
 
 
 def warnings_of(matrix: Matrix, pivots: FloatArray, smallest: float | None) -> list[str]:
-    """Say what of a log-determinant is not to be trusted."""
+    """Describe the limits of a log-determinant: low precision, negative eigenvalues, and errors above the smallest."""
     norm, precision = matrix.error_norm, matrix.store.manifest.plan.precision
     known = (
-        "it has no certificate, so that its error is not known"
+        "its error is not known, because it has no certificate (a measured error bound)"
         if norm is None
         else f"its certificate bounds the error of every eigenvalue by ‖E‖ ≤ {norm:.3g}, with 95 % confidence"
     )
-    found = []
+    warnings = []
     if coarse := [name for name in (matrix.dtype, precision) if name in COARSE]:
-        found.append(f"The kernel at {matrix.name} is of {' and '.join(coarse)} numbers; {known}.")
+        warnings.append(f"The kernel at {matrix.name} has {' and '.join(coarse)} precision; {known}.")
     negative = int((pivots < 0).sum())
     if negative:
-        found.append(
-            f"The kernel at {matrix.name} has {negative:,} negative eigenvalues, which the true one has not: they, and "
-            f"as many small ones, are errors; {known}."
+        warnings.append(
+            f"The kernel at {matrix.name} has {negative:,} negative eigenvalues. The exact kernel has none, so these "
+            f"eigenvalues, and others of the same size, are errors; {known}."
         )
     if norm is not None and smallest is not None and norm >= smallest:
-        found.append(
+        warnings.append(
             f"The error of the kernel at {matrix.name} may exceed its smallest eigenvalue: {known}, and the smallest "
-            f"eigenvalue is at most {smallest:.3g}. The log-determinant is that of the stored numbers alone."
+            f"eigenvalue is at most {smallest:.3g}. The log-determinant is exact for the stored numbers only."
         )
-    return found
+    return warnings

@@ -1,4 +1,7 @@
-"""The density of the eigenvalues of a stored kernel on a logarithmic axis."""
+"""The density of the eigenvalues of a stored kernel on a logarithmic axis.
+
+The certificate of a store is a measured bound on the error of the stored kernel. Eigenvalues below it may be noise.
+"""
 
 import math
 from collections.abc import Sequence
@@ -17,19 +20,22 @@ from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report
 
-# Vectors more than this take time and make it little better; with fewer nothing can be said of the error.
+# Maximum and minimum number of probe vectors. More take time and improve the density little; fewer give no usable
+# estimate of its error.
 MAX_PROBES, MIN_PROBES = 64, 4
-# Points of the axis for each bandwidth; how many bandwidths it is longer than what lies on it.
+# Number of axis points per bandwidth, and length of the axis beyond the outermost nodes, in bandwidths.
 POINTS_PER_BANDWIDTH, MARGIN = 4, 4.0
-# Nodes of a rule lie closer than this many bandwidths where it resolves the density.
+# Maximum distance between neighbouring nodes, in bandwidths, where a quadrature rule resolves the density.
 RESOLVED = 2.0
 
 
 @dataclass(frozen=True)
 class DensitySettings(Settings):
-    """How the density is computed: in how many ``passes``, where the eigenvalues cannot be; and how smooth it is.
+    """Settings of `density`.
 
-    ``bandwidth`` is the standard deviation, in decades, of the Gaussian that each eigenvalue is drawn as.
+    Attributes:
+        passes: Number of passes over the stored tiles when not all eigenvalues can be computed in memory.
+        bandwidth: Standard deviation, in decades, of the Gaussian that stands for each eigenvalue.
     """
 
     passes: int = 20
@@ -38,20 +44,20 @@ class DensitySettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class DensityAnswer(Answer):
-    """The density of log₁₀ λ, at points of an axis.
+    """The density of log₁₀ λ at the points of an axis.
 
     Attributes:
-        method: From ``all`` eigenvalues, or by ``lanczos``.
-        probes: Gaussian vectors, of Lanczos.
-        log10_eigenvalues: The points of the axis.
-        density: Part of the eigenvalues per decade, at each point.
-        density_errors: Twice the standard error at each point; None below ``resolved_above``.
-        fraction_above: Part of the eigenvalues above each point, not smoothed.
-        fraction_off_axis: Part that is not positive, or indistinguishable from zero.
-        resolved_above: The eigenvalue below which nodes are too far apart; None if all is resolved.
-        bandwidth: As asked for.
-        error_norm: The certificate's bound of ‖E‖_F.
-        passes: Passes over the stored tiles.
+        method: ``all`` if it was computed from all eigenvalues, ``lanczos`` if by stochastic Lanczos quadrature.
+        probes: Number of Gaussian probe vectors of the quadrature; None with ``all``.
+        log10_eigenvalues: Points of the axis, log₁₀ λ.
+        density: Fraction of the eigenvalues per decade at each point.
+        density_errors: Two standard errors of the density at each point; None below ``resolved_above``.
+        fraction_above: Fraction of the eigenvalues above each point, without smoothing.
+        fraction_off_axis: Fraction of the eigenvalues that are negative or indistinguishable from zero.
+        resolved_above: Eigenvalue above which the quadrature resolves the density; None if it does so everywhere.
+        bandwidth: Standard deviation of the Gaussians in decades.
+        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
+        passes: Number of passes over the stored tiles.
     """
 
     method: str
@@ -72,27 +78,28 @@ class DensityAnswer(Answer):
 def density(
     matrix: Matrix, settings: DensitySettings | None = None, *, report: Report = ignore_report
 ) -> DensityAnswer:
-    """Compute the density of log₁₀ λ: the part of the eigenvalues per decade, each drawn as a Gaussian.
+    """Compute the density of log₁₀ λ: the fraction of the eigenvalues per decade.
 
-    From all eigenvalues where they fit in memory. Elsewhere by stochastic Lanczos quadrature, in the given number of
-    passes with as many Gaussian vectors as fit: large eigenvalues become single nodes, and small ones are resolved only
-    down to ``resolved_above``. Below it the nodes are further apart than they are broad, and what they stand for lies
-    somewhere around them.
+    Each eigenvalue counts as a Gaussian on the logarithmic axis. If the matrix fits in memory, the density is that of
+    all eigenvalues. Otherwise it comes from stochastic Lanczos quadrature, in the given number of passes and with as
+    many Gaussian probe vectors as fit in memory. The quadrature finds large eigenvalues as single nodes. Small
+    eigenvalues are resolved only above ``resolved_above``: below it neighbouring nodes are too far apart, and each node
+    stands for eigenvalues somewhere around it.
 
     Raises:
-        InputError: If a setting makes no sense.
-        BudgetError: If the memory has no room for the vectors.
+        InputError: If a setting is out of range.
+        BudgetError: If the memory limit is too small for the vectors.
     """
     settings = settings or DensitySettings()
     _check(settings)
-    exactly = SpectrumSettings(memory_bytes=settings.memory_bytes)
-    is_exact = is_dense(matrix, exactly)
+    spectrum_settings = SpectrumSettings(memory_bytes=settings.memory_bytes)
+    is_exact = is_dense(matrix, spectrum_settings)
     asked = {"bandwidth": settings.bandwidth, "passes": None if is_exact else settings.passes}
 
     def compute() -> DensityAnswer:
         before, probes = matrix.tiles_read, None
         if is_exact:
-            rule = exact_rule(np.asarray(spectrum(matrix, exactly, report=report).eigenvalues))
+            rule = exact_rule(np.asarray(spectrum(matrix, spectrum_settings, report=report).eigenvalues))
         else:
             rule, probes = sampled_rule(matrix, settings, report)
         curve = draw(rule, matrix.num_rows, settings.bandwidth)
@@ -122,19 +129,19 @@ def _check(settings: DensitySettings) -> None:
         )
 
 
-# rules ----------------------------------------------------------------------------------------------------------------
+# quadrature rules -----------------------------------------------------------------------------------------------------
 
 
 def exact_rule(values: FloatArray) -> Quadrature:
-    """Take all eigenvalues as nodes of the weight 1."""
+    """Build the rule whose nodes are all eigenvalues, each with the weight 1."""
     return Quadrature.of(values, np.ones((len(values), 1)), len(values))
 
 
 def plan_probes(matrix: Matrix, settings: DensitySettings) -> Sizes:
-    """Choose as many vectors as the memory holds in each pass, up to a number.
+    """Choose the largest number of probe vectors, up to `MAX_PROBES`, that fits in memory.
 
     Raises:
-        BudgetError: If it does not hold a few.
+        BudgetError: If the memory limit is too small for `MIN_PROBES` vectors.
     """
     left = memory_left(settings.memory_bytes)
     for block in range(min(MAX_PROBES, matrix.num_rows), 0, -1):
@@ -148,7 +155,7 @@ def plan_probes(matrix: Matrix, settings: DensitySettings) -> Sizes:
 
 
 def sampled_rule(matrix: Matrix, settings: DensitySettings, report: Report = ignore_report) -> tuple[Quadrature, int]:
-    """Build the rule of a block Krylov space, and give each probe's weights the sum that they have in the mean."""
+    """Build the Gauss rule of a block Krylov space, with the weights of each probe scaled to their expected sum."""
     products, sizes = Products(matrix, report), plan_probes(matrix, settings)
     krylov = Krylov(products, sizes)
     while krylov.steps < settings.passes and krylov.added and not krylov.is_full:
@@ -159,7 +166,7 @@ def sampled_rule(matrix: Matrix, settings: DensitySettings, report: Report = ign
 
 
 def normalized(rule: Quadrature, moments: Moments) -> Quadrature:
-    """Scale the weights of each probe such that they add up to the number of eigenvalues."""
+    """Scale the weights of each probe so that they add up to the number of eigenvalues."""
     rest = rule.weights[rule.num_known :]
     if len(rest):
         rest *= (moments.count - rule.num_known) / rest.sum(axis=0)
@@ -171,7 +178,7 @@ def normalized(rule: Quadrature, moments: Moments) -> Quadrature:
 
 @dataclass(frozen=True)
 class Curve:
-    """A rule, drawn; the fields are those of `DensityAnswer`."""
+    """Density of a quadrature rule; the fields are those of `DensityAnswer`."""
 
     log10_eigenvalues: list[float]
     density: list[float]
@@ -182,9 +189,9 @@ class Curve:
 
 
 def draw(rule: Quadrature, num_rows: int, bandwidth: float) -> Curve:
-    """Draw the nodes of a rule on a logarithmic axis."""
+    """Compute the density of a rule's nodes at the points of a logarithmic axis."""
     largest = float(np.abs(rule.nodes).max())
-    is_on_axis = rule.nodes > num_rows * EPSILON * largest  # below, LAPACK does not tell them from zero
+    is_on_axis = rule.nodes > num_rows * EPSILON * largest  # rounding hides smaller ones
     places, weights = np.log10(rule.nodes[is_on_axis]), rule.weights[is_on_axis] / num_rows
     axis = _axis(places, bandwidth)
     smooth = np.exp(-(((axis[:, None] - places) / bandwidth) ** 2) / 2) / (bandwidth * math.sqrt(2 * math.pi))
@@ -205,7 +212,7 @@ def draw(rule: Quadrature, num_rows: int, bandwidth: float) -> Curve:
 
 
 def _axis(places: FloatArray, bandwidth: float) -> FloatArray:
-    """Lay points from below the smallest eigenvalue to above the largest; the powers of ten are among them.
+    """Choose points from below the smallest eigenvalue to above the largest, with the powers of ten among them.
 
     >>> _axis(np.array([0.1]), 1.0)
     array([-4.  , -3.75, -3.5 , -3.25, -3.  , -2.75, -2.5 , -2.25, -2.  ,
@@ -221,9 +228,9 @@ def _axis(places: FloatArray, bandwidth: float) -> FloatArray:
 
 
 def _resolved_above(places: FloatArray, bandwidth: float, *, is_exact: bool) -> float | None:
-    """Find the eigenvalue below which the nodes are too far apart; None, if there is nothing below it.
+    """Find the eigenvalue below which the nodes are too far apart; return None if there is no such eigenvalue.
 
-    At the top single eigenvalues are far apart too, and known: it is the lower half of the nodes that is looked at.
+    Only the lower half of the nodes is searched. The largest eigenvalues are far apart, too, but they are known.
     """
     gaps = np.diff(places[: len(places) // 2 + 1])
     wide = np.flatnonzero(gaps > RESOLVED * bandwidth)

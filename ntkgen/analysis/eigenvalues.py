@@ -1,4 +1,4 @@
-"""The spectrum of a stored kernel: all eigenvalues where they fit in memory, the largest where they do not.
+"""The spectrum of a stored kernel: all eigenvalues if the matrix fits in memory, otherwise the largest.
 
 With the eigenvalues λ₁ ≥ … ≥ λ_N of K,
 
@@ -7,8 +7,9 @@ With the eigenvalues λ₁ ≥ … ≥ λ_N of K,
     stable rank           ‖K‖_F² / ‖K‖₂² = Σ λ² / max λ²
     condition             λ₁ / λ_N
 
-A kernel has no negative eigenvalues, but its rounded copy may: they count as zero in the effective rank, and are
-counted. The stored matrix is known to ‖E‖, the certificate's bound, and so is each eigenvalue: one below that is noise.
+An exact kernel has no negative eigenvalues, but a rounded one may. The effective rank counts them as zero, and the
+answer reports their number. The certificate of a store is a measured bound on the error E of the stored matrix. ‖E‖
+bounds the error of each eigenvalue, so that an eigenvalue below ‖E‖ may be noise.
 
 References:
     Roy, Vetterli (2007), The effective rank: a measure of effective dimensionality.
@@ -27,33 +28,38 @@ from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
 from ntkgen.analysis.linalg.dense import eigenvalues
 from ntkgen.analysis.linalg.factor import place_of_factor
 from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
-from ntkgen.analysis.linalg.quadrature import Moments, estimate_effective_rank
+from ntkgen.analysis.linalg.quadrature import Moments, effective_rank, estimate_effective_rank
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
 from ntkgen.analysis.products import TILES_HELD, Products, reading_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError, NotPositiveError
 from ntkgen.progress import Report, counter, ignore_report
 
-# So many eigenvalues, where all of them do not fit and no number is given.
+# Number of eigenvalues when the matrix does not fit in memory and no number is given.
 USUAL_TOP = 50
-# Up to so many rows all eigenvalues take seconds, and --top just shortens their list.
+# Maximum number of rows for which all eigenvalues are computed even if ``top`` is given, since that takes seconds.
 FEW_ROWS = 4096
-# Vectors in a block beyond the eigenvalues that are wanted, at least, and vectors in one at most: each takes time.
+# Minimum number of vectors in a block beyond the wanted eigenvalues, and maximum number of vectors in a block.
 OVERSAMPLING, MAX_BLOCK = 8, 1024
-# Where nobody has given memory for more: blocks of 1,024 save a pass of six, and take six times as long on two cores.
+# Maximum number of vectors in a block without a memory limit. 1,024 would save one pass of six, but take six times as
+# long on two cores.
 UNASKED_BLOCK = 256
-# Blocks that the memory is to hold, so that this many passes need no restart; and the fewest it may hold.
+# Number of blocks that should fit in memory, so that the first passes need no restart, and minimum number of blocks.
 BLOCKS, MIN_BLOCKS = 8, 3
-# Of the Krylov space of the inverse, in which the smallest eigenvalue is looked for.
+# Block size and maximum number of steps of block Krylov on the inverse, which finds the smallest eigenvalue.
 INVERSE_BLOCK, INVERSE_STEPS = 8, 24
 
 
 @dataclass(frozen=True)
 class SpectrumSettings(Settings):
-    """What is wanted: the ``top`` largest eigenvalues, or all if they fit in memory.
+    """Settings of `spectrum`.
 
-    ``tolerance`` is relative to each eigenvalue; with ``condition`` the smallest is computed out of core too, from a
-    Cholesky factor on disk.
+    Attributes:
+        top: Number of the largest eigenvalues to compute. None means all if the matrix fits in memory, otherwise 50.
+        tolerance: Largest accepted error of an eigenvalue, relative to that eigenvalue.
+        max_passes: Maximum number of passes over the stored tiles.
+        condition: Whether to compute the smallest eigenvalue and the condition number even if the matrix does not fit
+            in memory. That needs a Cholesky factor on disk.
     """
 
     top: int | None = None
@@ -64,23 +70,33 @@ class SpectrumSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SpectrumAnswer(Answer):
-    """Eigenvalues of a kernel, descending, with bounds on their errors, and what follows from all of them.
+    """Eigenvalues of a kernel in descending order, bounds on their errors, and quantities of the whole spectrum.
+
+    The module's docstring defines the ranks and the condition number.
 
     Attributes:
-        method: ``all`` by LAPACK, or ``largest`` by block Krylov.
-        block: Vectors that block Krylov multiplies at a time.
-        eigenvalues: All of them, or the largest.
-        residual_bounds: For each, how far from it the nearest eigenvalue of the kernel is at most.
-        error_bounds: For each, how far off it is at most (see `krylov.measure`).
-        is_converged: Whether the tolerance was met.
-        is_proven: Whether the error bounds are proofs.
-        smallest: The smallest eigenvalue, if it was computed.
-        condition: λ₁ / λ_N; None where it is not known, or λ_N is not told from zero by the computation.
-        num_negative: Eigenvalues below zero, if all are known.
-        error_norm: The certificate's bound of ‖E‖_F.
-        num_above_error: Eigenvalues above that bound.
-        passes: Passes over the stored tiles.
-        not_positive: Why the smallest eigenvalue could not be computed out of core.
+        method: ``all`` if LAPACK computed all eigenvalues, ``largest`` if block Krylov computed the largest.
+        block: Number of vectors that block Krylov multiplies at a time; None with ``all``.
+        eigenvalues: All eigenvalues or the largest ones, in descending order.
+        residual_bounds: Upper bound on the distance of each value to the nearest eigenvalue of the stored kernel.
+        error_bounds: Upper bound on the error of each eigenvalue; see `krylov.measure`.
+        is_converged: Whether the eigenvalues meet the tolerance.
+        is_proven: Whether the error bounds are proven. Otherwise they rest on an extrapolation.
+        trace: Trace of the kernel.
+        frobenius_norm: Frobenius norm of the kernel, ‖K‖_F.
+        participation_ratio: Participation ratio of the eigenvalues.
+        stable_rank: Stable rank of the kernel.
+        effective_rank: Effective rank of the kernel.
+        effective_rank_error: Estimated error of the effective rank; 0 if all eigenvalues are known.
+        smallest: Smallest eigenvalue; None if it was not computed.
+        smallest_error: Upper bound on the error of the smallest eigenvalue; None if it was not computed.
+        condition: Condition number λ₁ / λ_N; None if λ_N was not computed or does not exceed its error bound.
+        condition_error: Upper bound on the error of the condition number; None without one.
+        num_negative: Number of negative eigenvalues; None if it is not known.
+        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
+        num_above_error: Number of computed eigenvalues above ``error_norm``; None without a certificate.
+        passes: Number of passes over the stored tiles.
+        not_positive: Reason why the smallest eigenvalue could not be computed out of core; None if there is none.
     """
 
     method: str
@@ -109,7 +125,7 @@ class SpectrumAnswer(Answer):
     QUESTION: ClassVar[str] = "spectrum"
 
     def first(self, top: int | None) -> "SpectrumAnswer":
-        """Shorten the lists."""
+        """Return the answer with its lists cut to the ``top`` first entries."""
         return dataclasses.replace(
             self,
             eigenvalues=self.eigenvalues[:top],
@@ -125,44 +141,45 @@ def spectrum(
     solve: Multiply | None = None,
     report: Report = ignore_report,
 ) -> SpectrumAnswer:
-    """Compute eigenvalues, the largest first, with bounds on their errors, and what follows from all of them.
+    """Compute eigenvalues in descending order, bounds on their errors, and quantities of the whole spectrum.
 
-    Where K fits in memory, LAPACK computes all of them in 4/3 N³ FLOPs and one pass. Elsewhere, or if there are many
-    and ``top`` asks for a few, block Krylov computes the largest: trace and norms come exactly from its first pass, the
-    effective rank is estimated from its Gaussian vectors without a further one, and the condition is known only if
-    there is something to ``solve`` with.
+    If K fits in memory, LAPACK computes all eigenvalues in 4/3 N³ FLOPs and one pass. Otherwise, or if K has more than
+    4,096 rows and ``top`` is given, block Krylov computes the largest eigenvalues. Its first pass gives the exact trace
+    and Frobenius norm, and its Gaussian vectors give an estimate of the effective rank without a further pass. The
+    condition number then needs ``solve``, or ``condition`` in the settings.
 
     Args:
         matrix: The kernel.
-        settings: What is wanted.
-        solve: Multiplies with K⁻¹; by default, if the settings ask for the condition, a Cholesky factor on disk.
+        settings: The settings; None means the defaults.
+        solve: Multiplies vectors with K⁻¹. If it is None and the settings ask for the condition number, a Cholesky
+            factor on disk is used.
         report: Called as tiles are read.
 
     Raises:
-        InputError: If more eigenvalues are asked for than there are.
-        BudgetError: If the memory has no room for so many vectors.
+        InputError: If ``top`` exceeds the number of eigenvalues, or another setting is out of range.
+        BudgetError: If the memory limit is too small for the vectors.
     """
     settings = settings or SpectrumSettings()
     _check(matrix, settings)
     sizes = None if is_dense(matrix, settings) else plan_sizes(matrix, settings)
-    asked = {"method": "all"} if sizes is None else _asked(settings, has_inverse=solve is not None)
+    asked = {"method": "all"} if sizes is None else _settings_of(settings, has_inverse=solve is not None)
 
     def compute() -> SpectrumAnswer:
         before = matrix.tiles_read
         if sizes is None:
-            found = all_eigenvalues(matrix, report)
+            answer = all_eigenvalues(matrix, report)
         else:
-            found = largest_eigenvalues(matrix, sizes, settings, report)
+            answer = largest_eigenvalues(matrix, sizes, settings, report)
         passes = (matrix.tiles_read - before) / matrix.num_tiles
-        found = dataclasses.replace(found, passes=round(passes, 6))
+        answer = dataclasses.replace(answer, passes=round(passes, 6))
         if sizes is not None and (solve is not None or settings.condition):
-            return _with_condition(matrix, found, (settings, solve), report)
-        return found
+            return _with_condition(matrix, answer, (settings, solve), report)
+        return answer
 
     return recall_or_compute(matrix, SpectrumAnswer, asked, compute).first(settings.top)
 
 
-def _asked(settings: SpectrumSettings, *, has_inverse: bool) -> dict[str, Any]:
+def _settings_of(settings: SpectrumSettings, *, has_inverse: bool) -> dict[str, Any]:
     condition = settings.condition or has_inverse
     top = settings.top or USUAL_TOP
     return {"top": top, "tolerance": settings.tolerance, "max_passes": settings.max_passes, "condition": condition}
@@ -182,21 +199,23 @@ def _check(matrix: Matrix, settings: SpectrumSettings) -> None:
         )
 
 
-# how ------------------------------------------------------------------------------------------------------------------
+# choice of method and sizes -------------------------------------------------------------------------------------------
 
 
 def is_dense(matrix: Matrix, settings: SpectrumSettings) -> bool:
-    """Say whether all eigenvalues are to be computed: they fit in memory, and are wanted or few."""
+    """Return whether to compute all eigenvalues: the matrix fits in memory, and is small or ``top`` is not given."""
     needed = 8 * matrix.num_rows * (matrix.num_rows + 128) + reading_bytes(matrix)
     is_wanted = settings.top is None or matrix.num_rows <= FEW_ROWS
     return is_wanted and needed <= memory_left(settings.memory_bytes)
 
 
 def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
-    """Choose the largest block of which the memory holds eight, or if need be three.
+    """Choose the block size: the largest with which eight blocks fit in memory.
+
+    If not even eight of the smallest blocks fit, choose the largest number of them, three at least, that fits.
 
     Raises:
-        BudgetError: If it does not hold three of the smallest, of some vectors more than there are eigenvalues wanted.
+        BudgetError: If three of the smallest blocks do not fit.
     """
     N, left = matrix.num_rows, memory_left(settings.memory_bytes)
     smallest = min(N, min(settings.top or USUAL_TOP, N) + OVERSAMPLING)
@@ -217,13 +236,14 @@ def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
     return sizes
 
 
-# all of them ----------------------------------------------------------------------------------------------------------
+# all eigenvalues ------------------------------------------------------------------------------------------------------
 
 
 def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> SpectrumAnswer:
-    """Compute all eigenvalues by LAPACK, in float64, and what follows from them. Holds 8 N² bytes.
+    """Compute all eigenvalues by LAPACK in float64, and the quantities that follow from them.
 
-    Its eigenvalues are those of K + F with ‖F‖₂ ≤ p(N) ε ‖K‖₂ for a p that grows slowly; N is taken for it.
+    LAPACK returns the eigenvalues of K + F with ‖F‖₂ ≤ p(N) ε ‖K‖₂, where p grows slowly. The error bounds use
+    p(N) = N. Holds 8 N² bytes in memory.
     """
     K = matrix.dense(step=counter(report, "spectrum", 0, matrix.num_tiles))
     moments = Moments(len(K), float(np.trace(K)), float(np.linalg.norm(K)) ** 2)
@@ -238,10 +258,7 @@ def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> SpectrumA
         error_bounds=[bound] * len(values),
         is_converged=True,
         is_proven=True,
-        trace=norms.trace,
-        frobenius_norm=norms.frobenius_norm,
-        participation_ratio=norms.participation_ratio,
-        stable_rank=norms.stable_rank,
+        **vars(norms),
         effective_rank=effective_rank(values),
         effective_rank_error=0.0,
         smallest=smallest,
@@ -255,20 +272,9 @@ def all_eigenvalues(matrix: Matrix, report: Report = ignore_report) -> SpectrumA
     )
 
 
-def effective_rank(values: FloatArray) -> float:
-    """Compute exp(−Σ p log p) with p = max(λ, 0) / Σ max(λ, 0); 0 where no eigenvalue is positive.
-
-    >>> round(effective_rank(np.array([2.0, 2.0, 2.0, 0.0, -1e-9])), 6)
-    3.0
-    """
-    positive = values[values > 0]
-    p = positive / positive.sum()
-    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
-
-
 @dataclass(frozen=True)
 class _Norms:
-    """What follows from the trace, ‖K‖_F and ‖K‖₂."""
+    """Quantities that follow from the trace, ‖K‖_F and ‖K‖₂."""
 
     trace: float
     frobenius_norm: float
@@ -286,24 +292,24 @@ def _norms(moments: Moments, norm: float) -> _Norms:
 
 
 def _ratio(largest: float, smallest: tuple[float, float]) -> tuple[float, float] | tuple[None, None]:
-    """Compute λ₁ / λ_N and its error; None where λ_N is not told from zero by the computation."""
+    """Compute λ₁ / λ_N and its error from λ₁ and (λ_N, its error); return None twice if λ_N ≤ its error."""
     value, error = smallest
     return (None, None) if value <= error else (largest / value, largest / (value - error) - largest / value)
 
 
 def _count_above_error(matrix: Matrix, values: FloatArray) -> int | None:
-    """Count the eigenvalues that the error of the stored matrix leaves."""
+    """Count the eigenvalues above the error bound of the stored matrix; return None without a certificate."""
     norm = matrix.error_norm
     return None if norm is None else int((values > norm).sum())
 
 
-# the largest ----------------------------------------------------------------------------------------------------------
+# largest eigenvalues --------------------------------------------------------------------------------------------------
 
 
 def largest_eigenvalues(
     matrix: Matrix, sizes: Sizes, settings: SpectrumSettings, report: Report = ignore_report
 ) -> SpectrumAnswer:
-    """Compute the largest eigenvalues out of core, and what can be said of the others."""
+    """Compute the largest eigenvalues out of core, the exact trace and norms, and an estimate of the effective rank."""
     products = Products(matrix, report)
     krylov = Krylov(products, sizes)
     ranks: list[tuple[float, float]] = []
@@ -314,23 +320,20 @@ def largest_eigenvalues(
             ranks.append(estimate_effective_rank(krylov, products.moments))
 
     goal = Goal(min(settings.top or USUAL_TOP, sizes.num_rows), settings.tolerance, settings.max_passes)
-    found = run(krylov, goal, squares=lambda: products.squares, before_restart=estimate)
+    largest = run(krylov, goal, squares=lambda: products.squares, before_restart=estimate)
     estimate()
     assert products.moments is not None
     rank, error = ranks[0] if ranks else (0.0, 0.0)
-    norms = _norms(products.moments, float(np.abs(found.values).max()))
+    norms = _norms(products.moments, float(np.abs(largest.values).max()))
     return SpectrumAnswer(
         method="largest",
         block=sizes.block,
-        eigenvalues=found.values.tolist(),
-        residual_bounds=found.residuals.tolist(),
-        error_bounds=found.errors.tolist(),
-        is_converged=found.is_converged,
-        is_proven=found.is_proven,
-        trace=norms.trace,
-        frobenius_norm=norms.frobenius_norm,
-        participation_ratio=norms.participation_ratio,
-        stable_rank=norms.stable_rank,
+        eigenvalues=largest.values.tolist(),
+        residual_bounds=largest.residuals.tolist(),
+        error_bounds=largest.errors.tolist(),
+        is_converged=largest.is_converged,
+        is_proven=largest.is_proven,
+        **vars(norms),
         effective_rank=rank,
         effective_rank_error=error,
         smallest=None,
@@ -339,12 +342,12 @@ def largest_eigenvalues(
         condition_error=None,
         num_negative=None,
         error_norm=matrix.error_norm,
-        num_above_error=_count_above_error(matrix, found.values),
+        num_above_error=_count_above_error(matrix, largest.values),
         passes=krylov.steps,
     )
 
 
-# the smallest ---------------------------------------------------------------------------------------------------------
+# smallest eigenvalue --------------------------------------------------------------------------------------------------
 
 
 def smallest_eigenvalue(
@@ -353,29 +356,29 @@ def smallest_eigenvalue(
     """Compute the smallest eigenvalue of a positive definite K and a bound on its error, by block Krylov on K⁻¹.
 
     Args:
-        solve: Multiplies K⁻¹ with vectors; called a few times.
-        num_rows: Rows of K.
-        tolerance: Relative to the eigenvalue.
+        solve: Multiplies vectors with K⁻¹; called a few times.
+        num_rows: Number of rows of K.
+        tolerance: Largest accepted error, relative to the eigenvalue.
     """
     sizes = Sizes(num_rows, min(INVERSE_BLOCK, num_rows), INVERSE_STEPS)
-    found: Largest = run(Krylov(solve, sizes), Goal(1, tolerance, INVERSE_STEPS))
-    inverse, error = float(found.values[0]), float(found.errors[0])
+    largest: Largest = run(Krylov(solve, sizes), Goal(1, tolerance, INVERSE_STEPS))
+    inverse, error = float(largest.values[0]), float(largest.errors[0])
     return 1 / inverse, error / (inverse * (inverse + error))
 
 
 @contextmanager
 def _solving(matrix: Matrix, settings: SpectrumSettings, report: Report) -> Iterator[Multiply]:
-    """Solve with a Cholesky factor beside the store, which is made, and removed unless it was there before."""
+    """Provide a solver with a Cholesky factor beside the store; remove the factor afterwards if it is new."""
     was_there = place_of_factor(matrix, 0.0)[0].has("zarr.json")
     with factored(matrix, FactorSettings(memory_bytes=settings.memory_bytes, keep=was_there), report) as (factor, _):
         yield factor.solve
 
 
 def _with_condition(
-    matrix: Matrix, found: SpectrumAnswer, how: tuple[SpectrumSettings, Multiply | None], report: Report
+    matrix: Matrix, answer: SpectrumAnswer, settings_and_solve: tuple[SpectrumSettings, Multiply | None], report: Report
 ) -> SpectrumAnswer:
-    """Compute the smallest eigenvalue and the condition, where K is positive definite to rounding."""
-    settings, solve = how
+    """Add the smallest eigenvalue and the condition number; if K is not positive definite, add that message instead."""
+    settings, solve = settings_and_solve
     try:
         if solve is not None:
             smallest = smallest_eigenvalue(solve, matrix.num_rows)
@@ -383,10 +386,10 @@ def _with_condition(
             with _solving(matrix, settings, report) as solving:
                 smallest = smallest_eigenvalue(solving, matrix.num_rows)
     except NotPositiveError as error:
-        return dataclasses.replace(found, not_positive=str(error))
-    condition, condition_error = _ratio(found.eigenvalues[0], smallest)
+        return dataclasses.replace(answer, not_positive=str(error))
+    condition, condition_error = _ratio(answer.eigenvalues[0], smallest)
     return dataclasses.replace(
-        found,
+        answer,
         smallest=smallest[0],
         smallest_error=smallest[1],
         condition=condition,

@@ -1,4 +1,4 @@
-"""The log-determinant of a much larger kernel, from those of the leading blocks of a small one."""
+"""Extrapolation of the log-determinant to more samples, from the leading blocks of a computed kernel."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,22 +17,30 @@ from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report
 
-# Above this condition number the scaled columns do not determine their coefficients.
+# Maximum condition number of the scaled columns; above it they do not determine the coefficients.
 MAX_CONDITION = 1e12
-# Two fits, one of them without the last prefixes, may differ by so much of what they predict.
+# Maximum relative difference between the predictions of the fit to all prefixes and of that without the last ones.
 UNSURE = 0.05
 
 
 @dataclass(frozen=True)
 class Law:
-    """What is fitted, and to which prefixes.
+    """A law for the log-determinant of the first x samples, and the prefixes that it is fitted to.
 
-    ``q`` terms ln x!/xⁱ and ``powers`` terms x⁻ⁱ beside ln x!, x and 1, with weights w = x^−α, to the prefixes of more
-    than ``burn_in`` samples; the last ``holdout`` of these, a fraction, are held out to measure the error.
+    The terms are ln x!, x and 1, ``q`` terms ln x!/xⁱ and ``powers`` terms x⁻ⁱ. A prefix is a leading principal block
+    of whole samples.
+
+    Attributes:
+        to: Number of samples for which the log-determinant is predicted.
+        burn_in: Number of samples up to which prefixes are ignored. None means a tenth of the samples.
+        q: Number of terms ln x!/xⁱ.
+        powers: Number of terms x⁻ⁱ.
+        alpha: Exponent α of the weights x^−α of the least-squares fit.
+        holdout: Fraction of the prefixes, the last ones, that a second fit leaves out to measure the error.
     """
 
     to: int
-    burn_in: int | None = None  # samples; None: a tenth
+    burn_in: int | None = None
     q: int = 2
     powers: int = 0
     alpha: float = 0.0
@@ -51,7 +59,7 @@ class Law:
 
     @property
     def terms(self) -> list[str]:
-        """Name the functions of the basis."""
+        """Names of the basis functions."""
         logarithmic = [f"ln x!/x^{i}" for i in range(1, self.q + 1)]
         return ["ln x!", "x", "1", *logarithmic, *[f"x^-{i}" for i in range(1, self.powers + 1)]]
 
@@ -59,7 +67,7 @@ class Law:
         self,
         x: FloatArray,  # (points,)
     ) -> FloatArray:  # (points, terms)
-        """Evaluate the basis.
+        """Evaluate the basis functions at x.
 
         >>> Law(to=9, q=1, powers=1).basis(np.array([2.0])).round(3).tolist()
         [[0.693, 2.0, 1.0, 0.347, 0.5]]
@@ -70,21 +78,21 @@ class Law:
         return np.stack(columns, axis=1)
 
     def first_after(self, num_samples: int) -> int:
-        """Say how many samples the first prefix that counts has at least."""
+        """Return the minimum number of samples of a prefix that is fitted, out of this number of samples."""
         return (num_samples // 10 if self.burn_in is None else self.burn_in) + 1
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients of a law, in the order of its terms, and how they were determined."""
+    """A fitted law: its coefficients in the order of its terms, and the conditioning of the fit."""
 
     law: Law
     coefficients: FloatArray  # (terms,)
-    scales: FloatArray  # (terms,): norms of the weighted columns, by which they were divided
-    condition: float
+    scales: FloatArray  # (terms,): norms of the weighted columns; each column was divided by its norm
+    condition: float  # condition number of the scaled columns
 
     def at(self, x: FloatArray) -> FloatArray:
-        """Evaluate the law."""
+        """Evaluate the law at x."""
         return np.asarray(self.law.basis(x) @ self.coefficients)
 
 
@@ -93,10 +101,10 @@ def fit(
     x: FloatArray,  # (points,)
     y: FloatArray,  # (points,)
 ) -> Fit:
-    """Fit a law by weighted least squares: a QR factorisation of the basis, its columns scaled to norm 1.
+    """Fit a law by weighted least squares, with a QR factorisation of the basis, whose columns are scaled to norm 1.
 
     Raises:
-        InputError: If there are too few points, or these do not determine the coefficients.
+        InputError: If there are too few points, or the points do not determine the coefficients.
     """
     num_terms = len(law.terms)
     if len(x) < num_terms:
@@ -119,44 +127,62 @@ def fit(
 
 @dataclass(frozen=True)
 class ExtrapolateSettings(Law, Settings):
-    """The law to be fitted, and the kernel K + ``shift`` I that it is fitted to; see `LogdetSettings`."""
+    """Settings of `extrapolate`: the law, and the matrix K + ``shift`` I that it is fitted to.
+
+    The other attributes are those of `Law`.
+
+    Attributes:
+        shift: Shift λ that is added to the diagonal; not negative.
+        indefinite: Whether negative eigenvalues are allowed; see `FactorSettings`.
+    """
 
     shift: float = 0.0
     indefinite: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        FactorSettings(self.shift)  # refuses a shift that cannot be meant
+        FactorSettings(self.shift)  # raises an error for a negative or infinite shift
 
     @property
     def law(self) -> Law:
-        """The law alone."""
+        """The law without the other settings."""
         return Law(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Law)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtrapolateAnswer(Answer):
-    """The log-determinant of the kernel of more samples, as a law predicts it.
+    """The predicted log-determinant of the kernel of more samples, and the quality of the fit.
 
     Attributes:
-        to, to_rows: Samples and rows of the larger kernel.
-        logdet, logdet_per_row: What is predicted, in nats.
-        nu, nu_per_output: Adding the x-th sample multiplies the determinant by about x^−ν.
-        coefficients: By the names of the terms.
-        column_scales: Norms of the weighted columns.
+        to: Number of samples of the larger kernel.
+        to_rows: Number of rows of the larger kernel.
+        logdet: Predicted log-determinant in nats.
+        logdet_per_row: Predicted log-determinant divided by the number of rows, in nats.
+        nu: Exponent ν: adding the x-th sample multiplies the determinant by about x^−ν.
+        nu_per_output: ν divided by the number of outputs.
+        coefficients: Coefficients of the law by the names of its terms.
+        column_scales: Norms of the weighted columns of the basis by the names of the terms.
         condition: Condition number of the fit.
-        q, powers, alpha, burn_in: The law; see `Law`.
-        unit: What x counts.
-        num_outputs: Rows per sample.
-        prefixes_used, fitted_from, fitted_to: Leading blocks that were fitted, and samples of the first and the last.
-        rms_residual: Root mean square error on these.
-        holdout: Leading blocks that a second fit has not seen; without any the following are None.
-        holdout_logdet: What the second fit predicts.
-        holdout_from: Samples of the first block held out.
-        holdout_error, holdout_error_relative: On the last block.
-        holdout_error_per_row: The largest, each divided by the block's rows.
-        shift: λ.
-        warnings: What is not to be trusted.
+        q: Number of terms ln x!/xⁱ.
+        powers: Number of terms x⁻ⁱ.
+        alpha: Exponent α of the weights x^−α.
+        burn_in: Number of samples up to which prefixes were ignored.
+        unit: Unit of x.
+        num_outputs: Number of rows per sample.
+        prefixes_used: Number of leading blocks that were fitted.
+        fitted_from: Number of samples of the smallest fitted block.
+        fitted_to: Number of samples of the largest fitted block.
+        rms_residual: Root mean square residual of the fit in nats.
+        holdout_logdet: Log-determinant that the second fit predicts, in nats. This and the other ``holdout_`` fields
+            are None if no block was held out.
+        holdout: Number of leading blocks, the last ones, that the second fit leaves out.
+        holdout_from: Number of samples of the first block that was held out.
+        holdout_error: Error of the second fit on the last block in nats.
+        holdout_error_relative: The same error relative to the log-determinant of the last block.
+        holdout_error_per_row: Largest error of the second fit on a held-out block, divided by the block's number of
+            rows, in nats.
+        shift: Shift λ that was added to the diagonal.
+        warnings: Sentences on limits of the prediction and of the log-determinants that it is fitted to.
     """
 
     to: int
@@ -192,7 +218,7 @@ class ExtrapolateAnswer(Answer):
 
     @classmethod
     def from_kept(cls, found: Mapping[str, Any], asked: Mapping[str, Any]) -> "ExtrapolateAnswer":
-        """Read what was kept; the shift is kept as a setting."""
+        """Build an answer from a saved dictionary and the saved settings, which include the shift."""
         return dataclasses.replace(cls.from_json(found), shift=asked["shift"])
 
     @property
@@ -202,18 +228,19 @@ class ExtrapolateAnswer(Answer):
 
 
 def extrapolate(matrix: Matrix, settings: ExtrapolateSettings, *, report: Report = ignore_report) -> ExtrapolateAnswer:
-    """Predict the log-determinant of the kernel of more samples, from those of the leading blocks of this one.
+    """Predict the log-determinant of the kernel of more samples from those of the leading blocks of this kernel.
 
-    With x samples of m outputs, log det K_x = −ν ln x! + c₁ x + c₀ + Σᵢ bᵢ ln x!/xⁱ + Σᵢ aᵢ x⁻ⁱ: adding a sample
-    multiplies the determinant by about x^−ν. The samples must be in random order. What is predicted is the mean course;
-    its error is that on the last prefixes, which a fit to those before them has not seen.
+    With x samples of m outputs, the law is log det K_x = −ν ln x! + c₁ x + c₀ + Σᵢ bᵢ ln x!/xⁱ + Σᵢ aᵢ x⁻ⁱ. Adding the
+    x-th sample then multiplies the determinant by about x^−ν. The samples must be in random order. The law predicts the
+    trend, without the fluctuations from sample to sample. Its error is measured on the last prefixes, with a second fit
+    that leaves them out.
 
     References:
         Ameli, van der Heide, Hodgkinson, Roosta, Mahoney (2025), arXiv:2503.04424.
 
     Raises:
-        NotPositiveError: If the kernel has no leading blocks to fit; see `logdet`.
-        InputError: If these do not determine the law.
+        NotPositiveError: If the kernel cannot be factored; see `logdet`.
+        InputError: If the leading blocks do not determine the law.
     """
     law = settings.law
 
@@ -232,7 +259,7 @@ def extrapolate(matrix: Matrix, settings: ExtrapolateSettings, *, report: Report
 
 
 def warnings_of(answer: ExtrapolateAnswer) -> list[str]:
-    """Say that a prediction depends on which prefixes were fitted, if it does."""
+    """Warn if the predictions of the two fits, with and without the last prefixes, differ too much."""
     predicted, other = answer.logdet, answer.holdout_logdet
     if other is None or abs(other - predicted) <= UNSURE * abs(predicted):
         return []
@@ -245,22 +272,22 @@ def warnings_of(answer: ExtrapolateAnswer) -> list[str]:
 
 
 def fitted(law: Law, samples: Sequence[int], values: Sequence[float], num_outputs: int) -> ExtrapolateAnswer:
-    """Fit a law to prefixes, and describe it: the prediction, its coefficients, and its error on those held out."""
+    """Fit a law to prefixes; return the prediction, the coefficients and the error on the prefixes held out."""
     x, y = np.asarray(samples, dtype=np.float64), np.asarray(values, dtype=np.float64)
     is_used = x >= law.first_after(int(x[-1]))
     x, y = x[is_used], y[is_used]
-    found, rows = fit(law, x, y), law.to * num_outputs
-    predicted = float(found.at(np.array([float(law.to)]))[0])
+    fit_to_all, rows = fit(law, x, y), law.to * num_outputs
+    predicted = float(fit_to_all.at(np.array([float(law.to)]))[0])
     answer = ExtrapolateAnswer(
         to=law.to,
         to_rows=rows,
         logdet=predicted,
         logdet_per_row=predicted / rows,
-        nu=float(-found.coefficients[0]),
-        nu_per_output=float(-found.coefficients[0]) / num_outputs,
-        coefficients=dict(zip(law.terms, found.coefficients.tolist(), strict=True)),
-        column_scales=dict(zip(law.terms, found.scales.tolist(), strict=True)),
-        condition=found.condition,
+        nu=float(-fit_to_all.coefficients[0]),
+        nu_per_output=float(-fit_to_all.coefficients[0]) / num_outputs,
+        coefficients=dict(zip(law.terms, fit_to_all.coefficients.tolist(), strict=True)),
+        column_scales=dict(zip(law.terms, fit_to_all.scales.tolist(), strict=True)),
+        condition=fit_to_all.condition,
         q=law.q,
         powers=law.powers,
         alpha=law.alpha,
@@ -270,22 +297,22 @@ def fitted(law: Law, samples: Sequence[int], values: Sequence[float], num_output
         prefixes_used=len(x),
         fitted_from=int(x[0]),
         fitted_to=int(x[-1]),
-        rms_residual=float(np.sqrt(np.mean((found.at(x) - y) ** 2))),
+        rms_residual=float(np.sqrt(np.mean((fit_to_all.at(x) - y) ** 2))),
         holdout=0,
     )
     return _with_holdout(answer, law, x, y)
 
 
 def _with_holdout(answer: ExtrapolateAnswer, law: Law, x: FloatArray, y: FloatArray) -> ExtrapolateAnswer:
-    """Fit the first prefixes, and measure the error on the last."""
+    """Fit the law without the last prefixes, and measure its error on them."""
     count = int(law.holdout * len(x))
     if not count:
         return answer
-    found, last = fit(law, x[:-count], y[:-count]), slice(-count, None)
-    errors = found.at(x[last]) - y[last]
+    second_fit, last = fit(law, x[:-count], y[:-count]), slice(-count, None)
+    errors = second_fit.at(x[last]) - y[last]
     return dataclasses.replace(
         answer,
-        holdout_logdet=float(found.at(np.array([float(law.to)]))[0]),
+        holdout_logdet=float(second_fit.at(np.array([float(law.to)]))[0]),
         holdout=count,
         holdout_from=int(x[last][0]),
         holdout_error=float(errors[-1]),

@@ -1,8 +1,9 @@
 """Stochastic Lanczos quadrature: sums over all eigenvalues, Σ f(λ_i), from products with a few Gaussian vectors.
 
-For a Gaussian vector ω the mean of ωᵀ f(K) ω is tr f(K). A block Krylov space that starts from b of them, Ω = Q₁ R,
-gives all b of these at once, ωᵀ f(K) ω ≈ Σ_l f(θ_l) w_l, with the eigenvalues θ_l of T as nodes and, as weights, the
-squares of the first block of their eigenvectors times R. After q steps that is exact for polynomials of degree 2q − 1.
+For a Gaussian vector ω the mean of ωᵀ f(K) ω is tr f(K). A block Krylov space that starts from b Gaussian vectors,
+Ω = Q₁ R, gives a quadrature rule for each of them, ωᵀ f(K) ω ≈ Σ_l f(θ_l) w_l. Its nodes θ_l are the eigenvalues of T.
+Its weights w_l are the squares of the components of ω along the Ritz vectors: the first blocks of the eigenvectors of
+T times R. After q steps the rule is exact for polynomials of degree 2q − 1.
 
 References:
     Golub, Meurant (2010), Matrices, Moments and Quadrature with Applications, chapters 6 and 7.
@@ -18,16 +19,16 @@ import numpy as np
 from ntkgen.analysis.linalg.krylov import EPSILON, Krylov, largest_eigenpairs
 from ntkgen.analysis.matrix import FloatArray
 
-# A Ritz value whose residual is this fraction of it is taken as the eigenvalue itself, with the weight 1.
+# Maximum residual, relative to the Ritz value, at which a Ritz value counts as an eigenvalue, with the weight 1.
 KNOWN = 1e-3
-# A sum over the other eigenvalues that is a smaller fraction of that over all is not taken from their difference.
+# Minimum sum over the unknown eigenvalues, relative to the sum over all, at which their difference is significant.
 SIGNIFICANT = 1e-9
 TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What is known exactly of the eigenvalues: how many, tr K = Σ λ_i, and ‖K‖_F² = Σ λ_i²."""
+    """Exact moments of the eigenvalues: their number, tr K = Σ λ_i, and ‖K‖_F² = Σ λ_i²."""
 
     count: int
     trace: float
@@ -36,9 +37,10 @@ class Moments:
 
 @dataclass(frozen=True)
 class Quadrature:
-    """Nodes, descending, and for each probe their weights, which add up to about the number of eigenvalues.
+    """A quadrature rule: nodes in descending order, and their weights for each probe vector.
 
-    The first ``num_known`` nodes are eigenvalues themselves, each of the weight 1.
+    The weights of a probe add up to about the number of eigenvalues. The first ``num_known`` nodes are eigenvalues
+    themselves, each with the weight 1.
     """
 
     nodes: FloatArray  # (nodes,)
@@ -47,15 +49,15 @@ class Quadrature:
 
     @classmethod
     def of(cls, nodes: FloatArray, weights: FloatArray, num_known: int) -> "Quadrature":
-        """Give the nodes that are eigenvalues their weight."""
+        """Build a rule, and set the weights of the nodes that are eigenvalues to 1."""
         weights[:num_known] = 1.0
         return cls(nodes, weights, num_known)
 
     def total(self, f: Callable[[FloatArray], FloatArray], moments: Moments) -> tuple[float, float]:
-        """Estimate Σ f(λ_i), and the standard error of that.
+        """Estimate Σ f(λ_i) and its standard error.
 
-        A quadratic polynomial p that is close to f is subtracted first: Σ p(λ_i) is known from the moments, and only
-        what is left of f is sampled. What is known of single eigenvalues is not sampled either.
+        A quadratic polynomial p close to f serves as control variate: Σ p(λ_i) follows from the moments, and only
+        f − p is sampled. The known eigenvalues contribute exactly.
         """
         known, rest = np.split(self.nodes, [self.num_known])
         value = float(f(known).sum())
@@ -74,9 +76,10 @@ def _powers(
     rest: FloatArray,  # (rest,)
     moments: Moments,
 ) -> tuple[FloatArray, FloatArray]:  # (rest, powers), (powers,)
-    """List the powers 0 to 2 of the other nodes, scaled, and their sums over the eigenvalues that are not known.
+    """Return the scaled powers 0 to 2 of the other nodes, and the sums of these powers over the unknown eigenvalues.
 
-    Of a sum that is but what rounding left of a difference the power is left out.
+    A sum over the unknown eigenvalues is a difference. If cancellation has left only rounding errors of it, its power
+    is omitted.
     """
     unit = max(float(np.abs(rest).max()), TINY)
     wholes = [moments.count, moments.trace, moments.squares]
@@ -89,22 +92,22 @@ def _powers(
 def standard_error(
     samples: FloatArray,  # (…, probes)
 ) -> FloatArray:  # (…)
-    """Estimate the standard deviation of the mean of some samples."""
+    """Estimate the standard deviation of the mean of samples along the last axis."""
     count = samples.shape[-1]
     return np.asarray(samples.std(axis=-1, ddof=1) / np.sqrt(count) if count > 1 else np.abs(samples).mean(axis=-1))
 
 
 def gauss(krylov: Krylov) -> Quadrature:
-    """Build the rule of Gauss of a Krylov space that was not restarted. Costs about 9 · width³ FLOPs."""
+    """Build the Gauss rule of a Krylov space without restarts. Costs about 9 · width³ FLOPs."""
     return _rules(krylov, with_radau=False)[0]
 
 
 def gauss_and_radau(krylov: Krylov) -> tuple[Quadrature, Quadrature]:
-    """Build the rules of Gauss and of Gauss and Radau, the latter with as many nodes at zero as there are probes.
+    """Build the Gauss rule and the Gauss–Radau rule, which has as many additional nodes at zero as there are probes.
 
-    For a positive semidefinite K and a function whose derivatives of even order are negative, and of odd order
-    positive, on the positive axis (as −x log x has from the second one on) the first is too large and the second too
-    small, for each probe; they agree where Q is invariant.
+    Let K be positive semidefinite, and let all derivatives of a function from the second on be negative for even and
+    positive for odd order on the positive axis, as for −x log x. Then, for each probe, the Gauss rule gives a sum that
+    is too large, and the Gauss–Radau rule one that is too small. The rules agree if the Krylov space is invariant.
     """
     first, second = _rules(krylov, with_radau=True)
     return first, second
@@ -116,7 +119,7 @@ def _rules(krylov: Krylov, *, with_radau: bool) -> list[Quadrature]:
     weights = _weights(krylov, S)
     num_known = _count_known(nodes, krylov.residuals(S), len(krylov.start))
     rules, ends = [Quadrature.of(nodes, weights, num_known)], S[krylov.coupled].copy()
-    del S  # before another matrix of its size is made
+    del S  # frees its memory before another matrix of that size is built
     if with_radau:
         rules.append(_radau(krylov, (nodes, ends), num_known) if krylov.added else rules[0])
     return rules
@@ -127,10 +130,10 @@ def _count_known(
     residuals: FloatArray,  # (nodes,)
     num_probes: int,
 ) -> int:
-    """Count the first nodes that are eigenvalues, each as often as it is there.
+    """Count the leading nodes that are eigenvalues with their full multiplicity.
 
-    An eigenvalue, or a cluster of them as narrow as the residuals may be, that more vectors share than there are probes
-    is found as often as there are probes: where so many nodes lie so close, nobody knows.
+    Block Krylov finds an eigenvalue at most as often as there are probes. If as many nodes as there are probes lie
+    within the tolerance of each other, the multiplicity of the eigenvalue is therefore not known.
     """
     is_known = residuals <= KNOWN * np.abs(nodes)
     ends = nodes[min(num_probes, len(nodes)) - 1 :]
@@ -140,13 +143,13 @@ def _count_known(
 
 
 def _weights(krylov: Krylov, S: FloatArray) -> FloatArray:
-    """Square the components of the probes along Ritz vectors."""
+    """Compute the squares of the components of the probes along the Ritz vectors."""
     weights: FloatArray = S[: len(krylov.start)].T @ krylov.start
     return np.square(weights, out=weights)
 
 
 def _radau(krylov: Krylov, ritz: tuple[FloatArray, FloatArray], num_known: int) -> Quadrature:
-    """Border T such that it becomes singular, as often as there are columns in the border: B Eᵀ T⁻¹ E Bᵀ."""
+    """Extend T by the border B and the corner B Eᵀ T⁻¹ E Bᵀ, with which zero is an eigenvalue once per added column."""
     nodes, ends = ritz
     turned = krylov.coupling @ ends
     M = krylov.bordered(0.0)
@@ -155,8 +158,19 @@ def _radau(krylov: Krylov, ritz: tuple[FloatArray, FloatArray], num_known: int) 
     return Quadrature.of(values, _weights(krylov, S), num_known)
 
 
+def effective_rank(values: FloatArray) -> float:
+    """Compute exp(−Σ p log p) with p = max(λ, 0) / Σ max(λ, 0); return 0 if no eigenvalue is positive.
+
+    >>> round(effective_rank(np.array([2.0, 2.0, 2.0, 0.0, -1e-9])), 6)
+    3.0
+    """
+    positive = values[values > 0]
+    p = positive / positive.sum()
+    return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
+
+
 def estimate_effective_rank(krylov: Krylov, moments: Moments) -> tuple[float, float]:
-    """Estimate exp(−Σ p log p), p = λ / Σ λ, and how far that may be off: twice its standard error, and the rules' gap.
+    """Estimate exp(−Σ p log p), p = λ / Σ λ, and its error: two standard errors plus half the gap between the rules.
 
     Eigenvalues that are not positive count as zero.
     """
