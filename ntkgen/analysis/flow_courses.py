@@ -1,4 +1,4 @@
-"""How gradient flow is followed: by eigenvalues, in a Krylov space, or by integration."""
+"""Three methods for gradient flow: by eigendecomposition, in a Krylov space, and by numerical integration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,26 +17,28 @@ from ntkgen.analysis.targets import Problem
 from ntkgen.errors import DivergedError
 from ntkgen.progress import Report, counter
 
-# Where no times are given: so many, from a tenth of the first mode's learning time to so many of these at most.
+# Number of times when none are given. They begin at a tenth of the first mode's learning time.
 NUM_TIMES = 25
+# Maximum time by method when none are given, in learning times of the first mode.
 LONGEST = {"eigh": 1e8, "krylov": 1e3, "ode": 1e4}
-# Of a subspace: its error, relative to y − f₀; the most passes; and what is no new direction, relative.
+# Krylov space: maximum error relative to ‖y − f₀‖, maximum number of passes, and relative size below which a new
+# direction counts as rounding error.
 TOLERANCE, MAX_STEPS, ROUNDING = 1e-10, 300, 1e-14
-# Of the integration.
+# Relative and absolute tolerance of the numerical integration.
 RELATIVE, ABSOLUTE = 1e-9, 1e-11
-# The integral in the error bound is taken on so many points per time.
+# The integral in the error bound uses 4 · POINTS points, which begin at 1 / POINTS of the shortest time scale.
 POINTS = 64
 
 
 @dataclass(frozen=True)
 class Clock:
-    """What is learned, and how quickly."""
+    """The problem, the rate of learning, and the times at which the flow is evaluated."""
 
     problem: Problem
-    rate: float  # η
-    normalisation: float  # of the loss, c
-    wanted: tuple[float, ...] | None = None  # times; None: those in which something is learned
-    memory_bytes: int | None = None  # of the whole process
+    rate: float  # learning rate η
+    normalisation: float  # c, by which the sum of the losses is divided
+    wanted: tuple[float, ...] | None = None  # requested times; None: from the learning times of the modes
+    memory_bytes: int | None = None  # memory limit of the whole process
 
     @property
     def speed(self) -> float:
@@ -44,7 +46,11 @@ class Clock:
         return self.rate / self.normalisation
 
     def times(self, largest: float, slowest: float, method: str) -> FloatArray:
-        """Take the times asked for; or those between the first mode, of the largest eigenvalue, and the slowest."""
+        """Return the requested times in ascending order, or times that cover the learning times of the modes.
+
+        Without requested times they range from a tenth of the learning time of the largest eigenvalue to ten times that
+        of the slowest, or to the maximum of the method if that is earlier.
+        """
         if self.wanted is not None:
             return np.array(sorted(self.wanted))
         if largest <= 0:
@@ -55,51 +61,52 @@ class Clock:
 
 @dataclass(frozen=True)
 class Course:
-    """A flow at some times: f_t = f₀ + K α_t."""
+    """A flow at given times: f_t = f₀ + K α_t."""
 
     times: FloatArray
     values: list[FloatArray]  # (rows, columns) for each time, f_t
     alphas: list[FloatArray]  # (rows, columns) for each time, α_t
-    bounds: list[float | None]  # of ‖error of f_t‖ / ‖y − f₀‖; None where nobody knows one
+    bounds: list[float | None]  # upper bound on ‖error of f_t‖ / ‖y − f₀‖; None if it is not known
     eigenvalues: FloatArray | None = None  # descending
-    energies: FloatArray | None = None  # of y − f₀ in these modes
+    energies: FloatArray | None = None  # fraction of ‖y − f₀‖² in each of these modes
 
 
 @dataclass(frozen=True)
 class Subspace:
-    """A space that K maps into itself, but for B: K V = V Λ + Q B with orthonormal columns V and, beside them, Q."""
+    """A subspace that is invariant under K up to B: K V = V Λ + Q B, where [V Q] has orthonormal columns."""
 
-    eigenvalues: FloatArray  # (modes,), Λ; what is below zero counts as zero
-    energies: FloatArray  # (modes, columns), Vᵀ (y − f₀)
-    rest: FloatArray  # (columns, modes), B; none of a whole eigendecomposition
+    eigenvalues: FloatArray  # (modes,), Λ; negative ones count as zero
+    coordinates: FloatArray  # (modes, columns), Vᵀ (y − f₀)
+    rest: FloatArray  # (columns, modes), B; it has no rows for a full eigendecomposition
 
     @property
     def clipped(self) -> FloatArray:
-        """The eigenvalues as they count."""
+        """The eigenvalues, with zero in place of negative ones."""
         return np.maximum(self.eigenvalues, 0)
 
     def times(self, clock: Clock, method: str) -> FloatArray:
-        """Take the times asked for, or those in which something is learned."""
+        """Return the requested times, or times that cover the learning times of the modes."""
         largest = float(self.clipped.max(initial=0))
         tiny = clock.problem.matrix.num_rows * EPSILON * largest
         return clock.times(largest, float(self.clipped[self.clipped > tiny].min(initial=np.inf)), method)
 
     def left(self, time: float) -> FloatArray:  # (modes, columns)
-        """What is not learned yet, Vᵀ (y − f_t)."""
-        return np.exp(-self.clipped * time)[:, None] * self.energies
+        """Compute Vᵀ (y − f_t), the part of the targets that is not learned yet."""
+        return np.exp(-self.clipped * time)[:, None] * self.coordinates
 
     def learned(self, time: float) -> FloatArray:  # (modes, columns)
-        """Find Vᵀ α_t, by (1 − exp(−λt)) / λ, which is t for λ = 0."""
+        """Compute Vᵀ α_t from the factors (1 − exp(−λt)) / λ, which are t for λ = 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
             factors = np.where(
                 self.clipped * time > np.finfo(float).tiny, -np.expm1(-self.clipped * time) / self.clipped, time
             )
-        return factors[:, None] * self.energies
+        return factors[:, None] * self.coordinates
 
     def bound(self, time: float) -> float:
         """Bound the error of V exp(−Λ t) Vᵀ r against exp(−K t) r by ∫ ‖B exp(−Λ s) Vᵀ r‖ ds from 0 to t.
 
-        For of the first remains r_s' + K r_s = Q B exp(−Λ s) Vᵀ r, and no flow of a kernel lets an error grow.
+        The approximation r_s = V exp(−Λ s) Vᵀ r satisfies r_s' + K r_s = Q B exp(−Λ s) Vᵀ r. Its right side is the rate
+        at which the error arises, and exp(−K t) does not amplify an error, since K is positive semidefinite.
         """
         if not len(self.rest) or time == 0:
             return 0.0
@@ -108,7 +115,7 @@ class Subspace:
         return float(np.trapezoid([float(np.linalg.norm(self.rest @ self.left(at))) for at in points], points))
 
     def course(self, clock: Clock, method: str, vectors: FloatArray) -> Course:
-        """Follow the flow in the space of these vectors V, of (rows, modes)."""
+        """Compute the flow in the subspace with the vectors V, of shape (rows, modes)."""
         times, size = self.times(clock, method), float(np.sum(clock.problem.residual**2)) or 1.0
         order = np.argsort(-self.eigenvalues, kind="stable")
         return Course(
@@ -117,12 +124,12 @@ class Subspace:
             [vectors @ self.learned(time) for time in clock.speed * times],
             [self.bound(time) / np.sqrt(size) for time in clock.speed * times],
             self.eigenvalues[order],
-            np.sum(self.energies**2, axis=1)[order] / size,
+            np.sum(self.coordinates**2, axis=1)[order] / size,
         )
 
 
 def by_eigenvalues(clock: Clock, report: Report) -> Course:
-    """Follow the flow in all modes of the kernel.
+    """Compute the flow from the eigendecomposition of the kernel.
 
     Raises:
         BudgetError: If the eigenvectors do not fit in memory.
@@ -134,52 +141,53 @@ def by_eigenvalues(clock: Clock, report: Report) -> Course:
 
 
 def by_krylov(clock: Clock, report: Report) -> Course:
-    """Follow the flow in the space of r, K r, K² r, … with r = y − f₀, each step of which is a pass.
+    """Compute the flow in the Krylov space of r, K r, K² r, … with r = y − f₀; each step is one pass over the tiles.
 
-    It ends when the bound is met at all times, nothing new is found, or the memory is full.
+    The iteration ends when the error bound meets the tolerance at all times, the space is invariant, or the memory or
+    the number of steps is exhausted.
     """
     problem = clock.problem
-    most = _most_steps(problem, clock.memory_bytes)
-    step = counter(report, "solved", 0, most)
+    max_steps = _max_steps(problem, clock.memory_bytes)
+    step = counter(report, "solved", 0, max_steps)
     rows, columns = problem.residual.shape
-    basis = np.empty((rows, min(rows, most * columns)))
+    basis = np.empty((rows, min(rows, max_steps * columns)))
     products = np.zeros((basis.shape[1],) * 2)
     new, first = _orthonormal(basis[:, :0], problem.residual)
     space, rotation = _ritz(products[:0, :0], first[:0], first[:0, :0])
-    inside = 0
-    for count in range(1, most + 1):
+    width = 0
+    for count in range(1, max_steps + 1):
         if not new.shape[1]:
             break
-        last = slice(inside, inside + new.shape[1])
-        basis[:, last], inside = new, last.stop
+        last = slice(width, width + new.shape[1])
+        basis[:, last], width = new, last.stop
         product = problem.readout.scale * problem.matrix.matmat(new)
         step()
-        products[:inside, last] = basis[:, :inside].T @ product
-        new, rest = _orthonormal(basis[:, :inside], product)
-        if not new.shape[1] or count == most or count % max(1, count // 8) == 0:
-            space, rotation = _ritz(products[:inside, :inside], first, rest)
+        products[:width, last] = basis[:, :width].T @ product
+        new, rest = _orthonormal(basis[:, :width], product)
+        if not new.shape[1] or count == max_steps or count % max(1, count // 8) == 0:
+            space, rotation = _ritz(products[:width, :width], first, rest)
             if _is_enough(space, clock):
                 break
     return space.course(clock, "krylov", _rotated(basis, rotation))
 
 
 def _orthonormal(basis: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Find Q and B with vectors = basis C + Q B, Q orthonormal, and as narrow as rounding allows."""
-    left = vectors
+    """Factor vectors = basis C + Q B, with [basis Q] orthonormal; drop directions of Q that are rounding errors."""
+    remainder = vectors
     for _ in range(2):
-        left = left - basis @ (basis.T @ left)
-    Q, sizes, B = np.linalg.svd(left, full_matrices=False)
-    is_there = sizes > ROUNDING * max(float(np.linalg.norm(vectors)), np.finfo(float).tiny)
-    Q = Q[:, is_there]
-    Q, R = np.linalg.qr(Q - basis @ (basis.T @ Q))  # what is small was not orthogonal enough
-    return Q, R @ (sizes[is_there, None] * B[is_there])
+        remainder = remainder - basis @ (basis.T @ remainder)
+    Q, sizes, B = np.linalg.svd(remainder, full_matrices=False)
+    is_kept = sizes > ROUNDING * max(float(np.linalg.norm(vectors)), np.finfo(float).tiny)
+    Q = Q[:, is_kept]
+    Q, R = np.linalg.qr(Q - basis @ (basis.T @ Q))  # directions with small singular values are not orthogonal yet
+    return Q, R @ (sizes[is_kept, None] * B[is_kept])
 
 
-def _most_steps(problem: Problem, memory_bytes: int | None) -> int:
-    """Count the steps whose vectors fit in memory, beside the tiles and the outputs at all times.
+def _max_steps(problem: Problem, memory_bytes: int | None) -> int:
+    """Count the steps whose vectors fit in memory beside the tiles and the outputs at all times.
 
     Raises:
-        BudgetError: If ten do not.
+        BudgetError: If the vectors of ten steps do not fit.
     """
     vectors = 8 * problem.targets.size
     tiles = reading_bytes(problem.matrix, problem.targets.shape[1])
@@ -189,8 +197,8 @@ def _most_steps(problem: Problem, memory_bytes: int | None) -> int:
 
 
 def _ritz(products: FloatArray, first: FloatArray, rest: FloatArray) -> tuple[Subspace, FloatArray]:
-    """Diagonalise K within the basis; the second of the results are the coordinates of the modes in it."""
-    values, rotation = np.linalg.eigh(products, UPLO="U")  # below the diagonal blocks nothing was computed
+    """Diagonalise K within the basis; return the subspace, and the coordinates of its modes in the basis."""
+    values, rotation = np.linalg.eigh(products, UPLO="U")  # only the upper triangle of blocks was computed
     last = rotation[len(rotation) - rest.shape[1] :]
     return Subspace(values, rotation[: len(first)].T @ first, rest @ last), rotation
 
@@ -201,20 +209,23 @@ def _is_enough(space: Subspace, clock: Clock) -> bool:
 
 
 def _rotated(basis: FloatArray, rotation: FloatArray) -> FloatArray:
-    """Multiply a basis with a rotation where it lies, some rows at a time."""
-    inside = len(rotation)
+    """Multiply a basis with a rotation in place, 4,096 rows at a time."""
+    width = len(rotation)
     for start in range(0, len(basis), 4096):
-        basis[start : start + 4096, :inside] = basis[start : start + 4096, :inside] @ rotation
-    return basis[:, :inside]
+        basis[start : start + 4096, :width] = basis[start : start + 4096, :width] @ rotation
+    return basis[:, :width]
 
 
 # cross-entropy --------------------------------------------------------------------------------------------------------
 
 
 def by_integration(clock: Clock, report: Report) -> Course:
-    """Integrate f' = K α', α' = (η/c) A (y − softmax), from f₀ and zero; each step is a product with K."""
+    """Integrate f' = K α' and α' = (η/c) A (y − softmax) from f = f₀ and α = 0; A is the output map.
+
+    Every evaluation of the right side is one product with K.
+    """
     problem, shape = clock.problem, clock.problem.targets.shape
-    vectors = 16 * (20 + 2 * NUM_TIMES) * problem.targets.size  # of all stages of a step, and at all times
+    vectors = 16 * (20 + 2 * NUM_TIMES) * problem.targets.size  # bytes of all stages of a step and of all results
     require_memory("the matrix, to integrate", bytes_of(problem.matrix, "cholesky") + vectors, clock.memory_bytes)
     K, one_hot = problem.dense(report), np.eye(problem.readout.num_logits)[problem.matrix.labels]
     largest = float(scipy.sparse.linalg.eigsh(K, k=1, v0=np.ones(len(K)), return_eigenvectors=False)[0])
@@ -239,7 +250,7 @@ def _integrated(
     tolerances: FloatArray,
     step: Callable[[], None],
 ) -> list[FloatArray]:
-    """Integrate from time zero on, and keep the state at each time.
+    """Integrate from time zero, and return the state at each time.
 
     Raises:
         DivergedError: If the steps become too small.
@@ -247,15 +258,16 @@ def _integrated(
     states, before = [], 0.0
     for time in times:
         if time > before:
-            found = scipy.integrate.solve_ivp(
+            solution = scipy.integrate.solve_ivp(
                 change, (before, time), state, method="DOP853", rtol=RELATIVE, atol=tolerances, t_eval=[time]
             )
-            if not found.success:
+            if not solution.success:
                 raise DivergedError(
                     f"The flow could not be integrated from t = {before:g} to {time:g}: expected steps that meet the "
-                    f"tolerance {RELATIVE:g}, found none ({found.message}). Are logits or kernel infinite? Check them."
+                    f"tolerance {RELATIVE:g}, found none ({solution.message}). Are there infinite logits, or infinite "
+                    "entries in the kernel? Check them."
                 )
-            before, state = time, found.y[:, -1]
+            before, state = time, solution.y[:, -1]
         states.append(state)
         step()
     return states

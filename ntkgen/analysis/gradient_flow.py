@@ -1,4 +1,4 @@
-"""Gradient flow of the linearised network: what it has learned when, and which modes of the kernel it learns first."""
+"""Gradient flow of the linearised network: its loss over time, and the learning time of each mode of the kernel."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -24,16 +24,17 @@ LOSSES = ("squared", "cross-entropy")
 
 @dataclass(frozen=True)
 class FlowSettings(Settings):
-    """What is asked of a gradient flow.
+    """Settings of `flow`.
 
     Attributes:
-        loss: One of `LOSSES`.
+        loss: Loss function, ``squared`` or ``cross-entropy``.
         rate: Learning rate η.
-        normalisation: What the sum of losses is divided by, c; None: the number of samples.
-        times: When to look; None: over all learning times.
-        offset: f₀, `zero` or the network's `logits`.
-        num_modes: Modes of the kernel that the answer lists.
-        test: The kernel of the same samples with test samples.
+        normalisation: Number c by which the sum of the losses is divided. None means the number of samples.
+        times: Times of the evaluation, in steps of gradient descent with the learning rate η. None means times that
+            cover the learning times of the modes.
+        offset: Outputs f₀ at the start: ``zero``, or the ``logits`` of the network.
+        num_modes: Maximum number of modes of the kernel that the answer lists.
+        test: Store with the kernel of the same samples (rows) with test samples (columns).
     """
 
     loss: str = "squared"
@@ -47,22 +48,30 @@ class FlowSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class FlowAnswer(Answer):
-    """What gradient flow has learned at some times.
+    """Loss and accuracy of gradient flow at given times, and the modes that it learns.
 
     Attributes:
-        times: In steps of the learning rate.
-        train_loss, train_accuracy: At each time.
-        error_bounds: Of the outputs at each time, relative to y − f₀; None where none is known.
-        eigenvalues: Of the first modes, descending; these and the next three are None of the cross-entropy.
-        learning_times: When each mode is learned; None of a mode that never is.
-        energies: Part of y − f₀ in each mode.
-        energy_of_others: Part of it in all other modes.
-        loss, rate, offset, normalisation: As they were used.
-        output: The output map of the kernel.
-        samples: Samples of the kernel.
-        passes: Passes over the stored tiles.
-        test_store, test_accuracy, test_error: Of the test samples, if there are any; the error for the squared loss.
-        method: How the flow was followed, of `COURSES`.
+        times: Times of the evaluation, in steps of gradient descent with the learning rate.
+        train_loss: Loss on the training samples at each time.
+        train_accuracy: Fraction of the training samples that are classified correctly at each time.
+        error_bounds: Upper bound on the error of the outputs at each time, relative to ‖y − f₀‖; None if not known.
+        eigenvalues: Eigenvalues of the first modes in descending order. They, ``learning_times``, ``energies`` and
+            ``energy_of_others`` are None for the cross-entropy.
+        learning_times: Time after which each mode is learned; None for a mode with the eigenvalue zero.
+        energies: Fraction of ‖y − f₀‖² in each mode.
+        energy_of_others: Fraction of ‖y − f₀‖² in all other modes.
+        loss: Loss function.
+        rate: Learning rate η.
+        offset: Outputs f₀ at the start, ``zero`` or ``logits``.
+        normalisation: Number c by which the sum of the losses is divided.
+        output: Name of the output map that the kernel was computed with.
+        samples: Number of training samples.
+        passes: Number of passes over the stored tiles.
+        test_store: Path of the store with the test samples; None without one.
+        test_accuracy: Fraction of the test samples that are classified correctly at each time; None without a store.
+        test_error: Mean squared error on the test samples at each time; None without a store and for the cross-entropy.
+        method: Method that computed the flow: ``eigh`` (eigendecomposition), ``krylov`` (Krylov space) or ``ode``
+            (numerical integration).
     """
 
     times: Sequence[float]
@@ -89,19 +98,21 @@ class FlowAnswer(Answer):
 
 
 def flow(matrix: Matrix, settings: FlowSettings | None = None, *, report: Report = ignore_report) -> FlowAnswer:
-    """Follow gradient flow on the labels, as the network linearised at its parameters does it.
+    """Compute gradient flow on the labels for the network linearised at its parameters.
 
-    The loss is L = (1/c) Σᵢ ℓ(f(xᵢ), yᵢ) over the samples, with ℓ = ½ ‖f − y‖² or the cross-entropy of softmax f; its
-    normalisation c is the number of samples unless another is given. Parameters that follow −η ∇L, which is gradient
-    descent with the learning rate η at t steps, move the outputs by f' = −(η/c) K ∂ℓ/∂f. For the squared loss
+    The loss is L = (1/c) Σᵢ ℓ(f(xᵢ), yᵢ) over the samples, with ℓ = ½ ‖f − y‖² or the cross-entropy of softmax f. By
+    default c is the number of samples. The parameters follow −η ∇L, so that time t corresponds to t steps of gradient
+    descent with the learning rate η. The outputs then follow f' = −(η/c) K ∂ℓ/∂f. For the squared loss the solution is
 
-        f_t = y + exp(−η K t / c) (f₀ − y),
+        f_t = y + exp(−η K t / c) (f₀ − y).
 
-    so that the mode k of the kernel is learned after τₖ = c / (η λₖ), and counts by the energy of the labels in it,
-    (uₖᵀ (y − f₀))² / ‖y − f₀‖². By an eigendecomposition where it fits in memory; otherwise in a Krylov space of y − f₀
-    on products with the stored tiles, with a bound of the error at each time. Eigenvalues below zero count as zero. For
-    the cross-entropy the equation is integrated (DOP853), where the matrix fits in memory. A kernel of the trace,
-    divided by m, moves each output by itself.
+    Mode k of the kernel, with the eigenvalue λₖ and the eigenvector uₖ, is learned after the time τₖ = c / (η λₖ). Its
+    energy is the fraction of y − f₀ in it, (uₖᵀ (y − f₀))² / ‖y − f₀‖². Negative eigenvalues count as zero.
+
+    For the squared loss the flow comes from an eigendecomposition if that fits in memory. Otherwise it is computed in a
+    Krylov space of y − f₀, from products with the stored tiles, with an error bound at each time. For the cross-entropy
+    the differential equation is integrated numerically (DOP853), which needs the matrix in memory. A trace kernel is
+    divided by the number m of outputs and then serves for each output separately.
 
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §5.
@@ -109,9 +120,9 @@ def flow(matrix: Matrix, settings: FlowSettings | None = None, *, report: Report
         Saad (1992), Analysis of some Krylov subspace approximations to the matrix exponential operator.
 
     Raises:
-        InputError: If there are no labels, a number is not positive that must be, or one logit alone has no
-            cross-entropy.
-        BudgetError: If the memory is too small.
+        InputError: If the store has no labels, if a setting is out of range, or if the cross-entropy is requested for a
+            kernel of one logit only.
+        BudgetError: If the memory limit is too small.
     """
     settings = settings or FlowSettings()
     problem = Problem.of(matrix, settings.offset)
@@ -139,10 +150,10 @@ def flow(matrix: Matrix, settings: FlowSettings | None = None, *, report: Report
 
 
 def _check(problem: Problem, settings: FlowSettings) -> None:
-    """Refuse what has no flow.
+    """Refuse settings for which the flow is not defined.
 
     Raises:
-        InputError: If a number is wrong, or the cross-entropy lacks logits.
+        InputError: If a number is out of range, or the kernel lacks logits that the cross-entropy needs.
     """
     numbers = {
         "--rate": settings.rate,
@@ -171,7 +182,7 @@ def _method(matrix: Matrix, settings: FlowSettings) -> str:
 
 
 def clock_of(problem: Problem, settings: FlowSettings) -> Clock:
-    """Say what is learned, how quickly, and when to look."""
+    """Collect the problem, the rate of learning and the times of a flow."""
     normalisation = settings.normalisation or float(problem.matrix.num_samples)
     return Clock(problem, settings.rate, normalisation, settings.times, settings.memory_bytes)
 
@@ -206,7 +217,7 @@ def _with_test(answer: FlowAnswer, course: Course, test: TestSamples, report: Re
 
 
 def _loss(clock: Clock, loss: str, values: FloatArray) -> float:
-    """Measure the loss of outputs."""
+    """Compute the loss of outputs on the training samples."""
     if loss == "squared":
         return float(np.sum((clock.problem.targets - values) ** 2)) / (2 * clock.normalisation)
     scores = scipy.special.log_softmax(clock.problem.readout.scores(values), axis=1)
@@ -215,7 +226,7 @@ def _loss(clock: Clock, loss: str, values: FloatArray) -> float:
 
 
 def _with_modes(answer: FlowAnswer, clock: Clock, course: Course, num_modes: int) -> FlowAnswer:
-    """List the modes with the largest eigenvalues: when they are learned, and what of the labels is in them."""
+    """Add the modes with the largest eigenvalues, their learning times and their energies."""
     if course.eigenvalues is None or course.energies is None:
         return answer
     tiny = clock.problem.matrix.num_rows * EPSILON * float(np.abs(course.eigenvalues).max(initial=0))

@@ -1,4 +1,4 @@
-"""A stored kernel as analysis sees it: rows, true float64 values, read in parts, and how much was read."""
+"""A stored kernel as a symmetric matrix in float64 that is read in parts, with a count of the tiles that were read."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -24,16 +24,22 @@ if TYPE_CHECKING:
     from distributed import Client
 
 FloatArray = npt.NDArray[np.float64]
-# Makes arrays of some tiles of a matrix and some vectors, which are then added up.
+# Function that computes arrays from some tiles of a matrix and some vectors; the arrays of all parts are summed.
 Part = Callable[["Matrix", FloatArray, Sequence[Tile], Step], Arrays]
 
 
 @dataclass
 class Matrix:
-    """A symmetric kernel, or the largest leading part of it that is there, read from one triangle.
+    """A symmetric kernel, or its largest complete leading part, read from the one triangle that is stored.
 
-    A tile is read whole, whatever part of it is asked for; ``tiles_read`` counts them. Where there is a client of a
-    dask cluster, its workers share each pass over the tiles.
+    Attributes:
+        store: The store that holds the kernel.
+        dtype: Data type of the stored kernel. A store may hold kernels of several data types.
+        output: Output whose kernel this is, in a store with the output map ``diagonal``; otherwise None.
+        num_rows: Number of rows.
+        view: The matrix as a lazy array.
+        tiles_read: Number of tiles that were read. A tile is read as a whole even if only a part of it is needed.
+        client: Client of a dask cluster, whose workers share each pass over the tiles; None for this process alone.
     """
 
     store: KernelStore
@@ -46,38 +52,38 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        """Where the store lies."""
+        """Path of the store."""
         return self.store.name
 
     @property
     def num_outputs(self) -> int:
-        """Rows per sample, m."""
+        """Number of rows per sample, m."""
         return self.store.grid.num_outputs
 
     @property
     def num_samples(self) -> int:
-        """Samples, n."""
+        """Number of samples, n."""
         return self.num_rows // self.num_outputs
 
     @property
     def side(self) -> int:
-        """Rows of a stored tile, T."""
+        """Number of rows of a stored tile, T."""
         return self.store.grid.side
 
     @property
     def num_tiles(self) -> int:
-        """Stored tiles of one triangle: those of one pass."""
+        """Number of stored tiles of one triangle, which one pass reads."""
         blocks = -(-self.num_rows // self.side)
         return blocks * (blocks + 1) // 2
 
     @property
     def passes(self) -> float:
-        """How often the stored triangle was read."""
+        """Number of passes over the stored triangle so far."""
         return self.tiles_read / self.num_tiles
 
     @property
     def is_partial(self) -> bool:
-        """Say whether it is a leading part of a kernel that is not complete."""
+        """Whether this is the leading part of a kernel that is not complete."""
         return self.num_rows < self.store.grid.num_rows
 
     @property
@@ -85,32 +91,35 @@ class Matrix:
         """Labels of the samples.
 
         Raises:
-            InputError: If the store has none.
+            InputError: If the store has no labels.
         """
         labels: npt.NDArray[np.int64] = self.store.read("row_label")[: self.num_rows : self.num_outputs]
         if (labels < 0).any():
             raise InputError(
                 f"The store at {self.name} has no labels: expected one for each of its {self.num_samples} samples, "
-                "found none. Was it made in Python, or imported? ntkgen.compute(…, labels=…) stores them."
+                "found none. Was it computed in Python, or imported? Pass the labels to ntkgen.compute(…, labels=…), "
+                "which stores them."
             )
         return labels
 
     @property
     def error_norm(self) -> float | None:
-        """The certificate's bound of ‖E‖_F, with 95 % confidence; None where there is no certificate."""
+        """Upper bound on ‖E‖_F with 95 % confidence, where E is the error of the stored kernel.
+
+        The bound was measured when the store was certified. It is None without a certificate and for a partial kernel.
+        """
         errors = (self.store.manifest.certificate or {}).get("errors", [])
-        found = [float(error["bound"]) for error in errors if error["dtype"] == self.dtype]
-        return found[0] if found and not self.is_partial else None
+        bounds = [float(error["bound"]) for error in errors if error["dtype"] == self.dtype]
+        return bounds[0] if bounds and not self.is_partial else None
 
     def matmat(self, V: npt.ArrayLike, *, step: Step = ignore_step) -> FloatArray:
         """Multiply with vectors in float64, in one pass over the stored triangle."""
         return self.fold(_multiply, np.asarray(V, dtype=np.float64), step=step)[0]
 
     def fold(self, part: Part, V: FloatArray, *, step: Step = ignore_step) -> Arrays:
-        """Add up arrays that are made of the tiles of one triangle and of vectors, in one pass.
+        """Sum the arrays that ``part`` computes from the tiles of one triangle and from vectors, in one pass.
 
-        On a cluster each worker makes them of some tiles, so that sums differ in their rounding from those of one
-        process.
+        On a cluster each worker treats some of the tiles. The sums then differ by rounding from those of one process.
         """
         tiles = tiles_of(self)
         if self.client is None:
@@ -120,24 +129,24 @@ class Matrix:
 
     @cached_property
     def carried(self) -> "Matrix":
-        """A copy that a worker can open where it is."""
+        """A copy that can be sent to the workers of a cluster."""
         store = open_store(shared(self.store.folder))
         return _matrix_of(store, self.dtype, self.output, self.num_rows)
 
     def block(self, rows: slice, cols: slice) -> FloatArray:
-        """Read a part: true values in float64."""
+        """Read a part of the matrix as true (unscaled) values in float64."""
         self.tiles_read += len(self._spanned(rows)) * len(self._spanned(cols))
         return np.asarray(self.view[rows, cols], dtype=np.float64)
 
     def tiles(
         self, tiles: Sequence[Tile] | None = None, *, step: Step = ignore_step
     ) -> Iterator[tuple[slice, slice, FloatArray]]:
-        """Read each tile of one triangle once, row by row, as true float64 values; the next ones in threads meanwhile.
+        """Read each tile of one triangle once, row by row, as true (unscaled) values in float64.
 
-        Holds four tiles.
+        Threads read the next tiles in the meantime. Holds four tiles in memory.
 
         Raises:
-            StoreError: If a tile is missing, damaged or not finite; the message names it.
+            StoreError: If a tile is missing, damaged or not finite. The message names the tile.
         """
 
         def read(place: tuple[int, int]) -> FloatArray:
@@ -157,8 +166,8 @@ class Matrix:
             step()
             yield self._span(row), self._span(col), values
 
-    def dense(self, *, step: Step = ignore_step) -> FloatArray:  # (rows, rows), in Fortran's order
-        """Read the whole matrix, both triangles, in the order that LAPACK overwrites without a copy."""
+    def dense(self, *, step: Step = ignore_step) -> FloatArray:  # (rows, rows), in Fortran order
+        """Read the whole matrix, both triangles, in Fortran order, which LAPACK overwrites without a copy."""
         values = np.empty((self.num_rows, self.num_rows), order="F")
         for rows, cols, tile in self.tiles(step=step):
             values[rows, cols] = tile
@@ -166,7 +175,7 @@ class Matrix:
         return values
 
     def diagonal(self) -> FloatArray:
-        """Read the diagonal of what is stored, which is that of the store's exact diagonal but for rounding."""
+        """Read the diagonal of the stored matrix, which equals the exact diagonal in the store up to rounding."""
         spans = [slice(at, min(at + self.side, self.num_rows)) for at in range(0, self.num_rows, self.side)]
         return np.concatenate([np.diagonal(self.block(span, span)) for span in spans])
 
@@ -186,18 +195,18 @@ def open_matrix(
     allow_partial: bool = False,
     client: "Client | None" = None,
 ) -> Matrix:
-    """View a store for analysis.
+    """Open the kernel of a store for analysis.
 
     Args:
         store: An opened store of a symmetric kernel.
-        dtype: Which of the stored kernels; the most precise one where it is left out.
-        output: Which matrix, of a store of the output `diagonal`.
-        allow_partial: Whether the largest complete leading part will do, where tiles are missing.
-        client: Of a dask cluster, whose workers see the same files: passes over the tiles are divided among them. What
-            is factored as a whole, by LAPACK or tile by tile, is factored in this process.
+        dtype: Data type of the stored kernel to use. None means the most precise one in the store.
+        output: Output whose kernel is used, in a store with the output map ``diagonal``.
+        allow_partial: Whether to use the largest complete leading part if tiles are missing.
+        client: Client of a dask cluster whose workers see the same files. The workers share each pass over the tiles.
+            Factorisations, by LAPACK or tile by tile, run in this process.
 
     Raises:
-        StoreError: If tiles are missing, and may not be; or none is there.
+        StoreError: If tiles are missing although ``allow_partial`` is not set, or if no leading part is complete.
         InputError: If the kernel is rectangular.
     """
     if not store.grid.is_symmetric:
@@ -229,10 +238,10 @@ def _multiply(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) 
 
 
 def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
-    """Count the rows of the largest leading part whose tiles are all there.
+    """Count the rows of the largest leading part without missing tiles.
 
     Raises:
-        StoreError: If that is not all of them, and must be; or none.
+        StoreError: If tiles are missing although ``allow_partial`` is not set, or if no leading part is complete.
     """
     missing, grid = store.missing_tiles(), store.grid
     if not missing:
@@ -255,12 +264,13 @@ def tiles_of(matrix: Matrix) -> list[Tile]:
 
 
 def memory_left(memory_bytes: int | None) -> int:
-    """Say how much of a budget for the whole process is left: what Python and its libraries take counts too.
+    """Return how many bytes of a memory limit for the whole process are left.
 
-    Without a budget that is 80 % of the memory that is free.
+    The memory that Python and its libraries occupy counts against the limit. Without a limit the result is 80 % of the
+    memory that is free.
 
     Raises:
-        InputError: If nothing is.
+        InputError: If the process already exceeds the limit.
     """
     import psutil
 
@@ -276,10 +286,10 @@ def memory_left(memory_bytes: int | None) -> int:
 
 
 def require_memory(what: str, needed_bytes: int, memory_bytes: int | None) -> None:
-    """Refuse what does not fit in what a budget for the whole process leaves.
+    """Refuse a computation that needs more memory than a limit for the whole process leaves.
 
     Raises:
-        BudgetError: If it does not.
+        BudgetError: If the memory is too small.
     """
     left = memory_left(memory_bytes)
     if needed_bytes <= left:

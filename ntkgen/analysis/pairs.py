@@ -13,9 +13,9 @@ from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.progress import Report, Step, counter, ignore_step
 from ntkgen.store.view import Place, read_ahead
 
-# Rows that are subtracted at a time.
+# Number of rows that are subtracted at a time.
 SLAB_ROWS = 256
-# A stage reads two tiles in float64 while it works on two others, and holds what they were stored as.
+# Memory of a pass in float64 tiles: two tiles in use, two that are being read, and their stored forms.
 TILES_HELD = 8
 
 
@@ -33,7 +33,7 @@ class PairMoments:
     def of(
         cls, places: Sequence[Place], first: Matrix, second: Matrix, side: int, step: Step = ignore_step
     ) -> "PairMoments":
-        """Sum over parts of both, of ``side`` rows and columns, each of which is read once."""
+        """Sum over the given parts of both kernels, each with ``side`` rows and columns; each part is read once."""
         moments = cls(np.zeros((2, first.num_rows)), np.zeros(2))
         for rows, cols, pair in _pairs(places, first, second, side):
             moments.add(rows, cols, *pair)
@@ -41,15 +41,15 @@ class PairMoments:
         return moments
 
     def add(self, rows: slice, cols: slice, K: FloatArray, L: FloatArray) -> None:
-        """Add what two parts above the diagonal, or one on it, say of both triangles."""
+        """Add one part of K and L; a part above the diagonal counts for both triangles."""
         count = 1 if rows == cols else 2
         self.inner += count * float(np.vdot(K, L))
         self.squares += [count * float(np.vdot(M, M)) for M in (K, L)]
         for start in range(0, len(K), SLAB_ROWS):
             slab = slice(start, start + SLAB_ROWS)
-            minus = K[slab] - L[slab]
-            self.difference += count * float(np.vdot(minus, minus))
-            self.change += count * float(np.vdot(minus, K[slab] + L[slab]))
+            difference = K[slab] - L[slab]
+            self.difference += count * float(np.vdot(difference, difference))
+            self.change += count * float(np.vdot(difference, K[slab] + L[slab]))
         for sums, M in zip(self.row_sums, (K, L), strict=True):
             sums[rows] += M.sum(1)
             if rows != cols:
@@ -57,21 +57,22 @@ class PairMoments:
 
     @property
     def distance(self) -> float | None:
-        """1 − ⟨K, L⟩ / (‖K‖ ‖L‖), with as many digits as the numbers have where K and L are close.
+        """1 − ⟨K, L⟩ / (‖K‖ ‖L‖), without cancellation where K and L are close.
 
-        With g = ‖K‖ − ‖L‖ = ⟨K − L, K + L⟩ / (‖K‖ + ‖L‖) it is (‖K − L‖² − g²) / (2 ‖K‖ ‖L‖).
+        For close kernels it is computed as (‖K − L‖² − g²) / (2 ‖K‖ ‖L‖) with g = ‖K‖ − ‖L‖, which is
+        ⟨K − L, K + L⟩ / (‖K‖ + ‖L‖).
         """
         norms = [math.sqrt(square) for square in self.squares]
         if not all(norms):
             return None
-        if self.difference > self.squares[0] / 4:  # far apart, or of other sizes
+        if self.difference > self.squares[0] / 4:  # not close
             return 1 - self.inner / norms[0] / norms[1]
         gap = self.change / sum(norms)
         return max(0.0, self.difference - gap**2) / (2 * norms[0] * norms[1])
 
     @property
     def centered_alignment(self) -> float | None:
-        """⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖); None where one of them is rounding alone."""
+        """⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖); None where one of the norms is zero up to rounding."""
         rows, means = self.row_sums.shape[1], self.row_sums / self.row_sums.shape[1]
         squares = [centered_product(square, r, r) for square, r in zip(self.squares, means, strict=True)]
         limits = [4 * rows * EPSILON * square for square in self.squares]
@@ -99,15 +100,15 @@ def measure_pair(first: Matrix, second: Matrix, memory_bytes: int | None, report
 
 
 def _measured(places: Sequence[Place], first: Matrix, second: Matrix, side: int) -> Arrays:
-    """Measure some parts of both, on a worker."""
-    found = PairMoments.of(places, first, second, side)
-    return found.row_sums, found.squares, np.array([found.inner, found.difference, found.change])
+    """Compute the sums over some parts of both kernels, on a worker."""
+    moments = PairMoments.of(places, first, second, side)
+    return moments.row_sums, moments.squares, np.array([moments.inner, moments.difference, moments.change])
 
 
 def _pairs(
     places: Sequence[Place], first: Matrix, second: Matrix, side: int
 ) -> Iterator[tuple[slice, slice, FloatArray]]:
-    """Read the same parts of both, those of the larger tiles; the next of them in a thread meanwhile."""
+    """Read the same parts of both kernels, cut as the larger tiles; a thread reads the next part in the meantime."""
 
     def read(place: Place) -> FloatArray:  # (2, rows, cols)
         rows, cols = (_span(first, side, block) for block in place)
@@ -127,7 +128,7 @@ def _span(matrix: Matrix, side: int, block: int) -> slice:
 
 
 def _count(first: Matrix, second: Matrix, spans: tuple[slice, slice]) -> None:
-    """Count the stored tiles that a part of both is read from."""
+    """Add the stored tiles that one part of both kernels is read from to ``tiles_read``."""
     for matrix in (first, second):
         matrix.tiles_read += _spanned(spans[0], matrix.side) * _spanned(spans[1], matrix.side)
 

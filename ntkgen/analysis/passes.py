@@ -1,4 +1,4 @@
-"""A pass over the tiles of a kernel, divided among the workers of a dask cluster."""
+"""Passes over the tiles of a kernel, divided among the workers of a dask cluster."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 Arrays = tuple[npt.NDArray[np.float64], ...]
 Place = TypeVar("Place")
 
-# So many parts for each thread of a worker: enough to share the work evenly, few enough for what each sends back.
+# Number of parts per worker thread. More parts balance the work better, but each part sends its arrays back.
 PARTS_PER_THREAD = 4
 
 
 def fold(
     client: "Client",
-    make: Callable[..., Arrays],  # of some places, and of the arguments
+    make: Callable[..., Arrays],  # called with some of the places and with the arguments
     places: Sequence[Place],
     arguments: Sequence[Any],
     step: Step = ignore_step,  # called for each place
 ) -> Arrays:
-    """Have workers make arrays of parts of some places, and add these up, in the order of the places.
+    """Sum the arrays that workers compute from parts of the places, in the order of the places.
 
     Raises:
-        WorkerError: If a part was lost again and again, each time with its worker.
+        WorkerError: If a part was lost repeatedly, each time with its worker.
     """
     from distributed import KilledWorker
 
@@ -44,12 +44,12 @@ def fold(
     sums: Arrays | None = None
     try:
         for part, future in zip(parts, futures, strict=True):
-            found: Arrays = future.result()
+            arrays: Arrays = future.result()
             future.release()
-            sums = found if sums is None else tuple(map(np.add, sums, found))
+            sums = arrays if sums is None else tuple(map(np.add, sums, arrays))
             for _ in part:
                 step()
-    except (KilledWorker, CancelledError) as error:  # the latter, if what it was given was lost too
+    except (KilledWorker, CancelledError) as error:  # CancelledError if the arguments were lost with the worker
         raise WorkerError(
             f"A part of a pass over the tiles was lost with every worker that had begun it, at "
             f"{address_of(client)}: expected one of them to finish it. Are they killed for their memory? Each holds "

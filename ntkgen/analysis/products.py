@@ -1,4 +1,4 @@
-"""Products of a stored kernel with vectors; the first pass gives its trace and norm too."""
+"""Products of a stored kernel with vectors; the first pass also measures the trace and the Frobenius norm."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,20 @@ from ntkgen.analysis.passes import Arrays
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report
 
-# Tiles in float64 that are in memory while they are read and multiplied, with what reading takes.
+# Memory of a pass in float64 tiles: the tiles that are read and multiplied, and the buffers for reading.
 TILES_HELD = 6
 
 
 def reading_bytes(matrix: Matrix, vectors: int = 0) -> int:
-    """Estimate what reading and multiplying tiles takes, besides the vectors, and what the BLAS keeps."""
+    """Estimate the bytes for reading tiles and multiplying them with vectors, with the workspace of the BLAS.
+
+    The vectors themselves are not included.
+    """
     return WORKSPACE_BYTES + 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
 
 
 class Products:
-    """Multiplies a kernel with vectors, and adds up its trace and the squares of its entries in the first pass."""
+    """Multiplies a kernel with vectors; the first pass also sums its diagonal and the squares of its entries."""
 
     def __init__(self, matrix: Matrix, report: Report = ignore_report) -> None:
         self.matrix = matrix
@@ -31,13 +34,13 @@ class Products:
 
     @property
     def squares(self) -> float | None:
-        """‖K‖_F², once it is known."""
+        """‖K‖_F²; None before the first pass."""
         return None if self.moments is None else self.moments.squares
 
     def __call__(self, V: FloatArray) -> FloatArray:
         """Compute K V, in one pass."""
-        each = self.matrix.num_tiles
-        step = counter(self._report, "spectrum", self._passes * each, (self._passes + 1) * each)
+        tiles = self.matrix.num_tiles
+        step = counter(self._report, "spectrum", self._passes * tiles, (self._passes + 1) * tiles)
         self._passes += 1
         if self.moments is not None:
             return self.matrix.matmat(V, step=step)
@@ -48,11 +51,11 @@ class Products:
 def multiply_and_measure(matrix: Matrix, V: FloatArray, step: Step) -> tuple[FloatArray, Moments]:
     """Compute K V, tr K and ‖K‖_F² in one pass over one triangle."""
     product, sums = matrix.fold(_multiplied_and_measured, V, step=step)
-    return product, Moments(matrix.num_rows, *(float(each) for each in sums))
+    return product, Moments(matrix.num_rows, *(float(value) for value in sums))
 
 
 def _multiplied_and_measured(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) -> Arrays:
-    """Do so for some tiles: the product, and both sums."""
+    """Compute what some tiles add to K V, and to (tr K, ‖K‖_F²)."""
     product, trace, squares = np.zeros_like(V, order="C"), 0.0, 0.0
     for rows, cols, tile in matrix.tiles(tiles, step=step):
         product[rows] += tile @ V[cols]

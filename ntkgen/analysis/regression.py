@@ -1,4 +1,4 @@
-"""Kernel ridge regression on the labels, over a grid of λ, with its errors on samples left out and of a test set."""
+"""Kernel ridge regression on the labels for several λ, with leave-one-out errors and errors on test samples."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,14 +22,17 @@ from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.store import KernelStore
 
 METHODS = ("auto", "eigh", "cholesky", "cg")
-# Where no λ is given: times the mean eigenvalue.
+# Values of λ when none are given, relative to the mean eigenvalue.
 DEFAULT_SHIFTS = tuple(10.0**power for power in range(-6, 3))
-# Bytes per entry of the matrix that stay in memory: of its eigenvectors LAPACK's workspace is two thirds.
+# Memory in bytes per entry of the matrix. Two thirds of that of an eigendecomposition are LAPACK's workspace.
 ENTRY_BYTES = {"eigh": 24, "cholesky": 8}
-# Of conjugate gradients: residuals, relative; random vectors for the trace.
+# Maximum relative residuals of conjugate gradients: for the labels, and for the random vectors that estimate the trace.
 TOLERANCE, TRACE_TOLERANCE = 1e-10, 1e-5
+# Number of random vectors that estimate the trace.
 PROBES = 16
-MAX_RANK = 1024  # of their preconditioner: each vector takes time too
+# Maximum rank of the preconditioner of conjugate gradients, since each of its vectors takes time in every step.
+MAX_RANK = 1024
+# Memory in bytes of the eigenvectors that are multiplied at a time for the diagonal blocks of G.
 BLOCKS_BYTES = 2**25
 
 # fits -----------------------------------------------------------------------------------------------------------------
@@ -37,13 +40,13 @@ BLOCKS_BYTES = 2**25
 
 @dataclass(frozen=True)
 class Fit:
-    """What one λ gives, with G = (K + λI)⁻¹."""
+    """The fit for one λ, with G = (K + λI)⁻¹."""
 
-    shift: float
+    shift: float  # λ
     alpha: FloatArray  # (rows, columns), G (y − f₀)
-    trace: float  # of G
-    left_out: FloatArray | None  # (rows, columns), y − f of the fit to all other samples; None where nobody knows
-    trace_error: float = 0.0  # standard error
+    trace: float  # tr G
+    left_out: FloatArray | None  # (rows, columns), residual of the fit without the row's sample; None if not known
+    trace_error: float = 0.0  # standard error of tr G
     bound: float = 0.0  # ‖(y − f₀) − (K + λI) α‖ / ‖y − f₀‖
 
     @property
@@ -53,19 +56,21 @@ class Fit:
 
 
 def left_out(
-    blocks: FloatArray,  # (samples, m, m), the diagonal ones of G
+    blocks: FloatArray,  # (samples, m, m), the diagonal blocks of G
     alpha: FloatArray,  # (rows, columns)
 ) -> FloatArray:  # (rows, columns)
-    """Find the residuals of fits that leave out one sample each, (Gᵢᵢ)⁻¹ αᵢ, with all of its outputs."""
+    """Compute the leave-one-out residuals (Gᵢᵢ)⁻¹ αᵢ, where each fit leaves out one sample with all its outputs."""
     by_sample = alpha.reshape(len(blocks), -1, alpha.shape[1])
     return np.asarray(np.linalg.solve(blocks, by_sample), np.float64).reshape(alpha.shape)
 
 
 def fit_by_eigenvalues(problem: Problem, shifts: Sequence[float], report: Report) -> list[Fit]:
-    """Fit for all λ from one eigendecomposition K = U Λ Uᵀ: 24 rows² bytes, about 9 rows³ FLOPs.
+    """Fit for all λ from one eigendecomposition K = U Λ Uᵀ.
+
+    Costs about 9 rows³ FLOPs, and holds 24 rows² bytes in memory.
 
     Raises:
-        InputError: If K + λI is not positive definite, beyond rounding.
+        InputError: If K + λI is not positive definite beyond rounding.
     """
     values, vectors = eigenvalues_and_vectors(problem.dense(report), report)
     tiny = len(values) * EPSILON * float(np.abs(values).max())
@@ -82,7 +87,7 @@ def fit_by_eigenvalues(problem: Problem, shifts: Sequence[float], report: Report
 
 
 def _diagonal_blocks(vectors: FloatArray, weights: FloatArray, m: int) -> FloatArray:  # (samples, m, m)
-    """Find Uᵢ diag(w) Uᵢᵀ of each sample, some at a time."""
+    """Compute Uᵢ diag(w) Uᵢᵀ for each sample i, for some samples at a time."""
     rows, blocks = len(vectors), np.empty((len(vectors) // m, m, m))
     size = max(1, BLOCKS_BYTES // (8 * m * rows))
     for start in range(0, len(blocks), size):
@@ -92,12 +97,13 @@ def _diagonal_blocks(vectors: FloatArray, weights: FloatArray, m: int) -> FloatA
 
 
 def fit_by_cholesky(problem: Problem, shift: float, report: Report) -> Fit:
-    """Fit for one λ from K + λI = L Lᵀ and L⁻¹, both in place: 8 rows² bytes, 2/3 rows³ FLOPs.
+    """Fit for one λ from K + λI = L Lᵀ and L⁻¹, both computed in place.
 
-    G = L⁻ᵀ L⁻¹, so that Gᵢᵢ is the product of the columns of L⁻¹ of sample i with themselves.
+    Costs 2/3 rows³ FLOPs, and holds 8 rows² bytes in memory. Since G = L⁻ᵀ L⁻¹, the block Gᵢᵢ is CᵀC with the columns C
+    of L⁻¹ that belong to sample i.
 
     Raises:
-        InputError: If K + λI is not positive definite, beyond rounding.
+        InputError: If K + λI is not positive definite beyond rounding.
     """
     lapack, m = scipy.linalg.lapack, problem.matrix.num_outputs
     K = problem.dense(report)
@@ -118,7 +124,7 @@ def fit_by_cholesky(problem: Problem, shift: float, report: Report) -> Fit:
 
 
 def _refuse(problem: Problem, shift: float, found: str) -> NoReturn:
-    """Refuse to invert K + λI.
+    """Raise the error that K + λI cannot be inverted.
 
     Raises:
         InputError: Always.
@@ -134,14 +140,14 @@ def _refuse(problem: Problem, shift: float, found: str) -> NoReturn:
 
 
 def fit_by_conjugate_gradients(problem: Problem, shifts: Sequence[float], rank: int, report: Report) -> list[Fit]:
-    """Fit for each λ by block conjugate gradients on products with the stored tiles, from the largest λ to the least.
+    """Fit for each λ, in descending order, by block conjugate gradients on products with the stored tiles.
 
-    A step is one pass over the tiles, and one more makes a preconditioner of a rank for all λ. Beside y − f₀ the block
-    holds random signs z, seeded, which let it converge earlier, and whose zᵀ G z have the mean tr G (Hutchinson 1990).
-    Gᵢᵢ of every sample is out of reach.
+    Each step is one pass over the tiles. One further pass builds a preconditioner of the given rank for all λ. The
+    block consists of y − f₀ and of seeded random sign vectors z. They speed up the convergence, and the mean of zᵀ G z
+    estimates tr G (Hutchinson 1990). This method does not give the blocks Gᵢᵢ, and so no leave-one-out residuals.
 
     Raises:
-        InputError: If K + λI turns out not to be positive definite.
+        InputError: If K + λI is found not to be positive definite.
     """
     residual = problem.residual
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (len(residual), PROBES))
@@ -153,12 +159,12 @@ def fit_by_conjugate_gradients(problem: Problem, shifts: Sequence[float], rank: 
     def multiply(V: FloatArray) -> FloatArray:
         return np.asarray(problem.readout.scale * problem.matrix.matmat(V))
 
-    near = Nystrom.of(multiply, problem.matrix.num_rows, rank)
+    preconditioner = Nystrom.of(multiply, problem.matrix.num_rows, rank)
     X, R, last, fits = np.zeros_like(B), B, 0.0, dict[float, Fit]()
     for shift in sorted(shifts, reverse=True):
-        R = R - (shift - last) * X  # what is left with the last solution
+        R = R - (shift - last) * X  # residual of the previous solution for this λ
         try:
-            X, R = System(multiply, shift, near, step).solve(B, X, R, limits)
+            X, R = System(multiply, shift, preconditioner, step).solve(B, X, R, limits)
         except NotPositiveError as error:
             _refuse(problem, shift, str(error))
         fits[shift], last = _fit_of(problem, shift, (X, R), signs), shift
@@ -179,18 +185,20 @@ def _fit_of(problem: Problem, shift: float, solved: tuple[FloatArray, FloatArray
     )
 
 
-# all of it ------------------------------------------------------------------------------------------------------------
+# regression -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class RegressSettings(Settings):
-    """What is asked of a regression.
+    """Settings of `regress`.
 
     Attributes:
-        shifts: λ; None: `DEFAULT_SHIFTS` times the mean eigenvalue, not below ‖E‖.
-        offset: f₀, `zero` or the network's `logits`.
-        test: The kernel of the same samples with test samples.
-        method: One of `METHODS`.
+        shifts: Values of λ in units of the kernel. None means 10⁻⁶ to 10² times the mean eigenvalue, without the values
+            below the error bound ‖E‖ of the kernel.
+        offset: Outputs f₀ to which the fit is added: ``zero``, or the ``logits`` of the network.
+        test: Store with the kernel of the same samples (rows) with test samples (columns).
+        method: ``eigh`` (eigendecomposition), ``cholesky`` (Cholesky factorisation), ``cg`` (conjugate gradients), or
+            ``auto`` for the fastest of them that fits in memory.
     """
 
     shifts: tuple[float, ...] | None = None
@@ -201,22 +209,27 @@ class RegressSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RegressAnswer(Answer):
-    """Errors and accuracies of kernel ridge regression, one for each λ.
+    """Errors and accuracies of kernel ridge regression; each list has one entry per λ.
 
     Attributes:
-        shifts: λ.
-        train_error: Mean squares on the samples that were fitted.
-        loo_error: The same on samples left out one at a time; None where it is not known.
-        gcv: Generalised cross-validation.
-        train_accuracy, loo_accuracy: Parts of the samples that are classified correctly.
-        gcv_standard_error: Of gcv, where traces are estimated.
-        residual_bounds: What the solution leaves of the right side, relative.
-        output: The output map of the kernel.
-        samples: Samples that were fitted.
-        error_norm: The certificate's bound of ‖E‖_F, of the kernel as it is used.
-        passes: Passes over the stored tiles.
-        test_accuracy, test_error, test_store: Of the test samples, if there are any.
-        offset, method: As they were used.
+        shifts: Values of λ in units of the kernel.
+        train_error: Mean squared error on the training samples.
+        loo_error: Mean squared leave-one-out error; None if it is not known.
+        gcv: Generalised cross-validation score.
+        train_accuracy: Fraction of the training samples that are classified correctly.
+        loo_accuracy: Fraction of the samples that the fit without them classifies correctly; None if it is not known.
+        gcv_standard_error: Standard error of the cross-validation score; 0 if the trace is exact.
+        residual_bounds: Norm of the residual of the linear system relative to its right side; 0 for direct methods.
+        output: Name of the output map that the kernel was computed with.
+        samples: Number of training samples.
+        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store (its measured error
+            bound), in units of the kernel of the regression; None without a certificate.
+        passes: Number of passes over the stored tiles.
+        test_accuracy: Fraction of the test samples that are classified correctly; None without test samples.
+        test_error: Mean squared error on the test samples; None without test samples.
+        test_store: Path of the store with the test samples; None without one.
+        offset: Outputs f₀ to which the fit is added, ``zero`` or ``logits``.
+        method: Method that was used, ``eigh``, ``cholesky`` or ``cg``.
     """
 
     shifts: Sequence[float]
@@ -243,16 +256,19 @@ class RegressAnswer(Answer):
 def regress(
     matrix: Matrix, settings: RegressSettings | None = None, *, report: Report = ignore_report
 ) -> RegressAnswer:
-    """Fit one-hot labels by kernel ridge regression, for each λ, and measure how it does on samples it has not seen.
+    """Fit the one-hot labels by kernel ridge regression for each λ, and estimate the error on unseen samples.
 
-    f(x) = f₀(x) + K(x, X) α with α = G (y − f₀) and G = (K + λI)⁻¹ on the rows of the kernel: one per sample and
-    output, or per sample, for all outputs at once, where the kernel is of the trace, then divided by m. λ is in the
-    units of the kernel. Errors are means of squares over the entries of y: of the residual y − f = λα; of the one that
-    a fit without the sample would leave, (Gᵢᵢ)⁻¹ αᵢ with the m × m block of all of the sample's outputs; and the
-    generalised cross-validation N⁻¹ ‖λα‖² / (N⁻¹ tr λG)². Where the matrix fits in memory, one eigendecomposition
-    serves all λ (24 rows² bytes), or a Cholesky factorisation each, or the only one (8 rows²). Otherwise conjugate
-    gradients find α, with the residual that is left, and tr G with a standard error; nothing is then known of samples
-    left out.
+    The fit is f(x) = f₀(x) + K(x, X) α with α = G (y − f₀) and G = (K + λI)⁻¹. The kernel has one row per sample and
+    output. A trace kernel has one row per sample; it is divided by the number m of outputs and serves for all outputs.
+    λ is in units of the kernel.
+
+    Errors are mean squares over the entries of y. The training error is that of the residual y − f = λα. The
+    leave-one-out error is that of (Gᵢᵢ)⁻¹ αᵢ, where Gᵢᵢ is the m × m block of all outputs of sample i. The generalised
+    cross-validation score is N⁻¹ ‖λα‖² / (N⁻¹ tr λG)².
+
+    If memory allows, one eigendecomposition serves all λ (24 rows² bytes). With less memory, or for a single λ, each λ
+    takes one Cholesky factorisation (8 rows² bytes). Otherwise conjugate gradients compute α with its residual, and
+    estimate tr G with a standard error. The leave-one-out error is then not known.
 
     References:
         Golub, Heath, Wahba (1979), Generalized cross-validation as a method for choosing a good ridge parameter.
@@ -260,9 +276,10 @@ def regress(
         Pahikkala, Boberg, Salakoski (2006), Fast n-fold cross-validation for regularized least-squares.
 
     Raises:
-        InputError: If there are no labels, or a λ is not positive where it must be.
-        FingerprintError: If the test kernel is not of these training samples.
-        BudgetError: If the memory is too small.
+        InputError: If the store has no labels, a λ is negative, or K + λI cannot be inverted; conjugate gradients also
+            refuse λ = 0.
+        FingerprintError: If the rows of the test kernel are not these training samples.
+        BudgetError: If the memory limit is too small.
     """
     settings = settings or RegressSettings()
     problem = Problem.of(matrix, settings.offset)
@@ -283,26 +300,26 @@ def regress(
 
 
 def named(store: KernelStore | None) -> list[Any] | None:
-    """Tell a second store from others, for results that depend on it."""
+    """Return the values that identify a second store in a saved answer."""
     return None if store is None else [store.manifest.fingerprint, store.manifest.replanned]
 
 
 def _default_shifts(problem: Problem) -> tuple[float, ...]:
-    """Take `DEFAULT_SHIFTS`, but for those below the error of the kernel, which may have negative eigenvalues there."""
+    """Scale `DEFAULT_SHIFTS`, without those below the kernel's error: its eigenvalues may be negative by that much."""
     mean, least = float(problem.matrix.diagonal().mean()), problem.matrix.error_norm or 0.0
     factors = [factor for factor in DEFAULT_SHIFTS if factor * mean >= least or factor == DEFAULT_SHIFTS[-1]]
     return tuple(problem.readout.scale * factor * mean for factor in factors)
 
 
 def choose_method(matrix: Matrix, shifts: Sequence[float], memory_bytes: int | None) -> str:
-    """Choose the quickest of the methods that fit."""
+    """Choose the fastest method that fits in memory."""
     left = memory_left(memory_bytes)
     wanted = ("eigh", "cholesky") if len(shifts) > 1 else ("cholesky",)
     return next((method for method in wanted if bytes_of(matrix, method) <= left), "cg")
 
 
 def bytes_of(matrix: Matrix, method: str, columns: int = 1) -> int:
-    """Count what a method holds: the matrix, with some tiles while it is read; or blocks of vectors, and the tiles."""
+    """Count the bytes that a method needs: for the matrix and its workspace, or for vectors and tiles."""
     rows, m = matrix.num_rows, matrix.num_outputs
     if method == "cg":
         return reading_bytes(matrix, columns + PROBES) + 10 * 8 * rows * (columns + PROBES)
@@ -333,7 +350,7 @@ def _fit(problem: Problem, shifts: Sequence[float], settings: RegressSettings, r
 
 
 def _rank(problem: Problem, memory_bytes: int | None) -> int:
-    """Choose the rank of the preconditioner: what half of the memory holds that nothing else takes, four times."""
+    """Choose the rank of the preconditioner: four arrays of its size may take half of the remaining memory."""
     room = memory_left(memory_bytes) - bytes_of(problem.matrix, "cg", problem.targets.shape[1])
     return max(0, min(MAX_RANK, problem.matrix.num_rows // 4, room // (2 * 4 * 8 * problem.matrix.num_rows)))
 

@@ -1,4 +1,4 @@
-"""Results kept beside a store, so that nothing is computed twice."""
+"""Answers saved beside a store, so that the same question is not computed twice."""
 
 import dataclasses
 import hashlib
@@ -22,29 +22,37 @@ AnAnswer = TypeVar("AnAnswer", bound=Answer)
 
 @dataclass(frozen=True)
 class Kept(Generic[AnAnswer]):
-    """An answer that lies beside a store, with the settings that it depends on, as plain values."""
+    """An answer that was saved beside a store.
+
+    Attributes:
+        answer: The answer.
+        asked: Settings that the answer depends on, as plain values.
+        identity: Values that identify the kernel that the answer is about.
+    """
 
     answer: AnAnswer
     asked: Mapping[str, Any]
-    identity: Mapping[str, Any] = field(default_factory=dict)  # which numbers it is about
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
-# What another version of this program, or of what it writes here, has kept is computed anew.
+# Version of the program and of the format of the saved answers. Answers of other versions are computed again.
 VERSION = f"{ntkgen.__version__}-3"
 
 
 def folder_of_results(matrix: Matrix) -> Folder:
-    """Where the results of a store lie: beside it, since foreign files in a Zarr group are warned of.
+    """Return the folder for the results of a store, beside the store.
+
+    Files inside the store would make Zarr warn of unknown objects in a group.
 
     Raises:
-        InputError: If there is no such place, as of a store in this process's memory.
+        InputError: If there is no folder beside the store, for example because the store is in memory.
     """
     folder = matrix.store.folder
     return folder.parent / beside(Path(folder.name), ".analysis").name
 
 
 def kept_files(matrix: Matrix) -> Folder | None:
-    """Where the results of a store lie; None where there is no place beside it."""
+    """Return the folder for the results of a store; None if there is no folder beside the store."""
     try:
         return folder_of_results(matrix)
     except InputError:
@@ -52,24 +60,24 @@ def kept_files(matrix: Matrix) -> Folder | None:
 
 
 def require_room_beside(matrix: Matrix, what: str) -> None:
-    """Refuse to begin what needs files beside a store where none can be written.
+    """Refuse a computation that needs files beside a store if none can be written there.
 
     Raises:
-        InputError: If that is so; the message says what to do.
+        InputError: If no file can be written. The message explains how to provide a writable folder.
     """
     try:
         folder_of_results(matrix).require_writable()
     except InputError as error:
         raise InputError(
-            f"{what} of {matrix.name} needs a file beside the store, in {matrix.name}.analysis, and none can be "
-            "written there: expected a folder with permission to write, found none. Does the store belong to somebody "
-            f"else, or lie on a disk that is only read? Make a link to it in a folder of yours (ln -s {matrix.name} .) "
-            "and give the link's path, or copy the store: what is written lies beside the path that is given."
+            f"{what} of {matrix.name} needs a file beside the store, in {matrix.name}.analysis, which cannot be "
+            "written: expected a folder with write permission, found none. Does the store belong to another user, or "
+            f"is its disk read-only? Make a link to the store in a folder of your own (ln -s {matrix.name} .) and "
+            "give the path of the link, or copy the store. Files are written beside the path that is given."
         ) from error
 
 
 def identity_of(matrix: Matrix) -> dict[str, Any]:
-    """Say which numbers a matrix is of."""
+    """Return the values that identify a kernel among the saved answers."""
     return {
         "fingerprint": matrix.store.manifest.fingerprint,
         "replanned": matrix.store.manifest.replanned,
@@ -82,16 +90,16 @@ def identity_of(matrix: Matrix) -> dict[str, Any]:
 def recall_or_compute(
     matrix: Matrix, kind: type[AnAnswer], asked: Mapping[str, Any], compute: Callable[[], AnAnswer]
 ) -> AnAnswer:
-    """Read an answer that was given before with the same settings about the same kernel, or compute and keep it.
+    """Read a saved answer to the same question about the same kernel, or compute and save it.
 
-    The kernel is known by the store's fingerprint, its dtype, the rows that are there and whether it was replanned; a
-    store that was repaired has the same. An answer that cannot be kept is returned with the reason in ``not_kept``.
+    A kernel is identified by the fingerprint of its store, its data type, its output, its number of rows and whether it
+    was replanned. A repaired store keeps this identity. If an answer cannot be saved, ``not_kept`` has the reason.
 
     Args:
         matrix: The kernel.
         kind: The class of the answer.
         asked: The settings that the answer depends on, as plain values.
-        compute: Computes the answer; the fields of `Answer` are filled in here.
+        compute: Computes the answer. This function then sets the fields of `Answer`.
     """
     identity = {**identity_of(matrix), "settings": dict(asked), "version": VERSION}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -112,24 +120,24 @@ def recall_or_compute(
 
 
 def kept_answers(matrix: Matrix, kinds: Sequence[type[AnAnswer]]) -> list[Kept[AnAnswer]]:
-    """Read the answers beside the store that are about this very matrix, of some kinds."""
+    """Read the answers of the given kinds that are saved beside the store and are about this kernel."""
     folder = kept_files(matrix)
     by_question = {kind.QUESTION: kind for kind in kinds}
-    wanted, found = {**identity_of(matrix), "version": VERSION}, list[Kept[AnAnswer]]()
+    wanted, answers = {**identity_of(matrix), "version": VERSION}, list[Kept[AnAnswer]]()
     for name in sorted(folder.sizes()) if folder is not None else ():
         question, _, rest = name.rpartition("-")
         if folder is None or question not in by_question or not rest.endswith(".json"):
             continue
         kept = _read(by_question[question], folder.read(name))
         if kept is not None and {key: kept.identity.get(key) for key in wanted} == wanted:
-            found.append(dataclasses.replace(kept, answer=dataclasses.replace(kept.answer, store=matrix.name)))
-    return found
+            answers.append(dataclasses.replace(kept, answer=dataclasses.replace(kept.answer, store=matrix.name)))
+    return answers
 
 
 def _keep(folder: Folder | None, name: str, result: Mapping[str, Any]) -> str | None:
-    """Write a result beside its store; say why that cannot be, where what was found out must not be lost with it."""
+    """Write a result beside its store; return the reason if that fails, so that the result is not lost."""
     if folder is None:
-        return "nothing lies beside such a store"
+        return "there is no folder beside this store"
     try:
         folder.write(name, json.dumps(result, indent=1).encode())
     except Exception as error:
@@ -140,21 +148,21 @@ def _keep(folder: Folder | None, name: str, result: Mapping[str, Any]) -> str | 
 
 
 def _read(kind: type[AnAnswer], data: bytes | None) -> Kept[AnAnswer] | None:
-    """Read an answer; None where there is none, or a damaged one, which is computed again."""
+    """Read a saved answer; return None if there is none or if it is damaged, so that it is computed again."""
     if data is None:
         return None
     try:
-        found: dict[str, Any] = json.loads(data)
-        identity = found.pop("identity")
-        return Kept(kind.from_kept(found, identity["settings"]), identity["settings"], identity)
+        values: dict[str, Any] = json.loads(data)
+        identity = values.pop("identity")
+        return Kept(kind.from_kept(values, identity["settings"]), identity["settings"], identity)
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def peak_bytes() -> int:
-    """Say the most memory that this process has held so far.
+    """Return the largest memory of this process so far, in bytes.
 
-    On Linux `getrusage` counts what the parent held when it started this process, too.
+    Linux reports it in /proc. Its `getrusage` would include the memory of the parent at the start of this process.
     """
     import resource
     import sys

@@ -1,4 +1,4 @@
-"""What the rows of a kernel are to be: targets from the labels, and test samples."""
+"""Targets of regression and gradient flow: the labels on the rows of a kernel, and test samples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 IntArray = npt.NDArray[np.int64]
 
 OFFSETS = ("zero", "logits")
-# Logits of one network on one sample differ by rounding, of two by much more; relative, in the norm of all.
+# Maximum relative difference of the logits of two stores that are taken to be of one network. Rounding is far below.
 SAME_LOGITS = 1e-2
 
 
 def contrasts(num_logits: int) -> FloatArray:  # (num_logits - 1, num_logits)
-    """Build the orthonormal contrasts of Helmert, as `ntkgen.jacobian.outputs` does with torch.
+    """Build Helmert's orthonormal contrasts, which are those of `ntkgen.jacobian.outputs`.
 
     >>> contrasts(2).round(4)
     array([[ 0.7071, -0.7071]])
@@ -37,29 +37,30 @@ def contrasts(num_logits: int) -> FloatArray:  # (num_logits - 1, num_logits)
     return rows
 
 
-# what the rows are to be ----------------------------------------------------------------------------------------------
+# targets of the rows --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Readout:
-    """How scores, one per class, and the rows of a kernel belong together: the output map A, and what follows from it.
+    """The output map A of a kernel, which maps scores (one per class) to the values on the kernel's rows.
 
-    A row of the output map `full`, `centered` or `index:K` is one output of one sample, and what belongs to the rows is
-    one column. A row of `trace`, and of a matrix of `diagonal`, is a sample: the kernel of the trace, divided by the
-    number m of outputs, stands for each output by itself, so that what belongs to its rows has m columns.
+    With the output maps ``full``, ``centered`` and ``index:K`` each row is one output of one sample, and the values are
+    one column. With ``trace`` each row is one sample. A trace kernel, divided by the number m of outputs, serves for
+    each output separately, so that its values have m columns. With ``diagonal`` each row of each matrix is one sample,
+    and the values are one column.
     """
 
-    name: str  # of the output map
-    num_logits: int  # classes, m
-    plane: int | None  # which matrix of `diagonal`
-    place: str  # of the store, as errors name it
+    name: str  # name of the output map
+    num_logits: int  # number of classes, m
+    plane: int | None  # index of the matrix of ``diagonal``
+    place: str  # path of the store in error messages
 
     @classmethod
     def of(cls, store: KernelStore, plane: int | None = None) -> "Readout":
-        """Find out what the rows of a kernel are.
+        """Read the output map of a store.
 
         Raises:
-            InputError: If they are sums over outputs, which no label says anything of.
+            InputError: If the rows are sums over the outputs, for which labels give no targets.
         """
         name = store.manifest.identity.get("output", "full")
         if name == "sum":
@@ -72,17 +73,17 @@ class Readout:
 
     @property
     def scale(self) -> float:
-        """What the stored kernel is multiplied with: 1 / m for the trace."""
+        """Factor by which the stored kernel is multiplied: 1 / m for the trace."""
         return 1 / self.num_logits if self.name == "trace" else 1.0
 
     @property
     def one_class(self) -> int | None:
-        """Which class alone the rows tell from the rest."""
+        """The only class whose score the rows contain; None if they contain all classes."""
         return int(self.name.removeprefix("index:")) if self.name.startswith("index:") else self.plane
 
     @property
     def names(self) -> list[str]:
-        """Name what the rows of a sample are, or the columns of what belongs to them."""
+        """Names of the rows of a sample, or of the columns of the values of a trace kernel."""
         if self.one_class is not None:
             return [f"output {self.one_class}"]
         if self.name == "centered":
@@ -91,14 +92,14 @@ class Readout:
 
     @property
     def columns(self) -> int:
-        """Columns of what belongs to the rows."""
+        """Number of columns of the values on the rows."""
         return self.num_logits if self.name == "trace" else 1
 
     def mapped(
         self,
         scores: FloatArray,  # (samples, classes)
     ) -> FloatArray:  # (rows, columns)
-        """See scores through the output map, A s, sample-major."""
+        """Apply the output map to scores, A s, in sample-major order."""
         if self.name == "trace":
             return scores
         if self.name == "centered":
@@ -111,7 +112,7 @@ class Readout:
         self,
         rows: FloatArray,  # (rows, columns)
     ) -> FloatArray:  # (samples, classes); of one class (samples, 1)
-        """Turn what belongs to the rows into scores, Aᵀ A s: those of `centered` without their mean."""
+        """Turn values on the rows into scores, Aᵀ A s; with ``centered`` the scores lack their mean."""
         if self.name == "trace":
             return rows
         if self.name == "centered":
@@ -120,33 +121,36 @@ class Readout:
         return rows.reshape(-1, 1 if self.one_class is not None else self.num_logits)
 
     def accuracy(self, rows: FloatArray, labels: IntArray) -> float:
-        """Say how often the largest score is that of the label; of one class alone, how often ½ is the right limit."""
+        """Return the fraction of the samples whose largest score is that of their label.
+
+        If the rows contain one class only, a sample is assigned to it when its score exceeds ½.
+        """
         scores = self.scores(rows)
         if self.one_class is not None:
             return float(np.mean((scores[:, 0] > 0.5) == (labels == self.one_class)))
         return float(np.mean(scores.argmax(1) == labels))
 
     def targets(self, labels: IntArray) -> FloatArray:  # (rows, columns)
-        """Make one-hot rows of labels, seen through the output map.
+        """Apply the output map to one-hot labels.
 
         Raises:
-            InputError: If a label is no class.
+            InputError: If a label is not the index of an output.
         """
         if (labels >= self.num_logits).any():
             raise InputError(
                 f"The labels of {self.place} do not fit its outputs: expected 0 to {self.num_logits - 1}, one per "
-                f"output, found {int(labels.max())}. Is the network a regression, or of fewer classes than the data "
-                "set? Only kernels with an output per class have targets."
+                f"output, found {int(labels.max())}. Is it a regression network, or a network with fewer outputs than "
+                "the data set has classes? Use a kernel with one output per class."
             )
         return self.mapped(np.eye(self.num_logits)[labels])
 
 
-# what is learned ------------------------------------------------------------------------------------------------------
+# problem --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is fitted: y on the rows of the kernel K, from f₀ on; K is divided by m where it is of the trace."""
+    """The targets y on the rows of the kernel K, and the outputs f₀ at the start; a trace kernel is divided by m."""
 
     matrix: Matrix
     readout: Readout
@@ -155,10 +159,10 @@ class Problem:
 
     @classmethod
     def of(cls, matrix: Matrix, offset: str) -> "Problem":
-        """Take targets from the labels, and f₀ from the logits, or zero.
+        """Take the targets from the labels of a store, and f₀ from its logits or as zero.
 
         Raises:
-            InputError: If there are none.
+            InputError: If the store lacks the labels or the logits.
         """
         readout = Readout.of(matrix.store, matrix.output)
         targets = readout.targets(matrix.labels)
@@ -166,21 +170,21 @@ class Problem:
 
     @property
     def residual(self) -> FloatArray:  # (rows, columns)
-        """What is to be learned, y − f₀."""
+        """The residual at the start, y − f₀."""
         return self.targets - self.offset
 
-    def dense(self, report: Report) -> FloatArray:  # (rows, rows), in Fortran's order
-        """Read the whole kernel."""
+    def dense(self, report: Report) -> FloatArray:  # (rows, rows), in Fortran order
+        """Read the whole kernel, scaled by the factor of the output map."""
         values = self.matrix.dense(step=counter(report, "matrix", 0, self.matrix.num_tiles))
         values *= self.readout.scale
         return values
 
 
 def offset_of(readout: Readout, store: KernelStore, offset: str, array: str) -> FloatArray:  # (rows, columns)
-    """Say where the fit starts, f₀: at the network's logits, or at zero.
+    """Return the outputs f₀ at the start: the logits of the network, or zero.
 
     Raises:
-        InputError: If there are no logits.
+        InputError: If the store has no logits.
     """
     if offset == "zero":
         samples = store.grid.num_samples if array == "logits" else store.grid.num_cols // store.grid.num_outputs
@@ -195,25 +199,25 @@ def offset_of(readout: Readout, store: KernelStore, offset: str, array: str) -> 
 
 @dataclass(frozen=True)
 class TestSamples:
-    """Samples that nothing was fitted to: the columns of a rectangular kernel, whose rows are the training samples."""
+    """Test samples: the columns of a rectangular kernel, whose rows are the training samples."""
 
-    __test__ = False  # pytest would take it for a test
+    __test__ = False  # otherwise pytest collects the class as a test
 
-    name: str  # where the store lies
+    name: str  # path of the store
     view: SymmetricArray  # (rows, columns of the store)
     readout: Readout
     labels: IntArray
     offset: FloatArray  # (test rows, columns), f₀
-    client: "Client | None" = None  # of a cluster, whose workers share the pass over the tiles
+    client: "Client | None" = None  # client of a cluster, whose workers share the pass over the tiles
 
     @classmethod
     def of(cls, store: KernelStore, problem: Problem, offset: str) -> "TestSamples":
         """Open the kernel of training samples with test samples.
 
         Raises:
-            InputError: If it is none, or has no labels.
+            InputError: If the kernel is symmetric, or its columns have no labels.
             StoreError: If tiles are missing.
-            FingerprintError: If its rows are not those of the problem.
+            FingerprintError: If the rows of the kernel are not those of the problem.
         """
         _require_rectangle(store)
         _require_same_rows(store, problem)
@@ -229,9 +233,9 @@ class TestSamples:
         return cls(store.name, view, readout, labels, offset_of(readout, store, offset, "col_logits"), client)
 
     def predict(self, alphas: Sequence[FloatArray], report: Report) -> list[FloatArray]:  # of (test rows, columns)
-        """Find f₀ + Kₓᵀ α for several α, in one pass."""
+        """Compute f₀ + Kₓᵀ α for several α in one pass; Kₓ is the kernel of training samples with test samples."""
         stacked = np.zeros((self.view.shape[0], sum(alpha.shape[1] for alpha in alphas)))
-        stacked[: len(alphas[0])] = np.hstack(alphas)  # of a part of the training samples: zero for the others
+        stacked[: len(alphas[0])] = np.hstack(alphas)  # samples outside a partial training kernel have α = 0
         places = self.view.places()
         step = counter(report, "predicted", 0, len(places))
         if self.client is None:
@@ -242,13 +246,13 @@ class TestSamples:
         return [self.offset + part for part in np.split(product, len(alphas), axis=1)]
 
     def measure(self, values: FloatArray) -> tuple[float, float]:
-        """Say how often the right class is predicted, and the mean squared distance from the targets."""
+        """Return the accuracy on the test samples and the mean squared error."""
         error = float(np.mean((self.readout.targets(self.labels) - values) ** 2))
         return self.readout.accuracy(values, self.labels), error
 
 
 def _predicted(places: Sequence[Place], view: SymmetricArray, V: FloatArray, step: Step = ignore_step) -> Arrays:
-    """Multiply the transpose of some tiles with vectors."""
+    """Multiply the transposes of some tiles with vectors."""
     return (view.matmat(V, transposed=True, places=places, step=step),)
 
 
@@ -266,10 +270,10 @@ def _require_rectangle(store: KernelStore) -> None:
 
 
 def _require_same_rows(store: KernelStore, problem: Problem) -> None:
-    """Refuse test kernels whose rows are not those of the training kernel.
+    """Refuse a test kernel whose rows are not those of the training kernel.
 
     Raises:
-        FingerprintError: If they are not.
+        FingerprintError: If the rows differ.
     """
     train = problem.matrix.store
     if differing := _differing_rows(train, store):
@@ -281,7 +285,7 @@ def _require_same_rows(store: KernelStore, problem: Problem) -> None:
 
 
 def _differing_rows(train: KernelStore, other: KernelStore) -> list[str]:
-    """Name what the rows of two stores do not share; logits may differ by rounding."""
+    """List the properties in which the rows of two stores differ; logits may differ by rounding."""
     identities = train.manifest.identity, other.manifest.identity
     differing = [name for name in ("parameters", "output") if identities[0].get(name) != identities[1].get(name)]
     names = ("sample_index", "row_label", "row_output")

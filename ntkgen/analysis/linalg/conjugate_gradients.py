@@ -9,13 +9,15 @@ from ntkgen.analysis.linalg.krylov import EPSILON, Multiply
 from ntkgen.analysis.matrix import FloatArray
 from ntkgen.errors import NotPositiveError
 
-# Passes for each λ, at most.
+# Maximum number of passes for each λ.
 MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class Nystrom:
-    """An approximation U Λ Uᵀ of K, by which (K + λI) is preconditioned: P = U (Λ + λ) Uᵀ / (λ_r + λ) + (I − U Uᵀ).
+    """A Nyström approximation U Λ Uᵀ of K, which gives the preconditioner of K + λI.
+
+    The preconditioner is P = U (Λ + λI) Uᵀ / (λ_r + λ) + (I − U Uᵀ), where λ_r is the smallest entry of Λ.
 
     References:
         Frangella, Tropp, Udell (2023), Randomized Nyström preconditioning, arXiv:2110.02820.
@@ -26,19 +28,19 @@ class Nystrom:
 
     @classmethod
     def of(cls, multiply: Multiply, rows: int, rank: int) -> "Nystrom":
-        """Approximate by products with Gaussian vectors Ω, in one pass: (K Ω) (Ωᵀ K Ω)⁻¹ (K Ω)ᵀ."""
+        """Approximate K by (K Ω) (Ωᵀ K Ω)⁻¹ (K Ω)ᵀ with orthonormalised Gaussian vectors Ω, in one pass."""
         if not rank:
             return cls(np.zeros(0), np.zeros((rows, 0)))
         gaussian = np.linalg.qr(np.random.default_rng(1).normal(size=(rows, rank)))[0]
         product = multiply(gaussian)
         values, rotation = np.linalg.eigh(gaussian.T @ product)
-        is_there = values > rows * EPSILON * abs(values).max()
-        root = product @ (rotation[:, is_there] / np.sqrt(values[is_there]))
+        is_kept = values > rows * EPSILON * abs(values).max()
+        root = product @ (rotation[:, is_kept] / np.sqrt(values[is_kept]))
         vectors, sizes, _ = np.linalg.svd(root, full_matrices=False)
         return cls(sizes**2, vectors)
 
     def power(self, V: FloatArray, shift: float, exponent: float) -> FloatArray:
-        """Multiply with a power of P."""
+        """Multiply V with a power of P."""
         if not len(self.values):
             return V
         factors = ((self.values + shift) / (self.values[-1] + shift)) ** exponent - 1
@@ -48,26 +50,28 @@ class Nystrom:
 
 @dataclass(frozen=True)
 class System:
-    """The equations (K + λI) X = B, solved by products alone."""
+    """The linear system (K + λI) X = B, solved by products with K only."""
 
-    kernel: Multiply  # with K
-    shift: float
-    near: Nystrom
+    kernel: Multiply  # multiplies vectors with K
+    shift: float  # λ
+    preconditioner: Nystrom
     step: Callable[[], None]  # called after each pass
 
     def multiply(self, V: FloatArray) -> FloatArray:
-        """Find (K + λI) V, in one pass."""
+        """Compute (K + λI) V in one pass."""
         product: FloatArray = self.kernel(V) + self.shift * V
         self.step()
         return product
 
     def solve(
         self, B: FloatArray, X: FloatArray, R: FloatArray, limits: FloatArray
-    ) -> tuple[FloatArray, FloatArray]:  # X, and the true R = B − (K + λI) X
-        """Go on from X until each column of the residual R is below its limit, or rounding allows no more.
+    ) -> tuple[FloatArray, FloatArray]:  # X, and the recomputed residual R = B − (K + λI) X
+        """Improve X until the norm of each column of the residual R is below its limit.
+
+        The iteration also ends after `MAX_STEPS` passes, or when rounding errors prevent any progress.
 
         Raises:
-            NotPositiveError: If K + λI turns out not to be positive definite.
+            NotPositiveError: If K + λI is found not to be positive definite.
         """
         steps = 0
         while (np.linalg.norm(R, axis=0) > limits).any() and steps < MAX_STEPS:
@@ -82,8 +86,8 @@ class System:
 
     def _descend(
         self, R: FloatArray, limits: FloatArray, max_steps: int
-    ) -> tuple[FloatArray, int]:  # (K + λI)⁻¹ R, and the steps that were taken
-        """Take steps of conjugate gradients whose residual P^½ Q C is kept as an orthonormal basis and coefficients.
+    ) -> tuple[FloatArray, int]:  # (K + λI)⁻¹ R, and the number of steps
+        """Solve for the residual by block conjugate gradients, which store it as P^½ Q C with orthonormal Q.
 
         References:
             Dubrulle (2001), Retooling the method of block conjugate gradients, ETNA 12, algorithm BCGrQ.
@@ -99,17 +103,17 @@ class System:
         return self._scaled(Z, -0.5), steps
 
     def _scaled(self, V: FloatArray, exponent: float) -> FloatArray:
-        return self.near.power(V, self.shift, exponent)
+        return self.preconditioner.power(V, self.shift, exponent)
 
     def _inverted(self, small: FloatArray) -> FloatArray:
-        """Invert Dᵀ (K + λI) D, but for directions that D has twice.
+        """Compute the pseudoinverse of Dᵀ (K + λI) D, which is singular if the columns of D are linearly dependent.
 
         Raises:
-            NotPositiveError: If it is not positive definite.
+            NotPositiveError: If the matrix has a negative eigenvalue beyond rounding.
         """
         values, vectors = np.linalg.eigh((small + small.T) / 2)
         if values[0] < -len(values) * EPSILON * values[-1]:
             raise NotPositiveError(f"vᵀ(K + λI)v = {values[0]:.3g} for a unit vector v")
-        is_there = values > len(values) * EPSILON * values[-1]
-        inverse: FloatArray = (vectors[:, is_there] / values[is_there]) @ vectors[:, is_there].T
+        is_kept = values > len(values) * EPSILON * values[-1]
+        inverse: FloatArray = (vectors[:, is_kept] / values[is_kept]) @ vectors[:, is_kept].T
         return inverse

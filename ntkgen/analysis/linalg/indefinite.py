@@ -1,4 +1,4 @@
-"""LDLᵀ of kernels that are not positive definite: pivoting inside tiles of the diagonal, and how far to trust it."""
+"""LDLᵀ of kernels that are not positive definite: pivoting within diagonal tiles, and a check of the result."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,23 @@ from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.errors import NotPositiveError
 from ntkgen.progress import Report, counter
 
-# ‖(K − LDLᵀ)v‖ may be this fraction of ‖Kv‖.
+# Maximum of ‖(K − LDLᵀ)v‖ / ‖Kv‖.
 TOLERANCE = 1e-8
+# Number of random vectors v in that check.
 PROBES = 4
 
 
 @dataclass(frozen=True)
 class PivotedTile:
-    """A symmetric tile A = M S Mᵀ, M = Pᵀ l Q |Λ|^½ and S = sign Λ, where P A Pᵀ = l (QΛQᵀ) lᵀ has been pivoted."""
+    """A factored symmetric tile A = M S Mᵀ with M = Pᵀ l Q |Λ|^½ and S = sign Λ.
+
+    It comes from the pivoted factorisation P A Pᵀ = l (QΛQᵀ) lᵀ.
+    """
 
     factor: FloatArray  # M: (side, side)
     pivots: FloatArray  # Λ: (side,)
     lower: FloatArray  # l: (side, side), unit lower triangular
-    order: FloatArray  # the rows of A in the order of P A Pᵀ
+    order: FloatArray  # the permutation P: indices of the rows of A in the order of P A Pᵀ
     turned: FloatArray  # Q |Λ|^−½ S: (side, side)
 
     def divide(self, X: FloatArray) -> None:
@@ -34,13 +38,13 @@ class PivotedTile:
 
 
 def pivoted(tile: FloatArray, place: str) -> PivotedTile:
-    """Factor a symmetric tile, of which the lower triangle is read, by the pivoting of Bunch and Kaufman.
+    """Factor a symmetric tile with Bunch–Kaufman pivoting; only its lower triangle is read.
 
     References:
         Bunch, Kaufman (1977), Mathematics of Computation 31, 163–179.
 
     Raises:
-        NotPositiveError: If it is singular.
+        NotPositiveError: If the tile is singular.
     """
     turned_lower, blocks, order = ldl(np.tril(tile), lower=True)
     Q, values = _diagonalized(blocks)
@@ -55,9 +59,9 @@ def pivoted(tile: FloatArray, place: str) -> PivotedTile:
 
 
 def _diagonalized(
-    blocks: FloatArray,  # (side, side), its diagonal of 1 × 1 and 2 × 2 blocks
+    blocks: FloatArray,  # (side, side), block diagonal, with 1 × 1 and 2 × 2 blocks
 ) -> tuple[FloatArray, FloatArray]:  # Q: (side, side), Λ: (side,)
-    """Diagonalise a matrix of blocks on the diagonal, QΛQᵀ."""
+    """Diagonalise a block-diagonal matrix as QΛQᵀ."""
     Q, values = np.eye(len(blocks)), np.diagonal(blocks).copy()
     for at in np.flatnonzero(np.diagonal(blocks, -1)):
         pair = slice(at, at + 2)
@@ -67,26 +71,26 @@ def _diagonalized(
 
 @dataclass(frozen=True)
 class Examination:
-    """How well L D Lᵀ is K + λI."""
+    """Measures of the error of L D Lᵀ as a factorisation of K + λI."""
 
     max_factor: float  # max |L|
-    growth: float  # max |L|² / max |K_ii|
-    residual: float  # ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ of random v, the largest
+    growth: float  # max |L|² / max |(K + λI)_ii|
+    residual: float  # largest ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ over random vectors v
 
 
 def examined(matrix: Matrix, factor: Factor, shift: float, report: Report) -> Examination:
-    """Measure how well L D Lᵀ is K + λI: max |L|, its growth, and ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ of random v.
+    """Measure the error of L D Lᵀ as a factorisation of K + λI, in one pass over the kernel and two over the factor.
 
-    In one pass over the kernel and two over the factor. L is scaled so that D is of ±1: |L|² exceeds no entry of a
-    positive definite kernel, and the growth max |L|² / max |K_ii| is at most 1.
+    The measures are max |L|, the growth max |L|² / max |(K + λI)_ii|, and ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ for random
+    vectors v. L is scaled so that the entries of D are ±1. The growth of a positive definite matrix is then at most 1.
 
     Raises:
-        NotPositiveError: If the residual shows that the factor cannot be trusted; it is then removed.
+        NotPositiveError: If the residual exceeds the tolerance. The factor is then removed.
     """
     V = np.random.default_rng(0).standard_normal((matrix.num_rows, PROBES))
     expected = matrix.matmat(V, step=counter(report, "stored product", 0, matrix.num_tiles)) + shift * V
-    found, largest = factor.multiply(V)
-    residual = float((np.linalg.norm(found - expected, axis=0) / np.linalg.norm(expected, axis=0)).max())
+    product, largest = factor.multiply(V)
+    residual = float((np.linalg.norm(product - expected, axis=0) / np.linalg.norm(expected, axis=0)).max())
     if not residual <= TOLERANCE:
         factor.remove()
         raise NotPositiveError(
