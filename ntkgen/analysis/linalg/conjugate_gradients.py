@@ -87,7 +87,7 @@ class System:
     def _descend(
         self, R: FloatArray, limits: FloatArray, max_steps: int
     ) -> tuple[FloatArray, int]:  # (K + λI)⁻¹ R, and the number of steps
-        """Solve for the residual by block conjugate gradients, which store it as P^½ Q C with orthonormal Q.
+        """Solve (K + λI) Z = R by block conjugate gradients, which store the residual as P^½ Q C with orthonormal Q.
 
         References:
             Dubrulle (2001), Retooling the method of block conjugate gradients, ETNA 12, algorithm BCGrQ.

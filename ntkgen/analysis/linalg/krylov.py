@@ -1,12 +1,12 @@
-"""Block Krylov with full reorthogonalisation: the largest eigenvalues of an operator that is multiplied with blocks.
+"""Block Krylov iteration with full reorthogonalisation: the largest eigenvalues of a symmetric operator K.
 
-With Q = [Q₁ … Q_q], orthonormal, T = Qᵀ K Q and Q⁺ the orthonormal block that K Q_q adds,
+Let Q = [Q₁ … Q_q] be orthonormal, T = Qᵀ K Q, and Q⁺ the orthonormal block that K Q_q adds to Q. Then
 
     K Q = Q T + Q⁺ B Eᵀ,
 
-where E picks the columns that are coupled to Q⁺. Q₁ spans Gaussian vectors. A step multiplies one block: with a stored
-kernel it is one pass over the tiles. When the memory for Q is full, the best Ritz vectors and Q⁺ are kept (a thick
-restart), and the same identity holds of them.
+where E selects the columns of Q that are coupled to Q⁺. Q₁ spans Gaussian vectors. Each step multiplies one block with
+K. If K is a stored kernel, that is one pass over the tiles. When the memory for Q is full, a thick restart keeps the
+best Ritz vectors and Q⁺, for which the same identity holds.
 
 References:
     Golub, Underwood (1977), The block Lanczos method for computing eigenvalues.
@@ -26,30 +26,30 @@ from ntkgen.analysis.matrix import FloatArray
 Multiply = Callable[[FloatArray], FloatArray]
 
 EPSILON = float(np.finfo(np.float64).eps)
-# Of the iteration for the height of what is beside Q.
+# Maximum number of fixed-point iterations for the extrapolated bound h (see `measure`).
 MAX_ITERATIONS = 60
-# Columns are orthonormal, if their products are so close to those of the identity; rounds to get there, at most.
+# Maximum entry of |QᵀQ − I| at which columns count as orthonormal, and maximum number of Cholesky rounds of `tall_qr`.
 ORTHONORMAL, MAX_ROUNDS = 1e-13, 6
-# Rows that are worked on at a time, so that no product needs as much memory as a block.
+# Number of rows that are treated at a time, so that intermediate results need less memory than a block.
 CHUNK_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a Krylov space may become."""
+    """Maximum size of a Krylov space."""
 
     num_rows: int
-    block: int  # vectors that are multiplied at a time, b
-    num_blocks: int  # blocks that the memory holds before a restart
+    block: int  # number of vectors that are multiplied at a time, b
+    num_blocks: int  # number of blocks before a restart
 
     @property
     def capacity(self) -> int:
-        """Columns that Q may have."""
+        """Maximum number of columns of Q."""
         return min(self.num_rows, self.block * self.num_blocks)
 
     @property
     def bytes(self) -> int:
-        """Bytes of Q, of the block that is added to it, and of T, a copy of it and its eigenvectors.
+        """Memory in bytes: of Q, of the block that is added to it, of T, of a copy of T and of its eigenvectors.
 
         >>> Sizes(20_000, 300, 8).bytes // 10**6
         624
@@ -59,21 +59,21 @@ class Sizes:
 
 
 class Krylov:
-    """Q, T, B and Q⁺ of an operator K, and how they grow."""
+    """The Krylov space of an operator K: Q, T, B and Q⁺, and the steps that extend them."""
 
     def __init__(self, multiply: Multiply, sizes: Sizes, seed: int = 0) -> None:
         self.sizes = sizes
-        self.width = 0  # columns of Q
+        self.width = 0  # number of columns of Q
         self.steps = 0
-        self.is_lanczos = True  # Q starts with Q₁, and was not restarted
+        self.is_lanczos = True  # whether Q begins with Q₁, that is, without a restart so far
         self._multiply = multiply
         self._basis = np.empty((sizes.num_rows, sizes.capacity))
         self._projected = np.zeros((sizes.capacity, sizes.capacity))
         block = min(sizes.block, sizes.capacity)
         self._next = np.random.default_rng(seed).standard_normal((sizes.num_rows, block))
-        self.start = tall_qr(self._next)  # R with Ω = Q₁ R: the Gaussian vectors of the beginning
+        self.start = tall_qr(self._next)  # R with Ω = Q₁ R, where Ω are the Gaussian start vectors
         self.coupling = np.zeros((block, 0))  # B
-        self.coupled = slice(0, 0)  # the columns of Q that E picks
+        self.coupled = slice(0, 0)  # the columns of Q that E selects
 
     @property
     def basis(self) -> FloatArray:  # (rows, width)
@@ -87,20 +87,23 @@ class Krylov:
 
     @property
     def added(self) -> int:
-        """Columns of Q⁺; none where Q is invariant under K."""
+        """Number of columns of Q⁺; 0 if the span of Q is invariant under K."""
         return int(self._next.shape[1])
 
     @property
     def is_full(self) -> bool:
-        """Say whether Q⁺ has no room in Q."""
+        """Whether Q has no room for the columns of Q⁺."""
         return self.width + self.added > self.sizes.capacity
 
     def advance(self) -> None:
-        """Append Q⁺ to Q, and multiply it. Costs one product, and about 12 · rows · width · block FLOPs."""
+        """Append Q⁺ to Q, and multiply it with K.
+
+        Costs one product with K and about 12 · rows · width · block FLOPs.
+        """
         assert self.added
         old, new = self.width, slice(self.width, self.width + self.added)
         self._basis[:, new] = self._next
-        self._next = np.empty((0, 0))  # its memory is that of the product
+        self._next = np.empty((0, 0))  # frees the memory for the product
         self.width, self.steps = new.stop, self.steps + 1
         product = self._multiply(self._basis[:, new])
         columns = subtract_span(self.basis, product)
@@ -111,7 +114,7 @@ class Krylov:
         self._add(product, new)
 
     def _add(self, product: FloatArray, new: slice) -> None:
-        """Make Q⁺ and B of what is left of a product, but for directions that are rounding alone."""
+        """Compute Q⁺ and B from the part of a product that is orthogonal to Q; drop directions of rounding errors."""
         factor = tall_qr(product)
         left, sizes, right = np.linalg.svd(factor, full_matrices=False)
         is_kept = sizes > 10 * EPSILON * np.linalg.norm(self.projected)
@@ -128,14 +131,17 @@ class Krylov:
         self._next = kept
 
     def ritz(self, count: int) -> tuple[FloatArray, FloatArray]:  # (count,), (width, count)
-        """Compute the largest eigenvalues of T, descending, and their eigenvectors S: the Ritz vectors are Q S."""
+        """Compute the largest eigenvalues of T in descending order, and their eigenvectors S.
+
+        They are the Ritz values of K, and Q S are the Ritz vectors.
+        """
         return largest_eigenpairs(np.array(self.projected, order="F"), min(count, self.width))
 
     def residuals(
         self,
         S: FloatArray,  # (width, count): eigenvectors of T
     ) -> FloatArray:  # (count,)
-        """Compute ‖K y − θ y‖ = ‖B Eᵀ s‖ of Ritz vectors y = Q s, without another product."""
+        """Compute the residuals ‖K y − θ y‖ = ‖B Eᵀ s‖ of the Ritz vectors y = Q s, without a product with K."""
         return np.asarray(np.linalg.norm(self.coupling @ S[self.coupled], axis=0))
 
     def bordered(self, corner: float) -> FloatArray:  # (width + added, width + added)
@@ -149,7 +155,7 @@ class Krylov:
         return M
 
     def restart(self, count: int) -> None:
-        """Keep the best Ritz vectors of Q. Costs 2 · rows · width · count FLOPs."""
+        """Replace Q by the Ritz vectors with the largest Ritz values. Costs 2 · rows · width · count FLOPs."""
         values, S = self.ritz(count)
         for rows in chunks(len(self._basis)):
             self._basis[rows, : len(values)] = self.basis[rows] @ S
@@ -166,7 +172,7 @@ class Krylov:
 
 
 def chunks(num_rows: int, size: int = CHUNK_ROWS) -> Iterator[slice]:
-    """Cut rows into parts.
+    """Divide rows into consecutive parts.
 
     >>> list(chunks(5, 3))
     [slice(0, 3, None), slice(3, 5, None)]
@@ -175,10 +181,10 @@ def chunks(num_rows: int, size: int = CHUNK_ROWS) -> Iterator[slice]:
 
 
 def largest_eigenpairs(
-    T: FloatArray,  # (width, width), in Fortran's order; overwritten
+    T: FloatArray,  # (width, width), in Fortran order; overwritten
     count: int,
 ) -> tuple[FloatArray, FloatArray]:  # (count,), (width, count)
-    """Compute the largest eigenvalues of a symmetric matrix, descending, and their eigenvectors."""
+    """Compute the largest eigenvalues of a symmetric matrix in descending order, and their eigenvectors."""
     wanted = [len(T) - count, len(T) - 1]
     values, S = eigh(T, subset_by_index=wanted, overwrite_a=True, check_finite=False)
     return values[::-1], S[:, ::-1]
@@ -187,11 +193,11 @@ def largest_eigenpairs(
 def tall_qr(
     W: FloatArray,  # (rows, cols), rows ≥ cols; becomes Q
 ) -> FloatArray:  # (cols, cols)
-    """Factor W = Q R in place, in parts of rows, and return R.
+    """Factor W = Q R in place, for some rows at a time, and return R.
 
-    By the Cholesky factors of Wᵀ W, again and again, which are matrix products and quick; shifted where W is too badly
-    conditioned for that, and by Householder's method where its rank is deficient. Q is orthonormal to rounding whatever
-    the condition of W. Costs about 8 · rows · cols² FLOPs.
+    Repeated Cholesky factorisations of Wᵀ W orthonormalise W with fast matrix products. If W is too badly conditioned
+    for that, Wᵀ W is shifted. If W is rank deficient, Householder's method is used. Q is orthonormal up to rounding for
+    any condition number of W. Costs about 8 · rows · cols² FLOPs.
 
     References:
         Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa (2020), arXiv:1809.11085 (shifted CholeskyQR).
@@ -211,7 +217,7 @@ def tall_qr(
 
 
 def _cholesky(gram: FloatArray) -> FloatArray | None:
-    """Factor a Gram matrix, shifted if it is not positive definite to rounding; None, if it is not even so."""
+    """Factor a Gram matrix, with a shift if it is not positive definite; return None if that fails too."""
     for shift in (0.0, 100 * EPSILON * float(np.trace(gram))):
         try:
             return np.asarray(np.linalg.cholesky(gram + shift * np.eye(len(gram))))
@@ -223,7 +229,7 @@ def _cholesky(gram: FloatArray) -> FloatArray | None:
 def householder_qr(
     W: FloatArray,  # (rows, cols), rows ≥ cols; becomes Q
 ) -> FloatArray:  # (cols, cols)
-    """Factor W = Q R by Householder's method, in place and in parts of rows; return R.
+    """Factor W = Q R by Householder's method in place, for some rows at a time, and return R.
 
     References:
         Demmel, Grigori, Hoemmen, Langou (2012), arXiv:0808.2664 (TSQR).
@@ -246,34 +252,35 @@ def subtract_span(
     Q: FloatArray,  # (rows, width), orthonormal
     W: FloatArray,  # (rows, cols); becomes (I − Q Qᵀ) W
 ) -> FloatArray:  # (width, cols)
-    """Subtract from W its part in the span of Q, in place, once; return Qᵀ W."""
+    """Subtract from W its projection onto the span of Q, in place; return Qᵀ W."""
     C: FloatArray = Q.T @ W
     for rows in chunks(len(W)):
         W[rows] -= Q[rows] @ C
     return C
 
 
-# the largest eigenvalues ----------------------------------------------------------------------------------------------
+# largest eigenvalues --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is wanted: how many eigenvalues, how well, relative to each, and in how many steps at most."""
+    """The stopping criterion: the number of eigenvalues, their accuracy and the number of steps."""
 
-    count: int
-    tolerance: float
-    max_steps: int
+    count: int  # number of eigenvalues
+    tolerance: float  # maximum error of an eigenvalue, relative to it
+    max_steps: int  # maximum number of steps
 
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest eigenvalues, descending, as the last step left them.
+    """Approximations θ of the largest eigenvalues λ after the last step, in descending order.
 
-    ``residuals`` are ‖K y − θ y‖ of the Ritz vectors y: within that of θ there is an eigenvalue, for certain.
-    ``errors`` bound λ_i − θ_i ≥ 0, unless an eigenvector was missed; ``is_proven`` says that none can have been.
+    The residual ‖K y − θ y‖ of a Ritz vector y is a proven bound: K has an eigenvalue within this distance of θ. The
+    errors bound λ_i − θ_i ≥ 0, unless the iteration has missed an eigenvector. ``is_proven`` states that it cannot have
+    missed one.
     """
 
-    values: FloatArray  # (count,)
+    values: FloatArray  # (count,), θ
     residuals: FloatArray  # (count,)
     errors: FloatArray  # (count,)
     is_proven: bool
@@ -281,33 +288,34 @@ class Largest:
 
 
 def measure(krylov: Krylov, goal: Goal, squares: float | None = None) -> Largest:
-    """Compute the largest Ritz values, and bound how far they are from the largest eigenvalues.
+    """Compute the largest Ritz values, and bound their distance to the largest eigenvalues.
 
-    In a basis [Q, Q⁺, …] K is [[T, E Bᵀ], [B Eᵀ, H]], H being its part beside Q. Where no eigenvalue of H is above h,
-    K is below the same matrix with h I for H, and so is each of its eigenvalues:
+    In a basis [Q, Q⁺, …] K is [[T, E Bᵀ], [B Eᵀ, H]], where H is the part of K on the complement of Q. If no eigenvalue
+    of H exceeds h, replacing H by h I does not decrease any eigenvalue of the matrix. Therefore
 
         θ_i ≤ λ_i ≤ the i-th eigenvalue of [[T, E Bᵀ], [B Eᵀ, h I]].
 
-    That difference is about r²/(θ_i − h), r being the residual. h ≤ ‖H‖_F, and ‖H‖_F² = ‖K‖_F² − ‖T‖_F² − 2‖B‖_F²
-    exactly: where this is far below the θ_i, nothing can have been missed, and the bound is a proof. Elsewhere h is
-    extrapolated (`_extrapolated_height`), and the bound misleads before anything has converged, when it is large
-    anyway, or if an eigenvector is all but orthogonal to the b Gaussian vectors of the beginning.
+    The difference of these two bounds is about r²/(θ_i − h), where r is the residual. ‖H‖_F is a proven value for h. It
+    follows exactly from ‖H‖_F² = ‖K‖_F² − ‖T‖_F² − 2‖B‖_F². If it is far below the θ_i, no eigenvector can have been
+    missed, and the error bound is proven. Otherwise h is extrapolated (`_extrapolated_bound`). The error bound may then
+    be wrong in two cases: before convergence, when it is large anyway, and if an eigenvector is nearly orthogonal to
+    the b Gaussian start vectors.
 
-    These upper bounds are computed only where they can be close enough, or after the last step.
+    The upper bounds are computed only if they can meet the tolerance, or after the last step.
 
     Args:
-        krylov: What is there after a step.
-        goal: What is wanted.
-        squares: ‖K‖_F², where it is known.
+        krylov: The Krylov space after a step.
+        goal: The stopping criterion.
+        squares: ‖K‖_F²; None if it is not known.
     """
     theta, S = krylov.ritz(goal.count)
     residuals = krylov.residuals(S)
     rounding = EPSILON * np.sqrt(krylov.sizes.num_rows) * float(np.abs(theta).max())
-    height, is_proven = _height(krylov, float(theta[-1]), squares)
+    h, is_proven = _bound_on_rest(krylov, float(theta[-1]), squares)
     errors = residuals
     is_worth_it = krylov.steps >= goal.max_steps or bool((residuals**2 <= goal.tolerance * theta**2).all())
-    if krylov.added and height < theta[-1] and is_worth_it:
-        upper = _largest_values(krylov.bordered(height), len(theta))
+    if krylov.added and h < theta[-1] and is_worth_it:
+        upper = _largest_values(krylov.bordered(h), len(theta))
         errors = np.minimum(residuals, np.maximum(upper - theta, 0.0))
     errors = errors + rounding
     is_close = bool((errors <= np.maximum(goal.tolerance * theta, 2 * rounding)).all())
@@ -315,33 +323,33 @@ def measure(krylov: Krylov, goal: Goal, squares: float | None = None) -> Largest
     return Largest(theta, residuals + rounding, errors, is_proven=is_proven, is_converged=is_converged)
 
 
-def _height(krylov: Krylov, theta: float, squares: float | None) -> tuple[float, bool]:
-    """Bound H, as seen from Q⁺ and at θ, from above; and say whether that is proven to lie below θ."""
-    guess = _extrapolated_height(krylov, theta)
+def _bound_on_rest(krylov: Krylov, theta: float, squares: float | None) -> tuple[float, bool]:
+    """Return an upper bound h on the eigenvalues of H (see `measure`), and whether it is proven and below θ."""
+    extrapolated = _extrapolated_bound(krylov, theta)
     if squares is None:
-        return guess, False
-    seen = float(np.linalg.norm(krylov.projected)) ** 2 + 2 * float(np.linalg.norm(krylov.coupling)) ** 2
-    proven = math.sqrt(max(squares - seen, 1e3 * EPSILON * squares))
-    is_proven = proven <= max(guess, theta / 2) and proven < theta
-    return (proven, True) if is_proven else (guess, False)
+        return extrapolated, False
+    known = float(np.linalg.norm(krylov.projected)) ** 2 + 2 * float(np.linalg.norm(krylov.coupling)) ** 2
+    proven = math.sqrt(max(squares - known, 1e3 * EPSILON * squares))
+    is_proven = proven <= max(extrapolated, theta / 2) and proven < theta
+    return (proven, True) if is_proven else (extrapolated, False)
 
 
-def _extrapolated_height(krylov: Krylov, theta: float) -> float:
-    """Extrapolate what of H matters, as if the next blocks were like the last: h = λ_max(T_qq + Bᵀ B / (θ − h)).
+def _extrapolated_bound(krylov: Krylov, theta: float) -> float:
+    """Extrapolate h as if the next blocks of T were equal to the last: h = λ_max(T_qq + Bᵀ B / (θ − h)).
 
-    Only the part (θ − H)⁻¹ between vectors of Q⁺ enters the eigenvalues of K, and it is that of a matrix which begins
-    with the next block of T and goes on like this (a block continued fraction). What is left beside Q becomes smaller
-    with every step, so that the last block stands above the next. Infinite, if there is no such h below θ.
+    The eigenvalues of K depend on H only through (θ − H)⁻¹ between vectors of Q⁺. That is a block continued fraction of
+    the next blocks of T. These blocks become smaller from step to step, so that the last one is taken as a bound on
+    them. The result is infinite if there is no such h below θ.
     """
     last = krylov.projected[krylov.coupled, krylov.coupled]
     squared = krylov.coupling.T @ krylov.coupling
-    height = float(np.linalg.eigvalsh(last)[-1])
+    h = float(np.linalg.eigvalsh(last)[-1])
     for _ in range(MAX_ITERATIONS):
-        if height >= theta:
+        if h >= theta:
             return math.inf
-        before, height = height, float(np.linalg.eigvalsh(last + squared / (theta - height))[-1])
-        if height - before <= 1e-3 * (theta - height):
-            return height
+        before, h = h, float(np.linalg.eigvalsh(last + squared / (theta - h))[-1])
+        if h - before <= 1e-3 * (theta - h):
+            return h
     return math.inf
 
 
@@ -358,12 +366,12 @@ def run(
     squares: Callable[[], float | None] = lambda: None,
     before_restart: Callable[[], None] = lambda: None,
 ) -> Largest:
-    """Take steps until the largest eigenvalues are as accurate as wanted, or there were enough of them.
+    """Take steps until the largest eigenvalues meet the tolerance, or the maximum number of steps is reached.
 
     Args:
-        krylov: What to begin with.
-        goal: What is wanted.
-        squares: Says what ‖K‖_F² is, asked after each step.
+        krylov: The Krylov space to extend.
+        goal: The stopping criterion.
+        squares: Called after each step; returns ‖K‖_F², or None if it is not known.
         before_restart: Called before each restart.
     """
     while True:
@@ -371,6 +379,6 @@ def run(
             before_restart()
             krylov.restart(krylov.sizes.capacity - krylov.sizes.block * max(1, krylov.sizes.num_blocks // 2))
         krylov.advance()
-        found = measure(krylov, goal, squares())
-        if found.is_converged or krylov.steps >= goal.max_steps:
-            return found
+        largest = measure(krylov, goal, squares())
+        if largest.is_converged or krylov.steps >= goal.max_steps:
+            return largest

@@ -1,1 +1,1 @@
-"""Pictures of a stored kernel."""
+"""Figures of a stored kernel."""

@@ -1,4 +1,4 @@
-"""A picture of what differs between kernels of the same samples."""
+"""Figure of the differences between kernels of the same samples."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,15 +11,15 @@ from ntkgen.analysis.plots.style import BLACK, LINES, Picture, legend, new_axes,
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Letters of a store's name that a legend has room for.
+# Maximum number of characters of a store's name in a legend.
 MAX_LETTERS = 62
 
 
 def draw_comparison(answers: Sequence[CompareAnswer]) -> Picture:
-    """Draw the eigenvalues of some kernels over those of the first one, and the angles between their eigenspaces.
+    """Draw the eigenvalues of kernels divided by those of the reference, and the angles between their eigenspaces.
 
     Args:
-        answers: Answers of `compare` about the same first kernel and some others.
+        answers: Answers of `compare`, all with the same reference (the first kernel).
     """
     with styled():
         figure, (left, right) = new_axes(2, height=4.2 + 0.17 * len(answers))
@@ -28,8 +28,8 @@ def draw_comparison(answers: Sequence[CompareAnswer]) -> Picture:
             _draw(left, right, answer, index)
         scale = "log" if _are_positive(answers) else "linear"
         left.set(title="Eigenvalues", yscale=scale)
-        left.set(xscale="log", xlabel="number k, the largest first", ylabel="λₖ ÷ λₖ of the first")
-        right.set(title="Eigenspaces", xlabel="principal angle, the smallest first", ylabel="angle, degrees")
+        left.set(xscale="log", xlabel="index k, in descending order", ylabel="λₖ ÷ λₖ of the reference")
+        right.set(title="Eigenspaces", xlabel="principal angle, in ascending order", ylabel="angle, degrees")
         right.set_ylim(-2, 92)
         right.set_yticks(range(0, 91, 15))
         legend(left, columns=1)
@@ -49,7 +49,7 @@ def _draw(left: "Axes", right: "Axes", answer: CompareAnswer, index: int) -> Non
 
 
 def short(store: str) -> str:
-    """Name a store by the end of its path, as far as there is room.
+    """Return the last part of a store's path without its extension, shortened in the middle if it is too long.
 
     >>> short("runs/lenet-digits-seed0-n200.zarr")
     'lenet-digits-seed0-n200'
@@ -59,12 +59,12 @@ def short(store: str) -> str:
 
 
 def _caption(answers: Sequence[CompareAnswer]) -> str:
-    each = "; ".join(
+    kernels = "; ".join(
         f"{short(answer.store)}: distance {_number(answer.distance)}, centred alignment "
         f"{_number(answer.centered_alignment)}"
         for answer in answers
     )
-    return f"Compared with {short(answers[0].reference)}: {each}."
+    return f"Compared with {short(answers[0].reference)}: {kernels}."
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of what is learned when: the labels in the modes of the kernel, and the course of gradient flow."""
+"""Figures of gradient flow: the energy and the learning time of each mode of the kernel, and the loss over time."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def draw_modes(answer: FlowAnswer) -> Picture:
-    """Draw how much of the labels lies in the first modes of the kernel, and when each of them is learned."""
+    """Draw the energy of the labels in the first modes of the kernel, and the learning time of each mode."""
     energies = np.asarray(answer.energies or (), dtype=np.float64)
     with styled():
         figure, (left, right) = new_axes(2)
@@ -20,16 +20,16 @@ def draw_modes(answer: FlowAnswer) -> Picture:
         _draw_times(right, answer)
         legend(left)
     half = int(np.searchsorted(np.cumsum(energies), 0.5)) + 1
-    found = f"the first {half:,} modes hold half of it" if half <= len(energies) else "they hold less than half of it"
+    halved = f"the first {half:,} modes hold half of it" if half <= len(energies) else "they hold less than half of it"
     caption = (
-        f"Of what is to be learned, y − f₀, the share in each of the {len(energies):,} modes with the largest "
-        f"eigenvalues: {found}. A mode is learned after the time c/(ηλₖ)."
+        f"Share of y − f₀, the part of the labels still to be learned, in each of the {len(energies):,} modes with the "
+        f"largest eigenvalues: {halved}. A mode is learned after the time c/(ηλₖ)."
     )
     return Picture("modes", "The labels in the modes of the kernel", caption, figure)
 
 
 def _draw_cumulated(axes: "Axes", energies: "np.ndarray[Any, Any]", rows: int) -> None:
-    """Draw Σ_{i≤k} (uᵢᵀ r)² / ‖r‖², and what it would be of labels that have nothing to do with the kernel."""
+    """Draw Σ_{i≤k} (uᵢᵀ r)² / ‖r‖² with r = y − f₀, and its mean for random labels."""
     numbers = np.arange(1, len(energies) + 1)
     axes.plot(numbers, 100 * np.cumsum(energies), label="these labels", **LINES[0].style(len(numbers)))
     axes.plot(numbers, 100 * numbers / rows, color=GREY, linestyle=":", label="random labels, on average")
@@ -38,7 +38,7 @@ def _draw_cumulated(axes: "Axes", energies: "np.ndarray[Any, Any]", rows: int) -
 
 
 def _draw_times(axes: "Axes", answer: FlowAnswer) -> None:
-    """Draw each mode that is ever learned at its time."""
+    """Draw the energy of each mode against its learning time; skip modes that are never learned."""
     modes = zip(answer.learning_times or (), answer.energies or (), strict=True)
     known = np.array([(time, 100 * energy) for time, energy in modes if time is not None and energy > 0])
     if len(known):
@@ -65,7 +65,7 @@ def draw_flow(answer: FlowAnswer) -> Picture:
     start = "zero" if answer.offset == "zero" else "the network’s logits"
     caption = (
         f"Gradient flow of the linearised network on the {answer.loss} loss, from {start}, with the learning rate "
-        f"{plain(answer.rate)}: in the end {100 * answer.train_accuracy[-1]:.1f} % of the training samples are "
+        f"{plain(answer.rate)}. At the last time {100 * answer.train_accuracy[-1]:.1f} % of the training samples are "
         "classified correctly."
     )
     return Picture("flow", "Gradient flow", caption, figure)

@@ -1,4 +1,4 @@
-"""A picture of the log-determinant against the number of samples, and of the law that it follows."""
+"""Figure of the log-determinant against the number of samples, with the fitted law."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,17 @@ from ntkgen.analysis.plots.style import DARK, LINES, WARM, Picture, legend, new_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Points of a curve; between them lie the prefixes whose differences are averaged.
+# Maximum number of points of a curve. Differences are averaged over the prefixes between two points.
 MAX_POINTS = 240
 
 
 def draw_logdet(answer: LogdetAnswer, num_outputs: int, law: ExtrapolateAnswer | None = None) -> Picture:
-    """Draw log |det| of the leading blocks against their samples, and what each further sample adds.
+    """Draw log |det| of the leading blocks against their number of samples, and its increase per sample.
 
     Args:
         answer: The answer of `logdet`, with its prefixes.
-        num_outputs: Rows per sample, m.
-        law: The answer of `extrapolate` for the same shift; its curve goes on to the samples it was asked for.
+        num_outputs: Number of rows per sample, m.
+        law: The answer of `extrapolate` for the same shift. Its curve is drawn up to the predicted number of samples.
     """
     samples, logdets = answer.by_samples(num_outputs)
     x, y = _thinned(np.asarray(samples, dtype=np.float64), np.asarray(logdets, dtype=np.float64))
@@ -36,19 +36,19 @@ def draw_logdet(answer: LogdetAnswer, num_outputs: int, law: ExtrapolateAnswer |
             _draw_law(left, right, law, (float(x[0]), float(x[-1])))
         shifted = "K" if not answer.shift else f"(K + {plain(answer.shift)} I)"
         left.set(title="Log-determinant", xlabel="samples n", ylabel=f"log |det {shifted}ₙ|, nats")
-        right.set(title="Added by a sample", xlabel="samples n", ylabel="nats per sample", xscale="log")
+        right.set(title="Increase per sample", xlabel="samples n", ylabel="nats per sample", xscale="log")
         legend(left)
     return Picture("logdet", "Log-determinant", _caption(answer, law), figure)
 
 
 def _thinned(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Take some points, evenly on a logarithmic axis as far as there are any, and the first and the last of all."""
+    """Select at most `MAX_POINTS` points, evenly on a logarithmic axis, with the first and the last."""
     wanted = np.unique(np.geomspace(1, len(x), MAX_POINTS).round().astype(int)) - 1
     return x[wanted], y[wanted]
 
 
 def _draw_law(left: "Axes", right: "Axes", law: ExtrapolateAnswer, ends: tuple[float, float]) -> None:
-    """Draw the fitted law from where it was fitted to where it was asked for, and mark that point."""
+    """Draw the fitted law from the first fitted block to the predicted number of samples, and mark the prediction."""
     known = law.law
     coefficients = np.array([law.coefficients[term] for term in known.terms])
     x = np.geomspace(max(2.0, float(law.fitted_from)), max(float(law.to), ends[1]), MAX_POINTS)
@@ -62,14 +62,14 @@ def _draw_law(left: "Axes", right: "Axes", law: ExtrapolateAnswer, ends: tuple[f
 
 def _caption(answer: LogdetAnswer, law: ExtrapolateAnswer | None) -> str:
     rows, shift = answer.rows, answer.shift
-    what = "K" if not shift else f"(K + {plain(shift)} I)"
-    words = (
-        f"log |det {what}| = {plain(answer.logdet, 8)} nats, with the sign {'+' if answer.sign > 0 else '−'}, of "
-        f"{rows:,} rows: {plain(answer.logdet / rows)} per row."
+    shifted = "K" if not shift else f"(K + {plain(shift)} I)"
+    caption = (
+        f"log |det {shifted}| = {plain(answer.logdet, 8)} nats for {rows:,} rows, or {plain(answer.logdet / rows)} per "
+        f"row. The sign of the determinant is {'+' if answer.sign > 0 else '−'}."
     )
     if law is not None:
-        words += (
-            f" The law fitted to blocks of {law.fitted_from:,} to {law.fitted_to:,} samples gives "
+        caption += (
+            f" The law fitted to blocks of {law.fitted_from:,} to {law.fitted_to:,} samples predicts "
             f"{plain(law.logdet, 6)} nats for {law.to:,} samples."
         )
-    return words
+    return caption

@@ -1,4 +1,4 @@
-"""A picture of the matrix itself: block means over every entry, in one pass over the stored triangle."""
+"""Figure of the matrix: means over blocks of all entries, in one pass over the stored triangle."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,19 +16,20 @@ if TYPE_CHECKING:
 
 IntArray = npt.NDArray[np.int64]
 
-# More pixels on a side than this would be thinned out once more by the screen.
+# Maximum number of pixels per side; a screen would not show more.
 MAX_CELLS = 400
+# Maximum number of tick labels per axis.
 MAX_TICKS = 12
 
 
 @dataclass(frozen=True)
 class Order:
-    """An order of things, in which those that belong together are neighbours.
+    """A permutation of rows or of samples that makes the members of each group neighbours.
 
     Attributes:
-        place: Where each thing goes, (things,).
-        bounds: Where each group begins, and where the last one ends; two entries where there is but one group.
-        names: The names of the groups.
+        place: New position of each item, (items,).
+        bounds: First position of each group, followed by the end of the last group.
+        names: Names of the groups.
     """
 
     place: IntArray
@@ -37,13 +38,13 @@ class Order:
 
     @property
     def cell(self) -> int:
-        """Things to a pixel."""
+        """Number of items per pixel."""
         return -(-len(self.place) // MAX_CELLS)
 
 
 @dataclass(frozen=True)
 class Decimated:
-    """A square matrix as means of square blocks, in some order; the last row and column may be of smaller blocks."""
+    """Means over the square blocks of a reordered matrix; the blocks of the last row and column may be smaller."""
 
     means: FloatArray
     order: Order
@@ -51,16 +52,16 @@ class Decimated:
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows: things of a kind, in groups that are marked where they have a name."""
+    """The content of one panel: block means, with marks between groups."""
 
-    found: Decimated
+    blocks: Decimated
     title: str
-    thing: str
-    group: str
+    item: str  # what a row and a column stand for: a row of the kernel or a sample
+    group: str  # what a group is, for the axis labels; empty for no marks
 
 
 def order_by(groups: IntArray, within: IntArray | None = None) -> Order:
-    """Order things by their group, and in it by another number, and else as they are.
+    """Order items by group, then by ``within``, then by their present position.
 
     >>> order_by(np.array([1, 0, 1, 0])).place
     array([2, 0, 3, 1])
@@ -68,12 +69,12 @@ def order_by(groups: IntArray, within: IntArray | None = None) -> Order:
     within = np.zeros_like(groups) if within is None else within
     place = np.empty(len(groups), np.int64)
     place[np.lexsort((within, groups))] = np.arange(len(groups))
-    found, counts = np.unique(groups, return_counts=True)
-    return Order(place, np.concatenate([[0], np.cumsum(counts)]), tuple(map(str, found)))
+    names, counts = np.unique(groups, return_counts=True)
+    return Order(place, np.concatenate([[0], np.cumsum(counts)]), tuple(map(str, names)))
 
 
 def orders_of(matrix: Matrix) -> tuple[Order, Order, bool]:
-    """Order rows by output and then as samples, samples by label; say whether there are labels."""
+    """Return the order of the rows (by output, then by sample), that of the samples (by label), and has_labels."""
     n, m, labels = matrix.num_samples, matrix.num_outputs, _labels(matrix)
     samples = order_by(np.zeros(n, np.int64) if labels is None else labels)
     rows = order_by(np.tile(np.arange(m), n), np.repeat(samples.place, m))
@@ -92,9 +93,9 @@ def decimate(
 ) -> tuple[Decimated, Decimated]:
     """Average the kernel over blocks of rows, and its trace kernel over blocks of samples.
 
-    Every entry counts once: a pixel is the mean (1/|R||C|) Σ_{r∈R, c∈C} K_rc of the rows and columns that lie in it
-    after ordering; the trace kernel is (1/m) Σ_a K_(ia)(ja), of samples i and j. One pass over the stored triangle;
-    memory for one tile and the pixels.
+    Every entry counts once: a pixel is the mean (1/|R||C|) Σ_{r∈R, c∈C} K_rc over its reordered rows R and columns C.
+    The entry of the trace kernel for samples i and j is (1/m) Σ_a K_(ia)(ja). Takes one pass over the stored triangle,
+    and memory for one tile and the pixels.
     """
     m, step = matrix.num_outputs, counter(report, "block means", 0, matrix.num_tiles)
     sums = [np.zeros((_cells(order),) * 2) for order in (rows, samples)]
@@ -111,13 +112,16 @@ def _cells(order: Order) -> int:
 
 
 def _add(sums: FloatArray, values: FloatArray, corner: tuple[int, int], order: Order) -> None:
-    """Add the entries of a block of one triangle, and of its mirror image, to their pixels: S += Eᵀ B F."""
+    """Add the entries of a block B of one triangle, and those of its transpose, to the sums of their pixels.
+
+    With the 0/1 matrices E and F, which assign the block's rows and columns to pixels, the sum is S += Eᵀ B F.
+    """
     from scipy import sparse
 
     height, width = values.shape
     (top, left), cells = corner, order.place // order.cell
 
-    def membership(start: int, count: int) -> Any:  # (things, pixels)
+    def membership(start: int, count: int) -> Any:  # (items, pixels)
         entries = (np.ones(count), (np.arange(count), cells[start : start + count]))
         return sparse.csr_array(entries, shape=(count, len(sums)))
 
@@ -133,31 +137,31 @@ def _decimated(sums: FloatArray, order: Order) -> Decimated:
 
 
 def draw_matrix(matrix: Matrix, report: Report = ignore_report) -> Picture:
-    """Draw the kernel by its rows, and by its samples where a sample has several rows."""
+    """Draw the kernel by rows and, if a sample has several rows, also its trace kernel by samples."""
     rows, samples, has_labels = orders_of(matrix)
     whole, traced = decimate(matrix, rows, samples, report)
-    sorting, many = "label" if has_labels else "place in the store", matrix.num_outputs > 1
-    title = f"Trace ÷ m, samples by {sorting}" if many else f"All entries, samples by {sorting}"
+    sorting, has_outputs = "label" if has_labels else "place in the store", matrix.num_outputs > 1
+    title = f"Trace ÷ m, samples by {sorting}" if has_outputs else f"All entries, samples by {sorting}"
     panels = [Panel(traced, title, "sample", "label" if has_labels else "")]
-    if many:
+    if has_outputs:
         panels = [Panel(whole, f"All entries, by output, then {sorting}", "row", "output"), *panels]
     with styled():
-        figure, axes = new_axes(len(panels), height=4.3 if many else 6.4)
+        figure, axes = new_axes(len(panels), height=4.3 if has_outputs else 6.4)
         for place, panel in zip(axes, panels, strict=True):
             _draw_panel(place, panel)
     return Picture("matrix", "The matrix", _caption(matrix, panels), figure)
 
 
 def _draw_panel(axes: "Axes", panel: Panel) -> None:
-    """Draw a matrix with its groups marked, on a scale that is the root of values, with their sign."""
+    """Draw block means on a signed square-root colour scale, with marks between groups."""
     from matplotlib.colors import FuncNorm
 
-    found, order, num = panel.found, panel.found.order, len(panel.found.order.place)
-    edge = len(found.means) * order.cell
-    limit = float(np.abs(found.means).max()) or 1.0
-    low = -limit if found.means.min() < 0 else 0.0
+    means, order, num = panel.blocks.means, panel.blocks.order, len(panel.blocks.order.place)
+    edge = len(means) * order.cell
+    limit = float(np.abs(means).max()) or 1.0
+    low = -limit if means.min() < 0 else 0.0
     norm = FuncNorm((signed_root, signed_square), low, limit)
-    image = axes.imshow(found.means, norm=norm, extent=(0, edge, edge, 0), interpolation="nearest")
+    image = axes.imshow(means, norm=norm, extent=(0, edge, edge, 0), interpolation="nearest")
     axes.set(title=panel.title, xlim=(0, num), ylim=(num, 0))
     axes.grid(visible=False)
     _mark(axes, panel)
@@ -169,33 +173,33 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def signed_root(values: FloatArray) -> FloatArray:
-    """Take the root of the size and keep the sign, sign(x) √|x|."""
+    """Compute the signed square root, sign(x) √|x|."""
     return np.asarray(np.sign(values) * np.sqrt(np.abs(values)))
 
 
 def signed_square(values: FloatArray) -> FloatArray:
-    """Undo `signed_root`."""
+    """Compute x |x|, the inverse of `signed_root`."""
     return np.asarray(values * np.abs(values))
 
 
 def _mark(axes: "Axes", panel: Panel) -> None:
-    """Draw lines between groups, and name these in their middle where they have room."""
-    order, thing, group = panel.found.order, panel.thing, panel.group
+    """Draw lines between groups, and write the names of at most `MAX_TICKS` groups at their middles."""
+    order, item, group = panel.blocks.order, panel.item, panel.group
     if not group or len(order.names) < 2:
-        axes.set(xlabel=thing, ylabel=thing)
+        axes.set(xlabel=item, ylabel=item)
         axes.xaxis.set_major_locator(_few_ticks())
         axes.yaxis.set_major_locator(_few_ticks())
         return
     for bound in order.bounds[1:-1]:
         for line in (axes.axhline, axes.axvline):
             line(bound, color="white", linewidth=0.5, alpha=0.8)
-    every = -(-len(order.names) // MAX_TICKS)
-    middles = ((order.bounds[1:] + order.bounds[:-1]) / 2)[::every]
-    names = order.names[::every]
+    stride = -(-len(order.names) // MAX_TICKS)
+    middles = ((order.bounds[1:] + order.bounds[:-1]) / 2)[::stride]
+    names = order.names[::stride]
     axes.set_xticks(middles, names)
     axes.set_yticks(middles, names)
     axes.tick_params(length=0)
-    axes.set(xlabel=f"{group} of the {thing}", ylabel=f"{group} of the {thing}")
+    axes.set(xlabel=f"{group} of the {item}", ylabel=f"{group} of the {item}")
 
 
 def _few_ticks() -> Any:
@@ -205,12 +209,12 @@ def _few_ticks() -> Any:
 
 
 def _caption(matrix: Matrix, panels: list[Panel]) -> str:
-    sizes = [panel.found.order.cell for panel in panels]
+    sizes = [panel.blocks.order.cell for panel in panels]
     pixels = " and ".join(
-        f"{size} × {size} {panel.thing}s" if size > 1 else f"one pair of {panel.thing}s"
+        f"{size} × {size} {panel.item}s" if size > 1 else f"one pair of {panel.item}s"
         for size, panel in zip(sizes, panels, strict=True)
     )
-    part = ", the leading part that is there" if matrix.is_partial else ""
+    part = ", the complete leading part of the store" if matrix.is_partial else ""
     return (
         f"The kernel K = J Jᵀ of {matrix.num_samples:,} samples × {matrix.num_outputs} outputs{part}, as stored in "
         f"{matrix.dtype}. A pixel is the mean over {pixels}{' (left, right)' * (len(panels) > 1)}; every entry counts."

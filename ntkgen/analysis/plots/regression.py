@@ -1,4 +1,4 @@
-"""Pictures of kernel ridge regression: errors and accuracies against λ."""
+"""Figures of kernel ridge regression: errors and accuracies against λ."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 Series = Mapping[str, Sequence[float | None]]
 
-# What is drawn, in the order of the lines.
-TRAINING, LEFT_OUT, VALIDATION, TEST = "training", "leave one sample out", "generalised cross-validation", "test"
+# Names of the curves, in the order of their line styles.
+TRAINING, LEFT_OUT, VALIDATION, TEST = "training", "leave-one-out", "generalised cross-validation", "test"
 
 
 def draw_regression(answer: RegressAnswer) -> Picture:
@@ -50,12 +50,12 @@ def _accuracies(answer: RegressAnswer) -> Series:
 
 
 def _known(series: Mapping[str, Sequence[float | None] | None]) -> Series:
-    """Leave out what is not known for any λ."""
-    return {label: each for label, each in series.items() if each and any(value is not None for value in each)}
+    """Drop the curves that have no known value."""
+    return {label: values for label, values in series.items() if values and any(value is not None for value in values)}
 
 
 def _lowest(errors: Series) -> float | None:
-    """Choose where the axis of errors ends below: the training error goes on to zero, and would flatten the others."""
+    """Choose the lower end of the error axis; a training error close to zero would compress the other curves."""
     others = [value for label, values in errors.items() if label != TRAINING for value in values if value]
     training = [value for value in errors.get(TRAINING, ()) if value]
     return None if not others or not training else max(min(others) / 30, 0.5 * min(*training, *others))
@@ -66,25 +66,25 @@ def _percent(value: float | None) -> float | None:
 
 
 def _draw_lines(axes: "Axes", shifts: Sequence[float], series: Series) -> None:
-    """Draw a line for each series; the same series has the same line in every panel."""
+    """Draw one curve per series; a series has the same line style in every panel."""
     x = np.asarray(shifts, dtype=np.float64)
     lines = dict(zip((TRAINING, LEFT_OUT, VALIDATION, TEST), LINES, strict=False))
-    for label, each in series.items():
-        values = np.array([np.nan if value is None else value for value in each], dtype=np.float64)
-        axes.plot(x, values, label=label, **lines[label].style(len(x)))
+    for label, values in series.items():
+        y = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+        axes.plot(x, y, label=label, **lines[label].style(len(x)))
     axes.set(xscale="log" if (x > 0).all() else "symlog", xlabel="ridge λ, in units of K")
 
 
 def _caption(answer: RegressAnswer) -> str:
-    """Say where the left-out error is least."""
+    """State the smallest leave-one-out error and its λ; if it is not known, use the cross-validation score."""
     errors = _errors(answer)
     name = LEFT_OUT if LEFT_OUT in errors else VALIDATION
     values = [np.inf if value is None else value for value in errors[name]]
     best = int(np.argmin(values))
     accuracies = _accuracies(answer).get(LEFT_OUT)
     accuracy = None if accuracies is None else accuracies[best]
-    rightly = "" if accuracy is None else f", where {100 * accuracy:.1f} % of the samples are classified correctly"
+    correct = "" if accuracy is None else f", where {100 * accuracy:.1f} % of the samples are classified correctly"
     return (
-        f"Kernel ridge regression on the one-hot labels. The error of {name} is least, {plain(values[best])}, "
-        f"at λ = {plain(answer.shifts[best])}{rightly}."
+        f"Kernel ridge regression on the one-hot labels. The {name} error is smallest, {plain(values[best])}, "
+        f"at λ = {plain(answer.shifts[best])}{correct}."
     )

@@ -1,4 +1,7 @@
-"""Pictures of eigenvalues: the spectrum and its sum, its density, and what the labels have to do with it."""
+"""Figures of the eigenvalues, of their density, and of the alignment of the kernel with the labels.
+
+The certificate of a store, which some figures show as a line, is a measured bound on the error of the stored kernel.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,17 +29,19 @@ from ntkgen.analysis.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Maximum number of labelled bars.
 MAX_BARS = 40
-# A bound that is a smaller part of its eigenvalue is thinner than the line.
+# Minimum ratio of an error bound to its value at which the bound is drawn; smaller ones are thinner than the line.
 VISIBLE = 0.02
 
 
 def draw_spectrum(answer: SpectrumAnswer, error_norm: float | None = None) -> Picture:
-    """Draw eigenvalues against their number, and what share of the trace the first ones have.
+    """Draw the eigenvalues in descending order, and the share of the trace of the first k eigenvalues.
 
     Args:
         answer: The answer of `spectrum`.
-        error_norm: The certificate's bound of ‖E‖_F: no eigenvalue is known more closely than that.
+        error_norm: Upper bound on ‖E‖_F from the certificate, which bounds the error of every eigenvalue; None
+            without one.
     """
     values = np.asarray(answer.eigenvalues, dtype=np.float64)
     with styled():
@@ -48,7 +53,7 @@ def draw_spectrum(answer: SpectrumAnswer, error_norm: float | None = None) -> Pi
 
 
 def _draw_eigenvalues(axes: "Axes", values: FloatArray, bounds: Sequence[Any], error_norm: float | None) -> None:
-    """Draw sizes on logarithmic axes; what is negative as crosses, what nobody knows below a line."""
+    """Draw magnitudes on logarithmic axes, negative eigenvalues as crosses, and the certificate's bound as a line."""
     numbers = np.arange(1, len(values) + 1)
     is_positive = values > 0
     axes.plot(numbers[is_positive], values[is_positive], label="eigenvalue λₖ", **LINES[0].style(len(values)))
@@ -61,23 +66,23 @@ def _draw_eigenvalues(axes: "Axes", values: FloatArray, bounds: Sequence[Any], e
     if error_norm:
         axes.axhline(error_norm, color=GREY, linestyle="--", label="certificate: bound on ‖E‖$_F$")
     scale = scale_for(np.abs(values))
-    axes.set(xscale="log", yscale=scale, xlabel="number k, the largest first", ylabel="eigenvalue λₖ of K")
+    axes.set(xscale="log", yscale=scale, xlabel="index k, in descending order", ylabel="eigenvalue λₖ of K")
     axes.set_title("Spectrum")
 
 
 def _draw_cumulated(axes: "Axes", values: FloatArray, answer: SpectrumAnswer) -> None:
-    """Draw Σ_{i≤k} λᵢ / tr K."""
+    """Draw Σ_{i≤k} λᵢ / tr K, and the effective rank as a vertical line."""
     trace = float(answer.trace or values.sum()) or 1.0
     axes.plot(np.arange(1, len(values) + 1), 100 * np.cumsum(values) / trace, **LINES[0].style(len(values)))
     rank = answer.effective_rank
     axes.axvline(rank, color=WARM, linestyle="--")
-    is_late = rank > len(values) ** 0.8  # no room to the right of it
+    is_late = rank > len(values) ** 0.8  # then the text does not fit to the right of the line
     axes.annotate(
         f"effective rank {plain(rank)}", (rank, 3), xytext=(-4 if is_late else 4, 0), textcoords="offset points",
         color=WARM, rotation=90, va="bottom", ha="right" if is_late else "left",
     )  # fmt: skip
     axes.set(xscale="log", ylim=(0, 103), xlabel="first k eigenvalues", ylabel="share of the trace, %")
-    axes.set_title("Cumulated")
+    axes.set_title("Cumulative")
 
 
 def _spectrum_caption(values: FloatArray, answer: SpectrumAnswer, error_norm: float | None) -> str:
@@ -88,22 +93,22 @@ def _spectrum_caption(values: FloatArray, answer: SpectrumAnswer, error_norm: fl
     floor = ""
     if error_norm:
         floor = (
-            f" The certificate bounds the error of each by ‖E‖_F ≤ {plain(error_norm)}: the stored matrix does not "
-            "tell those below from zero."
+            f" The certificate, a measured error bound, gives ‖E‖_F ≤ {plain(error_norm)}. Eigenvalues below that are "
+            "indistinguishable from zero."
         )
-    right = "on the right, the share of the trace that the first ones have"
-    return f"{which}, from {plain(values[0])} to {plain(values[-1])}; {right}.{floor}"
+    right = "On the right: the share of the trace of the first k eigenvalues"
+    return f"{which}, from {plain(values[0])} to {plain(values[-1])}. {right}.{floor}"
 
 
 def draw_density(answer: DensityAnswer) -> Picture:
-    """Draw the density of eigenvalues on a logarithmic axis, and what part of them lies above each value.
+    """Draw the density of the eigenvalues on a logarithmic axis, and the fraction of them above each value.
 
     Args:
         answer: The answer of `density`.
     """
     values = 10.0 ** np.asarray(answer.log10_eigenvalues, dtype=np.float64)
     density = np.asarray(answer.density, dtype=np.float64)
-    errors = np.nan_to_num(np.asarray(answer.density_errors, dtype=np.float64))  # unknown below what is resolved
+    errors = np.nan_to_num(np.asarray(answer.density_errors, dtype=np.float64))  # None below ``resolved_above``
     with styled():
         figure, (left, right) = new_axes(2)
         left.plot(values, density, color=DARK, label="density")
@@ -116,13 +121,13 @@ def draw_density(answer: DensityAnswer) -> Picture:
         _mark_limits(left, right, answer)
         scale = scale_for(values)
         left.set(title="Density", xscale=scale, xlabel="eigenvalue λ of K", ylabel="share of all per decade", ylim=0)
-        right.set(title="Counted", xscale=scale, xlabel="eigenvalue λ of K", ylabel="share of all above λ, %")
+        right.set(title="Cumulative", xscale=scale, xlabel="eigenvalue λ of K", ylabel="share of all above λ, %")
         legend(left)
     return Picture("density", "Density of eigenvalues", _density_caption(answer), figure)
 
 
 def _mark_limits(left: "Axes", right: "Axes", answer: DensityAnswer) -> None:
-    """Mark below what value the stored matrix, or the method, knows nothing of single eigenvalues."""
+    """Mark the values below which the error of the stored matrix, or the method, hides single eigenvalues."""
     limits = {
         "certificate: bound on ‖E‖$_F$": (answer.error_norm, GREY, "--"),
         "resolved above": (answer.resolved_above, WARM, ":"),
@@ -136,20 +141,21 @@ def _mark_limits(left: "Axes", right: "Axes", answer: DensityAnswer) -> None:
 def _density_caption(answer: DensityAnswer) -> str:
     how = "from all eigenvalues" if answer.method == "all" else f"by Lanczos quadrature with {answer.probes} vectors"
     return (
-        f"The share of the eigenvalues per decade, {how}, each drawn as a Gaussian of {plain(answer.bandwidth)} "
-        f"decades. {100 * answer.fraction_off_axis:.2g} % are not positive, or not told from zero."
+        f"Share of the eigenvalues per decade, {how}. Each eigenvalue is drawn as a Gaussian with a standard deviation "
+        f"of {plain(answer.bandwidth)} decades. {100 * answer.fraction_off_axis:.2g} % of the eigenvalues are negative "
+        "or indistinguishable from zero."
     )
 
 
 def draw_alignment(answer: AlignAnswer) -> Picture:
-    """Draw the alignment of each output's kernel with its labels, and that of the whole."""
-    each = {"plain": answer.output_alignment, "centred": answer.output_centered_alignment}
+    """Draw the alignment of each output's kernel with its labels, and that of the whole kernel."""
+    by_output = {"plain": answer.output_alignment, "centred": answer.output_centered_alignment}
     whole = {"plain": answer.alignment, "centred": answer.centered_alignment}
-    count = len(each["plain"])
+    count = len(by_output["plain"])
     with styled():
         figure, (axes,) = new_axes(1)
         for index, (name, color) in enumerate({"plain": DARK, "centred": "#9ec9e8"}.items()):
-            heights = [value or 0.0 for value in each[name]]
+            heights = [value or 0.0 for value in by_output[name]]
             places = np.arange(count) + 0.4 * (index - 0.5)
             axes.bar(places, heights, 0.4, color=color, edgecolor=BLACK, linewidth=0.5, label=f"{name}, one output")
             if (height := whole[name]) is not None:
@@ -159,12 +165,13 @@ def draw_alignment(answer: AlignAnswer) -> Picture:
         names = answer.output_names
         axes.set(xlabel=names[0].split()[0], ylabel="alignment with the labels", title="Kernel–target alignment")
         axes.grid(visible=False, axis="x")
-        every = -(-count // MAX_BARS)
-        axes.set_xticks(range(0, count, every), [name.split()[1] for name in names[::every]])
+        stride = -(-count // MAX_BARS)
+        axes.set_xticks(range(0, count, stride), [name.split()[1] for name in names[::stride]])
         legend(axes)
     caption = (
-        f"How well the kernel agrees with that of the one-hot labels, 1 being y yᵀ itself: {_number(whole['plain'])} "
-        f"for the whole, {_number(whole['centred'])} centred; by output, the n × n kernel of that output alone."
+        f"Alignment of the kernel with the kernel y yᵀ of the one-hot labels y, at most 1: {_number(whole['plain'])} "
+        f"for the whole kernel, {_number(whole['centred'])} after centring. The bars show the alignment of the n × n "
+        "kernel of each output."
     )
     return Picture("alignment", "Alignment with the labels", caption, figure)
 

@@ -1,4 +1,4 @@
-"""How every picture looks, and how one is made without any state of a drawing program."""
+"""The style of all figures, and functions that create figures without matplotlib's global state."""
 
 import io
 from collections.abc import Iterator
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 6.6, 4.0  # inches, of every picture but those that say otherwise
+# Width and default height of a figure in inches.
+WIDTH, HEIGHT = 6.6, 4.0
 FORMATS = ("png", "svg")
 
-STYLE: Any = {  # matplotlib's type of it names its settings one by one
+STYLE: Any = {  # `Any`, since matplotlib's own type lists all names of settings
     "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # which comes with matplotlib, and has every sign that is used
+    "font.sans-serif": ["DejaVu Sans"],  # this font comes with matplotlib and has all characters of the figures
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
@@ -36,27 +37,27 @@ STYLE: Any = {  # matplotlib's type of it names its settings one by one
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.dpi": 200,
-    "image.cmap": "cividis",  # its lightness grows steadily: the same picture in grey
-    "svg.fonttype": "path",  # letters as shapes: no text moves where another font is at hand
-    "svg.hashsalt": "ntkgen",  # equal pictures have equal bytes
+    "image.cmap": "cividis",  # its lightness increases monotonically, so that it also works in grey
+    "svg.fonttype": "path",  # letters as shapes, so that the layout does not depend on installed fonts
+    "svg.hashsalt": "ntkgen",  # the same figure gives the same bytes
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """How one of several series is drawn: told apart by lightness, dashes and marks, never by colour alone."""
+    """Line style of a series. Series differ in lightness, dashes and markers, not only in colour."""
 
     color: str
     linestyle: str
     marker: str
 
     def style(self, num_points: int) -> dict[str, Any]:
-        """Turn into what `Axes.plot` takes, with marks where there are few points."""
+        """Return the keyword arguments for `Axes.plot`, with markers if there are at most 40 points."""
         marked = {"marker": self.marker} if num_points <= 40 else {}
         return {"color": self.color, "linestyle": self.linestyle, **marked}
 
 
-# Dark blue, vermilion, sky blue and grey: safe for the colour-blind, and four lightnesses.
+# Line styles in the order of the series. The colours are safe for colour-blind readers and differ in lightness.
 LINES = (
     Line("#12355b", "-", "o"),
     Line("#d55e00", "--", "s"),
@@ -69,7 +70,7 @@ DARK, WARM, LIGHT, GREY, BLACK = (line.color for line in LINES)
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure, with what it shows in words: for those who do not see it, and below it."""
+    """A figure with its title and its caption. The caption also serves as alternative text."""
 
     kind: str
     title: str
@@ -77,7 +78,7 @@ class Picture:
     figure: "Figure" = field(compare=False)
 
     def __post_init__(self) -> None:
-        """Settle where everything goes, once: the layout would move a little with each time that it is drawn."""
+        """Compute the layout once and fix it, since matplotlib would change it slightly with each drawing."""
         with styled():
             for axes in self.figure.axes:
                 _settle_ticks(axes)
@@ -86,7 +87,7 @@ class Picture:
 
 
 def _settle_ticks(axes: "Axes") -> None:
-    """Number logarithmic axes so that no number covers another: decades, or some steps within one."""
+    """Set the ticks of logarithmic axes so that their labels do not overlap: decades, or a few steps per decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -101,13 +102,13 @@ def _settle_ticks(axes: "Axes") -> None:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Set the style, and set it back."""
+    """Apply the style within the context, and restore the previous style afterwards."""
     with mpl.rc_context(STYLE):
         yield
 
 
 def new_axes(columns: int = 1, *, height: float = HEIGHT) -> "tuple[Figure, list[Axes]]":
-    """Make a figure of some panels side by side, whose texts make room for each other."""
+    """Create a figure with panels side by side, and a layout in which their texts do not overlap."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -117,15 +118,15 @@ def new_axes(columns: int = 1, *, height: float = HEIGHT) -> "tuple[Figure, list
 
 
 def render(picture: Picture, form: str) -> bytes:
-    """Write a picture as PNG or SVG; the same picture gives the same bytes."""
-    made, file = {"svg": {"Date": None}}.get(form, {}), io.BytesIO()
+    """Render a picture as PNG or SVG; the same picture gives the same bytes."""
+    no_date, file = {"svg": {"Date": None}}.get(form, {}), io.BytesIO()
     with styled():
-        picture.figure.savefig(file, format=form, metadata={**made, "Title": picture.title})
+        picture.figure.savefig(file, format=form, metadata={**no_date, "Title": picture.title})
     return file.getvalue()
 
 
 def scale_for(*values: Any) -> str:
-    """Choose a logarithmic axis, unless there is nothing on it that could be drawn.
+    """Choose a logarithmic axis if any value is positive, otherwise a linear one.
 
     >>> scale_for([0.0, 2.0]), scale_for([0.0, -1.0], [])
     ('log', 'linear')
@@ -134,7 +135,7 @@ def scale_for(*values: Any) -> str:
 
 
 def legend(axes: "Axes", columns: int | None = None) -> None:
-    """Explain the series of a panel below all of them, where it can cover none."""
+    """Add the legend of a panel below all panels, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = columns or (2 if len(handles) == 4 else min(len(handles), 3))
@@ -142,7 +143,7 @@ def legend(axes: "Axes", columns: int | None = None) -> None:
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """Write a number for a tick or a caption, with a true minus sign.
+    """Format a number for a tick or a caption, with a true minus sign.
 
     >>> plain(-2.3349), plain(1.5e-7), plain(12345.6)
     ('−2.33', '1.5e−07', '12,300')
