@@ -151,9 +151,16 @@ def test_a_pivot_that_is_not_positive_is_named(at):
     before = np.linalg.slogdet(K[:at, :at]).logabsdet
     message = str(caught.value)
     assert f"found -0.5 in row {at} (sample {at // 2}, output {at % 2})" in message
-    assert "‖E‖ by 0.0123" in message
+    assert "Its certificate bounds its error by ‖E‖ ≤ 0.0123" in message
     assert f"The log-determinant of the {at} rows before it is {before:.9g}"[:-1] in message
     assert caught.value.exit_code == 1
+
+
+def test_a_pivot_that_is_not_positive_without_a_certificate():
+    K = symmetric(40)
+    K[7, 7] -= 1 / np.linalg.inv(K[:8, :8])[7, 7] + 0.5
+    with kernel(20, K=K) as (matrix, _), cut(8, 2), pytest.raises(NotPositiveError, match="it has no certificate"):
+        logdet(matrix, SETTINGS)
 
 
 def test_what_stopped_goes_on_with_ldl():

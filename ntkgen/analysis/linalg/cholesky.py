@@ -1,8 +1,8 @@
-"""Cholesky out of core: K + λI = L D Lᵀ, left-looking, panel by panel, each tile of L written once.
+"""Out-of-core Cholesky factorisation K + λI = L D Lᵀ: left-looking, panel by panel, with each tile of L written once.
 
-A panel is some columns of tiles, from the diagonal down. Its part of the kernel is read, the finished columns to its
-left are streamed from the disk and subtracted, then its own columns are finished one after the other. A panel that is
-done is on the disk, and an interrupted factorisation goes on after the last of these.
+A panel consists of consecutive columns of tiles, from the diagonal down. Its part of the kernel is read, the products
+of the finished columns to its left are subtracted, and then its own columns are factored and written one after the
+other. An interrupted factorisation continues with the first panel that is not finished.
 """
 
 import time
@@ -39,10 +39,12 @@ from ntkgen.store.writing import WRITING
 
 @dataclass(frozen=True)
 class FactorSettings(Settings):
-    """What is factored and how: K + ``shift`` I.
+    """Settings of a factorisation of K + ``shift`` I.
 
-    With ``indefinite`` a tile of the diagonal that is not positive definite is pivoted, instead of an error. With
-    ``keep`` the factor stays, to solve with.
+    Attributes:
+        shift: Shift λ that is added to the diagonal; not negative.
+        indefinite: Whether to pivot diagonal tiles that are not positive definite instead of raising an error.
+        keep: Whether to keep the factor on disk, so that later calls can use it to solve linear systems.
     """
 
     shift: float = 0.0
@@ -59,25 +61,25 @@ class FactorSettings(Settings):
 
 @dataclass
 class Work:
-    """What this process has done of a factor."""
+    """The share of a factorisation that this process has done."""
 
     seconds: float = 0.0
-    products: int = 0
+    products: int = 0  # number of products of two tiles
 
 
 @contextmanager
 def factored(matrix: Matrix, settings: FactorSettings, report: Report = ignore_report) -> Iterator[tuple[Factor, Work]]:
-    """Factor K + λI = L D Lᵀ beside the store, or go on with what is there; remove it afterwards, unless it is kept.
+    """Factor K + λI = L D Lᵀ on disk beside the store, or continue an interrupted factorisation.
 
-    L is lower triangular and D = I where all pivots are positive. With N rows and panels of w columns it costs N³/3
-    FLOPs, keeps 8wN bytes, and reads 4N³/3w bytes of what it has written. After an error it stays, and another call
-    goes on.
+    L is lower triangular, and D = I if all pivots are positive. With N rows and panels of w columns the factorisation
+    costs N³/3 FLOPs, holds 8wN bytes in memory, and reads 4N³/3w bytes of the tiles that it has written. The factor is
+    removed at the end of the context unless ``keep`` is set. After an error it stays, so that another call continues.
 
     Raises:
-        NotPositiveError: If a pivot is not positive, and must be.
-        BudgetError: If the memory has no room for a panel.
-        DiskSpaceError: If the disk has no room for the factor.
-        StoreLockedError: If another process is making it.
+        NotPositiveError: If a pivot is not positive although ``indefinite`` is not set.
+        BudgetError: If the memory limit is too small for a panel.
+        DiskSpaceError: If the disk has too little space for the factor.
+        StoreLockedError: If another process is computing the factor.
         InputError: If nothing can be written beside the store.
     """
     require_room_beside(matrix, "A factor")
@@ -95,7 +97,7 @@ def factored(matrix: Matrix, settings: FactorSettings, report: Report = ignore_r
 
 
 def _finish(matrix: Matrix, factor: Factor, settings: FactorSettings, report: Report) -> Work:
-    """Make the panels that are missing."""
+    """Compute the missing panels."""
     plan, started = factor.plan, time.monotonic()
     first = factor.num_done
     if first < plan.num_blocks:
@@ -129,7 +131,7 @@ def _require_room(factor: Factor) -> None:
 
 
 class _Counted:
-    """Counts products of two tiles, and reports them."""
+    """Counts the products of two tiles, and reports their number as progress."""
 
     def __init__(self, plan: FactorPlan, columns: int, report: Report) -> None:
         self.done = sum(col * (plan.num_blocks - col) for col in range(columns))
@@ -141,21 +143,21 @@ class _Counted:
         self._report("factor", self.done, self._total)
 
 
-# a panel --------------------------------------------------------------------------------------------------------------
+# panel ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Room:
-    """Memory for a panel, and for its part of one column of tiles; taken once."""
+    """Memory for a panel and for its part of one column of tiles; allocated once and used for all panels."""
 
     panel: FloatArray  # (panel rows · rows,)
     strip: FloatArray  # (panel rows, side)
 
 
 class Panel:
-    """The columns of tiles from ``first`` on, down from the diagonal: the rows of tiles, in Fortran order, in a buffer.
+    """Columns of tiles from ``first`` on, from the diagonal down, stored as rows of tiles in Fortran order.
 
-    Of a row of tiles that crosses the diagonal only the columns up to it are kept.
+    Rows of tiles that cross the diagonal are stored up to the diagonal tile.
     """
 
     def __init__(self, plan: FactorPlan, first: int, room: _Room) -> None:
@@ -171,15 +173,15 @@ class Panel:
             at += height * width
 
     def row(self, row: int, first: int | None = None) -> FloatArray:
-        """View a row of tiles, from a column of tiles on."""
+        """Return a view of a row of tiles, from the column of tiles ``first`` on."""
         return self._rows[row][:, self._columns(self.first if first is None else first).start :]
 
     def tile(self, row: int, col: int) -> FloatArray:
-        """View a tile."""
+        """Return a view of a tile."""
         return self._rows[row][:, self._columns(col)]
 
     def strip(self, first: int) -> FloatArray:
-        """View the memory for one column of tiles, from a row of tiles of the panel on."""
+        """Return a view of the memory for one column of tiles, from the row of tiles ``first`` on."""
         stop = self.plan.rows(self.stop - 1).stop
         return self._room.strip[self._columns(first).start : stop - self.start]
 
@@ -188,13 +190,13 @@ class Panel:
         return slice(columns.start - self.start, columns.stop - self.start)
 
     def subtract(self, row: int, tile: FloatArray, strip: FloatArray, first: int) -> None:
-        """Subtract from a row of tiles, from a column of tiles on, a tile of that row times the strip's transpose."""
+        """Subtract the product of a tile and the strip's transpose from a row of tiles, from column ``first`` on."""
         target = self.row(row, first)
         subtract_product(target, tile, strip[: target.shape[1], : tile.shape[1]])
 
 
 def load(panel: Panel, matrix: Matrix, shift: float) -> None:
-    """Read the panel's part of K + λI.
+    """Read the panel's part of K + λI into its memory.
 
     Raises:
         StoreError: If the kernel has an entry that is not finite.
@@ -216,7 +218,7 @@ def load(panel: Panel, matrix: Matrix, shift: float) -> None:
 
 
 def _pieces(matrix: Matrix, start: int, columns: slice) -> Iterator[tuple[slice, slice]]:
-    """Cut what is on or below the diagonal into parts of stored tiles, small enough to be held beside a panel."""
+    """Divide the part of the columns on and below the diagonal into pieces of stored tiles, small beside a panel."""
     height = max(1, PIECE_BYTES // (8 * min(matrix.side, columns.stop - columns.start)))
     for cols in _spans(columns, matrix.side):
         for whole in _spans(slice(start, matrix.num_rows), matrix.side):
@@ -226,7 +228,7 @@ def _pieces(matrix: Matrix, start: int, columns: slice) -> Iterator[tuple[slice,
 
 
 def _spans(rows: slice, side: int) -> Iterator[slice]:
-    """Cut a range where stored tiles end."""
+    """Divide a range at the ends of the stored tiles."""
     at = rows.start
     while at < rows.stop:
         stop = min((at // side + 1) * side, rows.stop)
@@ -235,7 +237,7 @@ def _spans(rows: slice, side: int) -> Iterator[slice]:
 
 
 def _place(panel: Panel, row: int, values: FloatArray, piece: tuple[slice, slice]) -> None:
-    """Put what belongs to a row of tiles of a panel into it."""
+    """Copy the part of a piece that belongs to a row of tiles into that row of the panel."""
     rows, cols = piece
     target, lines = panel.row(row), panel.plan.rows(row)
     top, bottom = max(rows.start, lines.start), min(rows.stop, lines.stop)
@@ -247,7 +249,7 @@ def _place(panel: Panel, row: int, values: FloatArray, piece: tuple[slice, slice
 
 
 def subtract_finished(panel: Panel, factor: Factor, counted: _Counted) -> None:
-    """Subtract the finished columns of tiles to the left, each read once, while the next tiles are read."""
+    """Subtract the products of the finished columns to the left; read each tile once, and the next ones in threads."""
     blocks = panel.plan.num_blocks
     places = [(row, col) for col in range(panel.first) for row in range(panel.first, blocks)]
     signs = np.sign(factor.pivots(panel.first)) if panel.first else np.empty(0)
@@ -263,7 +265,7 @@ def subtract_finished(panel: Panel, factor: Factor, counted: _Counted) -> None:
 
 
 def _subtract_crossing(panel: Panel, strip: FloatArray, signs: FloatArray, counted: _Counted) -> None:
-    """Subtract a column of tiles from the rows that cross the diagonal, and give the strip the signs of its pivots."""
+    """Apply the signs of the pivots to the strip, and subtract its products from the rows that cross the diagonal."""
     tiles = strip.copy() if (signs < 0).any() else strip
     strip *= signs
     for row in range(panel.first, panel.stop):
@@ -272,11 +274,11 @@ def _subtract_crossing(panel: Panel, strip: FloatArray, signs: FloatArray, count
         counted.add(row - panel.first + 1)
 
 
-# its own columns ------------------------------------------------------------------------------------------------------
+# columns of the panel -------------------------------------------------------------------------------------------------
 
 
 class DiagonalTile(Protocol):
-    """A factored tile of the diagonal, M S Mᵀ with S of ±1."""
+    """A factored diagonal tile M S Mᵀ, where S is a diagonal matrix with the entries ±1."""
 
     @property
     def factor(self) -> FloatArray:  # (side, side)
@@ -284,7 +286,7 @@ class DiagonalTile(Protocol):
 
     @property
     def pivots(self) -> FloatArray:  # (side,)
-        """Numbers whose product is the determinant, and whose signs are S."""
+        """Numbers whose product is the determinant of the tile and whose signs are S."""
 
     def divide(self, X: FloatArray) -> None:
         """Compute X ← X M⁻ᵀ S in place."""
@@ -292,13 +294,13 @@ class DiagonalTile(Protocol):
 
 @dataclass(frozen=True)
 class PositiveTile:
-    """A positive definite tile, M Mᵀ."""
+    """A factored positive definite tile M Mᵀ."""
 
     factor: FloatArray  # (side, side), lower triangular
 
     @property
     def pivots(self) -> FloatArray:
-        """The squares of M's diagonal."""
+        """The squares of the diagonal entries of M."""
         return np.square(np.diagonal(self.factor))
 
     def divide(self, X: FloatArray) -> None:
@@ -308,7 +310,7 @@ class PositiveTile:
 
 @dataclass(frozen=True)
 class _Hands:
-    """What finishes columns: the kernel for its errors, and where tiles are written."""
+    """The kernel, its factor on disk and the settings, which the functions on columns need."""
 
     matrix: Matrix
     factor: Factor
@@ -316,10 +318,10 @@ class _Hands:
 
 
 def _finish_columns(panel: Panel, hands: _Hands, counted: _Counted) -> None:
-    """Factor the panel's columns of tiles in turn, each written in a thread while it is subtracted from the next.
+    """Factor the panel's columns of tiles in turn; a thread writes each column while the next ones are updated.
 
     Raises:
-        NotPositiveError: If a pivot is not positive, and must be; what is before it is then on the disk.
+        NotPositiveError: If a pivot must be positive and is not; the columns before it are then on disk.
     """
     there = hands.factor.places_there()
     with ThreadPoolExecutor(1) as pool:
@@ -339,13 +341,13 @@ def _finish_columns(panel: Panel, hands: _Hands, counted: _Counted) -> None:
 
 
 def _finish_writes(writes: list[Future[None]]) -> None:
-    """Wait for some writes, and raise what one of them has raised."""
+    """Wait for some writes, and raise the first exception among them."""
     for write in writes:
         write.result()
 
 
 def _write_column(panel: Panel, col: int, pivots: FloatArray, where: tuple[Factor, set[tuple[int, int]]]) -> None:
-    """Write a finished column of tiles, but for those that an interrupted run has written; its pivots come last."""
+    """Write a finished column of tiles, and then its pivots; skip the tiles that an interrupted run has written."""
     factor, there = where
     for row in range(col, panel.plan.num_blocks):
         if (row, col) not in there:
@@ -354,7 +356,7 @@ def _write_column(panel: Panel, col: int, pivots: FloatArray, where: tuple[Facto
 
 
 def _subtract_own(panel: Panel, col: int, signs: FloatArray, counted: _Counted) -> None:
-    """Subtract a column of tiles of the panel from those to its right."""
+    """Subtract the products of one column of tiles of the panel from the columns to its right."""
     if col + 1 == panel.stop:
         return
     strip = panel.strip(col + 1)[:, : len(signs)]
@@ -368,7 +370,7 @@ def _subtract_own(panel: Panel, col: int, signs: FloatArray, counted: _Counted) 
 
 
 def _factor_diagonal(tile: FloatArray, col: int, hands: _Hands) -> DiagonalTile | None:
-    """Factor a tile of the diagonal; None where it is not positive definite, and must be."""
+    """Factor a diagonal tile; return None if it is not positive definite and ``indefinite`` is not set."""
     lower, failed = lapack.dpotrf(tile, lower=1, clean=1, overwrite_a=0)
     if not failed:
         return PositiveTile(lower)
@@ -378,19 +380,20 @@ def _factor_diagonal(tile: FloatArray, col: int, hands: _Hands) -> DiagonalTile 
 
 
 def _not_positive(tile: FloatArray, col: int, hands: _Hands) -> str:
-    """Say where a kernel stops being positive definite, and how accurate it is."""
+    """Describe the first pivot that is not positive, and the known accuracy of the kernel."""
     matrix, at = hands.matrix, int(lapack.dpotrf(tile, lower=1)[1]) - 1
     row = hands.factor.plan.rows(col).start + at
     before = lapack.dpotrf(np.asfortranarray(tile[:at, :at]), lower=1, clean=1)[0] if at else np.eye(0)
     line = lapack.dtrtrs(before, tile[at, :at], lower=1)[0] if at else np.empty(0)
     logdet = np.log(hands.factor.pivots(col)).sum() + 2 * np.log(np.diagonal(before)).sum()
     sample, output = divmod(row, matrix.num_outputs)
-    norm = matrix.error_norm
-    known = "nothing is known of its error E" if norm is None else f"the certificate bounds its error ‖E‖ by {norm:.3g}"
+    known = "Its error is not known, because it has no certificate (a measured error bound). "
+    if (norm := matrix.error_norm) is not None:
+        known = f"Its certificate bounds its error by ‖E‖ ≤ {norm:.3g}, and smaller eigenvalues are not known. "
     return (
         f"The kernel at {matrix.name} is not positive definite: expected positive pivots, found "
         f"{tile[at, at] - line @ line:.3g} in row {row:,} (sample {sample:,}, output "
-        f"{output if matrix.output is None else matrix.output}); {known}, and eigenvalues below that are not known. "
+        f"{output if matrix.output is None else matrix.output}). {known}"
         f"The log-determinant of the {row:,} rows before it is {logdet:.12g}. Is it stored or computed too coarsely, "
         "or are there fewer parameters than rows? Add --shift, continue with --indefinite, or compute it with "
         "--precision float64 --dtype float64."

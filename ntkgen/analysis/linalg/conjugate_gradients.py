@@ -1,4 +1,4 @@
-"""Block conjugate gradients for (K + λI) X = B, on products with K alone, with a Nyström preconditioner."""
+"""Block conjugate gradients for (K + λI) X = B with a Nyström preconditioner; K is only used in products."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""The factor of a kernel on disk, tile by tile: K + λI = L D Lᵀ with D of ±1, and what is solved with it.
+"""The factor L D Lᵀ = K + λI of a kernel on disk, in tiles; D is a diagonal matrix with the entries ±1.
 
-A Zarr group beside the store, with two arrays: `factor` (row, col), one chunk a tile, of which those with row >= col
-are written; and `pivots` (row), one chunk for each column of tiles. L is triangular, but for a tile of the diagonal
-that was pivoted. The determinant is the product of the pivots. A column of tiles is done when its chunks are there at
-their exact size; there is no other record of progress.
+The factor is a Zarr group beside the store with two arrays. `factor` (row, col) has one chunk per tile; only tiles with
+row >= col are written. `pivots` (row) has one chunk per column of tiles. L is lower triangular except for diagonal
+tiles that were pivoted. The determinant is the product of the pivots. A column of tiles is finished when its chunks
+exist with their exact size. There is no other record of progress.
 """
 
 import hashlib
@@ -27,21 +27,22 @@ if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
 FORMAT_VERSION = 1
-# About so many tiles along a side, so that their triangular parts cost little …
+# Preferred number of tiles per side of the matrix, with which the diagonal tiles take little of the time.
 MANY_TILES = 40
-# … but none with fewer rows than products need to be quick, and none with so many that a few of them fill the memory.
+# Minimum number of rows of a tile, below which products of tiles are slow, and maximum number, above which a few tiles
+# would fill the memory.
 MIN_SIDE, MAX_SIDE = 512, 2048
-# A panel of one tile may be as narrow as this where the memory has no room for more.
+# Minimum number of columns of a panel when memory is short.
 NARROWEST = 64
-# What a part of the kernel that is read at a time may take in float64.
+# Maximum size in bytes, in float64, of a piece of the kernel that is read at a time.
 PIECE_BYTES = 16 * 10**6
-# Room for what the BLAS keeps, for threads, and for memory that was given back and not yet taken again.
+# Reserve in bytes for the workspace of the BLAS, for threads, and for freed memory that the process still holds.
 WORKSPACE_BYTES = 80 * 10**6
 
 
 @dataclass(frozen=True)
 class FactorPlan:
-    """How a factor is cut: tiles of ``side`` rows, made in panels of ``panel_tiles`` columns of tiles."""
+    """The partition of a factor: tiles of ``side`` rows, and panels of ``panel_tiles`` columns of tiles."""
 
     num_rows: int
     side: int
@@ -49,37 +50,37 @@ class FactorPlan:
 
     @property
     def num_blocks(self) -> int:
-        """Tiles along a side."""
+        """Number of tiles per side of the matrix."""
         return -(-self.num_rows // self.side)
 
     @property
     def panel_rows(self) -> int:
-        """Columns of a panel, w."""
+        """Number of columns of a panel, w."""
         return min(self.panel_tiles * self.side, self.num_rows)
 
     @property
     def panel_bytes(self) -> int:
-        """What a panel keeps in memory: 8wN, and its part of one column of tiles."""
+        """Memory of a panel in bytes: 8wN, and its part of one column of tiles."""
         return 8 * self.panel_rows * (self.num_rows + self.side)
 
     @property
     def num_products(self) -> int:
-        """Count the products of two tiles, N³/6T³."""
+        """Number of products of two tiles, about N³/6T³."""
         return self.num_blocks * (self.num_blocks**2 - 1) // 6
 
     @property
     def factor_bytes(self) -> int:
-        """What the factor takes on disk."""
+        """Size of the factor on disk in bytes."""
         return self.num_blocks * (self.num_blocks + 1) // 2 * self.tile_bytes
 
     @property
     def tile_bytes(self) -> int:
-        """What a tile takes on disk."""
+        """Size of a tile on disk in bytes."""
         return 8 * self.side**2 + CHECKSUM_BYTES
 
     @property
     def bytes_read(self) -> int:
-        """What is read of the factor while it is made, about 4N³/3w: each finished tile once for each panel.
+        """Number of bytes of finished tiles that the factorisation reads, about 4N³/3w: each panel reads a tile once.
 
         >>> FactorPlan(num_rows=1200, side=100, panel_tiles=3).bytes_read / 80_004
         90.0
@@ -88,12 +89,12 @@ class FactorPlan:
         return sum(first * (self.num_blocks - first) for first in starts) * self.tile_bytes
 
     def rows(self, block: int) -> slice:
-        """Locate the rows of a row of tiles; the last ones are fewer."""
+        """Return the rows of a row of tiles; the last row of tiles may have fewer."""
         return slice(block * self.side, min((block + 1) * self.side, self.num_rows))
 
 
 def plan_factor(matrix: Matrix, free_bytes: int) -> FactorPlan:
-    """Cut a factor so that a panel fits into the memory, and its tiles, if they can, hold whole samples.
+    """Choose tiles and panels so that a panel fits in memory; if possible, tiles consist of whole samples.
 
     Raises:
         BudgetError: If not even the narrowest panel fits.
@@ -120,13 +121,13 @@ def _too_little(matrix: Matrix, beside: int, wanted: int) -> str:
 
 
 def reading_bytes(matrix: Matrix) -> int:
-    """Estimate what is in memory besides a panel: a stored tile, parts of it, and what the BLAS keeps."""
+    """Estimate the bytes in memory besides a panel: a stored tile, pieces of it, and the workspace of the BLAS."""
     tile = matrix.side**2 * np.dtype(matrix.dtype).itemsize
     return WORKSPACE_BYTES + tile + 3 * min(8 * matrix.side**2, PIECE_BYTES)
 
 
 class Factor:
-    """L and the pivots of K + λI = L D Lᵀ, as far as they are there. Who writes them holds the lock."""
+    """The finished part of L and of the pivots of K + λI = L D Lᵀ. A process that writes to it must hold the lock."""
 
     def __init__(self, folder: Folder, group: zarr.Group, plan: FactorPlan) -> None:
         self.folder = folder
@@ -137,14 +138,14 @@ class Factor:
 
     @property
     def num_done(self) -> int:
-        """Count the leading columns of tiles that are there whole."""
+        """Number of leading columns of tiles that are finished."""
         there, blocks = self.places_there(), self.plan.num_blocks
         rows = {int(key.rpartition("/")[2]) for key in self._whole("pivots", 8 * self.plan.side)}
         columns = (all((row, col) in there for row in range(col, blocks)) and col in rows for col in range(blocks))
         return next((col for col, is_done in enumerate(columns) if not is_done), blocks)
 
     def places_there(self) -> set[Place]:
-        """List the tiles that are there at their exact size."""
+        """List the tiles that exist with their exact size."""
         keys = [key.split("/")[-2:] for key in self._whole("factor", self.plan.tile_bytes - CHECKSUM_BYTES)]
         return {(int(row), int(col)) for row, col in keys}
 
@@ -155,7 +156,7 @@ class Factor:
     # numbers -------------------------------------------------------------------------------------------------------
 
     def pivots(self, stop: int | None = None) -> FloatArray:
-        """Read the pivots of the first columns of tiles, whose product is the determinant of as many rows."""
+        """Read the pivots of the first ``stop`` columns of tiles; their product is the determinant of that block."""
         rows = self.plan.num_rows if stop is None else min(stop * self.plan.side, self.plan.num_rows)
         return self._read(self._pivots, (slice(0, rows),), "The pivots")
 
@@ -166,25 +167,26 @@ class Factor:
         return self._read(self._tiles, (self.plan.rows(row), self.plan.rows(col)), f"Tile ({row}, {col})")
 
     def _read(self, array: "ZarrArray", region: tuple[slice, ...], name: str) -> FloatArray:
-        """Read a part.
+        """Read a region of an array.
 
         Raises:
-            StoreError: If it is damaged, or gone.
+            StoreError: If the region is damaged or missing.
         """
         try:
             values = np.asarray(array[region], dtype=np.float64)
-            found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
+            found = "" if np.isfinite(values).all() else "values that are not finite, as after the loss of a file"
         except (ValueError, RuntimeError) as error:
             found = str(error)
         if found:
             raise StoreError(
                 f"{name} of the factor at {self.folder} is damaged: expected numbers that match their checksum, found "
-                f"{found}. A disk error? Remove this folder and run the same command again: it makes the factor anew."
+                f"{found}. Is there a disk error? Remove this folder and run the same command again, which computes "
+                "the factor anew."
             )
         return values
 
     def write(self, place: Place, values: FloatArray) -> None:
-        """Write a tile, whole."""
+        """Write a tile."""
         self._tiles[self.plan.rows(place[0]), self.plan.rows(place[1])] = np.ascontiguousarray(values)
 
     def write_pivots(self, col: int, values: FloatArray) -> None:
@@ -197,9 +199,9 @@ class Factor:
         self,
         V: FloatArray,  # (rows,) or (rows, vectors)
     ) -> FloatArray:  # as V
-        """Solve (K + λI) X = V in float64, in two passes over the factor, of 8N² bytes in all.
+        """Solve (K + λI) X = V in float64, in two passes over the factor, which read 8N² bytes in total.
 
-        Costs 2N² FLOPs per vector, and holds a few tiles besides V and X.
+        Costs 2N² FLOPs per vector. Holds a few tiles in memory besides V and X.
         """
         X = np.array(V, dtype=np.float64)
         signs = np.sign(self.pivots())
@@ -222,7 +224,7 @@ class Factor:
         self,
         V: FloatArray,  # (rows, vectors)
     ) -> tuple[FloatArray, float]:  # (rows, vectors), the largest entry
-        """Multiply L D Lᵀ with vectors, in two passes; and say how large |L| is at most."""
+        """Multiply L D Lᵀ with vectors in two passes; also return the largest |L|."""
         turned, product, largest = np.zeros_like(V), np.zeros_like(V), 0.0
         places = list(self._by_columns())
         for (row, col), tile in read_ahead(self.tile, places):
@@ -243,24 +245,24 @@ class Factor:
 
 
 def _divide(tile: FloatArray, X: FloatArray, *, is_transposed: bool) -> FloatArray:
-    """Solve with a tile of the diagonal, which is triangular unless it was pivoted."""
+    """Solve a linear system with a diagonal tile, which is triangular unless it was pivoted."""
     if np.triu(tile, 1).any():
         return np.asarray(np.linalg.solve(tile.T if is_transposed else tile, X))
     return np.asarray(solve_triangular(tile, X, lower=True, trans=int(is_transposed), check_finite=False))
 
 
 def place_of_factor(matrix: Matrix, shift: float) -> tuple[Folder, dict[str, Any]]:
-    """Say where the factor of K + λI lies, beside the store, and what it is of."""
+    """Return the folder of the factor of K + λI, beside the store, and the values that identify the factor."""
     identity = {**identity_of(matrix), "shift": float(shift), "format_version": FORMAT_VERSION}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     return folder_of_results(matrix) / f"factor-{digest}.zarr", identity
 
 
 def open_factor(folder: Folder, identity: dict[str, Any], planned: FactorPlan, widest_bytes: int) -> Factor:
-    """Open the factor that is there, to go on as it was begun where a panel fits the memory; or begin one as planned.
+    """Open an existing factor to continue it, or begin a new one as planned.
 
-    One that was begun keeps its tiles, and unless there is less room now its panels too, so that it ends with the bits
-    of an undisturbed run.
+    An existing factor keeps its tiles. It also keeps its panels unless they exceed the memory limit, so that the result
+    has the same bits as that of an uninterrupted run.
     """
     found = _begun(folder, identity)
     if found is None or found.num_rows != planned.num_rows:
@@ -277,7 +279,7 @@ def _begun(folder: Folder, identity: dict[str, Any]) -> FactorPlan | None:
         values = json.loads(folder.read("zarr.json") or b"{}")["attributes"]
         arrays = [json.loads(folder.read(f"{name}/zarr.json") or b"{}")["shape"] for name in ("factor", "pivots")]
         plan = FactorPlan(**values["plan"])
-    except (ValueError, KeyError, TypeError):  # none, or one that was not created whole
+    except (ValueError, KeyError, TypeError):  # no factor, or one whose creation was interrupted
         return None
     return plan if values["identity"] == identity and len(arrays) == 2 else None
 
@@ -302,11 +304,11 @@ def _array(group: zarr.Group, name: str) -> "ZarrArray":
 
 
 def remove_folder(folder: Folder) -> None:
-    """Remove a folder with what is in it; what says what it is goes first."""
+    """Remove a folder with its contents, beginning with zarr.json, so that a partly removed factor is not opened."""
     folder.remove("zarr.json")
     folder.clear()
 
 
 def prefix_logdets(pivots: Iterable[float]) -> FloatArray:
-    """Add up the logarithms of pivots: log |det| of each leading principal block."""
+    """Compute log |det| of each leading principal block as cumulative sums of the logarithms of the pivots."""
     return np.cumsum(np.log(np.abs(np.asarray(pivots, np.float64))))
