@@ -243,12 +243,13 @@ def _differences(first: Matrix, second: Matrix) -> list[tuple[str, Any, Any]]:
     ]
     if grids[0].num_outputs > 1:
         pairs.append(("output map", [manifest.identity.get("output") for manifest in manifests]))
-    found = [(name, a, b) for name, (a, b) in pairs if a != b and a is not None and b is not None]
-    if not found:
+    differing = [(name, a, b) for name, (a, b) in pairs if a != b and a is not None and b is not None]
+    if not differing:
         arrays = [(name, [store.read(name) for store in stores]) for name in ("sample_index", "row_label")]
         is_labelled = all((labels >= 0).all() for labels in arrays[1][1])
-        found += [(name, "some", "others") for name, (a, b) in arrays[: 1 + is_labelled] if not np.array_equal(a, b)]
-    return found
+        compared = arrays[: 1 + is_labelled]
+        differing = [(name, "some", "others") for name, (a, b) in compared if not np.array_equal(a, b)]
+    return differing
 
 
 def _leading(matrix: Matrix, num_rows: int) -> Matrix:
@@ -275,8 +276,8 @@ def _top_space(matrix: Matrix, pairing: Pairing, report: Report) -> Space:
     if not pairing.is_dense:
         return _krylov_space(matrix, pairing, report)
     K = matrix.dense(step=counter(report, "matrix", 0, matrix.num_tiles))
-    wanted = [max(0, len(K) - pairing.top - 1), len(K) - 1]
-    values, vectors = scipy.linalg.eigh(K, overwrite_a=True, check_finite=False, subset_by_index=wanted)
+    indices = [max(0, len(K) - pairing.top - 1), len(K) - 1]
+    values, vectors = scipy.linalg.eigh(K, overwrite_a=True, check_finite=False, subset_by_index=indices)
     return _space(values[::-1], vectors[:, ::-1], pairing.top, 0.0)
 
 
@@ -313,11 +314,10 @@ def _angles(first: FloatArray, second: FloatArray) -> list[float]:
 
 def _is_one_network(first: Matrix, second: Matrix) -> bool:
     """Return whether both kernels have the same parameters and outputs but different precisions."""
-    mine, other = (matrix.store.manifest.identity for matrix in (first, second))
-    is_same = all(mine.get(name) == other.get(name) for name in ("parameters", "output"))
-    return (
-        is_same and "parameters" in mine and first.output == second.output and _precision(first) != _precision(second)
-    )
+    identity, other = (matrix.store.manifest.identity for matrix in (first, second))
+    is_same = all(identity.get(name) == other.get(name) for name in ("parameters", "output"))
+    is_known, is_one_output = "parameters" in identity, first.output == second.output
+    return is_same and is_known and is_one_output and _precision(first) != _precision(second)
 
 
 def _precision(matrix: Matrix) -> tuple[int, int]:

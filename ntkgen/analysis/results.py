@@ -123,13 +123,13 @@ def kept_answers(matrix: Matrix, kinds: Sequence[type[AnAnswer]]) -> list[Kept[A
     """Read the answers of the given kinds that are saved beside the store and are about this kernel."""
     folder = kept_files(matrix)
     by_question = {kind.QUESTION: kind for kind in kinds}
-    wanted, answers = {**identity_of(matrix), "version": VERSION}, list[Kept[AnAnswer]]()
+    identity, answers = {**identity_of(matrix), "version": VERSION}, list[Kept[AnAnswer]]()
     for name in sorted(folder.sizes()) if folder is not None else ():
         question, _, rest = name.rpartition("-")
         if folder is None or question not in by_question or not rest.endswith(".json"):
             continue
         kept = _read(by_question[question], folder.read(name))
-        if kept is not None and {key: kept.identity.get(key) for key in wanted} == wanted:
+        if kept is not None and {key: kept.identity.get(key) for key in identity} == identity:
             answers.append(dataclasses.replace(kept, answer=dataclasses.replace(kept.answer, store=matrix.name)))
     return answers
 

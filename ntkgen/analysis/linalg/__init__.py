@@ -1,1 +1,1 @@
-"""Eigenvalues, factors and quadrature of symmetric matrices larger than memory."""
+"""Linear algebra of symmetric matrices that may exceed memory: eigenvalues, factors, linear systems, quadrature."""

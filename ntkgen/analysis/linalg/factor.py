@@ -264,17 +264,18 @@ def open_factor(folder: Folder, identity: dict[str, Any], planned: FactorPlan, w
     An existing factor keeps its tiles. It also keeps its panels unless they exceed the memory limit, so that the result
     has the same bits as that of an uninterrupted run.
     """
-    found = _begun(folder, identity)
-    if found is None or found.num_rows != planned.num_rows:
+    existing = _existing_plan(folder, identity)
+    if existing is None or existing.num_rows != planned.num_rows:
         remove_folder(folder)
         return _begin(folder, identity, planned)
-    if found.panel_bytes > widest_bytes:
-        per_tile = 8 * found.side * (found.num_rows + found.side)
-        found = FactorPlan(found.num_rows, found.side, max(1, min(widest_bytes // per_tile, found.panel_tiles)))
-    return _begin(folder, identity, found)
+    if existing.panel_bytes > widest_bytes:
+        column_bytes = 8 * existing.side * (existing.num_rows + existing.side)
+        panel_tiles = max(1, min(widest_bytes // column_bytes, existing.panel_tiles))
+        existing = FactorPlan(existing.num_rows, existing.side, panel_tiles)
+    return _begin(folder, identity, existing)
 
 
-def _begun(folder: Folder, identity: dict[str, Any]) -> FactorPlan | None:
+def _existing_plan(folder: Folder, identity: dict[str, Any]) -> FactorPlan | None:
     try:
         values = json.loads(folder.read("zarr.json") or b"{}")["attributes"]
         arrays = [json.loads(folder.read(f"{name}/zarr.json") or b"{}")["shape"] for name in ("factor", "pivots")]

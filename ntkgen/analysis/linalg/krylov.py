@@ -185,8 +185,8 @@ def largest_eigenpairs(
     count: int,
 ) -> tuple[FloatArray, FloatArray]:  # (count,), (width, count)
     """Compute the largest eigenvalues of a symmetric matrix in descending order, and their eigenvectors."""
-    wanted = [len(T) - count, len(T) - 1]
-    values, S = eigh(T, subset_by_index=wanted, overwrite_a=True, check_finite=False)
+    indices = [len(T) - count, len(T) - 1]
+    values, S = eigh(T, subset_by_index=indices, overwrite_a=True, check_finite=False)
     return values[::-1], S[:, ::-1]
 
 
