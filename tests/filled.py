@@ -9,6 +9,7 @@ from cases import make_job
 
 from ntkgen.files.place import folder_of
 from ntkgen.plan.tiles import TileGrid
+from ntkgen.store.certificate import Certificate
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
 from ntkgen.store.schema import Samples, sides_of
@@ -81,7 +82,7 @@ def filled(path, content, skip=()):
     store = create_store(folder_of(path, fsync=False), manifest, samples)
     _fill(store, content, skip)
     if content.certificate is not None:
-        store.set_manifest(dataclasses.replace(store.manifest, certificate=content.certificate))
+        store.set_manifest(dataclasses.replace(store.manifest, certificate=Certificate.from_json(content.certificate)))
     return open_store(path)
 
 

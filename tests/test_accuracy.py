@@ -20,7 +20,7 @@ from ntkgen.engine import run as running
 from ntkgen.errors import InaccurateKernelError, InaccurateKernelWarning
 from ntkgen.jacobian.precision import POLICIES
 from ntkgen.store.certificate import POLICY_ERRORS, POLICY_ROUNDOFF, Certificate, Sampling, usual_sampling
-from ntkgen.store.describe import certificate_of, describe, inaccuracy
+from ntkgen.store.describe import describe, inaccuracy
 from ntkgen.store.opening import open_store
 from ntkgen.store.store import KernelStore
 
@@ -84,7 +84,7 @@ def test_a_planted_fault_is_an_error_of_the_library(fault, is_rectangular, outpu
     with pytest.warns(InaccurateKernelWarning, match="differs from the exact one"):
         store = ntkgen.open(tmp_path / "k.zarr")
     assert (store.is_complete, store.missing_tiles()) == (True, [])
-    for error in certificate_of(store).errors:
+    for error in store.manifest.certificate.errors:
         blocks = {"rule": (), "batch": {1}, "tile": {0} if is_rectangular else {0, 1}}[fault]
         assert not error.is_good
         assert (error.relative_error > error.allowed) or fault != "rule"
@@ -140,7 +140,7 @@ def test_an_error_in_all_blocks_alike_is_seen_by_the_bound_alone(job, tmp_path, 
     plant_rule(monkeypatch)
     with pytest.raises(InaccurateKernelError, match=r"in float32 0\.01 of ‖K‖_F, at most 0\.016"):
         computed(tmp_path, job, dtypes=("float32",))
-    (error,) = certificate_of(open_store(tmp_path / "k.zarr")).errors
+    (error,) = open_store(tmp_path / "k.zarr").manifest.certificate.errors
     assert not error.wrong_blocks
 
 
@@ -156,7 +156,7 @@ def require_good(store):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         store = ntkgen.open(store.path)
-    found = certificate_of(store)
+    found = store.manifest.certificate
     assert found.is_good
     assert not any(error.wrong_blocks for error in found.errors)
     assert inaccuracy(store) is describe(store)["inaccuracy"] is None
@@ -208,7 +208,7 @@ def test_one_flipped_unit_of_one_sample_is_no_fault(job, tmp_path):
     array[9:12] *= 1.002  # the outputs of one sample
     array[:, 9:12] *= 1.002
     certification.add_certificate(store, job.module, computation.Inputs(job.x, job.samples))
-    assert open_store(store.path).manifest.certificate["errors"][0]["suspicious"] == []
+    assert open_store(store.path).manifest.certificate.errors[0].suspicious == ()
     require_good(store)
 
 
@@ -217,7 +217,7 @@ def test_one_flipped_unit_of_one_sample_is_no_fault(job, tmp_path):
 
 def test_a_certificate_of_an_earlier_version_is_judged(job, tmp_path):
     store = computed(tmp_path, job, dtypes=("float32",))
-    values = store.manifest.certificate
+    values = store.manifest.certificate.to_json()
     new = ("allowed", "exceeding", "exact_dtype", "num_pair_outputs")
     old = {name: value for name, value in values.items() if name not in new}
     old["errors"] = [{name: value for name, value in each.items() if name not in new} for each in old["errors"]]
@@ -291,7 +291,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("output", ["full", "centered", "diagonal"])
 def test_each_sample_of_a_pair_is_computed_once_for_some_of_many_outputs(output, tmp_path, passes):
     job = make_job(4, module=linear(40))
-    found = certificate_of(computed(tmp_path, job, output=output, tile_side=None, dtypes=("float32",)))
+    found = computed(tmp_path, job, output=output, tile_side=None, dtypes=("float32",)).manifest.certificate
     assert (found.num_pairs, found.num_pair_outputs) == (16, 16)
     assert len({sample for sample, _ in passes}) == len(passes) == 4
     assert {rows for _, rows in passes} == {16}
@@ -301,7 +301,7 @@ def test_each_sample_of_a_pair_is_computed_once_for_some_of_many_outputs(output,
 def test_a_trace_of_many_outputs_is_compared_in_few_pairs(tmp_path, passes):
     assert [usual_sampling("trace", m).num_pairs for m in (1, 10, 40, 1000)] == [16, 16, 6, 1]
     job = make_job(4, module=linear(40))
-    found = certificate_of(computed(tmp_path, job, output="trace", tile_side=None, dtypes=("float32",)))
+    found = computed(tmp_path, job, output="trace", tile_side=None, dtypes=("float32",)).manifest.certificate
     assert (found.num_pairs, found.num_pair_outputs) == (6, 40)
     assert sum(rows for _, rows in passes) <= 4 * 40
     assert 0 < found.errors[0].max_pair_error < 1e-6

@@ -225,7 +225,7 @@ def test_a_store_of_it_is_exact_and_is_continued(name, tmp_path):
     settings = {"precision": "float64", "dtypes": ("float64",), "tile_side": 2}
     store = ntkgen.compute(model, x, store=tmp_path / "k.zarr", **settings)
     assert relative_error(store.array, split_kernel(model, x)) < 1e-10
-    assert store.manifest.certificate["errors"][0]["relative_bound"] < 1e-10
+    assert store.manifest.certificate.errors[0].relative_bound < 1e-10
     before = files_of(tmp_path / "k.zarr")
     ntkgen.compute(network_of(name)[0], x, store=tmp_path / "k.zarr", **settings)
     assert files_of(tmp_path / "k.zarr") == before

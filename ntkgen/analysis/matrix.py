@@ -108,8 +108,9 @@ class Matrix:
 
         The bound was measured when the store was certified. It is None without a certificate and for a partial kernel.
         """
-        errors = (self.store.manifest.certificate or {}).get("errors", [])
-        bounds = [float(error["bound"]) for error in errors if error["dtype"] == self.dtype]
+        certificate = self.store.manifest.certificate
+        errors = () if certificate is None else certificate.errors
+        bounds = [error.bound for error in errors if error.dtype == self.dtype]
         return bounds[0] if bounds and not self.is_partial else None
 
     def matmat(self, V: npt.ArrayLike, *, step: Step = ignore_step) -> FloatArray:

@@ -121,7 +121,9 @@ def add_certificate(
     sampling = sampling or usual_sampling(store.manifest.identity.get("output", "full"), num_logits)
     found = certify(store, model, inputs, sampling, report=report)
     store.finalize()  # again: a group opened anew would lose its gathered metadata with the next attribute
-    store.set_manifest(dataclasses.replace(store.manifest, certificate=found.to_json()))
+    # What the file says, rounded, is what this process judges the kernel by, as every later one does.
+    kept = Certificate.from_json(found.to_json())
+    store.set_manifest(dataclasses.replace(store.manifest, certificate=kept))
     return found
 
 

@@ -152,6 +152,9 @@ class Certificate:
             dtype, float32. Its rounding is then a part of the errors.
         num_pair_outputs: Outputs of each sample of a pair whose entries were compared; None: all.
         seconds: What it took. For printing alone: neither compared nor kept, so that equal runs give equal bytes.
+
+    A certificate that was read is written with the same values, so that a store of another version keeps its bytes:
+    keys that this version does not know stay, and keys that it has added are not invented.
     """
 
     num_probes: int
@@ -162,6 +165,8 @@ class Certificate:
     exact_dtype: str = "float64"
     num_pair_outputs: int | None = None
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    # The values that it was read from; not copied by `dataclasses.replace`, which makes another certificate.
+    _read_from: Mapping[str, Any] | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
     @property
     def is_good(self) -> bool:
@@ -178,6 +183,8 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Turn into plain values: dictionaries, lists, strings, and numbers of three digits."""
+        if self._read_from is not None:
+            return dict(self._read_from)
         names = ("num_probes", "num_pairs", "seed", "exact_dtype", "num_pair_outputs")
         kept = {name: getattr(self, name) for name in names}
         errors = [{name: _plain(name, value) for name, value in vars(error).items()} for error in self.errors]
@@ -189,13 +196,17 @@ class Certificate:
 
         Args:
             values: The plain values.
-            precision: The policy of the kernel, which says what is allowed.
+            precision: The policy of the kernel, which says what is allowed where the values do not.
         """
-        errors = tuple(
-            _read(StoredError, {"allowed": allowed_error(precision, error["dtype"]), **error})
-            for error in values["errors"]
-        )
-        return _read(cls, {**values, "errors": errors})
+        made = _read(cls, {**values, "errors": tuple(_read_error(error, precision) for error in values["errors"])})
+        object.__setattr__(made, "_read_from", dict(values))
+        return made
+
+
+def _read_error(values: Mapping[str, Any], precision: str) -> StoredError:
+    if "allowed" not in values:
+        values = {**values, "allowed": allowed_error(precision, values["dtype"])}
+    return _read(StoredError, values)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -227,7 +238,7 @@ def rounded_up(value: float) -> float:
 
 def _read(kind: type[Made], values: Mapping[str, Any]) -> Made:
     """Make a value of what is known of it; what a later version adds is left out."""
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
     found: dict[str, Any] = {name: _frozen(value) for name, value in values.items() if name in known}
     return kind(**found)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ntkgen.errors import InaccurateKernelError
-from ntkgen.store.certificate import Certificate, StoredError, tiles_to_check
+from ntkgen.store.certificate import StoredError, tiles_to_check
 from ntkgen.store.store import KernelStore
 
 FIRST_MISSING = 5
@@ -17,6 +17,7 @@ def describe(store: KernelStore) -> dict[str, Any]:
     manifest = store.manifest
     missing = store.missing_tiles()
     scales = {name: store.scale_factor(name) for name in store.array_names}
+    certificate = None if missing else manifest.certificate  # of a kernel that is no longer whole it says nothing
     return {
         "store": store.name,
         "arrays": [f"ntk_{dtype}" for dtype in manifest.dtypes],
@@ -41,7 +42,7 @@ def describe(store: KernelStore) -> dict[str, Any]:
         "stored_bytes": store.stored_bytes,
         "scale_factors": {name: scale for name, scale in scales.items() if scale != 1},
         "float16_underflow": store.float16_underflow,
-        "certificate": None if missing else manifest.certificate,  # of a kernel that is no longer whole it says nothing
+        "certificate": None if certificate is None else certificate.to_json(),
         "inaccuracy": None if missing else inaccuracy(store),
         "suspicious_tiles": suspicious_tiles(store),
         # what the predecessor of this program stored of this kernel; an imported one whose scale is unknown is that
@@ -51,15 +52,9 @@ def describe(store: KernelStore) -> dict[str, Any]:
     }
 
 
-def certificate_of(store: KernelStore) -> Certificate | None:
-    """Read the certificate of a store, if it has one."""
-    found = store.manifest.certificate
-    return None if found is None else Certificate.from_json(found, store.manifest.plan.precision)
-
-
 def suspicious_tiles(store: KernelStore) -> dict[str, list[list[int]]]:
     """List for each store dtype the tiles in which the certificate suspects an error, the likeliest first."""
-    certificate = certificate_of(store)
+    certificate = store.manifest.certificate
     errors = () if certificate is None else certificate.errors
     found = {error.dtype: tiles_to_check(store.grid, error.suspicious) for error in errors}
     return {dtype: [[tile.row, tile.col] for tile in tiles] for dtype, tiles in found.items() if tiles}
@@ -67,7 +62,7 @@ def suspicious_tiles(store: KernelStore) -> dict[str, list[list[int]]]:
 
 def inaccuracy(store: KernelStore) -> str | None:
     """Say in one line what a certificate finds wrong with a kernel; None where it finds nothing, or there is none."""
-    certificate = certificate_of(store)
+    certificate = store.manifest.certificate
     if certificate is None or certificate.is_good:
         return None
     tiles = suspicious_tiles(store)

@@ -11,6 +11,7 @@ import numpy as np
 import ntkgen
 from ntkgen.errors import FingerprintError
 from ntkgen.plan.plan import Plan
+from ntkgen.store.certificate import Certificate
 from ntkgen.store.rounding import STORE_DTYPES
 
 FORMAT_VERSION = 3
@@ -43,7 +44,7 @@ class Manifest:
     layout: str
     is_complete: bool = False
     replanned: int = 0
-    certificate: Mapping[str, Any] | None = None  # how accurate the finished kernel was found to be
+    certificate: Certificate | None = None  # how accurate the finished kernel was found to be
 
     @property
     def fingerprint(self) -> str:
@@ -82,7 +83,7 @@ class Manifest:
             "provenance": dict(self.provenance),
             "plan": self.plan.to_json(),
             "replanned": self.replanned,
-            "certificate": None if self.certificate is None else dict(self.certificate),
+            "certificate": None if self.certificate is None else self.certificate.to_json(),
         }
 
     @classmethod
@@ -92,22 +93,21 @@ class Manifest:
         Raises:
             ValueError: If it is not what that writes.
         """
+        plan, certificate = Plan.from_json(values["plan"]), values["certificate"]
         made = cls(
             identity=values["identity"],
             provenance=values["provenance"],
-            plan=Plan.from_json(values["plan"]),
+            plan=plan,
             dtypes=tuple(values["dtypes"]),
             layout=values["layout"],
             is_complete=values["status"] == "complete",
             replanned=values["replanned"],
-            certificate=values["certificate"],
+            certificate=None if certificate is None else Certificate.from_json(certificate, plan.precision),
         )
         if made.fingerprint != values["fingerprint"] or set(made.dtypes) - set(STORE_DTYPES) or not made.dtypes:
             raise ValueError("the manifest does not agree with its own fingerprint")
         if made.layout not in {"upper", "full"} or not isinstance(made.provenance, Mapping):
             raise ValueError("the manifest has a layout or a provenance that none can have")
-        if made.certificate is not None and not hasattr(made.certificate, "get"):
-            raise ValueError("the manifest has a certificate that is none")
         if list(made.dtypes) != list(made.identity.get("dtypes", made.dtypes)):
             raise ValueError("the manifest names other dtypes than its identity")
         return made
