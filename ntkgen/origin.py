@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,16 +59,16 @@ def load_origin(
         DataError: If an `.npz` file is missing.
         FingerprintError: If network or samples are not those of the store.
     """
-    made = _provenance(store)
-    checkpoint = _checkpoint(store, made["checkpoint"])
-    name = dataset or _locate(made["dataset"], [data_dir, Path(), _beside(store)])
+    made = _source(store)
+    checkpoint = _checkpoint(store, made.checkpoint)
+    name = dataset or _locate(made.dataset, [data_dir, Path(), _beside(store)])
     load = partial(datasets.load, name, data_dir=data_dir)
     load = load if download else partial(load, download=False)
     data = _as_trained(load(), checkpoint)
-    model = zoo.build(made["model"], data.num_classes, seed=made["seed"], width=made["width"])
+    model = zoo.build(made.model, data.num_classes, seed=made.seed, width=made.width)
     checkpoints.load_state(model, checkpoint)
     against, columns = None, None
-    if (split := made.get("against")) is not None:
+    if (split := made.against) is not None:
         against = dataclasses.replace(load(split=split), zoo_sized=data.zoo_sized)
         columns = _positions(store, "col_sample_index", against)
     inputs = take(data, _positions(store, "sample_index", data), against, columns)
@@ -77,15 +76,33 @@ def load_origin(
     return Origin(model, inputs)
 
 
-def _provenance(store: KernelStore) -> dict[str, Any]:
-    made = dict(store.manifest.provenance)
-    if lacking := [name for name in ("model", "dataset", "seed", "width", "checkpoint") if name not in made]:
+@dataclass(frozen=True)
+class _Source:
+    """What a store must say of its network and its samples so that both can be loaded again."""
+
+    model: str
+    dataset: str
+    seed: int
+    width: int | None
+    checkpoint: str
+    against: str | None
+
+
+def _source(store: KernelStore) -> _Source:
+    """Read from a store what its network and its samples are.
+
+    Raises:
+        StoreError: If it does not say so.
+    """
+    made = store.manifest.provenance
+    if made.model is None or made.dataset is None or made.seed is None or made.checkpoint is None:
+        lacking = [name for name in ("model", "dataset", "seed", "checkpoint") if getattr(made, name) is None]
         raise StoreError(
             f"The store at {store.name} does not say what it was made of: expected the provenance of `ntkgen compute`, "
             f"found one without {', '.join(lacking)}. Was it made in Python, with ntkgen.compute? Compare it there, "
             "with ntkgen.checks.certify."
         )
-    return made
+    return _Source(made.model, made.dataset, made.seed, made.width, made.checkpoint, made.against)
 
 
 def _checkpoint(store: KernelStore, name: str) -> Checkpoint:
@@ -215,7 +232,7 @@ def recompute_tiles(
     drawn = draw_tiles(tiles, 1 if settings.count is None else settings.count, settings.seed)
     if not drawn:
         return []
-    _provenance(store)
+    _source(store)  # raises before anything is measured where the store does not say it
     budget = memory_budget(settings.device, settings.memory_bytes)
     if settings.count is None:
         _require_quick(store, drawn, budget)

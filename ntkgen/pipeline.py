@@ -28,6 +28,7 @@ from ntkgen.plan.plan import Budget, Plan
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import describe
 from ntkgen.store.opening import has_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import fit as training
 from ntkgen.training import zoo
@@ -312,7 +313,7 @@ def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> dict[s
     }
 
 
-def computation_of(planned: PlannedKernel, provenance: dict[str, Any] | None = None) -> Computation:
+def computation_of(planned: PlannedKernel, provenance: Provenance | None = None) -> Computation:
     """Say what a planned kernel is computed of."""
     return Computation(
         model=planned.model,
@@ -320,14 +321,14 @@ def computation_of(planned: PlannedKernel, provenance: dict[str, Any] | None = N
         probe=_probe(planned.inputs, planned.data),
         spec=planned.kernel.spec,
         device=planned.place.device,
-        provenance=provenance or {},
+        provenance=provenance or Provenance(),
         execution=planned.place.execution,
     )
 
 
-def _provenance(planned: PlannedKernel, checkpoint: Checkpoint) -> dict[str, Any]:
+def _provenance(planned: PlannedKernel, checkpoint: Checkpoint) -> Provenance:
     """Collect the provenance of a store, without paths and times, so that two runs give equal bytes."""
-    return {
+    values = {
         "model": planned.training.model,
         "dataset": _dataset_name(planned.data),
         "seed": planned.training.seed,
@@ -346,3 +347,4 @@ def _provenance(planned: PlannedKernel, checkpoint: Checkpoint) -> dict[str, Any
         "batch_size": planned.recipe.batch_size,
         "checkpoint": planned.checkpoint.name,
     }
+    return Provenance.of(values)

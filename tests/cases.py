@@ -31,6 +31,7 @@ from ntkgen.plan.tiles import make_grid
 from ntkgen.progress import Report
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
@@ -943,7 +944,8 @@ class Job:
         self, path: Path, dtypes: tuple[str, ...] = ("float16", "float32"), layout: str = "upper"
     ) -> KernelStore:
         """Create an empty store."""
-        identity, provenance = {"network": "3f2a", "samples": "91bc"}, {"model": "small", "dataset": "noise"}
+        identity = {"network": "3f2a", "samples": "91bc"}
+        provenance = Provenance(model="small", dataset="noise")
         return create_store(path, Manifest(identity, provenance, self.plan, dtypes, layout), self.samples)
 
     def run(self, store: KernelStore, cached_blocks: int = 2, report: Report = lambda *_: None) -> KernelStore:

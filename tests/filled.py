@@ -12,6 +12,7 @@ from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.certificate import Certificate
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.schema import Samples, sides_of
 from ntkgen.store.store import KernelStore
 
@@ -74,7 +75,7 @@ def filled(path, content, skip=()):
     """Create a store with these numbers; without some tiles."""
     names = ("output", "precision", "parameters", "samples")
     identity = {name: getattr(content, name) for name in names} | {"dtypes": list(content.dtypes)}
-    manifest = Manifest(identity, content.provenance, plan_of(content), content.dtypes, content.layout)
+    manifest = Manifest(identity, Provenance.of(content.provenance), plan_of(content), content.dtypes, content.layout)
     other = None
     if content.against is not None:
         other = Samples(np.arange(len(content.against[0])), np.asarray(content.against[0]))

@@ -34,6 +34,7 @@ from ntkgen.store.certificate import (
 )
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import SymmetricArray
 
@@ -482,7 +483,9 @@ def test_other_samples_and_other_networks_are_refused(job, tmp_path):
 
 def test_other_parameters_are_refused_where_the_store_says_which(job, tmp_path):
     identity = {"parameters": parameter_fingerprint(job.module)}
-    manifest = Manifest(identity, {"model": "small", "dataset": "noise"}, job.plan, ("float32",), "upper")
+    manifest = Manifest(
+        identity, Provenance.of({"model": "small", "dataset": "noise"}), job.plan, ("float32",), "upper"
+    )
     store = job.run(create_store(tmp_path / "k.zarr", manifest, job.samples))
     certify(store, job.module, inputs_of(job))
     other = make_job().module

@@ -23,6 +23,7 @@ from ntkgen.plan.plan import Budget, Choices, make_plan
 from ntkgen.plan.tiles import Tile, make_grid
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 
@@ -194,7 +195,9 @@ def create(job, path):
 
     grid = job.plan.grid
     columns = None if grid.is_symmetric else samples(grid.num_col_samples)
-    manifest = Manifest({"network": "3f2a"}, {}, job.plan, ("float64",), "upper" if columns is None else "full")
+    manifest = Manifest(
+        {"network": "3f2a"}, Provenance(), job.plan, ("float64",), "upper" if columns is None else "full"
+    )
     return create_store(path, manifest, samples(grid.num_samples, columns))
 
 

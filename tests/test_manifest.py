@@ -5,12 +5,13 @@ import json
 
 import numpy as np
 import pytest
-from filled import fill_store
+from filled import PROVENANCE, fill_store
 
 import ntkgen
 from ntkgen.errors import InaccurateKernelWarning, StoreError
 from ntkgen.store.certificate import Certificate, StoredError
 from ntkgen.store.opening import open_store
+from ntkgen.store.provenance import Provenance
 
 LABELS = np.array([0, 1, 0, 1])
 OLD_ERROR = {
@@ -31,12 +32,28 @@ OTHER_ORDER = dict(reversed(NOW.items()))
 
 
 def with_certificate(path, certificate):
-    """Make a store whose manifest on disk has a certificate of this text."""
+    return with_manifest(path, certificate=certificate)
+
+
+def with_manifest(path, **values):
+    """Make a store whose manifest on disk has some values of this text."""
     store, _ = fill_store(path, labels=LABELS)
     metadata = json.loads((store.path / "zarr.json").read_text())
-    metadata["attributes"]["ntkgen"]["certificate"] = certificate
+    metadata["attributes"]["ntkgen"].update(values)
     (store.path / "zarr.json").write_text(json.dumps(metadata))
     return store.path
+
+
+def require_same_bytes(path):
+    """Write the manifest again in all ways in which the program does."""
+    before = manifest_text(path)
+    store = open_store(path, mode="r+")
+    store.set_manifest(store.manifest)
+    assert manifest_text(path) == before
+    store.finalize()
+    assert manifest_text(path) == before
+    store.set_manifest(dataclasses.replace(store.manifest, replanned=0))
+    assert manifest_text(path) == before
 
 
 def manifest_text(path):
@@ -46,14 +63,7 @@ def manifest_text(path):
 @pytest.mark.parametrize("certificate", [OLD, NOW, LATER, OTHER_ORDER, None], ids=lambda _: "")
 def test_a_certificate_keeps_its_bytes_when_the_manifest_is_written_again(certificate, tmp_path):
     path = with_certificate(tmp_path / "k.zarr", certificate)
-    before = manifest_text(path)
-    store = open_store(path, mode="r+")
-    store.set_manifest(store.manifest)
-    assert manifest_text(path) == before
-    store.finalize()
-    assert manifest_text(path) == before
-    store.set_manifest(dataclasses.replace(store.manifest, replanned=0))
-    assert manifest_text(path) == before
+    require_same_bytes(path)
     assert json.dumps(json.loads(manifest_text(path))["certificate"]) == json.dumps(certificate)
 
 
@@ -89,3 +99,36 @@ def test_what_is_no_certificate_is_refused(certificate, tmp_path):
     path = with_certificate(tmp_path / "k.zarr", certificate)
     with pytest.raises(StoreError, match="is not a kernel store"):
         open_store(path)
+
+
+# provenance -----------------------------------------------------------------------------------------------------------
+
+MADE_BY_USERS = {"lab": {"room": [1, 2]}, "model": "lenet", "seed": None, "note": "mine"}
+
+
+@pytest.mark.parametrize("values", [{}, PROVENANCE, MADE_BY_USERS, {"imported_from": "k.bin"}], ids=lambda _: "")
+def test_a_provenance_keeps_its_bytes_when_the_manifest_is_written_again(values, tmp_path):
+    path = with_manifest(tmp_path / "k.zarr", provenance=values)
+    require_same_bytes(path)
+    assert json.dumps(json.loads(manifest_text(path))["provenance"]) == json.dumps(values)
+
+
+def test_what_is_known_of_a_provenance_is_read_and_the_rest_kept():
+    made = Provenance.of(MADE_BY_USERS)
+    assert (made.model, made.seed, made.dataset, made.is_empty) == ("lenet", None, None, False)
+    assert made != Provenance.of({**MADE_BY_USERS, "note": "other"})
+    assert Provenance().is_empty
+    assert Provenance(model="lenet", seed=0).to_json() == {"model": "lenet", "seed": 0}
+    assert dataclasses.replace(made, seed=3).to_json() == {"model": "lenet", "seed": 3}
+
+
+def test_every_key_that_the_command_writes_is_one_that_is_read():
+    made = Provenance.of(PROVENANCE)
+    unread = [name for name in PROVENANCE if not hasattr(made, name)]
+    assert unread == ["train_loss"]  # for users alone
+
+
+@pytest.mark.parametrize("values", [[], [1], "", None], ids=repr)
+def test_what_is_no_provenance_is_refused(values, tmp_path):
+    with pytest.raises(StoreError, match="is not a kernel store"):
+        open_store(with_manifest(tmp_path / "k.zarr", provenance=values))

@@ -9,6 +9,7 @@ import pytest
 from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.schema import Samples
 
 CHUNK_BYTES = 3 * 3 * 4 + 4
@@ -17,7 +18,7 @@ CHUNK_BYTES = 3 * 3 * 4 + 4
 def many_tiles(job, side, path):
     """Make a store of side × side tiles of 3 rows whose files have the right size."""
     plan = dataclasses.replace(job.plan, grid=TileGrid(side, 3, 1))
-    manifest = Manifest({"network": "3f2a"}, {}, plan, ("float32",), "full")
+    manifest = Manifest({"network": "3f2a"}, Provenance(), plan, ("float32",), "full")
     store = create_store(path, manifest, Samples(np.arange(side), np.zeros(side, dtype=np.int64)))
     for index in range(side):
         store.commit_block(index, np.ones(3), np.ones((1, 3)))

@@ -26,6 +26,7 @@ from ntkgen.files.lock import write_lock
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.manifest import Manifest, check_identity
 from ntkgen.store.opening import has_store, open_store
+from ntkgen.store.provenance import Provenance
 
 LAYOUTS = ("full", "upper")
 DTYPES = {"half and single": ("float16", "float32"), "double": ("float64",)}
@@ -137,7 +138,7 @@ def test_the_manifest_survives_the_disk(finished):
 
 def test_the_fingerprint_is_of_the_identity_alone(finished):
     manifest = open_store(finished["upper"].path).manifest
-    assert dataclasses.replace(manifest, provenance={}, replanned=3).fingerprint == manifest.fingerprint
+    assert dataclasses.replace(manifest, provenance=Provenance(), replanned=3).fingerprint == manifest.fingerprint
     other = {**manifest.identity, "network": "0000"}
     assert dataclasses.replace(manifest, identity=other).fingerprint != manifest.fingerprint
     reordered = dict(reversed(manifest.identity.items()))

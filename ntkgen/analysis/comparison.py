@@ -238,7 +238,7 @@ def _differences(first: Matrix, second: Matrix) -> list[tuple[str, Any, Any]]:
     pairs: list[tuple[str, list[Any]]] = [
         ("number of samples", [grid.num_samples for grid in grids]),
         ("number of rows per sample", [grid.num_outputs for grid in grids]),
-        ("data set", [manifest.provenance.get("dataset") for manifest in manifests]),
+        ("data set", [manifest.provenance.dataset for manifest in manifests]),
         ("samples, by their fingerprint", [manifest.identity.get("samples") for manifest in manifests]),
     ]
     if grids[0].num_outputs > 1:

@@ -214,7 +214,7 @@ def _may_be_absent(store: KernelStore, array: StoredArray, key: Key) -> bool:
     before it, so that one of them may be missing alone.
     """
     if array.name in LABELS:
-        is_of_data = store.manifest.provenance and not store.manifest.is_imported
+        is_of_data = not store.manifest.provenance.is_empty and not store.manifest.is_imported
         return not is_of_data and not (
             store.grid.is_symmetric and any(store.folder.has(f"{each}/c/0") for each in LABELS)
         )

@@ -21,6 +21,7 @@ from ntkgen.plan.plan import Choices, Plan, make_plan
 from ntkgen.plan.tiles import Part, TileGrid, make_grid
 from ntkgen.store.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.store.opening import create_store, has_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
 
@@ -45,7 +46,7 @@ class Computation:
     probe: Tensor  # samples for the trial of the network
     spec: KernelSpec
     device: torch.device
-    provenance: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
     execution: Execution = LOCAL
     excluded: frozenset[str] = frozenset()  # parameters whose rule does not hold for some batch
 
@@ -109,7 +110,7 @@ def open_or_create(
     spec: KernelSpec,
     identity: Mapping[str, Any],
     inputs: Inputs,
-    provenance: Mapping[str, Any],
+    provenance: Provenance,
     plan_anew: Callable[[], Plan],
 ) -> KernelStore:
     """Open a store to continue it, or create it. The caller holds its lock.

@@ -22,8 +22,8 @@ def describe(store: KernelStore) -> dict[str, Any]:
         "store": store.name,
         "arrays": [f"ntk_{dtype}" for dtype in manifest.dtypes],
         "quantity": manifest.quantity,
-        "model": manifest.provenance.get("model"),
-        "dataset": manifest.provenance.get("dataset"),
+        "model": manifest.provenance.model,
+        "dataset": manifest.provenance.dataset,
         "num_samples": store.grid.num_samples,
         "num_col_samples": store.grid.num_col_samples,
         "num_outputs": store.grid.num_outputs,
@@ -47,7 +47,7 @@ def describe(store: KernelStore) -> dict[str, Any]:
         "suspicious_tiles": suspicious_tiles(store),
         # what the predecessor of this program stored of this kernel; an imported one whose scale is unknown is that
         "predecessor_factor": max(1, manifest.plan.profile.num_params) ** -0.5,
-        "provenance": dict(manifest.provenance),
+        "provenance": manifest.provenance.to_json(),
         "fingerprint": manifest.fingerprint,
     }
 

@@ -18,6 +18,7 @@ from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.foreign import ForeignKernel, SourceDescription, open_foreign
 from ntkgen.store.manifest import IMPORTED, Manifest, check_identity
 from ntkgen.store.opening import create_store, has_store, open_store
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
@@ -114,7 +115,7 @@ def _open_or_create(target: Folder, foreign: ForeignKernel, diagonal: npt.NDArra
         store = open_store(target, mode="r+")
         check_identity(str(target), store.manifest, identity)
     else:
-        provenance = {IMPORTED: foreign.short_name, "quantity": given.quantity}
+        provenance = Provenance.of({IMPORTED: foreign.short_name, "quantity": given.quantity})
         plan = _plan(given)
         store = create_store(target, Manifest(identity, provenance, plan, (foreign.dtype,), "upper"), samples)
     tidy(store, samples)

@@ -12,6 +12,7 @@ import ntkgen
 from ntkgen.errors import FingerprintError
 from ntkgen.plan.plan import Plan
 from ntkgen.store.certificate import Certificate
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.rounding import STORE_DTYPES
 
 FORMAT_VERSION = 3
@@ -38,7 +39,7 @@ class Manifest:
     """What a store says of itself. A resumed run must agree with ``identity``; ``provenance`` is to be read alone."""
 
     identity: Mapping[str, Any]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
     plan: Plan
     dtypes: tuple[str, ...]
     layout: str
@@ -64,7 +65,7 @@ class Manifest:
     @property
     def quantity(self) -> str:
         """What the kernel's true values are."""
-        return str(self.provenance.get("quantity", "J Jᵀ"))
+        return "J Jᵀ" if self.provenance.quantity is None else str(self.provenance.quantity)
 
     def to_json(self) -> dict[str, Any]:
         """Turn into plain values for the group's attribute."""
@@ -80,7 +81,7 @@ class Manifest:
             "layout": self.layout,
             "dtypes": list(self.dtypes),
             "identity": dict(self.identity),
-            "provenance": dict(self.provenance),
+            "provenance": self.provenance.to_json(),
             "plan": self.plan.to_json(),
             "replanned": self.replanned,
             "certificate": None if self.certificate is None else self.certificate.to_json(),
@@ -96,7 +97,7 @@ class Manifest:
         plan, certificate = Plan.from_json(values["plan"]), values["certificate"]
         made = cls(
             identity=values["identity"],
-            provenance=values["provenance"],
+            provenance=Provenance.of(values["provenance"]),
             plan=plan,
             dtypes=tuple(values["dtypes"]),
             layout=values["layout"],
@@ -106,8 +107,8 @@ class Manifest:
         )
         if made.fingerprint != values["fingerprint"] or set(made.dtypes) - set(STORE_DTYPES) or not made.dtypes:
             raise ValueError("the manifest does not agree with its own fingerprint")
-        if made.layout not in {"upper", "full"} or not isinstance(made.provenance, Mapping):
-            raise ValueError("the manifest has a layout or a provenance that none can have")
+        if made.layout not in {"upper", "full"}:
+            raise ValueError("the manifest has a layout that none can have")
         if list(made.dtypes) != list(made.identity.get("dtypes", made.dtypes)):
             raise ValueError("the manifest names other dtypes than its identity")
         return made

@@ -15,7 +15,7 @@ from ntkgen.errors import InaccurateKernelWarning, StoreError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.files.place import folder_of
 from ntkgen.store.describe import inaccuracy
-from ntkgen.store.manifest import FORMAT_VERSION, IMPORTED, Manifest
+from ntkgen.store.manifest import FORMAT_VERSION, Manifest
 from ntkgen.store.schema import Samples, create_first
 from ntkgen.store.store import KernelStore
 
@@ -57,8 +57,9 @@ def _attributes(manifest: Manifest) -> dict[str, Any]:
 def _origin(manifest: Manifest) -> str:
     made = manifest.provenance
     if manifest.is_imported:
-        return f", {made.get('quantity')}, imported from {made.get(IMPORTED)}"
-    return f" of {made.get('model', '?')} on {made.get('dataset', '?')}"
+        return f", {made.quantity}, imported from {made.imported_from}"
+    model, dataset = ("?" if name is None else name for name in (made.model, made.dataset))
+    return f" of {model} on {dataset}"
 
 
 def has_store(folder: Folder) -> bool:

@@ -1,16 +1,17 @@
 """How a kernel is made again, and how it is cited: from what its store says of itself, and nothing else."""
 
+import dataclasses
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ntkgen
 from ntkgen.analysis.answer import Answer
 from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.results import Kept
-from ntkgen.store.manifest import IMPORTED, Manifest
+from ntkgen.store.manifest import Manifest
+from ntkgen.store.provenance import Provenance
 from ntkgen.store.store import KernelStore
 
 # What `ntkgen compute` takes for converged unless it is told otherwise.
@@ -47,27 +48,32 @@ def recipe_of(store: KernelStore) -> Recipe:
     """Say how a store was made: by the command line, by a call in Python, or by importing a file."""
     manifest = store.manifest
     made = manifest.provenance
-    if IMPORTED in made:
-        return _imported(manifest)
-    return _computed(manifest) if {"model", "dataset", "checkpoint"} <= set(made) else _called(manifest)
+    if made.imported_from is not None:
+        return _imported(manifest, made.imported_from)
+    if made.model is None or made.dataset is None or made.checkpoint is None:
+        return _called(manifest)
+    return _computed(manifest, made.model, made.dataset, made.checkpoint)
 
 
-def _computed(manifest: Manifest) -> Recipe:
+def _computed(manifest: Manifest, model: str, dataset: str, checkpoint: str) -> Recipe:
     made = manifest.provenance
-    is_untrained = made.get("epochs") == 0
-    command = ["ntkgen", "compute", "--models", made["model"], "--dataset", made["dataset"]]
-    command += _options({**made, "num_epochs": 0 if is_untrained else made.get("num_epochs")}, _OF_TRAINING)
+    is_untrained = made.epochs == 0
+    command = ["ntkgen", "compute", "--models", model, "--dataset", dataset]
+    command += _options(dataclasses.replace(made, num_epochs=0) if is_untrained else made, _OF_TRAINING)
     if not is_untrained:
         command += _options(made, {"learning_rate": "--lr", "batch_size": "--bs"})
-        command += ["--allow-unconverged"] * ((made.get("train_accuracy") or 0.0) < TARGET_ACCURACY)
-    command += ["--raw-images"] * bool(made.get("raw_images"))
+        command += ["--allow-unconverged"] * ((made.train_accuracy or 0.0) < TARGET_ACCURACY)
+    command += ["--raw-images"] * bool(made.raw_images)
     command += [*_options(made, _OF_SAMPLES), *_kernel_options(manifest)]
-    return Recipe((shlex.join(command),), tuple(_notes(made, is_untrained=is_untrained)))
+    notes = [_training_note(made, checkpoint)]
+    if dataset.endswith(".npz"):
+        notes.append(f"{dataset} is a file of one's own; the store knows its contents by their fingerprint.")
+    return Recipe((shlex.join(command),), tuple(notes))
 
 
-def _options(values: Mapping[str, Any], flags: Mapping[str, str]) -> list[str]:
-    """Write options for those of the values that are known."""
-    chosen = [(flag, values.get(name)) for name, flag in flags.items()]
+def _options(made: Provenance, flags: Mapping[str, str]) -> list[str]:
+    """Write options for those of the settings that are known."""
+    chosen = [(flag, getattr(made, name)) for name, flag in flags.items()]
     return [word for flag, value in chosen if value is not None for word in (flag, str(value))]
 
 
@@ -82,23 +88,19 @@ def _kernel_options(manifest: Manifest) -> list[str]:
     ]
 
 
-def _notes(made: Mapping[str, Any], *, is_untrained: bool) -> list[str]:
-    """Say what the command needs beside it, and what the store does not record."""
-    if is_untrained:
-        notes = ["The network is taken as it is built from its seed: nothing else is needed."]
-    elif "num_epochs" in made:
-        notes = [
-            f"It trains the network anew, or takes {made['checkpoint']}, if that lies in --out, as it is: the network "
-            "of this very kernel."
-        ]
-    else:
-        notes = [
-            f"Put {made['checkpoint']} into --out: it holds the network of this very kernel, and how that was trained. "
-            "Without it the network is trained anew, for at most 200 epochs; the store does not record another choice."
-        ]
-    if str(made["dataset"]).endswith(".npz"):
-        notes.append(f"{made['dataset']} is a file of one's own; the store knows its contents by their fingerprint.")
-    return notes
+def _training_note(made: Provenance, checkpoint: str) -> str:
+    """Say what the command needs to have the same network, and what the store does not record."""
+    if made.epochs == 0:
+        return "The network is taken as it is built from its seed: nothing else is needed."
+    if made.num_epochs is not None:
+        return (
+            f"It trains the network anew, or takes {checkpoint}, if that lies in --out, as it is: the network of this "
+            "very kernel."
+        )
+    return (
+        f"Put {checkpoint} into --out: it holds the network of this very kernel, and how that was trained. Without it "
+        "the network is trained anew, for at most 200 epochs; the store does not record another choice."
+    )
 
 
 def question_command(kept: Kept[Answer], path: str) -> str:
@@ -131,9 +133,9 @@ def _called(manifest: Manifest) -> Recipe:
     return Recipe(("import ntkgen", call), (note,))
 
 
-def _imported(manifest: Manifest) -> Recipe:
-    made, grid = manifest.provenance, manifest.plan.grid
-    words = ["ntkgen", "import", str(made[IMPORTED]), "--samples", str(grid.num_samples)]
+def _imported(manifest: Manifest, source: str) -> Recipe:
+    grid = manifest.plan.grid
+    words = ["ntkgen", "import", source, "--samples", str(grid.num_samples)]
     words += ["--outputs", str(grid.num_outputs)]
     if params := manifest.plan.profile.num_params:
         words += ["--params", str(params)]

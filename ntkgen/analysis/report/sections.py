@@ -17,7 +17,6 @@ from ntkgen.analysis.report.answers import Answers
 from ntkgen.analysis.report.page import Section, code, facts, figure, paragraph, table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
 from ntkgen.store.describe import describe
-from ntkgen.store.manifest import IMPORTED
 from ntkgen.units import human_bytes
 
 # Eigenvalues that the table lists; all of them are beside the store.
@@ -29,11 +28,11 @@ Pictures = Mapping[str, Picture]
 def title_of(answers: Answers) -> str:
     """Name a kernel in a few words."""
     made = answers.matrix.store.manifest.provenance
-    if IMPORTED in made:
-        return f"Kernel imported from {made[IMPORTED]}"
-    if "model" not in made:
+    if made.imported_from is not None:
+        return f"Kernel imported from {made.imported_from}"
+    if made.model is None:
         return f"Kernel of {answers.matrix.name.rpartition('/')[2]}"
-    return f"Neural tangent kernel of {made['model']} on {made.get('dataset', '?')}"
+    return f"Neural tangent kernel of {made.model} on {'?' if made.dataset is None else made.dataset}"
 
 
 def sections_of(answers: Answers, pictures: Pictures) -> tuple[Section, ...]:
