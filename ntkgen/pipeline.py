@@ -25,8 +25,9 @@ from ntkgen.inputs import Inputs
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.origin import load_parts, take
 from ntkgen.plan.plan import Budget, Plan
+from ntkgen.plan.tiles import Part
 from ntkgen.progress import Report, ignore_report
-from ntkgen.store.describe import describe
+from ntkgen.store.describe import StoreDescription, describe
 from ntkgen.store.opening import has_store, open_store
 from ntkgen.store.provenance import Provenance
 from ntkgen.training import checkpoint as checkpoints
@@ -296,7 +297,27 @@ def require_disk(place: Place, missing_bytes: int) -> None:
         )
 
 
-def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> dict[str, Any]:
+@dataclass(frozen=True)
+class FinishedKernel:
+    """What a run has made of a planned kernel: all of it, or a part."""
+
+    described: StoreDescription
+    part: Part | None
+    checkpoint: File
+    train_accuracy: float | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn into plain values, as scripts read them."""
+        return self.described.to_json() | {
+            "part": None if self.part is None else str(self.part),
+            "checkpoint": str(self.checkpoint),
+            "train_accuracy": self.train_accuracy,
+            "seconds": self.seconds,
+        }
+
+
+def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> FinishedKernel:
     """Train and compute what is missing, certify it, and describe the finished kernel, good or not."""
     started = time.monotonic()
     checkpoint, _ = run_training(planned.training, planned.data, planned.place, (planned.model, planned.recipe), report)
@@ -305,12 +326,13 @@ def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> dict[s
     load = partial(load_parts, planned.store, planned.place.data_dir, planned.data.name)
     with suppress(InaccurateKernelError):  # the description says so, and the other kernels follow
         make(planned.store, kernel, load, report)
-    return describe(open_store(planned.store)) | {
-        "part": None if planned.place.execution.part is None else str(planned.place.execution.part),
-        "checkpoint": str(planned.checkpoint),
-        "train_accuracy": checkpoint.train_accuracy,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+    return FinishedKernel(
+        described=describe(open_store(planned.store)),
+        part=planned.place.execution.part,
+        checkpoint=planned.checkpoint,
+        train_accuracy=checkpoint.train_accuracy,
+        seconds=round(time.monotonic() - started, 3),
+    )
 
 
 def computation_of(planned: PlannedKernel, provenance: Provenance | None = None) -> Computation:

@@ -159,7 +159,7 @@ def require_good(store):
     found = store.manifest.certificate
     assert found.is_good
     assert not any(error.wrong_blocks for error in found.errors)
-    assert inaccuracy(store) is describe(store)["inaccuracy"] is None
+    assert inaccuracy(store) is describe(store).inaccuracy is None
     return found
 
 

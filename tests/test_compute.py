@@ -13,6 +13,7 @@ import ntkgen
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.errors import BudgetError, FingerprintError, InputError, ShapeError
 from ntkgen.jacobian.outputs import output_map
+from ntkgen.store.rounding import Underflow
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY
 
@@ -185,4 +186,4 @@ def test_float16_underflow_is_counted_per_tile(tmp_path):
         for j in range(i, 3):
             entry = abs(kernel[i, j])
             assert counts[i, j].tolist() == [int(0 < entry < 2**-14), int(entry > 0 and np.float16(entry) == 0)]
-    assert store.float16_underflow == {"with_fewer_bits": 2, "vanished": 1}
+    assert store.float16_underflow == Underflow(with_fewer_bits=2, vanished=1)

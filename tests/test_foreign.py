@@ -113,8 +113,8 @@ def test_without_the_number_of_parameters_the_scale_stays_and_is_told(source, ta
     assert "scale_factor" not in zarr.open(target, mode="r")["ntk_float32"].attrs
     assert "normalised by 1/√P" in store.attributes["title"]
     described = describe(store)
-    assert "normalised by 1/√P" in described["provenance"]["quantity"]
-    assert (described["num_params"], described["predecessor_factor"], described["scale_factors"]) == (0, 1.0, {})
+    assert "normalised by 1/√P" in described.quantity
+    assert (described.num_params, described.predecessor_factor, described.scale_factors) == (0, 1.0, {})
 
 
 def test_an_imported_store_is_read_like_any_other(source, target):
@@ -141,9 +141,9 @@ def test_its_arrays_are_those_that_are_there(dtype, tmp_path, target):
     assert sorted(array.name for array in store.arrays()) == sorted(zarr.open(target, mode="r").array_keys())
     assert store.float16_underflow is None
     described = describe(store)
-    assert described["status"] == "complete"
-    assert described["predecessor_factor"] == P**-0.5
-    assert described["scale_factors"] == {f"ntk_{dtype}": P**0.5}
+    assert described.status == "complete"
+    assert described.predecessor_factor == P**-0.5
+    assert described.scale_factors == {f"ntk_{dtype}": P**0.5}
 
 
 def test_an_imported_store_is_mirrored(source, target):
@@ -379,7 +379,7 @@ def test_the_command_writes_beside_the_source_and_is_shown_by_info(source, capsy
     options = ("--samples", N, "--outputs", M, "--params", P, "--tile", 9)
     code, out, _ = run(capsys, "import", source, *options, "--json", "-q")
     target = source.with_name("ntk_float32.imported.zarr")
-    assert (code, json.loads(out)) == (0, json.loads(json.dumps(describe(open_store(target)))))
+    assert (code, json.loads(out)) == (0, json.loads(json.dumps(describe(open_store(target)).to_json())))
     assert json.loads(out)["provenance"] == {"imported_from": "ntk_float32.zarr", "quantity": "J Jᵀ"}
     assert "scale_factor 20" in run(capsys, "import", source, *options)[1]
     code, out, _ = run(capsys, "info", target)

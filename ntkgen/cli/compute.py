@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ntkgen.engine.computation import Execution
-    from ntkgen.pipeline import PlannedKernel
+    from ntkgen.pipeline import FinishedKernel, PlannedKernel
 
 
 @click.command(cls=ManyCommand)
@@ -118,10 +118,11 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
             planned = pipeline.plan_kernel(request, kernel, place, data, against)
             projected = duration_of(planned).total if takes_minutes(planned) else None
             with progress_bars(request.model, quiet=settings.quiet) as report:
-                result = pipeline.run_kernel(planned, report) | {"projected_seconds": projected}
-            click.echo(json.dumps(result) if settings.as_json else _summary(result))
-            if result["inaccuracy"] is not None:
-                click.echo(f"Error: {result['inaccuracy']}", err=True)
+                result = pipeline.run_kernel(planned, report)
+            values = result.to_json() | {"projected_seconds": projected}
+            click.echo(json.dumps(values) if settings.as_json else _summary(result, projected))
+            if (wrong := result.described.inaccuracy) is not None:
+                click.echo(f"Error: {wrong}", err=True)
                 exit_code = 1
     return exit_code
 
@@ -174,16 +175,18 @@ def _treatment(planned: "PlannedKernel") -> str:
 
 
 def _projection(values: dict[str, Any]) -> str:
+    size = _size(values["rows"], values["cols"], values["output"])
     lines = {
         "store": values["store"],
-        "kernel": f"{_size(values)}, {' and '.join(values['dtypes'])}, layout {values['layout']}",
+        "kernel": f"{size}, {' and '.join(values['dtypes'])}, layout {values['layout']}",
         "tiles": f"{values['tiles_missing']:,} of {values['tiles']:,} to compute, {values['tile_side']:,} rows each",
         "disk": human_bytes(values["disk_bytes"]),
         "memory": f"{human_bytes(values['projected_bytes'])} at most beside the loaded program",
         "work": f"{values['projected_flops']:.3g} FLOP, {values['factor_samples']:,} factor computations",
         "time": _time(values["seconds"]),
     }
-    title = f"{values['model']} on {values['dataset']}: {_samples(values)}"
+    samples = _samples(values["num_samples"], values["num_col_samples"], values["num_outputs"])
+    title = f"{values['model']} on {values['dataset']}: {samples}"
     explained = _explained(values["parts"]) if "parts" in values else []
     page = [f"{title}, {values['num_params']:,} parameters", *aligned(lines), *explained, "  Nothing was written."]
     return "\n".join(page)
@@ -203,17 +206,17 @@ def _time(seconds: dict[str, Any]) -> str:
     return f"{human_seconds(low)} to {human_seconds(high)} here ({parts})"
 
 
-def _samples(values: dict[str, Any]) -> str:
+def _samples(num_samples: int, num_col_samples: int | None, num_outputs: int) -> str:
     """Write the samples of a kernel, and the rows per sample."""
-    against = "" if values["num_col_samples"] is None else f" against {values['num_col_samples']:,}"
-    outputs = "" if values["num_outputs"] == 1 else f" × {values['num_outputs']} outputs"
-    return f"{values['num_samples']:,} samples{against}{outputs}"
+    against = "" if num_col_samples is None else f" against {num_col_samples:,}"
+    outputs = "" if num_outputs == 1 else f" × {num_outputs} outputs"
+    return f"{num_samples:,} samples{against}{outputs}"
 
 
-def _size(values: dict[str, Any]) -> str:
+def _size(rows: int, cols: int, output: str) -> str:
     """Write the size of a kernel, and its output map if that is not ``full``."""
-    of = "" if values["output"] == "full" else f", output {values['output']}"
-    return f"{values['rows']:,} × {values['cols']:,}{of}"
+    of = "" if output == "full" else f", output {output}"
+    return f"{rows:,} × {cols:,}{of}"
 
 
 def _explained(parts: list[dict[str, Any]]) -> list[str]:
@@ -234,32 +237,30 @@ def _explained(parts: list[dict[str, Any]]) -> list[str]:
     return [*lines, f"  {'total':<{width}}  {saved:<59}  {total:>9.3g}  {explicit:>9.3g}", ""]
 
 
-def _projected(result: dict[str, Any]) -> str:
-    """Write what was projected beside the time that a run took; without training, of which it is an upper bound."""
-    projected = result["projected_seconds"]
-    return "" if projected is None else f" (projected: {human_seconds(projected)})"
-
-
-def _summary(result: dict[str, Any]) -> str:
-    if result["status"] != "complete":
+def _summary(result: "FinishedKernel", projected: float | None) -> str:
+    found = result.described
+    network = f"{found.provenance.model} on {found.provenance.dataset}"
+    samples = _samples(found.num_samples, found.num_col_samples, found.num_outputs)
+    if not found.is_complete:
         return (
-            f"\n{result['model']} on {result['dataset']}: part {result['part']} of the kernel of {_samples(result)} is "
-            f"done.\n  {result['store']}\n  {result['tiles_missing']:,} of {result['tiles']:,} tiles are missing. The "
-            "last of the other parts finishes the kernel, and so does the same command without --part.\n"
+            f"\n{network}: part {result.part} of the kernel of {samples} is done.\n"
+            f"  {found.store}\n  {found.tiles_missing:,} of {found.tiles:,} tiles are missing. The last of the other "
+            "parts finishes the kernel, and so does the same command without --part.\n"
         )
-    accuracy, is_good = result["train_accuracy"], result["inaccuracy"] is None
-    trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
-    view = "kernel(output=0)" if result["output"] == "diagonal" else "array"
+    trained = "taken as built" if result.train_accuracy is None else f"trained to {result.train_accuracy:.2f} %"
+    # Without training, of which the projection is an upper bound.
+    expected = "" if projected is None else f" (projected: {human_seconds(projected)})"
+    view = "kernel(output=0)" if found.output == "diagonal" else "array"
     return (
-        f"\n{result['model']} on {result['dataset']}, {trained}: the kernel of {_samples(result)} is complete"
-        f"{'' if is_good else ', and WRONG'}.\n"
-        f"  {result['store']}\n"
-        f"  {' and '.join(result['arrays'])}, {_size(result)}, layout {result['layout']}, "
-        f"{human_bytes(result['stored_bytes'])}, {result['seconds']:.1f} s{_projected(result)}\n"
-        f"  accuracy: {certificate_summary(result)}\n"
-        f"  network: {result['num_params']:,} parameters in {result['checkpoint']}\n\n"
+        f"\n{network}, {trained}: the kernel of {samples} is complete"
+        f"{'' if found.inaccuracy is None else ', and WRONG'}.\n"
+        f"  {found.store}\n"
+        f"  {' and '.join(found.arrays)}, {_size(found.rows, found.cols, found.output)}, layout {found.layout}, "
+        f"{human_bytes(found.stored_bytes)}, {result.seconds:.1f} s{expected}\n"
+        f"  accuracy: {certificate_summary(found)}\n"
+        f"  network: {found.num_params:,} parameters in {result.checkpoint}\n\n"
         "  Open it in Python:\n"
         "    import ntkgen\n"
-        f"    kernel = ntkgen.open({result['store']!r})\n"
+        f"    kernel = ntkgen.open({found.store!r})\n"
         f"    kernel.{view}[:10, :10]      # NumPy; lazily: kernel.dask, kernel.xarray\n"
     )

@@ -1,13 +1,16 @@
 """`ntkgen import`: a kernel of this program's predecessor, as one of our stores."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ntkgen.cli.options import aligned
 from ntkgen.cli.session import start_process
 from ntkgen.units import human_bytes
+
+if TYPE_CHECKING:
+    from ntkgen.store.describe import StoreDescription
 
 ONE_OR_MORE = click.IntRange(min=1)
 
@@ -44,18 +47,18 @@ def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **given: 
     target = default_target(path) if out is None else out
     with progress_bars(path, quiet=quiet) as report:
         store = import_kernel(path, target, SourceDescription(**given), report)
-    result = describe(store)
-    click.echo(json.dumps(result) if as_json else _page(result))
+    found = describe(store)
+    click.echo(json.dumps(found.to_json()) if as_json else _page(found))
 
 
-def _page(values: dict[str, Any]) -> str:
-    name = values["arrays"][0]
-    scale = values["scale_factors"].get(name)
+def _page(found: "StoreDescription") -> str:
+    name = found.arrays[0]
+    scale = found.scale_factors.get(name)
     lines = {
-        "kernel": f"{values['provenance']['quantity']}, {values['rows']:,} × {values['cols']:,}",
+        "kernel": f"{found.quantity}, {found.rows:,} × {found.cols:,}",
         "array": name if scale is None else f"{name} (scale_factor {scale:g})",
-        "from": values["provenance"]["imported_from"],
-        "tiles": f"{values['tiles']:,}, {values['tile_side']:,} rows each, layout {values['layout']}",
-        "size": human_bytes(values["stored_bytes"]),
+        "from": str(found.provenance.imported_from),
+        "tiles": f"{found.tiles:,}, {found.tile_side:,} rows each, layout {found.layout}",
+        "size": human_bytes(found.stored_bytes),
     }
-    return "\n".join([values["store"], *aligned(lines)])
+    return "\n".join([found.store, *aligned(lines)])

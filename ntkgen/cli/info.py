@@ -1,13 +1,16 @@
 """`ntkgen info`: what a store is, and what it still lacks."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ntkgen.cli.certificate import certificate_lines
 from ntkgen.cli.options import aligned
 from ntkgen.units import human_bytes
+
+if TYPE_CHECKING:
+    from ntkgen.store.describe import StoreDescription
 
 
 @click.command()
@@ -21,73 +24,68 @@ def info(path: str, *, as_json: bool) -> int:
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store
 
-    result = describe(open_store(path))
-    click.echo(json.dumps(result) if as_json else _page(result))
-    if result["inaccuracy"] is None:
+    found = describe(open_store(path))
+    click.echo(json.dumps(found.to_json()) if as_json else _page(found))
+    if found.inaccuracy is None:
         return 0
-    click.echo(f"Error: {result['inaccuracy']}", err=True)
+    click.echo(f"Error: {found.inaccuracy}", err=True)
     return 1
 
 
-def _page(values: dict[str, Any]) -> str:
-    there = values["tiles"] - values["tiles_missing"]
-    is_imported = "imported_from" in values["provenance"]
+def _page(found: "StoreDescription") -> str:
+    there = found.tiles - found.tiles_missing
+    is_imported = found.provenance.imported_from is not None
     lines = {
-        "status": values["status"],
-        **_origin(values),
-        "output": _output(values),
-        "kernel": f"{values['quantity']}, {values['rows']:,} × {values['cols']:,}, {values['num_outputs']} per sample "
-        "(sample-major)",
+        "status": found.status,
+        **_origin(found),
+        "output": _output(found),
+        "kernel": f"{found.quantity}, {found.rows:,} × {found.cols:,}, {found.num_outputs} per sample (sample-major)",
         "arrays": ", ".join(
-            f"{name} (scale_factor {values['scale_factors'][name]:g})" if name in values["scale_factors"] else name
-            for name in values["arrays"]
+            f"{name} (scale_factor {found.scale_factors[name]:g})" if name in found.scale_factors else name
+            for name in found.arrays
         ),
-        **_underflow(values),
-        "layout": values["layout"],
-        "computed in": values["precision"] + _hint(values),
-        "tiles": f"{there:,} of {values['tiles']:,}, {values['tile_side']:,} rows each",
-        "size": human_bytes(values["stored_bytes"]),
-        **({} if is_imported else certificate_lines(values)),
-        **_predecessor(values),
-        "fingerprint": values["fingerprint"],
+        **_underflow(found),
+        "layout": found.layout,
+        "computed in": found.precision + _hint(found),
+        "tiles": f"{there:,} of {found.tiles:,}, {found.tile_side:,} rows each",
+        "size": human_bytes(found.stored_bytes),
+        **({} if is_imported else certificate_lines(found)),
+        **_predecessor(found),
+        "fingerprint": found.fingerprint,
     }
-    page = [values["store"], *aligned(lines)]
-    if values["tiles_missing"]:
-        first = ", ".join(str(tuple(tile)) for tile in values["first_missing"])
-        page.append(
-            f"  missing     {values['tiles_missing']:,} tiles, from {first}; finish with the same `ntkgen compute`"
-        )
+    page = [found.store, *aligned(lines)]
+    if found.tiles_missing:
+        first = ", ".join(f"({tile.row}, {tile.col})" for tile in found.first_missing)
+        page.append(f"  missing     {found.tiles_missing:,} tiles, from {first}; finish with the same `ntkgen compute`")
     return "\n".join(page)
 
 
-def _origin(values: dict[str, Any]) -> dict[str, str]:
+def _origin(found: "StoreDescription") -> dict[str, str]:
     """Write what the kernel was computed of, or what file it was imported from."""
-    made = values["provenance"]
-    if "imported_from" in made:
-        return {"imported": f"from {made['imported_from']}", "data": _samples(values)}
-    accuracy = made.get("train_accuracy")
-    trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} %"
+    made = found.provenance
+    if made.imported_from is not None:
+        return {"imported": f"from {made.imported_from}", "data": _samples(found)}
+    trained = "taken as built" if made.train_accuracy is None else f"trained to {made.train_accuracy:.2f} %"
     return {
-        "network": f"{values['model']}, {values['num_params']:,} parameters, {trained}",
-        "data": f"{values['dataset']}, {_samples(values)}",
+        "network": f"{made.model}, {found.num_params:,} parameters, {trained}",
+        "data": f"{made.dataset}, {_samples(found)}",
     }
 
 
-def _predecessor(values: dict[str, Any]) -> dict[str, str]:
-    if not values["num_params"]:  # imported, and not known
+def _predecessor(found: "StoreDescription") -> dict[str, str]:
+    if not found.num_params:  # imported, and not known
         return {}
-    return {"1/√P": f"{values['predecessor_factor']:.6g} (the predecessor of this program stored J Jᵀ/√P)"}
+    return {"1/√P": f"{found.predecessor_factor:.6g} (the predecessor of this program stored J Jᵀ/√P)"}
 
 
-def _samples(values: dict[str, Any]) -> str:
-    rows, cols = values["num_samples"], values["num_col_samples"]
+def _samples(found: "StoreDescription") -> str:
+    rows, cols, split = found.num_samples, found.num_col_samples, found.provenance.against
     if cols is None:
         return f"{rows:,} samples"
-    split = values["provenance"].get("against")
     return f"{rows:,} samples against {cols:,} {'others' if split is None else f'of its {split} split'}"
 
 
-def _output(values: dict[str, Any]) -> str:
+def _output(found: "StoreDescription") -> str:
     meaning = {
         "full": "every output",
         "sum": "the sum of the outputs",
@@ -95,22 +93,22 @@ def _output(values: dict[str, Any]) -> str:
         "trace": "the trace of each pair's block",
         "diagonal": "the diagonal of each pair's block, a matrix per output",
     }
-    return f"{values['output']}: {meaning.get(values['output'], 'this output alone')}"
+    return f"{found.output}: {meaning.get(found.output, 'this output alone')}"
 
 
-def _underflow(values: dict[str, Any]) -> dict[str, str]:
-    counts = values["float16_underflow"]
+def _underflow(found: "StoreDescription") -> dict[str, str]:
+    counts = found.float16_underflow
     if counts is None:
         return {}
-    fewer, vanished = counts["with_fewer_bits"], counts["vanished"]
+    fewer, vanished = counts.with_fewer_bits, counts.vanished
     return {"in float16": f"{fewer:,} computed entries with fewer bits than usual, {vanished:,} of them stored as zero"}
 
 
-def _hint(values: dict[str, Any]) -> str:
+def _hint(found: "StoreDescription") -> str:
     from ntkgen.store.describe import loses_precision
 
-    dtypes = [name.removeprefix("ntk_") for name in values["arrays"]]
-    if not loses_precision(values["precision"], dtypes):
+    dtypes = [name.removeprefix("ntk_") for name in found.arrays]
+    if not loses_precision(found.precision, dtypes):
         return ""
     floor = "1e-7" if "float32" in dtypes else "5e-4"
     return f" (as stored, with an error floor of about {floor} of the largest eigenvalue; --dtype float64 has none)"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ntkgen.engine.recompute import Recomputed
     from ntkgen.progress import Report
     from ntkgen.store.certificate import Sampling
+    from ntkgen.store.describe import StoreDescription
     from ntkgen.store.store import KernelStore
 
 # Exit codes where a store is not whole or not what it should be, and where that is not known.
@@ -72,7 +73,7 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_
     for path in paths:
         finding = _found(path, request)
         if as_json or "error" not in finding.result:
-            click.echo(json.dumps(finding.result) if as_json else _page(finding.result))
+            click.echo(json.dumps(finding.result) if as_json else _page(finding.result, finding.described))
         for note in finding.notes:
             click.echo(" ".join(note.split()), err=True)
         for problem, code in finding.problems:
@@ -98,9 +99,13 @@ class _Request:
 
 @dataclass
 class _Finding:
-    """What is printed of a store: the result, what is worth a line, and what is wrong, with its exit code."""
+    """What is printed of a store: the result, what is worth a line, and what is wrong, with its exit code.
+
+    A whole store is described, too.
+    """
 
     result: dict[str, Any]
+    described: "StoreDescription | None" = None
     notes: list[str] = field(default_factory=list)
     problems: list[tuple[str, int]] = field(default_factory=list)
 
@@ -164,13 +169,14 @@ def _describe_whole(store: "KernelStore", request: _Request, report: "Report", f
     if request.certified:
         _certify(store, request, report, finding)
         store = open_store(store.folder)
-    described = describe(store)
-    finding.problems += [(wrong, DAMAGED)] if (wrong := described["inaccuracy"]) else []
+    described = finding.described = describe(store)
+    finding.problems += [(wrong, DAMAGED)] if (wrong := described.inaccuracy) else []
     kept = (
         "rows", "cols", "num_col_samples", "num_logits", "output", "arrays", "certificate", "inaccuracy",
         "suspicious_tiles",
     )  # fmt: skip
-    finding.result |= {name: described[name] for name in (*kept, "tiles", "tiles_missing")} | {"next": None}
+    values = described.to_json()
+    finding.result |= {name: values[name] for name in (*kept, "tiles", "tiles_missing")} | {"next": None}
 
 
 @contextmanager
@@ -263,12 +269,12 @@ def _plain(again: "Recomputed") -> dict[str, Any]:
     }
 
 
-def _page(result: dict[str, Any]) -> str:
+def _page(result: dict[str, Any], described: "StoreDescription | None") -> str:
     """Write the page of what was found of a store."""
     again = _again(result["recomputed"])
-    if result["is_whole"]:
-        whole = f"every file of {', '.join(result['arrays'])} is whole, {result['rows']:,} × {result['cols']:,}"
-        return "\n".join([result["store"], *aligned({"checksums": whole, **again, **certificate_lines(result)})])
+    if described is not None:
+        whole = f"every file of {', '.join(described.arrays)} is whole, {described.rows:,} × {described.cols:,}"
+        return "\n".join([result["store"], *aligned({"checksums": whole, **again, **certificate_lines(described)})])
     damage = [_damage_line(each) for each in result["damage"]]
     more = {"": f"… and {len(damage) - SHOWN:,} files more; --json lists all"} if len(damage) > SHOWN else {}
     return "\n".join(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,14 @@ FLOAT16_TARGET = 2.0**15
 FLOAT16_NORMAL = 2.0**-14
 
 STORE_DTYPES = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Underflow:
+    """How many computed entries float16 stores with fewer bits than usual, and how many of these as zero."""
+
+    with_fewer_bits: int
+    vanished: int
 
 
 def check_dtypes(names: str | Iterable[str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.store.manifest import Manifest
-from ntkgen.store.rounding import STORE_DTYPES, count_underflow, scale_of, to_stored
+from ntkgen.store.rounding import STORE_DTYPES, Underflow, count_underflow, scale_of, to_stored
 from ntkgen.store.schema import (
     COORDINATES,
     STORAGE_MODES,
@@ -198,12 +198,12 @@ class KernelStore:
         return float(self.zarr_array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
 
     @property
-    def float16_underflow(self) -> dict[str, int] | None:
+    def float16_underflow(self) -> Underflow | None:
         """Count the entries that float16 stores with fewer bits, or as zero, of the tiles that are there."""
         if not self._has(UNDERFLOW):
             return None
         counts = np.maximum(self.read(UNDERFLOW), 0).sum((0, 1))
-        return {"with_fewer_bits": int(counts[0]), "vanished": int(counts[1])}
+        return Underflow(with_fewer_bits=int(counts[0]), vanished=int(counts[1]))
 
     # progress ------------------------------------------------------------------------------------------------------
 

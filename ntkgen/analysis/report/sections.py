@@ -16,7 +16,7 @@ from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report.answers import Answers
 from ntkgen.analysis.report.page import Section, code, facts, figure, paragraph, table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
-from ntkgen.store.describe import describe
+from ntkgen.store.describe import StoreDescription, describe
 from ntkgen.units import human_bytes
 
 # Eigenvalues that the table lists; all of them are beside the store.
@@ -37,15 +37,15 @@ def title_of(answers: Answers) -> str:
 
 def sections_of(answers: Answers, pictures: Pictures) -> tuple[Section, ...]:
     """Write everything about one kernel."""
-    values = describe(answers.matrix.store)
+    described = describe(answers.matrix.store)
     return (
-        _what(answers, values, pictures),
+        _what(answers, described, pictures),
         _spectrum(answers, pictures),
         _logdet(answers, pictures),
         _regression(answers, pictures),
         _alignment(answers, pictures),
-        _certificate(values),
-        _provenance(values),
+        _certificate(described),
+        _provenance(described),
         _reproduce(answers),
         Section("How to cite", code(citation(answers.matrix.store))),
     )
@@ -55,29 +55,30 @@ def _shown(pictures: Pictures, *kinds: str) -> str:
     return "".join(figure(pictures[kind]) for kind in kinds if kind in pictures)
 
 
-def _what(answers: Answers, values: Mapping[str, Any], pictures: Pictures) -> Section:
+def _what(answers: Answers, described: StoreDescription, pictures: Pictures) -> Section:
     matrix = answers.matrix
-    n, m = values["num_samples"], values["num_outputs"]
+    samples = f"{described.num_samples:,} samples × {described.num_outputs} outputs"
+    stored = f"{', '.join(described.arrays)}; layout {described.layout}, {human_bytes(described.stored_bytes)}"
     lines = {
-        "Kernel": f"{values['quantity']}, {values['rows']:,} × {values['cols']:,}: {n:,} samples × {m} outputs",
-        "Output map": values["output"],
-        "Network": _network(values),
-        "Data": values["dataset"],
-        "Stored": f"{', '.join(values['arrays'])}; layout {values['layout']}, {human_bytes(values['stored_bytes'])}",
+        "Kernel": f"{described.quantity}, {described.rows:,} × {described.cols:,}: {samples}",
+        "Output map": described.output,
+        "Network": _network(described),
+        "Data": described.provenance.dataset,
+        "Stored": stored,
         "Looked at here": f"ntk_{matrix.dtype}" + _part(answers),
-        "Computed in": values["precision"],
-        "Lies at": values["store"],
+        "Computed in": described.precision,
+        "Lies at": described.store,
     }
     known = {key: value for key, value in lines.items() if value is not None}
-    return Section("What it is", _wrong(values) + facts(known, "What the kernel is") + _shown(pictures, "matrix"))
+    return Section("What it is", _wrong(described) + facts(known, "What the kernel is") + _shown(pictures, "matrix"))
 
 
-def _network(values: Mapping[str, Any]) -> str | None:
-    if values["model"] is None:
+def _network(described: StoreDescription) -> str | None:
+    model, accuracy = described.provenance.model, described.provenance.train_accuracy
+    if model is None:
         return None
-    accuracy = values["provenance"].get("train_accuracy")
     trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} % of the training samples"
-    return f"{values['model']}, {values['num_params']:,} parameters, {trained}"
+    return f"{model}, {described.num_params:,} parameters, {trained}"
 
 
 def _part(answers: Answers) -> str:
@@ -195,35 +196,36 @@ def _alignment(answers: Answers, pictures: Pictures) -> Section:
     return Section("Alignment with the labels", body + _shown(pictures, "modes", "flow") + _lacking(answers, "flow"))
 
 
-def _wrong(values: Mapping[str, Any]) -> str:
-    return "" if values["inaccuracy"] is None else paragraph(values["inaccuracy"], kind="warning")
+def _wrong(described: StoreDescription) -> str:
+    return "" if described.inaccuracy is None else paragraph(described.inaccuracy, kind="warning")
 
 
-def _certificate(values: Mapping[str, Any]) -> Section:
-    found = values["certificate"]
+def _certificate(described: StoreDescription) -> Section:
+    found = described.certificate
     if found is None:
         return Section("Precision certificate", paragraph("There is none: `ntkgen verify --certify` makes one."))
     words = (
-        f"E is what is stored minus the exact kernel. {found['num_probes']} Gaussian vectors and {found['num_pairs']} "
-        f"pairs of samples, drawn with the seed {found['seed']}, bound it with 95 % confidence: no eigenvalue is off "
+        f"E is what is stored minus the exact kernel. {found.num_probes} Gaussian vectors and {found.num_pairs} "
+        f"pairs of samples, drawn with the seed {found.seed}, bound it with 95 % confidence: no eigenvalue is off "
         "by more than the bound on ‖E‖_F."
     )
     rows = [
-        (e["dtype"], e["error"], e["bound"], e["relative_bound"], e["max_pair_error"], len(e["suspicious"]))
-        for e in found["errors"]
+        (each.dtype, each.error, each.bound, each.relative_bound, each.max_pair_error, len(each.suspicious))
+        for each in found.errors
     ]
     columns = (
         "Stored as", "‖E‖_F, estimate", "‖E‖_F, bound", "Bound ÷ ‖K‖_F", "Largest entry error ÷ √(K_rr K_cc)",
         "Suspicious blocks",
     )  # fmt: skip
     return Section(
-        "Precision certificate", _wrong(values) + paragraph(words) + table(columns, rows, "Precision certificate")
+        "Precision certificate", _wrong(described) + paragraph(words) + table(columns, rows, "Precision certificate")
     )
 
 
-def _provenance(values: Mapping[str, Any]) -> Section:
-    made = {key.replace("_", " "): value for key, value in values["provenance"].items() if value is not None}
-    lines = {**made, "tile": f"{values['tile_side']:,} rows", "fingerprint": values["fingerprint"]}
+def _provenance(described: StoreDescription) -> Section:
+    values = described.provenance.to_json()  # users' own keys, too
+    made = {key.replace("_", " "): value for key, value in values.items() if value is not None}
+    lines = {**made, "tile": f"{described.tile_side:,} rows", "fingerprint": described.fingerprint}
     return Section("Provenance", facts(lines, "Provenance"))
 
 
