@@ -18,9 +18,10 @@ from ntkgen.engine.computation import LOCAL, Computation, Execution, layout_of, 
 from ntkgen.engine.compute import make
 from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.machine import check_plan
-from ntkgen.errors import DiskSpaceError, InaccurateKernelError, InputError
+from ntkgen.errors import InaccurateKernelError, InputError
 from ntkgen.files.folder import File, Folder, LocalFolder
 from ntkgen.files.lock import write_lock
+from ntkgen.files.room import require_room
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.origin import load_parts, take
@@ -34,7 +35,6 @@ from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import fit as training
 from ntkgen.training import zoo
 from ntkgen.training.checkpoint import Checkpoint, Recipe
-from ntkgen.units import human_bytes
 
 
 @dataclass(frozen=True)
@@ -283,18 +283,12 @@ def _probe(inputs: Inputs, data: Dataset) -> Tensor:
 
 
 def require_disk(place: Place, missing_bytes: int) -> None:
-    """Require room on the disk.
-
-    Raises:
-        DiskSpaceError: If there is too little. The message has both numbers.
-    """
-    free = place.out.free_bytes
-    if free is not None and missing_bytes > free:
-        raise DiskSpaceError(
-            f"The disk at {place.out} has no room for this: {human_bytes(missing_bytes)} are needed and "
-            f"{human_bytes(free)} are free. Too many samples, dtypes or networks for it? Free some, choose another "
-            "--out, fewer --dtype, --layout upper, or a smaller --subsample."
-        )
+    """Require room for what is missing of one kernel or several."""
+    advice = (
+        "Too many samples, dtypes or networks for it? Free some, choose another --out, fewer --dtype, --layout upper, "
+        "or a smaller --subsample."
+    )
+    require_room(place.out, missing_bytes, "what is missing of the kernels", advice)
 
 
 @dataclass(frozen=True)

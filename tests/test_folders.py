@@ -10,11 +10,12 @@ import pytest
 import zarr
 from zarr.storage import LocalStore, MemoryStore
 
-from ntkgen.errors import InputError
+from ntkgen.errors import DiskSpaceError, InputError
 from ntkgen.files.bucket import StoreFolder, first_lines
 from ntkgen.files.durable import write_file
 from ntkgen.files.folder import File, LocalFolder, file_of
 from ntkgen.files.place import folder_of
+from ntkgen.files.room import require_room
 
 
 @pytest.fixture(params=["disk", "store"])
@@ -168,6 +169,19 @@ def test_a_file_system_that_cannot_force_a_folder_is_no_error(tmp_path, monkeypa
 def test_free_room_is_known_of_a_folder_that_is_yet_to_be(tmp_path):
     assert LocalFolder(tmp_path / "a" / "b").free_bytes > 0
     assert StoreFolder(MemoryStore(), "memory").free_bytes is None
+
+
+def test_a_disk_without_room_is_refused_with_both_numbers(tmp_path, monkeypatch):
+    folder = LocalFolder(tmp_path)
+    monkeypatch.setattr(LocalFolder, "free_bytes", 2000)
+    require_room(folder, 2000, "the kernel", "Free some.")
+    with pytest.raises(DiskSpaceError) as raised:
+        require_room(folder, 3000, "the kernel", "Is it large? Free some.")
+    assert str(raised.value) == (
+        f"The disk at {tmp_path} has no room for the kernel: 3.0 kB are needed and 2.0 kB are free. Is it large? Free "
+        "some."
+    )
+    require_room(StoreFolder(MemoryStore(), "memory"), 10**18, "the kernel", "Free some.")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

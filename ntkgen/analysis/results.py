@@ -59,7 +59,7 @@ def kept_files(matrix: Matrix) -> Folder | None:
         return None
 
 
-def require_room_beside(matrix: Matrix, what: str) -> None:
+def require_writable_beside(matrix: Matrix, what: str) -> None:
     """Refuse a computation that needs files beside a store if none can be written there.
 
     Raises:

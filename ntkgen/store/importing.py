@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ntkgen.errors import DiskSpaceError, InputError, StoreError
+from ntkgen.errors import InputError, StoreError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.files.lock import require_no_tile_writers, write_lock
 from ntkgen.files.place import folder_of
+from ntkgen.files.room import require_room
 from ntkgen.jacobian.cost import JacobianPlan, NetworkProfile, sizes_for
 from ntkgen.plan.plan import Environment, Plan
 from ntkgen.plan.tiles import Tile, TileGrid, make_grid
@@ -23,7 +24,9 @@ from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
 from ntkgen.store.writing import write_each
-from ntkgen.units import human_bytes
+
+# What to do where the disk is too small.
+NO_ROOM = "Does it lie on the same disk as the source? Free some, or choose another --out."
 
 
 def import_kernel(
@@ -57,7 +60,7 @@ def import_kernel(
     target.require_writable()
     with write_lock(target):
         require_no_tile_writers(target)
-        _require_room(target, foreign)
+        require_room(target, _missing_bytes(target, foreign), "the imported kernel", NO_ROOM)
         is_new = not has_store(target)
         store = _open_or_create(target, foreign, diagonal)
         _write_diagonal(store, diagonal)
@@ -157,18 +160,8 @@ def _write_diagonal(store: KernelStore, diagonal: npt.NDArray[np.float64]) -> No
     store.create_kernels()
 
 
-def _require_room(target: Folder, foreign: ForeignKernel) -> None:
-    """Refuse what the disk has no room for, beside what is there already.
-
-    Raises:
-        DiskSpaceError: If it has not; the message has both numbers.
-    """
-    grid, free = _grid(foreign.given), target.free_bytes
-    needed = grid.num_tiles * grid.side**2 * np.dtype(foreign.dtype).itemsize
-    needed -= sum(target.sizes(f"ntk_{foreign.dtype}").values())
-    if free is not None and needed > free:
-        raise DiskSpaceError(
-            f"The disk at {target} has no room for the imported kernel: {human_bytes(needed)} are needed and "
-            f"{human_bytes(free)} are free. Does it lie on the same disk as the source? Free some, or choose another "
-            "--out."
-        )
+def _missing_bytes(target: Folder, foreign: ForeignKernel) -> int:
+    """Count the bytes that are still to be written, beside what is there already."""
+    grid = _grid(foreign.given)
+    whole = grid.num_tiles * grid.side**2 * np.dtype(foreign.dtype).itemsize
+    return whole - sum(target.sizes(f"ntk_{foreign.dtype}").values())

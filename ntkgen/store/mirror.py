@@ -5,14 +5,19 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from ntkgen.errors import DiskSpaceError, InputError, StoreError
+from ntkgen.errors import InputError, StoreError
 from ntkgen.files.lock import require_no_tile_writers, write_lock
+from ntkgen.files.room import require_room
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.opening import open_store
 from ntkgen.store.store import KernelStore
 from ntkgen.store.writing import write_each
-from ntkgen.units import human_bytes
+
+# What to do where the disk is too small.
+NO_ROOM = (
+    "Is one triangle enough? `ntkgen.open` reads both from it. Otherwise free some, and run the same command again."
+)
 
 
 def mirror(store: KernelStore, report: Report = ignore_report) -> int:
@@ -42,7 +47,7 @@ def mirror(store: KernelStore, report: Report = ignore_report) -> int:
         _require_finished(store)
         store.folder.sweep()
         missing = store.missing_tiles("full")
-        _require_room(store, len(missing) * store.tile_bytes)
+        require_room(store.folder, len(missing) * store.tile_bytes, "the other triangle", NO_ROOM)
         total = store.grid.num_tiles - store.grid.num_blocks
         write_each(partial(mirror_tile, store), missing, counter(report, "mirrored", total - len(missing), total))
         store.finalize("full")
@@ -103,19 +108,4 @@ def _require_finished(store: KernelStore) -> None:
             f"The store at {store.name} is not finished: expected {store.grid.num_tiles} tiles, what belongs to them "
             f"and its mark as complete, found {len(store.missing_tiles())} tiles missing. Was it interrupted, or a "
             f"file removed? Finish it with the same `{store.command}`, then mirror it."
-        )
-
-
-def _require_room(store: KernelStore, needed: int) -> None:
-    """Refuse what the disk has no room for.
-
-    Raises:
-        DiskSpaceError: If it has not; the message has both numbers.
-    """
-    free = store.folder.free_bytes
-    if free is not None and needed > free:
-        raise DiskSpaceError(
-            f"The disk at {store.name} has no room for the other triangle: {human_bytes(needed)} are needed and "
-            f"{human_bytes(free)} are free. Is one triangle enough? `ntkgen.open` reads both from it. Otherwise free "
-            "some, and run the same command again."
         )

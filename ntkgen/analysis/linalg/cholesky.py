@@ -29,12 +29,16 @@ from ntkgen.analysis.linalg.factor import (
 )
 from ntkgen.analysis.linalg.indefinite import pivoted
 from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
-from ntkgen.analysis.results import require_room_beside
-from ntkgen.errors import DiskSpaceError, InputError, NotPositiveError, StoreError
+from ntkgen.analysis.results import require_writable_beside
+from ntkgen.errors import InputError, NotPositiveError, StoreError
 from ntkgen.files.lock import write_lock
+from ntkgen.files.room import require_room
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.view import read_ahead
 from ntkgen.store.writing import WRITING
+
+# What to do where the disk is too small.
+NO_ROOM = "A factor has the size of one triangle in float64. Free some, and ask again: what is finished stays."
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def factored(matrix: Matrix, settings: FactorSettings, report: Report = ignore_r
         StoreLockedError: If another process is computing the factor.
         InputError: If nothing can be written beside the store.
     """
-    require_room_beside(matrix, "A factor")
+    require_writable_beside(matrix, "A factor")
     folder, identity = place_of_factor(matrix, settings.shift)
     with write_lock(folder):
         folder.sweep()
@@ -102,7 +106,8 @@ def _finish(matrix: Matrix, factor: Factor, settings: FactorSettings, report: Re
     first = factor.num_done
     if first < plan.num_blocks:
         first -= first % plan.panel_tiles
-        _require_room(factor)
+        missing_bytes = plan.factor_bytes - len(factor.places_there()) * plan.tile_bytes
+        require_room(factor.folder, missing_bytes, "the factor", NO_ROOM)
     counted = _Counted(plan, first, report)
     before = counted.done
     if first < plan.num_blocks:
@@ -113,21 +118,6 @@ def _finish(matrix: Matrix, factor: Factor, settings: FactorSettings, report: Re
             subtract_finished(panel, factor, counted)
             _finish_columns(panel, _Hands(matrix, factor, settings), counted)
     return Work(time.monotonic() - started, counted.done - before)
-
-
-def _require_room(factor: Factor) -> None:
-    """Refuse a factor that the disk cannot hold.
-
-    Raises:
-        DiskSpaceError: If there is no room.
-    """
-    free = factor.folder.free_bytes
-    needed = factor.plan.factor_bytes - len(factor.places_there()) * factor.plan.tile_bytes
-    if free is not None and free < needed:
-        raise DiskSpaceError(
-            f"The factor at {factor.folder} does not fit the disk: expected {needed / 1e9:,.1f} GB, found "
-            f"{free / 1e9:,.1f} GB free. It has the size of one triangle in float64. Make room; what is finished stays."
-        )
 
 
 class _Counted:
