@@ -96,3 +96,12 @@ def test_verify_says_how_a_whole_kernel_gets_its_certificate(tmp_path, capsys):
     assert "none yet; the same `ntkgen compute`" in printed(capsys, "verify", tmp_path / "k.zarr", "--recompute", 0)[1]
     filled(tmp_path / "u.zarr", drawn(provenance={}))
     assert "the network is not known here" in printed(capsys, "verify", tmp_path / "u.zarr", "--recompute", 0)[1]
+
+
+def test_the_command_that_finishes_a_store_is_the_one_that_made_it(tmp_path, capsys):
+    for name, provenance, command in (
+        ("made", {"model": "small"}, "ntkgen compute"),
+        ("imported", {"imported_from": "k.bin"}, "ntkgen import"),
+    ):
+        filled(tmp_path / name, drawn(provenance=provenance), skip={(0, 1)})
+        assert f"1 tiles, from (0, 1); finish with the same `{command}`" in printed(capsys, "info", tmp_path / name)[1]

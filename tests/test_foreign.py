@@ -146,6 +146,15 @@ def test_its_arrays_are_those_that_are_there(dtype, tmp_path, target):
     assert described.scale_factors == {f"ntk_{dtype}": P**0.5}
 
 
+def test_errors_name_the_command_that_imports_what_is_missing(source, target):
+    store = import_kernel(source, target, FACTS)
+    (store.path / "ntk_float32/c/0/1").unlink()
+    with pytest.raises(StoreError, match="then the same `ntkgen import` again"):
+        _ = store.array[:]
+    with pytest.raises(StoreError, match="Finish it with the same `ntkgen import`, then mirror it"):
+        mirror(store)
+
+
 def test_an_imported_store_is_mirrored(source, target):
     store = import_kernel(source, target, FACTS)
     mirror(store)

@@ -15,6 +15,7 @@ from ntkgen.errors import BudgetError, InputError, StoreError
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Step, ignore_step
 from ntkgen.store.opening import open_store
+from ntkgen.store.remedy import Remedy
 from ntkgen.store.rounding import STORE_DTYPES
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import SymmetricArray, read_ahead
@@ -160,8 +161,7 @@ class Matrix:
                 raise StoreError(
                     f"Tile ({row}, {col}) of ntk_{self.dtype} in {self.name} is not finite: expected numbers, found "
                     f"{np.count_nonzero(~np.isfinite(values))} of {values.size} entries infinite or NaN. Was it "
-                    f"overwritten? Run `ntkgen verify --repair {self.name}` and then the same `{self.store.command}` "
-                    "again: it makes it anew."
+                    f"overwritten? {Remedy.of(self.name, self.store.manifest).repair}"
                 )
             self.tiles_read += 1
             step()
@@ -252,9 +252,10 @@ def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
         some = f"; all tiles of its first {blocks * grid.side:,} rows are there, which --allow-partial takes" * (
             blocks > 0
         )
+        command = Remedy.of(store.name, store.manifest).command
         raise StoreError(
             f"The kernel at {store.name} is not complete: expected {grid.num_tiles:,} tiles, {len(missing):,} are "
-            f"missing{some}. Is it still being computed? Run the same `{store.command}` again to finish it."
+            f"missing{some}. Is it still being computed? Run the same `{command}` again to finish it."
         )
     return blocks * grid.side
 

@@ -14,6 +14,7 @@ from ntkgen.engine.cluster import shared
 from ntkgen.errors import FingerprintError, InputError, StoreError
 from ntkgen.progress import Report, Step, counter, ignore_step
 from ntkgen.store.opening import open_store
+from ntkgen.store.remedy import Remedy
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import Place, SymmetricArray
 
@@ -263,9 +264,10 @@ def _require_rectangle(store: KernelStore) -> None:
             "samples for --test. Was it made without --against test?"
         )
     if missing := store.missing_tiles():
+        command = Remedy.of(store.name, store.manifest).command
         raise StoreError(
             f"The kernel at {store.name} is not complete: expected {store.grid.num_tiles:,} tiles, {len(missing):,} "
-            f"are missing. Is it still being computed? Run the same `{store.command}` again to finish it."
+            f"are missing. Is it still being computed? Run the same `{command}` again to finish it."
         )
 
 

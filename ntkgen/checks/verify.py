@@ -24,6 +24,7 @@ from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import first_few
 from ntkgen.store.opening import ROOT
+from ntkgen.store.remedy import Remedy
 from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, Key, StoredArray, create_array
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import Place
@@ -283,7 +284,8 @@ def repair(store: KernelStore, found: Sequence[Damage]) -> list[str]:
 def next_step(store: KernelStore, found: Sequence[Damage]) -> str:
     """Say what makes a store whole; after a repair, the command that made it."""
     first = f"run `ntkgen verify --repair {store.name}`, then " if files_to_remove(store, found) else ""
-    return f"{first}run the same `{store.command}` again: it makes what is missing anew"
+    command = Remedy.of(store.name, store.manifest).command
+    return f"{first}run the same `{command}` again: it makes what is missing anew"
 
 
 def explain_damage(store: KernelStore, found: Sequence[Damage]) -> str:
@@ -298,9 +300,9 @@ def explain_damage(store: KernelStore, found: Sequence[Damage]) -> str:
 
 def explain_unfinished(store: KernelStore, unfinished: Sequence[Tile]) -> str:
     """Say in one line what an unfinished store lacks, and what to do."""
-    total = store.grid.num_tiles
+    total, command = store.grid.num_tiles, Remedy.of(store.name, store.manifest).command
     return (
         f"The store at {store.name} is not finished: expected all of its {total} tiles and the mark of completion, "
         f"found {total - len(unfinished)} tiles. Was its computation interrupted, or is it under way? Run the same "
-        f"`{store.command}` again: it goes on from there."
+        f"`{command}` again: it goes on from there."
     )

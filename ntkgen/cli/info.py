@@ -56,7 +56,8 @@ def _page(found: "StoreDescription") -> str:
     page = [found.store, *aligned(lines)]
     if found.tiles_missing:
         first = ", ".join(f"({tile.row}, {tile.col})" for tile in found.first_missing)
-        page.append(f"  missing     {found.tiles_missing:,} tiles, from {first}; finish with the same `ntkgen compute`")
+        command = "ntkgen import" if is_imported else "ntkgen compute"
+        page.append(f"  missing     {found.tiles_missing:,} tiles, from {first}; finish with the same `{command}`")
     return "\n".join(page)
 
 

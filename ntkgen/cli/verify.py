@@ -242,12 +242,14 @@ def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> N
         StoreError: If something beside tiles is damaged.
     """
     from ntkgen.store.describe import first_few
+    from ntkgen.store.remedy import Remedy
 
     if files := [each.file for each in damage if each.tile is None]:
+        command = Remedy.of(store.name, store.manifest).command
         raise StoreError(
             f"Tiles of {store.name} cannot be compared: expected its diagonal, coordinates and metadata to be whole, "
             f"found others damaged or missing ({first_few(files)}). An interrupted copy, or a disk error? Mend the "
-            f"store with --repair and the same `{store.command}`, then verify it again."
+            f"store with --repair and the same `{command}`, then verify it again."
         )
 
 

@@ -11,6 +11,7 @@ from ntkgen.files.room import require_room
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.opening import open_store
+from ntkgen.store.remedy import Remedy
 from ntkgen.store.store import KernelStore
 from ntkgen.store.writing import write_each
 
@@ -78,9 +79,13 @@ def _read_stored(store: KernelStore, name: str, tile: Tile) -> npt.NDArray[np.fl
     if found:
         raise StoreError(
             f"Tile ({tile.row}, {tile.col}) of {name} in {store.name} is damaged: expected finite numbers that match "
-            f"their checksum, found {found}. A disk error or an interrupted copy? {store.errors.repair}"
+            f"their checksum, found {found}. A disk error or an interrupted copy? {_remedy(store).repair}"
         )
     return values
+
+
+def _remedy(store: KernelStore) -> Remedy:
+    return Remedy.of(store.name, store.manifest)
 
 
 def _require_square(store: KernelStore) -> None:
@@ -107,5 +112,5 @@ def _require_finished(store: KernelStore) -> None:
         raise StoreError(
             f"The store at {store.name} is not finished: expected {store.grid.num_tiles} tiles, what belongs to them "
             f"and its mark as complete, found {len(store.missing_tiles())} tiles missing. Was it interrupted, or a "
-            f"file removed? Finish it with the same `{store.command}`, then mirror it."
+            f"file removed? Finish it with the same `{_remedy(store).command}`, then mirror it."
         )

@@ -27,6 +27,7 @@ from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.store.manifest import Manifest
+from ntkgen.store.remedy import Remedy
 from ntkgen.store.rounding import STORE_DTYPES, Underflow, count_underflow, scale_of, to_stored
 from ntkgen.store.schema import (
     COORDINATES,
@@ -39,7 +40,7 @@ from ntkgen.store.schema import (
     side_arrays,
     sides_of,
 )
-from ntkgen.store.view import StoreName, SymmetricArray
+from ntkgen.store.view import SymmetricArray
 from ntkgen.store.writing import Writer
 
 if TYPE_CHECKING:
@@ -71,16 +72,6 @@ class KernelStore:
     def name(self) -> str:
         """Where the store lies, as a user writes it."""
         return str(self.folder)
-
-    @property
-    def command(self) -> str:
-        """The command that made the store, and makes what is missing of it."""
-        return "ntkgen import" if self.manifest.is_imported else "ntkgen compute"
-
-    @property
-    def errors(self) -> StoreName:
-        """How errors name the store."""
-        return StoreName(self.name, self.command)
 
     @property
     def path(self) -> Path:
@@ -123,7 +114,7 @@ class KernelStore:
             token=f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}",
             plane=output,
             is_complete=manifest.is_complete,
-            store=self.errors,
+            remedy=Remedy.of(self.name, manifest),
         )
 
     def _check_output(self, output: int | None) -> None:

@@ -4,7 +4,6 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import numpy.typing as npt
 
 from ntkgen.errors import DamagedTileError, InputError, ShapeError, StoreError
 from ntkgen.progress import Step, ignore_step
+from ntkgen.store.remedy import Remedy
 
 if TYPE_CHECKING:
     import zarr
@@ -40,19 +40,6 @@ def read_ahead(
             yield place, values
 
 
-@dataclass(frozen=True)
-class StoreName:
-    """How an error names a store, and the command that makes what is missing of it."""
-
-    place: str
-    command: str = "ntkgen compute"
-
-    @property
-    def repair(self) -> str:
-        """What to do about a damaged tile."""
-        return f"Run `ntkgen verify --repair {self.place}` and then the same `{self.command}` again: it makes it anew."
-
-
 def _words(error: Exception) -> str:
     """Quote an error without the bytes that it may show."""
     return str(error).split("\n", maxsplit=1)[0].partition(". ")[0]
@@ -76,7 +63,7 @@ class SymmetricArray:
         token: str,
         plane: int | None = None,
         is_complete: bool = False,
-        store: StoreName | None = None,
+        remedy: Remedy | None = None,
     ) -> None:
         """View an array.
 
@@ -86,14 +73,14 @@ class SymmetricArray:
             token: What dask tells its contents from others by.
             plane: Which matrix, where it holds one per output.
             is_complete: Whether no tile may be missing.
-            store: How errors name the store that it is of; otherwise by the array's place.
+            remedy: What errors say of its store, and what to do; otherwise they name the array's place.
         """
         self._array = array
         self._is_complete = is_complete
         self._plane = plane
         self._is_upper = is_upper
         self._token = token
-        self._store = store or StoreName(str(array.store).removeprefix("file://"))
+        self._remedy = remedy or Remedy(str(array.store).removeprefix("file://"))
         self.scale = float(array.attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
         self.shape = (int(array.shape[-2]), int(array.shape[-1]))
         self.dtype = np.dtype(np.float32) if array.dtype == np.float16 else np.dtype(array.dtype)
@@ -185,7 +172,7 @@ class SymmetricArray:
         except (ValueError, RuntimeError) as error:
             raise DamagedTileError(
                 f"{self._name(tile)} is damaged ({_words(error)}): expected its chunk file {self._chunk(tile)} to "
-                f"match its checksum. A disk error or an interrupted copy? {self._store.repair}"
+                f"match its checksum. A disk error or an interrupted copy? {self._remedy.repair}"
             ) from error
         if is_required and np.isnan(values[0, 0]):  # no tile has a NaN, so that this is what an absent file reads as
             raise self._missing(tile)
@@ -294,7 +281,7 @@ class SymmetricArray:
         if not np.isfinite(part).all() and not (is_finite := np.isfinite(values)).all():
             raise DamagedTileError(
                 f"{self._name(tile)} is not finite: expected numbers, found {values.size - int(is_finite.sum())} of "
-                f"{values.size} entries infinite or NaN. Was it overwritten? {self._store.repair}"
+                f"{values.size} entries infinite or NaN. Was it overwritten? {self._remedy.repair}"
             )
         return part
 
@@ -322,7 +309,7 @@ class SymmetricArray:
     # errors --------------------------------------------------------------------------------------------------------
 
     def _name(self, tile: Place) -> str:
-        return f"Tile {tile} of {self._array.path} in {self._store.place}"
+        return f"Tile {tile} of {self._array.path} in {self._remedy.place}"
 
     def _chunk(self, tile: Place) -> str:
         """Name the file of a tile, within the store."""
@@ -330,12 +317,12 @@ class SymmetricArray:
 
     def _missing(self, tile: Place) -> StoreError:
         missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, and it reads as NaN. "
-        again = f"the same `{self._store.command}` again"
+        again = f"the same `{self._remedy.command}` again"
         if not self._is_complete:
             return StoreError(f"{missing}Is the store unfinished? Run {again}: it goes on.")
         return StoreError(
             f"{missing}The store was finished: was the file removed since, or not copied? Run `ntkgen verify "
-            f"{self._store.place}`, which lists what else is gone, and then {again}: it makes it anew."
+            f"{self._remedy.place}`, which lists what else is gone, and then {again}: it makes it anew."
         )
 
     # dask ----------------------------------------------------------------------------------------------------------

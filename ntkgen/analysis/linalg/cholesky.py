@@ -34,6 +34,7 @@ from ntkgen.errors import InputError, NotPositiveError, StoreError
 from ntkgen.files.lock import write_lock
 from ntkgen.files.room import require_room
 from ntkgen.progress import Report, ignore_report
+from ntkgen.store.remedy import Remedy
 from ntkgen.store.view import read_ahead
 from ntkgen.store.writing import WRITING
 
@@ -198,8 +199,7 @@ def load(panel: Panel, matrix: Matrix, shift: float) -> None:
         if not np.isfinite(values).all():
             raise StoreError(
                 f"The kernel at {matrix.name} is not finite in rows {rows.start:,} to {rows.stop - 1:,}: expected "
-                f"numbers. Was it overwritten? Run `ntkgen verify --repair {matrix.name}` and then the same "
-                f"`{matrix.store.command}` again: it makes it anew."
+                f"numbers. Was it overwritten? {Remedy.of(matrix.name, matrix.store.manifest).repair}"
             )
         for row in range(rows.start // plan.side, -(-rows.stop // plan.side)):
             _place(panel, row, values, (rows, cols))
