@@ -63,7 +63,7 @@ class KernelRequest:
 
 
 @dataclass(frozen=True)
-class Place:
+class RunSetup:
     """Where results lie, and what computes them."""
 
     out: Folder
@@ -78,7 +78,7 @@ class PlannedKernel:
 
     training: TrainingRequest
     kernel: KernelRequest
-    place: Place
+    setup: RunSetup
     data: Dataset
     inputs: Inputs
     model: nn.Module
@@ -89,12 +89,12 @@ class PlannedKernel:
     @property
     def checkpoint(self) -> File:
         """Where the network is kept."""
-        return _checkpoint_file(self.training, self.data, self.place)
+        return _checkpoint_file(self.training, self.data, self.setup)
 
     @property
     def store(self) -> Folder:
         """Where the kernel is kept."""
-        return _store_folder(self.training, self.kernel, self.place, self.data, self.inputs.counts)
+        return _store_folder(self.training, self.kernel, self.setup, self.data, self.inputs.counts)
 
     @property
     def layout(self) -> str:
@@ -133,29 +133,29 @@ def _stem(request: TrainingRequest, data: Dataset) -> str:
     return f"{zoo.file_name(request.model)}{width}-{zoo.file_name(dataset)}{built}-seed{request.seed}"
 
 
-def _checkpoint_file(request: TrainingRequest, data: Dataset, place: Place) -> File:
-    return File(place.out, f"{_stem(request, data)}.pt")
+def _checkpoint_file(request: TrainingRequest, data: Dataset, setup: RunSetup) -> File:
+    return File(setup.out, f"{_stem(request, data)}.pt")
 
 
 def _store_folder(
-    request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, counts: tuple[int, int | None]
+    request: TrainingRequest, kernel: KernelRequest, setup: RunSetup, data: Dataset, counts: tuple[int, int | None]
 ) -> Folder:
     n, against = counts
     shuffled = "" if kernel.shuffle_seed is None else f"-shuffled{kernel.shuffle_seed}"
     other = "" if against is None else f"-{kernel.against}{against}"
     output = "" if kernel.spec.output == "full" else f"-{kernel.spec.output.replace(':', '')}"
     precision = "" if kernel.spec.precision == "float32" else f"-{kernel.spec.precision}"
-    return place.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}.zarr"
+    return setup.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}.zarr"
 
 
-def plan_training(request: TrainingRequest, data: Dataset, place: Place) -> tuple[nn.Module, Recipe]:
+def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> tuple[nn.Module, Recipe]:
     """Build the network and fix its recipe; settings left open are the checkpoint's, where there is one.
 
     Raises:
         FingerprintError: If there is a checkpoint of another recipe.
     """
     model = zoo.build(request.model, data.num_classes, seed=request.seed, width=request.width)
-    path = _checkpoint_file(request, data, place)
+    path = _checkpoint_file(request, data, setup)
     found = checkpoints.load(path) if path.exists else None
     default = Recipe(
         model=request.model,
@@ -177,7 +177,7 @@ def plan_training(request: TrainingRequest, data: Dataset, place: Place) -> tupl
 def run_training(
     request: TrainingRequest,
     data: Dataset,
-    place: Place,
+    setup: RunSetup,
     planned: tuple[nn.Module, Recipe],
     report: Report = ignore_report,
 ) -> tuple[Checkpoint, File]:
@@ -189,8 +189,8 @@ def run_training(
         NotConvergedError: If it has not reached the target and the request does not allow that.
     """
     model, recipe = planned
-    path, is_part = _checkpoint_file(request, data, place), place.execution.part is not None
-    _require_trained(path, place)
+    path, is_part = _checkpoint_file(request, data, setup), setup.execution.part is not None
+    _require_trained(path, setup)
 
     def tell(epoch: int, step: int, num_steps: int, accuracy: float | None) -> None:
         report(
@@ -201,20 +201,20 @@ def run_training(
     with write_lock(path.folder / path.name, is_short=is_part, waiting=waiting):
         path.folder.sweep(f"{path.name}.*")
         checkpoint = training.train(
-            model.to(place.device), data, recipe, path, target_accuracy=request.target_accuracy, report=tell
+            model.to(setup.device), data, recipe, path, target_accuracy=request.target_accuracy, report=tell
         )
     if not request.allow_unconverged:
         training.require_convergence(path, checkpoint, request.target_accuracy)
     return checkpoint, path
 
 
-def _require_trained(file: File, place: Place) -> None:
+def _require_trained(file: File, setup: RunSetup) -> None:
     """Require a trained network where no lock keeps several parts from training it at once.
 
     Raises:
         InputError: If there is no network yet.
     """
-    if place.execution.part is not None and not isinstance(file.folder, LocalFolder) and not file.exists:
+    if setup.execution.part is not None and not isinstance(file.folder, LocalFolder) and not file.exists:
         raise InputError(
             f"There is no network at {file} yet, and an object store has no lock under which one of several parts "
             "could train it for all: expected it to be there. Run `ntkgen train` with the same options first."
@@ -226,7 +226,7 @@ def _note(accuracy: float | None) -> str:
 
 
 def plan_kernel(
-    request: TrainingRequest, kernel: KernelRequest, place: Place, data: Dataset, against: Dataset | None = None
+    request: TrainingRequest, kernel: KernelRequest, setup: RunSetup, data: Dataset, against: Dataset | None = None
 ) -> PlannedKernel:
     """Check everything that can be wrong, and plan the kernel, before anything runs or is written.
 
@@ -238,13 +238,13 @@ def plan_kernel(
         PlanError: If an unfinished store was begun on another kind of machine.
     """
     inputs = _inputs(kernel, data, against)
-    place.out.require_writable()
-    model, recipe = plan_training(request, data, place)
-    asked = Computation(model, inputs, _probe(inputs, data), kernel.spec, place.device, execution=place.execution)
+    setup.out.require_writable()
+    model, recipe = plan_training(request, data, setup)
+    asked = Computation(model, inputs, _probe(inputs, data), kernel.spec, setup.device, execution=setup.execution)
     prepared = prepare_kernel(asked)
     check_labels(data.labels, prepared.network.profile.num_logits)
     machine = asked.machine()
-    folder = _store_folder(request, kernel, place, data, inputs.counts)
+    folder = _store_folder(request, kernel, setup, data, inputs.counts)
     store = open_store(folder) if has_store(folder) else None
     is_complete = store is not None and store.is_complete
     plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else prepared.plan()
@@ -252,8 +252,8 @@ def plan_kernel(
     if not is_complete:
         check_plan(plan, machine.environment)
         plan.cached_blocks(machine.budget)  # raises where the budget is too small
-    planned = PlannedKernel(request, kernel, place, data, inputs, model, recipe, plan, machine.budget)
-    require_disk(place, planned.missing_bytes)
+    planned = PlannedKernel(request, kernel, setup, data, inputs, model, recipe, plan, machine.budget)
+    require_disk(setup, planned.missing_bytes)
     return planned
 
 
@@ -282,13 +282,13 @@ def _probe(inputs: Inputs, data: Dataset) -> Tensor:
     return torch.cat([inputs.probe, data.inputs(few)])
 
 
-def require_disk(place: Place, missing_bytes: int) -> None:
+def require_disk(setup: RunSetup, missing_bytes: int) -> None:
     """Require room for what is missing of one kernel or several."""
     advice = (
         "Too many samples, dtypes or networks for it? Free some, choose another --out, fewer --dtype, --layout upper, "
         "or a smaller --subsample."
     )
-    require_room(place.out, missing_bytes, "what is missing of the kernels", advice)
+    require_room(setup.out, missing_bytes, "what is missing of the kernels", advice)
 
 
 @dataclass(frozen=True)
@@ -314,15 +314,15 @@ class FinishedKernel:
 def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> FinishedKernel:
     """Train and compute what is missing, certify it, and describe the finished kernel, good or not."""
     started = time.monotonic()
-    checkpoint, _ = run_training(planned.training, planned.data, planned.place, (planned.model, planned.recipe), report)
+    checkpoint, _ = run_training(planned.training, planned.data, planned.setup, (planned.model, planned.recipe), report)
     checkpoints.load_state(planned.model, checkpoint)
     kernel = computation_of(planned, _provenance(planned, checkpoint))
-    load = partial(load_parts, planned.store, planned.place.data_dir, planned.data.name)
+    load = partial(load_parts, planned.store, planned.setup.data_dir, planned.data.name)
     with suppress(InaccurateKernelError):  # the description says so, and the other kernels follow
         make(planned.store, kernel, load, report)
     return FinishedKernel(
         described=describe(open_store(planned.store)),
-        part=planned.place.execution.part,
+        part=planned.setup.execution.part,
         checkpoint=planned.checkpoint,
         train_accuracy=checkpoint.train_accuracy,
         seconds=round(time.monotonic() - started, 3),
@@ -336,9 +336,9 @@ def computation_of(planned: PlannedKernel, provenance: Provenance | None = None)
         inputs=planned.inputs,
         probe=_probe(planned.inputs, planned.data),
         spec=planned.kernel.spec,
-        device=planned.place.device,
+        device=planned.setup.device,
         provenance=provenance or Provenance(),
-        execution=planned.place.execution,
+        execution=planned.setup.execution,
     )
 
 

@@ -35,7 +35,7 @@ def duration_of(planned: PlannedKernel) -> Duration:
     tiles, diagonal = _missing(planned)
     plan, kernel, spec = planned.plan, computation_of(planned), planned.kernel.spec
     work = WorkCount.of(plan, tiles, plan.cached_blocks(planned.budget), diagonal)
-    pool, part = planned.place.execution.pool, planned.place.execution.part
+    pool, part = planned.setup.execution.pool, planned.setup.execution.part
     num_workers = (1 if pool is None else pool.num_workers) * (1 if part is None else part.count)
     duration = Duration(training=_training_seconds(planned))
     if tiles or diagonal:

@@ -92,7 +92,7 @@ def test_every_tile_is_the_same_again(job, shape):
         store, job.module, inputs_of(job, shape), tiles[::3], RESOURCES, lambda *report: reports.append(report)
     )
     assert {(each.tile, each.dtype) for each in found} == {
-        ((tile.row, tile.col), dtype) for tile in tiles[::3] for dtype in store.manifest.dtypes
+        (tile, dtype) for tile in tiles[::3] for dtype in store.manifest.dtypes
     }
     assert all(each.equal and not each.different and each.max_error == each.tolerance == 0 for each in found)
     assert reports[-1] == ("recomputed", len(tiles[::3]), len(tiles[::3]))

@@ -105,8 +105,8 @@ def tile_of(store, name):
     if not array.startswith(("ntk_", "underflow")):
         return None
     numbers = [int(number) for number in key.split("/")]
-    place = tuple(numbers[:2] if array.startswith("underflow") else numbers[-2:])
-    return tuple(sorted(place)) if store.grid.is_symmetric else place
+    row, col = numbers[:2] if array.startswith("underflow") else numbers[-2:]
+    return Tile(min(row, col), max(row, col)) if store.grid.is_symmetric else Tile(row, col)
 
 
 def harm(path, kind):
@@ -212,7 +212,7 @@ def test_what_the_disk_has_lost_is_unreadable_and_other_errors_are_not_the_files
         return read(folder, key)
 
     monkeypatch.setattr(LocalFolder, "read", failing)
-    assert find_damage(store) == [Damage("ntk_float32/c/0/1", "unreadable", (0, 1))]
+    assert find_damage(store) == [Damage("ntk_float32/c/0/1", "unreadable", Tile(0, 1))]
     code = errno.EACCES
     with pytest.raises(OSError, match="Input"):
         find_damage(store)
@@ -262,7 +262,7 @@ def test_chunks_are_read_where_their_metadata_is_damaged(upper):
     harm(store.path / "ntk_float32/c/1/2", "last bit")
     assert find_damage(store) == [
         Damage("ntk_float32/zarr.json", "damaged"),
-        Damage("ntk_float32/c/1/2", "damaged", (1, 2)),
+        Damage("ntk_float32/c/1/2", "damaged", Tile(1, 2)),
     ]
 
 
@@ -308,9 +308,9 @@ def test_damage_is_found_in_an_unfinished_store_and_made_anew_with_the_rest(job,
     found = find_damage(store)
     assert found == [
         Damage("row_output/c/0", "missing"),
-        Damage("ntk_float16/c/0/2", "cut short", (0, 2)),
-        Damage("ntk_float32/c/0/1", "damaged", (0, 1)),
-        Damage("underflow_float16/c/0/0/0", "missing", (0, 0)),
+        Damage("ntk_float16/c/0/2", "cut short", Tile(0, 2)),
+        Damage("ntk_float32/c/0/1", "damaged", Tile(0, 1)),
+        Damage("underflow_float16/c/0/0/0", "missing", Tile(0, 0)),
     ]
     assert Tile(0, 2) not in unfinished_tiles(store, found)
     assert not {Tile(0, 0), Tile(0, 1), Tile(0, 2)} & set(whole_tiles(store, found))
@@ -333,7 +333,7 @@ def test_the_counts_of_a_tile_go_with_its_tile(made):
 def test_of_a_tile_on_both_sides_the_damaged_one_goes_alone(copied):
     store = copied("full")
     harm(store.path / "ntk_float32/c/2/1", "first bit")
-    assert find_damage(store) == [Damage("ntk_float32/c/2/1", "damaged", (1, 2))]
+    assert find_damage(store) == [Damage("ntk_float32/c/2/1", "damaged", Tile(1, 2))]
     assert mended(store) == ["ntk_float32/c/2/1"]
     assert open_store(store.path).missing_tiles() == [Tile(1, 2)]
 
@@ -413,7 +413,7 @@ def test_many_files_are_read_in_turns_and_few_threads(upper, monkeypatch):
             for name, value in limits.items():
                 patch.setattr(verify, name, value)
             assert find_damage(store) == found
-    assert [damage.tile for damage in found] == [(index, 3) for index in range(4)]
+    assert [damage.tile for damage in found] == [Tile(index, 3) for index in range(4)]
 
 
 # the command ----------------------------------------------------------------------------------------------------------

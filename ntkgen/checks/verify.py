@@ -27,7 +27,6 @@ from ntkgen.store.opening import ROOT
 from ntkgen.store.remedy import Remedy
 from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, Key, StoredArray, create_array
 from ntkgen.store.store import KernelStore
-from ntkgen.store.view import Place
 
 # Threads that read, and the bytes that they may hold together.
 THREADS, HELD_BYTES = 8, 1 << 29
@@ -49,7 +48,11 @@ class Damage:
 
     file: str
     problem: str
-    tile: Place | None = None
+    tile: Tile | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn into plain values."""
+        return {**vars(self), "tile": None if self.tile is None else self.tile.to_json()}
 
 
 # reading --------------------------------------------------------------------------------------------------------------
@@ -196,11 +199,11 @@ def _gathered(store: KernelStore) -> Mapping[str, Any]:
 # what there should be -------------------------------------------------------------------------------------------------
 
 
-def _tile(grid: TileGrid, array: StoredArray, key: Key) -> Place | None:
+def _tile(grid: TileGrid, array: StoredArray, key: Key) -> Tile | None:
     if not array.is_of_tiles:
         return None
     row, col = array.place(key)
-    return (col, row) if grid.is_symmetric and row > col else (row, col)
+    return Tile(col, row) if grid.is_symmetric and row > col else Tile(row, col)
 
 
 def _is_made_late(store: KernelStore, array: StoredArray) -> bool:
@@ -238,13 +241,13 @@ def unfinished_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
     if store.manifest.is_complete:
         return []
     damaged = {damage.tile for damage in found}
-    return [tile for tile in store.missing_tiles() if (tile.row, tile.col) not in damaged]
+    return [tile for tile in store.missing_tiles() if tile not in damaged]
 
 
 def whole_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
     """List the tiles that are there, and have no damage."""
-    absent = {damage.tile for damage in found} | {(tile.row, tile.col) for tile in unfinished_tiles(store, found)}
-    return [tile for tile in store.grid.tiles() if (tile.row, tile.col) not in absent]
+    absent = {damage.tile for damage in found} | set(unfinished_tiles(store, found))
+    return [tile for tile in store.grid.tiles() if tile not in absent]
 
 
 def files_to_remove(store: KernelStore, found: Sequence[Damage]) -> list[str]:

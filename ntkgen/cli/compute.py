@@ -97,25 +97,25 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
     kernel = pipeline.KernelRequest(**samples, spec=spec)
     with _execution(settings, **who) as execution:
-        place, data = settings.place(execution), settings.load_data()
+        setup, data = settings.setup(execution), settings.load_data()
         against = None if kernel.against is None else settings.load_data(kernel.against)
         missing_bytes = 0
         for request in settings.requests():  # everything that can be wrong is found before anything runs
-            planned = pipeline.plan_kernel(request, kernel, place, data, against)
+            planned = pipeline.plan_kernel(request, kernel, setup, data, against)
             missing_bytes += planned.missing_bytes
             if settings.verbose:
                 click.echo(_treatment(planned), err=True)
             if dry_run or explained:
                 projection = project(planned, explained=explained)
                 click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
-        pipeline.require_disk(place, missing_bytes)
+        pipeline.require_disk(setup, missing_bytes)
         if loses_precision(spec.precision, spec.dtypes):
             click.echo(f"Warning: {_precision_warning(spec.precision, spec.dtypes)}", err=True)
         if dry_run or explained:
             return 0
         exit_code = 0
         for request in settings.requests():
-            planned = pipeline.plan_kernel(request, kernel, place, data, against)
+            planned = pipeline.plan_kernel(request, kernel, setup, data, against)
             projected = duration_of(planned).total if takes_minutes(planned) else None
             with progress_bars(request.model, quiet=settings.quiet) as report:
                 result = pipeline.run_kernel(planned, report)

@@ -14,7 +14,7 @@ TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
 if TYPE_CHECKING:
     from ntkgen.data.dataset import Dataset
     from ntkgen.engine.computation import Execution
-    from ntkgen.pipeline import Place, TrainingRequest
+    from ntkgen.pipeline import RunSetup, TrainingRequest
 
 
 def start_process() -> None:
@@ -78,15 +78,15 @@ class Settings:
         loaded = data.load(self.dataset, data_dir=self.data_dir, split=split)
         return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
 
-    def place(self, execution: "Execution | None" = None) -> "Place":
+    def setup(self, execution: "Execution | None" = None) -> "RunSetup":
         """Say where results lie, and what computes them."""
         from ntkgen.engine.computation import LOCAL
         from ntkgen.engine.machine import choose_device
         from ntkgen.files.place import folder_of
-        from ntkgen.pipeline import Place
+        from ntkgen.pipeline import RunSetup
 
         out = folder_of(self.out, fsync=self.fsync)
-        return Place(out, choose_device(self.device), execution or LOCAL, self.data_dir)
+        return RunSetup(out, choose_device(self.device), execution or LOCAL, self.data_dir)
 
     def requests(self) -> "list[TrainingRequest]":
         """List the networks: every model with every seed."""

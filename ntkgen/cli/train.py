@@ -22,15 +22,15 @@ def train(**options: Any) -> None:
     from ntkgen.cli.progress import progress_bars
 
     settings = Settings.pop_from(options)
-    place, data = settings.place(), settings.load_data()
-    place.out.require_writable()
+    setup, data = settings.setup(), settings.load_data()
+    setup.out.require_writable()
     for request in settings.requests():
-        pipeline.plan_training(request, data, place)
+        pipeline.plan_training(request, data, setup)
     for request in settings.requests():
         started = time.monotonic()
-        planned = pipeline.plan_training(request, data, place)
+        planned = pipeline.plan_training(request, data, setup)
         with progress_bars(request.model, quiet=settings.quiet) as report:
-            checkpoint, path = pipeline.run_training(request, data, place, planned, report)
+            checkpoint, path = pipeline.run_training(request, data, setup, planned, report)
         result = {
             "checkpoint": str(path),
             "model": request.model,

@@ -136,7 +136,7 @@ def _verified(path: str, request: _Request, report: "Report") -> _Finding:
         damage = find_damage(store, report)
         damage += _differing(store, damage, request, report, finding)
         is_whole = not damage and store.manifest.is_complete
-        finding.result |= {"is_whole": is_whole, "damage": [vars(each) for each in damage]}
+        finding.result |= {"is_whole": is_whole, "damage": [each.to_json() for each in damage]}
         finding.result["removed"] = repair(store, damage) if request.repaired else []
         if not is_whole:
             _say_what_is_lacking(store, damage, request, finding)
@@ -213,7 +213,7 @@ def _differing(
         else:
             finding.problems.append((str(error), error.exit_code))
         return []
-    finding.result["recomputed"] = [_plain(each) for each in again]
+    finding.result["recomputed"] = [each.to_json() for each in again]
     return [Damage(file, "different", each.tile) for each in again for file in each.different]
 
 
@@ -263,12 +263,6 @@ def _certify(store: "KernelStore", request: _Request, report: "Report", finding:
         origin.certify_again(store.folder, request.data_dir, sampling, choose_device(request.device), report)
     except NtkgenError as error:
         finding.problems.append((str(error), error.exit_code))
-
-
-def _plain(again: "Recomputed") -> dict[str, Any]:
-    return {name: value for name, value in vars(again).items() if name != "different"} | {
-        "is_different": bool(again.different)
-    }
 
 
 def _page(result: dict[str, Any], described: "StoreDescription | None") -> str:

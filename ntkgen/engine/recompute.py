@@ -5,9 +5,9 @@ Thus one code path makes a tile, with its rounding, its mirror and its counts.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ class Recomputed:
     """One tile in one dtype, computed again.
 
     Attributes:
-        tile: Its row and its column of tiles.
+        tile: The tile.
         dtype: The store dtype.
         equal: Whether all its files have the same bytes.
         max_error: The largest difference of an entry, over the largest √(K_rr K_cc) of the tile.
@@ -51,12 +51,17 @@ class Recomputed:
         different: The files that differ by more.
     """
 
-    tile: tuple[int, int]
+    tile: Tile
     dtype: str
     equal: bool
     max_error: float
     tolerance: float
     different: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Turn into plain values; for the files that differ, whether there are any."""
+        kept = {name: value for name, value in vars(self).items() if name != "different"}
+        return {**kept, "tile": self.tile.to_json(), "is_different": bool(self.different)}
 
 
 def draw_tiles(tiles: Sequence[Tile], count: int, seed: int) -> list[Tile]:
@@ -166,7 +171,7 @@ def _compared(store: KernelStore, copy: KernelStore, tile: Tile, dtype: str, *, 
     tolerance = 0.0 if is_exact else tolerance_of(dtype, store.manifest.plan.precision)
     different = unequal if is_exact else [name for name in errors if errors[name] > tolerance]
     largest = max(errors.values(), default=0.0)
-    return Recomputed((tile.row, tile.col), dtype, not unequal, largest, tolerance, tuple(different))
+    return Recomputed(tile, dtype, not unequal, largest, tolerance, tuple(different))
 
 
 def _error(store: KernelStore, copy: KernelStore, tile: Tile, file: str) -> float:
@@ -191,8 +196,3 @@ def _unit(store: KernelStore, tile: Tile) -> float:
     rows, cols = store.grid.block(tile.row).rows(m), store.grid.col_block(tile.col).rows(m)
     largest = (store.read(sides[at][0])[..., part].max() for at, part in ((0, rows), (-1, cols)))
     return float(np.sqrt(np.prod(list(largest)))) or 1.0
-
-
-def different_files(found: Sequence[Recomputed]) -> Iterator[tuple[tuple[int, int], str]]:
-    """List the files that differ, with their tiles."""
-    return chain.from_iterable(((each.tile, file) for file in each.different) for each in found)

@@ -24,6 +24,10 @@ class Tile:
     row: int
     col: int
 
+    def to_json(self) -> list[int]:
+        """Turn into plain values."""
+        return [self.row, self.col]
+
 
 @dataclass(frozen=True)
 class Part:

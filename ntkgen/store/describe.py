@@ -105,22 +105,20 @@ class StoreDescription:
             "tile_side": self.tile_side,
             "tiles": self.tiles,
             "tiles_missing": self.tiles_missing,
-            "first_missing": _pairs(self.first_missing),
+            "first_missing": [tile.to_json() for tile in self.first_missing],
             "status": self.status,
             "stored_bytes": self.stored_bytes,
             "scale_factors": dict(self.scale_factors),
             "float16_underflow": None if underflow is None else vars(underflow).copy(),
             "certificate": None if self.certificate is None else self.certificate.to_json(),
             "inaccuracy": self.inaccuracy,
-            "suspicious_tiles": {dtype: _pairs(tiles) for dtype, tiles in self.suspicious_tiles.items()},
+            "suspicious_tiles": {
+                dtype: [tile.to_json() for tile in tiles] for dtype, tiles in self.suspicious_tiles.items()
+            },
             "predecessor_factor": self.predecessor_factor,
             "provenance": self.provenance.to_json(),
             "fingerprint": self.fingerprint,
         }
-
-
-def _pairs(tiles: Iterable[Tile]) -> list[list[int]]:
-    return [[tile.row, tile.col] for tile in tiles]
 
 
 def describe(store: KernelStore) -> StoreDescription:
