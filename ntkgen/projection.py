@@ -22,7 +22,7 @@ MEASURED_FROM_SECONDS = 20.0
 def _missing(planned: PlannedKernel) -> tuple[list[Tile], list[int]]:
     """List the tiles and the blocks of the diagonal that are not stored yet."""
     if not has_store(planned.store):
-        return list(planned.plan.grid.tiles()), list(range(planned.plan.num_sides))
+        return list(planned.plan.grid.tiles()), list(range(planned.plan.grid.num_sides))
     store = open_store(planned.store)
     return store.missing_tiles(), store.missing_blocks()
 

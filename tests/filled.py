@@ -13,7 +13,7 @@ from ntkgen.store.certificate import Certificate
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.opening import create_store, open_store
 from ntkgen.store.provenance import Provenance
-from ntkgen.store.schema import Samples, sides_of
+from ntkgen.store.schema import Samples, side_of
 from ntkgen.store.store import KernelStore
 
 # More than there is: everything fits.
@@ -90,7 +90,7 @@ def filled(path, content, skip=()):
 def _fill(store, content, skip):
     grid, m = store.grid, store.grid.num_outputs
     for index in store.missing_blocks():
-        side = sides_of(grid)[index]
+        side = side_of(grid, index)
         block, rows = side.block, side.block.rows(m)
         diagonal = np.ones((*content.kernel.shape[:-2], rows.stop - rows.start))
         if grid.is_symmetric:

@@ -117,7 +117,7 @@ def plan_run(network: Network, budget: Budget, precision: str) -> Plan:
 
 def is_filled(plan: Plan, budget: Budget) -> bool:
     """Say whether a plan has more blocks than can be held."""
-    return plan.cached_blocks(budget) < sum(len(plan.side_blocks(index)) for index in range(plan.num_sides))
+    return plan.cached_blocks(budget) < sum(len(plan.side_blocks(index)) for index in range(plan.grid.num_sides))
 
 
 def stop(what: str, done: int, _total: int) -> None:

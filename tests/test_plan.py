@@ -263,7 +263,7 @@ def test_as_many_factors_are_computed_as_counted(block_samples, capacity, comput
 def test_a_whole_run_computes_as_many_factors_as_counted(block_samples, capacity, computed, tmp_path):
     job = make_job(block_samples=block_samples)
     job.run(job.create(tmp_path / "k.zarr"), cached_blocks=capacity)
-    blocks = range(job.plan.num_sides)[::-1]
+    blocks = range(job.plan.grid.num_sides)[::-1]
     assert sum(computed) == count_factor_samples(job.plan, job.plan.grid.tiles(), capacity, blocks)
 
 
@@ -303,7 +303,7 @@ def test_every_sample_is_computed_once_where_all_blocks_fit_and_never_less(drawn
 def test_the_diagonal_leaves_what_the_first_tiles_need(drawn):
     """With the diagonal before them, the tiles of a whole kernel need no more than another pass over all blocks."""
     plan, _, capacity = drawn
-    tiles, sides = list(plan.grid.tiles()), range(plan.num_sides)[::-1]
+    tiles, sides = list(plan.grid.tiles()), range(plan.grid.num_sides)[::-1]
     alone = count_factor_samples(plan, tiles, capacity)
     together = count_factor_samples(plan, tiles, capacity, sides)
     assert alone <= together <= alone + plan.num_samples
@@ -365,8 +365,11 @@ def test_flops_of_a_kernel_whose_panels_are_its_blocks_are_those_of_every_pair(g
 @given(rectangles, st.integers(1, 12))
 def test_the_columns_of_a_rectangle_are_numbered_after_its_rows(grid, block):
     plan = plan_of(grid, block)
-    sides = [piece for index in range(plan.num_sides) for piece in plan.side_blocks(index)]
+    sides = [piece for index in range(plan.grid.num_sides) for piece in plan.side_blocks(index)]
     assert [sample for piece in sides for sample in range(piece.start, piece.stop)] == list(range(plan.num_samples))
+    for side, pieces in ((grid.side_block(index), plan.side_blocks(index)) for index in range(grid.num_sides)):
+        first = side.axis * grid.num_samples
+        assert (pieces[0].start, pieces[-1].stop) == (first + side.block.start, first + side.block.stop)
     assert plan.num_samples == grid.num_samples + grid.num_col_samples
     tile = Tile(grid.num_blocks - 1, grid.num_col_blocks - 1)
     for row, column in plan.pairs(tile):

@@ -155,7 +155,7 @@ class WorkerPool:
             self.client.unregister_worker_plugin(name)
 
     def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
-        plan, missing, total = store.manifest.plan, store.missing_blocks(), store.manifest.plan.num_sides
+        plan, missing, total = store.manifest.plan, store.missing_blocks(), store.grid.num_sides
         flops = plan.projected_flops((), cached_blocks, missing)
         seconds = seconds_at_planned_rate(plan, flops) / max(1, len(missing))
         jobs = diagonal_jobs(missing, job_size(len(missing), self.num_workers, seconds))

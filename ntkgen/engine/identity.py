@@ -151,7 +151,7 @@ def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, th
     """Read the logits of a store; None where there are none, or where they are damaged."""
     missing = set(store.missing_blocks())
     plan = store.manifest.plan
-    if not store.num_logits or len(missing) == plan.num_sides:
+    if not store.num_logits or len(missing) == plan.grid.num_sides:
         return None
     try:
         logits = torch.cat([torch.from_numpy(store.read(names[1])) for names in side_arrays(store.grid)])
@@ -165,7 +165,7 @@ def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, th
 
 def _first_batch(plan: Plan, sample: int) -> Block:
     """Find the batch in which a sample was run, the first of its block."""
-    for index in range(plan.num_sides):
+    for index in range(plan.grid.num_sides):
         for block in plan.side_blocks(index):
             if block.start == sample:
                 return next(iter(block.pieces(plan.jacobian.batch_size)))

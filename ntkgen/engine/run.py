@@ -94,7 +94,7 @@ def run_diagonal(computer: TileComputer, report: Report = ignore_report) -> None
 
     The last block comes first, so that the factors in memory afterwards are those of the first band of tiles.
     """
-    store, total = computer.store, computer.store.manifest.plan.num_sides
+    store, total = computer.store, computer.store.grid.num_sides
     missing = store.missing_blocks()[::-1]
     computer.commit_diagonal(missing, counter(report, "diagonal", total - len(missing), total))
     store.create_kernels()

@@ -124,18 +124,13 @@ class Plan:
         return Block(first + block.start, first + block.stop).pieces(self.block_samples)
 
     def side_blocks(self, index: int) -> list[Block]:
-        """Cut the samples of a side into blocks. Sides are the rows of tiles, then the columns of other samples."""
-        rows = self.grid.num_blocks
-        return self.blocks(index) if index < rows else self.col_blocks(index - rows)
+        """Cut a side block of the grid, which has a diagonal of its own, into the blocks that are computed together."""
+        side = self.grid.side_block(index)
+        return self.blocks(side.number) if side.axis == 0 else self.col_blocks(side.number)
 
     def pairs(self, tile: Tile) -> Iterator[tuple[Block, Block]]:
         """List the products of blocks that fill a tile."""
         return block_pairs(self.blocks(tile.row), self.col_blocks(tile.col))
-
-    @property
-    def num_sides(self) -> int:
-        """The number of sides, as numbered in `side_blocks`."""
-        return self.grid.num_blocks + (0 if self.grid.is_symmetric else self.grid.num_col_blocks)
 
     @property
     def num_samples(self) -> int:
@@ -214,7 +209,7 @@ class Plan:
 
     @property
     def _all_blocks(self) -> int:
-        return sum(len(self.side_blocks(index)) for index in range(self.num_sides))
+        return sum(len(self.side_blocks(index)) for index in range(self.grid.num_sides))
 
     def projected_bytes(self, cached_blocks: int) -> int:
         """Project the peak memory of the computation, without the memory of the process before it."""

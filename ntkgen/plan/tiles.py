@@ -70,6 +70,15 @@ class Part:
 
 
 @dataclass(frozen=True)
+class SideBlock:
+    """The samples of a row of tiles or, where the columns are of other samples, of a column."""
+
+    axis: int  # 0: of the rows; 1: of the columns
+    number: int  # among the rows, or among the columns
+    block: Block
+
+
+@dataclass(frozen=True)
 class TileGrid:
     """Square tiles of the upper triangle of a symmetric kernel, or of a whole rectangular kernel.
 
@@ -135,6 +144,22 @@ class TileGrid:
             return self.block(index)
         start = index * self.tile_samples
         return Block(start, min(start + self.tile_samples, self.num_col_samples))
+
+    @property
+    def num_sides(self) -> int:
+        """Count what has a diagonal of its own: the rows of tiles and, where their samples are others, the columns."""
+        return self.num_blocks + (0 if self.is_symmetric else self.num_col_blocks)
+
+    def side_block(self, index: int) -> SideBlock:
+        """Locate one of the `num_sides`: the rows come first, and the columns are numbered after them.
+
+        >>> TileGrid(6, 1, 3, num_col_samples=2).side_block(2)
+        SideBlock(axis=1, number=0, block=Block(start=0, stop=2))
+        """
+        if index < self.num_blocks:
+            return SideBlock(0, index, self.block(index))
+        number = index - self.num_blocks
+        return SideBlock(1, number, self.col_block(number))
 
     def tiles(self) -> Iterator[Tile]:
         """List the tiles row by row, so that the factors of a row block are no longer needed when the next row begins.

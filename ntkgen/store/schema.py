@@ -172,13 +172,15 @@ class Side:
         return (self.diagonal, (self.number,) if num_planes == 1 else (0, self.number)), (self.logits, (self.number, 0))
 
 
+def side_of(grid: TileGrid, index: int) -> Side:
+    """Name the arrays of a side block of the grid."""
+    side = grid.side_block(index)
+    return Side(*side_arrays(grid)[side.axis], side.number, side.block)
+
+
 def sides_of(grid: TileGrid) -> list[Side]:
-    """List the blocks of rows, then, numbered on, those of other columns."""
-    names, rows = side_arrays(grid), range(grid.num_blocks)
-    sides = [Side(*names[0], number, grid.block(number)) for number in rows]
-    if not grid.is_symmetric:
-        sides += [Side(*names[1], number, grid.col_block(number)) for number in range(grid.num_col_blocks)]
-    return sides
+    """List the side blocks of a grid, in its order."""
+    return [side_of(grid, index) for index in range(grid.num_sides)]
 
 
 def _coordinates(grid: TileGrid) -> Iterator[StoredArray]:

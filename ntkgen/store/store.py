@@ -38,6 +38,7 @@ from ntkgen.store.schema import (
     arrays_of,
     create_array,
     side_arrays,
+    side_of,
     sides_of,
 )
 from ntkgen.store.view import SymmetricArray
@@ -293,7 +294,7 @@ class KernelStore:
 
     def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
         """Store the exact diagonal and the logits of one block that `missing_blocks` has named."""
-        side = sides_of(self.grid)[index]
+        side = side_of(self.grid, index)
         rows, samples = side.block.rows(self.grid.num_outputs), slice(side.block.start, side.block.stop)
         if self.num_logits:
             self._writer.write(side.logits, (samples, slice(None)), to_stored(logits, "float64", 1.0))
