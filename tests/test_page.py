@@ -17,6 +17,7 @@ import pytest
 from cases import chosen, files_of
 from filled import PROVENANCE, drawn, fill_store, filled
 
+from ntkgen.analysis.answers import compare_all, gather
 from ntkgen.analysis.comparison import CompareSettings, compare
 from ntkgen.analysis.determinant import LogdetAnswer
 from ntkgen.analysis.eigenvalue_density import DensityAnswer
@@ -25,7 +26,6 @@ from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report import make as report
 from ntkgen.analysis.report import page, reproduce
-from ntkgen.analysis.report.answers import compare_all, gather
 from ntkgen.analysis.report.make import make_report
 from ntkgen.analysis.report.page import Section, facts, table, write_page
 from ntkgen.analysis.report.sections import comparison

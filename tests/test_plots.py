@@ -22,7 +22,9 @@ from matplotlib.text import Text
 from strategies import few
 
 from ntkgen import analysis, cli
+from ntkgen.analysis import answers
 from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.answers import gather
 from ntkgen.analysis.determinant import LogdetAnswer
 from ntkgen.analysis.eigenvalues import SpectrumAnswer
 from ntkgen.analysis.matrix import open_matrix
@@ -32,8 +34,6 @@ from ntkgen.analysis.plots import style as plots_style
 from ntkgen.analysis.plots.matrix import decimate, draw_matrix, orders_of
 from ntkgen.analysis.plots.style import LINES, render
 from ntkgen.analysis.regression import RegressAnswer
-from ntkgen.analysis.report import answers
-from ntkgen.analysis.report.answers import gather
 from ntkgen.cli import progress
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 1])

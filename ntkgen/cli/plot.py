@@ -73,8 +73,8 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
 
 def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "tuple[list[Picture], dict[str, str]]":
     """Draw one kernel; say why some pictures of it cannot be drawn."""
+    from ntkgen.analysis.answers import gather
     from ntkgen.analysis.plots.draw import draw_all, left_out, questions_for
-    from ntkgen.analysis.report.answers import gather
     from ntkgen.cli.progress import progress_bars
 
     with progress_bars(name, quiet=asked.quiet) as report:
@@ -90,8 +90,8 @@ def _compare(
     Raises:
         InputError: If there is one kernel, and nothing but a comparison is asked for.
     """
+    from ntkgen.analysis.answers import compare_all
     from ntkgen.analysis.plots.compare import draw_comparison
-    from ntkgen.analysis.report.answers import compare_all
     from ntkgen.cli.progress import progress_bars
 
     if "comparison" not in kinds:

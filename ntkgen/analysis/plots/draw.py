@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.answers import Answers
 from ntkgen.analysis.determinant import LogdetAnswer
 from ntkgen.analysis.eigenvalue_density import DensityAnswer
 from ntkgen.analysis.eigenvalues import SpectrumAnswer
@@ -15,7 +16,6 @@ from ntkgen.analysis.plots.regression import draw_regression
 from ntkgen.analysis.plots.spectrum import draw_alignment, draw_density, draw_spectrum
 from ntkgen.analysis.plots.style import Picture
 from ntkgen.analysis.regression import RegressAnswer
-from ntkgen.analysis.report.answers import Answers
 from ntkgen.progress import Report, ignore_report
 
 Draw = Callable[[Answers], Picture | None]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ntkgen.analysis.answers import compare_all, gather
 from ntkgen.analysis.matrix import Matrix
 from ntkgen.analysis.plots.draw import KINDS, draw_all
-from ntkgen.analysis.report.answers import compare_all, gather
 from ntkgen.analysis.report.page import Section, paragraph, write_page
 from ntkgen.analysis.report.sections import comparison, overview, sections_of, title_of
 from ntkgen.progress import Report, ignore_report

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ntkgen.analysis.alignment import AlignAnswer
+from ntkgen.analysis.answers import Answers
 from ntkgen.analysis.comparison import CompareAnswer, Cost
 from ntkgen.analysis.determinant import LogdetAnswer
 from ntkgen.analysis.eigenvalues import SpectrumAnswer
@@ -13,7 +14,6 @@ from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 from ntkgen.analysis.plots.compare import draw_comparison, short
 from ntkgen.analysis.plots.style import Picture
 from ntkgen.analysis.regression import RegressAnswer
-from ntkgen.analysis.report.answers import Answers
 from ntkgen.analysis.report.page import Section, code, facts, figure, paragraph, table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
 from ntkgen.store.describe import StoreDescription, describe

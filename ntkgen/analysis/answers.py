@@ -1,6 +1,6 @@
-"""Every answer that is to be had of a kernel: what lies beside its store, and what is quick to find out.
+"""All answers to one kernel: those kept beside its store, and those that are quick to compute.
 
-Quick is what fits into memory as one matrix. Of a larger kernel nothing is begun that could take days.
+Quick is what fits into memory as one matrix. For a larger kernel nothing is begun that could take days.
 """
 
 import dataclasses
