@@ -121,7 +121,7 @@ def test_analysis_goes_on_and_says_it_on_stderr(run, monkeypatch):
     assert err.startswith("Warning: The kernel at runs/")
     assert json.loads(out)["eigenvalues"]
     section = page_sections._certificate(describe(open_store(store)))
-    assert "differs from the exact one by more than rounding explains" in section.body
+    assert "differs from the exact one by more than rounding explains" in section.body[0].text
 
 
 def test_other_kernels_are_made_after_a_wrong_one(run, monkeypatch):

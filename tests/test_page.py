@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report import make as report
-from ntkgen.analysis.report import page, reproduce
+from ntkgen.analysis.report import reproduce
+from ntkgen.analysis.report.content import TALL, Code, Facts, Paragraph, Section, Table
 from ntkgen.analysis.report.make import make_report
-from ntkgen.analysis.report.page import Section, facts, table, write_page
+from ntkgen.analysis.report.page import write_page
 from ntkgen.analysis.report.sections import comparison
 from ntkgen.store.opening import open_store
 
@@ -72,6 +74,12 @@ class Checked(HTMLParser):
     @property
     def words(self):
         return " ".join(" ".join(self.text).split())
+
+
+def written(*body):
+    """Write a page of one section, and return what is between its heading and its end."""
+    text = write_page("t", [], [Section("s", body)]).decode()
+    return re.search(r"<h2[^>]*>s</h2>(.*)</section>", text, re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +198,7 @@ def test_kernels_of_other_samples_are_told_not_to_be_comparable(tmp_path, stored
     found, refused = compare_all([open_matrix(stored[0]), open_matrix(other)], MEMORY)
     assert found == []
     assert "are of different rows" in refused[other.name]
-    assert "are of different rows" in comparison(found, refused).body
+    assert "are of different rows" in written(*comparison(found, refused).body)
 
 
 def test_the_page_says_how_many_eigenvalues_the_lower_precision_loses(tmp_path):
@@ -201,7 +209,7 @@ def test_the_page_says_how_many_eigenvalues_the_lower_precision_loses(tmp_path):
     pair = [open_matrix(filled(tmp_path / f"{name}.zarr", each)) for name, each in (("a", content), ("b", lost))]
     answer = compare(*pair, CompareSettings(2, memory_bytes=MEMORY))
     assert answer.cost.not_positive == 3
-    body = comparison([answer], {}).body
+    body = written(*comparison([answer], {}).body)
     assert "Eigenvalues that are not positive in the lower" in body
     assert re.search(r"not positive in the lower</th><td[^>]*>3</td>", body)
 
@@ -227,14 +235,30 @@ def test_a_page_is_the_same_twice(stored, without_pictures):
 
 
 def test_tables_keep_all_digits_and_escape_words():
-    text = table(("a", "b<"), [(1 / 3, "x"), (None, "<y>")], "n&m")
+    text = written(Table(("a", "b<"), [(1 / 3, "x"), (None, "<y>")], "n&m"))
     assert 'data-value="0.3333333333333333">0.3333</td>' in text
     assert 'data-value="">–</td>' in text
     assert "b&lt;" in text
     assert "&lt;y&gt;" in text
     assert 'aria-label="n&amp;m"' in text
-    assert "tall" in table(("a",), [(number,) for number in range(page.TALL + 1)], "t")
-    assert "−0.5" in facts({"a": -0.5}, "f")
+    assert "tall" in written(Table(("a",), [(number,) for number in range(TALL + 1)], "t"))
+    assert "tall" not in written(Table(("a",), [(number,) for number in range(TALL)], "t"))
+    assert "−0.5" in written(Facts({"a": -0.5}, "f"))
+
+
+def test_indices_are_below_the_line_and_words_of_a_store_are_not_read_as_markup():
+    text = written(Paragraph("‖E‖_F of ntk_float32 {{ 1 }} <K_rr>", "soft"))
+    assert text.strip() == '<p class="soft">‖E‖<sub>F</sub> of ntk_float32 {{ 1 }} &lt;K<sub>rr</sub>&gt;</p>'
+
+
+def test_code_keeps_its_lines():
+    assert "<code>  a &amp;&amp; b\n\n    c\n</code>" in written(Code(["  a && b", "", "    c", ""]))
+
+
+def test_style_and_script_are_in_the_page_as_they_are(single):
+    folder = resources.files("ntkgen.analysis.report")
+    for name in ("page.css", "page.js"):
+        assert folder.joinpath(name).read_text(encoding="utf-8") in single
 
 
 # in a browser ---------------------------------------------------------------------------------------------------------
@@ -300,7 +324,7 @@ def test_the_page_works_at_every_width_without_a_word_on_the_console(tmp_path, d
 @in_browser
 def test_the_console_is_listened_to(tmp_path):
     place = tmp_path / "broken.html"
-    broken = write_page("t", "", [Section("s", "")]).decode().replace("</body>", "<script>nowhere()</script></body>")
+    broken = write_page("t", [], [Section("s", [])]).decode().replace("</body>", "<script>nowhere()</script></body>")
     place.write_text(broken)
     assert len(browse(place, "--dump-dom")[1]) == 1
     place.write_text(broken.replace("nowhere()", "fetch('https://example.org')"))  # which the page's policy forbids

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from ntkgen.analysis.answers import compare_all, gather
 from ntkgen.analysis.matrix import Matrix
 from ntkgen.analysis.plots.draw import KINDS, draw_all
-from ntkgen.analysis.report.page import Section, paragraph, write_page
+from ntkgen.analysis.report.content import Paragraph, Section
+from ntkgen.analysis.report.page import write_page
 from ntkgen.analysis.report.sections import comparison, overview, sections_of, title_of
 from ntkgen.progress import Report, ignore_report
 
@@ -35,7 +36,7 @@ def make_report(matrices: Sequence[Matrix], memory_bytes: int | None = None, rep
         title = f"{len(every)} neural tangent kernels"
         compared = comparison(*compare_all(matrices, memory_bytes, report))
         names = [matrix.name.rstrip("/").rpartition("/")[2] for matrix in matrices]
+        sections = [overview(every), compared]
         each = zip(names, titles, drawn, strict=True)
-        sections = [Section("Overview", overview(every)), compared]
-        sections += [Section(name, paragraph(words), parts) for name, words, parts in each]
-    return Made(write_page(title, paragraph(LEAD, kind="soft"), sections), tuple(dict(a.lacking) for a in every))
+        sections += [Section(name, [Paragraph(words)], parts) for name, words, parts in each]
+    return Made(write_page(title, [Paragraph(LEAD, "soft")], sections), tuple(dict(a.lacking) for a in every))

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ntkgen.analysis.alignment import AlignAnswer
@@ -14,8 +14,9 @@ from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 from ntkgen.analysis.plots.compare import draw_comparison, short
 from ntkgen.analysis.plots.style import Picture
 from ntkgen.analysis.regression import RegressAnswer
-from ntkgen.analysis.report.page import Section, code, facts, figure, paragraph, table
+from ntkgen.analysis.report.content import Code, Facts, Figure, Paragraph, Part, Section, Table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
+from ntkgen.store.certificate import StoredError
 from ntkgen.store.describe import StoreDescription, describe
 from ntkgen.units import human_bytes
 
@@ -47,12 +48,12 @@ def sections_of(answers: Answers, pictures: Pictures) -> tuple[Section, ...]:
         _certificate(described),
         _provenance(described),
         _reproduce(answers),
-        Section("How to cite", code(citation(answers.matrix.store))),
+        Section("How to cite", [Code(citation(answers.matrix.store))]),
     )
 
 
-def _shown(pictures: Pictures, *kinds: str) -> str:
-    return "".join(figure(pictures[kind]) for kind in kinds if kind in pictures)
+def _shown(pictures: Pictures, *kinds: str) -> list[Part]:
+    return [Figure(pictures[kind]) for kind in kinds if kind in pictures]
 
 
 def _what(answers: Answers, described: StoreDescription, pictures: Pictures) -> Section:
@@ -69,8 +70,8 @@ def _what(answers: Answers, described: StoreDescription, pictures: Pictures) -> 
         "Computed in": described.precision,
         "Lies at": described.store,
     }
-    known = {key: value for key, value in lines.items() if value is not None}
-    return Section("What it is", _wrong(described) + facts(known, "What the kernel is") + _shown(pictures, "matrix"))
+    listed = Facts(_known(lines), "What the kernel is")
+    return Section("What it is", [*_wrong(described), listed, *_shown(pictures, "matrix")])
 
 
 def _network(described: StoreDescription) -> str | None:
@@ -88,9 +89,9 @@ def _part(answers: Answers) -> str:
     return f", the first {rows:,} of {whole:,} rows; the others are not complete"
 
 
-def _lacking(answers: Answers, *questions: str) -> str:
-    reasons = {answers.lacking[question] for question in questions if question in answers.lacking}
-    return "".join(paragraph(reason, kind="soft") for reason in sorted(reasons))
+def _lacking(answers: Answers, question: str) -> list[Part]:
+    """Say why a question has no answer."""
+    return [Paragraph(answers.lacking[question], "soft")] if question in answers.lacking else []
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,11 +111,11 @@ def _spectrum(answers: Answers, pictures: Pictures) -> Section:
         "Stable rank, ‖K‖²_F / λ₁²": answer.stable_rank,
         "Condition number, λ₁ / λ_N": answer.condition,
     }
-    listed = facts(_known(numbers), "Numbers of the spectrum")
-    return Section("Spectrum", listed + _shown(pictures, "spectrum", "density") + _eigenvalues(answer))
+    listed = Facts(_known(numbers), "Numbers of the spectrum")
+    return Section("Spectrum", [listed, *_shown(pictures, "spectrum", "density"), _eigenvalues(answer)])
 
 
-def _eigenvalues(answer: SpectrumAnswer) -> str:
+def _eigenvalues(answer: SpectrumAnswer) -> Table:
     """List the largest eigenvalues, with the bound of what is known of them and their share of the trace."""
     pairs = zip(answer.eigenvalues[:MAX_LISTED], answer.residual_bounds, strict=False)
     rows = [
@@ -122,7 +123,7 @@ def _eigenvalues(answer: SpectrumAnswer) -> str:
         for number, (value, bound) in enumerate(pairs, 1)
     ]
     columns = ("k", "Eigenvalue λₖ", "Residual bound", "Share of the trace, %")
-    return table(columns, rows, "The largest eigenvalues")
+    return Table(columns, rows, "The largest eigenvalues")
 
 
 def _logdet(answers: Answers, pictures: Pictures) -> Section:
@@ -136,15 +137,15 @@ def _logdet(answers: Answers, pictures: Pictures) -> Section:
         "Nats per row": answer.logdet_per_row,
         "Smallest pivot": answer.smallest_pivot,
     }
-    warnings = "".join(paragraph(warning, kind="warning") for warning in answer.warnings)
-    listed = facts(numbers, "Numbers of the log-determinant")
-    return Section("Log-determinant", listed + warnings + _shown(pictures, "logdet") + _law(answers))
+    listed = Facts(numbers, "Numbers of the log-determinant")
+    warnings = [Paragraph(warning, "warning") for warning in answer.warnings]
+    return Section("Log-determinant", [listed, *warnings, *_shown(pictures, "logdet"), *_law(answers)])
 
 
-def _law(answers: Answers) -> str:
+def _law(answers: Answers) -> list[Part]:
     answer = answers.get(ExtrapolateAnswer)
     if answer is None:
-        return ""
+        return []
     numbers = {
         "Predicted log-determinant, nats": answer.logdet,
         "ν": answer.nu,
@@ -152,7 +153,7 @@ def _law(answers: Answers) -> str:
         "The same, relative": answer.holdout_error_relative,
     }
     words = f"Extrapolated to {answer.to:,} samples, by the law that the leading blocks follow:"
-    return paragraph(words) + facts(_known(numbers), "Extrapolation")
+    return [Paragraph(words), Facts(_known(numbers), "Extrapolation")]
 
 
 def _regression(answers: Answers, pictures: Pictures) -> Section:
@@ -176,8 +177,8 @@ def _regression(answers: Answers, pictures: Pictures) -> Section:
         f"Kernel ridge regression on the one-hot labels, from {start}. Errors are mean squares per output; “left out” "
         "is one sample at a time, with all of its outputs. In per cent: the samples classified correctly."
     )
-    listed = table(list(known), rows, "Regression")
-    return Section("Regression", paragraph(words) + _shown(pictures, "regression") + listed)
+    listed = Table(tuple(known), rows, "Regression")
+    return Section("Regression", [Paragraph(words), *_shown(pictures, "regression"), listed])
 
 
 def _in_percent(values: Sequence[float | None] | None) -> list[float | None]:
@@ -192,104 +193,115 @@ def _alignment(answers: Answers, pictures: Pictures) -> Section:
     rows = [(name.removeprefix("output "), plain, centred) for name, plain, centred in each]
     rows.append(("whole", answer.alignment, answer.centered_alignment))
     columns = ("Output", "Alignment", "Centred alignment")
-    body = _shown(pictures, "alignment") + table(columns, rows, "Alignment by output")
-    return Section("Alignment with the labels", body + _shown(pictures, "modes", "flow") + _lacking(answers, "flow"))
+    body = [*_shown(pictures, "alignment"), Table(columns, rows, "Alignment by output")]
+    body += [*_shown(pictures, "modes", "flow"), *_lacking(answers, "flow")]
+    return Section("Alignment with the labels", body)
 
 
-def _wrong(described: StoreDescription) -> str:
-    return "" if described.inaccuracy is None else paragraph(described.inaccuracy, kind="warning")
+def _wrong(described: StoreDescription) -> list[Part]:
+    return [] if described.inaccuracy is None else [Paragraph(described.inaccuracy, "warning")]
 
 
 def _certificate(described: StoreDescription) -> Section:
     found = described.certificate
     if found is None:
-        return Section("Precision certificate", paragraph("There is none: `ntkgen verify --certify` makes one."))
+        return Section("Precision certificate", [Paragraph("There is none: `ntkgen verify --certify` makes one.")])
     words = (
         f"E is what is stored minus the exact kernel. {found.num_probes} Gaussian vectors and {found.num_pairs} "
         f"pairs of samples, drawn with the seed {found.seed}, bound it with 95 % confidence: no eigenvalue is off "
         "by more than the bound on ‖E‖_F."
     )
-    rows = [
-        (each.dtype, each.error, each.bound, each.relative_bound, each.max_pair_error, len(each.suspicious))
-        for each in found.errors
-    ]
-    columns = (
-        "Stored as", "‖E‖_F, estimate", "‖E‖_F, bound", "Bound ÷ ‖K‖_F", "Largest entry error ÷ √(K_rr K_cc)",
-        "Suspicious blocks",
-    )  # fmt: skip
-    return Section(
-        "Precision certificate", _wrong(described) + paragraph(words) + table(columns, rows, "Precision certificate")
-    )
+    columns: dict[str, Callable[[StoredError], Any]] = {
+        "Stored as": lambda error: error.dtype,
+        "‖E‖_F, estimate": lambda error: error.error,
+        "‖E‖_F, bound": lambda error: error.bound,
+        "Bound ÷ ‖K‖_F": lambda error: error.relative_bound,
+        "Largest entry error ÷ √(K_rr K_cc)": lambda error: error.max_pair_error,
+        "Suspicious blocks": lambda error: len(error.suspicious),
+    }
+    listed = Table.of(found.errors, columns, "Precision certificate")
+    return Section("Precision certificate", [*_wrong(described), Paragraph(words), listed])
 
 
 def _provenance(described: StoreDescription) -> Section:
     values = described.provenance.to_json()  # users' own keys, too
     made = {key.replace("_", " "): value for key, value in values.items() if value is not None}
     lines = {**made, "tile": f"{described.tile_side:,} rows", "fingerprint": described.fingerprint}
-    return Section("Provenance", facts(lines, "Provenance"))
+    return Section("Provenance", [Facts(lines, "Provenance")])
 
 
 def _reproduce(answers: Answers) -> Section:
     recipe = recipe_of(answers.matrix.store)
     path = shlex.quote(answers.matrix.name)
     asked = [question_command(kept, answers.matrix.name) for kept in answers.found.values()]
-    body = code(recipe.commands) + "".join(map(paragraph, recipe.notes))
-    check = paragraph("To see that the store holds what it should, and to ask the questions of this page again:")
-    return Section("How to reproduce", body + check + code([f"ntkgen verify {path}", *asked]))
+    made: list[Part] = [Code(recipe.commands), *map(Paragraph, recipe.notes)]
+    again = Paragraph("To see that the store holds what it should, and to ask the questions of this page again:")
+    return Section("How to reproduce", [*made, again, Code([f"ntkgen verify {path}", *asked])])
 
 
-def overview(every: Sequence[Answers]) -> str:
+# several kernels ------------------------------------------------------------------------------------------------------
+
+
+def overview(every: Sequence[Answers]) -> Section:
     """Compare some kernels in one table."""
-    columns = (
-        "Store", "Rows", "Largest eigenvalue", "Effective rank", "log |det|, nats", "Least left-out error",
-        "Alignment", "‖E‖_F, bound",
-    )  # fmt: skip
-    return table(columns, [_line(answers) for answers in every], "All kernels of this page")
+    columns: dict[str, Callable[[Answers], Any]] = {
+        "Store": lambda answers: short(answers.matrix.name),
+        "Rows": lambda answers: answers.matrix.num_rows,
+        "Largest eigenvalue": _largest_eigenvalue,
+        "Effective rank": _effective_rank,
+        "log |det|, nats": _logdet_without_shift,
+        "Least left-out error": _least_error,
+        "Alignment": _alignment_of,
+        "‖E‖_F, bound": lambda answers: answers.matrix.error_norm,
+    }
+    return Section("Overview", [Table.of(every, columns, "All kernels of this page")])
 
 
-def _line(answers: Answers) -> tuple[Any, ...]:
-    spectrum, logdet = answers.get(SpectrumAnswer), answers.get(LogdetAnswer)
-    regression, alignment = answers.get(RegressAnswer), answers.get(AlignAnswer)
-    errors = [value for value in (regression.loo_error if regression else ()) if value is not None]
-    return (
-        short(answers.matrix.name),
-        answers.matrix.num_rows,
-        spectrum.eigenvalues[0] if spectrum else None,
-        spectrum.effective_rank if spectrum else None,
-        logdet.logdet if logdet and not logdet.shift else None,
-        min(errors, default=None),
-        alignment.alignment if alignment else None,
-        answers.matrix.error_norm,
-    )
+def _largest_eigenvalue(answers: Answers) -> float | None:
+    answer = answers.get(SpectrumAnswer)
+    return answer.eigenvalues[0] if answer else None
+
+
+def _effective_rank(answers: Answers) -> float | None:
+    answer = answers.get(SpectrumAnswer)
+    return answer.effective_rank if answer else None
+
+
+def _logdet_without_shift(answers: Answers) -> float | None:
+    answer = answers.get(LogdetAnswer)
+    return answer.logdet if answer and not answer.shift else None
+
+
+def _least_error(answers: Answers) -> float | None:
+    answer = answers.get(RegressAnswer)
+    return min((value for value in (answer.loo_error if answer else ()) if value is not None), default=None)
+
+
+def _alignment_of(answers: Answers) -> float | None:
+    answer = answers.get(AlignAnswer)
+    return answer.alignment if answer else None
 
 
 def comparison(compared: Sequence[CompareAnswer], refused: Mapping[str, str]) -> Section:
     """Compare the other kernels with the first one."""
-    reasons = "".join(paragraph(reason, kind="soft") for reason in refused.values())
+    reasons = [Paragraph(reason, "soft") for reason in refused.values()]
     if not compared:
         return Section("Comparison", reasons)
-    columns = ("Store", "Distance", "Centred alignment", "Largest angle, degrees", "λ₁ ÷ λ₁ of the first")
-    rows = [
-        (
-            short(answer.store),
-            answer.distance,
-            answer.centered_alignment,
-            math.degrees(max(answer.principal_angles)),
-            answer.eigenvalue_ratios[0],
-        )
-        for answer in compared
-    ]
-    words = paragraph(f"With {compared[0].reference}, whose samples are the same.")
-    drawn = figure(draw_comparison(compared))
-    return Section("Comparison", words + drawn + table(columns, rows, "Comparison") + _costs(compared) + reasons)
+    columns: dict[str, Callable[[CompareAnswer], Any]] = {
+        "Store": lambda answer: short(answer.store),
+        "Distance": lambda answer: answer.distance,
+        "Centred alignment": lambda answer: answer.centered_alignment,
+        "Largest angle, degrees": lambda answer: math.degrees(max(answer.principal_angles)),
+        "λ₁ ÷ λ₁ of the first": lambda answer: answer.eigenvalue_ratios[0],
+    }
+    words = Paragraph(f"With {compared[0].reference}, whose samples are the same.")
+    listed = Table.of(compared, columns, "Comparison")
+    costs = [part for answer in compared if answer.cost is not None for part in _cost(answer.store, answer.cost)]
+    return Section("Comparison", [words, Figure(draw_comparison(compared)), listed, *costs, *reasons])
 
 
-def _costs(compared: Sequence[CompareAnswer]) -> str:
+def _cost(store: str, cost: Cost) -> list[Part]:
     """Say what a lower precision costs, where two kernels are of one network."""
-    return "".join(_cost(answer.store, answer.cost) for answer in compared if answer.cost is not None)
-
-
-def _cost(store: str, cost: Cost) -> str:
     numbers = {
         "‖difference‖_F ÷ ‖K‖_F": cost.frobenius_error,
         "Largest change of an eigenvalue ÷ λ₁": cost.eigenvalue_error,
@@ -297,5 +309,5 @@ def _cost(store: str, cost: Cost) -> str:
         "Eigenvalues that are not positive in the lower": cost.not_positive,
         "Change of the log-determinant, nats": cost.logdet_error,
     }
-    words = paragraph(f"What the lower precision costs: {cost.lower_dtype} of {cost.lower}.")
-    return words + facts(_known(numbers), f"Cost of {cost.lower_dtype} at {store}")
+    words = f"What the lower precision costs: {cost.lower_dtype} of {cost.lower}."
+    return [Paragraph(words), Facts(_known(numbers), f"Cost of {cost.lower_dtype} at {store}")]
