@@ -3,8 +3,9 @@
 The public names load what they need when they are first used, so that reading a stored kernel never imports torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ntkgen.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ntkgen.engine.compute import compute as compute
@@ -16,30 +17,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "NTKOperator": ("ntkgen.jacobian.operator", "NTKOperator"),
-    "compute": ("ntkgen.engine.compute", "compute"),
-    "KernelStore": ("ntkgen.store.store", "KernelStore"),
-    "ntk": ("ntkgen.jacobian.dense", "ntk"),
-    "open": ("ntkgen.store.opening", "open_kernel"),
-    "reference_ntk": ("ntkgen.jacobian.reference", "reference_ntk"),
-}
-
 __all__ = ["KernelStore", "NTKOperator", "compute", "ntk", "open", "reference_ntk"]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562).
-
-    Raises:
-        AttributeError: If there is no such name.
-    """
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ntkgen' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    return getattr(importlib.import_module(module), attribute)
-
-
-def __dir__() -> list[str]:
-    """List the public names, loaded or not."""
-    return sorted({*globals(), *_HOMES})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "KernelStore": "ntkgen.store.store",
+            "NTKOperator": "ntkgen.jacobian.operator",
+            "compute": "ntkgen.engine.compute",
+            "ntk": "ntkgen.jacobian.dense",
+            "open": "ntkgen.store.opening:open_kernel",
+            "reference_ntk": "ntkgen.jacobian.reference",
+        },
+    )

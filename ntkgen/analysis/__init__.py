@@ -4,8 +4,9 @@ Each question is a function of a matrix: `answer = question(matrix, Settings(...
 what they need when they are first used.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ntkgen.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ntkgen.analysis.alignment import AlignAnswer as AlignAnswer
@@ -47,7 +48,6 @@ _EXPORTS = {
     "matrix": ("Matrix", "open_matrix"),
     "regression": ("RegressAnswer", "RegressSettings", "regress"),
 }
-_HOMES = {name: f"ntkgen.analysis.{module}" for module, names in _EXPORTS.items() for name in names}
 
 __all__ = [
     "AlignAnswer",
@@ -78,18 +78,7 @@ __all__ = [
     "spectrum",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Load a public name on first use (PEP 562).
-
-    Raises:
-        AttributeError: If there is no such name.
-    """
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ntkgen.analysis' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """List the public names, loaded or not."""
-    return sorted({*globals(), *_HOMES})
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__, {name: f"ntkgen.analysis.{module}" for module, names in _EXPORTS.items() for name in names}
+    )

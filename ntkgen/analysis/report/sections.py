@@ -3,7 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ntkgen.analysis.alignment import AlignAnswer
 from ntkgen.analysis.answers import Answers
@@ -16,9 +16,11 @@ from ntkgen.analysis.plots.style import Picture
 from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report.content import Code, Facts, Figure, Paragraph, Part, Section, Table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
-from ntkgen.store.certificate import StoredError
 from ntkgen.store.describe import StoreDescription, describe
 from ntkgen.units import human_bytes
+
+if TYPE_CHECKING:
+    from ntkgen.store.certificate import StoredError
 
 # Eigenvalues that the table lists; all of them are beside the store.
 MAX_LISTED = 50
