@@ -20,7 +20,7 @@ from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import folder_of_results, identity_of
 from ntkgen.errors import BudgetError, StoreError
 from ntkgen.files.folder import Folder
-from ntkgen.store.schema import CHECKSUM_BYTES, StoredArray, create_array, writable
+from ntkgen.store.schema import Key, StoredArray, create_array, writable
 from ntkgen.store.view import Place, read_ahead
 
 if TYPE_CHECKING:
@@ -76,7 +76,18 @@ class FactorPlan:
     @property
     def tile_bytes(self) -> int:
         """Size of a tile on disk in bytes."""
-        return 8 * self.side**2 + CHECKSUM_BYTES
+        return self.arrays["factor"].file_bytes
+
+    @property
+    def arrays(self) -> dict[str, StoredArray]:
+        """The arrays of the group: L, whose tiles with row >= col are written, and the pivots."""
+        rows, side = self.num_rows, self.side
+        factor = {"long_name": "L of K + λI = L D Lᵀ, its tiles with row >= col"}
+        pivots = {"long_name": "pivots, whose product is the determinant; D is their signs"}
+        return {
+            "factor": StoredArray("factor", "float64", (rows, rows), (side, side), ("row", "col"), factor),
+            "pivots": StoredArray("pivots", "float64", (rows,), (side,), ("row",), pivots),
+        }
 
     @property
     def bytes_read(self) -> int:
@@ -139,19 +150,16 @@ class Factor:
     @property
     def num_done(self) -> int:
         """Number of leading columns of tiles that are finished."""
-        there, blocks = self.places_there(), self.plan.num_blocks
-        rows = {int(key.rpartition("/")[2]) for key in self._whole("pivots", 8 * self.plan.side)}
-        columns = (all((row, col) in there for row in range(col, blocks)) and col in rows for col in range(blocks))
+        there, pivots, blocks = self.places_there(), self._there("pivots"), self.plan.num_blocks
+        columns = (all((row, col) in there for row in range(col, blocks)) and (col,) in pivots for col in range(blocks))
         return next((col for col, is_done in enumerate(columns) if not is_done), blocks)
 
     def places_there(self) -> set[Place]:
         """List the tiles that exist with their exact size."""
-        keys = [key.split("/")[-2:] for key in self._whole("factor", self.plan.tile_bytes - CHECKSUM_BYTES)]
-        return {(int(row), int(col)) for row, col in keys}
+        return {(row, col) for row, col in self._there("factor")}
 
-    def _whole(self, name: str, payload_bytes: int) -> list[str]:
-        found = self.folder.sizes(f"{name}/c")
-        return [key for key, size in found.items() if size == payload_bytes + CHECKSUM_BYTES]
+    def _there(self, name: str) -> set[Key]:
+        return self.plan.arrays[name].whole_chunks(self.folder.sizes(f"{name}/c"))
 
     # numbers -------------------------------------------------------------------------------------------------------
 
@@ -287,13 +295,9 @@ def _existing_plan(folder: Folder, identity: dict[str, Any]) -> FactorPlan | Non
 
 def _begin(folder: Folder, identity: dict[str, Any], plan: FactorPlan) -> Factor:
     group = zarr.open_group(folder.zarr_store(read_only=False), mode="a", use_consolidated=False)
-    rows, side = plan.num_rows, plan.side
-    if "factor" not in group:
-        note = {"long_name": "L of K + λI = L D Lᵀ, its tiles with row >= col"}
-        create_array(group, StoredArray("factor", "float64", (rows, rows), (side, side), ("row", "col"), note))
-    if "pivots" not in group:
-        note = {"long_name": "pivots, whose product is the determinant; D is their signs"}
-        create_array(group, StoredArray("pivots", "float64", (rows,), (side,), ("row",), note))
+    for name, array in plan.arrays.items():
+        if name not in group:
+            create_array(group, array)
     group.attrs.put({"identity": identity, "plan": vars(plan)})
     return Factor(folder, group, plan)
 
