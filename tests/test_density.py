@@ -21,6 +21,7 @@ from ntkgen.analysis.eigenvalue_density import (
 from ntkgen.analysis.linalg.krylov import Krylov, Sizes
 from ntkgen.analysis.linalg.quadrature import Moments, gauss
 from ntkgen.analysis.matrix import open_matrix
+from ntkgen.analysis.products import space_bytes
 from ntkgen.cli import cli
 from ntkgen.cli import run as run_command
 from ntkgen.errors import BudgetError
@@ -144,9 +145,9 @@ def test_probes_fill_the_memory_and_no_more(monkeypatch):
     for limit, probes in ((8 * 10**9, 64), (400 * 10**6, 15)):
         sizes = plan_probes(matrix, DensitySettings(memory_bytes=limit + 10**10))
         assert sizes.block == 64
-        monkeypatch.setattr(densities, "require_memory", lambda *_: None)
+        monkeypatch.setattr(densities, "require_space", lambda *_: None)
         sizes = plan_probes(matrix, DensitySettings(memory_bytes=limit))
-        assert sizes.bytes + densities.reading_bytes(matrix, sizes.block) <= limit
+        assert space_bytes(matrix, sizes) <= limit
         assert sizes.block == pytest.approx(probes, abs=4)
 
 
@@ -154,7 +155,9 @@ def test_too_little_memory_names_what_is_needed(tmp_path, sampled):
     import psutil
 
     matrix = store_of(tmp_path / "k.zarr", gram(60))
-    with pytest.raises(BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows"):
+    with pytest.raises(
+        BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows and 6 tiles \(fewer --passes"
+    ):
         density(matrix, DensitySettings(memory_bytes=psutil.Process().memory_info().rss + 20_000))
 
 

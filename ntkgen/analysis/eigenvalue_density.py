@@ -14,8 +14,8 @@ from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.eigenvalues import SpectrumSettings, is_dense, spectrum
 from ntkgen.analysis.linalg.krylov import EPSILON, Krylov, Sizes
 from ntkgen.analysis.linalg.quadrature import Moments, Quadrature, gauss, standard_error
-from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.products import Products, reading_bytes
+from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
+from ntkgen.analysis.products import Products, require_space, space_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError
 from ntkgen.progress import Report, ignore_report
@@ -146,11 +146,9 @@ def plan_probes(matrix: Matrix, settings: DensitySettings) -> Sizes:
     left = memory_left(settings.memory_bytes)
     for block in range(min(MAX_PROBES, matrix.num_rows), 0, -1):
         sizes = Sizes(matrix.num_rows, block, settings.passes)
-        needed = sizes.bytes + reading_bytes(matrix, block)
-        if needed <= left or block <= MIN_PROBES:
+        if space_bytes(matrix, sizes) <= left or block <= MIN_PROBES:
             break
-    what = f"{sizes.capacity + block:,} vectors of {matrix.num_rows:,} rows (fewer --passes take fewer)"
-    require_memory(what, needed, settings.memory_bytes)
+    require_space(matrix, sizes, settings.memory_bytes, "fewer --passes take fewer")
     return sizes
 
 

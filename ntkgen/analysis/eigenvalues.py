@@ -29,8 +29,8 @@ from ntkgen.analysis.linalg.dense import eigenvalues
 from ntkgen.analysis.linalg.factor import place_of_factor
 from ntkgen.analysis.linalg.krylov import EPSILON, Goal, Krylov, Largest, Multiply, Sizes, run
 from ntkgen.analysis.linalg.quadrature import Moments, effective_rank, estimate_effective_rank
-from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memory
-from ntkgen.analysis.products import TILES_HELD, Products, reading_bytes
+from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
+from ntkgen.analysis.products import Products, reading_bytes, require_space, space_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError, NotPositiveError
 from ntkgen.progress import Report, counter, ignore_report
@@ -220,19 +220,15 @@ def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
     N, left = matrix.num_rows, memory_left(settings.memory_bytes)
     smallest = min(N, min(settings.top or USUAL_TOP, N) + OVERSAMPLING)
 
-    def needed(sizes: Sizes) -> int:
-        return sizes.bytes + reading_bytes(matrix, sizes.block)
-
     most = MAX_BLOCK if settings.memory_bytes is not None else UNASKED_BLOCK
     for block in range(min(N, max(most, smallest)), smallest - 1, -1):
-        if needed(sizes := Sizes(N, block, BLOCKS)) <= left:
+        if space_bytes(matrix, sizes := Sizes(N, block, BLOCKS)) <= left:
             return sizes
     for num_blocks in range(BLOCKS - 1, MIN_BLOCKS, -1):
-        if needed(sizes := Sizes(N, smallest, num_blocks)) <= left:
+        if space_bytes(matrix, sizes := Sizes(N, smallest, num_blocks)) <= left:
             return sizes
     sizes = Sizes(N, smallest, MIN_BLOCKS)
-    what = f"{sizes.capacity + sizes.block:,} vectors of {N:,} rows and {TILES_HELD} tiles (lower --top takes fewer)"
-    require_memory(what, needed(sizes), settings.memory_bytes)
+    require_space(matrix, sizes, settings.memory_bytes, "lower --top takes fewer")
     return sizes
 
 

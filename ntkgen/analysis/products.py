@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ntkgen.analysis.linalg.factor import WORKSPACE_BYTES
+from ntkgen.analysis.linalg.krylov import Sizes
 from ntkgen.analysis.linalg.quadrature import Moments
-from ntkgen.analysis.matrix import FloatArray, Matrix
+from ntkgen.analysis.matrix import FloatArray, Matrix, require_memory
 from ntkgen.analysis.passes import Arrays
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report
@@ -21,6 +22,21 @@ def reading_bytes(matrix: Matrix, vectors: int = 0) -> int:
     The vectors themselves are not included.
     """
     return WORKSPACE_BYTES + 8 * matrix.side * (TILES_HELD * matrix.side + 2 * vectors)
+
+
+def space_bytes(matrix: Matrix, sizes: Sizes) -> int:
+    """Estimate what a Krylov space takes, with the tiles that are multiplied by it."""
+    return sizes.bytes + reading_bytes(matrix, sizes.block)
+
+
+def require_space(matrix: Matrix, sizes: Sizes, memory_bytes: int | None, remedy: str) -> None:
+    """Refuse a Krylov space that does not fit in what a budget for the whole process leaves.
+
+    Raises:
+        BudgetError: If it does not; the message has the remedy.
+    """
+    what = f"{sizes.capacity + sizes.block:,} vectors of {sizes.num_rows:,} rows and {TILES_HELD} tiles ({remedy})"
+    require_memory(what, space_bytes(matrix, sizes), memory_bytes)
 
 
 class Products:
