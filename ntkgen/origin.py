@@ -133,7 +133,7 @@ def _locate(name: str, folders: list[Path | None]) -> str:
             return str(place)
     raise DataError(
         f"The data set {name} is not to be found: expected it at one of {', '.join(map(str, places))}. Was it moved? "
-        "Say in which folder it lies with --data-dir."
+        "Say in which folder it lies with `data_dir`."
     )
 
 
@@ -169,7 +169,7 @@ def _check_samples(store: KernelStore, inputs: Inputs) -> None:
     if theirs != mine:
         raise FingerprintError(
             f"The samples of {store.name} are not those found (expected the fingerprint {theirs[:8]}…, found "
-            f"{mine[:8]}…). Was the data set changed, or is it another one of the same name? Say with --data-dir where "
+            f"{mine[:8]}…). Was the data set changed, or is it another one of the same name? Say with `data_dir` where "
             "the one lies that the store was made with."
         )
 
@@ -209,7 +209,7 @@ def certify_again(
 class RecomputeSettings:
     """How many tiles are recomputed, and with what."""
 
-    count: int | None  # None: one tile, if that is quick
+    num_tiles: int | None  # None: one tile, if that is quick
     seed: int
     device: torch.device
     memory_bytes: int | None = None
@@ -226,15 +226,15 @@ def recompute_tiles(
         FingerprintError: If network or samples are not those of the store.
         StoreError: If the store has no provenance, or its checkpoint is missing.
         DataError: If the data set is missing.
-        InputError: If no count is given and one tile would take long.
+        InputError: If no number is given and one tile would take long.
         BudgetError: If the memory is too small for one tile.
     """
-    drawn = draw_tiles(tiles, 1 if settings.count is None else settings.count, settings.seed)
+    drawn = draw_tiles(tiles, 1 if settings.num_tiles is None else settings.num_tiles, settings.seed)
     if not drawn:
         return []
     _source(store)  # raises before anything is measured where the store does not say it
     budget = memory_budget(settings.device, settings.memory_bytes)
-    if settings.count is None:
+    if settings.num_tiles is None:
         _require_quick(store, drawn, budget)
     origin = load_origin(store, settings.data_dir, download=settings.download)
     return recompute(store, origin.model, origin.inputs, drawn, Resources(settings.device, budget), report)
@@ -247,5 +247,5 @@ def _require_quick(store: KernelStore, tiles: Sequence[Tile], budget: Budget) ->
         raise InputError(
             f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} "
             "for a tile that is recomputed unasked, about a minute on two cores. Is the network large? Ask for it with "
-            "--recompute 1."
+            "`num_tiles` 1."
         )

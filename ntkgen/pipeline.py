@@ -265,7 +265,7 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
     """
     if against is None and kernel.against_subsample is not None:
         raise InputError(
-            f"--against-subsample {kernel.against_subsample} counts the samples of no split: expected --against test "
+            f"`against_subsample` {kernel.against_subsample} counts the samples of no split: expected `against` test "
             "beside it, which makes a rectangular kernel. Give both, or neither."
         )
     order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
@@ -285,8 +285,8 @@ def _probe(inputs: Inputs, data: Dataset) -> Tensor:
 def require_disk(setup: RunSetup, missing_bytes: int) -> None:
     """Require room for what is missing of one kernel or several."""
     advice = (
-        "Too many samples, dtypes or networks for it? Free some, choose another --out, fewer --dtype, --layout upper, "
-        "or a smaller --subsample."
+        "Too many samples, dtypes or networks for it? Free some, choose another `out`, fewer `dtypes`, `layout` upper, "
+        "or a smaller `subsample`."
     )
     require_room(setup.out, missing_bytes, "what is missing of the kernels", advice)
 

@@ -211,7 +211,7 @@ def test_the_leading_part_of_one_is_compared_with_that_of_the_other(tmp_path):
 
 @pytest.mark.parametrize("top", [0, 13])
 def test_no_more_eigenvalues_than_rows(tmp_path, top):
-    with pytest.raises(InputError, match=f"found --top {top}"):
+    with pytest.raises(InputError, match=f"found `top` {top}"):
         compare(*matrices(tmp_path, *pair_of()), asked(top))
 
 

@@ -520,7 +520,7 @@ def test_a_failed_download_says_what_to_put_where_and_leaves_nothing(tmp_path, n
         f"expected in {data_dir / info.folder} the files {', '.join(info.file_names('train'))}, found none" in message
     )
     assert f"by hand, unpacked, from {info.source}, or name the data directory" in message
-    assert "--data-dir or NTKGEN_DATA_DIR" in message
+    assert "`data_dir` or NTKGEN_DATA_DIR" in message
     assert_one_line(error)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""

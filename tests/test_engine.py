@@ -439,7 +439,7 @@ OTHERS = {
 def test_a_plan_of_another_machine_is_refused(job, field):
     value, message = OTHERS[field]
     plan = dataclasses.replace(job.plan, environment=dataclasses.replace(job.plan.environment, **{field: value}))
-    with pytest.raises(PlanError, match=rf"{message}.*--replan") as raised:
+    with pytest.raises(PlanError, match=rf"{message}.*`replan`") as raised:
         check_environment(plan, CPU)
     assert "\n" not in str(raised.value)
 
@@ -450,7 +450,7 @@ def test_a_network_that_does_not_fit_the_plan_is_refused_before_anything_is_writ
     with torch.random.fork_rng(devices=[]):
         other = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
     network = prepare(other, job.x, policy("float32"))
-    with pytest.raises(PlanError, match=r"does not fit the store's plan.*--replan") as raised:
+    with pytest.raises(PlanError, match=r"does not fit the store's plan.*`replan`") as raised:
         dataclasses.replace(job, network=network).run(store)
     assert "\n" not in str(raised.value)
     assert files_of(store.path) == before

@@ -154,7 +154,7 @@ def test_what_cannot_be_meant_is_refused(wrong):
 
 
 def test_too_few_prefixes_and_too_many_terms_are_refused():
-    with pytest.raises(InputError, match=r"too few prefixes .* at least 5, .* found 4 .*Lower --q"):
+    with pytest.raises(InputError, match=r"too few prefixes .* at least 5, .* found 4 .*Lower `q`"):
         fitted(Law(to=9, holdout=0), X[:4], X[:4], 1)
     with pytest.raises(InputError, match=r"do not determine the law: .* for 28 terms and 361 prefixes"):
         fit(Law(to=9, q=25), X[39:], X[39:])

@@ -330,7 +330,7 @@ def test_numbers_that_cannot_be_meant_are_refused(source, target):
 
 def test_the_dtype_of_a_raw_file(tmp_path, target):
     source = write_raw(tmp_path / "kernel.bin", kernel_of("float32"))
-    refused(source, target, FACTS, InputError, "does not say in what dtype.*--dtype")
+    refused(source, target, FACTS, InputError, "does not say in what dtype.*`dtype`")
     refused(source, target, SourceDescription(N, M, dtype="float16"), InputError, "does not hold a float16 kernel")
     store = import_kernel(source, target, SourceDescription(N, M, dtype="float32"))
     assert np.array_equal(store.array[:], kernel_of("float32"))

@@ -311,7 +311,7 @@ def test_the_plan_fits_the_memory():
             if plan.panel_tiles < plan.num_blocks / 4:
                 assert 0.7 < plan.bytes_read / ideal < 1.1
         assert plan.bytes_read == 0  # one panel holds all
-        with pytest.raises(BudgetError, match=r"20,000 rows takes [\d,]+ MB .*Raise --memory"):
+        with pytest.raises(BudgetError, match=r"20,000 rows takes [\d,]+ MB .*Raise `memory_bytes`"):
             plan_factor(matrix, 90 * 10**6)
 
 

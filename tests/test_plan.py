@@ -138,7 +138,7 @@ def test_a_network_that_cannot_be_made_ready_is_refused_for_that():
 
 def test_no_run_starts_where_too_little_is_free_at_the_moment():
     plan = planned(10**10)
-    with pytest.raises(BudgetError, match="--memory") as raised:
+    with pytest.raises(BudgetError, match="`memory_bytes`") as raised:
         plan.cached_blocks(Budget(10**10, plan.minimum_bytes - 1))
     assert "\n" not in str(raised.value)
     assert bytes_in(str(raised.value)) == pytest.approx([plan.minimum_bytes] * 2, rel=0.05)

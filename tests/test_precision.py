@@ -214,7 +214,7 @@ def test_a_device_that_cannot_follow_a_policy_is_refused(name, kind):
     if (name, kind) not in REFUSED:
         check_device(policy(name), torch.device(kind))
         return
-    with pytest.raises(InputError, match=rf"--precision {name} .*expected .*--(device|precision)") as raised:
+    with pytest.raises(InputError, match=rf"`precision` {name} .*expected .*`(device|precision)`") as raised:
         check_device(policy(name), torch.device(kind))
     assert "\n" not in str(raised.value)
 
@@ -225,7 +225,7 @@ def test_tf32_is_refused_before_anything_is_computed():
 
     model = nn.Linear(4, 2)
     model.register_forward_hook(never)
-    with pytest.raises(InputError, match="tensor cores: expected --device cuda, found cpu"):
+    with pytest.raises(InputError, match="tensor cores: expected `device` cuda, found cpu"):
         ntkgen.ntk(model, torch.ones(3, 4), precision="tf32")
 
 

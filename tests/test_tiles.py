@@ -157,7 +157,7 @@ def test_a_tile_of_several_planes_has_about_as_many_entries_as_one_of_a_single_p
 
 @pytest.mark.parametrize(("side", "nearest"), [(8, 10), (14, 10), (16, 20), (1, 10), (0, 10), (-20, 10), (5, 10)])
 def test_a_side_that_would_cut_a_sample_is_refused_and_the_nearest_named(side, nearest):
-    with pytest.raises(InputError, match=rf"side of {side} rows.*10 outputs.*--tile {nearest}\.$") as raised:
+    with pytest.raises(InputError, match=rf"side of {side} rows.*10 outputs.*`tile_side` {nearest}\.$") as raised:
         make_grid(100, 10, side)
     assert "\n" not in str(raised.value)
     assert make_grid(100, 10, nearest).side == nearest

@@ -111,7 +111,7 @@ def test_resuming_uses_the_threads_it_began_with(tmp_path, monkeypatch):
 def test_a_missed_target_is_an_error_that_keeps_the_checkpoint_and_says_what_to_do(tmp_path):
     path = tmp_path / "a.pt"
     found = train(path)
-    with pytest.raises(NotConvergedError, match="--allow-unconverged") as caught:
+    with pytest.raises(NotConvergedError, match="`allow_unconverged`") as caught:
         training.require_convergence(path, found, 101.0)
     assert str(path) in str(caught.value)
     assert f"{found.train_accuracy:.2f} %" in str(caught.value)
@@ -121,7 +121,7 @@ def test_a_missed_target_is_an_error_that_keeps_the_checkpoint_and_says_what_to_
 def test_a_loss_that_is_not_finite_stops_at_once(tmp_path):
     steps = []
     wild = dataclasses.replace(RECIPE, learning_rate=1e30)
-    with pytest.raises(DivergedError, match="lower --lr"):
+    with pytest.raises(DivergedError, match="lower `learning_rate`"):
         train(tmp_path / "a.pt", recipe=wild, report=lambda *step: steps.append(step))
     assert len(steps) < 4
     assert checkpoints.load(tmp_path / "a.pt").epoch == 0

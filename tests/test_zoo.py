@@ -56,7 +56,7 @@ def test_a_wrong_name_says_what_is_wrong_in_one_line(mylab, name, error, part):
 def test_width_scales_resnets_alone(mylab):
     assert zoo.build("resnet9", 10, seed=0, width=8).get_parameter("head.weight").shape[1] == 64
     for name in ("lenet", "mylab_nets:wide"):
-        with pytest.raises(InputError, match="--width"):
+        with pytest.raises(InputError, match="`width`"):
             zoo.build(name, 10, seed=0, width=8)
     with pytest.raises(InputError, match="-3"):
         zoo.build("resnet9", 10, seed=0, width=-3)

@@ -163,7 +163,7 @@ def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> N
         raise InputError(
             f"Nobody has asked this yet: expected the result of `ntkgen analyze {question} {matrix.name}` beside the "
             "store, found none, and of a kernel that does not fit in memory it could take long. Run that command "
-            "first, or raise --memory."
+            "first, or raise `memory_bytes`."
         )
 
 

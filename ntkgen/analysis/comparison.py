@@ -152,8 +152,8 @@ def compare(
     top = min(USUAL_TOP, rows) if settings.top is None else settings.top
     if not 1 <= top <= rows:
         raise InputError(
-            f"The kernels have no {top:,} eigenvalues: expected from 1 to their {rows:,} rows, found --top {top:,}. "
-            "Is another kernel meant? Lower --top."
+            f"The kernels have no {top:,} eigenvalues: expected from 1 to their {rows:,} rows, found `top` {top:,}. "
+            "Is another kernel meant? Lower `top`."
         )
     is_dense = _dense_bytes(first, second, top) <= memory_left(settings.memory_bytes)
     asked = {"top": top, "reference": reference_of(first), "is_dense": is_dense}
@@ -224,7 +224,7 @@ def _require_same_samples(first: Matrix, second: Matrix) -> None:
         raise FingerprintError(
             f"The kernels at {first.name} and {second.name} are of different rows: expected the same {name}, found "
             f"{str(mine)[:16]} and {str(other)[:16]}. Are they of other subsamples, orders, data or outputs? Compute "
-            "both with the same data set, --subsample, --shuffle-seed and --output."
+            "both of the same data set, samples, order and output."
         )
 
 

@@ -124,8 +124,8 @@ def _check(settings: DensitySettings) -> None:
     if not 1e-3 <= settings.bandwidth <= 10 or settings.passes < 2:
         raise InputError(
             f"A density cannot be drawn with a bandwidth of {settings.bandwidth:g} in {settings.passes} passes: "
-            "expected from 0.001 to 10 decades, and at least 2 passes. Are the two exchanged? Correct --bandwidth and "
-            "--passes."
+            "expected from 0.001 to 10 decades, and at least 2 passes. Are the two exchanged? Correct `bandwidth` "
+            "and `passes`."
         )
 
 
@@ -148,7 +148,7 @@ def plan_probes(matrix: Matrix, settings: DensitySettings) -> Sizes:
         sizes = Sizes(matrix.num_rows, block, settings.passes)
         if space_bytes(matrix, sizes) <= left or block <= MIN_PROBES:
             break
-    require_space(matrix, sizes, settings.memory_bytes, "fewer --passes take fewer")
+    require_space(matrix, sizes, settings.memory_bytes, "fewer `passes` take fewer")
     return sizes
 
 

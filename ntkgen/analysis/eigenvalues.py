@@ -189,13 +189,13 @@ def _check(matrix: Matrix, settings: SpectrumSettings) -> None:
     if settings.top is not None and not 1 <= settings.top <= matrix.num_rows:
         raise InputError(
             f"The kernel at {matrix.name} has no {settings.top:,} eigenvalues: expected from 1 to its "
-            f"{matrix.num_rows:,} rows, found --top {settings.top:,}. Is another kernel meant? Lower --top."
+            f"{matrix.num_rows:,} rows, found `top` {settings.top:,}. Is another kernel meant? Lower `top`."
         )
     if not 0 < settings.tolerance < 1 or settings.max_passes < 1:
         raise InputError(
             f"Eigenvalues cannot be computed to {settings.tolerance:g} in {settings.max_passes} passes: expected a "
-            "relative tolerance between 0 and 1 and at least one pass. Are the two exchanged? Correct --tolerance and "
-            "--max-passes."
+            "relative tolerance between 0 and 1 and at least one pass. Are the two exchanged? Correct `tolerance` "
+            "and `max_passes`."
         )
 
 
@@ -228,7 +228,7 @@ def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
         if space_bytes(matrix, sizes := Sizes(N, smallest, num_blocks)) <= left:
             return sizes
     sizes = Sizes(N, smallest, MIN_BLOCKS)
-    require_space(matrix, sizes, settings.memory_bytes, "lower --top takes fewer")
+    require_space(matrix, sizes, settings.memory_bytes, "a lower `top` takes fewer")
     return sizes
 
 

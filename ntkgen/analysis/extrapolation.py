@@ -48,14 +48,14 @@ class Law:
 
     def __post_init__(self) -> None:
         wrong = (
-            [f"--to of {self.to}, which must be positive"] * (self.to < 1)
-            + [f"--burn-in of {self.burn_in}, which must not be negative"] * ((self.burn_in or 0) < 0)
+            [f"`to` of {self.to}, which must be positive"] * (self.to < 1)
+            + [f"`burn_in` of {self.burn_in}, which must not be negative"] * ((self.burn_in or 0) < 0)
             + [f"{min(self.q, self.powers)} terms, which must not be fewer than none"] * (min(self.q, self.powers) < 0)
-            + [f"--holdout of {self.holdout:g}, which must be from 0 to below 1"] * (not 0 <= self.holdout < 1)
-            + [f"--alpha of {self.alpha:g}, which must be a number"] * (not np.isfinite(self.alpha))
+            + [f"`holdout` of {self.holdout:g}, which must be from 0 to below 1"] * (not 0 <= self.holdout < 1)
+            + [f"`alpha` of {self.alpha:g}, which must be a number"] * (not np.isfinite(self.alpha))
         )
         if wrong:
-            raise InputError(f"The law cannot be fitted: found {'; '.join(wrong)}. Is an option misspelt? Correct it.")
+            raise InputError(f"The law cannot be fitted: found {'; '.join(wrong)}. Is one misspelt? Correct it.")
 
     @property
     def terms(self) -> list[str]:
@@ -110,7 +110,7 @@ def fit(
     if len(x) < num_terms:
         raise InputError(
             f"There are too few prefixes to fit the law: expected at least {num_terms}, one for each term, found "
-            f"{len(x)} after burn-in and holdout. Is the kernel too small? Lower --q, --burn-in or --holdout."
+            f"{len(x)} after burn-in and holdout. Is the kernel too small? Lower `q`, `burn_in` or `holdout`."
         )
     weights = x**-law.alpha
     design = law.basis(x) * weights[:, None]
@@ -120,7 +120,7 @@ def fit(
     if condition > MAX_CONDITION:
         raise InputError(
             f"The prefixes do not determine the law: expected a condition number below {MAX_CONDITION:g}, found "
-            f"{condition:.3g} for {num_terms} terms and {len(x)} prefixes. Are there too many terms? Lower --q."
+            f"{condition:.3g} for {num_terms} terms and {len(x)} prefixes. Are there too many terms? Lower `q`."
         )
     return Fit(law, solve_triangular(R, Q.T @ (weights * y)) / scales, scales, condition)
 
@@ -267,7 +267,7 @@ def warnings_of(answer: ExtrapolateAnswer) -> list[str]:
         f"The log-determinant of {answer.to:,} samples is not determined by the kernel at {answer.store}: fitted "
         f"to all prefixes up to {answer.fitted_to:,} samples the law predicts {predicted:.6g} nats, to those below "
         f"{answer.holdout_from:,} it predicts {other:.6g}. Compute a larger kernel, predict one that is less large, "
-        "or lower --q; the samples must be in random order (--shuffle-seed)."
+        "or lower `q`; the samples must be in random order (`ntkgen compute --shuffle-seed`)."
     ]
 
 

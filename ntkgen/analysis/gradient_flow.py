@@ -156,12 +156,12 @@ def _check(problem: Problem, settings: FlowSettings) -> None:
         InputError: If a number is out of range, or the kernel lacks logits that the cross-entropy needs.
     """
     numbers = {
-        "--rate": settings.rate,
-        "--normalisation": 1.0 if settings.normalisation is None else settings.normalisation,
-        "--modes": settings.num_modes,
+        "rate": settings.rate,
+        "normalisation": 1.0 if settings.normalisation is None else settings.normalisation,
+        "num_modes": settings.num_modes,
     }
-    wrong = [f"{name} {value:g}" for name, value in numbers.items() if not 0 < value < np.inf]
-    wrong += [f"--times {time:g}" for time in settings.times or () if not 0 <= time < np.inf]
+    wrong = [f"`{name}` {value:g}" for name, value in numbers.items() if not 0 < value < np.inf]
+    wrong += [f"`times` {time:g}" for time in settings.times or () if not 0 <= time < np.inf]
     if wrong:
         raise InputError(
             f"A flow goes forward: expected positive numbers, found {wrong[0]} for {problem.matrix.name}. Is it a "
@@ -170,8 +170,8 @@ def _check(problem: Problem, settings: FlowSettings) -> None:
     if settings.loss != "squared" and (problem.readout.one_class is not None or problem.readout.num_logits < 2):
         raise InputError(
             f"The kernel at {problem.matrix.name} has no cross-entropy: expected the rows of all logits, found those "
-            f"of one (output {problem.readout.name}). Is it of --output index or diagonal? Use --loss squared, or a "
-            "kernel of --output full, centered or trace."
+            f"of one (output {problem.readout.name}). Is its output an index or the diagonal? Use `loss` squared, or "
+            "a kernel of the output full, centered or trace."
         )
 
 

@@ -213,7 +213,8 @@ def open_matrix(
     if not store.grid.is_symmetric:
         raise InputError(
             f"The kernel at {store.name} is rectangular: expected one of samples with themselves, found one of "
-            f"{store.grid.num_rows:,} × {store.grid.num_cols:,}. Was it made with --against? Take the one made without."
+            f"{store.grid.num_rows:,} × {store.grid.num_cols:,}. Was it made against other samples? Take the one "
+            "made without."
         )
     num_rows = _rows_there(store, allow_partial=allow_partial)
     chosen = dtype or max(store.manifest.dtypes, key=STORE_DTYPES.index)
@@ -249,7 +250,7 @@ def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
         return grid.num_rows
     blocks = min(tile.col for tile in missing)
     if not allow_partial or not blocks:
-        some = f"; all tiles of its first {blocks * grid.side:,} rows are there, which --allow-partial takes" * (
+        some = f"; all tiles of its first {blocks * grid.side:,} rows are there, which `allow_partial` takes" * (
             blocks > 0
         )
         command = Remedy.of(store.name, store.manifest).command
@@ -282,7 +283,7 @@ def memory_left(memory_bytes: int | None) -> int:
     if taken >= memory_bytes:
         raise InputError(
             f"A memory limit of {memory_bytes / 1e6:,.0f} MB is too small: this program itself takes "
-            f"{taken / 1e6:,.0f} MB of it. Is the unit right? Raise --memory."
+            f"{taken / 1e6:,.0f} MB of it. Is the unit right? Raise `memory_bytes`."
         )
     return memory_bytes - taken
 
@@ -301,5 +302,5 @@ def require_memory(what: str, needed_bytes: int, memory_bytes: int | None) -> No
     )
     raise BudgetError(
         f"{limit} is too small: expected {human_bytes(needed_bytes)} for {what}, found {human_bytes(left)} beside the "
-        "program itself. Is there more? Raise --memory."
+        "program itself. Is there more? Raise `memory_bytes`."
     )

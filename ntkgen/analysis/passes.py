@@ -53,7 +53,7 @@ def fold(
         raise WorkerError(
             f"A part of a pass over the tiles was lost with every worker that had begun it, at "
             f"{address_of(client)}: expected one of them to finish it. Are they killed for their memory? Each holds "
-            "some tiles, and two blocks of vectors. Give them more, or leave out --scheduler. What is stored is as it "
+            "some tiles, and two blocks of vectors. Give them more, or leave out `client`. What is stored is as it "
             "was."
         ) from error
     finally:

@@ -132,7 +132,7 @@ def _refuse(problem: Problem, shift: float, found: str) -> NoReturn:
     raise InputError(
         f"The kernel at {problem.matrix.name} cannot be inverted with λ = {shift:.6g}: expected K + λI to be positive "
         f"definite beyond rounding, found {found}. Is the kernel singular, or stored in few digits? Give larger "
-        "--shifts."
+        "`shifts`."
     )
 
 
@@ -333,7 +333,7 @@ def _check_shifts(problem: Problem, shifts: Sequence[float], method: str) -> Non
         why = " for conjugate gradients, which this matrix needs in this memory" if method == "cg" else ""
         raise InputError(
             f"λ must {'be positive' if method == 'cg' else 'not be negative'}{why}: found {least:.6g} for "
-            f"{problem.matrix.name}. Is it a logarithm of λ? Give --shifts above zero."
+            f"{problem.matrix.name}. Is it a logarithm of λ? Give `shifts` above zero."
         )
 
 

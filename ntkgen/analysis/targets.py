@@ -68,7 +68,7 @@ class Readout:
             raise InputError(
                 f"The kernel at {store.name} is of Σ f, the sum of all outputs: expected rows for which a label says "
                 "what they are to be, found the one-hot targets' sum, which is 1 whatever the label. Was the trace "
-                "meant, which is as small? Compute it with --output trace."
+                "meant, which is as small? Compute it with `ntkgen compute --output trace`."
             )
         return cls(name, store.num_logits or store.grid.num_outputs, plane, store.name)
 
@@ -193,7 +193,7 @@ def offset_of(readout: Readout, store: KernelStore, offset: str, array: str) -> 
     if not store.num_logits:
         raise InputError(
             f"The store at {store.name} has no logits: expected those of its samples, to begin from, found none. Was "
-            "it imported? Use --offset zero."
+            "it imported? Use `offset` zero."
         )
     return readout.mapped(store.read(array))
 
@@ -261,7 +261,8 @@ def _require_rectangle(store: KernelStore) -> None:
     if store.grid.is_symmetric:
         raise InputError(
             f"The kernel at {store.name} is of samples with themselves: expected one of training samples with test "
-            "samples for --test. Was it made without --against test?"
+            "samples as `test`. Was it made without columns of other samples? `ntkgen compute --against test` makes "
+            "them."
         )
     if missing := store.missing_tiles():
         command = Remedy.of(store.name, store.manifest).command
@@ -281,8 +282,8 @@ def _require_same_rows(store: KernelStore, problem: Problem) -> None:
     if differing := _differing_rows(train, store):
         raise FingerprintError(
             f"The rows of {store.name} are not those of {train.name}: expected the same {differing[0]}, found others. "
-            "Were they computed of two networks, subsamples or orders? Compute both with the same options but for "
-            "--against test."
+            "Were they computed of two networks, subsamples or orders? Compute both with the same settings, one of "
+            "them with columns of test samples."
         )
 
 

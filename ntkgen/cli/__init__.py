@@ -16,6 +16,7 @@ from ntkgen.cli.importing import import_
 from ntkgen.cli.info import info
 from ntkgen.cli.listings import datasets, models
 from ntkgen.cli.manual import manual
+from ntkgen.cli.messages import CommandError
 from ntkgen.cli.mirror import mirror
 from ntkgen.cli.plot import plot
 from ntkgen.cli.report import report
@@ -23,7 +24,7 @@ from ntkgen.cli.session import TERMINATED
 from ntkgen.cli.terminal import spelled_streams
 from ntkgen.cli.train import train
 from ntkgen.cli.verify import verify
-from ntkgen.errors import NtkgenError, Terminated
+from ntkgen.errors import Terminated
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
@@ -58,7 +59,7 @@ def run(args: Sequence[str] | None = None) -> int:
 def _run(args: Sequence[str] | None) -> int:
     try:
         result = cli.main(args, prog_name="ntkgen", standalone_mode=False)
-    except NtkgenError as error:
+    except CommandError as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)

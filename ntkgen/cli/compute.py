@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.certificate import certificate_summary
-from ntkgen.cli.options import SEED, Bytes, FiniteRange, ManyCommand, ManyOption, aligned, training_options
+from ntkgen.cli.messages import complain, note, show, warn
+from ntkgen.cli.options import SEED, Bytes, Command, FiniteRange, ManyOption, aligned, training_options
 from ntkgen.cli.session import Settings, start_process
 from ntkgen.errors import InputError
 from ntkgen.units import human_bytes, human_seconds
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ntkgen.pipeline import FinishedKernel, PlannedKernel
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=Command)
 @training_options
 @click.option("--subsample", type=int, help="Samples of the kernel, the first ones [all].")
 @click.option("--against", type=click.Choice(["test"]), help="Columns of other samples: those of the test split.")
@@ -67,9 +68,14 @@ if TYPE_CHECKING:
     help="Compare the finished kernel with the exact one, and store the error bound.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Compute in several processes of this machine.")
-@click.option("--scheduler", metavar="ADDRESS|FILE", help="Compute on the workers of a running dask cluster.")
+@click.option("--scheduler", "client", metavar="ADDRESS|FILE", help="Compute on the workers of a running dask cluster.")
 @click.option("--part", metavar="k/K", help="Compute the k-th of K parts, as one job of an array; the last finishes.")
-@click.option("--tile-timeout", type=FiniteRange(min=0, min_open=True), help="Seconds a worker may need for a tile.")
+@click.option(
+    "--tile-timeout",
+    "tile_seconds",
+    type=FiniteRange(min=0, min_open=True),
+    help="Seconds a worker may need for a tile.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
 @click.option("--explain", "explained", is_flag=True, help="The same, layer by layer: shape, order, FLOPs, bytes.")
 def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
@@ -93,7 +99,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
 
     settings = Settings.pop_from(options)
     samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
-    who = {name: options.pop(name) for name in ("workers", "scheduler", "part", "tile_timeout")}
+    who = {name: options.pop(name) for name in ("workers", "client", "part", "tile_seconds")}
     spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
     kernel = pipeline.KernelRequest(**samples, spec=spec)
     with _execution(settings, **who) as execution:
@@ -107,10 +113,10 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
                 click.echo(_treatment(planned), err=True)
             if dry_run or explained:
                 projection = project(planned, explained=explained)
-                click.echo(json.dumps(projection) if settings.as_json else _projection(projection))
+                show(json.dumps(projection) if settings.as_json else _projection(projection))
         pipeline.require_disk(setup, missing_bytes)
         if loses_precision(spec.precision, spec.dtypes):
-            click.echo(f"Warning: {_precision_warning(spec.precision, spec.dtypes)}", err=True)
+            warn(_precision_warning(spec.precision, spec.dtypes))
         if dry_run or explained:
             return 0
         exit_code = 0
@@ -120,16 +126,16 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
             with progress_bars(request.model, quiet=settings.quiet) as report:
                 result = pipeline.run_kernel(planned, report)
             values = result.to_json() | {"projected_seconds": projected}
-            click.echo(json.dumps(values) if settings.as_json else _summary(result, projected))
+            show(json.dumps(values) if settings.as_json else _summary(result, projected))
             if (wrong := result.described.inaccuracy) is not None:
-                click.echo(f"Error: {wrong}", err=True)
+                complain(wrong)
                 exit_code = 1
     return exit_code
 
 
 @contextmanager
 def _execution(
-    settings: Settings, *, workers: int | None, scheduler: str | None, part: str | None, tile_timeout: float | None
+    settings: Settings, *, workers: int | None, client: str | None, part: str | None, tile_seconds: float | None
 ) -> "Iterator[Execution]":
     """Choose what computes the tiles: this process, workers, or this process a part of them.
 
@@ -140,15 +146,15 @@ def _execution(
     from ntkgen.engine.coordinator import open_pool
     from ntkgen.plan.tiles import Part
 
-    if part is not None and (workers is not None or scheduler is not None):
+    if part is not None and (workers is not None or client is not None):
         raise InputError(
             f"--part {part} is for processes that run independently, and workers share all parts: expected one of "
             "the two. Leave out --part, or --workers and --scheduler."
         )
     chosen = None if part is None else Part.parse(part)
-    with open_pool(workers, scheduler, settings.device, tile_timeout) as pool:
+    with open_pool(workers, client, settings.device, tile_seconds) as pool:
         if pool is not None and not settings.quiet:
-            click.echo(f"{pool.num_workers} workers; dask shows them at {pool.dashboard}", err=True)
+            note(f"{pool.num_workers} workers; dask shows them at {pool.dashboard}")
         yield Execution(pool, chosen)
 
 

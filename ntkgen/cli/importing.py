@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.options import aligned
+from ntkgen.cli.messages import show
+from ntkgen.cli.options import Command, aligned
 from ntkgen.cli.session import start_process
 from ntkgen.units import human_bytes
 
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 ONE_OR_MORE = click.IntRange(min=1)
 
 
-@click.command("import")
+@click.command("import", cls=Command)
 @click.argument("path")
 @click.option("--samples", "num_samples", required=True, type=ONE_OR_MORE, help="Samples that the kernel is of.")
 @click.option("--outputs", "num_outputs", required=True, type=ONE_OR_MORE, help="Outputs of its network.")
 @click.option("--params", "num_params", type=ONE_OR_MORE, help="Trainable parameters P, by whose root it was divided.")
-@click.option("--out", metavar="STORE", help="The new store [beside PATH, its name ending in .imported.zarr].")
+@click.option(
+    "--out", "target", metavar="STORE", help="The new store [beside PATH, its name ending in .imported.zarr]."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "float32", "float64"]),
@@ -29,7 +32,7 @@ ONE_OR_MORE = click.IntRange(min=1)
 @click.option("--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
+def import_(path: str, *, target: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Read the kernel at PATH that this program's predecessor wrote: ntk_float32.zarr, or the raw ntk_float32.bin.
 
     The numbers stay as they are, J Jᵀ / √P in their dtype. With --params the new store says so in its scale_factor, and
@@ -44,11 +47,11 @@ def import_(path: str, *, out: str | None, as_json: bool, quiet: bool, **given: 
     from ntkgen.store.foreign import SourceDescription
     from ntkgen.store.importing import default_target, import_kernel
 
-    target = default_target(path) if out is None else out
+    target = default_target(path) if target is None else target
     with progress_bars(path, quiet=quiet) as report:
         store = import_kernel(path, target, SourceDescription(**given), report)
     found = describe(store)
-    click.echo(json.dumps(found.to_json()) if as_json else _page(found))
+    show(json.dumps(found.to_json()) if as_json else _page(found))
 
 
 def _page(found: "StoreDescription") -> str:

@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 import click
 
 from ntkgen.cli.certificate import certificate_lines
-from ntkgen.cli.options import aligned
+from ntkgen.cli.messages import complain, show
+from ntkgen.cli.options import Command, aligned
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
     from ntkgen.store.describe import StoreDescription
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path", metavar="PATH")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def info(path: str, *, as_json: bool) -> int:
@@ -25,10 +26,10 @@ def info(path: str, *, as_json: bool) -> int:
     from ntkgen.store.opening import open_store
 
     found = describe(open_store(path))
-    click.echo(json.dumps(found.to_json()) if as_json else _page(found))
+    show(json.dumps(found.to_json()) if as_json else _page(found))
     if found.inaccuracy is None:
         return 0
-    click.echo(f"Error: {found.inaccuracy}", err=True)
+    complain(found.inaccuracy)
     return 1
 
 

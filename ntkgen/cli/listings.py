@@ -5,10 +5,11 @@ import json
 
 import click
 
+from ntkgen.cli.options import Command
 from ntkgen.units import human_bytes
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network on stdout.")
 def models(*, as_json: bool) -> None:
     """List the networks of the zoo: name, parameters, paper."""
@@ -21,7 +22,7 @@ def models(*, as_json: bool) -> None:
         click.echo(json.dumps(row) if as_json else text)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per data set on stdout.")
 def datasets(*, as_json: bool) -> None:
     """List the data sets: name, training samples, classes, image shape, size of the full kernel in float16."""

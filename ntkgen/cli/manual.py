@@ -5,13 +5,14 @@ import sys
 
 import click
 
+from ntkgen.cli.options import Command
 from ntkgen.manual import Page, page, pages
 
 # Longer lines are hard to read, however wide the terminal is.
 MAX_WIDTH = 110
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", metavar="[PAGE]", required=False)
 @click.option("--list", "as_list", is_flag=True, help="Print the names of the pages, one a line.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per page on stdout.")

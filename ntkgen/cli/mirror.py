@@ -5,11 +5,13 @@ from typing import Any
 
 import click
 
+from ntkgen.cli.messages import show
+from ntkgen.cli.options import Command
 from ntkgen.cli.session import start_process
 from ntkgen.units import human_bytes
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
@@ -36,7 +38,7 @@ def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
         "tiles_mirrored": num_written,
         "stored_bytes": store.stored_bytes,
     }
-    click.echo(json.dumps(result) if as_json else _summary(result))
+    show(json.dumps(result) if as_json else _summary(result))
 
 
 def _summary(result: dict[str, Any]) -> str:

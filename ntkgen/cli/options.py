@@ -7,9 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
+from ntkgen.cli.messages import CommandError
+from ntkgen.errors import NtkgenError
 from ntkgen.units import parse_bytes
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ManyOption(click.Option):
@@ -19,13 +21,24 @@ class ManyOption(click.Option):
         super().__init__(*args, **{**kwargs, "multiple": True})
 
 
-class ManyCommand(click.Command):
-    """A command that understands `ManyOption`, anywhere on its line."""
+class Command(click.Command):
+    """A command that understands `ManyOption`, anywhere on its line, and whose errors name its options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the flag before each of its values, which is how click takes several."""
         flags = {flag for param in self.params if isinstance(param, ManyOption) for flag in param.opts}
         return super().parse_args(ctx, repeat_flags(args, flags))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command.
+
+        Raises:
+            CommandError: If the library raises an error.
+        """
+        try:
+            return super().invoke(ctx)
+        except NtkgenError as error:
+            raise CommandError(error, self) from error
 
 
 def repeat_flags(args: Sequence[str], flags: set[str]) -> list[str]:
@@ -95,7 +108,7 @@ def aligned(lines: dict[str, Any]) -> list[str]:
     return [f"  {name:<12}{value}" for name, value in lines.items()]
 
 
-def training_options(command: Command) -> Command:
+def training_options(command: Function) -> Function:
     """Add what determines a network: its name, its data, how it is trained, where it is kept."""
     options = [
         click.option(
@@ -116,11 +129,15 @@ def training_options(command: Command) -> Command:
             "--epochs",
             "--num-epochs",
             "--num_epochs",
+            "num_epochs",
             type=click.IntRange(min=0),
             help="At most [200]; 0 takes the network as it is built.",
         ),
         click.option(
-            "--lr", type=FiniteRange(min=0, min_open=True), help="Learning rate [0.1 with batch norm, else 0.02]."
+            "--lr",
+            "learning_rate",
+            type=FiniteRange(min=0, min_open=True),
+            help="Learning rate [0.1 with batch norm, else 0.02].",
         ),
         click.option(
             "--bs", "--batch-size", "batch_size", type=click.IntRange(min=1), help="Batch size of training [64]."

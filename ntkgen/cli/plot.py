@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import ManyCommand, ManyOption
+from ntkgen.cli.options import Command, ManyOption
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ KINDS = ("matrix", "spectrum", "density", "modes", "flow", "alignment", "logdet"
 FORMATS = ("png", "svg")
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
     "--kind",

@@ -5,10 +5,11 @@ from typing import Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
+from ntkgen.cli.options import Command
 from ntkgen.units import human_bytes
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True)
 @click.option("-o", "--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
 @shared_options

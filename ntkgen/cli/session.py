@@ -51,8 +51,8 @@ class Settings:
     dataset: str
     data_dir: Path | None
     raw_images: bool
-    epochs: int | None
-    lr: float | None
+    num_epochs: int | None
+    learning_rate: float | None
     batch_size: int | None
     width: int | None
     seed: int
@@ -97,9 +97,9 @@ class Settings:
                 model=model,
                 seed=seed,
                 width=self.width,
-                num_epochs=self.epochs,
+                num_epochs=self.num_epochs,
                 batch_size=self.batch_size,
-                learning_rate=self.lr,
+                learning_rate=self.learning_rate,
                 target_accuracy=self.target_accuracy,
                 allow_unconverged=self.allow_unconverged,
             )

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from ntkgen.cli.options import ManyCommand, training_options
+from ntkgen.cli.messages import show
+from ntkgen.cli.options import Command, training_options
 from ntkgen.cli.session import Settings, start_process
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=Command)
 @training_options
 def train(**options: Any) -> None:
     """Train networks until their training accuracy reaches the target.
@@ -42,7 +43,7 @@ def train(**options: Any) -> None:
             "num_params": sum(param.numel() for param in planned[0].parameters()),
             "seconds": round(time.monotonic() - started, 3),
         }
-        click.echo(json.dumps(result) if settings.as_json else _summary(result))
+        show(json.dumps(result) if settings.as_json else _summary(result))
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """`ntkgen verify`: every file of a store read, some tiles made again, and on request a repair or a new certificate."""
 
+import dataclasses
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.certificate import certificate_lines
-from ntkgen.cli.options import SEED, Bytes, aligned
+from ntkgen.cli.messages import complain, note, show
+from ntkgen.cli.options import SEED, Bytes, Command, aligned
 from ntkgen.cli.session import start_process
 from ntkgen.errors import InputError, NtkgenError, StoreError
 
@@ -29,12 +31,12 @@ DAMAGED, UNREACHED = 1, 2
 SHOWN = 20
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--repair", "repaired", is_flag=True, help="Remove what is damaged, so that it can be made anew.")
 @click.option(
     "--recompute",
-    "num_recomputed",
+    "num_tiles",
     type=click.IntRange(min=0),
     help="Tiles to compute again, drawn at random [1, if that takes about a minute at most]; 0: none.",
 )
@@ -42,12 +44,24 @@ SHOWN = 20
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR or data].")
 @click.option("--device", default="auto", show_default=True, help="Where kernels are computed, as for compute.")
 @click.option("--memory", "memory_bytes", type=Bytes(), help="Memory for computing tiles again, as for compute.")
-@click.option("--probes", type=int, help="Random vectors of a certificate [10; 3 for the outputs trace and diagonal].")
-@click.option("--pairs", type=int, help="Pairs of samples of a certificate [16; fewer for the trace of many outputs].")
+@click.option(
+    "--probes",
+    "num_probes",
+    type=int,
+    help="Random vectors of a certificate [10; 3 for the outputs trace and diagonal].",
+)
+@click.option(
+    "--pairs",
+    "num_pairs",
+    type=int,
+    help="Pairs of samples of a certificate [16; fewer for the trace of many outputs].",
+)
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of all that is drawn.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
-def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_json: bool, **options: Any) -> int:
+def verify(
+    paths: tuple[str, ...], *, num_probes: int | None, num_pairs: int | None, as_json: bool, **options: Any
+) -> int:
     """Read every file of the kernel stores at PATH..., and compare it with its size and its checksum.
 
     A tile is also computed again, from the checkpoint beside the store and its data set, and must have the same bytes;
@@ -65,19 +79,19 @@ def verify(paths: tuple[str, ...], *, probes: int | None, pairs: int | None, as_
 
     def sampling_of(output: str, num_logits: int) -> Sampling:
         usual = usual_sampling(output, num_logits)
-        counts = (usual.num_probes if probes is None else probes, usual.num_pairs if pairs is None else pairs)
-        return Sampling(*counts, options["seed"])
+        given = {"num_probes": num_probes, "num_pairs": num_pairs, "seed": options["seed"]}
+        return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
     sampling_of("full", 1)  # numbers that cannot be meant are refused before anything is read
     request, exit_code = _Request(sampling_of, **options), 0
     for path in paths:
         finding = _found(path, request)
         if as_json or "error" not in finding.result:
-            click.echo(json.dumps(finding.result) if as_json else _page(finding.result, finding.described))
-        for note in finding.notes:
-            click.echo(" ".join(note.split()), err=True)
+            show(json.dumps(finding.result) if as_json else _page(finding.result, finding.described))
+        for line in finding.notes:
+            note(line)
         for problem, code in finding.problems:
-            click.echo(f"Error: {' '.join(problem.split())}", err=True)
+            complain(problem)
             exit_code = max(exit_code, code)
     return exit_code
 
@@ -88,7 +102,7 @@ class _Request:
 
     sampling_of: "Callable[[str, int], Sampling]"
     repaired: bool
-    num_recomputed: int | None
+    num_tiles: int | None
     certified: bool
     data_dir: Path | None
     device: str
@@ -208,7 +222,7 @@ def _differing(
         again = _recomputed(store, damage, request, report)
     except (InputError, StoreError) as error:
         finding.result["not_recomputed"] = str(error)
-        if request.num_recomputed is None:
+        if request.num_tiles is None:
             finding.notes.append(f"No tile of {store.name} was computed again. {error}")
         else:
             finding.problems.append((str(error), error.exit_code))
@@ -224,14 +238,12 @@ def _recomputed(
     from ntkgen.checks.verify import whole_tiles
     from ntkgen.engine.machine import choose_device
 
-    if request.num_recomputed == 0:
+    if request.num_tiles == 0:
         return []
     _require_small_arrays(store, damage)
-    download = request.num_recomputed is not None or request.certified  # what was not asked for fetches nothing
+    download = request.num_tiles is not None or request.certified  # what was not asked for fetches nothing
     device, memory = choose_device(request.device), request.memory_bytes
-    settings = origin.RecomputeSettings(
-        request.num_recomputed, request.seed, device, memory, request.data_dir, download
-    )
+    settings = origin.RecomputeSettings(request.num_tiles, request.seed, device, memory, request.data_dir, download)
     return origin.recompute_tiles(store, whole_tiles(store, damage), settings, report)
 
 

@@ -122,7 +122,7 @@ def _unavailable(info: DatasetInfo, folder: Path, split: str, error: BaseExcepti
     return (
         f"Data set {info.name} {state}: expected in {folder} the files {', '.join(names)}, found "
         f"{', '.join(found) or 'none of them'}. {cause}. {remedy} the files into {folder} by hand, unpacked, from "
-        f"{info.source}, or name the data directory that has them with --data-dir or {DATA_DIR_VARIABLE}."
+        f"{info.source}, or name the data directory that has them with `data_dir` or {DATA_DIR_VARIABLE}."
     )
 
 

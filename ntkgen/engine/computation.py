@@ -100,7 +100,7 @@ def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
     if spec.layout == "upper":
         raise InputError(
             "The layout 'upper' stores one triangle of a symmetric kernel: expected 'full' or 'auto' for a rectangular "
-            "one, whose columns are other samples than its rows. Use --layout auto."
+            "one, whose columns are other samples than its rows. Use `layout` auto."
         )
     return "full"
 
@@ -140,7 +140,7 @@ def check_layout(store: KernelStore, layout: str) -> None:
     if layout == "full" and store.manifest.layout == "upper":
         raise FingerprintError(
             f"The store at {store.name} holds one triangle (layout upper), and both are asked for. Was it made "
-            "without --layout full? Finish it without that option, then `ntkgen mirror` writes the other triangle."
+            "without `layout` full? Finish it without that setting, then `ntkgen mirror` writes the other triangle."
         )
 
 

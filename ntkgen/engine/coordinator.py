@@ -306,8 +306,8 @@ def open_pool(
     """
     if workers is not None and client is not None:
         raise InputError(
-            "Workers of our own and a running cluster were both asked for: expected one of them. Leave out --workers "
-            "or --scheduler."
+            "Workers of our own and a running cluster were both asked for: expected one of them. Leave out `workers` "
+            "or `client`."
         )
     if workers is None and client is None:
         yield None

@@ -94,5 +94,5 @@ def check_plan(plan: Plan, found: Environment) -> None:
     if differences := plan.environment.differences(replace(found, threads=plan.environment.threads)):
         raise PlanError(
             f"The store's plan cannot be repeated here ({'; '.join(differences)}): the tiles still missing would "
-            "differ from the others in their last bits. Use a machine like the first, or add --replan to accept that."
+            "differ from the others in their last bits. Use a machine like the first, or set `replan` to accept that."
         )

@@ -31,7 +31,7 @@ def own_cluster(workers: int) -> "Iterator[Client]":
     from distributed import Client, LocalCluster
 
     if workers < 1:
-        raise InputError(f"--workers {workers} is no number of processes: expected 1 or more. Leave it out for none.")
+        raise InputError(f"`workers` {workers} is no number of processes: expected 1 or more. Leave it out for none.")
     threads = max(1, torch.get_num_threads() // workers)
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
     environ = {THREADS: str(threads)}
@@ -56,7 +56,7 @@ def own_cluster(workers: int) -> "Iterator[Client]":
                     raise InputError(unguarded()) from None
                 raise WorkerError(
                     f"The {workers} workers did not start ({error}): expected as many processes. Was one of them "
-                    "killed, or is there too little memory for them? Run the same command again, with fewer --workers."
+                    "killed, or is there too little memory for them? Run the same command again, with fewer `workers`."
                 ) from error
         held.enter_context(_closed_quietly(cluster))
         yield held.enter_context(Client(cluster, set_as_default=False))

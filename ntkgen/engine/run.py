@@ -136,7 +136,7 @@ def _check_network(network: Network, plan: Plan) -> None:
         raise PlanError(
             f"The network does not fit the store's plan: {len(theirs.layers)} layers with a rule and "
             f"{len(theirs.fallback)} parameters without one were planned, {len(mine.layers)} and {len(mine.fallback)} "
-            "are found. Was ntkgen or the network's code changed since? Use what made the store, or add --replan."
+            "are found. Was ntkgen or the network's code changed since? Use what made the store, or set `replan`."
         )
 
 

@@ -101,8 +101,8 @@ class Scheduler:
         if num_own and now - self._seen > NO_WORKER_SECONDS:
             raise WorkerError(
                 f"None of the {num_own} workers is left: expected dask to start them again, waited "
-                f"{NO_WORKER_SECONDS} seconds. Were they killed for their memory? Give less --memory or fewer "
-                "--workers, and run the same command again. What is finished is kept."
+                f"{NO_WORKER_SECONDS} seconds. Were they killed for their memory? Give less `memory_bytes` or "
+                "fewer `workers`, and run the same command again. What is finished is kept."
             )
         is_due = len(self._available) < num_own and now - self._restarted > RESTART_SECONDS
         if is_due:
@@ -138,7 +138,7 @@ class Scheduler:
             raise WorkerError(
                 f"A job of {attempt.job.size} tiles was lost or stalled {losses} times, each time with its worker: "
                 "expected one of them to finish it. Are they killed for their memory, or for their time? Give less "
-                "--memory, a smaller --tile or more --tile-timeout. What is finished is kept."
+                "`memory_bytes`, a smaller `tile_side` or more `tile_seconds`. What is finished is kept."
             )
         self._waiting.appendleft(replace(attempt, losses=losses))
 

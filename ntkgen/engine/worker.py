@@ -131,7 +131,7 @@ def make_computer(assignment: Assignment, device: torch.device) -> TileComputer:
         raise FingerprintError(
             f"A worker on {socket.gethostname()} has found other {' and '.join(differing)} than the store at "
             f"{assignment.folder} was made of: expected equal fingerprints. Does it see other files under the same "
-            "paths? Give the workers the same --data-dir and the same folder of results."
+            "paths? Give the workers the same `data_dir` and the same folder of results."
         )
     check_environment(store.manifest.plan, device)
     return TileComputer(

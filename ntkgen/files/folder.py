@@ -177,7 +177,7 @@ class LocalFolder(Folder):
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise InputError(
                 f"Nothing can be written below {nearest}: expected a folder with permission to write, found "
-                f"{'one without' if nearest.is_dir() else 'a file'}. Is --out spelled right? Choose another."
+                f"{'one without' if nearest.is_dir() else 'a file'}. Is the path spelled right? Choose another."
             )
 
     def require_no_dangling_link(self) -> None:

@@ -55,8 +55,7 @@ def write_lock(
     if file is None:
         raise StoreLockedError(
             f"Another process is writing {path} (it, or another thread of this one, holds {lock.name}): expected one "
-            "writer, since two would do the same work twice. Wait for it; what computes may also be given another "
-            "--out."
+            "writer, since two would do the same work twice. Wait for it, or write to another path."
         )
     with file:
         file.truncate(0)
@@ -116,7 +115,7 @@ def require_no_tile_writers(place: Folder | Path) -> None:
         if not is_alone:
             raise StoreLockedError(
                 f"Other processes are writing tiles of {place} (they share its .tiles.lock): expected none beside a "
-                "whole computation. Are parts of it (--part) or workers of a cluster still at work? Wait for them, or "
+                "whole computation. Are parts of it (`part`) or workers of a cluster still at work? Wait for them, or "
                 "run the part that is missing."
             )
 

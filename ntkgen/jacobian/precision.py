@@ -56,13 +56,13 @@ def check_device(precision: Precision, device: torch.device) -> None:
     """
     if device.type == "mps" and torch.float64 in {precision.compute_dtype, precision.accumulate_dtype}:
         raise InputError(
-            f"Apple's GPUs have no float64, which --precision {precision.name} needs: expected float32 on mps, or "
-            "--device cpu. Use one."
+            f"Apple's GPUs have no float64, which `precision` {precision.name} needs: expected float32 on mps, or "
+            "`device` cpu. Use one."
         )
     if precision.rounding == "tf32" and device.type != "cuda":
         raise InputError(
-            f"--precision tf32 is a way of NVIDIA's tensor cores: expected --device cuda, found {device.type}. Use "
-            "--precision float32, which costs the same here."
+            f"`precision` tf32 is a way of NVIDIA's tensor cores: expected `device` cuda, found {device.type}. Use "
+            "`precision` float32, which costs the same here."
         )
 
 

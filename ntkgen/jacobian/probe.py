@@ -105,7 +105,7 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
     if outputs.dtype != samples.dtype and samples.is_floating_point():
         raise NotInThisDtypeError(
             f"The network returns {outputs.dtype} where its parameters and samples are {samples.dtype}: its forward "
-            "pass rounds on its own. Remove the cast, so that --precision says how the kernel is computed."
+            "pass rounds on its own. Remove the cast, so that `precision` says how the kernel is computed."
         )
     if not outputs.isfinite().all():
         raise ModelError(

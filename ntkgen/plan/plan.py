@@ -195,14 +195,16 @@ class Plan:
             raise BudgetError(
                 f"Making the network ready takes {human_bytes(self.preparing_bytes)} of memory and "
                 f"{human_bytes(budget.available_bytes)} are allowed: a copy of its {self.profile.num_params:,} "
-                "parameters in float64, on which it is checked. Is --memory meant for a smaller network? Raise it."
+                "parameters in float64, on which it is checked. Is `memory_bytes` meant for a smaller network? "
+                "Raise it."
             )
         if self.minimum_bytes > budget.available_bytes:
             raise BudgetError(
                 f"One tile needs {human_bytes(self.minimum_bytes)} of memory and {human_bytes(budget.available_bytes)} "
                 f"are allowed: {human_bytes(self.fixed_bytes)} for the network, a batch of {self.jacobian.batch_size} "
                 f"and a tile of {self.grid.side} rows, {human_bytes(2 * self.block_bytes)} for the factors of two "
-                f"blocks of {self.block_samples} samples. Raise --memory, free some, or take a smaller --tile."
+                f"blocks of {self.block_samples} samples. Raise `memory_bytes`, free some, or take a smaller "
+                "`tile_side`."
             )
         fits = (budget.available_bytes - self.fixed_bytes) // max(1, self.block_bytes)
         return min(fits, self._all_blocks)

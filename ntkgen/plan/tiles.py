@@ -206,7 +206,7 @@ def make_grid(
         nearest = max(1, round(side / num_outputs)) * num_outputs
         raise InputError(
             f"A tile side of {side} rows does not fit: expected a positive multiple of the {num_outputs} outputs, so "
-            f"that a tile holds whole samples. The nearest is --tile {nearest}."
+            f"that a tile holds whole samples. The nearest is `tile_side` {nearest}."
         )
     tile_samples = min(side // num_outputs, max(num_samples, num_col_samples or 0))
     return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)

@@ -171,10 +171,10 @@ def open_foreign(folder: Folder, given: SourceDescription) -> ForeignKernel:
 
 
 def _require_positive(given: SourceDescription) -> None:
-    numbers = {"samples": given.num_samples, "outputs": given.num_outputs, "params": given.num_params}
-    for name, number in numbers.items():
+    for name in ("num_samples", "num_outputs", "num_params"):
+        number = getattr(given, name)
         if number is not None and number < 1:
-            raise InputError(f"A kernel has {name}: expected at least 1, found {number}. Is --{name} misspelt?")
+            raise InputError(f"A kernel has `{name}`: expected at least 1, found {number}. Is the number misspelt?")
 
 
 def _open_raw(path: Path, given: SourceDescription) -> FloatArray:
@@ -187,8 +187,8 @@ def _open_raw(path: Path, given: SourceDescription) -> FloatArray:
     dtype = given.dtype or (found and found[0])
     if dtype not in STORE_DTYPES:
         raise InputError(
-            f"{path} does not say in what dtype it is: expected a name as ntk_float32.bin, or --dtype with one of "
-            f"{', '.join(STORE_DTYPES)}, found {dtype or 'neither'}. Was it renamed? Say it with --dtype."
+            f"{path} does not say in what dtype it is: expected a name as ntk_float32.bin, or `dtype` with one of "
+            f"{', '.join(STORE_DTYPES)}, found {dtype or 'neither'}. Was it renamed? Say it with `dtype`."
         )
     expected, size = given.num_rows**2 * np.dtype(dtype).itemsize, path.stat().st_size
     if size != expected:
@@ -196,7 +196,7 @@ def _open_raw(path: Path, given: SourceDescription) -> FloatArray:
         raise InputError(
             f"{path} does not hold a {dtype} kernel of {given.num_samples} samples × {given.num_outputs} outputs: "
             f"expected {given.num_rows}² entries, {expected} bytes, found {size} bytes, about {rows}² entries. Is it "
-            "of fewer samples, of another dtype, or cut short? Correct --samples, --outputs or --dtype."
+            "of fewer samples, of another dtype, or cut short? Correct `num_samples`, `num_outputs` or `dtype`."
         )
     return np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r", shape=(given.num_rows, given.num_rows))
 
@@ -224,8 +224,8 @@ def _open_array(folder: Folder, given: SourceDescription) -> "zarr.Array[Any]":
     if array.shape != (given.num_rows, given.num_rows):
         raise InputError(
             f"{folder} is not the kernel of {given.num_samples} samples × {given.num_outputs} outputs: expected the "
-            f"shape {(given.num_rows, given.num_rows)}, found {array.shape}. Was it made with --subsample, or for "
-            "another number of classes? Correct --samples or --outputs."
+            f"shape {(given.num_rows, given.num_rows)}, found {array.shape}. Was it made of fewer samples, or for "
+            "another number of classes? Correct `num_samples` or `num_outputs`."
         )
     if len(set(array.chunks)) != 1:
         raise StoreError(
@@ -234,7 +234,7 @@ def _open_array(folder: Folder, given: SourceDescription) -> "zarr.Array[Any]":
         )
     if given.dtype not in {None, array.dtype.name}:
         raise InputError(
-            f"{folder} says itself in what dtype it is, {array.dtype.name}, and --dtype says {given.dtype}: expected "
+            f"{folder} says itself in what dtype it is, {array.dtype.name}, and `dtype` says {given.dtype}: expected "
             "it for raw files alone. Nothing is converted; leave it out."
         )
     return array

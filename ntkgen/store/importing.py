@@ -26,7 +26,7 @@ from ntkgen.store.tidy import tidy
 from ntkgen.store.writing import write_each
 
 # What to do where the disk is too small.
-NO_ROOM = "Does it lie on the same disk as the source? Free some, or choose another --out."
+NO_ROOM = "Does it lie on the same disk as the source? Free some, or choose another `target`."
 
 
 def import_kernel(
@@ -92,7 +92,7 @@ def default_target(source: str) -> str:
     if whole.rpartition("/")[2] in {"", ".", "..", "~"}:
         raise InputError(
             f"The path {source} has no name to call the new store by: expected one that ends in a name. Is it the "
-            "current folder? Say with --out where the store is to be."
+            "current folder? Say with `target` where the store is to be."
         )
     return f"{whole.removesuffix('.zarr').removesuffix('.bin')}.imported.zarr"
 
@@ -102,7 +102,7 @@ def _require_elsewhere(source: Folder, target: Folder) -> None:
     if f"{places[1]}/".startswith(f"{places[0]}/"):
         raise InputError(
             f"{source} cannot become a store where it lies: expected another place to write to, found {target}. Was "
-            "the source meant to be replaced? Choose another --out, and remove the source afterwards."
+            "the source meant to be replaced? Choose another `target`, and remove the source afterwards."
         )
 
 

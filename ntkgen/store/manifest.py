@@ -126,7 +126,7 @@ def check_identity(path: str, manifest: Manifest, identity: Mapping[str, Any]) -
         differing = ", ".join(f"{name} {_short(theirs.get(name))}, now {_short(identity.get(name))}" for name in names)
         raise FingerprintError(
             f"The store at {path} was made from something else ({differing}). Tiles of two kernels would be "
-            "mixed. Use another --out, or the original settings, or remove the store."
+            "mixed. Use another path, or the original settings, or remove the store."
         )
 
 

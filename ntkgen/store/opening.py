@@ -73,7 +73,7 @@ def has_store(folder: Folder) -> bool:
     if isinstance(folder, LocalFolder) and folder.path.exists() and not folder.path.is_dir():
         raise StoreError(
             f"There can be no store at {folder}: expected a folder or nothing, found a file. Is it something else's? "
-            "Remove it, or choose another --out."
+            "Remove it, or choose another path."
         )
     tiles = [key for key in folder.sizes() if key.startswith(("ntk_", "diagonal/c/", "logits/c/"))]
     if tiles:

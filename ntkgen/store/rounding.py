@@ -80,6 +80,6 @@ def to_stored(values: npt.NDArray[np.floating], dtype: str, scale: float) -> npt
         raise DivergedError(
             f"{bad} of {stored.size} kernel entries are not finite in {dtype} (scale {scale:g}). Either the network "
             "has infinite or NaN parameters or inputs, or its gradients overflow. Check the checkpoint's training "
-            "loss, or compute with --precision float64 and store float64."
+            "loss, or compute with `precision` float64 and store float64."
         )
     return stored

@@ -138,7 +138,7 @@ def check_recipe(path: File | Path, checkpoint: Checkpoint, recipe: Recipe) -> N
     if differences := checkpoint.recipe.differences(recipe):
         raise FingerprintError(
             f"The checkpoint {path} was trained in another way ({'; '.join(differences)}). Continuing would mix the "
-            "two. Use another --out, or the original settings, or remove the checkpoint."
+            "two. Use another `out`, or the original settings, or remove the checkpoint."
         )
 
 
@@ -153,5 +153,5 @@ def load_state(model: nn.Module, checkpoint: Checkpoint) -> None:
     except RuntimeError as error:
         raise FingerprintError(
             f"The checkpoint does not fit {checkpoint.recipe.model} ({str(error).splitlines()[-1].strip()}). "
-            "Has its code changed since? Use another --out to train the new one."
+            "Has its code changed since? Use another `out` to train the new one."
         ) from error

@@ -190,8 +190,8 @@ def require_convergence(path: File, checkpoint: Checkpoint, target_accuracy: flo
             f"{recipe.model} on {recipe.dataset} did not converge: expected {target_accuracy:g} % training accuracy, "
             f"found {checkpoint.train_accuracy:.2f} % after {checkpoint.epoch} of {recipe.num_epochs} epochs, where "
             f"its training ended. Too few epochs, a lower target then, a learning rate ({recipe.learning_rate:g}) "
-            f"that does not suit it? Its checkpoint is kept at {path}: lower --target-accuracy, add "
-            "--allow-unconverged, or train anew with other settings and another --out."
+            f"that does not suit it? Its checkpoint is kept at {path}: lower `target_accuracy`, set "
+            "`allow_unconverged`, or train anew with other settings and another `out`."
         )
 
 
@@ -227,7 +227,7 @@ def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> f
             raise DivergedError(
                 f"The loss became {loss} in epoch {run.epoch + 1}, step {step + 1}: training of {run.recipe.model} "
                 f"diverged. A learning rate of {run.recipe.learning_rate:g} is probably too high for it. Train anew "
-                f"with a lower --lr and another --out; the last good epoch ({run.epoch}) is kept at {path}."
+                f"with a lower `learning_rate` and another `out`; the last good epoch ({run.epoch}) is kept at {path}."
             )
         total += loss * len(ids)
         report(run.epoch, step + 1, _num_steps(run, data), None)

@@ -37,12 +37,12 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
     if ":" in name:
         factory = _imported(name)
         if width is not None:
-            raise InputError(f"--width was given for {name}, but it scales the zoo's ResNets alone. Leave it out.")
+            raise InputError(f"`width` was given for {name}, but it scales the zoo's ResNets alone. Leave it out.")
     elif name in MODELS:
         factory = MODELS[name]
         if width is not None and not MODELS[name].has_width:
             scalable = ", ".join(other for other, entry in MODELS.items() if entry.has_width)
-            raise InputError(f"--width was given for {name}, which has none: it scales {scalable}. Leave it out.")
+            raise InputError(f"`width` was given for {name}, which has none: it scales {scalable}. Leave it out.")
     else:
         raise UnknownNameError("model", name, [*MODELS, "package.module:factory"])
     if width is not None and width < 1:

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from ntkgen.cli.options import SEED, ManyCommand, ManyOption
+from ntkgen.cli.options import SEED, Command, ManyOption
 from ntkgen.cli.session import start_process
 
 if __name__ == "__main__":
@@ -278,7 +278,7 @@ class Pairs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         return None if value in {"all", None} else click.IntRange(min=1).convert(value, param, ctx)
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=Command)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--models", cls=ManyOption, default=("resnet9", "resnet18", "vgg11"), metavar="NAME...")
 @click.option("--n", default=128, show_default=True, type=click.IntRange(min=1), help="Samples.")

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from ntkgen.cli.options import SEED, Bytes, ManyCommand, ManyOption
+from ntkgen.cli.options import SEED, Bytes, Command, ManyOption
 from ntkgen.cli.session import start_process
 
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ class Settings:
     n: int
     trials: int
     seed: int
-    memory: int | None
+    memory_bytes: int | None
     width: int | None
     device: torch.device
 
@@ -137,7 +137,7 @@ def repeated(settings: Settings, work: Callable[..., Any], *args: Any) -> tuple[
 def bench(name: str, network: Network, tile: int | None, settings: Settings) -> dict[str, Any]:
     """Measure one network, and extrapolate."""
     precision = network.precision.name
-    budget = memory_budget(settings.device, settings.memory)
+    budget = memory_budget(settings.device, settings.memory_bytes)
     plan = plan_kernel(network, tile, budget, settings)
     say(f"{name}: {precision}, tiles of {plan.grid.side} rows, blocks of {plan.block_samples} samples")
     if settings.device.type == "cuda":
@@ -240,14 +240,14 @@ TABLE: tuple[Line, ...] = (
 )
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=Command)
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, …; cpu to try the script itself.")
 @click.option("--models", cls=ManyOption, default=("resnet9", "resnet18", "resnet50"), metavar="NAME...")
 @click.option("--precision", "precisions", cls=ManyOption, default=("float32",), metavar="NAME...")
-@click.option("--tile", "tiles", cls=ManyOption, type=int, default=(), metavar="ROWS...", help="[as compute does]")
+@click.option("--tile", "tile_side", cls=ManyOption, type=int, default=(), metavar="ROWS...", help="[as compute does]")
 @click.option("--n", default=PUBLISHED_SAMPLES, show_default=True, type=click.IntRange(min=1), help="Samples.")
 @click.option("--trials", default=3, show_default=True, type=click.IntRange(min=1), help="The median counts.")
-@click.option("--memory", type=Bytes(), help="Of the device, as 60GB [as compute does].")
+@click.option("--memory", "memory_bytes", type=Bytes(), help="Of the device, as 60GB [as compute does].")
 @click.option("--seed", default=0, show_default=True, type=SEED, help="Of the samples.")
 @click.option("--width", type=int, help="Channels of the first stage of a ResNet [64].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per measurement instead of a table.")
@@ -256,7 +256,7 @@ def main(
     device: str,
     models: tuple[str, ...],
     precisions: tuple[str, ...],
-    tiles: tuple[int, ...],
+    tile_side: tuple[int, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -267,7 +267,7 @@ def main(
             check_device(policy(precision), settings.device)
         results = []
         for name, model in build_all(models, settings.width).items():
-            for precision, tile in itertools.product(precisions, tiles or (None,)):
+            for precision, tile in itertools.product(precisions, tile_side or (None,)):
                 network = prepare(model, random_samples(2, settings.seed), policy(precision), settings.device)
                 results.append(compare_with_published(bench(name, network, tile, settings)))
                 if as_json:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen.cli.options import ManyCommand, ManyOption
+from ntkgen.cli.options import Command, ManyOption
 from ntkgen.cli.session import start_process
 from ntkgen.data import dataset as data
 from ntkgen.errors import InputError
@@ -168,7 +168,7 @@ def eta(name: str) -> dict[str, Any]:
     return {"model": name, "samples": ETA_SAMPLES, "eta": norms[0] / norms[1]}
 
 
-@click.command(cls=ManyCommand)
+@click.command(cls=Command)
 @click.option("--cases", cls=ManyOption, default=tuple(CASES), type=click.Choice(list(CASES)))
 @click.option("--eta", "networks", cls=ManyOption, default=("lenet", "resnet9", "vgg11"))
 @click.option("--json", "as_json", is_flag=True, help="One object per line.")

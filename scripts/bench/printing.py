@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ntkgen.cli.messages import complain
 from ntkgen.errors import NtkgenError
 
 FILE_WIDTH = 160  # of a table that is not printed on a terminal
@@ -36,5 +37,5 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except NtkgenError as error:
-        say(f"Error: {' '.join(str(error).split())}")
+        complain(str(error))
         sys.exit(error.exit_code)

@@ -60,7 +60,7 @@ class FactorSettings(Settings):
         if not 0 <= self.shift < np.inf:
             raise InputError(
                 f"A shift of {self.shift:g} cannot be added: expected a number that is not negative, so that K + λI is "
-                "positive definite where K is. Was its size meant? Pass --shift 0 or more."
+                "positive definite where K is. Was its size meant? Pass `shift` 0 or more."
             )
 
 
@@ -385,6 +385,6 @@ def _not_positive(tile: FloatArray, col: int, hands: _Hands) -> str:
         f"{tile[at, at] - line @ line:.3g} in row {row:,} (sample {sample:,}, output "
         f"{output if matrix.output is None else matrix.output}). {known}"
         f"The log-determinant of the {row:,} rows before it is {logdet:.12g}. Is it stored or computed too coarsely, "
-        "or are there fewer parameters than rows? Add --shift, continue with --indefinite, or compute it with "
-        "--precision float64 --dtype float64."
+        "or are there fewer parameters than rows? Set `shift` above 0, continue with `indefinite`, or compute it with "
+        "`ntkgen compute --precision float64 --dtype float64`."
     )

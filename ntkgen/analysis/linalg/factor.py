@@ -127,7 +127,7 @@ def _too_little(matrix: Matrix, beside: int, wanted: int) -> str:
     needed = 8 * min(NARROWEST, wanted) * (matrix.num_rows + 6 * wanted) - beside
     return (
         f"The memory limit is too small to factor the kernel at {matrix.name}: a panel of its {matrix.num_rows:,} rows "
-        f"takes {needed / 1e6:,.0f} MB beside what this program itself takes. Raise --memory."
+        f"takes {needed / 1e6:,.0f} MB beside what this program itself takes. Raise `memory_bytes`."
     )
 
 

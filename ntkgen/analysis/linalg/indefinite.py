@@ -51,7 +51,7 @@ def pivoted(tile: FloatArray, place: str) -> PivotedTile:
     if not values.all():
         raise NotPositiveError(
             f"The tile {place} is singular: expected pivots that are not zero, found {int((values == 0).sum())} that "
-            "are. Are there equal samples, or fewer parameters than rows? Add --shift."
+            "are. Are there equal samples, or fewer parameters than rows? Set `shift` above 0."
         )
     root = np.sqrt(np.abs(values))
     factor = (turned_lower @ Q) * root
@@ -96,7 +96,8 @@ def examined(matrix: Matrix, factor: Factor, shift: float, report: Report) -> Ex
         raise NotPositiveError(
             f"The factor of the kernel at {matrix.name} cannot be trusted: expected ‖(K − LDLᵀ)v‖ of at most "
             f"{TOLERANCE:g} ‖Kv‖, found {residual:.3g}, with max |L| = {largest:.3g}. Pivots inside tiles were too "
-            "small. Add --shift, or compute the kernel with --precision float64 --dtype float64."
+            "small. Set `shift` above 0, or compute the kernel with "
+            "`ntkgen compute --precision float64 --dtype float64`."
         )
     growth = largest**2 / float(np.abs(matrix.diagonal() + shift).max())
     return Examination(largest, growth, residual)

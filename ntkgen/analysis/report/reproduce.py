@@ -94,12 +94,13 @@ def _training_note(made: Provenance, checkpoint: str) -> str:
         return "The network is taken as it is built from its seed: nothing else is needed."
     if made.num_epochs is not None:
         return (
-            f"It trains the network anew, or takes {checkpoint}, if that lies in --out, as it is: the network of this "
-            "very kernel."
+            f"It trains the network anew. If {checkpoint} lies in the folder of `ntkgen compute --out`, it takes the "
+            "network of this very kernel from there."
         )
     return (
-        f"Put {checkpoint} into --out: it holds the network of this very kernel, and how that was trained. Without it "
-        "the network is trained anew, for at most 200 epochs; the store does not record another choice."
+        f"Put {checkpoint} into the folder of `ntkgen compute --out`: it holds the network of this very kernel, and "
+        "how that was trained. Without it the network is trained anew, for at most 200 epochs; the store does not "
+        "record another choice."
     )
 
 

@@ -2,21 +2,20 @@
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.options import Bytes
+from ntkgen.cli.messages import show, warn
+from ntkgen.cli.options import Bytes, Function
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from ntkgen.analysis.answer import Answer
     from ntkgen.analysis.matrix import Matrix
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 # The commands, each in the module of its name.
 QUESTIONS = ("spectrum", "density", "logdet", "extrapolate", "regress", "flow", "align", "compare")
@@ -51,7 +50,7 @@ class Asked:
     """What every question is asked with."""
 
     dtype: str | None
-    of_output: int | None
+    output: int | None
     allow_partial: bool
     memory_bytes: int | None
     as_json: bool
@@ -61,7 +60,7 @@ class Asked:
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> "Asked":
         """Take these options out of a command's, and connect to the cluster until the command ends."""
-        scheduler, client = options.pop("scheduler"), None
+        scheduler, client = options.pop("client"), None
         if scheduler is not None:
             from ntkgen.engine.cluster import connected
 
@@ -77,11 +76,11 @@ class Asked:
 
         store = open_store(path)
         if (wrong := inaccuracy(store)) is not None:
-            click.echo(f"Warning: {wrong}", err=True)
+            warn(wrong)
         return open_matrix(
             store,
             dtype=self.dtype,
-            output=self.of_output,
+            output=self.output,
             allow_partial=self.allow_partial,
             client=self.client,
         )
@@ -90,22 +89,21 @@ class Asked:
         """Print an answer: one JSON object, or lines for people; and say so where it could not be kept."""
         self.show_values(answer.store, answer.to_json(), page)
         if answer.not_kept is not None:
-            click.echo(
-                f"Warning: The result is not kept beside {answer.store}, and is computed again when it is asked for "
-                f"({answer.not_kept}).",
-                err=True,
+            warn(
+                f"The result is not kept beside {answer.store}, and is computed again when it is asked for "
+                f"({answer.not_kept})."
             )
 
     def show_values(self, store: str, values: Mapping[str, Any], page: Sequence[str]) -> None:
         """Print what is said of a store: one JSON object, or lines for people."""
-        click.echo(json.dumps(values) if self.as_json else "\n".join([store, *page]))
+        show(json.dumps(values) if self.as_json else "\n".join([store, *page]))
 
 
-def shared_options(command: Command) -> Command:
+def shared_options(command: Function) -> Function:
     """Add the options that every question has."""
     options = [
         click.option("--dtype", help="Which of the stored kernels [the most precise]."),
-        click.option("--of-output", type=int, help="Which matrix, of a kernel of the output `diagonal`."),
+        click.option("--of-output", "output", type=int, help="Which matrix, of a kernel of the output `diagonal`."),
         click.option(
             "--allow-partial", is_flag=True, help="Take the largest complete leading part, if tiles are missing."
         ),
@@ -117,6 +115,7 @@ def shared_options(command: Command) -> Command:
         ),
         click.option(
             "--scheduler",
+            "client",
             metavar="ADDRESS|FILE",
             help="Divide passes over the tiles among the workers of a running dask cluster.",
         ),

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
+from ntkgen.cli.options import Command
 
 if TYPE_CHECKING:
     from ntkgen.analysis.alignment import AlignAnswer
 
 
-@click.command(short_help="Alignment with the labels.")
+@click.command(cls=Command, short_help="Alignment with the labels.")
 @click.argument("paths", nargs=-1, required=True)
 @shared_options
 def align(paths: tuple[str, ...], **options: Any) -> None:

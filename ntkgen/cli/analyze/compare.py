@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
+from ntkgen.cli.options import Command
 
 if TYPE_CHECKING:
     from ntkgen.analysis.comparison import CompareAnswer, Cost
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 LISTED = 5
 
 
-@click.command(short_help="Distance, CKA, angles and ratios of kernels.")
+@click.command(cls=Command, short_help="Distance, CKA, angles and ratios of kernels.")
 @click.argument("paths", nargs=-1, required=True)
 @click.option("--top", type=int, help="Eigenvectors whose space is compared, and eigenvalues [10].")
 @shared_options

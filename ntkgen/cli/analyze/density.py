@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import aligned
+from ntkgen.cli.options import Command, aligned
 
 if TYPE_CHECKING:
     from ntkgen.analysis.eigenvalue_density import DensityAnswer
 
 
-@click.command(short_help="Density of the eigenvalues on a logarithmic axis.")
+@click.command(cls=Command, short_help="Density of the eigenvalues on a logarithmic axis.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--passes", type=int, default=20, show_default=True, help="Over the stored tiles, out of core.")

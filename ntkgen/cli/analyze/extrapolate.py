@@ -5,13 +5,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import aligned
+from ntkgen.cli.messages import warn
+from ntkgen.cli.options import Command, aligned
 
 if TYPE_CHECKING:
     from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 
 
-@click.command(short_help="Log-determinant of a much larger kernel.")
+@click.command(cls=Command, short_help="Log-determinant of a much larger kernel.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--to", type=int, required=True, metavar="N_SAMPLES", help="Samples of the larger kernel.")
@@ -37,7 +38,7 @@ def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
         with progress_bars(path, quiet=asked.quiet) as report:
             answer = analysis.extrapolate(matrix, settings, report=report)
         for warning in answer.warnings:
-            click.echo(f"Warning: {warning}", err=True)
+            warn(warning)
         asked.show(answer, _page(answer))
 
 

@@ -6,7 +6,7 @@ import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.analyze.regress import test_store
-from ntkgen.cli.options import ManyCommand, ManyOption
+from ntkgen.cli.options import Command, ManyOption
 
 if TYPE_CHECKING:
     from ntkgen.analysis.gradient_flow import FlowAnswer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 LISTED = 10
 
 
-@click.command(cls=ManyCommand, short_help="Gradient flow on the labels.")
+@click.command(cls=Command, short_help="Gradient flow on the labels.")
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
     "--loss",

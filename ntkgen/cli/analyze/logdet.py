@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import aligned
+from ntkgen.cli.messages import warn
+from ntkgen.cli.options import Command, aligned
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 SHOWN = 10
 
 
-@click.command(short_help="Log-determinant, by a Cholesky factor on disk.")
+@click.command(cls=Command, short_help="Log-determinant, by a Cholesky factor on disk.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--shift", type=float, default=0.0, show_default=True, help="λ of K + λI.")
@@ -40,7 +41,7 @@ def logdet(
         with progress_bars(path, quiet=asked.quiet) as report:
             answer = analysis.logdet(matrix, settings, report=report)
         for warning in answer.warnings:
-            click.echo(f"Warning: {warning}", err=True)
+            warn(warning)
         asked.show(answer, _page(answer))
 
 

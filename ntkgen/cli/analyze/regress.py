@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import ManyCommand, ManyOption
+from ntkgen.cli.options import Command, ManyOption
 
 if TYPE_CHECKING:
     from ntkgen.analysis.regression import RegressAnswer
     from ntkgen.store.store import KernelStore
 
 
-@click.command(cls=ManyCommand, short_help="Kernel ridge regression on the labels.")
+@click.command(cls=Command, short_help="Kernel ridge regression on the labels.")
 @click.argument("paths", nargs=-1, required=True)
 @click.option(
     "--shifts",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import FiniteRange, aligned
+from ntkgen.cli.options import Command, FiniteRange, aligned
 
 if TYPE_CHECKING:
     from ntkgen.analysis.eigenvalues import SpectrumAnswer
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 SHOWN = 10
 
 
-@click.command(short_help="Eigenvalues, and the numbers that sum them up.")
+@click.command(cls=Command, short_help="Eigenvalues, and the numbers that sum them up.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--top", type=int, metavar="K", help="The K largest alone [all; 50 where all do not fit in memory].")
