@@ -1,7 +1,9 @@
 """Networks by name: names, import strings, seeds, and the errors of wrong ones."""
 
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -87,3 +89,78 @@ def test_the_command_line_finds_modules_of_the_current_directory(mylab, tmp_path
 
 def test_a_module_is_returned_as_it_is(mylab):
     assert isinstance(zoo.build("mylab_nets:instance", 10, seed=0), nn.Module)
+
+
+# another package of the zoo's name ------------------------------------------------------------------------------------
+
+
+def python(folder, *lines):
+    """Run lines of Python in a folder, which is searched first for modules."""
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=folder, check=False
+    )
+    return done.returncode, done.stdout.strip(), done.stderr
+
+
+ASK = [
+    "from ntkgen.training import zoo",
+    "from ntkgen.errors import InputError",
+    "try: print(zoo.build('lenet', 10, seed=0))",
+    "except InputError as error: print(error)",
+]
+
+
+NET = "from torch import nn\ndef net(): return nn.Linear(4, 3)\n"
+
+
+@pytest.fixture(params=["module", "package", "package with a table"])
+def theirs(request, tmp_path):
+    """A lab's own `models`: its file, and the import string of a network."""
+    if request.param == "module":
+        (tmp_path / "models.py").write_text(NET)
+        return tmp_path / "models.py", "models:net"
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "nets.py").write_text(NET)
+    (tmp_path / "models" / "__init__.py").write_text("MODELS = {}\n" * request.param.endswith("table"))
+    return tmp_path / "models" / "__init__.py", "models.nets:net"
+
+
+def test_another_package_of_the_zoos_name_is_named(theirs, tmp_path):
+    path, _ = theirs
+    code, out, err = python(tmp_path, *ASK)
+    assert code == 0, err
+    assert f"another of this name at {path}" in out
+    assert f"ntkgen's own package 'models' at {zoo.ZOO}" in out
+    assert "Run from another directory, rename it, or name your own network as package.module:factory." in out
+
+
+def test_its_networks_are_built_nevertheless(theirs, tmp_path):
+    _, name = theirs
+    code, out, err = python(tmp_path, ASK[0], f"print(zoo.build({name!r}, 10, seed=0))", *ASK[1:])
+    assert code == 0, err
+    assert out.startswith("Linear(in_features=4, out_features=3")
+    assert "The zoo cannot be imported" in out
+
+
+def test_a_network_that_the_zoo_hides_is_explained(theirs, tmp_path):
+    _, name = theirs
+    again = [ASK[2].replace("lenet", name), ASK[3]]
+    code, out, err = python(tmp_path.parent, *ASK, f"import os; os.chdir({str(tmp_path)!r})", *again)
+    assert code == 0, err
+    if name == "models:net":  # which is a name that the zoo lacks
+        assert f"Unknown factory in {zoo.ZOO / '__init__.py'} 'net'" in out
+    else:
+        assert f"ntkgen's own zoo at {zoo.ZOO} has the name 'models' too: rename the other one." in out
+
+
+def test_a_package_without_init_does_not_hide_the_zoo(tmp_path):
+    (tmp_path / "models").mkdir()
+    assert python(tmp_path, *ASK)[1].startswith("Sequential(")
+
+
+def test_what_is_imported_already_is_named_by_its_folder(monkeypatch, tmp_path):
+    other = types.ModuleType("models")
+    other.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "models", other)
+    with pytest.raises(InputError, match=f"another of this name at {re.escape(str(tmp_path))}"):
+        zoo.listing()
