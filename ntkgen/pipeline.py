@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ntkgen.data.dataset import Dataset, check_labels, sample_order
 from ntkgen.engine.computation import LOCAL, Computation, Execution, layout_of, prepare_kernel
 from ntkgen.engine.compute import make
-from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.machine import check_plan
 from ntkgen.errors import InaccurateKernelError, InputError
 from ntkgen.files.folder import File, Folder, LocalFolder
@@ -26,6 +25,7 @@ from ntkgen.inputs import Inputs
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.origin import load_parts, take
 from ntkgen.plan.plan import Budget, Plan
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Part
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import StoreDescription, describe
@@ -34,21 +34,8 @@ from ntkgen.store.provenance import Provenance
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import fit as training
 from ntkgen.training import zoo
-from ntkgen.training.checkpoint import Checkpoint, Recipe
-
-
-@dataclass(frozen=True)
-class TrainingRequest:
-    """Which network to train, and how. None takes the setting of the checkpoint, or else the default."""
-
-    model: str
-    seed: int = 0
-    width: int | None = None
-    num_epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    target_accuracy: float = 99.5
-    allow_unconverged: bool = False
+from ntkgen.training.checkpoint import Checkpoint
+from ntkgen.training.recipe import LEARNING_RATE, Recipe, TrainingRequest
 
 
 @dataclass(frozen=True)
@@ -163,7 +150,7 @@ def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> t
         data_fingerprint=data.fingerprint(),
         seed=request.seed,
         width=request.width,
-        learning_rate=training.LEARNING_RATE[training.has_batch_norm(model)],
+        learning_rate=LEARNING_RATE[training.has_batch_norm(model)],
     )
     asked = {name: getattr(request, name) for name in ("num_epochs", "batch_size", "learning_rate")}
     given = {name: value for name, value in asked.items() if value is not None}

@@ -12,7 +12,8 @@ import ntkgen
 from ntkgen.errors import FingerprintError, ModelError, StoreError
 from ntkgen.fingerprints import array_fingerprint, parameter_fingerprint
 from ntkgen.training import checkpoint as checkpoints
-from ntkgen.training.checkpoint import Checkpoint, Recipe
+from ntkgen.training.checkpoint import Checkpoint
+from ntkgen.training.recipe import Recipe
 
 RECIPE = Recipe(model="tiny", dataset="digits", data_fingerprint="abc")
 

@@ -15,8 +15,8 @@ import ntkgen
 from ntkgen import pipeline
 from ntkgen.data import dataset as data
 from ntkgen.engine import machine
-from ntkgen.engine.identity import KernelSpec
 from ntkgen.files.folder import LocalFolder
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.store.store import KernelStore
 
 FAST = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6", "--tile", "20"]

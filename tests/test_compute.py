@@ -10,9 +10,9 @@ from cases import chosen, files_of, in_turn, relative_error, small_network
 from torch import nn
 
 import ntkgen
-from ntkgen.engine.identity import KernelSpec
 from ntkgen.errors import BudgetError, FingerprintError, InputError, ShapeError
 from ntkgen.jacobian.outputs import output_map
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.store.rounding import Underflow
 
 KEYWORD_ONLY = inspect.Parameter.KEYWORD_ONLY

@@ -22,7 +22,6 @@ from ntkgen.engine import scheduler, worker
 from ntkgen.engine.computation import Computation, Execution
 from ntkgen.engine.compute import make
 from ntkgen.engine.coordinator import WorkerPool, open_pool
-from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import Assignment, InlineLoader, Job
 from ntkgen.engine.machine import describe_machine, memory_budget
 from ntkgen.errors import FingerprintError, InputError, WorkerError
@@ -30,6 +29,7 @@ from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import tile_lock, without_tile_writers, write_lock
 from ntkgen.inputs import Inputs
 from ntkgen.plan.plan import Band
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.opening import open_store
 

@@ -18,12 +18,12 @@ from ntkgen import cli
 from ntkgen.engine import compute
 from ntkgen.engine.computation import Computation, Execution
 from ntkgen.engine.compute import make
-from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader
 from ntkgen.errors import InputError, StoreLockedError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import tile_lock, without_tile_writers, write_lock
 from ntkgen.inputs import Inputs
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Part, Tile
 from ntkgen.store.opening import open_store
 from ntkgen.store.store import KernelStore

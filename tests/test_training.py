@@ -11,7 +11,7 @@ from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, FingerprintError, NotConvergedError
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import fit as training
-from ntkgen.training.checkpoint import Recipe
+from ntkgen.training.recipe import LEARNING_RATE, Recipe
 
 
 def make_data(num_samples=96):
@@ -172,5 +172,5 @@ def test_accuracy_is_measured_without_augmentation_and_dropout():
 
 
 def test_the_default_learning_rate_depends_on_batch_norm():
-    assert training.LEARNING_RATE[training.has_batch_norm(make_model())] == 0.1
-    assert training.LEARNING_RATE[training.has_batch_norm(nn.Linear(2, 2))] == 0.02
+    assert LEARNING_RATE[training.has_batch_norm(make_model())] == 0.1
+    assert LEARNING_RATE[training.has_batch_norm(nn.Linear(2, 2))] == 0.02

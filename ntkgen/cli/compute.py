@@ -92,7 +92,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.engine.identity import KernelSpec
+    from ntkgen.plan.spec import KernelSpec
     from ntkgen.projection import duration_of, project, takes_minutes
     from ntkgen.store.describe import loses_precision
     from ntkgen.store.rounding import check_dtypes

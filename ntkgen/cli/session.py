@@ -14,7 +14,8 @@ TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
 if TYPE_CHECKING:
     from ntkgen.data.dataset import Dataset
     from ntkgen.engine.computation import Execution
-    from ntkgen.pipeline import RunSetup, TrainingRequest
+    from ntkgen.pipeline import RunSetup
+    from ntkgen.training.recipe import TrainingRequest
 
 
 def start_process() -> None:
@@ -90,7 +91,7 @@ class Settings:
 
     def requests(self) -> "list[TrainingRequest]":
         """List the networks: every model with every seed."""
-        from ntkgen.pipeline import TrainingRequest
+        from ntkgen.training.recipe import TrainingRequest
 
         return [
             TrainingRequest(

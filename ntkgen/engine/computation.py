@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.engine.coordinator import WorkerPool
-from ntkgen.engine.identity import KernelSpec, identity_of, require_same_network
+from ntkgen.engine.identity import identity_of, require_same_network
 from ntkgen.engine.machine import Machine, describe_machine
 from ntkgen.errors import FingerprintError, InputError, RuleError
 from ntkgen.files.folder import Folder
@@ -18,6 +18,7 @@ from ntkgen.jacobian.cost import Reduction
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.plan.plan import Choices, Plan, make_plan
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Part, TileGrid, make_grid
 from ntkgen.store.manifest import Manifest, check_identity, resolve_layout
 from ntkgen.store.opening import create_store, has_store, open_store

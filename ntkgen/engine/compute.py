@@ -15,7 +15,6 @@ from zarr.abc.store import Store
 from ntkgen.checks.certify import add_certificate, forget_certificate
 from ntkgen.engine.computation import Computation, Execution, begin_anew, begin_or_continue
 from ntkgen.engine.coordinator import open_pool
-from ntkgen.engine.identity import KernelSpec
 from ntkgen.engine.jobs import InlineLoader, Loader
 from ntkgen.engine.machine import check_environment
 from ntkgen.engine.run import TileComputer, run, run_diagonal, run_tiles
@@ -27,6 +26,7 @@ from ntkgen.inputs import Inputs
 from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
 from ntkgen.jacobian.evaluation import require_plain_module
 from ntkgen.jacobian.network import Network, more_excluded
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Part
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import require_accurate

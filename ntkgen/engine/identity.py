@@ -1,7 +1,6 @@
 """The identity of a kernel, and whether a network is the one of a store."""
 
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.plan.plan import Plan
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.schema import side_arrays
 from ntkgen.store.store import KernelStore
@@ -30,20 +30,6 @@ OTHER_BATCH = {torch.float64: 1e-10, torch.float32: 1e-4}
 OTHER_MACHINE = {torch.float64: 1e-9, torch.float32: 1e-3}
 # Number of samples, spread over the store, that are run again before it is continued or returned.
 SPREAD_SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class KernelSpec:
-    """How a kernel is computed and stored."""
-
-    output: str = "full"
-    precision: str = "float32"
-    dtypes: tuple[str, ...] = ("float16", "float32")
-    layout: str = "auto"
-    tile_side: int | None = None
-    memory_bytes: int | None = None
-    replan: bool = False
-    certify: bool = True  # compare the finished kernel with the exact one
 
 
 def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGrid) -> dict[str, Any]:

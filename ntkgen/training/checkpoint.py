@@ -14,33 +14,9 @@ from torch import Tensor, nn
 
 from ntkgen.errors import FingerprintError, StoreError
 from ntkgen.files.folder import File, file_of
+from ntkgen.training.recipe import Recipe
 
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All settings that determine a training run, except the device."""
-
-    model: str
-    dataset: str
-    data_fingerprint: str
-    seed: int = 0
-    width: int | None = None
-    num_epochs: int = 200
-    batch_size: int = 64
-    learning_rate: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-
-    def differences(self, other: "Recipe") -> list[str]:
-        """List the fields that differ, with both values. This recipe is that of the checkpoint."""
-        pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
-        return [
-            f"{name} {str(stored)[:40]}, now {str(current)[:40]}"
-            for (name, stored), current in pairs
-            if stored != current
-        ]
 
 
 @dataclass(frozen=True)

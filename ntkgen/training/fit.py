@@ -19,14 +19,12 @@ from ntkgen.errors import DivergedError, NotConvergedError
 from ntkgen.files.folder import File, file_of
 from ntkgen.jacobian.precision import fixed_threads, flushed_denormals
 from ntkgen.training import checkpoint as checkpoints
-from ntkgen.training.checkpoint import Checkpoint, Recipe
+from ntkgen.training.checkpoint import Checkpoint
+from ntkgen.training.recipe import Recipe
 
 EVALUATION_BATCH = 1000
 # Number of measured steps for a projection of the training time.
 MEASURED_STEPS = 2
-# Default learning rate with and without batch norm. At 0.1, networks without batch norm fail on digits for half of the
-# seeds.
-LEARNING_RATE = {True: 0.1, False: 0.02}
 
 
 class EpochReport(Protocol):

@@ -32,7 +32,7 @@ from ntkgen.jacobian.precision import POLICIES, check_device
 from ntkgen.jacobian.reference import jacobian_rows, trainable
 from ntkgen.training import fit as training
 from ntkgen.training import zoo
-from ntkgen.training.checkpoint import Recipe
+from ntkgen.training.recipe import LEARNING_RATE, Recipe
 
 NUM_SAMPLES = 200
 TRIALS = 3
@@ -63,7 +63,7 @@ def lenet() -> tuple[nn.Module, Tensor]:
 
     digits = data.load("digits")
     model = zoo.build("lenet", 10, seed=0)
-    rate = training.LEARNING_RATE[training.has_batch_norm(model)]
+    rate = LEARNING_RATE[training.has_batch_norm(model)]
     recipe = Recipe(
         model="lenet",
         dataset="digits",

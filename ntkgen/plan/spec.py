@@ -1,0 +1,20 @@
+"""Settings of a kernel that a user chooses, with the defaults.
+
+The module imports no other module of the package, so that the help of a command appears quickly.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """How a kernel is computed and stored."""
+
+    output: str = "full"
+    precision: str = "float32"
+    dtypes: tuple[str, ...] = ("float16", "float32")
+    layout: str = "auto"
+    tile_side: int | None = None
+    memory_bytes: int | None = None
+    replan: bool = False
+    certify: bool = True  # compare the finished kernel with the exact one
