@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.alignment import AlignAnswer, AlignSettings, align
 from ntkgen.analysis.answer import Answer
 from ntkgen.analysis.comparison import CompareAnswer, CompareSettings, compare, reference_of
@@ -103,13 +104,13 @@ def _is_usual(answer: Answer) -> bool:
     """Say whether a question was asked as others are, so that answers of several kernels can be compared."""
     match answer:
         case DensityAnswer():
-            return answer.bandwidth == DensitySettings().bandwidth
+            return answer.bandwidth == defaults.BANDWIDTH
         case LogdetAnswer():
-            return answer.shift == 0
+            return answer.shift == defaults.SHIFT
         case RegressAnswer():
-            return answer.offset == "zero"
+            return answer.offset == defaults.OFFSET
         case FlowAnswer():
-            return (answer.loss, answer.rate, answer.offset) == ("squared", 1.0, "zero")
+            return (answer.loss, answer.rate, answer.offset) == (defaults.LOSS, defaults.RATE, defaults.OFFSET)
     return True
 
 

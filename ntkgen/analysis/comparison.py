@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import scipy.linalg
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.eigenvalues import SpectrumSettings, plan_sizes
 from ntkgen.analysis.linalg.dense import eigenvalues
@@ -23,8 +24,6 @@ from ntkgen.store.rounding import STORE_DTYPES
 
 # Precisions in which a kernel may be computed, from the lowest to the highest.
 PRECISIONS = ("bfloat16", "tf32", "float32", "float64-accumulate", "float64")
-# Number of eigenvectors whose spaces are compared when none is given.
-USUAL_TOP = 10
 # Relative tolerance of the eigenvalues, and maximum number of passes, when the eigenvectors are computed out of core.
 # The error of an eigenvector is of the order of the square root of this tolerance.
 TOLERANCE, MAX_PASSES = 1e-12, 100
@@ -149,7 +148,7 @@ def compare(
     _require_same_samples(first, second)
     rows = min(first.num_rows, second.num_rows)
     first, second = _leading(first, rows), _leading(second, rows)
-    top = min(USUAL_TOP, rows) if settings.top is None else settings.top
+    top = min(defaults.COMPARED_TOP, rows) if settings.top is None else settings.top
     if not 1 <= top <= rows:
         raise InputError(
             f"The kernels have no {top:,} eigenvalues: expected from 1 to their {rows:,} rows, found `top` {top:,}. "

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.eigenvalues import SpectrumSettings, is_dense, spectrum
 from ntkgen.analysis.linalg.krylov import EPSILON, Krylov, Sizes
@@ -38,8 +39,8 @@ class DensitySettings(Settings):
         bandwidth: Standard deviation, in decades, of the Gaussian that stands for each eigenvalue.
     """
 
-    passes: int = 20
-    bandwidth: float = 0.1
+    passes: int = defaults.DENSITY_PASSES
+    bandwidth: float = defaults.BANDWIDTH
 
 
 @dataclass(frozen=True, kw_only=True)

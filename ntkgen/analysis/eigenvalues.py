@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.linalg.cholesky import FactorSettings, factored
 from ntkgen.analysis.linalg.dense import eigenvalues
@@ -35,8 +36,6 @@ from ntkgen.analysis.results import recall_or_compute
 from ntkgen.errors import InputError, NotPositiveError
 from ntkgen.progress import Report, counter, ignore_report
 
-# Number of eigenvalues when the matrix does not fit in memory and no number is given.
-USUAL_TOP = 50
 # Maximum number of rows for which all eigenvalues are computed even if ``top`` is given, since that takes seconds.
 FEW_ROWS = 4096
 # Minimum number of vectors in a block beyond the wanted eigenvalues, and maximum number of vectors in a block.
@@ -63,8 +62,8 @@ class SpectrumSettings(Settings):
     """
 
     top: int | None = None
-    tolerance: float = 1e-6
-    max_passes: int = 100
+    tolerance: float = defaults.TOLERANCE
+    max_passes: int = defaults.MAX_PASSES
     condition: bool = False
 
 
@@ -181,7 +180,7 @@ def spectrum(
 
 def _settings_of(settings: SpectrumSettings, *, has_inverse: bool) -> dict[str, Any]:
     condition = settings.condition or has_inverse
-    top = settings.top or USUAL_TOP
+    top = settings.top or defaults.SPECTRUM_TOP
     return {"top": top, "tolerance": settings.tolerance, "max_passes": settings.max_passes, "condition": condition}
 
 
@@ -218,7 +217,7 @@ def plan_sizes(matrix: Matrix, settings: SpectrumSettings) -> Sizes:
         BudgetError: If three of the smallest blocks do not fit.
     """
     N, left = matrix.num_rows, memory_left(settings.memory_bytes)
-    smallest = min(N, min(settings.top or USUAL_TOP, N) + OVERSAMPLING)
+    smallest = min(N, min(settings.top or defaults.SPECTRUM_TOP, N) + OVERSAMPLING)
 
     most = MAX_BLOCK if settings.memory_bytes is not None else UNASKED_BLOCK
     for block in range(min(N, max(most, smallest)), smallest - 1, -1):
@@ -315,7 +314,7 @@ def largest_eigenvalues(
         if krylov.is_lanczos and products.moments.trace > 0:
             ranks.append(estimate_effective_rank(krylov, products.moments))
 
-    goal = Goal(min(settings.top or USUAL_TOP, sizes.num_rows), settings.tolerance, settings.max_passes)
+    goal = Goal(min(settings.top or defaults.SPECTRUM_TOP, sizes.num_rows), settings.tolerance, settings.max_passes)
     largest = run(krylov, goal, squares=lambda: products.squares, before_restart=estimate)
     estimate()
     assert products.moments is not None
@@ -347,7 +346,7 @@ def largest_eigenvalues(
 
 
 def smallest_eigenvalue(
-    solve: Callable[[FloatArray], FloatArray], num_rows: int, tolerance: float = 1e-6
+    solve: Callable[[FloatArray], FloatArray], num_rows: int, tolerance: float = defaults.TOLERANCE
 ) -> tuple[float, float]:
     """Compute the smallest eigenvalue of a positive definite K and a bound on its error, by block Krylov on K⁻¹.
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.linalg import qr, solve_triangular
 from scipy.special import gammaln
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.determinant import LogdetSettings, logdet
 from ntkgen.analysis.linalg.cholesky import FactorSettings
@@ -41,10 +42,10 @@ class Law:
 
     to: int
     burn_in: int | None = None
-    q: int = 2
-    powers: int = 0
-    alpha: float = 0.0
-    holdout: float = 0.25
+    q: int = defaults.Q
+    powers: int = defaults.POWERS
+    alpha: float = defaults.ALPHA
+    holdout: float = defaults.HOLDOUT
 
     def __post_init__(self) -> None:
         wrong = (
@@ -136,7 +137,7 @@ class ExtrapolateSettings(Law, Settings):
         indefinite: Whether negative eigenvalues are allowed; see `FactorSettings`.
     """
 
-    shift: float = 0.0
+    shift: float = defaults.SHIFT
     indefinite: bool = False
 
     def __post_init__(self) -> None:

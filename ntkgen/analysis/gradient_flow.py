@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import scipy.special
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.flow_courses import COURSES, Clock, Course
 from ntkgen.analysis.linalg.krylov import EPSILON
@@ -37,12 +38,12 @@ class FlowSettings(Settings):
         test: Store with the kernel of the same samples (rows) with test samples (columns).
     """
 
-    loss: str = "squared"
-    rate: float = 1.0
+    loss: str = defaults.LOSS
+    rate: float = defaults.RATE
     normalisation: float | None = None
     times: tuple[float, ...] | None = None
-    offset: str = "zero"
-    num_modes: int = 100
+    offset: str = defaults.OFFSET
+    num_modes: int = defaults.NUM_MODES
     test: KernelStore | None = None
 
 

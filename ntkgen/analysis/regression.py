@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 import scipy.linalg
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer, Settings
 from ntkgen.analysis.linalg.conjugate_gradients import MAX_STEPS, Nystrom, System
 from ntkgen.analysis.linalg.dense import eigenvalues_and_vectors
@@ -202,9 +203,9 @@ class RegressSettings(Settings):
     """
 
     shifts: tuple[float, ...] | None = None
-    offset: str = "zero"
+    offset: str = defaults.OFFSET
     test: KernelStore | None = None
-    method: str = "auto"
+    method: str = defaults.METHOD
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import numpy as np
 import zarr
 from scipy.linalg import lapack
 
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Settings
 from ntkgen.analysis.linalg.blas import divide_right, subtract_product
 from ntkgen.analysis.linalg.factor import (
@@ -52,7 +53,7 @@ class FactorSettings(Settings):
         keep: Whether to keep the factor on disk, so that later calls can use it to solve linear systems.
     """
 
-    shift: float = 0.0
+    shift: float = defaults.SHIFT
     indefinite: bool = False
     keep: bool = False
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ntkgen
+from ntkgen.analysis import defaults
 from ntkgen.analysis.answer import Answer
 from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.regression import RegressAnswer
@@ -13,9 +14,8 @@ from ntkgen.analysis.results import Kept
 from ntkgen.store.manifest import Manifest
 from ntkgen.store.provenance import Provenance
 from ntkgen.store.store import KernelStore
-
-# What `ntkgen compute` takes for converged unless it is told otherwise.
-TARGET_ACCURACY = 99.5
+from ntkgen.training.recipe import Recipe as TrainingRecipe
+from ntkgen.training.recipe import TrainingRequest
 
 # Options that have the name of what they set, and those that have not, in the order in which they are written.
 _OF_TRAINING = {"seed": "--seed", "width": "--width", "num_epochs": "--epochs", "target_accuracy": "--target-accuracy"}
@@ -29,8 +29,10 @@ _OF_SAMPLES = {
 # Options of questions whose name is not that of the setting, and values that an option has unless it is given.
 _FLAGS = {"num_modes": "--modes"}
 _USUAL = {
-    "tolerance": 1e-6, "max_passes": 100, "bandwidth": 0.1, "shift": 0.0, "q": 2, "powers": 0, "alpha": 0.0,
-    "holdout": 0.25, "offset": "zero", "loss": "squared", "rate": 1.0, "num_modes": 100,
+    "tolerance": defaults.TOLERANCE, "max_passes": defaults.MAX_PASSES, "bandwidth": defaults.BANDWIDTH,
+    "shift": defaults.SHIFT, "q": defaults.Q, "powers": defaults.POWERS, "alpha": defaults.ALPHA,
+    "holdout": defaults.HOLDOUT, "offset": defaults.OFFSET, "loss": defaults.LOSS, "rate": defaults.RATE,
+    "num_modes": defaults.NUM_MODES,
 }  # fmt: skip
 # Settings that follow from others, or from the kernel and the memory.
 _IMPLIED = {"method", "test"}
@@ -62,7 +64,7 @@ def _computed(manifest: Manifest, model: str, dataset: str, checkpoint: str) -> 
     command += _options(dataclasses.replace(made, num_epochs=0) if is_untrained else made, _OF_TRAINING)
     if not is_untrained:
         command += _options(made, {"learning_rate": "--lr", "batch_size": "--bs"})
-        command += ["--allow-unconverged"] * ((made.train_accuracy or 0.0) < TARGET_ACCURACY)
+        command += ["--allow-unconverged"] * ((made.train_accuracy or 0.0) < TrainingRequest.target_accuracy)
     command += ["--raw-images"] * bool(made.raw_images)
     command += [*_options(made, _OF_SAMPLES), *_kernel_options(manifest)]
     notes = [_training_note(made, checkpoint)]
@@ -99,8 +101,8 @@ def _training_note(made: Provenance, checkpoint: str) -> str:
         )
     return (
         f"Put {checkpoint} into the folder of `ntkgen compute --out`: it holds the network of this very kernel, and "
-        "how that was trained. Without it the network is trained anew, for at most 200 epochs; the store does not "
-        "record another choice."
+        f"how that was trained. Without it the network is trained anew, for at most {TrainingRecipe.num_epochs} epochs; the "
+        "store does not record another choice."
     )
 
 
