@@ -8,9 +8,21 @@ import click
 
 from ntkgen.cli.certificate import certificate_summary
 from ntkgen.cli.messages import complain, note, show, warn
-from ntkgen.cli.options import SEED, Bytes, Command, FiniteRange, ManyOption, aligned, training_options
+from ntkgen.cli.options import (
+    POSITIVE,
+    SEED,
+    Command,
+    ManyOption,
+    aligned,
+    dtype_option,
+    memory_option,
+    scheduler_option,
+    tile_option,
+    training_options,
+)
 from ntkgen.cli.session import Settings, start_process
 from ntkgen.errors import InputError
+from ntkgen.plan.spec import KernelSpec
 from ntkgen.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -27,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--against-subsample", type=int, help="Samples of the columns, the first ones [all].")
 @click.option(
     "--output",
-    default="full",
+    default=KernelSpec.output,
     show_default=True,
     metavar="MAP",
     help="full, sum, centered, index:K, or of each pair's block the trace or the diagonal.",
@@ -35,45 +47,42 @@ if TYPE_CHECKING:
 @click.option("--shuffle-seed", type=SEED, help="Take the samples in a recorded random order.")
 @click.option(
     "--precision",
-    default="float32",
+    default=KernelSpec.precision,
     show_default=True,
     help="How it is computed: float64, float64-accumulate, float32, tf32, bfloat16.",
 )
-@click.option(
-    "--dtype",
+@dtype_option(
     "dtypes",
     cls=ManyOption,
-    default=("float16", "float32"),
+    default=KernelSpec.dtypes,
     metavar="DTYPE...",
-    help="How it is stored: float16, float32, float64 [float16 float32].",
+    help=f"How it is stored: float16, float32, float64 [{' '.join(KernelSpec.dtypes)}].",
 )
 @click.option(
     "--layout",
     type=click.Choice(["auto", "upper", "full"]),
-    default="auto",
+    default=KernelSpec.layout,
     show_default=True,
     help="One triangle or both; auto stores both up to 10 GB.",
 )
-@click.option("--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m].")
-@click.option(
-    "--memory", "memory_bytes", type=Bytes(), help="Memory that the computation may add, as 8GB [80 % of free]."
-)
+@tile_option
+@memory_option("Memory that the computation may add, as 8GB [80 % of free].")
 @click.option(
     "--replan", is_flag=True, help="Continue on another kind of machine, with tiles that differ in last bits."
 )
 @click.option(
     "--certify/--no-certify",
-    default=True,
+    default=KernelSpec.certify,
     show_default=True,
     help="Compare the finished kernel with the exact one, and store the error bound.",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Compute in several processes of this machine.")
-@click.option("--scheduler", "client", metavar="ADDRESS|FILE", help="Compute on the workers of a running dask cluster.")
+@scheduler_option("Compute on the workers of a running dask cluster.")
 @click.option("--part", metavar="k/K", help="Compute the k-th of K parts, as one job of an array; the last finishes.")
 @click.option(
     "--tile-timeout",
     "tile_seconds",
-    type=FiniteRange(min=0, min_open=True),
+    type=POSITIVE,
     help="Seconds a worker may need for a tile.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
@@ -92,7 +101,6 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.plan.spec import KernelSpec
     from ntkgen.projection import duration_of, project, takes_minutes
     from ntkgen.store.describe import loses_precision
     from ntkgen.store.rounding import check_dtypes

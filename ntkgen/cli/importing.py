@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, aligned
+from ntkgen.cli.options import Command, aligned, dtype_option, json_option, out_option, quiet_option, tile_option
 from ntkgen.cli.session import start_process
 from ntkgen.units import human_bytes
 
@@ -21,17 +21,14 @@ ONE_OR_MORE = click.IntRange(min=1)
 @click.option("--samples", "num_samples", required=True, type=ONE_OR_MORE, help="Samples that the kernel is of.")
 @click.option("--outputs", "num_outputs", required=True, type=ONE_OR_MORE, help="Outputs of its network.")
 @click.option("--params", "num_params", type=ONE_OR_MORE, help="Trainable parameters P, by whose root it was divided.")
-@click.option(
-    "--out", "target", metavar="STORE", help="The new store [beside PATH, its name ending in .imported.zarr]."
-)
-@click.option(
-    "--dtype",
+@out_option("target", metavar="STORE", help="The new store [beside PATH, its name ending in .imported.zarr].")
+@dtype_option(
     type=click.Choice(["float16", "float32", "float64"]),
     help="Of a raw file whose name does not tell [from the name].",
 )
-@click.option("--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m].")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@tile_option
+@json_option()
+@quiet_option
 def import_(path: str, *, target: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
     """Read the kernel at PATH that this program's predecessor wrote: ntk_float32.zarr, or the raw ntk_float32.bin.
 

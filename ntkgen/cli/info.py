@@ -7,7 +7,7 @@ import click
 
 from ntkgen.cli.certificate import certificate_lines
 from ntkgen.cli.messages import complain, show
-from ntkgen.cli.options import Command, aligned
+from ntkgen.cli.options import Command, aligned, json_option
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @click.argument("path", metavar="PATH")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@json_option()
 def info(path: str, *, as_json: bool) -> int:
     """Say what the kernel store at PATH is, how many tiles are there and what is missing.
 

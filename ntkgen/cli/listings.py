@@ -5,12 +5,12 @@ import json
 
 import click
 
-from ntkgen.cli.options import Command
+from ntkgen.cli.options import Command, json_option
 from ntkgen.units import human_bytes
 
 
 @click.command(cls=Command)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network on stdout.")
+@json_option("network")
 def models(*, as_json: bool) -> None:
     """List the networks of the zoo: name, parameters, paper."""
     from ntkgen.training.zoo import listing
@@ -23,7 +23,7 @@ def models(*, as_json: bool) -> None:
 
 
 @click.command(cls=Command)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per data set on stdout.")
+@json_option("data set")
 def datasets(*, as_json: bool) -> None:
     """List the data sets: name, training samples, classes, image shape, size of the full kernel in float16."""
     from ntkgen.data.catalog import ALIASES, DATASETS

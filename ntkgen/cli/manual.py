@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from ntkgen.cli.options import Command
+from ntkgen.cli.options import Command, json_option
 from ntkgen.manual import Page, page, pages
 
 # Longer lines are hard to read, however wide the terminal is.
@@ -15,7 +15,7 @@ MAX_WIDTH = 110
 @click.command(cls=Command)
 @click.argument("name", metavar="[PAGE]", required=False)
 @click.option("--list", "as_list", is_flag=True, help="Print the names of the pages, one a line.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per page on stdout.")
+@json_option("page")
 def manual(name: str | None, *, as_list: bool, as_json: bool) -> None:
     """Show a page of the manual, or list the pages.
 

@@ -6,15 +6,15 @@ from typing import Any
 import click
 
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command
+from ntkgen.cli.options import Command, json_option, quiet_option
 from ntkgen.cli.session import start_process
 from ntkgen.units import human_bytes
 
 
 @click.command(cls=Command)
 @click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@json_option()
+@quiet_option
 def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
     """Write the other triangle of the finished kernel store at PATH, which then has the layout `full`.
 

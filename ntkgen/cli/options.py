@@ -7,8 +7,10 @@ from typing import Any, TypeVar
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.messages import CommandError
 from ntkgen.errors import NtkgenError
+from ntkgen.training.recipe import LEARNING_RATE, Recipe, TrainingRequest
 from ntkgen.units import parse_bytes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,70 +110,149 @@ def aligned(lines: dict[str, Any]) -> list[str]:
     return [f"  {name:<12}{value}" for name, value in lines.items()]
 
 
-def training_options(command: Function) -> Function:
-    """Add what determines a network: its name, its data, how it is trained, where it is kept."""
-    options = [
-        click.option(
-            "--models",
-            cls=ManyOption,
-            required=True,
-            metavar="NAME...",
-            help="Names of the zoo, or package.module:factory.",
-        ),
-        click.option(
-            "--dataset", default="digits", show_default=True, help="A name of `ntkgen datasets`, or FILE.npz."
-        ),
-        click.option(
-            "--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR or data]."
-        ),
-        click.option("--raw-images", is_flag=True, help="Feed images in their own size and channels, not as 3×32×32."),
-        click.option(
-            "--epochs",
-            "--num-epochs",
-            "--num_epochs",
-            "num_epochs",
-            type=click.IntRange(min=0),
-            help="At most [200]; 0 takes the network as it is built.",
-        ),
-        click.option(
-            "--lr",
-            "learning_rate",
-            type=FiniteRange(min=0, min_open=True),
-            help="Learning rate [0.1 with batch norm, else 0.02].",
-        ),
-        click.option(
-            "--bs", "--batch-size", "batch_size", type=click.IntRange(min=1), help="Batch size of training [64]."
-        ),
-        click.option("--width", type=int, help="Channels of the first stage of a ResNet [64]."),
-        click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the first network."),
-        click.option(
-            "--repeats",
-            default=1,
-            show_default=True,
-            type=click.IntRange(min=1),
-            help="Networks, with seeds SEED, SEED+1, …",
-        ),
-        click.option(
-            "--target-accuracy",
-            default=99.5,
-            show_default=True,
-            type=FiniteRange(0, 100),
-            help="Training accuracy in % at which training ends.",
-        ),
-        click.option("--allow-unconverged", is_flag=True, help="Go on with a network that missed the target."),
-        click.option(
-            "--out",
-            default="runs",
-            show_default=True,
-            metavar="FOLDER",
-            help="Folder of checkpoints and kernels; or s3://, gs://, az:// with ntkgen[cloud].",
-        ),
-        click.option("--fsync/--no-fsync", default=True, show_default=True, help="Force every file to the disk."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, … or mps."),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object per result on stdout."),
-        click.option("-v", "--verbose", is_flag=True, help="Say how each layer is treated."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# options of several commands ------------------------------------------------------------------------------------------
+
+POSITIVE = FiniteRange(min=0, min_open=True)
+
+
+def stacked(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Join options into one decorator, in the order in which the help lists them."""
+
+    def add(command: Function) -> Function:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+def json_option(each: str = "") -> Callable[[Function], Function]:
+    """Print JSON: one object, or one object per result, store or whatever ``each`` names."""
+    printed = f"one JSON object per {each}" if each else "one JSON object"
+    return click.option("--json", "as_json", is_flag=True, help=f"Print {printed} on stdout.")
+
+
+def memory_option(meaning: str) -> Callable[[Function], Function]:
+    """Limit the memory, of the process or of what is added to it: the help says which."""
+    return click.option("--memory", "memory_bytes", type=Bytes(), help=meaning)
+
+
+def dtype_option(*name: str, **attributes: Any) -> Callable[[Function], Function]:
+    """Name one or several dtypes of the stored numbers; ``name`` is the parameter, where it has another one."""
+    return click.option("--dtype", *name, **attributes)
+
+
+def out_option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
+    """Say where results are written; ``names`` are its short spelling and its parameter, where it has others."""
+    return click.option("--out", *names, **attributes)
+
+
+def device_option(meaning: str) -> Callable[[Function], Function]:
+    """Choose the device that computes."""
+    return click.option("--device", default="auto", show_default=True, help=meaning)
+
+
+def seed_option(meaning: str) -> Callable[[Function], Function]:
+    """Set the seed of what is drawn."""
+    return click.option("--seed", default=TrainingRequest.seed, show_default=True, type=SEED, help=meaning)
+
+
+def scheduler_option(meaning: str) -> Callable[[Function], Function]:
+    """Name a running cluster."""
+    return click.option("--scheduler", "client", metavar="ADDRESS|FILE", help=meaning)
+
+
+def top_option(meaning: str, **attributes: Any) -> Callable[[Function], Function]:
+    """Choose the number of largest eigenvalues."""
+    return click.option("--top", type=int, help=meaning, **attributes)
+
+
+def offset_option(meaning: str) -> Callable[[Function], Function]:
+    """Choose where a fit starts."""
+    choice = click.Choice(["zero", "logits"])
+    return click.option("--offset", type=choice, default=defaults.OFFSET, show_default=True, help=meaning)
+
+
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+data_dir_option = click.option(
+    "--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR or data]."
+)
+tile_option = click.option(
+    "--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m]."
+)
+shift_option = click.option("--shift", type=float, default=defaults.SHIFT, show_default=True, help="λ of K + λI.")
+test_option = click.option("--test", help="Kernel of the same samples with test samples (`compute --against test`).")
+
+# Which networks: their names, their data, their seeds.
+network_options = stacked(
+    click.option(
+        "--models",
+        cls=ManyOption,
+        required=True,
+        metavar="NAME...",
+        help="Names of the zoo, or package.module:factory.",
+    ),
+    click.option("--dataset", default="digits", show_default=True, help="A name of `ntkgen datasets`, or FILE.npz."),
+    data_dir_option,
+    click.option("--raw-images", is_flag=True, help="Feed images in their own size and channels, not as 3×32×32."),
+)
+
+# How they are trained.
+recipe_options = stacked(
+    click.option(
+        "--epochs",
+        "--num-epochs",
+        "--num_epochs",
+        "num_epochs",
+        type=click.IntRange(min=0),
+        help=f"At most [{Recipe.num_epochs}]; 0 takes the network as it is built.",
+    ),
+    click.option(
+        "--lr",
+        "learning_rate",
+        type=POSITIVE,
+        help=f"Learning rate [{LEARNING_RATE[True]:g} with batch norm, else {LEARNING_RATE[False]:g}].",
+    ),
+    click.option(
+        "--bs",
+        "--batch-size",
+        "batch_size",
+        type=click.IntRange(min=1),
+        help=f"Batch size of training [{Recipe.batch_size}].",
+    ),
+    click.option("--width", type=int, help="Channels of the first stage of a ResNet [64]."),
+    seed_option("Seed of the first network."),
+    click.option(
+        "--repeats",
+        default=1,
+        show_default=True,
+        type=click.IntRange(min=1),
+        help="Networks, with seeds SEED, SEED+1, …",
+    ),
+    click.option(
+        "--target-accuracy",
+        default=TrainingRequest.target_accuracy,
+        show_default=True,
+        type=FiniteRange(0, 100),
+        help="Training accuracy in % at which training ends.",
+    ),
+    click.option("--allow-unconverged", is_flag=True, help="Go on with a network that missed the target."),
+)
+
+# Where results lie, what computes them, and what is printed.
+run_options = stacked(
+    out_option(
+        default="runs",
+        show_default=True,
+        metavar="FOLDER",
+        help="Folder of checkpoints and kernels; or s3://, gs://, az:// with ntkgen[cloud].",
+    ),
+    click.option("--fsync/--no-fsync", default=True, show_default=True, help="Force every file to the disk."),
+    device_option("auto, cpu, cuda, cuda:1, … or mps."),
+    json_option("result"),
+    click.option("-v", "--verbose", is_flag=True, help="Say how each layer is treated."),
+    quiet_option,
+)
+
+# Everything that determines a network, and where it is kept.
+training_options = stacked(network_options, recipe_options, run_options)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import Command, ManyOption
+from ntkgen.cli.options import Command, ManyOption, out_option
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ FORMATS = ("png", "svg")
     metavar="FORMAT...",
     help="png, svg or both [png].",
 )
-@click.option("-o", "--out", default="plots", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Where the pictures go.")
 @shared_options
 def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...], out: str, **options: Any) -> None:
     """Draw the kernels at PATHS: the matrix, and what `ntkgen analyze` has found out about it.

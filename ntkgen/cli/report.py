@@ -5,13 +5,13 @@ from typing import Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import Command
+from ntkgen.cli.options import Command, out_option
 from ntkgen.units import human_bytes
 
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True)
-@click.option("-o", "--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@out_option("-o", default="report.html", show_default=True, metavar="FILE", help="The page.")
 @shared_options
 def report(paths: tuple[str, ...], out: str, **options: Any) -> None:
     """Write one page on the kernels at PATHS, in HTML, with everything in it: it needs no network and no other file.

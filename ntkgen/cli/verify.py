@@ -11,7 +11,16 @@ import click
 
 from ntkgen.cli.certificate import certificate_lines
 from ntkgen.cli.messages import complain, note, show
-from ntkgen.cli.options import SEED, Bytes, Command, aligned
+from ntkgen.cli.options import (
+    Command,
+    aligned,
+    data_dir_option,
+    device_option,
+    json_option,
+    memory_option,
+    quiet_option,
+    seed_option,
+)
 from ntkgen.cli.session import start_process
 from ntkgen.errors import InputError, NtkgenError, StoreError
 
@@ -41,9 +50,9 @@ SHOWN = 20
     help="Tiles to compute again, drawn at random [1, if that takes about a minute at most]; 0: none.",
 )
 @click.option("--certify", "certified", is_flag=True, help="Compare the kernel with the exact one again.")
-@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR or data].")
-@click.option("--device", default="auto", show_default=True, help="Where kernels are computed, as for compute.")
-@click.option("--memory", "memory_bytes", type=Bytes(), help="Memory for computing tiles again, as for compute.")
+@data_dir_option
+@device_option("Where kernels are computed, as for compute.")
+@memory_option("Memory for computing tiles again, as for compute.")
 @click.option(
     "--probes",
     "num_probes",
@@ -56,9 +65,9 @@ SHOWN = 20
     type=int,
     help="Pairs of samples of a certificate [16; fewer for the trace of many outputs].",
 )
-@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of all that is drawn.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+@seed_option("Seed of all that is drawn.")
+@json_option("store")
+@quiet_option
 def verify(
     paths: tuple[str, ...], *, num_probes: int | None, num_pairs: int | None, as_json: bool, **options: Any
 ) -> int:

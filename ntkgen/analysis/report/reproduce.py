@@ -101,8 +101,8 @@ def _training_note(made: Provenance, checkpoint: str) -> str:
         )
     return (
         f"Put {checkpoint} into the folder of `ntkgen compute --out`: it holds the network of this very kernel, and "
-        f"how that was trained. Without it the network is trained anew, for at most {TrainingRecipe.num_epochs} epochs; "
-        "the store does not record another choice."
+        "how that was trained. Without it the network is trained anew, for at most "
+        f"{TrainingRecipe.num_epochs} epochs; the store does not record another choice."
     )
 
 

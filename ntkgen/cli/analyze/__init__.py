@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.messages import show, warn
-from ntkgen.cli.options import Bytes, Function
+from ntkgen.cli.options import dtype_option, json_option, memory_option, quiet_option, scheduler_option, stacked
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -99,29 +99,13 @@ class Asked:
         show(json.dumps(values) if self.as_json else "\n".join([store, *page]))
 
 
-def shared_options(command: Function) -> Function:
-    """Add the options that every question has."""
-    options = [
-        click.option("--dtype", help="Which of the stored kernels [the most precise]."),
-        click.option("--of-output", "output", type=int, help="Which matrix, of a kernel of the output `diagonal`."),
-        click.option(
-            "--allow-partial", is_flag=True, help="Take the largest complete leading part, if tiles are missing."
-        ),
-        click.option(
-            "--memory",
-            "memory_bytes",
-            type=Bytes(),
-            help="Memory that this process may take in all [80 % of what is free].",
-        ),
-        click.option(
-            "--scheduler",
-            "client",
-            metavar="ADDRESS|FILE",
-            help="Divide passes over the tiles among the workers of a running dask cluster.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object per store on stdout."),
-        click.option("-q", "--quiet", is_flag=True, help="No progress bars."),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+# What every question has.
+shared_options = stacked(
+    dtype_option(help="Which of the stored kernels [the most precise]."),
+    click.option("--of-output", "output", type=int, help="Which matrix, of a kernel of the output `diagonal`."),
+    click.option("--allow-partial", is_flag=True, help="Take the largest complete leading part, if tiles are missing."),
+    memory_option("Memory that this process may take in all [80 % of what is free]."),
+    scheduler_option("Divide passes over the tiles among the workers of a running dask cluster."),
+    json_option("store"),
+    quiet_option,
+)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import Command
+from ntkgen.cli.options import Command, top_option
 
 if TYPE_CHECKING:
     from ntkgen.analysis.comparison import CompareAnswer, Cost
@@ -18,7 +19,7 @@ LISTED = 5
 
 @click.command(cls=Command, short_help="Distance, CKA, angles and ratios of kernels.")
 @click.argument("paths", nargs=-1, required=True)
-@click.option("--top", type=int, help="Eigenvectors whose space is compared, and eigenvalues [10].")
+@top_option(f"Eigenvectors whose space is compared, and eigenvalues [{defaults.COMPARED_TOP}].")
 @shared_options
 def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
     """Compare the kernel at the first of PATHS with each of the others, of the same samples.

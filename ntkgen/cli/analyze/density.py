@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import Command, aligned
 
@@ -14,8 +15,12 @@ if TYPE_CHECKING:
 @click.command(cls=Command, short_help="Density of the eigenvalues on a logarithmic axis.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
-@click.option("--passes", type=int, default=20, show_default=True, help="Over the stored tiles, out of core.")
-@click.option("--bandwidth", type=float, default=0.1, show_default=True, help="How far to smooth, in decades.")
+@click.option(
+    "--passes", type=int, default=defaults.DENSITY_PASSES, show_default=True, help="Over the stored tiles, out of core."
+)
+@click.option(
+    "--bandwidth", type=float, default=defaults.BANDWIDTH, show_default=True, help="How far to smooth, in decades."
+)
 def density(paths: tuple[str, ...], **options: Any) -> None:
     """Compute the density of the eigenvalues of each kernel at PATH, on a logarithmic axis.
 

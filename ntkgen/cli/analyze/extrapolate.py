@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.messages import warn
-from ntkgen.cli.options import Command, aligned
+from ntkgen.cli.options import Command, aligned, shift_option
 
 if TYPE_CHECKING:
     from ntkgen.analysis.extrapolation import ExtrapolateAnswer
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 @shared_options
 @click.option("--to", type=int, required=True, metavar="N_SAMPLES", help="Samples of the larger kernel.")
 @click.option("--burn-in", type=int, help="Samples of the largest prefix that is left out [a tenth].")
-@click.option("--q", type=int, default=2, show_default=True, help="Terms ln x!/xⁱ.")
-@click.option("--powers", type=int, default=0, show_default=True, help="Terms x⁻ⁱ.")
-@click.option("--alpha", type=float, default=0.0, show_default=True, help="Weights are x^−ALPHA.")
-@click.option("--holdout", type=float, default=0.25, show_default=True, help="Fraction held out to measure the error.")
-@click.option("--shift", type=float, default=0.0, show_default=True, help="λ of K + λI.")
+@click.option("--q", type=int, default=defaults.Q, show_default=True, help="Terms ln x!/xⁱ.")
+@click.option("--powers", type=int, default=defaults.POWERS, show_default=True, help="Terms x⁻ⁱ.")
+@click.option("--alpha", type=float, default=defaults.ALPHA, show_default=True, help="Weights are x^−ALPHA.")
+@click.option(
+    "--holdout", type=float, default=defaults.HOLDOUT, show_default=True, help="Fraction held out to measure the error."
+)
+@shift_option
 def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
     """Predict the log-determinant of the kernel of N_SAMPLES, from those of the leading blocks of the one at PATH.
 

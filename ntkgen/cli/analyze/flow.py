@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.analyze.regress import test_store
-from ntkgen.cli.options import Command, ManyOption
+from ntkgen.cli.options import Command, ManyOption, offset_option, test_option
 
 if TYPE_CHECKING:
     from ntkgen.analysis.gradient_flow import FlowAnswer
@@ -20,22 +21,20 @@ LISTED = 10
 @click.option(
     "--loss",
     type=click.Choice(["squared", "cross-entropy"]),
-    default="squared",
+    default=defaults.LOSS,
     show_default=True,
     help="Of the outputs, ½ ‖f − y‖² or the cross-entropy of their softmax.",
 )
-@click.option("--rate", type=float, default=1.0, show_default=True, help="Learning rate η; times count its steps.")
+@click.option(
+    "--rate", type=float, default=defaults.RATE, show_default=True, help="Learning rate η; times count its steps."
+)
 @click.option("--normalisation", type=float, help="What the sum of losses is divided by, c [the number of samples].")
 @click.option("--times", cls=ManyOption, type=float, metavar="T...", help="When to look [over all learning times].")
+@offset_option("Where the outputs begin: at zero, or at the network's logits.")
 @click.option(
-    "--offset",
-    type=click.Choice(["zero", "logits"]),
-    default="zero",
-    show_default=True,
-    help="Where the outputs begin: at zero, or at the network's logits.",
+    "--modes", "num_modes", type=int, default=defaults.NUM_MODES, show_default=True, help="Modes to list in --json."
 )
-@click.option("--modes", "num_modes", type=int, default=100, show_default=True, help="Modes to list in --json.")
-@click.option("--test", help="Kernel of the same samples with test samples (`compute --against test`).")
+@test_option
 @shared_options
 def flow(paths: tuple[str, ...], **options: Any) -> None:
     """Follow gradient flow on the labels with the kernels at PATHS, as the linearised network does it.

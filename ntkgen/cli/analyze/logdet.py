@@ -6,7 +6,7 @@ import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.messages import warn
-from ntkgen.cli.options import Command, aligned
+from ntkgen.cli.options import Command, aligned, shift_option
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
@@ -19,13 +19,11 @@ SHOWN = 10
 @click.command(cls=Command, short_help="Log-determinant, by a Cholesky factor on disk.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
-@click.option("--shift", type=float, default=0.0, show_default=True, help="λ of K + λI.")
+@shift_option
 @click.option("--prefixes", is_flag=True, help="Also those of all leading principal blocks.")
 @click.option("--indefinite", is_flag=True, help="Where the kernel is not positive definite, go on with LDLᵀ.")
-@click.option("--keep-factor", is_flag=True, help="Leave the factor in STORE.analysis, to go on from.")
-def logdet(
-    paths: tuple[str, ...], *, shift: float, prefixes: bool, indefinite: bool, keep_factor: bool, **options: Any
-) -> None:
+@click.option("--keep-factor", "keep", is_flag=True, help="Leave the factor in STORE.analysis, to go on from.")
+def logdet(paths: tuple[str, ...], **options: Any) -> None:
     """Compute the log-determinant of each kernel at PATH, exactly and out of core.
 
     A Cholesky factor in float64 is written tile by tile into STORE.analysis, and removed afterwards. It takes the room
@@ -35,7 +33,7 @@ def logdet(
     from ntkgen.cli.progress import progress_bars
 
     asked = Asked.pop_from(options)
-    settings = analysis.LogdetSettings(shift, indefinite, keep_factor, prefixes, memory_bytes=asked.memory_bytes)
+    settings = analysis.LogdetSettings(**options, memory_bytes=asked.memory_bytes)
     for path in paths:
         matrix = asked.matrix(path)
         with progress_bars(path, quiet=asked.quiet) as report:

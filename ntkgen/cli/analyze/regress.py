@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import Command, ManyOption
+from ntkgen.cli.options import Command, ManyOption, offset_option, test_option
 
 if TYPE_CHECKING:
     from ntkgen.analysis.regression import RegressAnswer
@@ -22,18 +23,12 @@ if TYPE_CHECKING:
     metavar="λ...",
     help="Ridge parameters, in the units of the kernel [10⁻⁶ to 10² times its mean eigenvalue, not below ‖E‖].",
 )
-@click.option(
-    "--offset",
-    type=click.Choice(["zero", "logits"]),
-    default="zero",
-    show_default=True,
-    help="What is fitted from: nothing, or the network's logits.",
-)
-@click.option("--test", help="Kernel of the same samples with test samples (`compute --against test`).")
+@offset_option("What is fitted from: nothing, or the network's logits.")
+@test_option
 @click.option(
     "--method",
     type=click.Choice(["auto", "eigh", "cholesky", "cg"]),
-    default="auto",
+    default=defaults.METHOD,
     show_default=True,
     help="How to solve; auto takes the quickest that fits in memory.",
 )

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.analysis import defaults
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import Command, FiniteRange, aligned
+from ntkgen.cli.options import Command, FiniteRange, aligned, top_option
 
 if TYPE_CHECKING:
     from ntkgen.analysis.eigenvalues import SpectrumAnswer
@@ -17,15 +18,21 @@ SHOWN = 10
 @click.command(cls=Command, short_help="Eigenvalues, and the numbers that sum them up.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
-@click.option("--top", type=int, metavar="K", help="The K largest alone [all; 50 where all do not fit in memory].")
+@top_option(f"The K largest alone [all; {defaults.SPECTRUM_TOP} where all do not fit in memory].", metavar="K")
 @click.option(
     "--tolerance",
     type=FiniteRange(min=0, min_open=True, max=1, max_open=True),
-    default=1e-6,
+    default=defaults.TOLERANCE,
     show_default=True,
     help="Error of each eigenvalue, relative to it, out of core.",
 )
-@click.option("--max-passes", type=click.IntRange(min=1), default=100, show_default=True, help="Over the stored tiles.")
+@click.option(
+    "--max-passes",
+    type=click.IntRange(min=1),
+    default=defaults.MAX_PASSES,
+    show_default=True,
+    help="Over the stored tiles.",
+)
 @click.option("--condition", is_flag=True, help="The smallest eigenvalue out of core too, by a factor on disk.")
 def spectrum(paths: tuple[str, ...], **options: Any) -> None:
     """Compute the eigenvalues of each kernel at PATH, with error bounds, and what its spectrum is summed up by.

@@ -1,0 +1,58 @@
+"""The options of the commands: the names and the defaults of the settings that they set."""
+
+import ast
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import click
+import pytest
+
+from ntkgen import analysis, cli
+from ntkgen.cli.analyze import QUESTIONS, Asked, analyze
+from ntkgen.plan.spec import KernelSpec
+from ntkgen.training.recipe import TrainingRequest
+
+# What a question cannot be asked without.
+REQUIRED = {"extrapolate": ["--to", "9"]}
+
+
+def require_defaults(command, args, cls, at_least):
+    """Parse a line without options, and compare what it sets with the defaults of the settings."""
+    given = command.make_context(command.name, list(args)).params
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults = {name: default for name, default in defaults.items() if default is not dataclasses.MISSING}
+    found = {name: None if value == () else value for name, value in given.items() if name in defaults}
+    assert found == {name: defaults[name] for name in found}
+    assert len(found) >= at_least
+
+
+def question_and_settings(name):
+    return analyze.get_command(None, name), getattr(analysis, f"{name.capitalize()}Settings")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_question_is_asked_with_the_defaults_of_its_settings(question):
+    command, settings = question_and_settings(question)
+    require_defaults(command, ["k.zarr", *REQUIRED.get(question, [])], settings, 1)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_options_of_a_question_have_the_names_of_its_settings(question):
+    command, settings = question_and_settings(question)
+    names = {param.name for param in command.params if isinstance(param, click.Option)}
+    assert names - set(Asked.__dataclass_fields__) <= {field.name for field in dataclasses.fields(settings)}
+
+
+@pytest.mark.parametrize(("cls", "at_least"), [(KernelSpec, 8), (TrainingRequest, 7)])
+def test_a_kernel_is_computed_with_the_defaults_of_its_settings(cls, at_least):
+    require_defaults(cli.cli.commands["compute"], ["--models", "lenet"], cls, at_least)
+
+
+def test_an_option_is_defined_once():
+    modules = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(cli.__file__).parent.rglob("*.py")]
+    calls = [node for module in modules for node in ast.walk(module) if isinstance(node, ast.Call)]
+    defined = [call for call in calls if ast.unparse(call.func) == "click.option"]
+    spelled = Counter(arg.value for call in defined for arg in call.args if ast.unparse(arg).startswith("'--"))
+    assert len(spelled) > 40
+    assert [option for option, count in spelled.items() if count > 1] == []
