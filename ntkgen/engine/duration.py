@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -24,10 +24,14 @@ from ntkgen.plan.plan import Plan
 from ntkgen.store.certificate import Sampling
 from ntkgen.store.rounding import count_underflow, to_stored
 
+Result = TypeVar("Result")
+
 # The projection may be wrong by this factor in both directions: a machine slows down when it is warm or shared.
 UNCERTAINTY = 1.5
 # Samples with which the products of the certificate are measured, and maximum samples of a measured block.
 CERTIFIED_SAMPLES, BLOCK_SAMPLES = 8, 128
+# Seconds of a first pass above which the measurement of a second one is not worth its time.
+SLOW_SECONDS = 2.0
 # Numbers of the tile with which writing and reading are measured.
 STORED_NUMBERS = 1 << 22
 
@@ -73,9 +77,9 @@ def kernel_duration(
     batch = x[: jacobian.batch_size]
     samples = min(plan.block_samples, BLOCK_SAMPLES)
     with exact_arithmetic(network.device, plan.environment.threads):
-        per_batch = _seconds(lambda: compute_factors(network, jacobian, batch), network.device)
-        block = compute_factors(network, jacobian, batch).repeated(samples)
-        per_product = _seconds(lambda: contract(block, block.repeated(samples), jacobian).cpu(), network.device)
+        per_batch, factors = _timed(lambda: compute_factors(network, jacobian, batch), network.device)
+        block = factors.repeated(samples)
+        per_product, _ = _timed(lambda: contract(block, block.repeated(samples), jacobian).cpu(), network.device)
     return Duration(
         factors=work.factor_samples * per_batch / jacobian.batch_size / num_workers,
         products=work.pairs * per_product / samples**2 / num_workers,
@@ -93,8 +97,8 @@ def certificate_seconds(
     few = x[:CERTIFIED_SAMPLES]
     exact = exact_operator(model, few, transform=chosen.matrix)
     v = torch.ones(exact.shape[1], dtype=exact.dtype, device=exact.device)
-    first = _seconds(lambda: exact @ v, exact.device, warm_up=False)  # it tries every batch, too
-    product = _seconds(lambda: exact @ v, exact.device, warm_up=False)
+    first, _ = _timed(lambda: exact @ v, exact.device, warm_up=False)  # it tries every batch, too
+    product, _ = _timed(lambda: exact @ v, exact.device, warm_up=False)
     columns = sampling.num_probes * (1 if chosen.reduction == "none" else exact.num_outputs)
     per_sample = (columns * product + max(0.0, first - product)) / len(few)
     return num_samples * per_sample + sampling.num_pairs * (exact.num_outputs + 1) * product / len(few)
@@ -147,14 +151,23 @@ def _write_seconds(folder: Folder, chunks: Sequence[bytes]) -> float:
         return 0.0
 
 
-def _seconds(run: Callable[[], object], device: torch.device, *, warm_up: bool = True) -> float:
-    """Time something; after once for the warm-up, unless that takes so long that it hardly matters."""
-    for _ in range(2 if warm_up else 1):
-        started = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - started
-        if seconds > 2:
-            break
-    return seconds
+def _timed(run: Callable[[], Result], device: torch.device, *, warm_up: bool = True) -> tuple[float, Result]:
+    """Time something, and give its result.
+
+    It is run once before, as the warm-up, unless that takes so long that it hardly matters. The first pass may take
+    twice as long as the later ones, of which a run makes many, so that its time cannot count.
+    """
+    if warm_up:
+        seconds, result = _timed_once(run, device)
+        if seconds > SLOW_SECONDS:
+            return seconds, result
+        del result  # two results need not fit the memory
+    return _timed_once(run, device)
+
+
+def _timed_once(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    started = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, result
