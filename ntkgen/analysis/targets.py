@@ -63,7 +63,7 @@ class Readout:
         Raises:
             InputError: If the rows are sums over the outputs, for which labels give no targets.
         """
-        name = store.manifest.identity.get("output", "full")
+        name = store.manifest.output
         if name == "sum":
             raise InputError(
                 f"The kernel at {store.name} is of Σ f, the sum of all outputs: expected rows for which a label says "

@@ -68,7 +68,7 @@ def certify(
     grid, dtypes = store.grid, store.manifest.dtypes
     require_finished(store)
     require_model(store, model)
-    chosen = output_map(store.manifest.identity.get("output", "full"), store.manifest.plan.profile.num_logits)
+    chosen = output_map(store.manifest.output, store.manifest.plan.profile.num_logits)
     exact = exact_operator(model, inputs.x, inputs.against, chosen.matrix)
     _check_size(store, chosen, exact, inputs)
     V = draw_probes(grid.num_cols, sampling)
@@ -118,7 +118,7 @@ def add_certificate(
 ) -> Certificate:
     """Certify a finished store, and write the certificate into it; only under its lock."""
     num_logits = store.manifest.plan.profile.num_logits
-    sampling = sampling or usual_sampling(store.manifest.identity.get("output", "full"), num_logits)
+    sampling = sampling or usual_sampling(store.manifest.output, num_logits)
     found = certify(store, model, inputs, sampling, report=report)
     store.finalize()  # again: a group opened anew would lose its gathered metadata with the next attribute
     # What the file says, rounded, is what this process judges the kernel by, as every later one does.

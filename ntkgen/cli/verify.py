@@ -279,7 +279,7 @@ def _certify(store: "KernelStore", request: _Request, report: "Report", finding:
     from ntkgen.engine.machine import choose_device
 
     num_logits = store.manifest.plan.profile.num_logits
-    sampling = request.sampling_of(store.manifest.identity.get("output", "full"), num_logits)
+    sampling = request.sampling_of(store.manifest.output, num_logits)
     try:
         origin.certify_again(store.folder, request.data_dir, sampling, choose_device(request.device), report)
     except NtkgenError as error:

@@ -46,7 +46,7 @@ def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGr
 
 def network_of(store: KernelStore, model: nn.Module, inputs: Inputs, device: torch.device) -> Network:
     """Prepare the network of a store on a device, as its plan and its identity say."""
-    plan, output = store.manifest.plan, store.manifest.identity.get("output", KernelSpec.output)
+    plan, output = store.manifest.plan, store.manifest.output
     network, _ = prepare_mapped(
         model.to(device), inputs.probe, plan.precision, output, device=device, excluded=plan.profile.fallback
     )

@@ -137,7 +137,7 @@ def describe(store: KernelStore) -> StoreDescription:
         num_params=manifest.plan.profile.num_params,
         rows=grid.num_rows,
         cols=grid.num_cols,
-        output=manifest.identity.get("output", "full"),
+        output=manifest.output,
         layout=manifest.layout,
         precision=manifest.plan.precision,
         tile_side=grid.side,

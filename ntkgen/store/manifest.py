@@ -63,6 +63,11 @@ class Manifest:
         return self.plan.profile.num_logits
 
     @property
+    def output(self) -> str:
+        """The output map; an imported kernel has all outputs."""
+        return str(self.identity.get("output", "full"))
+
+    @property
     def quantity(self) -> str:
         """What the kernel's true values are."""
         return "J Jᵀ" if self.provenance.quantity is None else str(self.provenance.quantity)

@@ -82,7 +82,7 @@ def _options(made: Provenance, flags: Mapping[str, str]) -> list[str]:
 def _kernel_options(manifest: Manifest) -> list[str]:
     """Write how the kernel is computed and stored."""
     plan = manifest.plan
-    output = str(manifest.identity.get("output", "full"))
+    output = manifest.output
     return [
         *([] if output == "full" else ["--output", output]),
         *("--precision", plan.precision, "--dtype", *manifest.dtypes),
@@ -123,7 +123,7 @@ def question_command(kept: Kept[Answer], path: str) -> str:
 
 
 def _called(manifest: Manifest) -> Recipe:
-    output = str(manifest.identity.get("output", "full"))
+    output = manifest.output
     plan, dtypes = manifest.plan, tuple(manifest.dtypes)
     call = (
         f'ntkgen.compute(model, x, store="kernel.zarr", output={output!r}, dtypes={dtypes!r}, '
