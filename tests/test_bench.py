@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cases import TOLERANCES, relative_error
@@ -180,3 +181,36 @@ def test_questions_to_a_kernel_are_timed_and_compared_with_what_is_known(run, mo
     assert max(results["spectrum"]["error"], results["logdet"]["error"]) < 1e-6
     assert results["logdet"]["ratio"] == results["logdet"]["gflops"] / results["logdet"]["product_gflops"]
     assert [bench.line(found).split()[0] for found in results.values()] == list(results)
+
+
+def test_ways_to_multiply_are_timed_in_turns_and_give_the_same_determinant(run):
+    args = ["--rows", "600", "--sides", "8", "--panel-tiles", "1", "--trials", "2", "--json"]
+    code, printed = run("blas", *args)
+    assert code == 0
+    rows = [json.loads(text) for text in printed.out.splitlines()]
+    assert [row["what"] for row in rows[::3]] == [
+        "product", "division", "product beside reading", "division beside reading", "log-determinant"
+    ]  # fmt: skip
+    assert [row["way"] for row in rows] == ["addresses", "NumPy", "SciPy"] * 5
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert min(row["seconds"]) <= row["median"] <= max(row["seconds"])
+        assert (row["way"] == "addresses") <= (row["ratio"] == 1)
+        assert ("tiles_per_second" in row) == ("reading" in row["what"])
+    bench = importlib.import_module("blas")
+    exact = np.log(bench.eigenvalues(600)).sum()
+    assert [row["logdet"] for row in rows[-3:]] == pytest.approx([exact] * 3, rel=1e-6)
+    assert rows[-1]["cols"] < rows[-1]["rows"]
+    assert bench.line(rows[0]).split()[0] == "product"
+
+
+def test_ways_to_multiply_compute_the_same():
+    bench = importlib.import_module("blas")
+    for way in bench.WAYS.values():
+        operands = bench.make_operands(5, 3)
+        expected = operands.target - operands.tile @ operands.strip.T
+        bench.operations(way, operands)["product"]()
+        np.testing.assert_allclose(operands.target, expected, atol=1e-13)
+        expected[:, :5] = expected[:, :5] @ np.linalg.inv(operands.lower).T
+        bench.operations(way, operands)["division"]()
+        np.testing.assert_allclose(operands.target, expected, atol=1e-12)
