@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import zarr
-from bench_analysis import OUTPUTS, eigenvalues, fill
+from analysis import OUTPUTS, eigenvalues, fill
 from scipy.linalg import blas as scipy_blas
 
 from ntkgen.analysis.determinant import LogdetSettings, logdet

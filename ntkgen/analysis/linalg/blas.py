@@ -2,14 +2,10 @@
 
 `scipy.linalg.blas` keeps Python's lock during a product, so that nothing could be read beside it, and copies what is
 not contiguous. The same routines, which SciPy offers to compiled code by their addresses, do neither.
-<<<<<<< HEAD
-`scripts/bench/blas.py` compares them, and NumPy's product with a temporary array.
-=======
 
 NumPy releases the lock, but its product takes a temporary array, which one thread subtracts. `scripts/bench/blas.py`
 compares the three. A log-determinant of 8,000 rows with panels of 4,080 columns takes as long through NumPy on one
 thread, and 1.36 times as long on two (medians of ratios in turns, on two busy cores).
->>>>>>> dd162d8 ([DOC] BLAS is called by its addresses because NumPy is slower on two threads)
 """
 
 import ctypes
