@@ -156,7 +156,7 @@ def test_too_little_memory_names_what_is_needed(tmp_path, sampled):
 
     matrix = store_of(tmp_path / "k.zarr", gram(60))
     with pytest.raises(
-        BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows and 6 tiles \(fewer --passes"
+        BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows and 6 tiles \(fewer `passes`"
     ):
         density(matrix, DensitySettings(memory_bytes=psutil.Process().memory_info().rss + 20_000))
 

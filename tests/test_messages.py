@@ -203,7 +203,7 @@ def test_a_note_and_its_json_are_told_in_options(run, monkeypatch):
 
 def test_a_reason_that_a_page_is_incomplete_is_told_in_options(run, tmp_path, monkeypatch):
     stored(tmp_path)
-    monkeypatch.setattr("ntkgen.analysis.report.answers.is_small", lambda *_: False)
+    monkeypatch.setattr("ntkgen.analysis.answers.is_small", lambda *_: False)
     reasons = json.loads(run("report", "k.zarr", "--json")[1])["lacking"]
     assert reasons["spectrum"].endswith("Run that command first, or raise --memory.")
 

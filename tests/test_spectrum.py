@@ -436,7 +436,7 @@ def test_too_little_memory_names_what_is_needed(tmp_path, by_krylov):
 
     limit = psutil.Process().memory_info().rss + 50_000
     with pytest.raises(
-        BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows and 6 tiles \(lower --top"
+        BudgetError, match=r"is too small: expected .* for .* vectors of 60 rows and 6 tiles \(a lower `top`"
     ) as caught:
         spectrum(matrix, SpectrumSettings(memory_bytes=limit, top=50))
     assert "\n" not in str(caught.value)

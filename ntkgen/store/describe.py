@@ -178,7 +178,7 @@ def inaccuracy(store: KernelStore) -> str | None:
         f"within what {store.manifest.plan.precision} and the stored dtype allow, and of one size for all blocks of "
         f"samples, found {found}. Is a disk or a memory damaged, is the network too deep for this precision, or is "
         f"it a mistake in ntkgen? `ntkgen verify --repair --recompute N` computes N tiles again and removes those that "
-        "differ, for the same command to make anew; a kernel made with `precision` float64 tells whether it is "
+        "differ, for the same command to make anew; a kernel computed in float64 tells whether it is "
         "rounding. If it is neither, please report it."
     )
 
