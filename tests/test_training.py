@@ -11,6 +11,7 @@ from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, FingerprintError, NotConvergedError
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import fit as training
+from ntkgen.training import loop
 from ntkgen.training.recipe import LEARNING_RATE, Recipe
 
 
@@ -167,7 +168,7 @@ def test_accuracy_is_measured_without_augmentation_and_dropout():
     model.eval()
     expected = 100 * (model(data.inputs()).argmax(1) == data.labels).double().mean()
     model.train()
-    assert training.train_accuracy(model, data) == pytest.approx(float(expected))
+    assert loop.accuracy(model, data) == pytest.approx(float(expected))
     assert model.training
 
 

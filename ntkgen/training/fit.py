@@ -4,8 +4,6 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,12 +15,12 @@ from torch import Tensor, nn
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, NotConvergedError
 from ntkgen.files.folder import File, file_of
-from ntkgen.jacobian.precision import fixed_threads, flushed_denormals
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training.checkpoint import Checkpoint
+from ntkgen.training.loop import Stepper, batches, training_mode
+from ntkgen.training.loop import accuracy as measure_accuracy
 from ntkgen.training.recipe import Recipe
 
-EVALUATION_BATCH = 1000
 # Number of measured steps for a projection of the training time.
 MEASURED_STEPS = 2
 
@@ -60,16 +58,14 @@ class _Run:
         self.order = torch.Generator("cpu").manual_seed(
             recipe.seed
         )  # for sample order and augmentation; dropout uses torch's generator
-        self.amp_dtype = torch.bfloat16 if _has_bfloat16(self.device) else torch.float16
-        scaled = self.device.type == "cuda" and self.amp_dtype == torch.float16
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)  # bfloat16 needs no scaling
+        self.stepper = Stepper(self.model, self.optimizer, self.device)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.training
         checkpoints.load_state(self.model, checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.stepper.load_state_dict(state["scaler"])
         self.order.set_state(state["random"]["order"])
         torch.set_rng_state(state["random"]["cpu"])
         if self.device.type == "cuda" and "cuda" in state["random"]:
@@ -83,7 +79,7 @@ class _Run:
         training = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.stepper.state_dict(),
             "random": random,
             "threads": torch.get_num_threads(),
         }
@@ -129,7 +125,7 @@ def train(
         return checkpoint
     device = next(model.parameters()).device
     threads = torch.get_num_threads() if checkpoint is None else checkpoint.training["threads"]
-    with _training_mode(device, recipe.seed, threads):
+    with training_mode(device, recipe.seed, threads):
         if device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         run = _Run(model, recipe, device)
@@ -141,7 +137,7 @@ def train(
         data = data.to(device)
         while not checkpoint.is_finished:
             loss = _train_epoch(run, data, path, report)
-            accuracy = train_accuracy(run.model, data)
+            accuracy = measure_accuracy(run.model, data)
             checkpoint = run.checkpoint(accuracy, loss, target_accuracy)
             checkpoints.save(path, checkpoint)
             report(run.epoch, _num_steps(run, data), _num_steps(run, data), accuracy)
@@ -152,21 +148,21 @@ def seconds_to_train(model: nn.Module, data: Dataset, recipe: Recipe) -> float:
     """Project an upper bound of the training time in seconds, from a few steps with a copy of the network."""
     copied = copy.deepcopy(model)
     device = next(copied.parameters()).device
-    with _training_mode(device, recipe.seed, torch.get_num_threads()):
+    with training_mode(device, recipe.seed, torch.get_num_threads()):
         run, data = _Run(copied.train(), recipe, device), data.to(device)
-        batches = _batches(torch.arange(data.num_samples, device="cpu"), recipe.batch_size)
+        all_ids = batches(torch.arange(data.num_samples, device="cpu"), recipe.batch_size)
         steps = []
-        for ids in batches[: MEASURED_STEPS + 1]:  # the first step is a warm-up
+        for ids in all_ids[: MEASURED_STEPS + 1]:  # the first step is a warm-up
             started = time.perf_counter()
-            _train_step(run, data.batch(ids, run.order), data.labels[ids.to(data.labels.device)])
+            _take_step(run, data, ids)
             steps.append(time.perf_counter() - started)
-        ids = batches[0]
+        ids = all_ids[0]
         copied.eval()
         started = time.perf_counter()
         with torch.no_grad():
             float(copied(data.inputs(ids)).sum())
         evaluating = (time.perf_counter() - started) * data.num_samples / len(ids)
-    return recipe.num_epochs * (len(batches) * statistics.median(steps[1:] or steps) + evaluating)
+    return recipe.num_epochs * (len(all_ids) * statistics.median(steps[1:] or steps) + evaluating)
 
 
 def has_converged(checkpoint: Checkpoint, target_accuracy: float) -> bool:
@@ -193,21 +189,13 @@ def require_convergence(path: File, checkpoint: Checkpoint, target_accuracy: flo
         )
 
 
-def _has_bfloat16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-@contextmanager
-def _training_mode(device: torch.device, seed: int, threads: int) -> Iterator[None]:
-    """Flush denormals, seed torch's generators for dropout, fix the threads, and restore all settings at the end."""
-    devices = [device] if device.type == "cuda" else []
-    with flushed_denormals(), torch.random.fork_rng(devices=devices), fixed_threads(threads):
-        torch.manual_seed(seed)
-        yield
-
-
 def _num_steps(run: _Run, data: Dataset) -> int:
-    return len(_batches(torch.arange(data.num_samples, device="cpu"), run.recipe.batch_size))
+    return len(batches(torch.arange(data.num_samples, device="cpu"), run.recipe.batch_size))
+
+
+def _take_step(run: _Run, data: Dataset, ids: Tensor) -> float:
+    labels = data.labels[ids.to(data.labels.device)]
+    return run.stepper.step(data.batch(ids, run.order), lambda outputs: F.cross_entropy(outputs, labels))
 
 
 def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> float:
@@ -219,8 +207,8 @@ def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> f
     run.model.train()
     order = torch.randperm(data.num_samples, generator=run.order, device="cpu")
     total = 0.0
-    for step, ids in enumerate(_batches(order, run.recipe.batch_size)):
-        loss = _train_step(run, data.batch(ids, run.order), data.labels[ids.to(data.labels.device)])
+    for step, ids in enumerate(batches(order, run.recipe.batch_size)):
+        loss = _take_step(run, data, ids)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"The loss became {loss} in epoch {run.epoch + 1}, step {step + 1}: training of {run.recipe.model} "
@@ -232,40 +220,3 @@ def _train_epoch(run: _Run, data: Dataset, path: File, report: EpochReport) -> f
     run.scheduler.step()
     run.epoch += 1
     return total / data.num_samples
-
-
-def _batches(order: Tensor, size: int) -> list[Tensor]:
-    """Cut an order into batches. A last batch of one sample is merged, because batch norm needs two samples.
-
-    >>> [len(batch) for batch in _batches(torch.arange(7), 3)]
-    [3, 4]
-    """
-    batches = list(order.split(size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
-
-
-def _train_step(run: _Run, x: Tensor, labels: Tensor) -> float:
-    if run.device.type == "cuda" and x.ndim == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    run.optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(run.device.type, dtype=run.amp_dtype, enabled=run.device.type == "cuda"):
-        loss = F.cross_entropy(run.model(x), labels)
-    run.scaler.scale(loss).backward()
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
-    return float(loss.detach())
-
-
-def train_accuracy(model: nn.Module, data: Dataset) -> float:
-    """Measure the accuracy in per cent on all samples, without augmentation, in evaluation mode and full precision."""
-    correct = 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for ids in torch.arange(data.num_samples, device="cpu").split(EVALUATION_BATCH):
-            predicted = model(data.inputs(ids)).argmax(1)
-            correct += int((predicted == data.labels[ids.to(data.labels.device)]).sum())
-    model.train(was_training)
-    return 100 * correct / data.num_samples
