@@ -150,7 +150,7 @@ def test_verbose_says_how_each_parameter_is_treated(run, tmp_path):
     )
     code, _, err = run("compute", "--models", "odd_nets:Odd", "--epochs", "0", "--subsample", "2", "--raw-images", "-v")
     assert code == 0
-    assert "scale: no rule, through autograd" in err
+    assert "scale: no rule, computed by autograd" in err
     assert "fc: gram" in err or "fc: explicit" in err or "fc: ordered" in err
 
 
@@ -443,7 +443,7 @@ def test_a_rectangular_kernel_from_the_command_to_its_page(run, split):
     code, out, err = run(*RECTANGULAR)
     assert (code, err) == (0, "")
     assert "the kernel of 6 samples against 4 × 10 outputs is complete" in out
-    assert "no singular value is off by more than" in out
+    assert "no singular value has an error above" in out
     store = the_store()
     assert store.name == "logistic-digits-untrained-seed0-n6-test4.zarr"
     assert ntkgen.open(store).array.shape == (60, 40)
@@ -464,7 +464,7 @@ def test_one_triangle_and_too_few_columns_of_a_rectangular_kernel_are_refused(ru
     ("output", "shape", "name", "meaning"),
     [
         ("sum", (6, 6), "sum", "the sum of the outputs"),
-        ("centered", (54, 54), "centered", "the contrasts"),
+        ("centered", (54, 54), "centered", "contrasts"),
         ("index:3", (6, 6), "index3", "this output alone"),
         ("trace", (6, 6), "trace", "the trace"),
         ("diagonal", (6, 6), "diagonal", "the diagonal"),
@@ -478,8 +478,8 @@ def test_kernels_of_output_maps(run, output, shape, name, meaning):
     assert ntkgen.open(store).kernel(output=3 if output == "diagonal" else None).shape == shape
     page = run("info", store)[1]
     assert f"{output}: {meaning}" in page
-    assert f"by {3 if output in {'trace', 'diagonal'} else 10} probes" in page
-    assert f"no eigenvalue{' of a matrix' if output == 'diagonal' else ''} is off" in page
+    assert f"from {3 if output in {'trace', 'diagonal'} else 10} random vectors" in page
+    assert f"no eigenvalue{' of a matrix' if output == 'diagonal' else ''} has an error above" in page
 
 
 def test_a_kernel_against_published_test_images(run):
@@ -502,9 +502,9 @@ def test_a_finished_kernel_is_certified_and_pages_say_what_that_means(run):
     page = run("info", the_store())[1]
     bound = result["certificate"]["errors"][1]["bound"]
     assert f"‖E‖_F ≤ {bound:.3g} with 95 % confidence" in page
-    assert "by 10 probes and 16 pairs of samples, seed 0" in page
-    assert "no eigenvalue is off by more than the bound on ‖E‖_F" in page
-    assert "in float16  0 computed entries with fewer bits" in page
+    assert "from 10 random vectors and 16 pairs of samples, seed 0" in page
+    assert "no eigenvalue has an error above the bound on ‖E‖_F" in page
+    assert "in float16  0 computed entries have fewer bits" in page
     assert f"{bound:.3g} in float32" in run(*FAST)[1]
 
 
@@ -542,7 +542,7 @@ def test_a_suspicious_kernel_is_stored_and_said_to_be_so_with_exit_code_1(run, m
     result = json.loads(out)
     assert (result["status"], result["tiles_missing"]) == ("complete", 0)
     assert [0, 1] in result["suspicious_tiles"]["float32"][:3]
-    assert "SUSPICIOUS rows of blocks 0, 1" in run("info", the_store())[1]
+    assert "SUSPICIOUS blocks of rows: 0, 1" in run("info", the_store())[1]
     assert json.loads(run("verify", the_store(), "--json")[1])["is_whole"]  # every file is what was written
     assert run("verify", the_store(), "--certify")[0] == 1
 
@@ -553,13 +553,13 @@ def test_what_is_computed_more_precisely_than_stored_is_said_once(run):
     code, _, err = run(*careful, "--models", "logistic", "lenet", "--no-certify")
     assert code == 0
     assert err.count("Warning") == err.count("\n") == 1
-    assert "error floor of about 1e-7" in err
+    assert "adds an error of about 1e-7" in err
     assert "--dtype float64" in err
-    assert "with an error floor of about 1e-7" in run("info", the_store("logistic*"))[1]
+    assert "adds an error of about 1e-7" in run("info", the_store("logistic*"))[1]
     assert run(*careful, "--dtype", "float64", "float32", "--out", "other")[2] == ""
     assert run(*careful, "--dtype", "float16", "--dry-run", "--out", "half")[2].count("5e-4") == 1
     page = run("info", next(Path("other").glob("*.zarr")))[1]
-    assert "error floor" not in page
+    assert "adds an error" not in page
 
 
 # verify ---------------------------------------------------------------------------------------------------------------

@@ -249,4 +249,4 @@ def test_the_command_compares_the_dtypes_of_one_store(tmp_path, capsys):
     assert "log-determinant" in page
     filled(tmp_path / "one.zarr", drawn(6, 2))
     assert cli.run(["analyze", "compare", str(tmp_path / "one.zarr")]) == 2
-    assert "holds one kernel" in capsys.readouterr().err
+    assert "holds only one kernel" in capsys.readouterr().err

@@ -174,6 +174,6 @@ def test_the_command_line(tmp_path):
     assert done.exit_code == 0, done.output
     assert {"log10_eigenvalues", "density", "store", "seconds", "peak_bytes"} <= set(json.loads(done.stdout))
     shown = CliRunner().invoke(cli, ["analyze", "density", matrix.name]).output
-    assert "16.7 % are not positive" in shown
+    assert "16.7 % are negative or may be zero" in shown
     for decade in ("10^2    to 10^3      16.667 %", "10^1    to 10^2      33.333 %", "10^-2   to 10^-1     16.667 %"):
         assert decade in shown, shown

@@ -95,7 +95,7 @@ def test_verify_says_how_a_whole_kernel_gets_its_certificate(tmp_path, capsys):
     fill_store(tmp_path / "k.zarr", labels=np.zeros(7, int))
     assert "none yet; the same `ntkgen compute`" in printed(capsys, "verify", tmp_path / "k.zarr", "--recompute", 0)[1]
     filled(tmp_path / "u.zarr", drawn(provenance={}))
-    assert "the network is not known here" in printed(capsys, "verify", tmp_path / "u.zarr", "--recompute", 0)[1]
+    assert "the store does not name its network" in printed(capsys, "verify", tmp_path / "u.zarr", "--recompute", 0)[1]
 
 
 def test_the_command_that_finishes_a_store_is_the_one_that_made_it(tmp_path, capsys):

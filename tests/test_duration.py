@@ -87,7 +87,7 @@ def test_a_dry_run_says_how_long_it_would_take(run):
     assert seconds["total"] >= seconds["training"] + seconds["certificate"]
     page = run(*FAST[:-1], "--epochs", "0", "--no-certify", "--dry-run")[1]
     (line,) = (line for line in page.splitlines() if line.startswith("  time"))
-    assert " here (factors " in line
+    assert " on this machine (factors " in line
     assert "training" not in line
     assert "certificate" not in line
 

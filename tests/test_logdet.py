@@ -425,7 +425,13 @@ def test_the_command_says_what_it_found(capsys):
         assert (found["panel_rows"], found["bytes_read_planned"]) == (30, 0)
         assert cli.run([*command]) == 0
         page = capsys.readouterr().out
-        for part in (f"{found['logdet']:.12g} nats", "K + 0.5 I", "1 of 30 rows, keeping ", "reading 0 B", "30 rows"):
+        for part in (
+            f"{found['logdet']:.12g} nats",
+            "K + 0.5 I",
+            "1 of 30 rows; a panel takes ",
+            "panels read 0 B",
+            "30 rows",
+        ):
             assert part in page
 
 

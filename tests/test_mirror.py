@@ -250,7 +250,7 @@ def test_the_command_says_what_it_did_and_what_was_done_already(both, upper, cap
     assert cli.run(["mirror", str(upper.path), "-q", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == first | {"was_full": True, "tiles_mirrored": 0}
     assert cli.run(["mirror", str(upper.path)]) == 0
-    assert "layout full, as it was" in capsys.readouterr().out
+    assert "layout full, unchanged" in capsys.readouterr().out
 
 
 def test_the_command_refuses_in_one_line(upper, capsys):

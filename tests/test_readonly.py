@@ -48,7 +48,7 @@ def test_an_answer_that_cannot_be_kept_is_printed(closed, run):
         code, out, err = run("analyze", "spectrum", closed, *options)
         assert code == 0
         assert "Permission denied" in err
-        assert err.startswith("Warning: The result is not kept beside")
+        assert err.startswith("Warning: The result could not be saved beside")
         assert err.count("\n") == 1
     found = json.loads(out)
     assert len(found["eigenvalues"]) == 6

@@ -199,7 +199,7 @@ def test_a_tile_is_made_again_without_being_asked_for(run, digits):
     before = files_of(digits)
     code, out, err = run("verify", digits)
     assert (code, err) == (0, "")
-    assert "float16 equal in every bit, float32 equal in every bit" in out
+    assert "float16 has equal bits, float32 has equal bits" in out
     result = json.loads(run("verify", digits, "--json", "--recompute", "3")[1])
     assert len({tuple(each["tile"]) for each in result["recomputed"]}) == 3
     assert all(each["equal"] and each["max_error"] == 0 for each in result["recomputed"])
@@ -217,7 +217,7 @@ def test_a_tile_that_differs_is_named_removed_and_made_anew(run, digits):
     assert (code, err.count("\n")) == (1, 1)
     assert "different   ntk_float32/c/1/2" in out
     assert "tile (1, 2)" in out
-    assert "float32 off by " in out
+    assert "float32 has an error of " in out
     code, out, err = run("verify", digits, "--recompute", "10", "--repair", "--json")
     result = json.loads(out)
     assert (code, err, result["removed"]) == (0, "", ["ntk_float32/c/1/2"])
@@ -237,7 +237,7 @@ def test_on_another_machine_the_command_allows_for_rounding(run, digits):
     array[:, :] = array[:, :] * np.float32(1 + 1e-6)
     code, out, _ = run("verify", digits)
     assert code == 0
-    assert "float32 off by " in out
+    assert "float32 has an error of " in out
     assert "7.7e-06 allowed" in out
 
 

@@ -524,4 +524,4 @@ def test_people_are_shown_some_of_many_files(run, digits, monkeypatch):
         harm(digits / f"ntk_float16/c/{index}/0", "first bit")
     out = run("verify", digits, "--recompute", "0")[1]
     assert out.count("  damaged ") == 3
-    assert "… and 5 files more; --json lists all" in out
+    assert "… and 5 more files; --json lists all" in out

@@ -1,6 +1,6 @@
 """The command line: parse, call one function, print.
 
-Nothing heavy is imported before a command runs, so that `ntkgen --help` answers at once.
+Large packages such as torch are imported only when a command runs, so that `ntkgen --help` is quick.
 """
 
 import errno
@@ -26,18 +26,20 @@ from ntkgen.cli.train import train
 from ntkgen.cli.verify import verify
 from ntkgen.errors import Terminated
 
+# Errors of a full disk, and of a used-up disk quota.
 FULL = {errno.ENOSPC, errno.EDQUOT}
-INTERRUPTED = 130  # what a shell reports of a process that Ctrl-C ended
+# Exit code that a shell reports for a process that Ctrl-C has ended.
+INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(ntkgen.__version__, prog_name="ntkgen")
 def cli() -> None:
-    """Generate large empirical neural tangent kernels, K = J Jᵀ, exactly and resumably.
+    """Compute large empirical neural tangent kernels, K = J Jᵀ, exactly and resumably.
 
-    Try: ntkgen compute --models lenet --dataset digits --subsample 500
+    A first example: ntkgen compute --models lenet --dataset digits --subsample 500
 
-    The pages of the manual: ntkgen manual
+    `ntkgen manual` lists the pages of the manual.
     """
 
 
@@ -46,7 +48,10 @@ for command in (compute, train, info, verify, mirror, import_, models, datasets,
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; every error that a user can cause is one line, with a non-zero exit code."""
+    """Run the command line and end the process.
+
+    An error that a user can cause prints one line, and the exit code is not zero.
+    """
     sys.exit(run(args))
 
 
@@ -68,7 +73,7 @@ def _run(args: Sequence[str] | None) -> int:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, Terminated) as error:
         word, exit_code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
-        click.echo(f"{word}. What is finished is kept: the same command goes on from there.", err=True)
+        click.echo(f"{word}. Finished work is kept. The same command continues from there.", err=True)
         return exit_code
     except Exception as error:
         from ntkgen.files.bucket import first_lines, is_remote_error
@@ -76,9 +81,10 @@ def _run(args: Sequence[str] | None) -> int:
         if not is_remote_error(error):
             raise
         is_full = isinstance(error, OSError) and error.errno in FULL
-        advice = "Make room, then run the same command again" if is_full else "Is the path right, and open to you?"
+        question = "Is the path right, and may you use it?"
+        advice = "Free some space, then run the same command again." if is_full else question
         what = "The disk is full" if is_full else first_lines(error)
-        return _fail(f"{what}. What is finished is kept. {advice}", 1)
+        return _fail(f"{what}. Finished work is kept. {advice}", 1)
     return result if isinstance(result, int) else 0
 
 

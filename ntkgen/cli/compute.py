@@ -1,4 +1,4 @@
-"""`ntkgen compute`: from a model's name to a kernel on disk."""
+"""`ntkgen compute`: the name of a network → a kernel on disk."""
 
 import json
 from contextlib import contextmanager
@@ -34,64 +34,67 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @training_options
-@click.option("--subsample", type=int, help="Samples of the kernel, the first ones [all].")
-@click.option("--against", type=click.Choice(["test"]), help="Columns of other samples: those of the test split.")
-@click.option("--against-subsample", type=int, help="Samples of the columns, the first ones [all].")
+@click.option("--subsample", type=int, help="Number of samples of the kernel, the first of the data set [all].")
+@click.option(
+    "--against", type=click.Choice(["test"]), help="Take the samples of the test split as columns [those of the rows]."
+)
+@click.option("--against-subsample", type=int, help="Number of samples of the columns, the first of the split [all].")
 @click.option(
     "--output",
     default=KernelSpec.output,
     show_default=True,
     metavar="MAP",
-    help="full, sum, centered, index:K, or of each pair's block the trace or the diagonal.",
+    help="Output map: full, sum, centered, index:K, trace or diagonal. See `ntkgen manual computing`.",
 )
-@click.option("--shuffle-seed", type=SEED, help="Take the samples in a recorded random order.")
+@click.option("--shuffle-seed", type=SEED, help="Seed of a random order of the samples [data set's order].")
 @click.option(
     "--precision",
     default=KernelSpec.precision,
     show_default=True,
-    help="How it is computed: float64, float64-accumulate, float32, tf32, bfloat16.",
+    help="Precision of the computation: float64, float64-accumulate, float32, tf32, bfloat16.",
 )
 @dtype_option(
     "dtypes",
     cls=ManyOption,
     default=KernelSpec.dtypes,
     metavar="DTYPE...",
-    help=f"How it is stored: float16, float32, float64 [{' '.join(KernelSpec.dtypes)}].",
+    help=f"Dtypes of the stored kernel: float16, float32, float64 [{' '.join(KernelSpec.dtypes)}].",
 )
 @click.option(
     "--layout",
     type=click.Choice(["auto", "upper", "full"]),
     default=KernelSpec.layout,
     show_default=True,
-    help="One triangle or both; auto stores both up to 10 GB.",
+    help="Store one triangle (upper) or both (full). auto stores both up to 10 GB.",
 )
 @tile_option
-@memory_option("Memory that the computation may add, as 8GB [80 % of free].")
+@memory_option("Maximum memory that the computation adds, such as 8GB [80 % of the free memory].")
 @click.option(
-    "--replan", is_flag=True, help="Continue on another kind of machine, with tiles that differ in last bits."
+    "--replan", is_flag=True, help="Continue on another kind of machine, whose tiles differ in the last bits."
 )
 @click.option(
     "--certify/--no-certify",
     default=KernelSpec.certify,
     show_default=True,
-    help="Compare the finished kernel with the exact one, and store the error bound.",
+    help="Measure the error of the finished kernel, and store its bound (the certificate).",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Compute in several processes of this machine.")
-@scheduler_option("Compute on the workers of a running dask cluster.")
-@click.option("--part", metavar="k/K", help="Compute the k-th of K parts, as one job of an array; the last finishes.")
+@click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes on this machine [none].")
+@scheduler_option("Compute on the workers of a running dask cluster: address or file of its scheduler.")
+@click.option("--part", metavar="k/K", help="Compute part k of K. The last job finishes the kernel.")
 @click.option(
     "--tile-timeout",
     "tile_seconds",
     type=POSITIVE,
-    help="Seconds a worker may need for a tile.",
+    help="Maximum seconds of a worker for one tile [from the tiles so far].",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
-@click.option("--explain", "explained", is_flag=True, help="The same, layer by layer: shape, order, FLOPs, bytes.")
+@click.option("--dry-run", is_flag=True, help="Print the projected cost and time, and leave nothing behind.")
+@click.option("--explain", "explained", is_flag=True, help="Like --dry-run, with the cost of each layer.")
 def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
-    """Train networks where there is no checkpoint, and compute their kernels.
+    """Compute the kernels of networks.
 
-    An interrupted run goes on with the same command, from the last epoch or tile. Exit code 1: a network did not
-    converge, or a finished kernel is not what it should be.
+    A network without a checkpoint is trained first. After an interruption, the same command continues from the last
+    epoch or tile. The exit code is 1 if a network did not converge, or if the measured error of a finished kernel is
+    too large.
 
     \b
     ntkgen compute --models lenet --dataset digits --subsample 500
@@ -114,7 +117,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
         setup, data = settings.setup(execution), settings.load_data()
         against = None if kernel.against is None else settings.load_data(kernel.against)
         missing_bytes = 0
-        for request in settings.requests():  # everything that can be wrong is found before anything runs
+        for request in settings.requests():  # wrong input is reported before any computation
             planned = pipeline.plan_kernel(request, kernel, setup, data, against)
             missing_bytes += planned.missing_bytes
             if settings.verbose:
@@ -145,10 +148,10 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
 def _execution(
     settings: Settings, *, workers: int | None, client: str | None, part: str | None, tile_seconds: float | None
 ) -> "Iterator[Execution]":
-    """Choose what computes the tiles: this process, workers, or this process a part of them.
+    """Choose how the tiles are computed: in this process, by workers, or only a part of them in this process.
 
     Raises:
-        InputError: If both a part and workers are asked for.
+        InputError: If the options ask for both a part and workers.
     """
     from ntkgen.engine.computation import Execution
     from ntkgen.engine.coordinator import open_pool
@@ -156,21 +159,21 @@ def _execution(
 
     if part is not None and (workers is not None or client is not None):
         raise InputError(
-            f"--part {part} is for processes that run independently, and workers share all parts: expected one of "
-            "the two. Leave out --part, or --workers and --scheduler."
+            f"--part {part} cannot be combined with workers: expected one of the two, found both. A part is one of "
+            "several independent jobs, and workers share all tiles. Leave out --part, or --workers and --scheduler."
         )
     chosen = None if part is None else Part.parse(part)
     with open_pool(workers, client, settings.device, tile_seconds) as pool:
         if pool is not None and not settings.quiet:
-            note(f"{pool.num_workers} workers; dask shows them at {pool.dashboard}")
+            note(f"{pool.num_workers} workers. Their dask dashboard is at {pool.dashboard}")
         yield Execution(pool, chosen)
 
 
 def _precision_warning(precision: str, dtypes: tuple[str, ...]) -> str:
     floor = "1e-7" if "float32" in dtypes else "5e-4"
     return (
-        f"The kernel is computed in {precision} and stored only as {' and '.join(dtypes)}, which restores an error "
-        f"floor of about {floor} of the largest eigenvalue. To keep the smaller ones, add --dtype float64."
+        f"The kernel is computed in {precision} but stored only as {' and '.join(dtypes)}. Storing adds an error of "
+        f"about {floor} of the largest eigenvalue, and smaller eigenvalues are lost. To keep them, add --dtype float64."
     )
 
 
@@ -180,11 +183,11 @@ def _treatment(planned: "PlannedKernel") -> str:
     lines = [f"{planned.training.model}: blocks of {planned.plan.block_samples} samples, batches of {plan.batch_size}"]
     lines += [
         f"  {layer.shape.name or '(the network itself)'}: {layer.order}, {layer.shape.num_params:,} parameters, "
-        f"{layer.shape.positions} positions{', rows kept' if layer.keeps_rows else ''}"
+        f"{layer.shape.positions} positions{', Jacobian rows kept' if layer.keeps_rows else ''}"
         for layer in plan.layers
     ]
-    lines += [f"  {plan.dense_params:,} parameters as plain rows (biases, normalisations, fallbacks)"]
-    lines += [f"  {name}: no rule, through autograd" for name in plan.fallback]
+    lines += [f"  {plan.dense_params:,} parameters as dense Jacobian rows (biases, normalisations, autograd)"]
+    lines += [f"  {name}: no rule, computed by autograd" for name in plan.fallback]
     return "\n".join(lines)
 
 
@@ -195,7 +198,7 @@ def _projection(values: dict[str, Any]) -> str:
         "kernel": f"{size}, {' and '.join(values['dtypes'])}, layout {values['layout']}",
         "tiles": f"{values['tiles_missing']:,} of {values['tiles']:,} to compute, {values['tile_side']:,} rows each",
         "disk": human_bytes(values["disk_bytes"]),
-        "memory": f"{human_bytes(values['projected_bytes'])} at most beside the loaded program",
+        "memory": f"{human_bytes(values['projected_bytes'])} at most, in addition to the loaded program",
         "work": f"{values['projected_flops']:.3g} FLOP, {values['factor_samples']:,} factor computations",
         "time": _time(values["seconds"]),
     }
@@ -207,7 +210,7 @@ def _projection(values: dict[str, Any]) -> str:
 
 
 def _time(seconds: dict[str, Any]) -> str:
-    """Write how long a run is projected to take here, and what of it each kind of work takes."""
+    """Write the projected duration of a run on this machine, in total and for each kind of work."""
     if not seconds["total"]:
         return "nothing is missing"
     low, high = seconds["range"]
@@ -217,24 +220,24 @@ def _time(seconds: dict[str, Any]) -> str:
         for name in names
         if seconds[name]
     )
-    return f"{human_seconds(low)} to {human_seconds(high)} here ({parts})"
+    return f"{human_seconds(low)} to {human_seconds(high)} on this machine ({parts})"
 
 
 def _samples(num_samples: int, num_col_samples: int | None, num_outputs: int) -> str:
-    """Write the samples of a kernel, and the rows per sample."""
+    """Write the numbers of samples and of outputs of a kernel."""
     against = "" if num_col_samples is None else f" against {num_col_samples:,}"
     outputs = "" if num_outputs == 1 else f" × {num_outputs} outputs"
     return f"{num_samples:,} samples{against}{outputs}"
 
 
 def _size(rows: int, cols: int, output: str) -> str:
-    """Write the size of a kernel, and its output map if that is not ``full``."""
+    """Write the size of a kernel, and its output map unless it is ``full``."""
     of = "" if output == "full" else f", output {output}"
     return f"{rows:,} × {cols:,}{of}"
 
 
 def _explained(parts: list[dict[str, Any]]) -> list[str]:
-    """Lay the parts of a plan out as a table, the total last."""
+    """Write the parts of a plan as a table, with the total in the last line."""
     total, explicit = (sum(part[key] for part in parts) for key in ("flops", "explicit_flops"))
     width = max(len(part["name"]) for part in parts)
     lines = [
@@ -247,7 +250,7 @@ def _explained(parts: list[dict[str, Any]]) -> list[str]:
             f"  {part['name']:<{width}}  {part['shape']:<22}  {part['order']:<20}  {kept:>11}  {part['flops']:>9.3g}  "
             f"{part['explicit_flops']:>9.3g}"
         )
-    saved = f"{explicit / total:.1f} times fewer than by Jacobian rows alone" if total else "nothing is missing"
+    saved = f"{explicit / total:.1f} times fewer than with Jacobian rows only" if total else "nothing is missing"
     return [*lines, f"  {'total':<{width}}  {saved:<59}  {total:>9.3g}  {explicit:>9.3g}", ""]
 
 
@@ -259,10 +262,10 @@ def _summary(result: "FinishedKernel", projected: float | None) -> str:
         return (
             f"\n{network}: part {result.part} of the kernel of {samples} is done.\n"
             f"  {found.store}\n  {found.tiles_missing:,} of {found.tiles:,} tiles are missing. The last of the other "
-            "parts finishes the kernel, and so does the same command without --part.\n"
+            "parts finishes the kernel. The same command without --part does this too.\n"
         )
     trained = "taken as built" if result.train_accuracy is None else f"trained to {result.train_accuracy:.2f} %"
-    # Without training, of which the projection is an upper bound.
+    # The projection counts all epochs of a training, which may end earlier.
     expected = "" if projected is None else f" (projected: {human_seconds(projected)})"
     view = "kernel(output=0)" if found.output == "diagonal" else "array"
     return (

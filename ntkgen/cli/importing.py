@@ -1,4 +1,4 @@
-"""`ntkgen import`: a kernel of this program's predecessor, as one of our stores."""
+"""`ntkgen import`: a kernel of this program's predecessor → a store of ntkgen."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -18,22 +18,23 @@ ONE_OR_MORE = click.IntRange(min=1)
 
 @click.command("import", cls=Command)
 @click.argument("path")
-@click.option("--samples", "num_samples", required=True, type=ONE_OR_MORE, help="Samples that the kernel is of.")
-@click.option("--outputs", "num_outputs", required=True, type=ONE_OR_MORE, help="Outputs of its network.")
-@click.option("--params", "num_params", type=ONE_OR_MORE, help="Trainable parameters P, by whose root it was divided.")
-@out_option("target", metavar="STORE", help="The new store [beside PATH, its name ending in .imported.zarr].")
+@click.option("--samples", "num_samples", required=True, type=ONE_OR_MORE, help="Number of samples of the kernel.")
+@click.option("--outputs", "num_outputs", required=True, type=ONE_OR_MORE, help="Number of outputs of the network.")
+@click.option("--params", "num_params", type=ONE_OR_MORE, help="Number P of trainable parameters [not known].")
+@out_option("target", metavar="STORE", help="Path of the new store [PATH with the ending .imported.zarr].")
 @dtype_option(
     type=click.Choice(["float16", "float32", "float64"]),
-    help="Of a raw file whose name does not tell [from the name].",
+    help="Dtype of the numbers in a raw file [from its name].",
 )
 @tile_option
 @json_option()
 @quiet_option
 def import_(path: str, *, target: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Read the kernel at PATH that this program's predecessor wrote: ntk_float32.zarr, or the raw ntk_float32.bin.
+    """Import a kernel of this program's predecessor from PATH, such as ntk_float32.zarr or the raw ntk_float32.bin.
 
-    The numbers stay as they are, J Jᵀ / √P in their dtype. With --params the new store says so in its scale_factor, and
-    `ntkgen.open` gives J Jᵀ. An interrupted import goes on with the same command; PATH is only read.
+    The predecessor stored J Jᵀ / √P. The import keeps these numbers and their dtype. With --params, the new store
+    records the factor √P, and `ntkgen.open` gives J Jᵀ. After an interruption, the same command continues. The files at
+    PATH are not changed.
 
     \b
     ntkgen import ckpt/cifar_resnet18_0/ntk_float32.zarr --samples 50000 --outputs 10 --params 11173962

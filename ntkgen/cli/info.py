@@ -1,4 +1,4 @@
-"""`ntkgen info`: what a store is, and what it still lacks."""
+"""`ntkgen info`: the content of a store, and its missing tiles."""
 
 import json
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="PATH")
 @json_option()
 def info(path: str, *, as_json: bool) -> int:
-    """Say what the kernel store at PATH is, how many tiles are there and what is missing.
+    """Describe the kernel store at PATH: its kernel, its accuracy and its missing tiles.
 
-    Exit code 1: its certificate finds the kernel wrong.
+    The exit code is 1 if the certificate (the measured error of the kernel) finds the kernel wrong.
     """
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store
@@ -63,7 +63,7 @@ def _page(found: "StoreDescription") -> str:
 
 
 def _origin(found: "StoreDescription") -> dict[str, str]:
-    """Write what the kernel was computed of, or what file it was imported from."""
+    """Write the network and the data of a kernel, or the file that it was imported from."""
     made = found.provenance
     if made.imported_from is not None:
         return {"imported": f"from {made.imported_from}", "data": _samples(found)}
@@ -75,7 +75,7 @@ def _origin(found: "StoreDescription") -> dict[str, str]:
 
 
 def _predecessor(found: "StoreDescription") -> dict[str, str]:
-    if not found.num_params:  # imported, and not known
+    if not found.num_params:  # an imported kernel without --params
         return {}
     return {"1/√P": f"{found.predecessor_factor:.6g} (the predecessor of this program stored J Jᵀ/√P)"}
 
@@ -91,9 +91,9 @@ def _output(found: "StoreDescription") -> str:
     meaning = {
         "full": "every output",
         "sum": "the sum of the outputs",
-        "centered": "the contrasts of the outputs, without their common shift",
-        "trace": "the trace of each pair's block",
-        "diagonal": "the diagonal of each pair's block, a matrix per output",
+        "centered": "contrasts of the outputs, without their common shift",
+        "trace": "the trace of the block of each pair of samples",
+        "diagonal": "the diagonal of the block of each pair of samples, one matrix per output",
     }
     return f"{found.output}: {meaning.get(found.output, 'this output alone')}"
 
@@ -103,7 +103,7 @@ def _underflow(found: "StoreDescription") -> dict[str, str]:
     if counts is None:
         return {}
     fewer, vanished = counts.with_fewer_bits, counts.vanished
-    return {"in float16": f"{fewer:,} computed entries with fewer bits than usual, {vanished:,} of them stored as zero"}
+    return {"in float16": f"{fewer:,} computed entries have fewer bits than usual; {vanished:,} of them became zero"}
 
 
 def _hint(found: "StoreDescription") -> str:
@@ -113,4 +113,4 @@ def _hint(found: "StoreDescription") -> str:
     if not loses_precision(found.precision, dtypes):
         return ""
     floor = "1e-7" if "float32" in dtypes else "5e-4"
-    return f" (as stored, with an error floor of about {floor} of the largest eigenvalue; --dtype float64 has none)"
+    return f" (storing adds an error of about {floor} of the largest eigenvalue, unless --dtype is float64)"

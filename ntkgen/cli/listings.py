@@ -1,4 +1,4 @@
-"""`ntkgen models` and `ntkgen datasets`: what there is."""
+"""`ntkgen models` and `ntkgen datasets`: lists of the known networks and data sets."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from ntkgen.units import human_bytes
 @click.command(cls=Command)
 @json_option("network")
 def models(*, as_json: bool) -> None:
-    """List the networks of the zoo: name, parameters, paper."""
+    """List the built-in networks: name, number of parameters, paper."""
     from ntkgen.training.zoo import listing
 
     for row in listing():
@@ -25,7 +25,7 @@ def models(*, as_json: bool) -> None:
 @click.command(cls=Command)
 @json_option("data set")
 def datasets(*, as_json: bool) -> None:
-    """List the data sets: name, training samples, classes, image shape, size of the full kernel in float16."""
+    """List the data sets: name, training samples, classes, image shape, size of the whole kernel in float16."""
     from ntkgen.data.catalog import ALIASES, DATASETS
 
     for name, entry in DATASETS.items():
@@ -39,4 +39,4 @@ def datasets(*, as_json: bool) -> None:
         facts = f"{entry.num_samples:>8,} samples {entry.num_classes:>4} classes  {shape:<8} {size:>9}"
         click.echo(f"{name:<10}{facts}  {title}")
     if not as_json:
-        click.echo("FILE.npz  x (samples, channels, height, width) and y (samples,) of your own")
+        click.echo("FILE.npz  your own data set: x (samples, channels, height, width) and y (samples,)")

@@ -8,18 +8,18 @@ import click
 from ntkgen.cli.options import Command, json_option
 from ntkgen.manual import Page, page, pages
 
-# Longer lines are hard to read, however wide the terminal is.
+# Maximum number of characters per line. Longer lines are hard to read even in a wide terminal.
 MAX_WIDTH = 110
 
 
 @click.command(cls=Command)
 @click.argument("name", metavar="[PAGE]", required=False)
-@click.option("--list", "as_list", is_flag=True, help="Print the names of the pages, one a line.")
+@click.option("--list", "as_list", is_flag=True, help="Print only the names of the pages, one per line.")
 @json_option("page")
 def manual(name: str | None, *, as_list: bool, as_json: bool) -> None:
-    """Show a page of the manual, or list the pages.
+    """Show a page of the manual, or list the pages if none is given.
 
-    In a terminal a page is laid out; elsewhere it is printed as Markdown, which is plain text.
+    A terminal shows headings and tables. A pipe or a file gets the page as Markdown.
 
     \b
     ntkgen manual accuracy
@@ -33,18 +33,21 @@ def manual(name: str | None, *, as_list: bool, as_json: bool) -> None:
 
 
 def _require_page_alone(name: str, *, as_list: bool) -> None:
-    """Refuse a page beside a list of pages.
+    """Refuse the combination of a page with ``--list``.
 
     Raises:
-        UsageError: If both are asked for.
+        UsageError: If both are given.
     """
     if as_list:
-        raise click.UsageError(f"--list lists all pages, and the page {name!r} was given: leave out one of the two.")
+        raise click.UsageError(
+            f"--list cannot be combined with a page: expected one of the two, found both --list and the page {name!r}. "
+            "--list prints the names of all pages. Leave out one of the two."
+        )
 
 
 def _show_list(*, as_list: bool, as_json: bool) -> None:
     if not as_list and not as_json:
-        click.echo("Pages of the manual; `ntkgen manual PAGE` shows one:\n")
+        click.echo("Pages of the manual. `ntkgen manual PAGE` shows a page.\n")
     for each in pages():
         if as_json:
             click.echo(json.dumps({"page": each.name, "title": each.title, "summary": each.summary}))
@@ -63,7 +66,7 @@ def _show_page(shown: Page, *, as_json: bool) -> None:
 
 
 def _lay_out(text: str) -> None:
-    """Write Markdown for people: headings, tables and code in the width of the terminal."""
+    """Print Markdown with its headings, tables and code formatted to the width of the terminal."""
     from rich.console import Console
     from rich.markdown import Markdown
 

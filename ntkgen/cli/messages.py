@@ -1,4 +1,7 @@
-"""What a command prints: messages of the library name a setting, and here it becomes the option that sets it."""
+"""Messages of a command on stdout and stderr.
+
+A message of the library names a setting, such as `memory_bytes`. Here the setting is replaced by its option, --memory.
+"""
 
 import re
 
@@ -6,12 +9,12 @@ import click
 
 from ntkgen.errors import NtkgenError
 
-# One word in backticks. A command line in backticks, as `ntkgen verify --repair`, has several words and stays.
+# One word in backticks. A command line in backticks, such as `ntkgen verify --repair`, has several words and stays.
 _SETTING = re.compile(r"(?<!`)`(\w+)`(?!`)")
 
 
 class CommandError(Exception):
-    """An error of the library, in the words of the command that met it."""
+    """An error of the library whose message names the options of the running command."""
 
     def __init__(self, error: NtkgenError, command: click.Command) -> None:
         super().__init__(in_options(str(error), command))
@@ -19,7 +22,7 @@ class CommandError(Exception):
 
 
 def in_options(text: str, command: click.Command) -> str:
-    """Replace each setting in backticks by the option of a command that sets it; other words stay as they are.
+    """Replace each setting in backticks by the option of a command that sets it. Other words stay as they are.
 
     >>> command = click.Command("compute", params=[click.Option(["--memory", "memory_bytes"])])
     >>> in_options("Raise `memory_bytes`, or run `ntkgen info` and see `layout`.", command)
@@ -30,7 +33,7 @@ def in_options(text: str, command: click.Command) -> str:
 
 
 def _spelling(option: click.Option) -> str:
-    """Choose the first long spelling of an option.
+    """Return the first long name of an option.
 
     >>> _spelling(click.Option(["-q", "--quiet"]))
     '--quiet'
@@ -44,7 +47,7 @@ def show(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print one line on stderr."""
+    """Print a message on stderr, in one line."""
     click.echo(" ".join(_in_own_options(text).split()), err=True)
 
 
@@ -54,7 +57,7 @@ def warn(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """Print an error on stderr, in one line, where the command goes on."""
+    """Print an error on stderr, in one line. The command continues."""
     note(f"Error: {text}")
 
 

@@ -1,4 +1,4 @@
-"""`ntkgen mirror`: the other triangle of a store."""
+"""`ntkgen mirror`: one stored triangle → the full matrix."""
 
 import json
 from typing import Any
@@ -16,10 +16,10 @@ from ntkgen.units import human_bytes
 @json_option()
 @quiet_option
 def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
-    """Write the other triangle of the finished kernel store at PATH, which then has the layout `full`.
+    """Write the missing triangle of the finished kernel store at PATH.
 
-    Plain Zarr, dask and xarray read the whole matrix from it. An interrupted run goes on with the same command, and a
-    store that is full is left as it is. It takes about the room of the store once more.
+    Afterwards the store has the layout `full`, takes about twice its disk space, and plain Zarr, dask and xarray read
+    the whole matrix. After an interruption, the same command continues. A store with both triangles is not changed.
     """
     start_process()
     from ntkgen.cli.progress import progress_bars
@@ -42,5 +42,5 @@ def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
 
 
 def _summary(result: dict[str, Any]) -> str:
-    what = "as it was" if result["was_full"] else f"{result['tiles_mirrored']:,} tiles mirrored"
+    what = "unchanged" if result["was_full"] else f"{result['tiles_mirrored']:,} tiles mirrored"
     return f"{result['store']}\n  layout {result['layout']}, {what}, {human_bytes(result['stored_bytes'])} in all"

@@ -1,4 +1,4 @@
-"""Options that several commands share, each defined once, and options that take several values after one flag."""
+"""Options that several commands share, and options that take several values after one flag."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ class ManyOption(click.Option):
 
 
 class Command(click.Command):
-    """A command that understands `ManyOption`, anywhere on its line, and whose errors name its options."""
+    """A command that accepts `ManyOption` anywhere on its line, and whose errors name its options."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the flag before each of its values, which is how click takes several."""
+        """Repeat the flag before each of its values, as click expects it."""
         flags = {flag for param in self.params if isinstance(param, ManyOption) for flag in param.opts}
         return super().parse_args(ctx, repeat_flags(args, flags))
 
@@ -75,11 +75,11 @@ def repeat_flags(args: Sequence[str], flags: set[str]) -> list[str]:
 
 def _require_value(flag: str, *, found: bool) -> None:
     if not found:
-        raise click.UsageError(f"Option {flag!r} needs at least one value behind it, and there is none.")
+        raise click.UsageError(f"Option {flag!r} has no value: expected at least one value after it, found none.")
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """A number of bytes, as ``8GB``, ``500MB`` or ``2GiB``."""
+    """A number of bytes, such as ``8GB``, ``500MB`` or ``2GiB``."""
 
     name = "bytes"
 
@@ -87,12 +87,12 @@ class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
         """Read the number and its unit."""
         count = value if isinstance(value, int) else parse_bytes(value)
         if not count:
-            self.fail(f"{value!r} is not a number of bytes; write for example 8GB, 500MB or 2GiB.", param, ctx)
+            self.fail(f"{value!r} is not a number of bytes. Write for example 8GB, 500MB or 2GiB.", param, ctx)
         return count
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers, without infinity and NaN."""
+    """A range of finite numbers."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Read the number."""
@@ -116,7 +116,7 @@ POSITIVE = FiniteRange(min=0, min_open=True)
 
 
 def stacked(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
-    """Join options into one decorator, in the order in which the help lists them."""
+    """Combine options into one decorator, in the order of the help."""
 
     def add(command: Function) -> Function:
         for option in reversed(options):
@@ -127,77 +127,79 @@ def stacked(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
 
 
 def json_option(each: str = "") -> Callable[[Function], Function]:
-    """Print JSON: one object, or one object per result, store or whatever ``each`` names."""
+    """Define --json. ``each`` names what gets an object of its own, such as a store; empty means one object in all."""
     printed = f"one JSON object per {each}" if each else "one JSON object"
     return click.option("--json", "as_json", is_flag=True, help=f"Print {printed} on stdout.")
 
 
 def memory_option(meaning: str) -> Callable[[Function], Function]:
-    """Limit the memory, of the process or of what is added to it: the help says which."""
+    """Define --memory. The help ``meaning`` says whether it limits the process or only what the command adds."""
     return click.option("--memory", "memory_bytes", type=Bytes(), help=meaning)
 
 
 def dtype_option(*name: str, **attributes: Any) -> Callable[[Function], Function]:
-    """Name one or several dtypes of the stored numbers; ``name`` is the parameter, where it has another one."""
+    """Define --dtype, for dtypes of stored numbers. ``name`` is the parameter if it is not ``dtype``."""
     return click.option("--dtype", *name, **attributes)
 
 
 def out_option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
-    """Say where results are written; ``names`` are its short spelling and its parameter, where it has others."""
+    """Define --out, for the path of the results. ``names`` are a short option and a parameter other than ``out``."""
     return click.option("--out", *names, **attributes)
 
 
 def device_option(meaning: str) -> Callable[[Function], Function]:
-    """Choose the device that computes."""
+    """Define --device, for the device of the computation."""
     return click.option("--device", default="auto", show_default=True, help=meaning)
 
 
 def seed_option(meaning: str) -> Callable[[Function], Function]:
-    """Set the seed of what is drawn."""
+    """Define --seed, for the random numbers of the command."""
     return click.option("--seed", default=TrainingRequest.seed, show_default=True, type=SEED, help=meaning)
 
 
 def scheduler_option(meaning: str) -> Callable[[Function], Function]:
-    """Name a running cluster."""
+    """Define --scheduler, for a running dask cluster."""
     return click.option("--scheduler", "client", metavar="ADDRESS|FILE", help=meaning)
 
 
 def top_option(meaning: str, **attributes: Any) -> Callable[[Function], Function]:
-    """Choose the number of largest eigenvalues."""
+    """Define --top, for the number of largest eigenvalues."""
     return click.option("--top", type=int, help=meaning, **attributes)
 
 
 def offset_option(meaning: str) -> Callable[[Function], Function]:
-    """Choose where a fit starts."""
+    """Define --offset, for the outputs at the start of a fit."""
     choice = click.Choice(["zero", "logits"])
     return click.option("--offset", type=choice, default=defaults.OFFSET, show_default=True, help=meaning)
 
 
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress bars.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress bars.")
 data_dir_option = click.option(
-    "--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR or data]."
+    "--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR, or data]."
 )
 tile_option = click.option(
-    "--tile", "tile_side", type=int, help="Rows of a tile, a multiple of the outputs [from n and m]."
+    "--tile", "tile_side", type=int, help="Rows per tile, a multiple of the outputs [from the size]."
 )
-shift_option = click.option("--shift", type=float, default=defaults.SHIFT, show_default=True, help="λ of K + λI.")
-test_option = click.option("--test", help="Kernel of the same samples with test samples (`compute --against test`).")
+shift_option = click.option(
+    "--shift", type=float, default=defaults.SHIFT, show_default=True, help="Number λ that is added to the diagonal."
+)
+test_option = click.option("--test", help="Store of the kernel with test samples (`compute --against test`).")
 
-# Which networks: their names, their data, their seeds.
+# Networks and their data.
 network_options = stacked(
     click.option(
         "--models",
         cls=ManyOption,
         required=True,
         metavar="NAME...",
-        help="Names of the zoo, or package.module:factory.",
+        help="Networks: names from `ntkgen models`, or package.module:factory.",
     ),
-    click.option("--dataset", default="digits", show_default=True, help="A name of `ntkgen datasets`, or FILE.npz."),
+    click.option("--dataset", default="digits", show_default=True, help="A name from `ntkgen datasets`, or FILE.npz."),
     data_dir_option,
-    click.option("--raw-images", is_flag=True, help="Feed images in their own size and channels, not as 3×32×32."),
+    click.option("--raw-images", is_flag=True, help="Do not resize the images to 3×32×32."),
 )
 
-# How they are trained.
+# Training of the networks.
 recipe_options = stacked(
     click.option(
         "--epochs",
@@ -205,7 +207,7 @@ recipe_options = stacked(
         "--num_epochs",
         "num_epochs",
         type=click.IntRange(min=0),
-        help=f"At most [{Recipe.num_epochs}]; 0 takes the network as it is built.",
+        help=f"Maximum number of epochs [{Recipe.num_epochs}]. 0 takes the network untrained.",
     ),
     click.option(
         "--lr",
@@ -218,16 +220,16 @@ recipe_options = stacked(
         "--batch-size",
         "batch_size",
         type=click.IntRange(min=1),
-        help=f"Batch size of training [{Recipe.batch_size}].",
+        help=f"Number of samples per training step [{Recipe.batch_size}].",
     ),
-    click.option("--width", type=int, help="Channels of the first stage of a ResNet [64]."),
+    click.option("--width", type=int, help="Number of channels of the first stage of a ResNet [64]."),
     seed_option("Seed of the first network."),
     click.option(
         "--repeats",
         default=1,
         show_default=True,
         type=click.IntRange(min=1),
-        help="Networks, with seeds SEED, SEED+1, …",
+        help="Number of networks per name, with the seeds SEED, SEED+1, …",
     ),
     click.option(
         "--target-accuracy",
@@ -236,23 +238,25 @@ recipe_options = stacked(
         type=FiniteRange(0, 100),
         help="Training accuracy in % at which training ends.",
     ),
-    click.option("--allow-unconverged", is_flag=True, help="Go on with a network that missed the target."),
+    click.option("--allow-unconverged", is_flag=True, help="Accept a network that missed the target."),
 )
 
-# Where results lie, what computes them, and what is printed.
+# Paths of the results, the device, and the output of the command.
 run_options = stacked(
     out_option(
         default="runs",
         show_default=True,
         metavar="FOLDER",
-        help="Folder of checkpoints and kernels; or s3://, gs://, az:// with ntkgen[cloud].",
+        help="Folder of the checkpoints and kernels. s3://, gs:// and az:// need ntkgen[cloud].",
     ),
-    click.option("--fsync/--no-fsync", default=True, show_default=True, help="Force every file to the disk."),
-    device_option("auto, cpu, cuda, cuda:1, … or mps."),
+    click.option(
+        "--fsync/--no-fsync", default=True, show_default=True, help="Force every file to the disk (loss of power)."
+    ),
+    device_option("Device of the computation: auto, cpu, cuda, cuda:1, … or mps."),
     json_option("result"),
-    click.option("-v", "--verbose", is_flag=True, help="Say how each layer is treated."),
+    click.option("-v", "--verbose", is_flag=True, help="Print how each layer is computed."),
     quiet_option,
 )
 
-# Everything that determines a network, and where it is kept.
+# All options of a network, from its name to the path of its checkpoint.
 training_options = stacked(network_options, recipe_options, run_options)

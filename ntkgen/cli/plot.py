@@ -1,4 +1,4 @@
-"""`ntkgen plot`: pictures of a kernel, as files."""
+"""`ntkgen plot`: pictures of kernels as files."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ FORMATS = ("png", "svg")
     cls=ManyOption,
     type=click.Choice(KINDS),
     metavar="KIND...",
-    help=f"Which pictures: {', '.join(KINDS)} [all that can be drawn].",
+    help=f"Pictures: {', '.join(KINDS)} [all that can be drawn].",
 )
 @click.option(
     "--format",
@@ -37,15 +37,15 @@ FORMATS = ("png", "svg")
     type=click.Choice(FORMATS),
     default=("png",),
     metavar="FORMAT...",
-    help="png, svg or both [png].",
+    help="File formats: png, svg or both [png].",
 )
-@out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Where the pictures go.")
+@out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @shared_options
 def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...], out: str, **options: Any) -> None:
-    """Draw the kernels at PATHS: the matrix, and what `ntkgen analyze` has found out about it.
+    """Draw the kernels at PATHS and the results of `ntkgen analyze`.
 
-    What was not asked yet is found out now, where the kernel fits with its eigenvectors in 1 GB, or in --memory. Give
-    the options after the paths.
+    The command uses the results that are saved beside a store. It computes missing results if the kernel and its
+    eigenvectors fit in 1 GB, or in --memory. Write the options after the paths.
 
     \b
     ntkgen plot runs/lenet-digits-seed0-n500.zarr --kind matrix spectrum --format png svg
@@ -57,7 +57,7 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
     folder = LocalFolder(Path(out))
     folder.require_writable()
     chosen, names = kinds or KINDS, unique_names(paths)
-    matrices = [asked.matrix(path) for path in paths]  # everything that can be wrong is found before anything runs
+    matrices = [asked.matrix(path) for path in paths]  # wrong input is reported before any computation
     compared, refused = _compare(matrices, chosen, asked)
     for index, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
         pictures, missing = _draw(matrix, name, chosen, asked)
@@ -72,7 +72,7 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
 
 
 def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "tuple[list[Picture], dict[str, str]]":
-    """Draw one kernel; say why some pictures of it cannot be drawn."""
+    """Draw one kernel. Return the pictures, and the reason for each picture that cannot be drawn."""
     from ntkgen.analysis.answers import gather
     from ntkgen.analysis.plots.draw import draw_all, left_out, questions_for
     from ntkgen.cli.progress import progress_bars
@@ -85,10 +85,10 @@ def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "t
 def _compare(
     matrices: "Sequence[Matrix]", kinds: Sequence[str], asked: Asked
 ) -> "tuple[Picture | None, dict[str, str]]":
-    """Draw what differs between the first kernel and the others; say why some cannot be compared, by store.
+    """Draw the comparison of the first kernel with the others. Return it, and the reason for each refused store.
 
     Raises:
-        InputError: If there is one kernel, and nothing but a comparison is asked for.
+        InputError: If there is only one kernel, and the command asks only for some pictures, one of them a comparison.
     """
     from ntkgen.analysis.answers import compare_all
     from ntkgen.analysis.plots.compare import draw_comparison
@@ -98,8 +98,8 @@ def _compare(
         return None, {}
     if len(matrices) == 1 and kinds != KINDS:
         raise InputError(
-            f"The kernel at {matrices[0].name} is compared with nothing: expected two paths or more, found one. Was "
-            "one left out? Give the others too, or leave comparison out of --kind."
+            f"The kernel at {matrices[0].name} cannot be compared: expected two paths or more, found one. Is a path "
+            "missing? Add the other paths, or leave comparison out of --kind."
         )
     with progress_bars("comparison", quiet=asked.quiet) as report:
         results, refused = compare_all(matrices, asked.memory_bytes, report)
@@ -107,17 +107,17 @@ def _compare(
 
 
 def _require_all(missing: Mapping[str, str]) -> None:
-    """Refuse to leave out what was asked for.
+    """Require that no picture is missing.
 
     Raises:
-        InputError: If something is missing.
+        InputError: If a picture is missing. The message is its reason.
     """
     if missing:
         raise InputError(next(iter(missing.values())))
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
-    """Name the pictures of each store after it; stores of one name in different folders are numbered.
+    """Derive the names of pictures from the names of their stores. Repeated names get a number.
 
     >>> unique_names(["a/k.zarr", "b/k.zarr/", "b/c.zarr"])
     ['k', 'k-2', 'c']
@@ -130,7 +130,7 @@ def unique_names(paths: Sequence[str]) -> list[str]:
 def write_pictures(
     folder: "LocalFolder", name: str, pictures: "Sequence[Picture]", formats: Sequence[str]
 ) -> list[dict[str, str]]:
-    """Write some pictures in some formats; return what was written, and what each shows."""
+    """Write pictures in the given formats. Return the kind, the file and the caption of each."""
     from ntkgen.analysis.plots.style import render
 
     written = []

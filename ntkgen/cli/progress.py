@@ -1,4 +1,4 @@
-"""Progress bars with a rate and an ETA, on stderr, for a terminal alone."""
+"""Progress bars with a rate and an ETA. They are shown only if stderr is a terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ _UNITS = {
 
 @contextmanager
 def progress_bars(title: str, *, quiet: bool) -> Iterator[Report]:
-    """Show one bar per stage; a stage that resumes starts where it was, and its rate counts what is new."""
+    """Show one bar per stage. The bar of a resumed stage starts at its earlier position; its rate counts new steps."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -1,4 +1,4 @@
-"""`ntkgen report`: one page on some kernels, for people."""
+"""`ntkgen report`: one HTML page about some kernels."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from ntkgen.units import human_bytes
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True)
-@out_option("-o", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@out_option("-o", default="report.html", show_default=True, metavar="FILE", help="File of the report.")
 @shared_options
 def report(paths: tuple[str, ...], out: str, **options: Any) -> None:
-    """Write one page on the kernels at PATHS, in HTML, with everything in it: it needs no network and no other file.
+    """Write one self-contained HTML page about the kernels at PATHS.
 
-    Pictures, tables that a click sorts, where each kernel comes from, how accurate it is, how to make it again and how
-    to cite it. What was not asked yet is found out now, where a kernel fits with its eigenvectors in 1 GB, or in
-    --memory; of a larger one `ntkgen analyze` asks first.
+    The page needs no other file and no internet. It has pictures, tables that can be sorted, the origin and accuracy of
+    each kernel, the commands that reproduce it, and its citation. The command uses the results that `ntkgen analyze`
+    saved beside a store. It computes missing results if the kernel and its eigenvectors fit in 1 GB, or in --memory.
     """
     asked = Asked.pop_from(options)
     from ntkgen.analysis.report.make import make_report

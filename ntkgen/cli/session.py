@@ -1,4 +1,4 @@
-"""What every command that makes something does with its options: the data, the device, the networks."""
+"""Setup that the commands share: the process, the data, the device and the networks."""
 
 import dataclasses
 import os
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ntkgen.errors import Terminated
 
-TERMINATED = 143  # what a shell reports of a process that SIGTERM has ended
+# Exit code that a shell reports for a process that SIGTERM has ended.
+TERMINATED = 143
 
 if TYPE_CHECKING:
     from ntkgen.data.dataset import Dataset
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 
 def start_process() -> None:
-    """Set what must be set before torch is loaded, or before its first parallel work.
+    """Set the thread and number settings that must precede the import of torch or its first parallel computation.
 
-    Threads that wait spin for some 30 µs, then give their core away. Spinning on, as is usual, made training 15 times
-    slower with another program beside this one; sleeping at once makes the many short products of a kernel 1.5 times
-    slower without one. Denormals are flushed, which threads inherit when they are made.
+    A waiting OpenMP thread spins for about 30 µs and then sleeps. Unlimited spinning, the usual default, made training
+    15 times slower while another program was running. Sleeping at once makes the many short products of a kernel 1.5
+    times slower without another program. Denormal numbers are flushed to zero. Threads inherit this setting when they
+    are created.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -36,7 +38,7 @@ def start_process() -> None:
 
 
 def _terminate(*_: object) -> None:
-    """End as after Ctrl-C: the tile in flight is lost, what is finished is kept.
+    """End the process as after Ctrl-C: the running tile is lost, and finished tiles are kept.
 
     Raises:
         Terminated: Always.
@@ -46,7 +48,7 @@ def _terminate(*_: object) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `training_options`, as parsed."""
+    """Parsed values of `training_options`."""
 
     models: tuple[str, ...]
     dataset: str
@@ -69,7 +71,7 @@ class Settings:
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> "Settings":
-        """Take these options out of a command's, and leave it its own."""
+        """Remove the training options from the options of a command and return them."""
         return cls(**{field.name: options.pop(field.name) for field in dataclasses.fields(cls)})
 
     def load_data(self, split: str = "train") -> "Dataset":
@@ -80,7 +82,7 @@ class Settings:
         return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
 
     def setup(self, execution: "Execution | None" = None) -> "RunSetup":
-        """Say where results lie, and what computes them."""
+        """Return the folder of the results, the device and the execution."""
         from ntkgen.engine.computation import LOCAL
         from ntkgen.engine.machine import choose_device
         from ntkgen.files.place import folder_of
@@ -90,7 +92,7 @@ class Settings:
         return RunSetup(out, choose_device(self.device), execution or LOCAL, self.data_dir)
 
     def requests(self) -> "list[TrainingRequest]":
-        """List the networks: every model with every seed."""
+        """List one request for every network and every seed."""
         from ntkgen.training.recipe import TrainingRequest
 
         return [

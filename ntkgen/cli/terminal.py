@@ -1,7 +1,7 @@
-"""Signs that a terminal cannot show, written in ASCII.
+"""ASCII spellings of characters that a terminal cannot show.
 
-Help, results and errors hold signs such as ‖, λ and ≤. A terminal in latin-1, cp1252 or ASCII has not all of them, and
-a program that prints them there ends with a traceback.
+Help, results and errors contain characters such as ‖, λ and ≤. The encodings latin-1, cp1252 and ASCII lack some of
+them. Without this module, printing them there would end with a traceback.
 """
 
 import codecs
@@ -12,9 +12,9 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-# How Python is told what to do with a sign that a stream's encoding lacks.
+# Name of the codec error handler that replaces characters which the encoding of a stream lacks.
 HANDLER = "ntkgen.spelled"
-# What Python does otherwise, unless somebody has asked for more: fail, or show the number of the sign.
+# Python's default error handlers of stdout and stderr. A handler that the user has chosen is not replaced.
 _DEFAULTS = {"strict", "surrogateescape", "backslashreplace"}
 
 _SPELLED = {
@@ -59,7 +59,7 @@ _SPELLED = {
 
 
 def spell(text: str) -> str:
-    """Write what is not ASCII in ASCII: signs by what they mean, Greek letters by name, others as ``?``.
+    """Spell text in ASCII: symbols by their meaning, Greek letters by name, unknown characters as ``?``.
 
     >>> spell("K = J Jᵀ, ‖E‖ ≤ √(λ₁ × 10⁻²) … Größe 数")
     'K = J J^T, ||E|| <= sqrt (lambda1 x 10^-2) ... Grosse ?'
@@ -80,10 +80,10 @@ def _spell_sign(sign: str) -> str:
 
 
 def _spell_error(error: UnicodeError) -> tuple[str, int]:
-    """Spell the part of a text that an encoding lacks: called by Python's codecs.
+    """Spell the characters that could not be encoded. Python's codecs call this function.
 
     Raises:
-        UnicodeError: If it was not writing that failed.
+        UnicodeError: If decoding failed, not encoding.
     """
     if not isinstance(error, UnicodeEncodeError):
         raise error
@@ -95,7 +95,7 @@ codecs.register_error(HANDLER, _spell_error)
 
 @contextmanager
 def spelled_streams() -> Iterator[None]:
-    """Let stdout and stderr write any sign, whatever their encoding is; what the user has set stays."""
+    """Let stdout and stderr print any character in any encoding. An error handler that the user has set is kept."""
     with ExitStack() as stack:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper) and stream.errors in _DEFAULTS:
@@ -105,5 +105,5 @@ def spelled_streams() -> Iterator[None]:
 
 
 def _set_errors(stream: io.TextIOWrapper, errors: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it was closed, or its reader has gone: which the writer will find
+    with contextlib.suppress(OSError, ValueError):  # The stream is closed. The next write reports it.
         stream.reconfigure(errors=errors)

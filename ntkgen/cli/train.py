@@ -1,4 +1,4 @@
-"""`ntkgen train`: networks to convergence."""
+"""`ntkgen train`: training of networks until they converge."""
 
 import json
 import time

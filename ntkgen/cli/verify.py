@@ -1,4 +1,4 @@
-"""`ntkgen verify`: every file of a store read, some tiles made again, and on request a repair or a new certificate."""
+"""`ntkgen verify`: checksums, recomputed tiles, repair, and certificates (measured error bounds) of stored kernels."""
 
 import dataclasses
 import json
@@ -34,54 +34,55 @@ if TYPE_CHECKING:
     from ntkgen.store.describe import StoreDescription
     from ntkgen.store.store import KernelStore
 
-# Exit codes where a store is not whole or not what it should be, and where that is not known.
+# Exit codes for a store that is damaged, incomplete or wrong, and for a store that cannot be verified.
 DAMAGED, UNREACHED = 1, 2
-# Maximum damaged files of a store that are printed; --json has all of them.
+# Maximum number of damaged files that are printed per store. --json lists all.
 SHOWN = 20
 
 
 @click.command(cls=Command)
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
-@click.option("--repair", "repaired", is_flag=True, help="Remove what is damaged, so that it can be made anew.")
+@click.option("--repair", "repaired", is_flag=True, help="Remove damaged files, so that they can be computed again.")
 @click.option(
     "--recompute",
     "num_tiles",
     type=click.IntRange(min=0),
-    help="Tiles to compute again, drawn at random [1, if that takes about a minute at most]; 0: none.",
+    help="Number of random tiles to compute again [1 if that takes at most about a minute, otherwise 0].",
 )
-@click.option("--certify", "certified", is_flag=True, help="Compare the kernel with the exact one again.")
+@click.option("--certify", "certified", is_flag=True, help="Measure the error of the kernel again and store its bound.")
 @data_dir_option
-@device_option("Where kernels are computed, as for compute.")
-@memory_option("Memory for computing tiles again, as for compute.")
+@device_option("Device of the computation, as for compute.")
+@memory_option("Maximum memory that computing tiles again adds [80 % of the free memory].")
 @click.option(
     "--probes",
     "num_probes",
     type=int,
-    help="Random vectors of a certificate [10; 3 for the outputs trace and diagonal].",
+    help="Number of random vectors of a certificate [10; 3 for the outputs trace and diagonal].",
 )
 @click.option(
     "--pairs",
     "num_pairs",
     type=int,
-    help="Pairs of samples of a certificate [16; fewer for the trace of many outputs].",
+    help="Number of pairs of samples of a certificate [16; fewer for the trace of many outputs].",
 )
-@seed_option("Seed of all that is drawn.")
+@seed_option("Seed of the random tiles, vectors and pairs.")
 @json_option("store")
 @quiet_option
 def verify(
     paths: tuple[str, ...], *, num_probes: int | None, num_pairs: int | None, as_json: bool, **options: Any
 ) -> int:
-    """Read every file of the kernel stores at PATH..., and compare it with its size and its checksum.
+    """Verify the kernel stores at PATH...: compare every file with its size and its checksum.
 
-    A tile is also computed again, from the checkpoint beside the store and its data set, and must have the same bytes;
-    on another kind of machine than the store's, the same numbers but for rounding. Where these are not to be found, or
-    it would take long, this is left out, unless --recompute asks for it. PATH may be a URL, as s3://bucket/x.zarr.
+    The command also computes one random tile again. It needs the checkpoint beside the store and the data set for this.
+    The tile must have the same bytes, or on another kind of machine the same numbers up to rounding. This step is
+    skipped if checkpoint or data are missing, or if it would take long. --recompute N requires it. PATH may be a URL
+    such as s3://bucket/x.zarr.
 
-    With --repair damaged files are removed, and the same `ntkgen compute` makes them anew. With --certify the kernel is
-    compared with the exact one, and the certificate is written into the store.
+    With --repair, damaged files are removed. The same `ntkgen compute` then computes them again. With --certify, the
+    error of the kernel is measured against the exact kernel. Its bound, the certificate, is written into the store.
 
-    Exit code 0: every store is whole, or nothing damaged is left in it (--repair); 1: something is damaged, missing,
-    not computed yet or wrong; 2: a path holds no store, or what was asked for cannot be done.
+    Exit codes: 0 if every store is whole, or if --repair has removed all damaged files. 1 if something is damaged,
+    missing, not computed yet or wrong. 2 if a path holds no store, or if a requested step is impossible.
     """
     start_process()
     from ntkgen.store.certificate import Sampling, usual_sampling
@@ -91,7 +92,7 @@ def verify(
         given = {"num_probes": num_probes, "num_pairs": num_pairs, "seed": options["seed"]}
         return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
-    sampling_of("full", 1)  # numbers that cannot be meant are refused before anything is read
+    sampling_of("full", 1)  # refuses impossible numbers before any file is read
     request, exit_code = _Request(sampling_of, **options), 0
     for path in paths:
         finding = _found(path, request)
@@ -107,7 +108,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is asked for beside the checksums, and with what it is done."""
+    """Steps beside the checksums, and their settings."""
 
     sampling_of: "Callable[[str, int], Sampling]"
     repaired: bool
@@ -122,9 +123,13 @@ class _Request:
 
 @dataclass
 class _Finding:
-    """What is printed of a store: the result, what is worth a line, and what is wrong, with its exit code.
+    """Printed result of one store.
 
-    A whole store is described, too.
+    Attributes:
+        result: Values of the JSON object.
+        described: Description of a whole store; None for a damaged or incomplete one.
+        notes: Lines that are not errors.
+        problems: Errors with their exit codes.
     """
 
     result: dict[str, Any]
@@ -134,7 +139,7 @@ class _Finding:
 
 
 def _found(path: str, request: _Request) -> _Finding:
-    """Verify one store; where there is none, or it cannot be reached, the others are read nevertheless."""
+    """Verify one store. Return an error as a finding, so that the other stores are verified too."""
     from ntkgen.cli.progress import progress_bars
     from ntkgen.files.bucket import first_lines, is_remote_error
 
@@ -146,12 +151,15 @@ def _found(path: str, request: _Request) -> _Finding:
     except Exception as error:
         if not is_remote_error(error):
             raise
-        problem = (f"{path} cannot be verified: {first_lines(error)}. Is the path right, and yours to use?", UNREACHED)
+        problem = (
+            f"{path} cannot be verified: {first_lines(error)}. Is the path right, and may you use it?",
+            UNREACHED,
+        )
     return _Finding({"store": path, "is_whole": None, "error": problem[0]}, problems=[problem])
 
 
 def _verified(path: str, request: _Request, report: "Report") -> _Finding:
-    """Read a store, make tiles again, remove what is damaged, certify what is whole: as far as is asked for."""
+    """Verify one store with the requested steps: checksums, recomputed tiles, repair, certificate."""
     from ntkgen.checks.verify import find_damage, repair
 
     finding = _Finding({"store": path})
@@ -185,7 +193,7 @@ def _say_what_is_lacking(
 
 
 def _describe_whole(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
-    """Say what a whole store holds; certify it first, if that is asked for."""
+    """Add the description of a whole store to the finding. With --certify, certify the store first."""
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store
 
@@ -204,7 +212,7 @@ def _describe_whole(store: "KernelStore", request: _Request, report: "Report", f
 
 @contextmanager
 def _opened(path: str, request: _Request) -> "Iterator[KernelStore]":
-    """Open a store; to repair it, under its lock, and while no process writes tiles."""
+    """Open a store. A repair opens it under its write lock, and only if no process writes tiles."""
     from ntkgen.files.lock import require_no_tile_writers, write_lock
     from ntkgen.store.opening import open_store
 
@@ -220,9 +228,9 @@ def _opened(path: str, request: _Request) -> "Iterator[KernelStore]":
 def _differing(
     store: "KernelStore", damage: "Sequence[Damage]", request: _Request, report: "Report", finding: _Finding
 ) -> "list[Damage]":
-    """Make some tiles again, and name the files that differ.
+    """Compute tiles again and return the files that differ.
 
-    Where that cannot be done it is wrong if it was asked for, and else worth a line.
+    If that is impossible, it is a problem with --recompute, and otherwise only a note.
     """
     from ntkgen.checks.verify import Damage
 
@@ -250,17 +258,17 @@ def _recomputed(
     if request.num_tiles == 0:
         return []
     _require_small_arrays(store, damage)
-    download = request.num_tiles is not None or request.certified  # what was not asked for fetches nothing
+    download = request.num_tiles is not None or request.certified  # the default step downloads no data set
     device, memory = choose_device(request.device), request.memory_bytes
     settings = origin.RecomputeSettings(request.num_tiles, request.seed, device, memory, request.data_dir, download)
     return origin.recompute_tiles(store, whole_tiles(store, damage), settings, report)
 
 
 def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> None:
-    """Refuse to compare tiles while it is not known of which samples they are, or how large.
+    """Require that all files other than tiles are whole, since they define the samples and sizes of the tiles.
 
     Raises:
-        StoreError: If something beside tiles is damaged.
+        StoreError: If such a file is damaged.
     """
     from ntkgen.store.describe import first_few
     from ntkgen.store.remedy import Remedy
@@ -269,8 +277,8 @@ def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> N
         command = Remedy.of(store.name, store.manifest).command
         raise StoreError(
             f"Tiles of {store.name} cannot be compared: expected its diagonal, coordinates and metadata to be whole, "
-            f"found others damaged or missing ({first_few(files)}). An interrupted copy, or a disk error? Mend the "
-            f"store with --repair and the same `{command}`, then verify it again."
+            f"found files damaged or missing ({first_few(files)}). Was a copy interrupted, or is there a disk error? "
+            f"Repair the store with --repair and the same `{command}`, then verify it again."
         )
 
 
@@ -287,13 +295,13 @@ def _certify(store: "KernelStore", request: _Request, report: "Report", finding:
 
 
 def _page(result: dict[str, Any], described: "StoreDescription | None") -> str:
-    """Write the page of what was found of a store."""
+    """Write the findings about a store as text."""
     again = _again(result["recomputed"])
     if described is not None:
         whole = f"every file of {', '.join(described.arrays)} is whole, {described.rows:,} × {described.cols:,}"
         return "\n".join([result["store"], *aligned({"checksums": whole, **again, **certificate_lines(described)})])
     damage = [_damage_line(each) for each in result["damage"]]
-    more = {"": f"… and {len(damage) - SHOWN:,} files more; --json lists all"} if len(damage) > SHOWN else {}
+    more = {"": f"… and {len(damage) - SHOWN:,} more files; --json lists all"} if len(damage) > SHOWN else {}
     return "\n".join(
         [result["store"], *damage[:SHOWN], *aligned({**more, **_missing(result), **again, **_mending(result)})]
     )
@@ -316,7 +324,7 @@ def _mending(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _again(recomputed: list[dict[str, Any]]) -> dict[str, str]:
-    """Write in one line which tiles were computed again, and how they compare."""
+    """Write the recomputed tiles and the results of their comparison in one line."""
     from ntkgen.store.describe import first_few
 
     if not recomputed:
@@ -328,6 +336,6 @@ def _again(recomputed: list[dict[str, Any]]) -> dict[str, str]:
 
 def _verdict(each: dict[str, Any]) -> str:
     if each["equal"]:
-        return f"{each['dtype']} equal in every bit"
+        return f"{each['dtype']} has equal bits"
     allowed = f"{each['tolerance']:.1e} allowed" if each["tolerance"] else "none allowed on this machine"
-    return f"{each['dtype']} off by {each['max_error']:.1e} of the diagonal, {allowed}"
+    return f"{each['dtype']} has an error of {each['max_error']:.1e} of the diagonal, {allowed}"

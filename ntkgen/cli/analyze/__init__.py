@@ -1,4 +1,4 @@
-"""`ntkgen analyze`: from a stored kernel to an answer; one file per question."""
+"""`ntkgen analyze`: a stored kernel → an answer. Each question has its own file."""
 
 import importlib
 import json
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from ntkgen.analysis.answer import Answer
     from ntkgen.analysis.matrix import Matrix
 
-# The commands, each in the module of its name.
+# Names of the commands and of their modules.
 QUESTIONS = ("spectrum", "density", "logdet", "extrapolate", "regress", "flow", "align", "compare")
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are loaded when they are asked for."""
+    """A group that imports each command on first use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as in click
-        """Name the commands in the order of what they build on."""
+        """List the commands, simple questions first."""
         return list(QUESTIONS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - as in click
-        """Load a command."""
+        """Import a command."""
         if cmd_name not in QUESTIONS:
             return None
         command: click.Command = getattr(importlib.import_module(f"ntkgen.cli.analyze.{cmd_name}"), cmd_name)
@@ -38,16 +38,16 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup)
 def analyze() -> None:
-    """Ask stored kernels for their spectrum, their log-determinant, what they predict, and how they differ.
+    """Compute spectra, log-determinants, predictions and comparisons of stored kernels.
 
-    Needs no torch and no GPU, and memory for a part of the kernel alone. Results are kept beside each store, in
-    STORE.analysis, and not computed twice.
+    The commands need neither torch nor a GPU, and a kernel may be larger than memory. Results are saved beside each
+    store, in STORE.analysis, and are not computed twice.
     """
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What every question is asked with."""
+    """Values of the options that all questions share."""
 
     dtype: str | None
     output: int | None
@@ -59,7 +59,7 @@ class Asked:
 
     @classmethod
     def pop_from(cls, options: dict[str, Any]) -> "Asked":
-        """Take these options out of a command's, and connect to the cluster until the command ends."""
+        """Remove the shared options from the options of a command, and connect to the cluster if one is given."""
         scheduler, client = options.pop("client"), None
         if scheduler is not None:
             from ntkgen.engine.cluster import connected
@@ -69,7 +69,10 @@ class Asked:
         return cls(**{name: options.pop(name) for name in names}, client=client)
 
     def matrix(self, path: str) -> "Matrix":
-        """Open the store at a path for analysis; say it once if its kernel is wrong."""
+        """Open the store at a path for analysis. Warn if its certificate finds the kernel wrong.
+
+        A certificate is a measured bound on the error of a stored kernel.
+        """
         from ntkgen.analysis.matrix import open_matrix
         from ntkgen.store.describe import inaccuracy
         from ntkgen.store.opening import open_store
@@ -86,26 +89,26 @@ class Asked:
         )
 
     def show(self, answer: "Answer", page: Sequence[str]) -> None:
-        """Print an answer: one JSON object, or lines for people; and say so where it could not be kept."""
+        """Print an answer as one JSON object or as text. Warn if it could not be saved beside the store."""
         self.show_values(answer.store, answer.to_json(), page)
         if answer.not_kept is not None:
             warn(
-                f"The result is not kept beside {answer.store}, and is computed again when it is asked for "
-                f"({answer.not_kept})."
+                f"The result could not be saved beside {answer.store} ({answer.not_kept}). The same command will "
+                "compute it again."
             )
 
     def show_values(self, store: str, values: Mapping[str, Any], page: Sequence[str]) -> None:
-        """Print what is said of a store: one JSON object, or lines for people."""
+        """Print values about a store as one JSON object, or the name of the store and the lines of ``page``."""
         show(json.dumps(values) if self.as_json else "\n".join([store, *page]))
 
 
-# What every question has.
+# Options that all questions share.
 shared_options = stacked(
-    dtype_option(help="Which of the stored kernels [the most precise]."),
-    click.option("--of-output", "output", type=int, help="Which matrix, of a kernel of the output `diagonal`."),
-    click.option("--allow-partial", is_flag=True, help="Take the largest complete leading part, if tiles are missing."),
-    memory_option("Memory that this process may take in all [80 % of what is free]."),
-    scheduler_option("Divide passes over the tiles among the workers of a running dask cluster."),
+    dtype_option(help="Dtype of the stored kernel to analyse [the most precise]."),
+    click.option("--of-output", "output", type=int, help="Output to analyse in a kernel of the output map `diagonal`."),
+    click.option("--allow-partial", is_flag=True, help="If tiles are missing, use the largest complete leading block."),
+    memory_option("Maximum memory of the whole process [80 % of the free memory]."),
+    scheduler_option("Run passes over the tiles on a dask cluster: address or file of its scheduler."),
     json_option("store"),
     quiet_option,
 )

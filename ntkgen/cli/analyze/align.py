@@ -1,4 +1,4 @@
-"""`ntkgen analyze align`: how well a kernel is aligned with its labels."""
+"""`ntkgen analyze align`: alignment of a kernel with the labels."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 @click.argument("paths", nargs=-1, required=True)
 @shared_options
 def align(paths: tuple[str, ...], **options: Any) -> None:
-    """Measure the alignment of the kernels at PATHS with their one-hot labels, plain and centred, in one pass.
+    """Measure the alignment of the kernels at PATHS with their one-hot labels y, plain and centred.
 
-    Centred is H K H with H = I − 11ᵀ/N over all N rows: of the whole kernel over those of all outputs together, of one
-    output over its samples.
-
-    1 is the kernel of the labels themselves, y yᵀ. For the whole kernel, and for each output by itself.
+    The alignment is 1 if the kernel is proportional to y yᵀ. It is printed for the whole kernel and for the kernel of
+    each output. The centred kernel is H K H with H = I − 11ᵀ/N. N is the number of rows: all rows for the whole kernel,
+    and the number of samples for the kernel of one output.
     """
     asked = Asked.pop_from(options)
     from ntkgen import analysis

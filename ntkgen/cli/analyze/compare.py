@@ -1,4 +1,4 @@
-"""`ntkgen analyze compare`: how far kernels of the same samples are from each other."""
+"""`ntkgen analyze compare`: differences between kernels of the same samples."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,21 @@ if TYPE_CHECKING:
     from ntkgen.analysis.comparison import CompareAnswer, Cost
     from ntkgen.analysis.matrix import Matrix
 
-# Angles and ratios that the page lists.
+# Maximum number of printed angles and ratios.
 LISTED = 5
 
 
 @click.command(cls=Command, short_help="Distance, CKA, angles and ratios of kernels.")
 @click.argument("paths", nargs=-1, required=True)
-@top_option(f"Eigenvectors whose space is compared, and eigenvalues [{defaults.COMPARED_TOP}].")
+@top_option(f"Number of largest eigenvalues and eigenvectors to compare [{defaults.COMPARED_TOP}].")
 @shared_options
 def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
-    """Compare the kernel at the first of PATHS with each of the others, of the same samples.
+    """Compare the kernel at the first of PATHS with each of the others.
 
-    Of checkpoints, widths, precisions or training data: distance, centred alignment (CKA), principal angles between the
-    eigenspaces, ratios of the eigenvalues. One store with several dtypes is compared with itself, the most precise one
-    first; where two kernels are of one network, what the lower precision costs is said too.
+    All kernels need the same samples. They may differ in checkpoint, width, precision or training data. The command
+    prints the distance, the centred alignment (CKA), the principal angles between the eigenspaces, and the ratios of
+    the eigenvalues. For two kernels of one network it also prints the error of the lower precision. For a single path,
+    it compares the most precise dtype of the store with the other dtypes.
     """
     asked = Asked.pop_from(options)
     from ntkgen import analysis
@@ -41,10 +42,10 @@ def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
 
 
 def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matrix]]":
-    """Open what is compared.
+    """Open the kernels that are compared.
 
     Raises:
-        UsageError: If there is nothing to compare with.
+        UsageError: If there is only one kernel.
     """
     first = asked.matrix(paths[0])
     if len(paths) > 1:
@@ -52,7 +53,7 @@ def _matrices(asked: Asked, paths: tuple[str, ...]) -> "tuple[Matrix, list[Matri
     store = first.store
     dtypes = [dtype for dtype in reversed(store.manifest.dtypes) if dtype != first.dtype]
     if not dtypes:
-        raise click.UsageError(f"{store.name} holds one kernel: give a second path to compare it with.")
+        raise click.UsageError(f"{store.name} holds only one kernel: expected two to compare. Give a second path.")
     others = [dataclasses.replace(asked, dtype=dtype).matrix(paths[0]) for dtype in dtypes]
     return first, others
 
@@ -64,7 +65,7 @@ def _page(answer: "CompareAnswer") -> list[str]:
         f"  {answer.dtype}, against {answer.reference} ({answer.reference_dtype})",
         f"  {'distance':<20}{_number(answer.distance)}",
         f"  {'centred alignment':<20}{_number(answer.centered_alignment)}",
-        f"  {'principal angles':<20}{angles} rad, of the top {len(answer.principal_angles)} eigenvectors",
+        f"  {'principal angles':<20}{angles} rad, of the first {len(answer.principal_angles)} eigenvectors",
         f"  {'eigenvalue ratios':<20}{ratios}",
         *_cost(answer.cost),
     ]

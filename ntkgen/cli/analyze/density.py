@@ -1,4 +1,4 @@
-"""`ntkgen analyze density`: how dense the eigenvalues of a kernel lie."""
+"""`ntkgen analyze density`: density of the eigenvalues of a kernel."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option(
-    "--passes", type=int, default=defaults.DENSITY_PASSES, show_default=True, help="Over the stored tiles, out of core."
+    "--passes", type=int, default=defaults.DENSITY_PASSES, show_default=True, help="Maximum passes over the tiles."
 )
 @click.option(
-    "--bandwidth", type=float, default=defaults.BANDWIDTH, show_default=True, help="How far to smooth, in decades."
+    "--bandwidth", type=float, default=defaults.BANDWIDTH, show_default=True, help="Width of the smoothing, in decades."
 )
 def density(paths: tuple[str, ...], **options: Any) -> None:
     """Compute the density of the eigenvalues of each kernel at PATH, on a logarithmic axis.
 
-    From all of them where they fit in memory, else by stochastic Lanczos quadrature, with error bars.
+    If the kernel fits in memory, the density is computed from all eigenvalues. Otherwise it is estimated by stochastic
+    Lanczos quadrature, with error bars.
     """
     from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
@@ -42,16 +43,16 @@ def _page(answer: "DensityAnswer") -> list[str]:
     sampled = f"{answer.passes:g} passes with {answer.probes} Gaussian vectors"
     lines = {"method": "all eigenvalues" if answer.method == "all" else sampled}
     if answer.fraction_off_axis > 0:
-        lines["off axis"] = f"{100 * answer.fraction_off_axis:.3g} % are not positive, or not told from zero"
+        lines["off axis"] = f"{100 * answer.fraction_off_axis:.3g} % are negative or may be zero"
     if answer.resolved_above is not None:
-        lines["resolved"] = f"above {answer.resolved_above:.3g}; below, by single nodes far apart"
+        lines["resolved"] = f"above {answer.resolved_above:.3g}; below, the quadrature has few nodes"
     if answer.error_norm is not None:
-        lines["error"] = f"‖E‖ ≤ {answer.error_norm:.3g}: what lies below is noise"
+        lines["error"] = f"‖E‖ ≤ {answer.error_norm:.3g}; smaller eigenvalues are noise"
     return [*aligned(lines), *_decade_lines(answer)]
 
 
 def _decade_lines(answer: "DensityAnswer") -> list[str]:
-    """Say how many eigenvalues there are in each decade."""
+    """Write the percentage of the eigenvalues in each decade."""
     places, above = answer.log10_eigenvalues, answer.fraction_above
     if not places:
         return []

@@ -1,4 +1,4 @@
-"""`ntkgen analyze extrapolate`: the log-determinant of a much larger kernel."""
+"""`ntkgen analyze extrapolate`: predicted log-determinant of a larger kernel."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +13,27 @@ if TYPE_CHECKING:
     from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 
 
-@click.command(cls=Command, short_help="Log-determinant of a much larger kernel.")
+@click.command(cls=Command, short_help="Predicted log-determinant of a larger kernel.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
-@click.option("--to", type=int, required=True, metavar="N_SAMPLES", help="Samples of the larger kernel.")
-@click.option("--burn-in", type=int, help="Samples of the largest prefix that is left out [a tenth].")
-@click.option("--q", type=int, default=defaults.Q, show_default=True, help="Terms ln x!/xⁱ.")
-@click.option("--powers", type=int, default=defaults.POWERS, show_default=True, help="Terms x⁻ⁱ.")
-@click.option("--alpha", type=float, default=defaults.ALPHA, show_default=True, help="Weights are x^−ALPHA.")
+@click.option("--to", type=int, required=True, metavar="N_SAMPLES", help="Number of samples of the larger kernel.")
+@click.option("--burn-in", type=int, help="Number of samples up to which leading blocks are ignored [a tenth].")
+@click.option("--q", type=int, default=defaults.Q, show_default=True, help="Number of terms ln x!/xⁱ.")
+@click.option("--powers", type=int, default=defaults.POWERS, show_default=True, help="Number of terms x⁻ⁱ.")
+@click.option("--alpha", type=float, default=defaults.ALPHA, show_default=True, help="Exponent of the weights x^−α.")
 @click.option(
-    "--holdout", type=float, default=defaults.HOLDOUT, show_default=True, help="Fraction held out to measure the error."
+    "--holdout",
+    type=float,
+    default=defaults.HOLDOUT,
+    show_default=True,
+    help="Fraction of the blocks that is held out to measure the error.",
 )
 @shift_option
 def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
-    """Predict the log-determinant of the kernel of N_SAMPLES, from those of the leading blocks of the one at PATH.
+    """Predict the log-determinant of a kernel of N_SAMPLES from the leading blocks of each kernel at PATH.
 
-    The samples of the kernel should be in random order (`ntkgen compute --shuffle-seed`). By FLODANCE (Ameli et al.
-    2025): adding the x-th sample multiplies the determinant by about x^−ν.
+    The samples of the stored kernel must be in random order (`ntkgen compute --shuffle-seed`). The method is FLODANCE
+    (Ameli et al. 2025): sample number x multiplies the determinant by about x^−ν.
     """
     from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars

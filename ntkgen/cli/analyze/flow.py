@@ -1,4 +1,4 @@
-"""`ntkgen analyze flow`: what gradient flow has learned when."""
+"""`ntkgen analyze flow`: gradient flow of the linearised network on the labels."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from ntkgen.cli.options import Command, ManyOption, offset_option, test_option
 if TYPE_CHECKING:
     from ntkgen.analysis.gradient_flow import FlowAnswer
 
-# Modes that the page lists.
+# Maximum number of printed modes.
 LISTED = 10
 
 
@@ -23,23 +23,35 @@ LISTED = 10
     type=click.Choice(["squared", "cross-entropy"]),
     default=defaults.LOSS,
     show_default=True,
-    help="Of the outputs, ½ ‖f − y‖² or the cross-entropy of their softmax.",
+    help="Loss of the outputs f: ½ ‖f − y‖², or the cross-entropy of their softmax.",
 )
 @click.option(
-    "--rate", type=float, default=defaults.RATE, show_default=True, help="Learning rate η; times count its steps."
+    "--rate", type=float, default=defaults.RATE, show_default=True, help="Learning rate η. Times count its steps."
 )
-@click.option("--normalisation", type=float, help="What the sum of losses is divided by, c [the number of samples].")
-@click.option("--times", cls=ManyOption, type=float, metavar="T...", help="When to look [over all learning times].")
-@offset_option("Where the outputs begin: at zero, or at the network's logits.")
+@click.option("--normalisation", type=float, help="Number c that divides the sum of the losses [number of samples].")
 @click.option(
-    "--modes", "num_modes", type=int, default=defaults.NUM_MODES, show_default=True, help="Modes to list in --json."
+    "--times",
+    cls=ManyOption,
+    type=float,
+    metavar="T...",
+    help="Times to evaluate [over all learning times].",
+)
+@offset_option("Outputs f₀ at the start: zero, or the logits of the network.")
+@click.option(
+    "--modes",
+    "num_modes",
+    type=int,
+    default=defaults.NUM_MODES,
+    show_default=True,
+    help="Maximum number of modes.",
 )
 @test_option
 @shared_options
 def flow(paths: tuple[str, ...], **options: Any) -> None:
-    """Follow gradient flow on the labels with the kernels at PATHS, as the linearised network does it.
+    """Compute the gradient flow of the linearised networks at PATHS on their labels y.
 
-    For the squared loss f_t = y + exp(−ηKt/c)(f₀ − y), and each mode of the kernel is learned in its own time, c/(ηλ).
+    For the squared loss, the outputs at time t are f_t = y + exp(−ηKt/c)(f₀ − y). The mode of the eigenvalue λ is
+    learned after the time c/(ηλ).
     """
     asked = Asked.pop_from(options)
     from ntkgen import analysis
@@ -68,7 +80,7 @@ def _page(answer: "FlowAnswer") -> list[str]:
         lines.append(f"  {time:>10.3g}{''.join(numbers)}")
     largest = max(bound or 0.0 for bound in answer.error_bounds)
     if largest > 0:
-        lines.append(f"  errors at most {largest:.1g} of what is to be learned")
+        lines.append(f"  the error of the outputs is at most {largest:.1g} of ‖y − f₀‖")
     return [*lines, *_modes(answer)]
 
 

@@ -1,4 +1,4 @@
-"""`ntkgen analyze logdet`: the log-determinant of a kernel."""
+"""`ntkgen analyze logdet`: log-determinant of a kernel."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from ntkgen.units import human_bytes
 if TYPE_CHECKING:
     from ntkgen.analysis.determinant import LogdetAnswer
 
-# So many prefixes are shown to people; JSON has all.
+# Approximate number of printed prefixes. JSON has all.
 SHOWN = 10
 
 
@@ -20,14 +20,14 @@ SHOWN = 10
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @shift_option
-@click.option("--prefixes", is_flag=True, help="Also those of all leading principal blocks.")
-@click.option("--indefinite", is_flag=True, help="Where the kernel is not positive definite, go on with LDLᵀ.")
-@click.option("--keep-factor", "keep", is_flag=True, help="Leave the factor in STORE.analysis, to go on from.")
+@click.option("--prefixes", is_flag=True, help="Also compute the log-determinants of all leading blocks.")
+@click.option("--indefinite", is_flag=True, help="Continue with LDLᵀ if the kernel is not positive definite.")
+@click.option("--keep-factor", "keep", is_flag=True, help="Keep the factor in STORE.analysis.")
 def logdet(paths: tuple[str, ...], **options: Any) -> None:
     """Compute the log-determinant of each kernel at PATH, exactly and out of core.
 
-    A Cholesky factor in float64 is written tile by tile into STORE.analysis, and removed afterwards. It takes the room
-    of one triangle in float64. An interrupted run goes on with the same command.
+    The command writes a Cholesky factor in float64 into STORE.analysis and removes it at the end. The factor takes as
+    much disk space as one triangle in float64. After an interruption, the same command continues.
     """
     from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
@@ -47,10 +47,10 @@ def _page(answer: "LogdetAnswer") -> list[str]:
     bound, speed = answer.smallest_eigenvalue_bound, answer.gflops
     lines = {
         "log |det|": f"{answer.logdet:.12g} nats, {answer.logdet_per_row:.6g} per row, sign {answer.sign}",
-        "of": f"{answer.rows:,} rows of {answer.dtype}" + f", K + {answer.shift:g} I" * (answer.shift > 0),
-        "panels": f"{answer.panels:,} of {answer.panel_rows:,} rows, keeping "
-        f"{human_bytes(answer.bytes_kept_planned)}, reading {human_bytes(answer.bytes_read_planned)}",
-        "took": f"{answer.seconds:,.1f} s" + f", {speed or 0:,.0f} GFLOP/s" * ((speed or 0) >= 1),
+        "matrix": f"{answer.rows:,} rows of {answer.dtype}" + f", K + {answer.shift:g} I" * (answer.shift > 0),
+        "panels": f"{answer.panels:,} of {answer.panel_rows:,} rows; a panel takes "
+        f"{human_bytes(answer.bytes_kept_planned)} of memory, all panels read {human_bytes(answer.bytes_read_planned)}",
+        "time": f"{answer.seconds:,.1f} s" + f", {speed or 0:,.0f} GFLOP/s" * ((speed or 0) >= 1),
         "smallest": f"pivot {answer.smallest_pivot:.3g}",
     }
     if bound is not None and bound < answer.smallest_pivot:

@@ -21,23 +21,24 @@ if TYPE_CHECKING:
     cls=ManyOption,
     type=float,
     metavar="λ...",
-    help="Ridge parameters, in the units of the kernel [10⁻⁶ to 10² times its mean eigenvalue, not below ‖E‖].",
+    help="Ridge parameters λ [10⁻⁶ to 10² times the mean eigenvalue, without values below the kernel's error].",
 )
-@offset_option("What is fitted from: nothing, or the network's logits.")
+@offset_option("Outputs at the start of the fit: zero, or the logits of the network.")
 @test_option
 @click.option(
     "--method",
     type=click.Choice(["auto", "eigh", "cholesky", "cg"]),
     default=defaults.METHOD,
     show_default=True,
-    help="How to solve; auto takes the quickest that fits in memory.",
+    help="Solver. auto takes the fastest one that fits in memory.",
 )
 @shared_options
 def regress(paths: tuple[str, ...], **options: Any) -> None:
-    """Fit the labels by kernel ridge regression with the kernels at PATHS, for each of several λ.
+    """Fit the labels by kernel ridge regression with the kernels at PATHS, for each ridge parameter λ.
 
-    Errors are mean squares: of the fitted samples, of samples left out one at a time with all of their outputs, and by
-    generalised cross-validation; with --test those of test samples too, and their accuracy.
+    The command prints mean squared errors: of the training samples, of leave-one-out (each sample with all its
+    outputs), and of generalised cross-validation (GCV). With --test it also prints the error of the test samples. The
+    accuracies are printed too.
     """
     asked = Asked.pop_from(options)
     from ntkgen import analysis
@@ -55,15 +56,17 @@ def regress(paths: tuple[str, ...], **options: Any) -> None:
 
 
 def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
-    """Open the kernel with test samples, which belongs to one training kernel.
+    """Open the kernel with test samples, which belongs to exactly one training kernel.
 
     Raises:
-        UsageError: If there are several of those.
+        UsageError: If there are several training kernels.
     """
     from ntkgen.store.opening import open_store
 
     if path is not None and len(paths) > 1:
-        raise click.UsageError(f"--test belongs to one kernel, and {len(paths)} were given: ask for one at a time.")
+        raise click.UsageError(
+            f"--test belongs to one kernel: expected one path, found {len(paths)}. Give one path at a time."
+        )
     return None if path is None else open_store(path)
 
 
@@ -84,9 +87,9 @@ def _page(answer: "RegressAnswer") -> list[str]:
         numbers = "".join(_number(values[at], is_part="acc" in title) for title, values in known.items())
         lines.append(f"  {shift:>10.3g}{numbers}")
     if answer.method == "cg":
-        lines.append(f"  residuals at most {max(answer.residual_bounds):.1g}; nothing is known of samples left out")
+        lines.append(f"  residuals are at most {max(answer.residual_bounds):.1g}; the leave-one-out error is unknown")
     if answer.error_norm is not None and answer.error_norm > min(answer.shifts):
-        lines.append(f"  the kernel is known to ‖E‖ = {answer.error_norm:.2g}: λ below that fit its errors")
+        lines.append(f"  the kernel has an error of up to ‖E‖ = {answer.error_norm:.2g}: smaller λ fit this error")
     return lines
 
 

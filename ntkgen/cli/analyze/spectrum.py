@@ -1,4 +1,4 @@
-"""`ntkgen analyze spectrum`: the eigenvalues of a kernel."""
+"""`ntkgen analyze spectrum`: eigenvalues of a kernel."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,33 +11,34 @@ from ntkgen.cli.options import Command, FiniteRange, aligned, top_option
 if TYPE_CHECKING:
     from ntkgen.analysis.eigenvalues import SpectrumAnswer
 
-# So many eigenvalues are shown to people; JSON has all.
+# Maximum number of printed eigenvalues. JSON has all.
 SHOWN = 10
 
 
-@click.command(cls=Command, short_help="Eigenvalues, and the numbers that sum them up.")
+@click.command(cls=Command, short_help="Eigenvalues, ranks and condition number.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
-@top_option(f"The K largest alone [all; {defaults.SPECTRUM_TOP} where all do not fit in memory].", metavar="K")
+@top_option(f"Number of largest eigenvalues [all; {defaults.SPECTRUM_TOP} if all do not fit in memory].", metavar="K")
 @click.option(
     "--tolerance",
     type=FiniteRange(min=0, min_open=True, max=1, max_open=True),
     default=defaults.TOLERANCE,
     show_default=True,
-    help="Error of each eigenvalue, relative to it, out of core.",
+    help="Maximum relative error of an eigenvalue if all do not fit in memory.",
 )
 @click.option(
     "--max-passes",
     type=click.IntRange(min=1),
     default=defaults.MAX_PASSES,
     show_default=True,
-    help="Over the stored tiles.",
+    help="Maximum number of passes over the tiles.",
 )
-@click.option("--condition", is_flag=True, help="The smallest eigenvalue out of core too, by a factor on disk.")
+@click.option("--condition", is_flag=True, help="Compute the smallest eigenvalue even if all do not fit in memory.")
 def spectrum(paths: tuple[str, ...], **options: Any) -> None:
-    """Compute the eigenvalues of each kernel at PATH, with error bounds, and what its spectrum is summed up by.
+    """Compute the eigenvalues of each kernel at PATH with error bounds, its ranks and its condition number.
 
-    All of them where they fit in memory, else the largest in a few passes over the stored tiles.
+    If the kernel fits in memory, all eigenvalues are computed. Otherwise the largest ones are computed in a few passes
+    over the stored tiles. --condition then writes a factor of the kernel to disk.
     """
     from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
@@ -80,22 +81,20 @@ def _condition(answer: "SpectrumAnswer") -> str:
     if answer.not_positive is not None:
         return f"none. {answer.not_positive}"
     if answer.smallest is None:
-        return "not computed: all eigenvalues do not fit in memory, see --condition"
+        return "not computed, because the kernel does not fit in memory; see --condition"
     smallest = f"smallest eigenvalue {_within(answer.smallest, answer.smallest_error)}"
     negative = f", {answer.num_negative:,} negative" if answer.num_negative else ""
     if answer.condition is None:
-        return f"none, the {smallest} is not told from zero{negative}"
+        return f"none: the {smallest} may be zero{negative}"
     return f"{_within(answer.condition, answer.condition_error)}, {smallest}"
 
 
 def _error(answer: "SpectrumAnswer") -> str:
     if answer.error_norm is None:
-        return "not known, there is no certificate"
+        return "unknown: the store has no certificate (measured error bound)"
     above, count = answer.num_above_error, len(answer.eigenvalues)
-    noise = (
-        "" if above is None or above >= count else f"; only the first {above:,} are above that, the others are noise"
-    )
-    return f"‖E‖ ≤ {answer.error_norm:.3g}, and so is that of each eigenvalue{noise}"
+    noise = "" if above is None or above >= count else f"; only the first {above:,} are above it, the others are noise"
+    return f"‖E‖ ≤ {answer.error_norm:.3g}, which also bounds the error of each eigenvalue{noise}"
 
 
 def _eigenvalue_lines(answer: "SpectrumAnswer") -> list[str]:
