@@ -168,7 +168,7 @@ def test_what_a_store_says_cannot_become_part_of_the_page(single):
 def test_every_section_is_there_and_says_numbers(single, stored):
     found, (store, _) = Checked(single), stored
     titles = (
-        "What it is", "Spectrum", "Log-determinant", "Regression", "Alignment with the labels", "Precision certificate",
+        "The kernel", "Spectrum", "Log-determinant", "Regression", "Alignment with the labels", "Precision certificate",
         "Provenance", "How to reproduce", "How to cite",
     )  # fmt: skip
     for title in titles:
@@ -211,7 +211,7 @@ def test_the_page_says_how_many_eigenvalues_the_lower_precision_loses(tmp_path):
     assert answer.cost.not_positive == 3
     body = written(*comparison([answer], {}).body)
     assert "Eigenvalues that are not positive in the lower" in body
-    assert re.search(r"not positive in the lower</th><td[^>]*>3</td>", body)
+    assert re.search(r"not positive in the lower precision</th><td[^>]*>3</td>", body)
 
 
 @pytest.fixture
@@ -426,14 +426,14 @@ def test_a_store_that_says_how_long_it_was_trained_needs_no_checkpoint(tmp_path)
     recipe = reproduce.recipe_of(store)
     assert "--epochs 30 --target-accuracy 80.0" in recipe.commands[0]
     assert "--raw-images" in recipe.commands[0]
-    assert "anew" in recipe.notes[0]
+    assert "trains the network again" in recipe.notes[0]
 
 
 def test_words_are_quoted_for_the_shell(tmp_path):
     provenance = {**PROVENANCE, "dataset": "my data.npz"}
     recipe = reproduce.recipe_of(fill_store(tmp_path / "k.zarr", labels=LABELS, provenance=provenance)[0])
     assert "--dataset 'my data.npz'" in recipe.commands[0]
-    assert "file of one's own" in recipe.notes[1]
+    assert "a file of the user" in recipe.notes[1]
 
 
 def test_kernels_made_elsewhere_say_how_far_they_are_known(tmp_path):

@@ -337,7 +337,7 @@ def test_what_was_asked_before_is_read_and_nothing_else_of_a_large_kernel(tmp_pa
     matrix = open_matrix(store)
     known = gather(matrix, MEMORY, ["align"]).get(AlignAnswer)
     monkeypatch.setattr(answers, "is_small", lambda *_: False)
-    monkeypatch.setattr(answers, "_ASKING", dict.fromkeys(answers._ASKING))
+    monkeypatch.setattr(answers, "_COMPUTING", dict.fromkeys(answers._COMPUTING))
     found = gather(matrix, MEMORY)
     assert found.get(AlignAnswer).alignment == known.alignment
     assert set(found.lacking) == set(answers.QUESTIONS) - {"align", "extrapolate"}

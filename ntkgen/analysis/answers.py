@@ -1,6 +1,7 @@
-"""All answers to one kernel: those kept beside its store, and those that are quick to compute.
+"""All answers about one kernel, for pictures and reports: saved ones, and those that are quick to compute.
 
-Quick is what fits into memory as one matrix. For a larger kernel nothing is begun that could take days.
+An answer is quick to compute if the kernel and its eigenvectors fit in memory. For a larger kernel only saved answers
+are used, because a computation could take days.
 """
 
 import dataclasses
@@ -22,30 +23,37 @@ from ntkgen.analysis.results import AnAnswer, Kept, kept_answers
 from ntkgen.errors import InputError, NtkgenError
 from ntkgen.progress import Report, ignore_report
 
-# What a kernel is asked, in the order of the page.
+# Kinds of answers, in the order of the report.
 KINDS: tuple[type[Answer], ...] = (
     SpectrumAnswer, DensityAnswer, LogdetAnswer, ExtrapolateAnswer, RegressAnswer, FlowAnswer, AlignAnswer,
 )  # fmt: skip
 QUESTIONS = tuple(kind.QUESTION for kind in KINDS)
-# The matrix, its eigenvectors, and LAPACK's workspace.
+# Memory per entry of the kernel in bytes: the matrix, its eigenvectors, and LAPACK's workspace in float64.
 BYTES_PER_ENTRY = 24
-# Of kernels that take more, pictures find nothing out by themselves, unless a budget is given: it takes minutes.
+# Maximum memory of a computation without a memory limit. Larger kernels would take minutes.
 QUICK_BYTES = 10**9
+# Maximum number of modes in an answer of the question `flow`.
 MAX_MODES = 1000
-# Eigenvalues and angles of two kernels that are compared in passing.
+# Number of eigenvalues and of angles in a comparison.
 TOP = 50
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What is known of a kernel, by question; and why the rest is not."""
+    """Answers about a kernel.
+
+    Attributes:
+        matrix: The kernel.
+        found: The answers by question.
+        lacking: The reason for each missing answer, by question.
+    """
 
     matrix: Matrix
     found: Mapping[str, Kept[Answer]]
     lacking: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, kind: type[AnAnswer]) -> AnAnswer | None:
-        """Pick the answer of a kind, if there is one."""
+        """Return the answer of a kind, or None if it is missing."""
         kept = self.found.get(kind.QUESTION)
         return kept.answer if kept is not None and isinstance(kept.answer, kind) else None
 
@@ -56,19 +64,19 @@ def gather(
     questions: Sequence[str] = QUESTIONS,
     report: Report = ignore_report,
 ) -> Answers:
-    """Read what was found out before and, where the kernel fits in memory, find out the rest."""
+    """Read the saved answers, and compute the missing ones if the kernel fits in memory."""
     found, lacking = dict[str, Kept[Answer]](), dict[str, str]()
     kept = kept_answers(matrix, KINDS)
     for question in questions:
-        same = [each for each in kept if question == each.answer.QUESTION]
-        best = max(same, key=lambda each: _richness(each.answer), default=None)
+        saved = [each for each in kept if question == each.answer.QUESTION]
+        best = max(saved, key=lambda each: _richness(each.answer), default=None)
         if best is not None:
             found[question] = best
-        if question not in _ASKING or (best is not None and _is_usual(best.answer)):
+        if question not in _COMPUTING or (best is not None and _is_usual(best.answer)):
             continue
         try:
             _require_small(matrix, question, memory_bytes)
-            found[question] = Kept(_ASKING[question](matrix, memory_bytes, report), {})
+            found[question] = Kept(_COMPUTING[question](matrix, memory_bytes, report), {})
         except NtkgenError as error:
             if best is None or not _is_drawable(best.answer):
                 found.pop(question, None)
@@ -79,7 +87,7 @@ def gather(
 def compare_all(
     matrices: Sequence[Matrix], memory_bytes: int | None = None, report: Report = ignore_report
 ) -> tuple[list[CompareAnswer], dict[str, str]]:
-    """Compare the first kernel with each other one; where they cannot be compared, say why, by store."""
+    """Compare the first kernel with each other one. Return the comparisons, and the reason for each refused store."""
     found, lacking = list[CompareAnswer](), dict[str, str]()
     for matrix in matrices[1:]:
         try:
@@ -90,7 +98,7 @@ def compare_all(
 
 
 def _comparison(first: Matrix, second: Matrix, memory_bytes: int | None, report: Report) -> CompareAnswer:
-    """Read the comparison with the most eigenvalues, or compare now."""
+    """Read the saved comparison with the most eigenvalues, or compute one."""
     reference = reference_of(first)
     kept = [each.answer for each in kept_answers(second, [CompareAnswer]) if each.asked["reference"] == reference]
     if kept:
@@ -101,7 +109,7 @@ def _comparison(first: Matrix, second: Matrix, memory_bytes: int | None, report:
 
 
 def _is_usual(answer: Answer) -> bool:
-    """Say whether a question was asked as others are, so that answers of several kernels can be compared."""
+    """Return whether an answer has the default settings, so that answers about several kernels can be compared."""
     match answer:
         case DensityAnswer():
             return answer.bandwidth == defaults.BANDWIDTH
@@ -115,12 +123,12 @@ def _is_usual(answer: Answer) -> bool:
 
 
 def _is_drawable(answer: Answer) -> bool:
-    """Say whether an answer has what pictures are made of: the flow of the cross-entropy has no modes."""
+    """Return whether an answer can be drawn. Gradient flow of the cross-entropy cannot, since it has no modes."""
     return not isinstance(answer, FlowAnswer) or answer.energies is not None
 
 
 def _richness(answer: Answer) -> tuple[bool, bool, int, float, int]:
-    """Say how much an answer holds; what was asked as usual comes first, and of equals the one with the least shift."""
+    """Rank an answer: default settings first, then test samples, the number of listed values, and a small shift."""
     has_test = isinstance(answer, RegressAnswer | FlowAnswer) and answer.test_accuracy is not None
     shift = answer.shift if isinstance(answer, LogdetAnswer | ExtrapolateAnswer) else 0.0
     to = answer.to if isinstance(answer, ExtrapolateAnswer) else 0
@@ -128,7 +136,7 @@ def _richness(answer: Answer) -> tuple[bool, bool, int, float, int]:
 
 
 def _size(answer: Answer) -> int:
-    """Count what an answer lists."""
+    """Count the values that an answer lists."""
     listed: Sized | None = None
     match answer:
         case SpectrumAnswer() | CompareAnswer():
@@ -149,22 +157,25 @@ def _size(answer: Answer) -> int:
 
 
 def is_small(matrix: Matrix, memory_bytes: int | None) -> bool:
-    """Say whether a kernel fits in memory with its eigenvectors; without a budget, in what takes a minute or so."""
-    room = memory_left(memory_bytes) if memory_bytes is not None else min(memory_left(None), QUICK_BYTES)
-    return BYTES_PER_ENTRY * matrix.num_rows**2 <= room
+    """Return whether a kernel and its eigenvectors fit in memory.
+
+    Without ``memory_bytes`` the limit is 1 GB, for which a computation takes about a minute.
+    """
+    available = memory_left(memory_bytes) if memory_bytes is not None else min(memory_left(None), QUICK_BYTES)
+    return BYTES_PER_ENTRY * matrix.num_rows**2 <= available
 
 
 def _require_small(matrix: Matrix, question: str, memory_bytes: int | None) -> None:
-    """Refuse to begin what could take long.
+    """Refuse a computation that could take long.
 
     Raises:
-        InputError: If it could.
+        InputError: If the kernel does not fit in memory with its eigenvectors.
     """
     if not is_small(matrix, memory_bytes):
         raise InputError(
-            f"Nobody has asked this yet: expected the result of `ntkgen analyze {question} {matrix.name}` beside the "
-            "store, found none, and of a kernel that does not fit in memory it could take long. Run that command "
-            "first, or raise `memory_bytes`."
+            f"The answer is missing: expected the result of `ntkgen analyze {question} {matrix.name}` beside the "
+            "store, found none. It is not computed here, because the kernel does not fit in memory and it could take "
+            "long. Run that command first, or raise `memory_bytes`."
         )
 
 
@@ -193,8 +204,8 @@ def _align(matrix: Matrix, memory_bytes: int | None, report: Report) -> Answer:
     return align(matrix, AlignSettings(memory_bytes=memory_bytes), report=report)
 
 
-# How a question is asked that has no answer yet: with the usual settings.
-_ASKING: Mapping[str, Callable[[Matrix, int | None, Report], Answer]] = {
+# Computation of the answer to each question, with default settings.
+_COMPUTING: Mapping[str, Callable[[Matrix, int | None, Report], Answer]] = {
     "spectrum": _spectrum,
     "density": _density,
     "logdet": _logdet,

@@ -1,1 +1,1 @@
-"""The page about a stored kernel."""
+"""The HTML report about stored kernels."""

@@ -1,6 +1,6 @@
-"""What a page is made of: sections of paragraphs, tables, figures and code, as values without HTML.
+"""Content of a report as values without HTML: sections of paragraphs, tables, figures and code.
 
-The template `page.html.jinja` has a macro for each of them, of the name that its ``macro`` says.
+The attribute ``macro`` of each class names the macro of the template `page.html.jinja` that writes it.
 """
 
 import base64
@@ -11,9 +11,9 @@ from typing import Any, ClassVar, TypeVar
 
 from ntkgen.analysis.plots.style import Picture, render
 
-# Tables with more rows scroll inside their frame.
+# Maximum number of rows of a table that does not scroll.
 TALL = 14
-# Words with more letters than this get a wider column.
+# Maximum length of a text in a column of normal width. Longer texts get a wider column.
 NAME = 12
 
 Item = TypeVar("Item")
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Some sentences, perhaps ``soft`` or a ``warning``."""
+    """Sentences. ``kind`` is their style: empty, ``soft`` or ``warning``."""
 
     text: str
     kind: str = ""
@@ -31,7 +31,7 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines that are shown as they are."""
+    """Lines of code or commands."""
 
     lines: Sequence[str]
 
@@ -48,7 +48,7 @@ class Figure:
 
     @property
     def source(self) -> str:
-        """The picture as the address of an image. SVG inside an image shares no names with other pictures."""
+        """The picture as a data URL of an image. Inside an image, the names of an SVG cannot clash with others."""
         return f"data:image/svg+xml;base64,{base64.b64encode(render(self.picture, 'svg')).decode()}"
 
 
@@ -56,8 +56,10 @@ class Figure:
 class Cell:
     """A value of a table.
 
-    ``kind`` is its class, and ``exact`` is what it is sorted by: all digits of a number, nothing for what is not known,
-    and None where the text itself is.
+    Attributes:
+        text: The printed text.
+        kind: The CSS class.
+        exact: The sort key: all digits of a number, empty for an unknown value, None to sort by the text.
     """
 
     text: str
@@ -67,7 +69,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values, in their order: a table of two columns."""
+    """A table of two columns: names and values."""
 
     values: Mapping[str, Any]
     name: str
@@ -85,7 +87,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that a click on a column's title sorts."""
+    """A table that can be sorted by a click on the title of a column."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
@@ -95,17 +97,17 @@ class Table:
 
     @classmethod
     def of(cls, items: Iterable[Item], columns: Mapping[str, Callable[[Item], Any]], name: str) -> "Table":
-        """List items, one a row: each column has a title, and what it says of an item."""
-        return cls(tuple(columns), [[say(item) for say in columns.values()] for item in items], name)
+        """Make a table with one row per item. ``columns`` maps the title of a column to the function of its value."""
+        return cls(tuple(columns), [[value_of(item) for value_of in columns.values()] for item in items], name)
 
     @property
     def is_tall(self) -> bool:
-        """Whether it scrolls inside its frame."""
+        """Whether the table scrolls inside its frame."""
         return len(self.rows) > TALL
 
     @property
     def heads(self) -> list[Cell]:
-        """The titles of its columns; numbers have a column of their own look."""
+        """The titles of the columns, marked as ``number`` for a column of numbers."""
         return [
             Cell(column, "number" if all(is_number(row[at]) or row[at] is None for row in self.rows) else "")
             for at, column in enumerate(self.columns)
@@ -113,7 +115,7 @@ class Table:
 
     @property
     def cells(self) -> list[list[Cell]]:
-        """Its values, row by row."""
+        """The values, row by row."""
         heads = self.heads
         return [[_cell(value, head.kind) for value, head in zip(row, heads, strict=True)] for row in self.rows]
 
@@ -123,7 +125,7 @@ Part = Paragraph | Code | Figure | Facts | Table
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading, with sections of its own."""
+    """A heading with its content and its subsections."""
 
     title: str
     body: Sequence[Part]
@@ -136,12 +138,12 @@ def _cell(value: Any, kind: str) -> Cell:
 
 
 def is_number(value: Any) -> bool:
-    """Say whether a value is a finite number."""
+    """Return whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def shown(value: Any, *, digits: int = 4) -> str:
-    """Write a value for people.
+    """Format a value as readable text.
 
     >>> shown(1234567), shown(-0.000123456), shown(None), shown(["a", "b"]), shown(True)
     ('1,234,567', '−0.0001235', '–', 'a, b', 'yes')

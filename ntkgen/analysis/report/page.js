@@ -1,4 +1,5 @@
-// A click on a column's title sorts the table by it: by number where every cell is one, the other way round next time.
+// A click on the title of a column sorts the table by this column, as numbers if all its cells are numbers. A second
+// click reverses the order.
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const head = button.closest("th");
@@ -9,7 +10,7 @@ for (const button of document.querySelectorAll("th button")) {
     const numeric = rows.every((row) => value(row) === "" || !Number.isNaN(Number(value(row))));
     const order = (a, b) => {
       const [x, y] = [value(a), value(b)];
-      if (x === "" || y === "") return (x === "") - (y === ""); // what is not known comes last, either way
+      if (x === "" || y === "") return (x === "") - (y === ""); // unknown values are last in both orders
       return (descending ? -1 : 1) * (numeric ? Number(x) - Number(y) : x.localeCompare(y));
     };
     body.append(...rows.sort(order));

@@ -1,6 +1,6 @@
-"""From sections to one self-contained page in HTML, by the template `page.html.jinja`.
+"""Sections → one self-contained HTML page, by the template `page.html.jinja`.
 
-The template escapes every value that it is given. Style and script are files of this package that it includes.
+The template escapes every value, and includes the style and the script from files of this package.
 """
 
 import re
@@ -16,14 +16,14 @@ _INDEX = re.compile(r"(?<=[‖K²λ])_(\w+)")
 
 
 def write_page(title: str, lead: Sequence[Part], sections: Sequence[Section]) -> bytes:
-    """Put a page together: head, lead, links to the sections, the sections."""
+    """Write a page: title, lead, links to the sections, and the sections."""
     text = _environment().get_template(TEMPLATE).render(title=title, lead=lead, sections=sections)
-    return text.encode(errors="backslashreplace")  # a path may have bytes that are no text
+    return text.encode(errors="backslashreplace")  # a path may contain bytes that are not UTF-8
 
 
 @cache
 def _environment() -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("ntkgen.analysis.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
@@ -31,12 +31,12 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters["split_indices"] = split_indices
-    return made
+    environment.filters["split_indices"] = split_indices
+    return environment
 
 
 def split_indices(text: str) -> list[str]:
-    """Split a text into what is on the line and, each second, an index of mathematics that goes below it.
+    """Split a text at the subscripts of formulas. Every second part of the result is a subscript.
 
     >>> split_indices("‖E‖_F ÷ K_rr of ntk_float32")
     ['‖E‖', 'F', ' ÷ K', 'rr', ' of ntk_float32']

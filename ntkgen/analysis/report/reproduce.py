@@ -1,4 +1,4 @@
-"""How a kernel is made again, and how it is cited: from what its store says of itself, and nothing else."""
+"""Commands that reproduce a kernel, and its citation. Both use only the information in its store."""
 
 import dataclasses
 import shlex
@@ -17,7 +17,7 @@ from ntkgen.store.store import KernelStore
 from ntkgen.training.recipe import Recipe as TrainingRecipe
 from ntkgen.training.recipe import TrainingRequest
 
-# Options that have the name of what they set, and those that have not, in the order in which they are written.
+# Options of `ntkgen compute` by the field of the provenance, in the order in which they are written.
 _OF_TRAINING = {"seed": "--seed", "width": "--width", "num_epochs": "--epochs", "target_accuracy": "--target-accuracy"}
 _OF_SAMPLES = {
     "subsample": "--subsample",
@@ -26,7 +26,7 @@ _OF_SAMPLES = {
     "against_subsample": "--against-subsample",
 }
 
-# Options of questions whose name is not that of the setting, and values that an option has unless it is given.
+# Options of `ntkgen analyze` whose names differ from their settings, and the default values of settings.
 _FLAGS = {"num_modes": "--modes"}
 _USUAL = {
     "tolerance": defaults.TOLERANCE, "max_passes": defaults.MAX_PASSES, "bandwidth": defaults.BANDWIDTH,
@@ -34,20 +34,20 @@ _USUAL = {
     "holdout": defaults.HOLDOUT, "offset": defaults.OFFSET, "loss": defaults.LOSS, "rate": defaults.RATE,
     "num_modes": defaults.NUM_MODES,
 }  # fmt: skip
-# Settings that follow from others, or from the kernel and the memory.
+# Settings that are not options, or that follow from the kernel and the memory.
 _IMPLIED = {"method", "test"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to run to make a kernel again, and what else is needed or not known."""
+    """Commands that reproduce a kernel, and notes on what else they need and what the store does not record."""
 
     commands: tuple[str, ...]
     notes: tuple[str, ...]
 
 
 def recipe_of(store: KernelStore) -> Recipe:
-    """Say how a store was made: by the command line, by a call in Python, or by importing a file."""
+    """Return the commands that reproduce a store: `ntkgen compute`, a call in Python, or `ntkgen import`."""
     manifest = store.manifest
     made = manifest.provenance
     if made.imported_from is not None:
@@ -69,18 +69,18 @@ def _computed(manifest: Manifest, model: str, dataset: str, checkpoint: str) -> 
     command += [*_options(made, _OF_SAMPLES), *_kernel_options(manifest)]
     notes = [_training_note(made, checkpoint)]
     if dataset.endswith(".npz"):
-        notes.append(f"{dataset} is a file of one's own; the store knows its contents by their fingerprint.")
+        notes.append(f"{dataset} is a file of the user. The store records only the fingerprint of its content.")
     return Recipe((shlex.join(command),), tuple(notes))
 
 
 def _options(made: Provenance, flags: Mapping[str, str]) -> list[str]:
-    """Write options for those of the settings that are known."""
+    """Write the options of all settings that the store records."""
     chosen = [(flag, getattr(made, name)) for name, flag in flags.items()]
     return [word for flag, value in chosen if value is not None for word in (flag, str(value))]
 
 
 def _kernel_options(manifest: Manifest) -> list[str]:
-    """Write how the kernel is computed and stored."""
+    """Write the options for the computation and the storage of the kernel."""
     plan = manifest.plan
     output = manifest.output
     return [
@@ -91,23 +91,23 @@ def _kernel_options(manifest: Manifest) -> list[str]:
 
 
 def _training_note(made: Provenance, checkpoint: str) -> str:
-    """Say what the command needs to have the same network, and what the store does not record."""
+    """Write what the command needs for the same network, and what the store does not record."""
     if made.epochs == 0:
-        return "The network is taken as it is built from its seed: nothing else is needed."
+        return "The network is not trained. It is built from its seed, so that nothing else is needed."
     if made.num_epochs is not None:
         return (
-            f"It trains the network anew. If {checkpoint} lies in the folder of `ntkgen compute --out`, it takes the "
-            "network of this very kernel from there."
+            f"The command trains the network again. If {checkpoint} is in the folder of `ntkgen compute --out`, the "
+            "command uses this network of the kernel instead."
         )
     return (
-        f"Put {checkpoint} into the folder of `ntkgen compute --out`: it holds the network of this very kernel, and "
-        "how that was trained. Without it the network is trained anew, for at most "
-        f"{TrainingRecipe.num_epochs} epochs; the store does not record another choice."
+        f"Put {checkpoint} into the folder of `ntkgen compute --out`. It contains the network of this kernel and its "
+        "training settings. Without it, the command trains a network for at most "
+        f"{TrainingRecipe.num_epochs} epochs, because the store does not record the training settings."
     )
 
 
 def question_command(kept: Kept[Answer], path: str) -> str:
-    """Write the command that asks a question of a kernel again, with what was asked."""
+    """Write the command that answers a question about a kernel again, with the same settings."""
     question = kept.answer.QUESTION
     words = ["ntkgen", "analyze", question, path, *["--prefixes"] * (question == "logdet")]
     asked = {name: value for name, value in kept.asked.items() if name not in _IMPLIED}
@@ -130,8 +130,8 @@ def _called(manifest: Manifest) -> Recipe:
         f"precision={plan.precision!r})"
     )
     note = (
-        "The kernel was made in Python. The store knows the network and the samples by their fingerprints alone: "
-        "with others the same call is refused."
+        "The kernel was computed from Python. The store records only the fingerprints of the network and of the "
+        "samples. The same call is refused for another network or other samples."
     )
     return Recipe(("import ntkgen", call), (note,))
 
@@ -142,12 +142,12 @@ def _imported(manifest: Manifest, source: str) -> Recipe:
     words += ["--outputs", str(grid.num_outputs)]
     if params := manifest.plan.profile.num_params:
         words += ["--params", str(params)]
-    note = "The kernel was imported from a file of another program; how it was computed, that file does not say."
+    note = "The kernel was imported from a file of another program. That file does not record how it was computed."
     return Recipe((shlex.join(words),), (note,))
 
 
 def citation(store: KernelStore) -> list[str]:
-    """Write how to cite the kernel, as BibTeX: the program that made it, and the paper that defined it."""
+    """Write the citation as BibTeX: this program, and the paper that introduced the neural tangent kernel."""
     version = ntkgen.__version__
     return [
         "@software{ntkgen,",

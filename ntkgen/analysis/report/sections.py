@@ -1,4 +1,7 @@
-"""What the page says of a kernel, section by section; what is not known is said, with the reason."""
+"""The sections of the report about a kernel. A section without an answer has the reason instead.
+
+The certificate of a store is a measured bound on the error of its kernel.
+"""
 
 import math
 import shlex
@@ -22,14 +25,15 @@ from ntkgen.units import human_bytes
 if TYPE_CHECKING:
     from ntkgen.store.certificate import StoredError
 
-# Eigenvalues that the table lists; all of them are beside the store.
+# Maximum number of eigenvalues in the table. The saved answer beside the store has all.
 MAX_LISTED = 50
+NO_CERTIFICATE = "The store has no certificate (measured error bound). `ntkgen verify --certify` makes one."
 
 Pictures = Mapping[str, Picture]
 
 
 def title_of(answers: Answers) -> str:
-    """Name a kernel in a few words."""
+    """Write a short title for a kernel."""
     made = answers.matrix.store.manifest.provenance
     if made.imported_from is not None:
         return f"Kernel imported from {made.imported_from}"
@@ -39,7 +43,7 @@ def title_of(answers: Answers) -> str:
 
 
 def sections_of(answers: Answers, pictures: Pictures) -> tuple[Section, ...]:
-    """Write everything about one kernel."""
+    """Write all sections about one kernel."""
     described = describe(answers.matrix.store)
     return (
         _what(answers, described, pictures),
@@ -68,12 +72,12 @@ def _what(answers: Answers, described: StoreDescription, pictures: Pictures) -> 
         "Network": _network(described),
         "Data": described.provenance.dataset,
         "Stored": stored,
-        "Looked at here": f"ntk_{matrix.dtype}" + _part(answers),
+        "Analysed here": f"ntk_{matrix.dtype}" + _part(answers),
         "Computed in": described.precision,
-        "Lies at": described.store,
+        "Path": described.store,
     }
-    listed = Facts(_known(lines), "What the kernel is")
-    return Section("What it is", [*_wrong(described), listed, *_shown(pictures, "matrix")])
+    listed = Facts(_known(lines), "The kernel")
+    return Section("The kernel", [*_wrong(described), listed, *_shown(pictures, "matrix")])
 
 
 def _network(described: StoreDescription) -> str | None:
@@ -88,16 +92,16 @@ def _part(answers: Answers) -> str:
     if not answers.matrix.is_partial:
         return ""
     rows, whole = answers.matrix.num_rows, answers.matrix.store.grid.num_rows
-    return f", the first {rows:,} of {whole:,} rows; the others are not complete"
+    return f", the first {rows:,} of {whole:,} rows, because tiles of the others are missing"
 
 
 def _lacking(answers: Answers, question: str) -> list[Part]:
-    """Say why a question has no answer."""
+    """Write the reason for a missing answer."""
     return [Paragraph(answers.lacking[question], "soft")] if question in answers.lacking else []
 
 
 def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is not known."""
+    """Leave out unknown values."""
     return {title: value for title, value in values.items() if value is not None}
 
 
@@ -118,7 +122,7 @@ def _spectrum(answers: Answers, pictures: Pictures) -> Section:
 
 
 def _eigenvalues(answer: SpectrumAnswer) -> Table:
-    """List the largest eigenvalues, with the bound of what is known of them and their share of the trace."""
+    """List the largest eigenvalues with their residual bounds and their shares of the trace."""
     pairs = zip(answer.eigenvalues[:MAX_LISTED], answer.residual_bounds, strict=False)
     rows = [
         (number, value, bound, 100 * value / answer.trace if answer.trace else None)
@@ -152,9 +156,9 @@ def _law(answers: Answers) -> list[Part]:
         "Predicted log-determinant, nats": answer.logdet,
         "ν": answer.nu,
         "Error on held-out prefixes, nats": answer.holdout_error,
-        "The same, relative": answer.holdout_error_relative,
+        "Relative error on held-out prefixes": answer.holdout_error_relative,
     }
-    words = f"Extrapolated to {answer.to:,} samples, by the law that the leading blocks follow:"
+    words = f"Log-determinant of {answer.to:,} samples, extrapolated from the leading blocks of this kernel:"
     return [Paragraph(words), Facts(_known(numbers), "Extrapolation")]
 
 
@@ -176,8 +180,9 @@ def _regression(answers: Answers, pictures: Pictures) -> Section:
     rows = list(zip(*(each for each in known.values() if each is not None), strict=True))
     start = "zero" if answer.offset == "zero" else "the network’s logits"
     words = (
-        f"Kernel ridge regression on the one-hot labels, from {start}. Errors are mean squares per output; “left out” "
-        "is one sample at a time, with all of its outputs. In per cent: the samples classified correctly."
+        f"Kernel ridge regression on the one-hot labels, starting from {start}. Errors are mean squared errors per "
+        "output. “Left out” is the leave-one-out error: each sample is left out with all its outputs. GCV is "
+        "generalised cross-validation. Columns in % are accuracies."
     )
     listed = Table(tuple(known), rows, "Regression")
     return Section("Regression", [Paragraph(words), *_shown(pictures, "regression"), listed])
@@ -207,11 +212,11 @@ def _wrong(described: StoreDescription) -> list[Part]:
 def _certificate(described: StoreDescription) -> Section:
     found = described.certificate
     if found is None:
-        return Section("Precision certificate", [Paragraph("There is none: `ntkgen verify --certify` makes one.")])
+        return Section("Precision certificate", [Paragraph(NO_CERTIFICATE)])
     words = (
-        f"E is what is stored minus the exact kernel. {found.num_probes} Gaussian vectors and {found.num_pairs} "
-        f"pairs of samples, drawn with the seed {found.seed}, bound it with 95 % confidence: no eigenvalue is off "
-        "by more than the bound on ‖E‖_F."
+        "The certificate is a measured bound on the error E = stored − exact kernel. It was estimated with "
+        f"{found.num_probes} Gaussian vectors and {found.num_pairs} pairs of samples (seed {found.seed}). With 95 % "
+        "confidence, no eigenvalue has an error above the bound on ‖E‖_F."
     )
     columns: dict[str, Callable[[StoredError], Any]] = {
         "Stored as": lambda error: error.dtype,
@@ -226,7 +231,7 @@ def _certificate(described: StoreDescription) -> Section:
 
 
 def _provenance(described: StoreDescription) -> Section:
-    values = described.provenance.to_json()  # users' own keys, too
+    values = described.provenance.to_json()  # includes keys that the user has added
     made = {key.replace("_", " "): value for key, value in values.items() if value is not None}
     lines = {**made, "tile": f"{described.tile_side:,} rows", "fingerprint": described.fingerprint}
     return Section("Provenance", [Facts(lines, "Provenance")])
@@ -237,15 +242,15 @@ def _reproduce(answers: Answers) -> Section:
     path = shlex.quote(answers.matrix.name)
     asked = [question_command(kept, answers.matrix.name) for kept in answers.found.values()]
     made: list[Part] = [Code(recipe.commands), *map(Paragraph, recipe.notes)]
-    again = Paragraph("To see that the store holds what it should, and to ask the questions of this page again:")
+    again = Paragraph("To verify the store and to repeat the analyses of this page:")
     return Section("How to reproduce", [*made, again, Code([f"ntkgen verify {path}", *asked])])
 
 
 # several kernels ------------------------------------------------------------------------------------------------------
 
 
-def overview(every: Sequence[Answers]) -> Section:
-    """Compare some kernels in one table."""
+def overview(answers_of_all: Sequence[Answers]) -> Section:
+    """Compare all kernels of the page in one table."""
     columns: dict[str, Callable[[Answers], Any]] = {
         "Store": lambda answers: short(answers.matrix.name),
         "Rows": lambda answers: answers.matrix.num_rows,
@@ -256,7 +261,7 @@ def overview(every: Sequence[Answers]) -> Section:
         "Alignment": _alignment_of,
         "‖E‖_F, bound": lambda answers: answers.matrix.error_norm,
     }
-    return Section("Overview", [Table.of(every, columns, "All kernels of this page")])
+    return Section("Overview", [Table.of(answers_of_all, columns, "All kernels of this page")])
 
 
 def _largest_eigenvalue(answers: Answers) -> float | None:
@@ -296,20 +301,20 @@ def comparison(compared: Sequence[CompareAnswer], refused: Mapping[str, str]) ->
         "Largest angle, degrees": lambda answer: math.degrees(max(answer.principal_angles)),
         "λ₁ ÷ λ₁ of the first": lambda answer: answer.eigenvalue_ratios[0],
     }
-    words = Paragraph(f"With {compared[0].reference}, whose samples are the same.")
+    words = Paragraph(f"Differences from {compared[0].reference}, which has the same samples.")
     listed = Table.of(compared, columns, "Comparison")
     costs = [part for answer in compared if answer.cost is not None for part in _cost(answer.store, answer.cost)]
     return Section("Comparison", [words, Figure(draw_comparison(compared)), listed, *costs, *reasons])
 
 
 def _cost(store: str, cost: Cost) -> list[Part]:
-    """Say what a lower precision costs, where two kernels are of one network."""
+    """Write the error of the lower precision, for two kernels of one network."""
     numbers = {
         "‖difference‖_F ÷ ‖K‖_F": cost.frobenius_error,
         "Largest change of an eigenvalue ÷ λ₁": cost.eigenvalue_error,
         "Largest relative change of an eigenvalue": cost.relative_eigenvalue_error,
-        "Eigenvalues that are not positive in the lower": cost.not_positive,
+        "Eigenvalues that are not positive in the lower precision": cost.not_positive,
         "Change of the log-determinant, nats": cost.logdet_error,
     }
-    words = f"What the lower precision costs: {cost.lower_dtype} of {cost.lower}."
+    words = f"Error of the lower precision, which is {cost.lower_dtype} in {cost.lower}."
     return [Paragraph(words), Facts(_known(numbers), f"Cost of {cost.lower_dtype} at {store}")]
