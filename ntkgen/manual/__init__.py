@@ -1,4 +1,4 @@
-"""The pages of the manual, as package data: what `ntkgen manual PAGE` shows."""
+"""The pages of the manual, which are package data. `ntkgen manual PAGE` shows them."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from importlib.resources import files
 
 from ntkgen.errors import UnknownNameError
 
-# In the order in which a newcomer reads them.
+# Names of the pages, in the order in which a newcomer should read them.
 NAMES = (
     "computing",
     "python",
@@ -21,25 +21,25 @@ NAMES = (
     "contributing",
 )
 
-# A comment says to the tests why a block is not run.
+# Comments in the pages. They tell the tests which blocks must not run.
 _COMMENT = re.compile(r"<!--.*?-->\n?", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Page:
-    """One page: its name, and its text in Markdown, a title and a summary first."""
+    """One page: its name and its text in Markdown. The text begins with a title and a summary."""
 
     name: str
     text: str
 
     @property
     def title(self) -> str:
-        """The first line, without its sign."""
+        """The first line without the ``#`` of the heading."""
         return self.text.splitlines()[0].removeprefix("# ")
 
     @property
     def summary(self) -> str:
-        """The first paragraph, in one line."""
+        """The first paragraph, as one line."""
         return " ".join(self.text.split("\n\n")[1].split())
 
 
