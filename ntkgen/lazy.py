@@ -1,4 +1,4 @@
-"""Public names of a package that load their modules when they are first used (PEP 562)."""
+"""Lazy public names of a package. Each name imports its module on first use (PEP 562)."""
 
 import importlib
 import sys
@@ -10,8 +10,8 @@ def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], 
     """Make a package's ``__getattr__`` and ``__dir__``.
 
     Args:
-        package: Its name.
-        homes: The module of each public name; ``module:attribute`` where it has another name there.
+        package: Name of the package.
+        homes: Module of each public name, or ``module:attribute`` if the name differs in the module.
 
     >>> load, names = lazy_names("ntkgen", {"root": "math:sqrt", "cos": "math"})
     >>> load("root")(4.0), load("cos")(0.0), {"root", "__name__"} <= set(names())

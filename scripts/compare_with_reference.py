@@ -2,9 +2,9 @@
 
     uv run python scripts/compare_with_reference.py runs/*.zarr --data-dir DIR
 
-For each store the network is loaded from its checkpoint, pairs of small sample blocks are drawn at random (the first
-one on the diagonal), and every stored dtype is compared with `ntkgen.reference_ntk` in the Frobenius norm. A kernel of
-an output map is compared with the map of the reference.
+For each store, the script loads the network from its checkpoint and draws pairs of small blocks of samples at random.
+The first pair is on the diagonal. Every stored dtype is compared with `ntkgen.reference_ntk` in the Frobenius norm. If
+the kernel has an output map, the map is applied to the reference too.
 """
 
 import json
@@ -22,7 +22,7 @@ from ntkgen.store.store import KernelStore
 
 
 def exact_block(store: KernelStore, origin: Origin, rows: Block, cols: Block) -> np.ndarray:
-    """Compute a part of the exact kernel, (planes, rows, columns)."""
+    """Compute a block of the exact kernel, of shape (matrices, rows, columns)."""
     num_logits = store.manifest.plan.profile.num_logits
     columns = origin.inputs.x if origin.inputs.against is None else origin.inputs.against
     x1, x2 = origin.inputs.x[rows.start : rows.stop], columns[cols.start : cols.stop]
@@ -32,11 +32,11 @@ def exact_block(store: KernelStore, origin: Origin, rows: Block, cols: Block) ->
 
 @click.command()
 @click.argument("stores", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
-@click.option("--data-dir", type=click.Path(path_type=Path))
-@click.option("--dataset", help="Where the store's data set has moved to, as PATH.npz.")
-@click.option("--pairs", default=4, show_default=True, help="Block pairs per store.")
-@click.option("--samples", default=3, show_default=True, help="Samples of a block.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets.")
+@click.option("--dataset", help="New path of the store's data set, such as PATH.npz.")
+@click.option("--pairs", default=4, show_default=True, help="Number of pairs of blocks per store.")
+@click.option("--samples", default=3, show_default=True, help="Number of samples per block.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the blocks.")
 def main(
     stores: tuple[Path, ...], data_dir: Path | None, dataset: str | None, pairs: int, samples: int, seed: int
 ) -> None:

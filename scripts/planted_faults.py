@@ -1,10 +1,11 @@
-"""Plant faults in a copy of the sources, one at a time, and say which of them the tests find.
+"""Insert faults into a copy of the sources, one at a time, and print which of them the tests find.
 
     uv run python scripts/planted_faults.py [NAME …] [--all] [--tree FOLDER]
 
-A fault is a line that is wrong in a way that a person could write. For each the test files that should see it are run,
-with ``--all`` every test of the default run, until the first failure. Before a change of the tests and after it, the
-same faults must be found. The exit code is 1 where one was not, 2 where a line is no longer there.
+A fault is a wrong line, such as a programmer could write by mistake. For each fault, the tests that should find it run
+until the first failure. With ``--all``, all tests of the default run are used. Run the script before and after a change
+of the tests. Both runs must find the same faults. The exit code is 1 if a fault was not found, and 2 if a line to
+replace no longer exists.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import dask.array  # noqa: F401 - what every test file imports is imported once, but for plugins of pytest
+import dask.array  # noqa: F401 - the slow imports of every test file, made once for all faults
 import pytest
 import torch  # noqa: F401
 import xarray  # noqa: F401
@@ -27,17 +28,17 @@ COPIED = ("ntkgen", "models", "tests", "scripts", "pyproject.toml", "README.md",
 
 @dataclass(frozen=True)
 class Fault:
-    """A line as it is, the same line as it should not be, and the test files that are to see it."""
+    """A correct line, its wrong replacement, and the test files that should find the replacement."""
 
     name: str
-    file: str  # within the package
-    right: str  # occurs once
+    file: str  # relative to the package
+    right: str  # must occur exactly once in the file
     wrong: str
-    tests: str  # names of test files, without test_
+    tests: str  # names of test files without test_
 
 
 FAULTS = (
-    # what is computed
+    # computation
     Fault(
         "dropped layer: the last one adds nothing to the kernel",
         "jacobian/contract.py",
@@ -46,7 +47,7 @@ FAULTS = (
         "contract engine",
     ),
     Fault(
-        "wrong order of multiplication: a Gram matrix is transposed before it is carried",
+        "wrong order of multiplication: a Gram matrix is transposed before its product",
         "jacobian/contract.py",
         "grams.permute(2, 0, 1, 3).contiguous()",
         "grams.permute(2, 0, 3, 1).contiguous()",
@@ -67,14 +68,14 @@ FAULTS = (
         "layers contract engine",
     ),
     Fault(
-        "dropped group: the exact diagonal is of the first group of channels alone",
+        "dropped group: the exact diagonal uses only the first group of channels",
         "jacobian/contract.py",
         "for number in range(layer.plan.shape.groups):",
         "for number in range(1):",
         "contract engine",
     ),
     Fault(
-        "ragged last block: the last tile of other samples is left out",
+        "ragged last block: the last tile of the columns is left out",
         "plan/tiles.py",
         "return -(-self.num_cols // self.side)",
         "return max(1, self.num_cols // self.side)",
@@ -88,13 +89,13 @@ FAULTS = (
         "engine compute plan",
     ),
     Fault(
-        "off by one: one block more is held than fits",
+        "off by one: one block too many is kept in memory",
         "plan/plan.py",
         "fits = (budget.available_bytes - self.fixed_bytes) // max(1, self.block_bytes)",
         "fits = (budget.available_bytes - self.fixed_bytes) // max(1, self.block_bytes) + 1",
         "plan",
     ),
-    # what is stored
+    # storage
     Fault(
         "wrong scale: float16 may overflow",
         "store/rounding.py",
@@ -145,7 +146,7 @@ FAULTS = (
         "verify cli",
     ),
     Fault(
-        "unclosed sweep: what interrupted writes leave is never removed",
+        "missing sweep: temporary files of interrupted writes are never removed",
         "store/tidy.py",
         "    store.folder.sweep()\n    _remove_old",
         "    _remove_old",
@@ -179,7 +180,7 @@ FAULTS = (
         "self.epoch = max(0, checkpoint.epoch - 1)\n",
         "training",
     ),
-    # what is made of it
+    # analysis
     Fault(
         "wrong sign of a determinant",
         "analysis/determinant.py",
@@ -209,7 +210,7 @@ FAULTS = (
         "logdet",
     ),
     Fault(
-        "wrong exit code: a damaged store is none of its problems",
+        "wrong exit code: a damaged store is not a problem",
         "cli/verify.py",
         "finding.problems.append((problem, DAMAGED))",
         "finding.notes.append(problem)",
@@ -219,7 +220,7 @@ FAULTS = (
 
 
 def main() -> int:
-    """Plant the chosen faults in turn, and print a line for each."""
+    """Insert the chosen faults one after the other, and print the result for each."""
     options = _options()
     chosen = [fault for fault in FAULTS if not options.names or any(name in fault.name for name in options.names)]
     codes = []
@@ -235,14 +236,16 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="parts of the names of some faults; else all")
-    parser.add_argument("--all", action="store_true", help="run every test of the default run, not the listed files")
-    parser.add_argument("--tree", type=Path, default=ROOT, help="the sources and tests; else those of this checkout")
+    parser.add_argument("names", nargs="*", help="parts of the names of the faults [all]")
+    parser.add_argument(
+        "--all", action="store_true", help="run all tests of the default run instead of the listed files"
+    )
+    parser.add_argument("--tree", type=Path, default=ROOT, help="folder of the sources and tests [this checkout]")
     return parser.parse_args()
 
 
 def _copied(tree: Path, copy: Path) -> Path:
-    """Copy what the tests need."""
+    """Copy the files that the tests need."""
     copy.mkdir()
     for name in COPIED:
         source = tree / name
@@ -254,11 +257,11 @@ def _copied(tree: Path, copy: Path) -> Path:
 
 
 def _tried(copy: Path, fault: Fault, *, every_test: bool) -> tuple[int, str]:
-    """Plant a fault, run tests until the first failure, and take it out again."""
+    """Insert a fault, run tests until the first failure, and remove the fault."""
     file = copy / "ntkgen" / fault.file
     text = file.read_text() if file.exists() else ""
     if text.count(fault.right) != 1:
-        return 2, f"NOT THERE: {fault.file} has no line, or several, of {fault.right.strip()!r}"
+        return 2, f"NOT THERE: {fault.file} must have exactly one line with {fault.right.strip()!r}"
     file.write_text(text.replace(fault.right, fault.wrong))
     try:
         files = ["-n", "auto"] if every_test else [f"tests/test_{name}.py" for name in fault.tests.split()]
@@ -272,7 +275,10 @@ def _tried(copy: Path, fault: Fault, *, every_test: bool) -> tuple[int, str]:
 
 
 def _tested(copy: Path, arguments: list[str]) -> tuple[int, str]:
-    """Run pytest on the copy, in a child of this process, which has imported what takes long; none of the package."""
+    """Run pytest on the copy in a child process.
+
+    The child inherits the slow imports of this process. This process has not imported ntkgen.
+    """
     with tempfile.TemporaryFile("w+") as output:
         child = os.fork()
         if child == 0:
@@ -281,11 +287,11 @@ def _tested(copy: Path, arguments: list[str]) -> tuple[int, str]:
                 for stream in (1, 2):
                     os.dup2(output.fileno(), stream)
                 os.chdir(copy)
-                os.environ["PYTHONPATH"] = str(copy)  # in every process that a test starts
+                os.environ["PYTHONPATH"] = str(copy)  # for processes that a test starts
                 sys.path.insert(0, str(copy))
                 options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-n", "0"]
                 code = int(pytest.main([*options, *arguments]))
-            except Exception as error:  # noqa: BLE001 - what is wrong is printed by the parent
+            except Exception as error:  # noqa: BLE001 - the parent process prints the error
                 print(repr(error))
             finally:
                 sys.stdout.flush()

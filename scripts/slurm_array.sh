@@ -7,15 +7,15 @@
 #SBATCH --time=04:00:00
 #SBATCH --signal=B:TERM@60
 #SBATCH --requeue
-# One kernel by a job array, without dask: each job computes a part of the tiles, and the last one finishes the kernel.
-# The first to arrive trains the network and computes the diagonal, for which the others wait. A job that is preempted
-# or runs out of time loses the tile in flight; submit the array again for what is missing.
+# Compute one kernel by a job array, without dask. Each job computes a part of the tiles, and the last job finishes the
+# kernel. The first job that starts trains the network and computes the diagonal. The other jobs wait for this. A job
+# that is preempted or runs out of time loses its current tile. Submit the array again to compute the missing tiles.
 #
 #     sbatch --array=1-32 scripts/slurm_array.sh --models resnet18 --dataset cifar --out /shared/runs
 set -euo pipefail
 
-: "${SLURM_ARRAY_TASK_ID:?is set by sbatch --array; submit this script with sbatch}"
+: "${SLURM_ARRAY_TASK_ID:?is not set. Submit this script with sbatch --array}"
 part=$(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1} + 1))
 
-# exec, so that the signal that announces the end reaches uv, which passes it on, and not this shell
+# exec replaces this shell by uv, so that uv receives SIGTERM before the end of the job and passes it on to ntkgen.
 exec uv run ntkgen compute --part "$part/$SLURM_ARRAY_TASK_COUNT" --quiet "$@"

@@ -1,11 +1,11 @@
-"""Compute kernels on the nodes of a SLURM cluster, through dask-jobqueue: one worker per job, and per GPU.
+"""Compute kernels on the nodes of a SLURM cluster through dask-jobqueue, with one worker per job.
 
     pip install dask-jobqueue
     python scripts/slurm_cluster.py --jobs 8 --gpus 1 -- --models resnet18 --dataset cifar --out /shared/runs
 
-What follows the two dashes are the options of `ntkgen compute`. This process coordinates: run it where it may stay, as
-on a login node or in a small job of its own. It starts and replaces the workers' jobs; theirs end in time, before SLURM
-ends them, and others take over.
+The options after the two dashes are those of `ntkgen compute`. This process coordinates the workers. Run it where a
+process can run for a long time, such as on a login node or in a small job. It starts one job per worker. Each worker
+ends before the time limit of its job, and a new job replaces it.
 """
 
 import subprocess
@@ -18,20 +18,20 @@ import click
 
 @dataclass(frozen=True)
 class Resources:
-    """What each job asks for."""
+    """Resources of a job."""
 
     gpus: int
     cores: int
     memory: str
     walltime: str
-    extra: tuple[str, ...] = ()  # lines for #SBATCH, as --partition=gpu
+    extra: tuple[str, ...] = ()  # options of #SBATCH lines, such as --partition=gpu
 
 
 def job_settings(asked: Resources) -> dict[str, Any]:
-    """Turn into the arguments of a dask-jobqueue cluster.
+    """Return the arguments of a dask-jobqueue cluster.
 
-    A worker has one thread of dask, since torch makes its own, and lives five minutes less than its job; dask's own
-    limit of its memory bounds what a tile may take.
+    A worker has one dask thread, because torch has threads of its own. It ends five minutes before the time limit of
+    its job. The memory limit of dask bounds the memory of a tile.
     """
     lifetime = max(60, _seconds(asked.walltime) - 300)
     directives = [*([f"--gres=gpu:{asked.gpus}"] if asked.gpus else []), *asked.extra]
@@ -66,21 +66,27 @@ def compute(address: str, options: tuple[str, ...]) -> int:
 
 
 @click.command()
-@click.option("--jobs", default=2, show_default=True, type=click.IntRange(min=1), help="Workers, each a job.")
-@click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=0), help="GPUs of a job.")
-@click.option("--cores", default=8, show_default=True, type=click.IntRange(min=1), help="Processor cores of a job.")
-@click.option("--memory", default="64GB", show_default=True, help="Memory of a job.")
-@click.option("--walltime", default="04:00:00", show_default=True, help="Time of a job.")
 @click.option(
-    "--sbatch", "extra", multiple=True, metavar="OPTION", help="Another option of sbatch, as --partition=gpu."
+    "--jobs",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of workers, which is the number of jobs.",
+)
+@click.option("--gpus", default=1, show_default=True, type=click.IntRange(min=0), help="Number of GPUs per job.")
+@click.option("--cores", default=8, show_default=True, type=click.IntRange(min=1), help="Number of cores per job.")
+@click.option("--memory", default="64GB", show_default=True, help="Memory per job.")
+@click.option("--walltime", default="04:00:00", show_default=True, help="Time limit per job.")
+@click.option(
+    "--sbatch", "extra", multiple=True, metavar="OPTION", help="Further option of sbatch, such as --partition=gpu."
 )
 @click.argument("options", nargs=-1, required=True)
 def main(*, jobs: int, options: tuple[str, ...], **asked: Any) -> None:
-    """Compute on JOBS workers what OPTIONS, those of `ntkgen compute`, ask for."""
+    """Run `ntkgen compute` with OPTIONS on workers in SLURM jobs."""
     from dask_jobqueue import SLURMCluster  # type: ignore[attr-defined]  # it has no __all__
 
     with SLURMCluster(**job_settings(Resources(**asked))) as cluster:
-        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # and replace those that have ended
+        cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)  # replaces jobs that end
         sys.exit(compute(cluster.scheduler_address, options))
 
 

@@ -77,7 +77,7 @@ def test_a_job_script_outside_an_array_says_how_it_is_submitted(environment):
         ["bash", str(SCRIPTS / "slurm_array.sh")], env=environment, capture_output=True, text=True, check=False
     )  # fmt: skip
     assert done.returncode != 0
-    assert "submit this script with sbatch" in done.stderr
+    assert "Submit this script with sbatch" in done.stderr
 
 
 def test_the_jobs_of_a_queue_ask_for_what_a_worker_needs():

@@ -1,12 +1,13 @@
-"""Time what `ntkgen analyze` finds out about a kernel that does not fit in memory, and compare it with what is known.
+"""Time `ntkgen analyze` for a kernel that does not fit in memory, and compare its results with known values.
 
     uv run python scripts/bench/analysis.py [--rows 20000] [--memory 1GB] [--trials 3] [--json]
 
-The kernel is H diag(λ) H with a reflection H = I − 2vvᵀ, so that all its eigenvalues are known: λᵢ = 100 i^−0.4, the
-five largest raised, as those of networks are. It is written as float32 to a raw file and imported. Each question is
-asked by a command in a process of its own, within the memory. Beside it stands the speed of large float64 products
-(NumPy's), in turns with the log-determinants. One JSON object per question with ``--json``: question, rows, seconds
-(all trials), peak_bytes, error (relative, of what is asked), and passes, or gflops with product_gflops and ratio.
+The kernel is H diag(λ) H with a reflection H = I − 2vvᵀ, so that all its eigenvalues are known. They are
+λᵢ = 100 i^−0.4, with larger values for the first five, as in kernels of networks. The kernel is written as float32 to a
+raw file and imported. Each question runs as a command in its own process, within the memory limit. The speed of large
+float64 products of NumPy is measured between the trials. ``--json`` prints one object per question with question, rows,
+seconds (all trials), peak_bytes and error (relative error of the result). It also has passes, or for the
+log-determinant gflops, product_gflops and ratio.
 """
 
 import json
@@ -40,14 +41,14 @@ SETTING = "import sys; from ntkgen import cli; sys.exit(cli.run(sys.argv[1:]))"
 
 
 def eigenvalues(num_rows: int) -> FloatArray:
-    """List eigenvalues, descending, that fall as those of networks do."""
+    """Return eigenvalues in descending order, with a decay like that of kernels of networks."""
     values = 100 * np.arange(1, num_rows + 1) ** -0.4
     values[:5] *= [3000, 200, 50, 20, 5]
     return np.sort(values)[::-1]
 
 
 def fill(folder: Path, values: FloatArray, *, tile_side: int | None = None) -> KernelStore:
-    """Store H diag(λ) H as float32, some rows at a time: K_ij = d_i δ_ij − 2 (w_i v_j + v_i w_j) + 4 (v·w) v_i v_j."""
+    """Store H diag(λ) H as float32, in blocks of rows: K_ij = d_i δ_ij − 2 (w_i v_j + v_i w_j) + 4 (v·w) v_i v_j."""
     rng, rows = np.random.default_rng(0), len(values)
     d, v = rng.permutation(values), rng.normal(size=rows)
     v /= np.linalg.norm(v)
@@ -68,7 +69,7 @@ def fill(folder: Path, values: FloatArray, *, tile_side: int | None = None) -> K
 
 
 def product_gflops() -> float:
-    """Measure the speed of large products in float64, in a process of its own, as the command's is."""
+    """Measure the speed of large float64 products of NumPy in a new process, as for the commands."""
     code = (
         "import time, numpy as np\n"
         f"A = np.random.default_rng(0).normal(size=({PRODUCT_SIDE},) * 2); A @ A\n"
@@ -80,7 +81,7 @@ def product_gflops() -> float:
 
 
 def ask(store: KernelStore, question: str, memory: int) -> dict[str, Any]:
-    """Ask in a process of its own, as if for the first time."""
+    """Run the command of a question in a new process, without saved results."""
     for file in Path(f"{store.name}.analysis").glob("*.json"):
         file.unlink()
     command = ["analyze", question, store.name, *QUESTIONS[question], "--memory", str(memory), "--json"]
@@ -90,7 +91,7 @@ def ask(store: KernelStore, question: str, memory: int) -> dict[str, Any]:
 
 
 def error_of(result: dict[str, Any], question: str, values: FloatArray) -> float:
-    """Compare an answer with what is known; of several numbers the worst."""
+    """Return the largest relative error of the numbers in a result."""
     if question == "spectrum":
         known = np.array([*values[:TOP], values.sum(), np.linalg.norm(values)])
         found = np.array([*result["eigenvalues"], result["trace"], result["frobenius_norm"]])
@@ -104,7 +105,7 @@ def error_of(result: dict[str, Any], question: str, values: FloatArray) -> float
 
 
 def measured(store: KernelStore, question: str, values: FloatArray, memory: int, trials: int) -> dict[str, Any]:
-    """Ask several times."""
+    """Run the command of a question several times and summarise its results."""
     products, results = [product_gflops()], []
     for _ in range(trials):
         results.append(ask(store, question, memory))
@@ -124,7 +125,7 @@ def measured(store: KernelStore, question: str, values: FloatArray, memory: int,
 
 
 def line(found: dict[str, Any]) -> str:
-    """Write a result for people."""
+    """Format a result as one line of text."""
     seconds = found["seconds"]
     words = f"{found['question']:>9}  {statistics.median(seconds):7.1f} s ({min(seconds):.1f}–{max(seconds):.1f})"
     words += f"  peak {found['peak_bytes'] / 1e6:5,.0f} MB  error {found['error']:.1e}"
@@ -134,12 +135,12 @@ def line(found: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--rows", type=click.IntRange(min=2 * TOP), default=20_000, show_default=True, help="Of the kernel.")
-@click.option("--memory", type=Bytes(), default="1GB", show_default=True, help="For each command in all.")
-@click.option("--trials", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per question.")
+@click.option("--rows", type=click.IntRange(min=2 * TOP), default=20_000, show_default=True, help="Rows of the kernel.")
+@click.option("--memory", type=Bytes(), default="1GB", show_default=True, help="Memory limit of each command.")
+@click.option("--trials", type=click.IntRange(min=1), default=3, show_default=True, help="Number of trials.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per question.")
 def main(*, rows: int, memory: int, trials: int, as_json: bool) -> None:
-    """Time questions to a kernel that does not fit in memory."""
+    """Time the analysis of a kernel that does not fit in memory."""
     rows -= rows % OUTPUTS
     values = eigenvalues(rows)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,18 +1,19 @@
-"""Time the matrix products of the factorisation: BLAS called by its addresses, through NumPy, and through SciPy.
+"""Compare three ways to call BLAS in a factorisation: by the addresses of its functions, by NumPy, and by SciPy.
 
     uv run python scripts/bench/blas.py [--rows 6000] [--sides 512 --sides 2048] [--panel-tiles 2] [--trials 7]
 
-Three things, by each of the three in turn, so that a busy machine slows all of them alike:
+The script makes three measurements. The three ways alternate in each of them, so that other programs slow down all ways
+equally:
 
-1. A panel's two operations: the product C ← C − A Bᵀ of a tile with a strip, and the division X ← X L⁻ᵀ of a tile.
-2. The same while another thread reads tiles as those of a factor are read: how long they take, and how many tiles are
-   read meanwhile. What keeps Python's lock lets none through.
+1. The two operations of a panel: the product C ← C − A Bᵀ of a tile with a strip, and the division X ← X L⁻ᵀ of a tile.
+2. The same operations while another thread reads tiles, as a factorisation does. The script also counts the tiles that
+   are read. The other thread can read only while a way does not hold Python's global interpreter lock.
 3. A whole log-determinant of a synthetic kernel.
 
-Prints a line for each: the median of the seconds, the least and the most, and the median of the ratios to the first.
-One JSON object each with ``--json``: what, way, side, rows, cols, seconds (all trials), median, ratio, and where it
-applies tiles_per_second and logdet. With ``--cpu`` the seconds are those of all threads on a processor; with one thread
-(OMP_NUM_THREADS=1) they can be compared on a busy machine too.
+The script prints a line for each operation and way: the median, minimum and maximum time, and the median ratio to the
+time of the first way. ``--json`` prints one JSON object each: what, way, side, rows, cols, seconds (all trials), median
+and ratio, in some objects also tiles_per_second or logdet. With ``--cpu``, times are CPU times of all threads. With one
+thread (OMP_NUM_THREADS=1), CPU times can be compared on a busy machine too.
 """
 
 import json
@@ -45,15 +46,15 @@ from ntkgen.store.schema import StoredArray, create_array
 
 FloatArray = npt.NDArray[np.float64]
 
-# Tiles that the reading thread reads in turn.
+# Number of different tiles that the reading thread reads.
 TILES = 4
-# What NumPy's product may take before it is subtracted.
+# Maximum size in bytes of a temporary product of NumPy.
 ROOM_BYTES = 2**23
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed, and by which clock."""
+    """Settings of the measurements."""
 
     rows: int
     panel_tiles: int
@@ -63,30 +64,30 @@ class Settings:
 
 @dataclass(frozen=True)
 class Way:
-    """How the two operations are called."""
+    """Functions for the two operations of a panel."""
 
     subtract_product: Callable[[FloatArray, FloatArray, FloatArray], None]
     divide_right: Callable[[FloatArray, FloatArray], None]
 
 
 def subtract_by_numpy(C: FloatArray, A: FloatArray, B: FloatArray) -> None:
-    """Compute C ← C − A Bᵀ through a temporary product of some columns at a time."""
+    """Compute C ← C − A Bᵀ by NumPy, with a temporary product for a block of columns at a time."""
     if C.size:
         columns = max(1, ROOM_BYTES // (8 * len(A)))
-        room = np.empty((min(columns, len(B)), len(A)))
+        product = np.empty((min(columns, len(B)), len(A)))
         for at in range(0, len(B), columns):
             part = B[at : at + columns]
-            C.T[at : at + columns] -= np.matmul(part, A.T, out=room[: len(part)])
+            C.T[at : at + columns] -= np.matmul(part, A.T, out=product[: len(part)])
 
 
 def subtract_by_scipy(C: FloatArray, A: FloatArray, B: FloatArray) -> None:
-    """Compute C ← C − A Bᵀ by SciPy's wrapper."""
+    """Compute C ← C − A Bᵀ by SciPy's function for BLAS."""
     if C.size and A.shape[1]:
         assert np.shares_memory(scipy_blas.dgemm(-1.0, A, B, 1.0, C, trans_b=1, overwrite_c=1), C)
 
 
 def divide_by_scipy(X: FloatArray, L: FloatArray) -> None:
-    """Compute X ← X L⁻ᵀ by SciPy's wrapper."""
+    """Compute X ← X L⁻ᵀ by SciPy's function for BLAS."""
     if X.size:
         assert np.shares_memory(scipy_blas.dtrsm(1.0, L, X, side=1, lower=1, trans_a=1, overwrite_b=1), X)
 
@@ -99,17 +100,17 @@ WAYS: Mapping[str, Way] = {
 
 
 def in_turn(trial: int) -> list[tuple[str, Way]]:
-    """List the ways, each trial from another one on."""
+    """List the ways. Each trial starts with another one."""
     ways, first = list(WAYS.items()), trial % len(WAYS)
     return ways[first:] + ways[:first]
 
 
-# a panel's operations -------------------------------------------------------------------------------------------------
+# operations of a panel ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Arrays with the shapes and orders of a panel's."""
+    """Arrays with the shapes and memory orders of a panel and its tiles."""
 
     target: FloatArray  # (side, panel rows), in Fortran order
     tile: FloatArray  # (side, side), as read from the disk
@@ -118,7 +119,7 @@ class Operands:
 
 
 def make_operands(side: int, panel_tiles: int) -> Operands:
-    """Draw them."""
+    """Draw random operands."""
     rng = np.random.default_rng(0)
     target, strip = (np.asfortranarray(rng.normal(size=(side, panel_tiles * side))) for _ in range(2))
     lower = np.asfortranarray(np.tril(rng.normal(size=(side, side)), -1) / side**2 + np.eye(side))
@@ -126,7 +127,7 @@ def make_operands(side: int, panel_tiles: int) -> Operands:
 
 
 def operations(way: Way, operands: Operands) -> dict[str, Callable[[], None]]:
-    """Name the operations of a panel. Repeated, neither of them lets the numbers grow or vanish."""
+    """Return the operations of a panel by name. Their repetition neither overflows nor underflows."""
     side = len(operands.tile)
     return {
         "product": lambda: way.subtract_product(operands.target, operands.tile, operands.strip),
@@ -136,7 +137,7 @@ def operations(way: Way, operands: Operands) -> dict[str, Callable[[], None]]:
 
 @contextmanager
 def reading(array: "zarr.Array[Any]") -> Iterator[list[int]]:
-    """Read tiles again and again in another thread, and count them."""
+    """Read tiles in another thread within the context, and count them."""
     side = array.shape[1]
     counted, stop = [0], threading.Event()
 
@@ -156,7 +157,7 @@ def reading(array: "zarr.Array[Any]") -> Iterator[list[int]]:
 
 
 def store_tiles(folder: Path, side: int) -> "zarr.Array[Any]":
-    """Write tiles to read, in the format of a factor's."""
+    """Write tiles in the format of a factor on disk."""
     group = zarr.open_group(folder / f"tiles-{side}.zarr", mode="w")
     shape = (TILES * side, side)
     array = create_array(group, StoredArray("factor", "float64", shape, (side, side), ("row", "col")))
@@ -167,7 +168,7 @@ def store_tiles(folder: Path, side: int) -> "zarr.Array[Any]":
 def time_operations(
     folder: Path, side: int, settings: Settings, *, is_beside_reading: bool
 ) -> Iterator[dict[str, Any]]:
-    """Time each operation by each way in turn."""
+    """Time each operation with all ways alternately."""
     operands, array = make_operands(side, settings.panel_tiles), store_tiles(folder, side)
     for name in ("product", "division"):
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -194,7 +195,7 @@ def time_operations(
 def _timed(
     run: Callable[[], None], repeats: int, counted: list[int], clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Time a run in the mean of some, and say how many tiles were read per second meanwhile."""
+    """Return the mean time of a run, and the number of tiles that were read per second."""
     before, started, began = counted[0], time.perf_counter(), clock()
     for _ in range(repeats):
         run()
@@ -215,7 +216,7 @@ def _rows(what: str, seconds: Mapping[str, Sequence[float]]) -> Iterator[dict[st
 
 
 def time_logdet(folder: Path, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Time a whole log-determinant by each way in turn."""
+    """Time a whole log-determinant with all ways alternately."""
     rows = settings.rows - settings.rows % OUTPUTS
     store = fill(folder, eigenvalues(rows))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -237,7 +238,7 @@ def time_logdet(folder: Path, settings: Settings) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def by(way: Way) -> Iterator[None]:
-    """Let the factorisation call the operations in a way."""
+    """Let the factorisation use a way within the context."""
     with (
         mock.patch.object(cholesky, "subtract_product", way.subtract_product),
         mock.patch.object(cholesky, "divide_right", way.divide_right),
@@ -247,7 +248,7 @@ def by(way: Way) -> Iterator[None]:
 
 
 def _budget(matrix: Matrix, panel_tiles: int) -> int:
-    """Allow as much memory as panels of some columns of tiles take."""
+    """Return a memory limit that gives panels of the wanted width."""
     panel = 8 * MIN_SIDE * (matrix.num_rows + MIN_SIDE)
     needed = reading_bytes(matrix) + 48 * MIN_SIDE**2 + int((panel_tiles + 0.5) * panel)
     return int(psutil.Process().memory_info().rss + needed / 0.92)
@@ -257,7 +258,7 @@ def _budget(matrix: Matrix, panel_tiles: int) -> int:
 
 
 def line(row: Mapping[str, Any]) -> str:
-    """Write a result for people."""
+    """Format a result as one line of text."""
     seconds = [1e3 * value for value in row["seconds"]]
     words = f"{row['what']:<24} {row['rows']:>6,} × {row['cols']:<6,} {row['way']:<10}"
     words += f"{1e3 * row['median']:9.2f} ms ({min(seconds):.2f}–{max(seconds):.2f})  {row['ratio']:.3f} ×"
@@ -265,15 +266,15 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 @click.command()
-@click.option("--rows", type=click.IntRange(min=2 * OUTPUTS), default=6000, show_default=True, help="Of the kernel.")
+@click.option("--rows", type=click.IntRange(min=2 * OUTPUTS), default=6000, show_default=True, help="Kernel rows.")
 @click.option("--sides", type=click.IntRange(min=1), multiple=True, default=(512, 2048), show_default=True,
-              help="Rows of a tile; may be given several times.")  # fmt: skip
-@click.option("--panel-tiles", type=click.IntRange(min=1), default=2, show_default=True, help="Tiles across a panel.")
-@click.option("--trials", type=click.IntRange(min=1), default=7, show_default=True)
-@click.option("--cpu", is_flag=True, help="Count the seconds of all threads on a processor.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")
+              help="Rows of a tile. The option can be repeated.")  # fmt: skip
+@click.option("--panel-tiles", type=click.IntRange(min=1), default=2, show_default=True, help="Panel width in tiles.")
+@click.option("--trials", type=click.IntRange(min=1), default=7, show_default=True, help="Number of trials.")
+@click.option("--cpu", is_flag=True, help="Measure the CPU time of all threads.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def main(*, rows: int, sides: tuple[int, ...], panel_tiles: int, trials: int, cpu: bool, as_json: bool) -> None:
-    """Time the matrix products of the factorisation."""
+    """Time the matrix products of a factorisation."""
     settings = Settings(rows, panel_tiles, trials, time.process_time if cpu else time.perf_counter)
     with tempfile.TemporaryDirectory() as folder:
         for row in measure(Path(folder), sides, settings):
@@ -281,7 +282,7 @@ def main(*, rows: int, sides: tuple[int, ...], panel_tiles: int, trials: int, cp
 
 
 def measure(folder: Path, sides: Sequence[int], settings: Settings) -> Iterator[dict[str, Any]]:
-    """Time the operations for each size of a tile, alone and beside reading, and then a log-determinant."""
+    """Time the operations for each size of a tile, without and with a reading thread, and then a log-determinant."""
     for side in sides:
         for is_beside_reading in (False, True):
             yield from time_operations(folder, side, settings, is_beside_reading=is_beside_reading)

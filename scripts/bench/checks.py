@@ -1,9 +1,10 @@
-"""What the proof of every batch costs: the part of the time of `ntkgen.ntk` that its checks take.
+"""Measure the time that `ntkgen.ntk` takes for the checks of every batch.
 
     python scripts/bench/checks.py --models lenet resnet18 vgg11 --n 128 --trials 5
 
-The checks are timed within the run that they are a part of, so that a busy machine slows both alike. Prints a line per
-network: the median seconds of the run, and the median, least and most of what the checks add to the rest, in per cent.
+The checks are timed within a complete run, so that other programs on the machine slow down both equally. The script
+prints a line per network: the median time of a run in seconds, and the median, minimum and maximum of the time of the
+checks, in per cent of the time of the other work.
 """
 
 import argparse
@@ -26,7 +27,7 @@ CHECKS = ("require_planned_uses", "require_true_factors", "require_same_in_other
 
 @contextmanager
 def timed_checks() -> Iterator[list[float]]:
-    """Collect the seconds of every check meanwhile."""
+    """Collect the duration of every check within the context, in seconds."""
     kept = {name: getattr(compute, name) for name in CHECKS}
     seconds: list[float] = []
 
@@ -48,7 +49,7 @@ def timed_checks() -> Iterator[list[float]]:
 
 
 def run_once(model: nn.Module, x: Tensor, precision: str) -> tuple[float, float]:
-    """Time one kernel: all of it, and its checks."""
+    """Return the seconds of one kernel, and the seconds of its checks."""
     with timed_checks() as checks:
         started = time.perf_counter()
         ntkgen.ntk(model, x, precision=precision)
@@ -56,7 +57,7 @@ def run_once(model: nn.Module, x: Tensor, precision: str) -> tuple[float, float]
 
 
 def measure(name: str, count: int, trials: int, precision: str) -> str:
-    """Time some runs, after one that is not counted."""
+    """Time several runs after a first run that is not counted."""
     model = zoo.build(name, 10, seed=0)
     x = torch.randn(count, *SAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
     runs = [run_once(model, x, precision) for _ in range(trials + 1)][1:]
@@ -69,12 +70,12 @@ def measure(name: str, count: int, trials: int, precision: str) -> str:
 
 
 def main() -> None:
-    """Measure the networks that are named."""
+    """Measure the chosen networks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["lenet", "resnet18", "vgg11"])
-    parser.add_argument("--n", type=int, default=128)
-    parser.add_argument("--trials", type=int, default=5)
-    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--models", nargs="+", default=["lenet", "resnet18", "vgg11"], help="networks")
+    parser.add_argument("--n", type=int, default=128, help="number of samples")
+    parser.add_argument("--trials", type=int, default=5, help="number of counted runs")
+    parser.add_argument("--precision", default="float32", help="precision of the kernel")
     settings = parser.parse_args()
     for name in settings.models:
         print(measure(name, settings.n, settings.trials, settings.precision), flush=True)

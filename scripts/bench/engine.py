@@ -1,11 +1,12 @@
-"""Time the engine against the full-Jacobian method and against the machine's matrix products, side by side.
+"""Compare the time of the engine with the full-Jacobian method and with the matrix products of the machine.
 
     uv run python scripts/bench/engine.py --models resnet9 resnet18 vgg11 --n 128
 
-In one process, with the same weights and samples, `ntkgen.ntk` is timed end to end (preparation, factors, contraction),
-in turns with pairs of blocks of the full-Jacobian method, whose time is scaled to all pairs. Both kernels are compared
-with each other and with `ntkgen.reference_ntk`. The matrix-product peak is measured just before and just after, and
-gives the time that the fewest multiply-adds of an exact plan would take. FLOPs are two per multiply-add.
+Both methods alternate in one process, with the same weights and samples. `ntkgen.ntk` is timed as a whole: preparation,
+factors and products. The full-Jacobian method is timed for some pairs of blocks, and its time is scaled to all pairs.
+The two kernels are compared with each other and with `ntkgen.reference_ntk`. The peak speed of matrix products is
+measured before and after. It gives the time for the minimum number of multiply-adds of an exact plan. One multiply-add
+counts as two FLOPs.
 """
 
 import json
@@ -20,7 +21,7 @@ from ntkgen.cli.options import SEED, Command, ManyOption
 from ntkgen.cli.session import start_process
 
 if __name__ == "__main__":
-    start_process()  # sets what must be set before torch is loaded
+    start_process()  # makes settings that must precede the import of torch
 
 import full_jacobian
 import psutil
@@ -39,13 +40,13 @@ from ntkgen.jacobian.precision import check_device, policy
 from ntkgen.training import zoo
 
 NUM_OUTPUTS = 10
-SAMPLE_SHAPE = (3, 32, 32)  # what the zoo's networks take
+SAMPLE_SHAPE = (3, 32, 32)  # shape of an input of the built-in networks
 WARMUP_SAMPLES = 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared, and how often."""
+    """Settings of the comparison."""
 
     n: int
     precision: str
@@ -69,7 +70,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one kernel: the fewest of an exact plan, those of the engine's, and those of the full Jacobian."""
+    """FLOPs of one kernel: the minimum of an exact plan, those of the engine, and those of the full Jacobian."""
 
     minimal: int
     executed: int
@@ -78,7 +79,7 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Baseline:
-    """The full-Jacobian method, its samples in its dtype, and what of it is timed."""
+    """The full-Jacobian method, its samples in its dtype, and the pairs of blocks that are timed."""
 
     method: FullJacobian
     x: Tensor  # (n, …)
@@ -87,7 +88,7 @@ class Baseline:
 
 @dataclass(frozen=True, eq=False)
 class Trials:
-    """What both methods took, turn by turn, and the engine's kernel."""
+    """Times of both methods in each trial, and the kernel of the engine."""
 
     seconds: tuple[float, ...]
     baseline: tuple[Measurement, ...]
@@ -105,7 +106,7 @@ def count_work(plan: DensePlan) -> Work:
 
 
 def make_baseline(subject: Subject, settings: Settings, profile: NetworkProfile) -> Baseline:
-    """Prepare the full-Jacobian method in float32, or in float64 where that is asked for, with blocks that fit."""
+    """Prepare the full-Jacobian method with blocks that fit. It uses float64 for that precision, otherwise float32."""
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     module = evaluation_copy(subject.model, dtype, settings.device)
     sample_bytes = profile.num_outputs * profile.num_params * dtype.itemsize
@@ -117,7 +118,7 @@ def make_baseline(subject: Subject, settings: Settings, profile: NetworkProfile)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Say how much memory is free now, what torch holds in reserve included."""
+    """Return the free memory of a device in bytes, including the memory that torch has cached."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -125,7 +126,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def run_trials(subject: Subject, settings: Settings, baseline: Baseline) -> Trials:
-    """Time both methods in turns, after a short run of each."""
+    """Time both methods alternately, after a short run of each."""
     ntkgen.ntk(subject.model, subject.x[:WARMUP_SAMPLES], precision=settings.precision)
     baseline.method.rows(baseline.x[:WARMUP_SAMPLES])
     seconds, measurements = [], []
@@ -142,14 +143,14 @@ def run_trials(subject: Subject, settings: Settings, baseline: Baseline) -> Tria
 
 
 def difference_to_baseline(trials: Trials, schedule: Schedule) -> float:
-    """Compare the kernel's entries with the baseline's on the pairs that it computed, in the Frobenius norm."""
+    """Compare the kernel with the pairs of blocks that the baseline computed, in the Frobenius norm."""
     m = len(trials.kernel) // schedule.num_samples
     found = [trials.kernel[row.rows(m), column.rows(m)] for row, column in schedule.pairs]
     return relative_difference(found, trials.baseline[-1].parts)
 
 
 def error_to_reference(subject: Subject, kernel: Tensor, count: int) -> float:
-    """Compare the kernel's entries with the float64 reference on some samples, spread over all of them."""
+    """Compare the kernel with the float64 reference on ``count`` evenly spaced samples, in the Frobenius norm."""
     samples = torch.linspace(0, len(subject.x) - 1, min(count, len(subject.x))).round().long()
     m = len(kernel) // len(subject.x)
     rows = (samples[:, None] * m + torch.arange(m)).flatten()
@@ -158,7 +159,7 @@ def error_to_reference(subject: Subject, kernel: Tensor, count: int) -> float:
 
 
 def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Divide ‖found - expected‖ by ‖expected‖, over some parts of a kernel together."""
+    """Compute ‖found − expected‖ / ‖expected‖ over all given parts of a kernel together."""
     error = sum(
         float((one.double() - other.double()).square().sum()) for one, other in zip(found, expected, strict=True)
     )
@@ -166,7 +167,7 @@ def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> 
 
 
 def build_all(names: Sequence[str], width: int | None) -> dict[str, nn.Module]:
-    """Build the networks before anything is timed, so that a name that is wrong is found at once."""
+    """Build all networks before the first measurement, so that a wrong name is reported immediately."""
     return {name: zoo.build(name, NUM_OUTPUTS, seed=0, width=width).eval() for name in names}
 
 
@@ -202,7 +203,7 @@ def bench(name: str, model: nn.Module, settings: Settings) -> dict[str, Any]:
 
 
 def times(trials: Trials, schedule: Schedule) -> dict[str, Any]:
-    """Summarise the seconds of both, and say what the baseline's are scaled from."""
+    """Summarise the times of both methods, and the part of the baseline that was timed."""
     seconds = statistics.median(trials.seconds)
     scaled = [measurement.scaled(schedule) for measurement in trials.baseline]
     jacobian = statistics.median(part.jacobian_seconds / part.jacobian_samples for part in trials.baseline)
@@ -226,7 +227,7 @@ def times(trials: Trials, schedule: Schedule) -> dict[str, Any]:
 
 
 def rates(seconds: float, work: Work, peak: Peak) -> dict[str, float]:
-    """Relate the seconds to the work and to the machine."""
+    """Compute speeds from the time, the FLOPs and the peak speed of the machine."""
     return {
         "peak_flops": peak.flops,
         "mm_flops": peak.mm_flops,
@@ -242,7 +243,7 @@ def rates(seconds: float, work: Work, peak: Peak) -> dict[str, float]:
 
 
 def random_samples(count: int, seed: int) -> Tensor:  # (count, 3, 32, 32)
-    """Draw normal samples from a seed, the same on every device."""
+    """Draw normal samples on the CPU, so that a seed gives the same samples for every device."""
     return torch.randn(count, *SAMPLE_SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -274,24 +275,24 @@ class Pairs(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.
     name = "pairs"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Read the number; None stands for all."""
+        """Read the number. None means all."""
         return None if value in {"all", None} else click.IntRange(min=1).convert(value, param, ctx)
 
 
 @click.command(cls=Command)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@click.option("--models", cls=ManyOption, default=("resnet9", "resnet18", "vgg11"), metavar="NAME...")
-@click.option("--n", default=128, show_default=True, type=click.IntRange(min=1), help="Samples.")
-@click.option("--precision", default="float32", show_default=True, help="Of this engine.")
-@click.option("--trials", default=3, show_default=True, type=click.IntRange(min=1), help="Turns of both methods.")
-@click.option("--block", default=16, show_default=True, type=click.IntRange(min=1), help="Of the baseline.")
-@click.option("--pairs", default="2", show_default=True, type=Pairs(), help="Baseline's block pairs timed, or all.")
-@click.option("--check", default=2, show_default=True, type=click.IntRange(min=1), help="Samples of the reference.")
-@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the samples and the pairs.")
+@click.option("--device", default="auto", show_default=True, help="Device: auto, cpu or cuda.")
+@click.option("--models", cls=ManyOption, default=("resnet9", "resnet18", "vgg11"), metavar="NAME...", help="Networks.")
+@click.option("--n", default=128, show_default=True, type=click.IntRange(min=1), help="Number of samples.")
+@click.option("--precision", default="float32", show_default=True, help="Precision of this engine.")
+@click.option("--trials", default=3, show_default=True, type=click.IntRange(min=1), help="Number of trials.")
+@click.option("--block", default=16, show_default=True, type=click.IntRange(min=1), help="Baseline samples per block.")
+@click.option("--pairs", default="2", show_default=True, type=Pairs(), help="Timed baseline pairs, or all.")
+@click.option("--check", default=2, show_default=True, type=click.IntRange(min=1), help="Reference samples.")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of samples and pairs.")
 @click.option("--width", type=int, help="Channels of the first stage of a ResNet [64].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per network instead of a table.")
 def main(*, device: str, models: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Time this engine against the full-Jacobian method, and against the machine's matrix products."""
+    """Compare the time of this engine with the full-Jacobian method and with the matrix products of the machine."""
     with one_line_errors():
         settings = Settings(device=choose_device(device), **options)
         check_device(policy(settings.precision), settings.device)

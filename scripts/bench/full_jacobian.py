@@ -1,8 +1,8 @@
-"""The full-Jacobian method, as published code computes kernels: what the engine is compared with.
+"""The full-Jacobian method of published code, with which the engine is compared.
 
-The Jacobian of a block of samples is formed whole, by ``vmap(jacrev(…))``, and multiplied parameter by parameter with
-that of every block from its own onwards, which is formed anew for each pair of blocks. Blocks on and above the diagonal
-are computed. Nothing of this is used by the engine.
+For each pair of blocks of samples on or above the diagonal, it multiplies the two Jacobians, parameter by parameter.
+``vmap(jacrev(…))`` forms the whole Jacobian of a block. The Jacobian of the column block is formed again for each pair.
+The engine does not use this module.
 """
 
 import itertools
@@ -26,15 +26,15 @@ from ntkgen.units import human_bytes
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# What the Jacobians of a row block and a column block may take of the free memory.
+# Maximum fraction of the free memory for the Jacobians of a row block and a column block.
 MEMORY_SHARE = 0.6
-# What the gradients of the activations of the samples that are differentiated together may take.
+# Maximum memory in bytes for the gradients of the activations of samples that are differentiated together.
 BACKWARD_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The pairs of blocks that are computed and timed, row by row, of all that fill the upper triangle."""
+    """The pairs of blocks that are computed and timed, row by row. All pairs would fill the upper triangle."""
 
     num_samples: int
     block_samples: int
@@ -42,13 +42,13 @@ class Schedule:
 
     @property
     def all_pairs(self) -> list[tuple[Block, Block]]:
-        """List what the method would compute, row by row."""
+        """List all pairs of blocks of the upper triangle, row by row."""
         blocks = Block(0, self.num_samples).pieces(self.block_samples)
         return sorted(block_pairs(blocks, blocks))
 
     @property
     def jacobian_samples(self) -> int:
-        """Count the samples whose Jacobian the method forms: each once as a row, and as a column for every pair."""
+        """Count the samples whose Jacobians the method forms: each once as a row, and once as a column per pair."""
         return self.num_samples + sum(len(column) for _, column in self.all_pairs)
 
     @property
@@ -59,7 +59,7 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """The seconds of some pairs of blocks, how much was done in them, and the kernel's entries there."""
+    """Times of some pairs of blocks, numbers of their samples and pairs of samples, and their part of the kernel."""
 
     jacobian_seconds: float
     jacobian_samples: int
@@ -68,14 +68,14 @@ class Measurement:
     parts: tuple[Tensor, ...]  # per pair (row samples · outputs, column samples · outputs), on the CPU
 
     def scaled(self, schedule: Schedule) -> float:
-        """Scale to all pairs: Jacobians by samples, products by pairs of samples."""
+        """Scale the time to all pairs of blocks: Jacobians by samples, products by pairs of samples."""
         jacobians = self.jacobian_seconds / self.jacobian_samples * schedule.jacobian_samples
         return jacobians + self.product_seconds / self.sample_pairs * schedule.sample_pairs
 
 
 @dataclass(frozen=True, eq=False)
 class FullJacobian:
-    """The method for one network, in evaluation mode and in the dtype that it is to compute in."""
+    """The method for one network, which is in evaluation mode and in the dtype of the computation."""
 
     module: nn.Module
     chunk_samples: int  # samples that are differentiated together
@@ -106,7 +106,7 @@ def multiply(
 
 
 def measure(method: FullJacobian, x: Tensor, schedule: Schedule) -> Measurement:
-    """Compute the pairs of a schedule: a row's Jacobian once, a column's for every pair."""
+    """Compute the pairs of a schedule. The Jacobian of a row is formed once, that of a column for every pair."""
     jacobian_seconds = product_seconds = 0.0
     samples = pairs = 0
     parts = []
@@ -120,7 +120,7 @@ def measure(method: FullJacobian, x: Tensor, schedule: Schedule) -> Measurement:
                 part, seconds = timed(x.device, multiply, left, right)
                 product_seconds, pairs = product_seconds + seconds, pairs + len(row) * len(column)
                 parts.append(part.cpu())
-                del right  # a third Jacobian would not fit
+                del right  # memory has room for two Jacobians only
             del left
     return Measurement(jacobian_seconds, samples, product_seconds, pairs, tuple(parts))
 
@@ -128,7 +128,7 @@ def measure(method: FullJacobian, x: Tensor, schedule: Schedule) -> Measurement:
 def timed(
     device: torch.device, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
 ) -> tuple[Result, float]:
-    """Call a function, and say how many seconds the device took for it."""
+    """Call a function. Return its result and the seconds that the device took."""
     synchronize(device)
     start = time.perf_counter()
     result = work(*args, **kwargs)
@@ -137,7 +137,7 @@ def timed(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -145,7 +145,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def make_schedule(num_samples: int, block_samples: int, count: int | None, seed: int) -> Schedule:
-    """Draw ``count`` pairs of blocks beside the diagonal, from one row if it has so many; without a count, take all.
+    """Draw ``count`` pairs of blocks off the diagonal, from one row if it has enough. Without a count, take all.
 
     >>> [(row.start, column.start) for row, column in make_schedule(6, 2, 2, seed=0).pairs]
     [(0, 2), (0, 4)]
@@ -165,27 +165,27 @@ def make_schedule(num_samples: int, block_samples: int, count: int | None, seed:
 
 
 def largest_block(block_samples: int, sample_bytes: int, free_bytes: int) -> int:
-    """Halve a block until the Jacobians of two fit.
+    """Halve the size of blocks until the Jacobians of two blocks fit in memory.
 
     >>> largest_block(16, sample_bytes=10, free_bytes=400)
     8
 
     Raises:
-        BudgetError: If not even those of two samples do.
+        BudgetError: If the Jacobians of two samples do not fit.
     """
     while 2 * block_samples * sample_bytes > MEMORY_SHARE * free_bytes:
         if block_samples == 1:
             raise BudgetError(
-                f"The full-Jacobian method needs {human_bytes(2 * sample_bytes)} for two samples, and "
-                f"{human_bytes(MEMORY_SHARE * free_bytes)} are at hand: expected room for a row and a column. The "
-                "network is too large for it, or another program holds the memory. Take a smaller network."
+                f"The full-Jacobian method does not fit in memory: expected {human_bytes(2 * sample_bytes)} for the "
+                f"Jacobians of two samples, found {human_bytes(MEMORY_SHARE * free_bytes)}. Is the network too large, "
+                "or does another program use the memory? Use a smaller network."
             )
         block_samples //= 2
     return block_samples
 
 
 def chunk_samples(block_samples: int, activation_bytes: int, num_outputs: int) -> int:
-    """Say how many samples of a block are differentiated together: all, unless their gradients take too much memory.
+    """Return the number of samples of a block that are differentiated together: as many as the memory allows.
 
     >>> chunk_samples(16, activation_bytes=100 << 20, num_outputs=10)
     4

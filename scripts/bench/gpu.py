@@ -1,11 +1,11 @@
-"""Measure the tile rate on a CUDA device, and extrapolate it to the whole kernel of CIFAR-10.
+"""Measure the speed of a CUDA device, and extrapolate the time of the whole kernel of CIFAR-10.
 
     uv run python scripts/bench/gpu.py --models resnet9 resnet18 resnet50 --precision float32 bfloat16 --tile 4070 10000
 
-For each network a plan for ``--n`` samples is made as the command `compute` makes it. The factors of two of its blocks,
-the product of the two (copied to the host) and the exact diagonal of one are timed, and scaled to all that the plan
-would compute: the diagonal first, then the upper triangle. What is written to disk meanwhile is left out, and so are
-training and reading the data. FLOPs are two per multiply-add.
+For each network, the script makes the same plan for ``--n`` samples as the command `compute`. It times the factors of
+two blocks, the product of the two with its copy to the host, and the exact diagonal of one block. It scales these times
+to the whole plan, which computes the diagonal and the upper triangle. The result does not include writing to disk,
+training and reading the data. One multiply-add counts as two FLOPs.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from ntkgen.cli.options import SEED, Bytes, Command, ManyOption
 from ntkgen.cli.session import start_process
 
 if __name__ == "__main__":
-    start_process()  # sets what must be set before torch is loaded
+    start_process()  # makes settings that must precede the import of torch
 
 import torch
 from engine import build_all, random_samples
@@ -44,8 +44,8 @@ from ntkgen.plan.plan import Budget, Choices, Plan, count_factor_samples, make_p
 from ntkgen.plan.tiles import make_grid
 from ntkgen.units import human_bytes
 
-# Hours for the upper triangle of the CIFAR-10 kernel (50,000 samples, 10 outputs) on one H100, by the dtype that the
-# kernel was formed in: Ameli, van der Heide, Hodgkinson, Roosta, Mahoney (2025), "Determinant Estimation under Memory
+# Hours for the upper triangle of the CIFAR-10 kernel (50,000 samples, 10 outputs) on one H100, by the dtype of the
+# computation: Ameli, van der Heide, Hodgkinson, Roosta, Mahoney (2025), "Determinant Estimation under Memory
 # Constraints and Neural Scaling Laws" (MEMDET), Table B.2.
 PUBLISHED_HOURS = {
     "resnet9": {"float16": 6, "float32": 24, "float64": 70},
@@ -54,7 +54,7 @@ PUBLISHED_HOURS = {
     "resnet101": {"float16": 107, "float32": 442, "float64": 1178},
 }
 PUBLISHED_SAMPLES = 50_000
-# The published dtype that is no more accurate than a policy.
+# For each precision, a published dtype that is not more accurate.
 COMPARED_WITH = {
     "bfloat16": "float16",
     "tf32": "float16",
@@ -66,7 +66,7 @@ COMPARED_WITH = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and on what."""
+    """Settings of the measurement."""
 
     n: int
     trials: int
@@ -78,7 +78,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Seconds:
-    """Medians of what one sample's factors, one sample's diagonal and one product of two blocks take."""
+    """Median times of the factors of one sample, the diagonal of one sample, and one product of two blocks."""
 
     factors_per_sample: float
     diagonal_per_sample: float
@@ -87,7 +87,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Amounts:
-    """How much of each the whole kernel takes."""
+    """Work of the whole kernel: samples of factors, and multiply-adds of factors and products."""
 
     factor_samples: int
     factor_macs: int
@@ -96,7 +96,7 @@ class Amounts:
 
     @classmethod
     def of(cls, plan: Plan, cached_blocks: int) -> "Amounts":
-        """Count what the engine would do for an empty store."""
+        """Count the work of the engine for an empty store."""
         tiles = list(plan.grid.tiles())
         rows = range(plan.grid.num_blocks)[::-1]
         samples = count_factor_samples(plan, tiles, cached_blocks, rows)
@@ -108,7 +108,7 @@ class Amounts:
 
 
 def measure(network: Network, plan: Plan, settings: Settings) -> Seconds:
-    """Time the factors of two blocks, the diagonal of one, and their product on its way to the host."""
+    """Time the factors of a block, its diagonal, and the product of two blocks with its copy to the host."""
     side = plan.block_samples
     x = random_samples(2 * side, settings.seed).to(settings.device)
 
@@ -125,17 +125,17 @@ def measure(network: Network, plan: Plan, settings: Settings) -> Seconds:
 
 
 def repeated(settings: Settings, work: Callable[..., Any], *args: Any) -> tuple[Any, float]:
-    """Do some work several times after a first, and take the last result and the median of the seconds."""
+    """Run a function several times after a first run. Return its last result and the median time in seconds."""
     seconds: list[float] = []
     for _ in range(settings.trials + 1):
-        result = None  # dropped before the next is made
+        result = None  # frees the result before the next one is computed
         result, took = timed(settings.device, work, *args)
         seconds.append(took)
     return result, statistics.median(seconds[1:])
 
 
 def bench(name: str, network: Network, tile: int | None, settings: Settings) -> dict[str, Any]:
-    """Measure one network, and extrapolate."""
+    """Measure one network, and extrapolate the time of the whole kernel."""
     precision = network.precision.name
     budget = memory_budget(settings.device, settings.memory_bytes)
     plan = plan_kernel(network, tile, budget, settings)
@@ -162,7 +162,7 @@ def bench(name: str, network: Network, tile: int | None, settings: Settings) -> 
 
 
 def plan_kernel(network: Network, tile: int | None, budget: Budget, settings: Settings) -> Plan:
-    """Plan the whole kernel as the command `compute` does."""
+    """Plan the whole kernel in the same way as the command `compute`."""
     choices = Choices(network.precision.name, rates_of(network.device, network.precision.name))
     grid = make_grid(settings.n, network.profile.num_outputs, tile)
     here = environment(settings.device)
@@ -170,7 +170,7 @@ def plan_kernel(network: Network, tile: int | None, budget: Budget, settings: Se
 
 
 def extrapolate(plan: Plan, seconds: Seconds, amounts: Amounts) -> dict[str, Any]:
-    """Scale the seconds to the whole kernel, products by their multiply-adds."""
+    """Scale the times to the whole kernel. Products are scaled by their multiply-adds."""
     factor_hours = seconds.factors_per_sample * amounts.factor_samples / 3600
     diagonal_hours = seconds.diagonal_per_sample * plan.grid.num_samples / 3600
     product_hours = seconds.product / amounts.macs_of_one_product * amounts.product_macs / 3600
@@ -194,15 +194,15 @@ def extrapolate(plan: Plan, seconds: Seconds, amounts: Amounts) -> dict[str, Any
 
 
 def memory(plan: Plan, device: torch.device) -> dict[str, int | None]:
-    """Compare what was held at most with what the plan projects for so much; on a CPU nobody counts."""
+    """Return the projected memory and the measured peak. On a CPU the peak is not measured."""
     measured = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     return {"projected_bytes": plan.projected_bytes(2), "peak_bytes": measured}
 
 
 def compare_with_published(result: dict[str, Any]) -> dict[str, Any]:
-    """Add the published hours, where there are some for this network, in full width, and this many samples."""
-    is_theirs = result["n"] == PUBLISHED_SAMPLES and result["width"] is None
-    hours = PUBLISHED_HOURS.get(result["model"], {}) if is_theirs else {}
+    """Add the published hours if the paper has the same network, width and number of samples."""
+    is_published = result["n"] == PUBLISHED_SAMPLES and result["width"] is None
+    hours = PUBLISHED_HOURS.get(result["model"], {}) if is_published else {}
     dtype = COMPARED_WITH[result["precision"]]
     published = hours.get(dtype)
     return {
@@ -241,14 +241,18 @@ TABLE: tuple[Line, ...] = (
 
 
 @click.command(cls=Command)
-@click.option("--device", default="cuda", show_default=True, help="cuda, cuda:1, …; cpu to try the script itself.")
-@click.option("--models", cls=ManyOption, default=("resnet9", "resnet18", "resnet50"), metavar="NAME...")
-@click.option("--precision", "precisions", cls=ManyOption, default=("float32",), metavar="NAME...")
-@click.option("--tile", "tile_side", cls=ManyOption, type=int, default=(), metavar="ROWS...", help="[as compute does]")
-@click.option("--n", default=PUBLISHED_SAMPLES, show_default=True, type=click.IntRange(min=1), help="Samples.")
-@click.option("--trials", default=3, show_default=True, type=click.IntRange(min=1), help="The median counts.")
-@click.option("--memory", "memory_bytes", type=Bytes(), help="Of the device, as 60GB [as compute does].")
-@click.option("--seed", default=0, show_default=True, type=SEED, help="Of the samples.")
+@click.option("--device", default="cuda", show_default=True, help="Device: cuda, cuda:1, …; or cpu to test the script.")
+@click.option(
+    "--models", cls=ManyOption, default=("resnet9", "resnet18", "resnet50"), metavar="NAME...", help="Networks."
+)
+@click.option("--precision", "precisions", cls=ManyOption, default=("float32",), metavar="NAME...", help="Precisions.")
+@click.option("--tile", "tile_side", cls=ManyOption, type=int, default=(), metavar="ROWS...", help="Rows per tile.")
+@click.option(
+    "--n", default=PUBLISHED_SAMPLES, show_default=True, type=click.IntRange(min=1), help="Number of samples."
+)
+@click.option("--trials", default=3, show_default=True, type=click.IntRange(min=1), help="Number of trials.")
+@click.option("--memory", "memory_bytes", type=Bytes(), help="Memory of the device, such as 60GB [as for compute].")
+@click.option("--seed", default=0, show_default=True, type=SEED, help="Seed of the samples.")
 @click.option("--width", type=int, help="Channels of the first stage of a ResNet [64].")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per measurement instead of a table.")
 def main(
@@ -260,7 +264,7 @@ def main(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure the tile rate, and extrapolate it to the whole kernel of CIFAR-10."""
+    """Measure the speed of a device, and extrapolate the time of the whole kernel of CIFAR-10."""
     with one_line_errors():
         settings = Settings(device=choose_device(device), **options)
         for precision in precisions:
@@ -277,16 +281,16 @@ def main(
 
 
 def choose_device(name: str) -> torch.device:
-    """Choose a CUDA device, or another one that is asked for by name.
+    """Return the device with a name.
 
     Raises:
-        InputError: If there is none.
+        InputError: If the name asks for CUDA and there is no CUDA device.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(
-            "There is no CUDA device here: the tile rate of one was to be measured, and torch finds only a CPU. Is the "
-            "driver missing, or is torch built without CUDA? Run this where there is a GPU, or try the script itself "
-            "with --device cpu --n 640 --tile 80."
+            "There is no CUDA device here: expected one to measure, and torch finds only a CPU. Is the driver missing, "
+            "or is torch built without CUDA? Run the script on a machine with a GPU, or test the script with "
+            "--device cpu --n 640 --tile 80."
         )
     return any_device(name)
 

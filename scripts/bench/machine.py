@@ -1,4 +1,4 @@
-"""The machine that a benchmark runs on: which it is, and how quickly it multiplies large matrices."""
+"""The machine of a benchmark: its description, and the speed of large matrix products."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,40 +14,40 @@ from ntkgen.errors import InputError
 from ntkgen.jacobian.precision import exact_arithmetic, policy, reduced_products
 from ntkgen.jacobian.products import Products, routes
 
-# Rows of the square matrices whose product is the machine's peak.
+# Number of rows of the square matrices for the peak speed, and number of measurements.
 PEAK_SIDE = {"cpu": 3072, "cuda": 8192}
 PEAK_REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP/s of large square products: by `torch.mm`, and by the engine's quickest route."""
+    """FLOP/s of large square products in each measurement, by `torch.mm` and by the fastest method of the engine."""
 
     mm: tuple[float, ...]
     route: tuple[float, ...]
 
     def __add__(self, other: "Peak") -> "Peak":
-        """Join what was measured before and after."""
+        """Join the measurements of two peaks."""
         return Peak(self.mm + other.mm, self.route + other.route)
 
     @property
     def mm_flops(self) -> float:
-        """Take the median."""
+        """Median speed of `torch.mm`."""
         return statistics.median(self.mm)
 
     @property
     def route_flops(self) -> float:
-        """Take the median."""
+        """Median speed of the fastest method of the engine."""
         return statistics.median(self.route)
 
     @property
     def flops(self) -> float:
-        """Take the quicker of the two."""
+        """The larger of the two speeds."""
         return max(self.mm_flops, self.route_flops)
 
 
 def measure_peak(precision: str, device: torch.device) -> Peak:
-    """Time large square products, rounded as the policy says, by `torch.mm` and by the engine's quickest route."""
+    """Time large square products in a precision, by `torch.mm` and by the fastest method of the engine."""
     side, rounding = PEAK_SIDE[device.type], policy(precision)
     ways = [Products(rounding, route) for route in routes(device)]
     a, b = (ways[0].operand(torch.randn(side, side, device=device)) for _ in range(2))
@@ -65,7 +65,7 @@ def measure_peak(precision: str, device: torch.device) -> Peak:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Say where this was measured."""
+    """Describe the machine of a measurement."""
     return {
         "device": environment(device).device_name,
         "cpu_model": environment(torch.device("cpu")).device_name,
@@ -75,15 +75,15 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def choose_device(name: str) -> torch.device:
-    """Choose the CPU or a CUDA device.
+    """Return the CPU or a CUDA device.
 
     Raises:
-        InputError: If it is another kind.
+        InputError: If the name is that of another kind of device.
     """
     device = torch.device("cpu") if name == "auto" and not torch.cuda.is_available() else any_device(name)
     if device.type not in PEAK_SIDE:
         raise InputError(
-            f"The benchmark does not run on {name!r}: expected cpu or cuda, whose matrix products it knows how to "
-            "measure. Was --device taken from another command? Use --device cpu."
+            f"The benchmark cannot run on {name!r}: expected cpu or cuda. It can measure matrix products only there. "
+            "Was --device copied from another command? Use --device cpu."
         )
     return device

@@ -1,14 +1,20 @@
-"""Measure what each precision policy does to small eigenvalues and log-determinants, beside float64.
+"""Measure the errors of each precision in small eigenvalues and log-determinants, compared with float64.
 
     uv run python scripts/bench/precision.py [--json] [--cases mlp lenet] [--eta lenet resnet9 vgg11]
 
-Two kernels are computed with every policy that the device has: of a wide MLP (GELU, 2 × 512) trained long on the first
-two principal components of the digits, whose kernel is ill-conditioned, and of a LeNet trained on the digits to 99.5 %.
-For each: relative Frobenius error and largest relative eigenvalue error against float64, negative eigenvalues, the
-log-determinant per row in nats and its difference, and seconds; and flips, how many signs of ReLU inputs and maxima of
-pooling windows differ between the passes in float32 and in float64, which is up to the processor. Then
-η = ‖J̃ − J‖₂ / ‖J‖₂ of untrained networks, J̃ the Jacobian in float32, from which relative eigenvalue errors of
-`float64-accumulate` follow, 2 η √(λ_max / λ).
+Two kernels are computed with every precision of the device. The first is that of a wide MLP (GELU, 2 × 512) after long
+training on the first two principal components of the digits. It is ill-conditioned. The second is that of a LeNet,
+trained on the digits to 99.5 %. The script prints for each precision:
+
+- the relative Frobenius error and the largest relative error of an eigenvalue, compared with float64,
+- the number of negative eigenvalues,
+- the log-determinant per row in nats, and its difference from float64,
+- the time in seconds.
+
+It also prints the flips: the number of signs of ReLU inputs and of maxima of pooling windows that differ between passes
+in float32 and in float64. They depend on the processor. Finally it prints η = ‖J̃ − J‖₂ / ‖J‖₂ of untrained networks,
+where J̃ is the Jacobian in float32. The relative error of an eigenvalue λ with `float64-accumulate` is about
+2 η √(λ_max / λ).
 """
 
 import json
@@ -41,7 +47,7 @@ ETA_SAMPLES = 4
 
 
 def mlp() -> tuple[nn.Module, Tensor]:
-    """Train a wide MLP long, by full-batch Adam, on two principal components of the digits."""
+    """Train a wide MLP for many steps by full-batch Adam on two principal components of the digits."""
     digits = data.load("digits")
     images = digits.raw(torch.arange(NUM_SAMPLES)).flatten(1).double()
     x = 10 * torch.linalg.svd(images - images.mean(0), full_matrices=False)[0][:, :2].float()
@@ -81,7 +87,7 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {"mlp": mlp, "lenet":
 
 
 def num_flips(model: nn.Module, x: Tensor) -> int:
-    """Count what float32 decides otherwise than float64: the sign of a ReLU input, the place of a maximum."""
+    """Count the signs of ReLU inputs and the positions of maxima that differ between float32 and float64."""
     single, double = (
         _decisions(evaluation_copy(model, dtype), x.to(dtype)) for dtype in (torch.float32, torch.float64)
     )
@@ -97,7 +103,7 @@ def _decisions(model: nn.Module, x: Tensor) -> list[Tensor]:
             found.append(args[0] > 0)
         if isinstance(module, nn.MaxPool2d):
             largest, places = nn.functional.max_pool2d(args[0], module.kernel_size, module.stride, return_indices=True)
-            found.append(torch.where(largest > 0, places, 0))  # no gradient passes what a ReLU has made zero
+            found.append(torch.where(largest > 0, places, 0))  # a ReLU blocks the gradient of zeros
 
     for module in model.modules():
         module.register_forward_pre_hook(decided)
@@ -106,7 +112,7 @@ def _decisions(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def compare(case: str) -> list[dict[str, Any]]:
-    """Compute a case's kernel with every policy, and compare the spectra with that of float64."""
+    """Compute the kernel of a case with every precision, and compare its spectrum with that of float64."""
     model, x = CASES[case]()
     flips = num_flips(model, x)
     exact = np.linalg.eigvalsh(ntkgen.ntk(model, x, precision="float64").numpy())
@@ -152,7 +158,7 @@ def differences(
 
 
 def eta(name: str) -> dict[str, Any]:
-    """Measure η = ‖J̃ − J‖₂ / ‖J‖₂ of an untrained network, one parameter after the other."""
+    """Measure η = ‖J̃ − J‖₂ / ‖J‖₂ of an untrained network, with one parameter tensor at a time."""
     x = torch.randn(ETA_SAMPLES, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     model = zoo.build(name, 10, seed=0)
     single, double = (evaluation_copy(model, dtype) for dtype in (torch.float32, torch.float64))
@@ -169,9 +175,9 @@ def eta(name: str) -> dict[str, Any]:
 
 
 @click.command(cls=Command)
-@click.option("--cases", cls=ManyOption, default=tuple(CASES), type=click.Choice(list(CASES)))
-@click.option("--eta", "networks", cls=ManyOption, default=("lenet", "resnet9", "vgg11"))
-@click.option("--json", "as_json", is_flag=True, help="One object per line.")
+@click.option("--cases", cls=ManyOption, default=tuple(CASES), type=click.Choice(list(CASES)), help="Kernels.")
+@click.option("--eta", "networks", cls=ManyOption, default=("lenet", "resnet9", "vgg11"), help="Networks for η.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def main(cases: tuple[str, ...], networks: tuple[str, ...], *, as_json: bool) -> None:
     """Print a table per case, and η per network."""
     for case in cases:

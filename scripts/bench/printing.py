@@ -1,4 +1,4 @@
-"""What a benchmark prints: progress, a table of its results, and its errors in one line."""
+"""Printed output of a benchmark: progress, a table of results, and errors in one line."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,13 +10,14 @@ import click
 from ntkgen.cli.messages import complain
 from ntkgen.errors import NtkgenError
 
-FILE_WIDTH = 160  # of a table that is not printed on a terminal
+# Number of characters per line of a table that is not printed in a terminal.
+FILE_WIDTH = 160
 
 Line = tuple[str, Callable[[Mapping[str, Any]], str]]
 
 
 def print_table(results: Sequence[Mapping[str, Any]], lines: Sequence[Line], title: str) -> None:
-    """Print one column per result, one line per number."""
+    """Print a table with one column per result and one line per number."""
     from rich.console import Console
     from rich.table import Column, Table
 
@@ -27,13 +28,13 @@ def print_table(results: Sequence[Mapping[str, Any]], lines: Sequence[Line], tit
 
 
 def say(line: str) -> None:
-    """Report progress."""
+    """Print a line about the progress on stderr."""
     click.echo(line, err=True)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an error of this package into one line on stderr and its exit code."""
+    """Print an error of ntkgen as one line on stderr, and end the process with its exit code."""
     try:
         yield
     except NtkgenError as error:

@@ -1,9 +1,9 @@
-"""Compare what `ntkgen compute --dry-run` projects with the time that the same command takes.
+"""Compare the projected time of `ntkgen compute --dry-run` with the real time of the same command.
 
     uv run python scripts/bench/projection.py -- --models lenet --dataset mnist --subsample 3000 --epochs 0
 
-What follows `--` are the options of `ntkgen compute`. Nothing else should run on the machine. Prints the projected and
-the real seconds and their ratio; the exit code is 1 where they differ by more than a factor of 1.5.
+The options after `--` are those of `ntkgen compute`. No other program should run on the machine. The script prints the
+projected and the real time in seconds, and their ratio. The exit code is 1 if they differ by more than a factor of 1.5.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import sys
 import tempfile
 from typing import Any
 
+# Maximum ratio of the projected and the real time.
 ALLOWED = 1.5
 
 
 def main() -> int:
-    """Project, run, compare."""
+    """Print the projected and the real time of a command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("options", nargs="+", help="options of `ntkgen compute`, after --")
     options = parser.parse_args().options

@@ -1,4 +1,4 @@
-"""What a run has left on disk: which files, in which phase they are written, and how two folders differ."""
+"""The files of a run on disk: their phases, and the differences of two folders."""
 
 import hashlib
 import os
@@ -11,18 +11,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What a run writes, one after the other; what no pattern matches is the first.
+# Phases of a run in their order, with patterns for the files that they write. A file without a pattern is of the first.
 PHASES = {"creation": "", "diagonal": r"\.zarr/(diagonal|logits)/c/", "tiles": r"\.zarr/(ntk|underflow)_"}
-# Files of one tile, on both sides of the diagonal.
+# Files of a tile, in both triangles.
 TILE = re.compile(r"\.zarr/(?:ntk|underflow)_\w+/c/(\d+)/(\d+)")
 
 Tile = tuple[int, int]
 
 
 class Version(NamedTuple):
-    """A file as it was at some moment."""
+    """The state of a file at some moment."""
 
-    written: tuple[int, int]  # inode and time, which are others when it is written again
+    written: tuple[int, int]  # inode and time, which change if the file is written again
     num_bytes: int
     digest: bytes
 
@@ -31,7 +31,7 @@ Snapshot = Mapping[str, Version]
 
 
 def names_of(out: Path) -> list[str]:
-    """Name all files below a folder."""
+    """List the names of all files in a folder and its subfolders."""
     found = []
     for folder, _, files in os.walk(out):
         found += [f"{folder[len(str(out)) + 1 :]}/{file}".lstrip("/") for file in files]
@@ -39,12 +39,12 @@ def names_of(out: Path) -> list[str]:
 
 
 def take_snapshot(out: Path) -> Snapshot:
-    """Read every file that is not being written."""
+    """Read every file that is not being written at the moment."""
     found = {}
     for name in names_of(out):
         try:
             data, status = (out / name).read_bytes(), (out / name).stat()
-        except FileNotFoundError:  # a draft that was renamed meanwhile, or a lock that was let go
+        except FileNotFoundError:  # a temporary file that has been renamed, or a lock that has been released
             continue
         if not name.endswith((".partial", ".lock")):
             found[name] = Version((status.st_ino, status.st_mtime_ns), len(data), hashlib.blake2b(data).digest())
@@ -52,9 +52,9 @@ def take_snapshot(out: Path) -> Snapshot:
 
 
 def progress(out: Path) -> Iterator[int]:
-    """Count, whenever asked, the files that are there or being written, and how often those of a folder were replaced.
+    """Count the steps of a run at each call: its files, and the replacements of files.
 
-    Replaced are the checkpoint, epoch by epoch, and the store's zarr.json when all files are there.
+    A run replaces the checkpoint after each epoch, and the zarr.json of the store when all its files exist.
     """
     versions: dict[Path, set[tuple[int, int]]] = defaultdict(set)
     while True:
@@ -68,12 +68,12 @@ def progress(out: Path) -> Iterator[int]:
 
 
 def num_files(out: Path) -> int:
-    """Count the files below a folder, but for locks."""
+    """Count the files in a folder and its subfolders, without locks."""
     return sum(not name.endswith(".lock") for name in names_of(out))
 
 
 def phase_of(name: str) -> str:
-    """Say when a run writes a file.
+    """Return the phase in which a run writes a file.
 
     >>> phase_of("k.zarr/diagonal/zarr.json"), phase_of("k.zarr/diagonal/c/0"), phase_of("k.zarr/ntk_float32/c/0/1")
     ('creation', 'diagonal', 'tiles')
@@ -84,7 +84,7 @@ def phase_of(name: str) -> str:
 
 
 def tiles_of(names: Iterable[str]) -> dict[Tile, set[str]]:
-    """Gather the files of each tile.
+    """Group files by tile.
 
     >>> sorted(tiles_of(["k.zarr/ntk_float32/c/0/2", "k.zarr/ntk_float32/c/2/0", "k.zarr/logits/c/0/0"])[0, 2])
     ['k.zarr/ntk_float32/c/0/2', 'k.zarr/ntk_float32/c/2/0']
@@ -97,12 +97,12 @@ def tiles_of(names: Iterable[str]) -> dict[Tile, set[str]]:
     return found
 
 
-# what is compared -----------------------------------------------------------------------------------------------------
+# comparison -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Differences:
-    """How one folder differs from another."""
+    """Differences between two folders."""
 
     differing: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
@@ -111,12 +111,12 @@ class Differences:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Name all files that are not as they should be."""
+        """Names of all files that differ, are absent, or are extra."""
         return self.differing + self.absent + self.extra
 
 
 def compare(expected: Path, found: Path) -> Differences:
-    """Compare names and bytes of all files of two folders, locks and drafts included."""
+    """Compare the names and bytes of all files of two folders, including locks and temporary files."""
     wanted, there = set(names_of(expected)), set(names_of(found))
     both = {name: differing_bytes(expected / name, found / name) for name in sorted(wanted & there)}
     absent, extra = sorted(wanted - there), sorted(there - wanted)
@@ -126,7 +126,7 @@ def compare(expected: Path, found: Path) -> Differences:
 
 
 def differing_bytes(first: Path, second: Path) -> int:
-    """Count the bytes that differ; those that only one file has do."""
+    """Count the bytes that differ. Bytes that only one file has count too."""
     x, y = (np.frombuffer(file.read_bytes(), np.uint8) for file in (first, second))
     common = min(len(x), len(y))
     return int(np.count_nonzero(x[:common] != y[:common])) + abs(len(x) - len(y))
@@ -134,15 +134,15 @@ def differing_bytes(first: Path, second: Path) -> int:
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of the tiles between two moments."""
+    """Numbers of tiles that changed between two moments."""
 
-    recomputed: int  # had a file that was written again
-    whole_recomputed: int  # of these, had every file
-    lost: int  # had every file, and one of them has gone or has other bytes
+    recomputed: int  # tiles with a file that was written again
+    whole_recomputed: int  # recomputed tiles that had all their files before
+    lost: int  # tiles that had all their files before, and have a missing or changed file now
 
 
 def follow(expected: Snapshot, before: Snapshot, after: Snapshot) -> Fate:
-    """Follow the tiles of a finished store from one moment to a later one."""
+    """Compare the tiles of a store at two moments. ``expected`` is the finished store."""
     tiles = tiles_of(expected)
     again = {tile for tile, names in tiles.items() if any(_is_rewritten(name, before, after) for name in names)}
     whole = {tile for tile, names in tiles.items() if all(_is_whole(name, before, expected) for name in names)}

@@ -1,4 +1,4 @@
-"""A command at work and its workers: how it proceeds, and that nothing of it is left in the end."""
+"""A running command and its workers: its progress on disk, and the end of all its processes."""
 
 import os
 import subprocess
@@ -13,27 +13,27 @@ import psutil
 from disk import progress
 
 POLL_SECONDS = 0.001
-# A run that takes longer hangs.
+# Maximum duration of a run. A longer run counts as hanging.
 RUN_SECONDS = 300.0
 
 
 class RoundError(Exception):
-    """A run that hangs, or ends in another way than it should."""
+    """A run that hangs or fails."""
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A command at work, and the steps that it makes on disk."""
+    """A running command, and the steps that it makes on disk."""
 
     process: "subprocess.Popen[bytes]"
     steps: Iterator[int]
     deadline: float
 
     def reaches(self, step: int) -> bool:
-        """Wait until it has made a step; False where it has ended before.
+        """Wait until the run has made a step. Return False if it ends before.
 
         Raises:
-            RoundError: If it hangs.
+            RoundError: If the run hangs.
         """
         while self.process.poll() is None:
             if next(self.steps) >= step:
@@ -42,10 +42,10 @@ class Run:
         return False
 
     def finds(self, target: str, rng: np.random.Generator) -> psutil.Process | None:
-        """Find the process to be killed: this one, or a worker, once there is one; None where this one has ended.
+        """Wait for the process to kill: the run, or one of its workers. Return None if the run ends before.
 
         Raises:
-            RoundError: If it hangs.
+            RoundError: If the run hangs.
         """
         while self.process.poll() is None:
             found = workers_of(self.process.pid) if target == "worker" else [psutil.Process(self.process.pid)]
@@ -55,10 +55,10 @@ class Run:
         return None
 
     def count_steps(self) -> int:
-        """Count all steps that it makes.
+        """Count the steps of the run until it ends.
 
         Raises:
-            RoundError: If it hangs.
+            RoundError: If the run hangs.
         """
         most = 0
         while self.process.poll() is None:
@@ -67,10 +67,10 @@ class Run:
         return most
 
     def finish(self) -> int:
-        """Wait for its end, and return its exit code.
+        """Wait for the end of the run and return its exit code.
 
         Raises:
-            RoundError: If it hangs.
+            RoundError: If the run hangs.
         """
         try:
             return self.process.wait(max(0.0, self.deadline - time.monotonic()))
@@ -85,8 +85,8 @@ class Run:
 
 @contextmanager
 def running(command: Sequence[str], out: Path) -> Iterator[Run]:
-    """Start a command; whatever happens, it and its workers are gone in the end, and its stderr lies beside ``out``."""
-    # without byte code on disk every start compiles three thousand modules
+    """Start a command, and end it and its workers at the end of the context. Its stderr is written beside ``out``."""
+    # Without bytecode files, every start would compile three thousand modules.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     env |= {"OMP_NUM_THREADS": "1", "NTKGEN_RATES": "default"}
     with out.with_suffix(".err").open("ab") as err:
@@ -101,7 +101,7 @@ def running(command: Sequence[str], out: Path) -> Iterator[Run]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """Find the workers of a run: dask spawns one process for each, whose nanny is a thread of the run."""
+    """Find the workers of a run. Each is a child process that dask has spawned."""
     try:
         children = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -110,7 +110,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 
 
 def _is_spawned(process: psutil.Process) -> bool:
-    """Tell a worker from what Python starts beside it to keep track of semaphores."""
+    """Return whether a process is a spawned worker, and not Python's resource tracker."""
     try:
         return "--multiprocessing-fork" in process.cmdline()
     except psutil.Error:
@@ -118,7 +118,7 @@ def _is_spawned(process: psutil.Process) -> bool:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Say whether a process is there, and more than an entry in a table."""
+    """Return whether a process exists and is not a zombie."""
     try:
         return bool(process.is_running() and process.status() not in {psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
     except psutil.NoSuchProcess:
@@ -126,7 +126,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def end_all(processes: Iterable[psutil.Process]) -> None:
-    """Kill processes that should be gone."""
+    """Kill those of the processes that are still alive."""
     for process in processes:
         if is_alive(process):
             process.kill()

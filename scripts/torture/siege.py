@@ -1,4 +1,4 @@
-"""One round: a computation that is killed at random moments and resumed, and what it leaves."""
+"""One round: a computation that is killed at random moments and resumed, and the check of its files."""
 
 import signal
 import sys
@@ -13,19 +13,21 @@ import psutil
 from disk import PHASES, Differences, Fate, Snapshot, compare, follow, num_files, phase_of, take_snapshot
 from processes import POLL_SECONDS, RoundError, Run, end_all, is_alive, running, workers_of
 
-# Workers that live longer than this after their coordinator hang.
+# Maximum time between the end of a coordinator and the end of its workers.
 ORPHAN_SECONDS = 60.0
-GIGABYTES = 1  # of each process
-STDERR_BYTES = 2000  # of which a failure tells
-# What is left to do when all files are there: gathering the metadata, the certificate.
+# Memory limit of each process.
+GIGABYTES = 1
+# Number of bytes of stderr, from its end, that the message of a failure quotes.
+STDERR_BYTES = 2000
+# Phase after all files exist: consolidation of the metadata, and the certificate (measured error bound of the kernel).
 END = "end"
-# How often a kill is drawn from each.
+# Phases from which the moment of a kill is drawn. A repeated phase has a larger probability.
 DRAWN = ("creation", "diagonal", "tiles", "tiles", "tiles", END)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which kernel is computed."""
+    """Options of the computed kernel."""
 
     samples: int
     layout: str
@@ -33,7 +35,7 @@ class Options:
     epochs: int = 0
 
     def command(self, out: Path, workers: int = 0) -> list[str]:
-        """Write the command; all processes of a cluster have as much memory each as a single one."""
+        """Return the command. Each process of a cluster has the memory limit of a single process."""
         shared = ["--workers", str(workers)] if workers else []
         return [
             sys.executable, "-m", "ntkgen", "compute", "--models", "logistic", "--dataset", "digits",
@@ -45,7 +47,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Round:
-    """One computation and who is killed meanwhile: "run", the process that was started, or "worker"."""
+    """One computation, and the processes that are killed: "run" is the started process, "worker" one of its workers."""
 
     number: int
     options: Options
@@ -59,7 +61,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Kill:
-    """A process killed, and what was on disk then."""
+    """A killed process, its phase, and the files on disk at that moment."""
 
     target: str
     phase: str
@@ -68,24 +70,24 @@ class Kill:
 
 @dataclass(frozen=True)
 class Baseline:
-    """An undisturbed run: its results, and at which steps it was in which phase."""
+    """An uninterrupted run: its files and its number of steps."""
 
     out: Path
     snapshot: Snapshot
     num_steps: int
 
     def missing_phase(self, found: Snapshot) -> str:
-        """Say in which phase a run was that has left some files: the first that is not over."""
+        """Return the phase of an interrupted run, which is the first phase with missing files."""
         missing = {phase_of(name) for name in self.snapshot.keys() - found.keys()}
         return next((phase for phase in PHASES if phase in missing), END)
 
     def draw_step(self, rng: np.random.Generator) -> int:
-        """Draw a step to kill at: first its phase, then a moment in this."""
+        """Draw the step of a kill: first its phase, then a step of this phase."""
         low, high = self._steps(DRAWN[rng.integers(len(DRAWN))])
         return int(rng.integers(low + 1, high + 1))
 
     def _steps(self, phase: str) -> tuple[int, int]:
-        """Count the steps that are made before a phase, and with it."""
+        """Return the number of steps before a phase, and the number of steps until its end."""
         counts = Counter(map(phase_of, self.snapshot))
         before = list(PHASES).index(phase) if phase != END else len(PHASES)
         low = sum(counts[other] for other in list(PHASES)[:before])
@@ -93,28 +95,28 @@ class Baseline:
 
 
 def make_baseline(options: Options, folder: Path) -> Baseline:
-    """Run a command to its end, and count its steps.
+    """Run a command to its end and count its steps.
 
     Raises:
-        RoundError: If it fails.
+        RoundError: If the run fails.
     """
     out = folder / "out"
     folder.mkdir(parents=True)
     with running(options.command(out), out) as run:
         num_steps = run.count_steps()
         if exit_code := run.finish():
-            raise RoundError(f"an undisturbed run ended with exit code {exit_code}{tail(out)}")
+            raise RoundError(f"an uninterrupted run ended with exit code {exit_code}{tail(out)}")
     return Baseline(out, take_snapshot(out), max(num_steps, num_files(out) + 1))
 
 
 def tail(out: Path) -> str:
-    """Quote the end of what the runs of a folder have said."""
+    """Quote the end of the stderr of the runs of a folder."""
     return ": " + out.with_suffix(".err").read_text(errors="replace")[-STDERR_BYTES:].strip()
 
 
 @dataclass(frozen=True, eq=False)
 class Siege:
-    """A round being played."""
+    """A running round."""
 
     round: Round
     baseline: Baseline
@@ -125,7 +127,7 @@ class Siege:
     orphans: list[psutil.Process] = field(default_factory=list)  # workers of coordinators that were killed
 
     def play(self) -> None:
-        """Start the command again and again until it ends by itself; once more, and undisturbed, after a failure."""
+        """Start the command again until it ends without a kill. After a failure, run it once more without kills."""
         steps = sorted(self.baseline.draw_step(self.rng) for _ in self.round.targets)
         try:
             if not self._succeeds(deque(zip(steps, self.round.targets, strict=True))):
@@ -142,10 +144,10 @@ class Siege:
         return not self.failures
 
     def _is_killed(self, plan: deque[tuple[int, str]]) -> bool:
-        """Run the command, and kill what is to be killed; say whether it was the command itself.
+        """Run the command and kill the planned processes. Return whether the command itself was killed.
 
         Raises:
-            RoundError: If it hangs or fails.
+            RoundError: If the command hangs or fails.
         """
         with running(self.round.options.command(self.out, self.round.workers), self.out) as run:
             self._await_orphans()
@@ -159,7 +161,7 @@ class Siege:
         return False
 
     def _kill(self, run: Run, target: str) -> bool:
-        """Kill a process with SIGKILL, and look at the disk; False where it has ended before."""
+        """Kill a process with SIGKILL and take a snapshot of the disk. Return False if it has ended before."""
         workers, victim = workers_of(run.process.pid), run.finds(target, self.rng)
         if victim is None or not _was_there_to_kill(victim):
             return False
@@ -175,12 +177,12 @@ class Siege:
         until = time.monotonic() + ORPHAN_SECONDS
         while alive := [process for process in self.orphans if is_alive(process)]:
             if time.monotonic() > until:
-                raise RoundError(f"{len(alive)} workers of a coordinator that was killed live on")
+                raise RoundError(f"{len(alive)} workers of a killed coordinator did not end")
             time.sleep(POLL_SECONDS)
 
 
 def _was_there_to_kill(victim: psutil.Process) -> bool:
-    """Kill a process; say whether it was there."""
+    """Kill a process. Return whether it existed."""
     try:
         victim.kill()
     except psutil.NoSuchProcess:
@@ -190,7 +192,7 @@ def _was_there_to_kill(victim: psutil.Process) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round has shown."""
+    """The result of a round."""
 
     kills: tuple[Kill, ...]
     fates: tuple[Fate, ...]
@@ -199,12 +201,12 @@ class Outcome:
 
     @property
     def is_good(self) -> bool:
-        """Say whether the store is as if nothing had happened."""
+        """Return whether the files equal those of an uninterrupted run."""
         return not self.failures and not self.differences.names and not any(fate.lost for fate in self.fates)
 
 
 def play(played: Round, baseline: Baseline, out: Path, seed: int) -> Outcome:
-    """Play a round, and compare what it has left with the baseline."""
+    """Play a round, and compare its files with those of the baseline."""
     siege = Siege(played, baseline, out, np.random.default_rng([seed, played.number, played.workers]))
     out.parent.mkdir(parents=True)
     siege.play()

@@ -1,13 +1,13 @@
-"""Kill computations with kill -9 at random moments, resume them, and compare what they leave with an undisturbed run.
+"""Kill computations with kill -9 at random moments, resume them, and compare their files with an uninterrupted run.
 
     uv run python scripts/torture/torture.py --rounds 60 --cluster-rounds 40
 
-A round computes a small kernel of many tiles. Its process is killed one to three times, each time when a number of
-files is on disk that was drawn at random: while the network is trained, the store created, the diagonal or a tile
-written, between a tile and its mirror, before and after the certificate. The same command then goes on, and in the end
-every file must have the bytes of an undisturbed run, with nothing beside them. In a round with a cluster one of its two
-workers is killed, which the run must survive, and in every other round the coordinator too. The moments follow from the
-seed and from what is on disk, not from the clock. A kill that comes too late is none.
+A round computes a small kernel of many tiles. Its process is killed one to three times. Each kill happens when a random
+number of files is on disk: during training, the creation of the store, the diagonal or a tile, between a tile and its
+mirror image, or before or after the certificate (measured error bound of the kernel). The same command then continues.
+At the end, every file must have the bytes of an uninterrupted run, without additional files. In a round with a cluster,
+one of its two workers is killed, and the run must continue. In every second round the coordinator is killed too. The
+moments depend on the seed and on the files on disk, not on the clock. A kill after the end of a run does not count.
 """
 
 import json
@@ -27,10 +27,11 @@ import numpy as np
 from processes import RoundError
 from siege import Baseline, Options, Outcome, Round, make_baseline, play
 
-MAX_KILLS = 3  # of a round
+# Maximum number of kills in a round without a cluster.
+MAX_KILLS = 3
 WORKERS = 2
 
-# 12 × 12 tiles for one process; for two, which begin late and are quick, more
+# Kernels for one process have 12 × 12 tiles. Those for two workers have more, since workers start late and are fast.
 LOCAL = (
     Options(120, "full"),
     Options(120, "upper"),
@@ -40,7 +41,7 @@ CLUSTER = (Options(200, "upper"), Options(150, "full"))
 
 
 def draw_rounds(local: int, cluster: int, seed: int) -> list[Round]:
-    """Draw how often and who is killed: in every round of a cluster a worker, in every other the coordinator too."""
+    """Draw the kills of all rounds. A round with a cluster kills workers, and every second one the coordinator too."""
     rng, rounds = np.random.default_rng(seed), []
     for number in range(local):
         kills = int(rng.integers(1, MAX_KILLS + 1))
@@ -53,11 +54,11 @@ def draw_rounds(local: int, cluster: int, seed: int) -> list[Round]:
 
 
 def torture(rounds: Iterable[Round], folder: Path, seed: int, *, keep: bool = False) -> Iterator[Outcome]:
-    """Play rounds; the folders of the good ones are removed, unless they are to be kept."""
+    """Play rounds. The folders of good rounds are removed, unless ``keep`` is set."""
     baselines: dict[Options, Baseline] = {}
     for played in rounds:
         if played.options not in baselines:
-            baselines[played.options] = make_baseline(played.options, folder / f"undisturbed-{len(baselines)}")
+            baselines[played.options] = make_baseline(played.options, folder / f"uninterrupted-{len(baselines)}")
         out = folder / str(played) / "out"
         outcome = play(played, baselines[played.options], out, seed)
         if outcome.is_good and not keep:
@@ -66,7 +67,7 @@ def torture(rounds: Iterable[Round], folder: Path, seed: int, *, keep: bool = Fa
 
 
 def describe(outcome: Outcome) -> str:
-    """Write what happened in a round in one line."""
+    """Describe the result of a round in one line."""
     kills = ", ".join(f"{kill.target} killed in {kill.phase}" for kill in outcome.kills)
     totals = total([outcome])
     bad = f"{totals['tiles_lost']} tiles lost, {totals['bytes_differing']} bytes differ"
@@ -74,7 +75,7 @@ def describe(outcome: Outcome) -> str:
 
 
 def total(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Add all rounds up."""
+    """Add up the results of all rounds."""
     kills = [kill for outcome in outcomes for kill in outcome.kills]
     fates = [fate for outcome in outcomes for fate in outcome.fates]
     return {
@@ -93,20 +94,20 @@ def total(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Settings:
-    """How all rounds are played."""
+    """Settings of all rounds."""
 
     seed: int
     keep: bool
     quiet: bool
 
     def say(self, line: str) -> None:
-        """Report progress."""
+        """Print a line about the progress on stderr, unless ``quiet`` is set."""
         if not self.quiet:
             click.echo(line, err=True)
 
 
 def play_all(rounds: Sequence[Round], settings: Settings) -> list[Outcome]:
-    """Play rounds in a temporary folder, which is kept if one of them is not good."""
+    """Play rounds in a temporary folder. The folder is kept if a round is not good."""
     folder, outcomes = Path(tempfile.mkdtemp(prefix="ntkgen-torture-")), list[Outcome]()
     try:
         for played, outcome in zip(rounds, torture(rounds, folder, settings.seed, keep=settings.keep), strict=True):
@@ -121,14 +122,19 @@ def play_all(rounds: Sequence[Round], settings: Settings) -> list[Outcome]:
 
 
 @click.command()
-@click.option("--rounds", default=60, show_default=True, type=click.IntRange(min=0), help="Of one process.")
-@click.option("--cluster-rounds", default=40, show_default=True, type=click.IntRange(min=0), help="Of two workers.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Of all that is drawn.")
+@click.option("--rounds", default=60, show_default=True, type=click.IntRange(min=0), help="Rounds with one process.")
+@click.option(
+    "--cluster-rounds", default=40, show_default=True, type=click.IntRange(min=0), help="Rounds with two workers."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**62), help="Seed of all random numbers.")
 @click.option("--keep", is_flag=True, help="Keep the stores of all rounds, about 15 MB each.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("-q", "--quiet", is_flag=True, help="No line per round.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no line per round.")
 def main(*, rounds: int, cluster_rounds: int, as_json: bool, **options: Any) -> None:
-    """Kill computations at random moments, resume them, and compare them with undisturbed ones: 1 if they differ."""
+    """Kill computations at random moments, resume them, and compare them with uninterrupted ones.
+
+    The exit code is 1 if a file differs or a run fails.
+    """
     started, settings = time.monotonic(), Settings(**options)
     try:
         outcomes = play_all(draw_rounds(rounds, cluster_rounds, settings.seed), settings)
@@ -142,5 +148,5 @@ def main(*, rounds: int, cluster_rounds: int, as_json: bool, **options: Any) -> 
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: nothing is left at work
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all processes, as Ctrl-C does
     main()
