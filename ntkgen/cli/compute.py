@@ -100,7 +100,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     ntkgen compute --models lenet --dataset digits --subsample 500
     ntkgen compute --models resnet18 vgg11 --dataset cifar --subsample 5000
     ntkgen compute --models mylab.nets:wide --dataset mine.npz --epochs 0
-    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    """  # noqa: D301 - \b tells click not to wrap the lines
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
@@ -110,10 +110,10 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
 
     settings = Settings.pop_from(options)
     samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
-    who = {name: options.pop(name) for name in ("workers", "client", "part", "tile_seconds")}
+    execution_options = {name: options.pop(name) for name in ("workers", "client", "part", "tile_seconds")}
     spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
     kernel = pipeline.KernelRequest(**samples, spec=spec)
-    with _execution(settings, **who) as execution:
+    with _execution(settings, **execution_options) as execution:
         setup, data = settings.setup(execution), settings.load_data()
         against = None if kernel.against is None else settings.load_data(kernel.against)
         missing_bytes = 0
@@ -121,7 +121,7 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
             planned = pipeline.plan_kernel(request, kernel, setup, data, against)
             missing_bytes += planned.missing_bytes
             if settings.verbose:
-                click.echo(_treatment(planned), err=True)
+                click.echo(_layer_lines(planned), err=True)
             if dry_run or explained:
                 projection = project(planned, explained=explained)
                 show(json.dumps(projection) if settings.as_json else _projection(projection))
@@ -177,7 +177,7 @@ def _precision_warning(precision: str, dtypes: tuple[str, ...]) -> str:
     )
 
 
-def _treatment(planned: "PlannedKernel") -> str:
+def _layer_lines(planned: "PlannedKernel") -> str:
     """Describe the treatment of each layer's parameters."""
     plan = planned.plan.jacobian
     lines = [f"{planned.training.model}: blocks of {planned.plan.block_samples} samples, batches of {plan.batch_size}"]
@@ -199,7 +199,7 @@ def _projection(values: dict[str, Any]) -> str:
         "tiles": f"{values['tiles_missing']:,} of {values['tiles']:,} to compute, {values['tile_side']:,} rows each",
         "disk": human_bytes(values["disk_bytes"]),
         "memory": f"{human_bytes(values['projected_bytes'])} at most, in addition to the loaded program",
-        "work": f"{values['projected_flops']:.3g} FLOP, {values['factor_samples']:,} factor computations",
+        "work": f"{values['projected_flops']:.3g} FLOP, factors of {values['factor_samples']:,} samples",
         "time": _time(values["seconds"]),
     }
     samples = _samples(values["num_samples"], values["num_col_samples"], values["num_outputs"])
@@ -264,7 +264,7 @@ def _summary(result: "FinishedKernel", projected: float | None) -> str:
             f"  {found.store}\n  {found.tiles_missing:,} of {found.tiles:,} tiles are missing. The last of the other "
             "parts finishes the kernel. The same command without --part does this too.\n"
         )
-    trained = "taken as built" if result.train_accuracy is None else f"trained to {result.train_accuracy:.2f} %"
+    trained = "without training" if result.train_accuracy is None else f"trained to {result.train_accuracy:.2f} %"
     # The projection counts all epochs of a training, which may end earlier.
     expected = "" if projected is None else f" (projected: {human_seconds(projected)})"
     view = "kernel(output=0)" if found.output == "diagonal" else "array"

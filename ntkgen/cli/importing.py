@@ -38,7 +38,7 @@ def import_(path: str, *, target: str | None, as_json: bool, quiet: bool, **give
 
     \b
     ntkgen import ckpt/cifar_resnet18_0/ntk_float32.zarr --samples 50000 --outputs 10 --params 11173962
-    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    """  # noqa: D301 - \b tells click not to wrap the lines
     start_process()
     from ntkgen.cli.progress import progress_bars
     from ntkgen.store.describe import describe

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def info(path: str, *, as_json: bool) -> int:
     """Describe the kernel store at PATH: its kernel, its accuracy and its missing tiles.
 
-    The exit code is 1 if the certificate (the measured error of the kernel) finds the kernel wrong.
+    The exit code is 1 if the certificate (a measured bound on its error) finds the kernel wrong.
     """
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store
@@ -40,7 +40,7 @@ def _page(found: "StoreDescription") -> str:
         "status": found.status,
         **_origin(found),
         "output": _output(found),
-        "kernel": f"{found.quantity}, {found.rows:,} × {found.cols:,}, {found.num_outputs} per sample (sample-major)",
+        "kernel": f"{found.quantity}, {found.rows:,} × {found.cols:,}, outputs per sample: {found.num_outputs}",
         "arrays": ", ".join(
             f"{name} (scale_factor {found.scale_factors[name]:g})" if name in found.scale_factors else name
             for name in found.arrays
@@ -67,7 +67,7 @@ def _origin(found: "StoreDescription") -> dict[str, str]:
     made = found.provenance
     if made.imported_from is not None:
         return {"imported": f"from {made.imported_from}", "data": _samples(found)}
-    trained = "taken as built" if made.train_accuracy is None else f"trained to {made.train_accuracy:.2f} %"
+    trained = "without training" if made.train_accuracy is None else f"trained to {made.train_accuracy:.2f} %"
     return {
         "network": f"{made.model}, {found.num_params:,} parameters, {trained}",
         "data": f"{made.dataset}, {_samples(found)}",

@@ -24,7 +24,7 @@ def manual(name: str | None, *, as_list: bool, as_json: bool) -> None:
     \b
     ntkgen manual accuracy
     ntkgen manual questions | less
-    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    """  # noqa: D301 - \b tells click not to wrap the lines
     if name is None:
         _show_list(as_list=as_list, as_json=as_json)
     else:

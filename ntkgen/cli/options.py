@@ -250,7 +250,10 @@ run_options = stacked(
         help="Folder of the checkpoints and kernels. s3://, gs:// and az:// need ntkgen[cloud].",
     ),
     click.option(
-        "--fsync/--no-fsync", default=True, show_default=True, help="Force every file to the disk (loss of power)."
+        "--fsync/--no-fsync",
+        default=True,
+        show_default=True,
+        help="Force every file to the disk, so that a loss of power damages none.",
     ),
     device_option("Device of the computation: auto, cpu, cuda, cuda:1, … or mps."),
     json_option("result"),

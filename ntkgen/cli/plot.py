@@ -49,7 +49,7 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
 
     \b
     ntkgen plot runs/lenet-digits-seed0-n500.zarr --kind matrix spectrum --format png svg
-    """  # noqa: D301 - \b is click's sign for lines that must not be wrapped
+    """  # noqa: D301 - \b tells click not to wrap the lines
     asked = Asked.pop_from(options)
     from ntkgen.analysis.results import peak_bytes
     from ntkgen.files.folder import LocalFolder

@@ -48,7 +48,7 @@ def train(**options: Any) -> None:
 
 def _summary(result: dict[str, Any]) -> str:
     accuracy = result["train_accuracy"]
-    reached = "taken as built" if accuracy is None else f"training accuracy {accuracy:.2f} %"
+    reached = "without training" if accuracy is None else f"training accuracy {accuracy:.2f} %"
     return (
         f"{result['model']} on {result['dataset']}, seed {result['seed']}: {reached} after {result['epochs']} epochs, "
         f"{result['seconds']:.1f} s\n  {result['checkpoint']}"

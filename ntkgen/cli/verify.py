@@ -95,7 +95,7 @@ def verify(
     sampling_of("full", 1)  # refuses impossible numbers before any file is read
     request, exit_code = _Request(sampling_of, **options), 0
     for path in paths:
-        finding = _found(path, request)
+        finding = _verify_path(path, request)
         if as_json or "error" not in finding.result:
             show(json.dumps(finding.result) if as_json else _page(finding.result, finding.described))
         for line in finding.notes:
@@ -138,14 +138,14 @@ class _Finding:
     problems: list[tuple[str, int]] = field(default_factory=list)
 
 
-def _found(path: str, request: _Request) -> _Finding:
+def _verify_path(path: str, request: _Request) -> _Finding:
     """Verify one store. Return an error as a finding, so that the other stores are verified too."""
     from ntkgen.cli.progress import progress_bars
     from ntkgen.files.bucket import first_lines, is_remote_error
 
     try:
         with progress_bars(path.rstrip("/").rpartition("/")[2], quiet=request.quiet) as report:
-            return _verified(path, request, report)
+            return _verify_store(path, request, report)
     except NtkgenError as error:
         problem = (str(error), error.exit_code)
     except Exception as error:
@@ -158,27 +158,25 @@ def _found(path: str, request: _Request) -> _Finding:
     return _Finding({"store": path, "is_whole": None, "error": problem[0]}, problems=[problem])
 
 
-def _verified(path: str, request: _Request, report: "Report") -> _Finding:
+def _verify_store(path: str, request: _Request, report: "Report") -> _Finding:
     """Verify one store with the requested steps: checksums, recomputed tiles, repair, certificate."""
     from ntkgen.checks.verify import find_damage, repair
 
     finding = _Finding({"store": path})
-    with _opened(path, request) as store:
+    with _open_for_request(path, request) as store:
         damage = find_damage(store, report)
-        damage += _differing(store, damage, request, report, finding)
+        damage += _differing_files(store, damage, request, report, finding)
         is_whole = not damage and store.manifest.is_complete
         finding.result |= {"is_whole": is_whole, "damage": [each.to_json() for each in damage]}
         finding.result["removed"] = repair(store, damage) if request.repaired else []
         if not is_whole:
-            _say_what_is_lacking(store, damage, request, finding)
+            _report_problems(store, damage, request, finding)
     if is_whole:
-        _describe_whole(store, request, report, finding)
+        _report_whole(store, request, report, finding)
     return finding
 
 
-def _say_what_is_lacking(
-    store: "KernelStore", damage: "Sequence[Damage]", request: _Request, finding: _Finding
-) -> None:
+def _report_problems(store: "KernelStore", damage: "Sequence[Damage]", request: _Request, finding: _Finding) -> None:
     from ntkgen.checks.verify import explain_damage, explain_unfinished, next_step, unfinished_tiles
 
     unfinished = unfinished_tiles(store, damage)
@@ -192,13 +190,13 @@ def _say_what_is_lacking(
         finding.problems.append((problem, DAMAGED))
 
 
-def _describe_whole(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
+def _report_whole(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
     """Add the description of a whole store to the finding. With --certify, certify the store first."""
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store
 
     if request.certified:
-        _certify(store, request, report, finding)
+        _certify_store(store, request, report, finding)
         store = open_store(store.folder)
     described = finding.described = describe(store)
     finding.problems += [(wrong, DAMAGED)] if (wrong := described.inaccuracy) else []
@@ -211,7 +209,7 @@ def _describe_whole(store: "KernelStore", request: _Request, report: "Report", f
 
 
 @contextmanager
-def _opened(path: str, request: _Request) -> "Iterator[KernelStore]":
+def _open_for_request(path: str, request: _Request) -> "Iterator[KernelStore]":
     """Open a store. A repair opens it under its write lock, and only if no process writes tiles."""
     from ntkgen.files.lock import require_no_tile_writers, write_lock
     from ntkgen.store.opening import open_store
@@ -225,7 +223,7 @@ def _opened(path: str, request: _Request) -> "Iterator[KernelStore]":
         yield open_store(store.folder, mode="r+")
 
 
-def _differing(
+def _differing_files(
     store: "KernelStore", damage: "Sequence[Damage]", request: _Request, report: "Report", finding: _Finding
 ) -> "list[Damage]":
     """Compute tiles again and return the files that differ.
@@ -236,7 +234,7 @@ def _differing(
 
     finding.result |= {"recomputed": [], "not_recomputed": None}
     try:
-        again = _recomputed(store, damage, request, report)
+        again = _recompute_tiles(store, damage, request, report)
     except (InputError, StoreError) as error:
         finding.result["not_recomputed"] = str(error)
         if request.num_tiles is None:
@@ -248,7 +246,7 @@ def _differing(
     return [Damage(file, "different", each.tile) for each in again for file in each.different]
 
 
-def _recomputed(
+def _recompute_tiles(
     store: "KernelStore", damage: "Sequence[Damage]", request: _Request, report: "Report"
 ) -> "list[Recomputed]":
     from ntkgen import origin
@@ -282,7 +280,7 @@ def _require_small_arrays(store: "KernelStore", damage: "Sequence[Damage]") -> N
         )
 
 
-def _certify(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
+def _certify_store(store: "KernelStore", request: _Request, report: "Report", finding: _Finding) -> None:
     from ntkgen import origin
     from ntkgen.engine.machine import choose_device
 
@@ -296,14 +294,14 @@ def _certify(store: "KernelStore", request: _Request, report: "Report", finding:
 
 def _page(result: dict[str, Any], described: "StoreDescription | None") -> str:
     """Write the findings about a store as text."""
-    again = _again(result["recomputed"])
+    again = _recomputed_line(result["recomputed"])
     if described is not None:
         whole = f"every file of {', '.join(described.arrays)} is whole, {described.rows:,} × {described.cols:,}"
         return "\n".join([result["store"], *aligned({"checksums": whole, **again, **certificate_lines(described)})])
     damage = [_damage_line(each) for each in result["damage"]]
     more = {"": f"… and {len(damage) - SHOWN:,} more files; --json lists all"} if len(damage) > SHOWN else {}
     return "\n".join(
-        [result["store"], *damage[:SHOWN], *aligned({**more, **_missing(result), **again, **_mending(result)})]
+        [result["store"], *damage[:SHOWN], *aligned({**more, **_missing(result), **again, **_repair_lines(result)})]
     )
 
 
@@ -317,13 +315,13 @@ def _missing(result: dict[str, Any]) -> dict[str, str]:
     return {"unfinished": f"{missing:,} of {result['tiles']:,} tiles are not computed yet"} if missing else {}
 
 
-def _mending(result: dict[str, Any]) -> dict[str, str]:
+def _repair_lines(result: dict[str, Any]) -> dict[str, str]:
     count = len(result["removed"])
     removed = {"removed": f"{count:,} damaged {'file' if count == 1 else 'files'}"} if count else {}
     return {**removed, "next": result["next"]}
 
 
-def _again(recomputed: list[dict[str, Any]]) -> dict[str, str]:
+def _recomputed_line(recomputed: list[dict[str, Any]]) -> dict[str, str]:
     """Write the recomputed tiles and the results of their comparison in one line."""
     from ntkgen.store.describe import first_few
 

@@ -84,7 +84,7 @@ def _network(described: StoreDescription) -> str | None:
     model, accuracy = described.provenance.model, described.provenance.train_accuracy
     if model is None:
         return None
-    trained = "taken as built" if accuracy is None else f"trained to {accuracy:.2f} % of the training samples"
+    trained = "without training" if accuracy is None else f"trained to {accuracy:.2f} % of the training samples"
     return f"{model}, {described.num_params:,} parameters, {trained}"
 
 
@@ -169,11 +169,11 @@ def _regression(answers: Answers, pictures: Pictures) -> Section:
     series: dict[str, Sequence[float | None] | None] = {
         "λ": answer.shifts,
         "Training error": answer.train_error,
-        "Left-out error": answer.loo_error,
+        "Leave-one-out error": answer.loo_error,
         "GCV": answer.gcv,
         "Test error": answer.test_error,
         "Training, %": _in_percent(answer.train_accuracy),
-        "Left out, %": _in_percent(answer.loo_accuracy),
+        "Leave-one-out, %": _in_percent(answer.loo_accuracy),
         "Test, %": _in_percent(answer.test_accuracy),
     }
     known = {title: each for title, each in series.items() if any(value is not None for value in each or ())}
@@ -181,8 +181,8 @@ def _regression(answers: Answers, pictures: Pictures) -> Section:
     start = "zero" if answer.offset == "zero" else "the network’s logits"
     words = (
         f"Kernel ridge regression on the one-hot labels, starting from {start}. Errors are mean squared errors per "
-        "output. “Left out” is the leave-one-out error: each sample is left out with all its outputs. GCV is "
-        "generalised cross-validation. Columns in % are accuracies."
+        "output. Leave-one-out removes each sample with all its outputs. GCV is generalised cross-validation. Columns "
+        "in % are accuracies."
     )
     listed = Table(tuple(known), rows, "Regression")
     return Section("Regression", [Paragraph(words), *_shown(pictures, "regression"), listed])
@@ -257,7 +257,7 @@ def overview(answers_of_all: Sequence[Answers]) -> Section:
         "Largest eigenvalue": _largest_eigenvalue,
         "Effective rank": _effective_rank,
         "log |det|, nats": _logdet_without_shift,
-        "Least left-out error": _least_error,
+        "Smallest leave-one-out error": _least_error,
         "Alignment": _alignment_of,
         "‖E‖_F, bound": lambda answers: answers.matrix.error_norm,
     }

@@ -75,7 +75,7 @@ def _cost(cost: "Cost | None") -> list[str]:
     if cost is None:
         return []
     lines = [
-        f"  The lower precision ({cost.lower_dtype} at {cost.lower}) costs",
+        f"  Errors of the lower precision, {cost.lower_dtype} in {cost.lower}:",
         f"    {'Frobenius error':<18}{cost.frobenius_error:.3g}",
         f"    {'eigenvalues':<18}{cost.eigenvalue_error:.3g} of the largest, for {cost.eigenvalues_compared:,}",
     ]

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option(
-    "--passes", type=int, default=defaults.DENSITY_PASSES, show_default=True, help="Maximum passes over the tiles."
+    "--passes",
+    type=int,
+    default=defaults.DENSITY_PASSES,
+    show_default=True,
+    help="Maximum number of passes over the tiles.",
 )
 @click.option(
     "--bandwidth", type=float, default=defaults.BANDWIDTH, show_default=True, help="Width of the smoothing, in decades."

@@ -71,8 +71,8 @@ def _page(answer: "FlowAnswer") -> list[str]:
     series = {"loss": answer.train_loss, "accuracy": answer.train_accuracy, "test": answer.test_accuracy}
     known = {title: values for title, values in series.items() if values is not None}
     lines = [
-        f"  {answer.loss} loss / {answer.normalisation:g}, from {start}, learning rate {answer.rate:g}, "
-        f"by {answer.method}"
+        f"  {answer.loss} loss divided by {answer.normalisation:g}, starting from {start}, learning rate "
+        f"{answer.rate:g}, method {answer.method}"
     ]
     lines += [f"  {'t':>10}" + "".join(f"{title:>11}" for title in known)]
     for at, time in enumerate(answer.times):
@@ -88,7 +88,7 @@ def _modes(answer: "FlowAnswer") -> list[str]:
     if answer.eigenvalues is None or answer.learning_times is None or answer.energies is None:
         return []
     modes = list(zip(answer.eigenvalues, answer.learning_times, answer.energies, strict=True))[:LISTED]
-    lines = [f"  {'eigenvalue':>11}{'learned at':>12}{'of labels':>11}"]
+    lines = [f"  {'eigenvalue':>11}{'learned at':>12}{'label part':>11}"]
     return lines + [f"  {value:>11.4g}{_time(time):>12}{energy:>11.2%}" for value, time, energy in modes]
 
 

@@ -73,15 +73,16 @@ def test_store(path: str | None, paths: Sequence[str]) -> "KernelStore | None":
 def _page(answer: "RegressAnswer") -> list[str]:
     series: dict[str, Sequence[float | None] | None] = {
         "train": answer.train_error,
-        "left out": answer.loo_error,
-        "gcv": answer.gcv,
+        "loo": answer.loo_error,
+        "GCV": answer.gcv,
         "test": answer.test_error,
         "train acc": answer.train_accuracy,
-        "l.o. acc": answer.loo_accuracy,
+        "loo acc": answer.loo_accuracy,
         "test acc": answer.test_accuracy,
     }
     known = {title: values for title, values in series.items() if values is not None}
-    lines = [f"  from {'the logits' if answer.offset == 'logits' else 'zero'}, by {answer.method}"]
+    start = "the logits" if answer.offset == "logits" else "zero"
+    lines = [f"  starting from {start}, solver {answer.method}; errors are mean squares, loo is leave-one-out"]
     lines += ["  " + f"{'λ':>10}" + "".join(f"{title:>11}" for title in known)]
     for at, shift in enumerate(answer.shifts):
         numbers = "".join(_number(values[at], is_part="acc" in title) for title, values in known.items())
