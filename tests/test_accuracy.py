@@ -259,7 +259,7 @@ def test_a_network_without_float64_is_compared_in_its_own_dtype(output, job, tmp
 
 def test_info_says_in_which_dtype_it_was_compared(run, tmp_path, job):
     ntkgen.compute(InFloat32(), job.x, store=tmp_path / "k.zarr", fsync=False)
-    assert "exact in float32, because the network cannot run in float64" in run("info", tmp_path / "k.zarr")[1]
+    assert "is in float32, because the network cannot run in float64" in run("info", tmp_path / "k.zarr")[1]
 
 
 def test_what_no_dtype_can_run_is_found_before_the_work(job, tmp_path):

@@ -81,7 +81,7 @@ def _run(args: Sequence[str] | None) -> int:
         if not is_remote_error(error):
             raise
         is_full = isinstance(error, OSError) and error.errno in FULL
-        question = "Is the path right, and may you use it?"
+        question = "Is the path right, and do you have access to it?"
         advice = "Free some space, then run the same command again." if is_full else question
         what = "The disk is full" if is_full else first_lines(error)
         return _fail(f"{what}. Finished work is kept. {advice}", 1)

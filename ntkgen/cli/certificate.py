@@ -16,7 +16,7 @@ def certificate_lines(found: "StoreDescription") -> dict[str, str]:
         return {"certificate": "none yet; the same `ntkgen compute` or `ntkgen verify --certify` makes one"}
     sampled = _sampled(certificate, found.num_logits)
     return {
-        "certificate": f"of the error E = stored − exact kernel, from {sampled}{_compared_in(certificate)}",
+        "certificate": f"bound on the error E = stored − exact kernel, from {sampled}{_compared_in(certificate)}",
         **{error.dtype: _error_line(error) for error in certificate.errors},
         "": f"{_no_value(found)} has an error above the bound on ‖E‖_F",
         **({} if found.inaccuracy is None else {"WRONG": found.inaccuracy}),
@@ -31,7 +31,7 @@ def _sampled(certificate: "Certificate", num_logits: int) -> str:
 
 def _compared_in(certificate: "Certificate") -> str:
     dtype = certificate.exact_dtype
-    return "" if dtype == "float64" else f"; exact in {dtype}, because the network cannot run in float64"
+    return "" if dtype == "float64" else f"; the exact kernel is in {dtype}, because the network cannot run in float64"
 
 
 def _error_line(error: "StoredError") -> str:

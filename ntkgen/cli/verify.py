@@ -152,7 +152,7 @@ def _verify_path(path: str, request: _Request) -> _Finding:
         if not is_remote_error(error):
             raise
         problem = (
-            f"{path} cannot be verified: {first_lines(error)}. Is the path right, and may you use it?",
+            f"{path} cannot be verified: {first_lines(error)}. Is the path right, and do you have access to it?",
             UNREACHED,
         )
     return _Finding({"store": path, "is_whole": None, "error": problem[0]}, problems=[problem])
