@@ -208,7 +208,7 @@ def test_a_damaged_tile_is_named_and_not_mirrored(upper):
 
 def test_a_tile_that_vanishes_meanwhile_is_not_mirrored_as_nan(upper):
     (upper.path / "ntk_float32/c/0/2").unlink()
-    with pytest.raises(StoreError, match=r"Tile \(0, 2\) of ntk_float32.*gone"):
+    with pytest.raises(StoreError, match=r"Tile \(0, 2\) of ntk_float32.*missing file"):
         mirror_tile(open_store(upper.path, mode="r+"), Tile(0, 2))
     assert not (upper.path / "ntk_float32/c/2/0").exists()
 

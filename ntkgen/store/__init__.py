@@ -1,1 +1,1 @@
-"""The kernel on disk: what is in it, how it is written, opened and read."""
+"""The kernel on disk: its format, and how it is written, opened and read."""

@@ -1,4 +1,4 @@
-"""What is known of the accuracy of a finished store, as a value: the certificate and its statistics."""
+"""The certificate of a finished store: the measured error of its kernel, with an upper bound, and its statistics."""
 
 import dataclasses
 import math
@@ -11,13 +11,15 @@ import numpy as np
 from ntkgen.errors import InputError
 from ntkgen.plan.tiles import Tile, TileGrid
 
-Made = TypeVar("Made", "StoredError", "Certificate")
+Record = TypeVar("Record", "StoredError", "Certificate")
 
+# Confidence of every upper bound.
 CONFIDENCE = 0.95
-# Rounding to a store dtype changes x by at most x times the first, and by at most the second below its normal numbers.
+# Largest relative change of a number by rounding to a store dtype, in the range of its normal numbers.
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
+# Largest absolute change of a number by rounding to a store dtype, below its normal numbers.
 HALF_SUBNORMAL = {"float16": 2.0**-25, "float32": 2.0**-150, "float64": 0.0}
-# Relative change of what is kept of a sample by rounding it once.
+# Largest relative change of a sample's factors by rounding them once, for each precision policy.
 POLICY_ROUNDOFF = {
     "float64": 2.0**-53,
     "float64-accumulate": 2.0**-24,
@@ -25,27 +27,27 @@ POLICY_ROUNDOFF = {
     "tf32": 2.0**-11,
     "bfloat16": 2.0**-9,
 }
-# The error that a kernel may have by how it was computed, relative to ‖K‖_F. Wrong rules and wrong batches were off by
-# half a per cent and more, in all networks that were found to have any.
+# Largest error that a precision policy explains, relative to ‖K‖_F. Wrong layer rules and wrong batches caused errors
+# of at least half a per cent in every network where they were found.
 POLICY_ERRORS = {
-    # Trained networks are off by some 1e-15. Passes of deep untrained ones multiply rounding by several thousands, as
-    # they do in float32, which makes 1e-12; the exact product that it is compared with rounds as much.
+    # The error of trained networks is about 1e-15. The passes of deep untrained networks amplify rounding errors by
+    # several thousand, to 1e-12, as in float32. The exact product in the comparison has rounding errors of that size.
     "float64": 1e-8,
-    # The network is run in float32. Trained ones are off by 2e-8 to 3e-7, deep untrained ones by up to 3e-4. Where an
-    # input of a ReLU is within rounding of zero, one flipped unit changes the rows of its sample by some per cent.
+    # The network is run in float32. The error is 2e-8 to 3e-7 for trained networks and up to 3e-4 for deep untrained
+    # networks. Where rounding changes the sign of a ReLU's input, the rows of its sample change by a few per cent.
     "float64-accumulate": 1e-3,
     "float32": 1e-3,
-    # One rounding to 11 or 8 bits of each factor, 5e-4 or 2e-3, beside the above: measured are 3e-4 to 2e-3.
+    # Each factor is also rounded once to 11 or 8 bits, by 5e-4 or 2e-3. Measured errors are 3e-4 to 2e-3.
     "tf32": 1e-2,
     "bfloat16": 1e-2,
 }
-# Factor by which the rows of one block may exceed that, relative to their own size: a block may have few samples, and
-# one of them a flipped unit.
+# Factor by which the relative error of one block's rows may exceed `POLICY_ERRORS`. In a block of few samples, one
+# ReLU input whose sign changes has a large effect.
 BLOCK_RATIO = 10.0
 
 
 def allowed_error(precision: str, dtype: str, *, ratio: float = 1.0) -> float:
-    """Bound the relative error that a policy, or some times as much, and storing in a dtype explain.
+    """Bound the relative error that a precision policy, times ``ratio``, and rounding to a store dtype explain.
 
     >>> f"{allowed_error('float32', 'float16'):.2g}", f"{allowed_error('float64', 'float64'):.2g}"
     ('0.002', '1e-08')
@@ -55,36 +57,38 @@ def allowed_error(precision: str, dtype: str, *, ratio: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How much is sampled: Gaussian vectors, pairs of samples, and the seed of both."""
+    """Sizes of the random sample of a certificate: Gaussian vectors, pairs of samples, and the seed of both."""
 
     num_probes: int = 10
     num_pairs: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse numbers that cannot be meant.
+        """Refuse invalid numbers.
 
         Raises:
             InputError: If there is no probe, or a number is negative.
         """
         if self.num_probes < 1 or self.num_pairs < 0 or self.seed < 0:
             raise InputError(
-                f"A certificate cannot be made of {self.num_probes} probes and {self.num_pairs} pairs with the seed "
-                f"{self.seed}: expected at least one probe, and nothing negative. Choose others; 10 and 16 will do."
+                f"A certificate (the measured error bound of a kernel) cannot be computed from {self.num_probes} "
+                f"probes and {self.num_pairs} pairs with the seed {self.seed}: expected at least one probe, and no "
+                "negative number. Is one of them misspelt? The defaults are 10 probes and 16 pairs."
             )
 
 
+# Sampling of a kernel with the output `full`.
 USUAL_SAMPLING = Sampling()
-# A probe of the outputs `trace` and `diagonal` costs as much as m others: fewer, and a bound further from the estimate.
+# Sampling of a kernel with the output `trace` or `diagonal`. A probe costs m times as much there. Fewer probes make
+# the ratio of bound and estimate larger.
 REDUCED_SAMPLING = Sampling(num_probes=3)
-
-
-# Backward passes for the sampled pairs of a kernel of traces: each of its entries needs all m outputs of both samples.
+# Maximum number of backward passes for the sampled pairs of a `trace` kernel. Each of its entries needs all m outputs
+# of both samples.
 TRACE_PASSES = 512
 
 
 def usual_sampling(output: str, num_logits: int) -> Sampling:
-    """Choose how much is sampled of the kernel of an output map where it is not given.
+    """Choose the default sampling of a certificate for the kernel of an output map.
 
     >>> usual_sampling("full", 1000).num_pairs, usual_sampling("trace", 10).num_pairs, usual_sampling("trace", 1000)
     (16, 16, Sampling(num_probes=3, num_pairs=1, seed=0))
@@ -97,20 +101,20 @@ def usual_sampling(output: str, num_logits: int) -> Sampling:
 
 @dataclass(frozen=True)
 class StoredError:
-    """How far the kernel in one store dtype is from the exact one. E is their difference.
+    """The error of the kernel in one store dtype. E is the stored kernel minus the exact kernel K.
 
     Attributes:
-        dtype: The store dtype.
-        error: Estimate of ‖E‖_F, and with it of the root of the summed squares of all errors of entries.
-        bound: Upper bound of ‖E‖_F with 95 % confidence. No eigenvalue, or singular value of a rectangular kernel, is
-            further off: |λ̃ − λ| ≤ ‖E‖₂ ≤ ‖E‖_F (Weyl).
-        relative_error: The estimate over that of ‖K‖_F.
-        relative_bound: The bound over the estimate of ‖K‖_F.
-        allowed: The relative error that the precision policy and the store dtype explain.
-        max_pair_error: The largest |E_rc| / √(K_rr K_cc) of the sampled entries.
-        block_errors: The estimate of ‖E_b‖_F for the rows of each block of samples; their squares add up to `error`².
-        suspicious: The blocks whose error is out of line; see `suspicious_blocks` for the rule.
-        exceeding: The blocks whose error is larger than the policy explains, for their own size.
+        dtype: Store dtype.
+        error: Estimate of ‖E‖_F, the square root of the sum of the squared errors of all entries.
+        bound: Upper bound of ‖E‖_F with 95 % confidence. It also bounds the error of every eigenvalue, and of every
+            singular value of a rectangular kernel: |λ̃ − λ| ≤ ‖E‖₂ ≤ ‖E‖_F (Weyl).
+        relative_error: `error` divided by the estimate of ‖K‖_F.
+        relative_bound: `bound` divided by the estimate of ‖K‖_F.
+        allowed: Largest relative error that the precision policy and the store dtype explain.
+        max_pair_error: Largest |E_rc| / √(K_rr K_cc) of the sampled entries.
+        block_errors: Estimate of ‖E_b‖_F for the rows of each block of samples. Their squares add up to `error`².
+        suspicious: Blocks whose error is much larger than that of the others. `suspicious_blocks` has the rule.
+        exceeding: Blocks whose error, relative to the size of their rows, is larger than the policy explains.
     """
 
     dtype: str
@@ -126,35 +130,37 @@ class StoredError:
 
     @property
     def is_good(self) -> bool:
-        """Whether rounding explains the error, of the whole and of each block.
+        """Whether rounding explains the error of the whole kernel and of each block.
 
-        Judged is the estimate. Of few probes the bound is far above it, and would refuse a kernel for its certificate.
+        The estimate is judged, not the bound. With few probes the bound is far above the estimate, and would refuse
+        accurate kernels.
         """
         return self.relative_error <= self.allowed and not self.wrong_blocks
 
     @property
     def wrong_blocks(self) -> tuple[int, ...]:
-        """The blocks of samples whose error is out of line or too large."""
+        """Blocks of samples that are suspicious or exceed the allowed error."""
         return tuple(sorted({*self.suspicious, *self.exceeding}))
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was sampled, and the error of each store dtype.
+    """The measured error of a finished kernel for each store dtype, and the size of the random sample behind it.
 
     Attributes:
-        num_probes: Gaussian vectors.
-        num_pairs: Pairs of samples.
-        seed: Of both.
-        kernel_norm: The estimate of ‖K‖_F.
-        errors: In the store's order of dtypes.
-        exact_dtype: What the exact kernel was computed in: float64, or where the network cannot be run in that its own
-            dtype, float32. Its rounding is then a part of the errors.
-        num_pair_outputs: Outputs of each sample of a pair whose entries were compared; None: all.
-        seconds: What it took. For printing alone: neither compared nor kept, so that equal runs give equal bytes.
+        num_probes: Number of Gaussian vectors.
+        num_pairs: Number of sampled pairs of samples.
+        seed: Seed of the Gaussian vectors and of the pairs.
+        kernel_norm: Estimate of ‖K‖_F.
+        errors: Error of each store dtype, in the store's order.
+        exact_dtype: Dtype in which the exact kernel was computed. It is float64, or float32 where the network cannot be
+            run in float64. Rounding in float32 is then part of the errors.
+        num_pair_outputs: Number of outputs compared for each sample of a pair. None means all.
+        seconds: Duration of the measurement. It is only printed. It is neither compared nor stored, so that equal runs
+            give equal bytes.
 
-    A certificate that was read is written with the same values, so that a store of another version keeps its bytes:
-    keys that this version does not know stay, and keys that it has added are not invented.
+    A certificate that was read is written with the same values, so that a store of another version keeps its bytes.
+    Keys that this version does not know are kept, and keys that this version has added are not written.
     """
 
     num_probes: int
@@ -165,24 +171,24 @@ class Certificate:
     exact_dtype: str = "float64"
     num_pair_outputs: int | None = None
     seconds: float = dataclasses.field(default=0.0, compare=False)
-    # The values that it was read from; not copied by `dataclasses.replace`, which makes another certificate.
+    # The values that it was read from. `dataclasses.replace` does not copy them, because it makes another certificate.
     _read_from: Mapping[str, Any] | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
 
     @property
     def is_good(self) -> bool:
-        """Whether rounding explains the errors of all dtypes."""
+        """Whether rounding explains the errors of all store dtypes."""
         return all(error.is_good for error in self.errors)
 
     @property
     def bad_pairs_below(self) -> float:
-        """Bound the fraction of pairs with a larger error than the sampled ones have; see `bad_fraction`.
+        """Bound the fraction of pairs whose error is larger than that of every sampled pair, as `bad_fraction` does.
 
-        Where outputs were sampled too, that is of pairs with an error among those.
+        Where outputs were sampled too, the fraction counts the sampled outputs only.
         """
         return bad_fraction(self.num_pairs)
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values: dictionaries, lists, strings, and numbers of three digits."""
+        """Convert to dictionaries, lists, strings, and numbers rounded to three digits."""
         if self._read_from is not None:
             return dict(self._read_from)
         names = ("num_probes", "num_pairs", "seed", "exact_dtype", "num_pair_outputs")
@@ -192,15 +198,16 @@ class Certificate:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], precision: str = "float32") -> "Certificate":
-        """Read back what `to_json` wrote, also that of earlier versions, which did not say what error is allowed.
+        """Read the values that `to_json` wrote. Those of earlier versions lack the allowed error.
 
         Args:
-            values: The plain values.
-            precision: The policy of the kernel, which says what is allowed where the values do not.
+            values: Plain values.
+            precision: Precision policy of the kernel. It gives the allowed error where the values lack it.
         """
-        made = _read(cls, {**values, "errors": tuple(_read_error(error, precision) for error in values["errors"])})
-        object.__setattr__(made, "_read_from", dict(values))
-        return made
+        errors = tuple(_read_error(error, precision) for error in values["errors"])
+        certificate = _read(cls, {**values, "errors": errors})
+        object.__setattr__(certificate, "_read_from", dict(values))
+        return certificate
 
 
 def _read_error(values: Mapping[str, Any], precision: str) -> StoredError:
@@ -218,7 +225,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def rounded(value: float) -> float:
-    """Round to three significant digits, so that equal runs give equal bytes whatever the last bits are.
+    """Round to three significant digits, so that runs that differ in the last bits give equal bytes.
 
     >>> rounded(0.0123449), rounded(0.0)
     (0.0123, 0.0)
@@ -227,7 +234,7 @@ def rounded(value: float) -> float:
 
 
 def rounded_up(value: float) -> float:
-    """Round a bound to three significant digits, and never below what it is.
+    """Round a bound up to three significant digits.
 
     >>> rounded_up(0.0123449), rounded_up(0.0124), rounded_up(0.0)
     (0.0124, 0.0124, 0.0)
@@ -236,11 +243,11 @@ def rounded_up(value: float) -> float:
     return nearest if nearest >= value else rounded(nearest + 10.0 ** (math.floor(math.log10(value)) - 2))
 
 
-def _read(kind: type[Made], values: Mapping[str, Any]) -> Made:
-    """Make a value of what is known of it; what a later version adds is left out."""
-    known = {field.name for field in dataclasses.fields(kind) if field.init}
-    found: dict[str, Any] = {name: _frozen(value) for name, value in values.items() if name in known}
-    return kind(**found)
+def _read(kind: type[Record], values: Mapping[str, Any]) -> Record:
+    """Make a dataclass from its known fields. Keys that a later version has added are ignored."""
+    names = {field.name for field in dataclasses.fields(kind) if field.init}
+    known: dict[str, Any] = {name: _frozen(value) for name, value in values.items() if name in names}
+    return kind(**known)
 
 
 def _frozen(value: Any) -> Any:
@@ -248,10 +255,10 @@ def _frozen(value: Any) -> Any:
 
 
 def tiles_to_check(grid: TileGrid, suspicious: Iterable[int]) -> list[Tile]:
-    """List the tiles with rows of suspicious blocks; of a symmetric kernel also with their columns.
+    """List the tiles in the rows of suspicious blocks and, for a symmetric kernel, in their columns.
 
-    A block's error does not say which of its columns are wrong. But where one triangle is stored, a wrong tile is used
-    for its rows and mirrored for its columns: those of two suspicious blocks come first.
+    The error of a block of rows does not tell the wrong columns. Of a symmetric kernel one triangle is read: a wrong
+    tile then changes the rows of two blocks. Therefore the tiles of two suspicious blocks are listed first.
 
     >>> tiles_to_check(TileGrid(3, 1, 1), [0, 1])[:3]
     [Tile(row=0, col=0), Tile(row=0, col=1), Tile(row=1, col=1)]
@@ -264,14 +271,14 @@ def tiles_to_check(grid: TileGrid, suspicious: Iterable[int]) -> list[Tile]:
 
 
 def upper_bound(estimate: float, num_probes: int) -> float:
-    """Turn an estimate of ‖E‖_F into an upper bound with 95 % confidence, times √(s / χ²_s(5 %)).
+    """Multiply an estimate of ‖E‖_F by √(s / χ²_s(5 %)), which gives an upper bound with 95 % confidence.
 
     With σ_k the singular values of E, ‖E V‖²_F = Σ_k σ_k² c_k, where the c_k are independent and χ²-distributed with s
-    degrees of freedom. For an E of rank one the confidence is 95 % exactly; several singular values average, the sum
-    falls so far short of its mean more rarely, and the bound is conservative.
+    degrees of freedom. For an E of rank one the confidence is exactly 95 %. With several singular values the sum is
+    an average over several c_k. It is less often far below its mean, and the bound is conservative.
 
     References:
-        Roosta-Khorasani, Székely (2015), arXiv:1601.04731: the tails of such sums order as their weights majorise.
+        Roosta-Khorasani, Székely (2015), arXiv:1601.04731: majorisation of the weights orders the tails of such sums.
 
     >>> round(upper_bound(1.0, 10), 2), round(upper_bound(1.0, 100), 2)
     (1.59, 1.13)
@@ -282,9 +289,9 @@ def upper_bound(estimate: float, num_probes: int) -> float:
 
 
 def bad_fraction(num_pairs: int) -> float:
-    """Bound the fraction of bad pairs of which p sampled ones had none, with 95 % confidence: 1 − 0.05^(1/p).
+    """Bound the fraction of bad pairs when p sampled pairs are all good, with 95 % confidence: 1 − 0.05^(1/p).
 
-    If a larger fraction were bad, p good pairs would be drawn in fewer than 5 % of all samplings.
+    If a larger fraction were bad, fewer than 5 % of all random samples of p pairs would have only good pairs.
 
     >>> round(bad_fraction(299), 4), round(bad_fraction(16), 2), bad_fraction(0)
     (0.01, 0.17, 1.0)

@@ -1,4 +1,4 @@
-"""A store described as a value, to be printed or read by scripts."""
+"""Description of a store for printing and for scripts, and the judgement of its certificate (measured error bound)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,43 +11,45 @@ from ntkgen.store.provenance import Provenance
 from ntkgen.store.rounding import Underflow
 from ntkgen.store.store import KernelStore
 
+# Maximum number of names in a message, and of missing tiles in a description.
 FIRST_MISSING = 5
-# What is written of these precisions has an error floor again where it is stored in less.
+# Precision policies whose result loses accuracy when it is stored in less than float64.
 CAREFUL_PRECISIONS = ("float64", "float64-accumulate")
 
 
 @dataclass(frozen=True)
 class StoreDescription:
-    """What a store holds and what it lacks.
+    """The contents of a store and its missing tiles.
 
     Attributes:
-        store: Where it lies.
-        arrays: The names of its kernel arrays, also of those that are not there yet.
-        quantity: What the kernel's values are.
-        num_samples: Samples of the rows.
-        num_col_samples: Samples of the columns, where they are others.
-        num_outputs: Rows per sample.
-        num_logits: Outputs of the network; 0 where the kernel was imported.
-        num_params: Trainable parameters of the network; 0 where they are not known.
-        rows: Rows of the kernel.
-        cols: Columns of the kernel.
-        output: The output map.
+        store: Path or URL of the store.
+        arrays: Names of the kernel arrays, including those that do not exist yet.
+        quantity: Meaning of the kernel's values.
+        num_samples: Number of samples in the rows.
+        num_col_samples: Number of samples in the columns, if they are other samples.
+        num_outputs: Number of rows per sample.
+        num_logits: Number of network outputs. It is 0 for an imported kernel.
+        num_params: Number of trainable parameters of the network. It is 0 if unknown.
+        rows: Number of rows of the kernel.
+        cols: Number of columns of the kernel.
+        output: Name of the output map.
         layout: ``upper`` or ``full``.
-        precision: What the kernel was computed in.
-        tile_side: Rows of a tile.
-        tiles: Tiles of the finished kernel.
-        tiles_missing: Tiles that are not there.
-        first_missing: The first of them.
-        is_complete: Whether the store is finished, and nothing of it has gone since.
-        stored_bytes: Bytes of all of its files.
-        scale_factors: What an array is to be multiplied by, by its name, where that is not 1.
-        float16_underflow: Entries that float16 cannot hold whole; None where they are not counted.
-        certificate: How accurate the kernel is. None where it has no certificate, or is no longer whole.
-        inaccuracy: What the certificate finds wrong; None where that is nothing.
-        suspicious_tiles: For a store dtype, the tiles in which the certificate suspects an error.
-        predecessor_factor: By what the predecessor of this program multiplied the kernel: 1/√P.
-        provenance: What the kernel was made of.
-        fingerprint: The hash of what the kernel is of.
+        precision: Precision policy of the computation.
+        tile_side: Number of rows of a tile.
+        tiles: Number of tiles of the finished kernel.
+        tiles_missing: Number of missing tiles.
+        first_missing: First missing tiles.
+        is_complete: Whether the store is marked complete and nothing of it is missing.
+        stored_bytes: Size of all files in bytes.
+        scale_factors: Factor by which a stored array is multiplied, by its name, if it is not 1.
+        float16_underflow: Numbers of entries that float16 stores with fewer bits, and as zero. None if not counted.
+        certificate: Measured error of the kernel, with an upper bound. None if it was not measured, or if tiles are
+            missing now.
+        inaccuracy: Errors that the certificate shows, in one line. None if it shows none.
+        suspicious_tiles: Tiles in which the certificate suspects an error, by store dtype.
+        predecessor_factor: Factor by which the predecessor of this program multiplied the kernel, 1/√P.
+        provenance: Network, data and training that the kernel was computed from.
+        fingerprint: Hash of the kernel's identity.
     """
 
     store: str
@@ -80,11 +82,11 @@ class StoreDescription:
 
     @property
     def status(self) -> str:
-        """Whether the store is finished, in a word."""
+        """State of the store, ``complete`` or ``in_progress``."""
         return "complete" if self.is_complete else "in_progress"
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values, as scripts read them."""
+        """Convert to plain values for scripts."""
         underflow = self.float16_underflow
         return {
             "store": self.store,
@@ -122,7 +124,7 @@ class StoreDescription:
 
 
 def describe(store: KernelStore) -> StoreDescription:
-    """Say what a store holds and what it lacks."""
+    """Describe the contents of a store and its missing tiles."""
     manifest, grid = store.manifest, store.grid
     missing = store.missing_tiles()
     scales = {name: store.scale_factor(name) for name in store.array_names}
@@ -148,10 +150,10 @@ def describe(store: KernelStore) -> StoreDescription:
         stored_bytes=store.stored_bytes,
         scale_factors={name: scale for name, scale in scales.items() if scale != 1},
         float16_underflow=store.float16_underflow,
-        certificate=None if missing else manifest.certificate,  # of a kernel that is no longer whole it says nothing
+        certificate=None if missing else manifest.certificate,  # it does not hold for a kernel with missing tiles
         inaccuracy=None if missing else inaccuracy(store),
         suspicious_tiles=suspicious_tiles(store),
-        # what the predecessor of this program stored of this kernel; an imported one whose scale is unknown is that
+        # The predecessor stored this kernel divided by √P. With an unknown P the factor is 1.
         predecessor_factor=max(1, manifest.plan.profile.num_params) ** -0.5,
         provenance=manifest.provenance,
         fingerprint=manifest.fingerprint,
@@ -159,27 +161,27 @@ def describe(store: KernelStore) -> StoreDescription:
 
 
 def suspicious_tiles(store: KernelStore) -> dict[str, tuple[Tile, ...]]:
-    """List for each store dtype the tiles in which the certificate suspects an error, the likeliest first."""
+    """List for each store dtype the tiles in which the certificate suspects an error, in descending likelihood."""
     certificate = store.manifest.certificate
     errors = () if certificate is None else certificate.errors
-    found = {error.dtype: tuple(tiles_to_check(store.grid, error.suspicious)) for error in errors}
-    return {dtype: tiles for dtype, tiles in found.items() if tiles}
+    suspicious = {error.dtype: tuple(tiles_to_check(store.grid, error.suspicious)) for error in errors}
+    return {dtype: tiles for dtype, tiles in suspicious.items() if tiles}
 
 
 def inaccuracy(store: KernelStore) -> str | None:
-    """Say in one line what a certificate finds wrong with a kernel; None where it finds nothing, or there is none."""
+    """Describe in one line the errors that a certificate shows. Return None if it shows none, or if there is none."""
     certificate = store.manifest.certificate
     if certificate is None or certificate.is_good:
         return None
     tiles = suspicious_tiles(store)
-    found = "; ".join(_fault(error, tiles.get(error.dtype, ())) for error in certificate.errors if not error.is_good)
+    faults = "; ".join(_fault(error, tiles.get(error.dtype, ())) for error in certificate.errors if not error.is_good)
     return (
         f"The kernel at {store.name} differs from the exact one by more than rounding explains: expected an error "
-        f"within what {store.manifest.plan.precision} and the stored dtype allow, and of one size for all blocks of "
-        f"samples, found {found}. Is a disk or a memory damaged, is the network too deep for this precision, or is "
-        f"it a mistake in ntkgen? `ntkgen verify --repair --recompute N` computes N tiles again and removes those that "
-        "differ, for the same command to make anew; a kernel computed in float64 tells whether it is "
-        "rounding. If it is neither, please report it."
+        f"within the limit of {store.manifest.plan.precision} and the stored dtype, and of similar size in all blocks "
+        f"of samples, found {faults}. Is a disk or a memory damaged, is the network too deep for this precision, or is "
+        "it a mistake in ntkgen? Run `ntkgen verify --repair --recompute N`, which computes N tiles again and removes "
+        "those that differ, and then the command of the kernel again. Compute the kernel in float64 to see whether "
+        "rounding is the cause. If neither helps, please report it."
     )
 
 
@@ -193,28 +195,28 @@ def _fault(error: StoredError, tiles: Sequence[Tile]) -> str:
 
 
 def require_accurate(store: KernelStore) -> None:
-    """Refuse to take a kernel for good that its certificate finds wrong.
+    """Refuse a kernel whose certificate (its measured error bound) shows errors.
 
     Raises:
-        InaccurateKernelError: If it does; the store stays, and can be opened.
+        InaccurateKernelError: If the certificate shows errors. The store is kept and can be opened.
     """
     if (wrong := inaccuracy(store)) is not None:
         raise InaccurateKernelError(wrong)
 
 
 def first_few(names: Iterable[str]) -> str:
-    """Join names with commas, the first of them where they are many.
+    """Join names with commas. Of a long list, join the first names and give the total number.
 
     >>> first_few("abcdefg")
     'a, b, c, d, e, … (7)'
     """
-    every = list(names)
-    shown = ", ".join(every[:FIRST_MISSING])
-    return shown if len(every) <= FIRST_MISSING else f"{shown}, … ({len(every)})"
+    listed = list(names)
+    shown = ", ".join(listed[:FIRST_MISSING])
+    return shown if len(listed) <= FIRST_MISSING else f"{shown}, … ({len(listed)})"
 
 
 def loses_precision(precision: str, dtypes: Sequence[str]) -> bool:
-    """Say whether a kernel is computed more precisely than it is stored.
+    """Tell whether a kernel is computed more precisely than it is stored.
 
     >>> loses_precision("float64-accumulate", ["float16", "float32"]), loses_precision("float32", ["float32"])
     (True, False)

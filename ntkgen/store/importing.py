@@ -1,4 +1,7 @@
-"""A kernel of this program's predecessor → one of our stores, bit by bit; `ntkgen.store.foreign` reads it."""
+"""Import of a kernel that this program's predecessor has written: a store with the same numbers, bit by bit.
+
+`ntkgen.store.foreign` reads the source.
+"""
 
 import hashlib
 from os import PathLike
@@ -25,8 +28,8 @@ from ntkgen.store.store import KernelStore
 from ntkgen.store.tidy import tidy
 from ntkgen.store.writing import write_each
 
-# What to do where the disk is too small.
-NO_ROOM = "Does it lie on the same disk as the source? Free some, or choose another `target`."
+# Advice for a disk that is too small.
+NO_ROOM = "Is the source on the same disk? Free disk space, or choose another `target`."
 
 
 def import_kernel(
@@ -35,23 +38,23 @@ def import_kernel(
     given: SourceDescription,
     report: Report = ignore_report,
 ) -> KernelStore:
-    """Write a kernel of the predecessor as one of our stores, or finish it: the same numbers in our layout `upper`.
+    """Convert a kernel of the predecessor into a store of the layout `upper`, with the same numbers.
 
-    The upper triangle counts, and is mirrored within the tiles on the diagonal. Where the number of parameters is
-    known, the attribute ``scale_factor`` is √P, so that `ntkgen.open` gives J Jᵀ. An interrupted import goes on with
-    the same call.
+    Only the upper triangle of the source is used. Within the tiles on the diagonal it is mirrored. If the number P of
+    parameters is known, the attribute ``scale_factor`` is √P, so that `ntkgen.open` gives J Jᵀ. The same call continues
+    an interrupted import.
 
     Args:
-        source: A Zarr array, at a path or a URL, or a raw file.
-        target: Where the store is, or is to be.
-        given: What the source does not say.
-        report: Called as the stage ``imported`` proceeds.
+        source: Path or URL of a Zarr array, or path of a raw file.
+        target: Path or URL of the store.
+        given: Properties of the kernel that the source does not state.
+        report: Function that is called as the stage ``imported`` proceeds.
 
     Raises:
-        InputError: If what is said of the source does not fit it.
-        StoreError: If the source is no such kernel, or not a whole one.
-        FingerprintError: If the store is of something else.
-        DiskSpaceError: If the disk has no room for it.
+        InputError: If the given properties do not match the source.
+        StoreError: If the source is not a kernel of the predecessor, or not complete.
+        FingerprintError: If the target holds another kernel.
+        DiskSpaceError: If the disk has no space for the store.
     """
     source, target = folder_of(source), folder_of(target)
     _require_elsewhere(source, target)
@@ -71,7 +74,7 @@ def import_kernel(
 
         try:
             write_each(write, missing, counter(report, "imported", total - len(missing), total))
-        except StoreError:  # the source is refused, and what was begun of it is of no use
+        except StoreError:  # the source is refused, and the new store is useless
             if is_new:
                 target.clear()
             raise
@@ -80,7 +83,7 @@ def import_kernel(
 
 
 def default_target(source: str) -> str:
-    """Name the store that a kernel becomes where it is not given.
+    """Derive the path of the store from that of the source.
 
     >>> default_target("ckpt/ntk_float32.zarr/"), default_target("ntk_float16.bin")
     ('ckpt/ntk_float32.imported.zarr', 'ntk_float16.imported.zarr')
@@ -91,8 +94,8 @@ def default_target(source: str) -> str:
     whole = source.rstrip("/")
     if whole.rpartition("/")[2] in {"", ".", "..", "~"}:
         raise InputError(
-            f"The path {source} has no name to call the new store by: expected one that ends in a name. Is it the "
-            "current folder? Say with `target` where the store is to be."
+            f"The path {source} gives no name for the new store: expected a path that ends in a name. Is it the "
+            "current folder? Give the path of the store as `target`."
         )
     return f"{whole.removesuffix('.zarr').removesuffix('.bin')}.imported.zarr"
 
@@ -101,8 +104,8 @@ def _require_elsewhere(source: Folder, target: Folder) -> None:
     places = [_resolved(source), _resolved(target)]
     if f"{places[1]}/".startswith(f"{places[0]}/"):
         raise InputError(
-            f"{source} cannot become a store where it lies: expected another place to write to, found {target}. Was "
-            "the source meant to be replaced? Choose another `target`, and remove the source afterwards."
+            f"{source} cannot be imported into its own folder: expected another place for the store, found {target}. "
+            "Should the store replace the source? Choose another `target`, and remove the source afterwards."
         )
 
 
@@ -126,7 +129,7 @@ def _open_or_create(target: Folder, foreign: ForeignKernel, diagonal: npt.NDArra
 
 
 def _identity(foreign: ForeignKernel, diagonal: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Collect what an import that goes on must agree with; the diagonal stands for a terabyte of entries."""
+    """Collect the properties that a continued import must match. A hash of the diagonal represents all entries."""
     given = foreign.given
     return {
         IMPORTED: foreign.short_name,
@@ -145,7 +148,7 @@ def _grid(given: SourceDescription) -> TileGrid:
 
 
 def _plan(given: SourceDescription) -> Plan:
-    """Write down that nothing was planned: no layers, no logits, and an unknown precision."""
+    """Make the empty plan of an imported kernel: no layers, no logits, and an unknown precision."""
     m = given.num_outputs
     jacobian = JacobianPlan("unknown", m, (), 0, (), sizes_for("unknown", 1, 1))
     profile = NetworkProfile(m, given.num_params or 0, (), 0, (), activation_numbers=0, input_numbers=0, num_logits=0)
@@ -161,7 +164,7 @@ def _write_diagonal(store: KernelStore, diagonal: npt.NDArray[np.float64]) -> No
 
 
 def _missing_bytes(target: Folder, foreign: ForeignKernel) -> int:
-    """Count the bytes that are still to be written, beside what is there already."""
+    """Count the bytes that are still to be written."""
     grid = _grid(foreign.given)
     whole = grid.num_tiles * grid.side**2 * np.dtype(foreign.dtype).itemsize
     return whole - sum(target.sizes(f"ntk_{foreign.dtype}").values())

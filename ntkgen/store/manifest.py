@@ -1,4 +1,4 @@
-"""What a store says of itself, and what a resumed run must agree with."""
+"""The manifest of a store: what its kernel is, and what a resumed run must match."""
 
 import hashlib
 import json
@@ -16,14 +16,15 @@ from ntkgen.store.provenance import Provenance
 from ntkgen.store.rounding import STORE_DTYPES
 
 FORMAT_VERSION = 3
-# Written in full while all dtypes together take at most this much; above, one triangle.
+# Maximum size of a kernel, in bytes over all dtypes, that the layout `auto` writes in full. A larger one is written as
+# one triangle.
 FULL_LAYOUT_BYTES = 10 * 10**9
-# In the identity of a store that was not computed, and in its provenance: the file that it was made of.
+# Key of the imported file's name, in the identity and the provenance of a store that was imported.
 IMPORTED = "imported_from"
 
 
 def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
-    """Turn `auto` into `full` or `upper`.
+    """Replace `auto` by `full` or `upper`.
 
     >>> resolve_layout("auto", 5000, ("float16", "float32")), resolve_layout("auto", 500_000, ("float16",))
     ('full', 'upper')
@@ -36,7 +37,7 @@ def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store says of itself. A resumed run must agree with ``identity``; ``provenance`` is to be read alone."""
+    """The description that a store holds. A resumed run must match ``identity``. ``provenance`` is only informative."""
 
     identity: Mapping[str, Any]
     provenance: Provenance
@@ -45,21 +46,21 @@ class Manifest:
     layout: str
     is_complete: bool = False
     replanned: int = 0
-    certificate: Certificate | None = None  # how accurate the finished kernel was found to be
+    certificate: Certificate | None = None  # measured error of the finished kernel, with an upper bound
 
     @property
     def fingerprint(self) -> str:
-        """Hash what the kernel is of and how it is computed."""
+        """Hash of the identity: parameters, samples and settings of the kernel."""
         return hashlib.sha256(json.dumps(dict(self.identity), sort_keys=True).encode()).hexdigest()
 
     @property
     def is_imported(self) -> bool:
-        """Whether the kernel was made of a file, and not computed."""
+        """Whether the kernel was imported from a file, and not computed."""
         return IMPORTED in self.identity
 
     @property
     def num_logits(self) -> int:
-        """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
+        """Number of network outputs per sample. It is 0 for an imported kernel, which has no logits."""
         return self.plan.profile.num_logits
 
     @property
@@ -69,11 +70,11 @@ class Manifest:
 
     @property
     def quantity(self) -> str:
-        """What the kernel's true values are."""
+        """Meaning of the kernel's true values."""
         return "J Jᵀ" if self.provenance.quantity is None else str(self.provenance.quantity)
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values for the group's attribute."""
+        """Convert to plain values for the attribute of the group."""
         return {
             "format_version": FORMAT_VERSION,
             "version": ntkgen.__version__,
@@ -94,13 +95,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Manifest":
-        """Read back what `to_json` wrote.
+        """Read the values that `to_json` wrote.
 
         Raises:
-            ValueError: If it is not what that writes.
+            ValueError: If the values contradict each other.
         """
         plan, certificate = Plan.from_json(values["plan"]), values["certificate"]
-        made = cls(
+        manifest = cls(
             identity=values["identity"],
             provenance=Provenance.of(values["provenance"]),
             plan=plan,
@@ -110,28 +111,31 @@ class Manifest:
             replanned=values["replanned"],
             certificate=None if certificate is None else Certificate.from_json(certificate, plan.precision),
         )
-        if made.fingerprint != values["fingerprint"] or set(made.dtypes) - set(STORE_DTYPES) or not made.dtypes:
-            raise ValueError("the manifest does not agree with its own fingerprint")
-        if made.layout not in {"upper", "full"}:
-            raise ValueError("the manifest has a layout that none can have")
-        if list(made.dtypes) != list(made.identity.get("dtypes", made.dtypes)):
-            raise ValueError("the manifest names other dtypes than its identity")
-        return made
+        if manifest.fingerprint != values["fingerprint"]:
+            raise ValueError("the manifest does not match its own fingerprint")
+        if set(manifest.dtypes) - set(STORE_DTYPES) or not manifest.dtypes:
+            raise ValueError("the manifest has an unknown dtype, or none")
+        if manifest.layout not in {"upper", "full"}:
+            raise ValueError("the manifest has an unknown layout")
+        if list(manifest.dtypes) != list(manifest.identity.get("dtypes", manifest.dtypes)):
+            raise ValueError("the dtypes of the manifest differ from those of its identity")
+        return manifest
 
 
 def check_identity(path: str, manifest: Manifest, identity: Mapping[str, Any]) -> None:
-    """Refuse to continue a store that was made of something else.
+    """Refuse to continue a store that holds another kernel.
 
     Raises:
-        FingerprintError: If parameters, samples or settings differ; the message names what does.
+        FingerprintError: If parameters, samples or settings differ. The message names the differences.
     """
-    theirs = manifest.identity
-    names = [name for name in {**theirs, **identity} if theirs.get(name) != identity.get(name)]
+    stored = manifest.identity
+    names = [name for name in {**stored, **identity} if stored.get(name) != identity.get(name)]
     if names:
-        differing = ", ".join(f"{name} {_short(theirs.get(name))}, now {_short(identity.get(name))}" for name in names)
+        differing = ", ".join(f"{name} {_short(stored.get(name))}, now {_short(identity.get(name))}" for name in names)
         raise FingerprintError(
-            f"The store at {path} was made from something else ({differing}). Tiles of two kernels would be "
-            "mixed. Use another path, or the original settings, or remove the store."
+            f"The store at {path} holds another kernel: expected the same network, samples and settings, found "
+            f"differences ({differing}). Tiles of two kernels would be mixed. Was the store made with other settings? "
+            "Use another path, or the original settings, or remove the store."
         )
 
 

@@ -1,4 +1,4 @@
-"""The other triangle of a store that holds one, written beside it."""
+"""Mirroring: a store that holds the upper triangle of a kernel gets the lower triangle too."""
 
 from functools import partial
 
@@ -15,28 +15,30 @@ from ntkgen.store.remedy import Remedy
 from ntkgen.store.store import KernelStore
 from ntkgen.store.writing import write_each
 
-# What to do where the disk is too small.
+# Advice for a disk that is too small.
 NO_ROOM = (
-    "Is one triangle enough? `ntkgen.open` reads both from it. Otherwise free some, and run the same command again."
+    "Is one triangle enough? `ntkgen.open` gives the full matrix from one triangle. Otherwise free disk space, and "
+    "run the same command again."
 )
 
 
 def mirror(store: KernelStore, report: Report = ignore_report) -> int:
-    """Write the other triangle of a finished store of the layout `upper`, and say how many tiles were written.
+    """Write the lower triangle of a finished store of the layout `upper`, and return the number of tiles written.
 
-    Each tile is read, compared with its checksum, and its transpose stored bit by bit, in every dtype. An interrupted
-    mirroring goes on with the same call: a transpose is done when its chunk has its exact size. Until the last write
-    the store has the layout `upper`, and readers do not look at what is below the diagonal; then it is, to the byte,
-    what ``--layout full`` makes. Its certificate stays: it is of the same matrix. A store that is full is left alone.
+    Each tile is read and compared with its checksum, and its transpose is stored bit by bit, in every dtype. The same
+    call continues an interrupted mirroring: a transpose is complete when its chunk has its exact size. Until the last
+    write the store has the layout `upper`, and readers ignore what is below the diagonal. Afterwards the bytes of the
+    store equal those that ``--layout full`` writes. The certificate (the measured error bound of the kernel) stays
+    valid, because the matrix is the same. A store of the layout `full` is not changed.
 
     Args:
-        store: What is to be mirrored; it is opened anew for writing, under its lock.
-        report: Called as the stage ``mirrored`` proceeds.
+        store: Store to mirror. It is opened again for writing, under its lock.
+        report: Function that is called as the stage ``mirrored`` proceeds.
 
     Raises:
-        InputError: If the kernel is rectangular, and has no triangles.
+        InputError: If the kernel is rectangular and therefore has no triangles.
         StoreError: If tiles are missing or damaged.
-        DiskSpaceError: If the disk has no room for the other triangle.
+        DiskSpaceError: If the disk has no space for the other triangle.
         StoreLockedError: If another process is writing the store.
     """
     _require_square(store)
@@ -56,10 +58,10 @@ def mirror(store: KernelStore, report: Report = ignore_report) -> int:
 
 
 def mirror_tile(store: KernelStore, tile: Tile) -> None:
-    """Write the transpose of a stored tile off the diagonal on the other side.
+    """Write the transpose of a stored off-diagonal tile to its position below the diagonal.
 
     Raises:
-        StoreError: If the tile is damaged, or gone.
+        StoreError: If the tile is damaged or missing.
     """
     for name in store.array_names:
         store.write_transpose(name, tile, _read_stored(store, name, tile))
@@ -69,17 +71,17 @@ def _read_stored(store: KernelStore, name: str, tile: Tile) -> npt.NDArray[np.fl
     """Read a whole tile as it is stored.
 
     Raises:
-        StoreError: If it is damaged, or gone.
+        StoreError: If the tile is damaged or missing.
     """
     try:
         values = np.asarray(store.zarr_array(name)[store.region(tile)])
-        found = "" if np.isfinite(values).all() else "what is not finite, as a file that has gone"
+        fault = "" if np.isfinite(values).all() else "entries that are not finite, which a missing file also gives"
     except (ValueError, RuntimeError) as error:
-        found = str(error)
-    if found:
+        fault = str(error)
+    if fault:
         raise StoreError(
             f"Tile ({tile.row}, {tile.col}) of {name} in {store.name} is damaged: expected finite numbers that match "
-            f"their checksum, found {found}. A disk error or an interrupted copy? {_remedy(store).repair}"
+            f"their checksum, found {fault}. A disk error or an interrupted copy? {_remedy(store).repair}"
         )
     return values
 
@@ -92,25 +94,25 @@ def _require_square(store: KernelStore) -> None:
     """Refuse a kernel without triangles.
 
     Raises:
-        InputError: If it is rectangular.
+        InputError: If the kernel is rectangular.
     """
     if not store.grid.is_symmetric:
         raise InputError(
-            f"The kernel at {store.name} has no triangles: expected one whose columns are the samples of its rows, "
-            f"found {store.grid.num_rows} × {store.grid.num_cols}, of rows against other samples. It is stored whole "
-            "already; there is nothing to do."
+            f"The kernel at {store.name} has no triangles: expected a symmetric kernel with the same samples in rows "
+            f"and columns, found {store.grid.num_rows} × {store.grid.num_cols}, with other samples in its columns. "
+            "A rectangular kernel is always stored whole. There is nothing to do."
         )
 
 
 def _require_finished(store: KernelStore) -> None:
-    """Refuse a store that lacks something.
+    """Refuse a store that is not complete.
 
     Raises:
-        StoreError: If it does; the message counts the tiles.
+        StoreError: If tiles, other arrays or the mark of completion are missing. The message gives the number of tiles.
     """
     if not store.is_complete:
         raise StoreError(
-            f"The store at {store.name} is not finished: expected {store.grid.num_tiles} tiles, what belongs to them "
-            f"and its mark as complete, found {len(store.missing_tiles())} tiles missing. Was it interrupted, or a "
+            f"The store at {store.name} is not finished: expected {store.grid.num_tiles} tiles, all other arrays and "
+            f"the mark of completion, found {len(store.missing_tiles())} tiles missing. Was the run interrupted, or a "
             f"file removed? Finish it with the same `{_remedy(store).command}`, then mirror it."
         )

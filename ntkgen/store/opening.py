@@ -1,4 +1,4 @@
-"""A store made, found or opened at a path, a URL or in a Zarr store."""
+"""Creating, finding and opening a store at a path, at a URL or in a Zarr store."""
 
 import os
 import warnings
@@ -25,10 +25,10 @@ Mode = Literal["r", "r+"]
 
 
 def create_store(place: str | os.PathLike[str] | Folder, manifest: Manifest, samples: Samples) -> KernelStore:
-    """Create a store with everything but its numbers. Without its own zarr.json, which comes last, it is none.
+    """Create a store without its computed numbers. The store exists once its zarr.json is written, which is last.
 
     Raises:
-        StoreError: If something else is there.
+        StoreError: If the place holds other files.
     """
     folder, files = folder_of(place), dict[str, Buffer]()
     group = zarr.create_group(MemoryStore(files))
@@ -36,8 +36,8 @@ def create_store(place: str | os.PathLike[str] | Folder, manifest: Manifest, sam
     group.attrs.put(_attributes(manifest))
     if foreign := [key for key in folder.sizes() if key == ROOT or key not in files]:
         raise StoreError(
-            f"A store cannot be created at {folder}: expected nothing, or what an interrupted creation has left, found "
-            f"{len(foreign)} other files, as {foreign[0]}. Is it another program's folder? Choose another path."
+            f"A store cannot be created at {folder}: expected no files, or those of an interrupted creation, found "
+            f"{len(foreign)} other files, such as {foreign[0]}. Is it another program's folder? Choose another path."
         )
     for name in sorted(files, key=lambda name: (name == ROOT, name)):
         folder.write(name, files[name].to_bytes())
@@ -55,47 +55,48 @@ def _attributes(manifest: Manifest) -> dict[str, Any]:
 
 
 def _origin(manifest: Manifest) -> str:
-    made = manifest.provenance
+    provenance = manifest.provenance
     if manifest.is_imported:
-        return f", {made.quantity}, imported from {made.imported_from}"
-    model, dataset = ("?" if name is None else name for name in (made.model, made.dataset))
+        return f", {provenance.quantity}, imported from {provenance.imported_from}"
+    model, dataset = ("?" if name is None else name for name in (provenance.model, provenance.dataset))
     return f" of {model} on {dataset}"
 
 
 def has_store(folder: Folder) -> bool:
-    """Say whether a store was made in a folder, which then holds its zarr.json.
+    """Tell whether a folder holds a store, which has a zarr.json.
 
     Raises:
-        StoreError: If there are tiles without it, which cannot be identified. Or if it is a file.
+        StoreError: If the folder holds tiles without a zarr.json, or if it is a file.
     """
     if folder.has(ROOT):
         return True
     if isinstance(folder, LocalFolder) and folder.path.exists() and not folder.path.is_dir():
         raise StoreError(
-            f"There can be no store at {folder}: expected a folder or nothing, found a file. Is it something else's? "
-            "Remove it, or choose another path."
+            f"There can be no store at {folder}: expected a folder or nothing, found a file. Was it written by another "
+            "program? Remove it, or choose another path."
         )
     tiles = [key for key in folder.sizes() if key.startswith(("ntk_", "diagonal/c/", "logits/c/"))]
     if tiles:
         raise StoreError(
-            f"The store at {folder} has lost its zarr.json: expected it beside {len(tiles)} files of its kernel, found "
-            "none. It says what these are of, and without it they are of no use. Was it moved or removed by hand? Put "
-            "it back, or remove the folder to compute the kernel anew."
+            f"The store at {folder} has lost its zarr.json: expected it beside {len(tiles)} files of the kernel, found "
+            "none. The zarr.json identifies the kernel, and its files cannot be used without it. Was it moved or "
+            "removed by hand? Put it back, or remove the folder to compute the kernel again."
         )
     return False
 
 
 def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r") -> KernelStore:
-    """Open a store at a path, a URL or in a Zarr store; ``mode`` is ``r`` or, under the lock, ``r+``.
+    """Open a store at a path, at a URL or in a Zarr store. A caller that passes the mode ``r+`` must hold the lock.
 
     Raises:
-        StoreError: If there is none, or one of another format version.
+        StoreError: If there is no store, or if it has another format version.
     """
     folder = folder_of(place)
     if not folder.has(ROOT):
         raise StoreError(
             f"There is no kernel store at {folder}: expected a Zarr v3 group with a zarr.json, found "
-            f"{_found_instead(folder)}. Is the path the folder ending in .zarr?"
+            f"{_found_instead(folder)}. Does the path name the folder that ends in .zarr? Give the path of a store "
+            "that `ntkgen compute` or `ntkgen import` has written."
         )
     store = folder.zarr_store(read_only=mode == "r")
     try:
@@ -103,29 +104,30 @@ def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r")
         values = _manifest_values(group.attrs.asdict())
         version = values["format_version"]
         manifest = Manifest.from_json(values) if version == FORMAT_VERSION else None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # zarr's own errors are among these
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # base classes of Zarr's errors
         raise StoreError(
-            f"What lies at {folder} is not a kernel store: expected a Zarr v3 group with the attribute 'ntkgen', found "
-            f"otherwise ({type(error).__name__}: {' '.join(str(error).split())}). Was it made by another program, or "
-            "is its zarr.json damaged, without which its tiles cannot be identified? Give the path of a store that "
-            "`ntkgen compute` made, or remove this one."
+            f"The data at {folder} is not a kernel store: expected a Zarr v3 group with a valid attribute 'ntkgen', "
+            f"found an error ({type(error).__name__}: {' '.join(str(error).split())}). Was it written by another "
+            "program, or is its zarr.json damaged? The tiles of a store cannot be identified without it. Give the path "
+            "of a store that `ntkgen compute` or `ntkgen import` has written, or remove this data."
         ) from error
     if manifest is None:
         raise StoreError(
             f"The store at {folder} has format version {version}, and this ntkgen ({ntkgen.__version__}) reads version "
-            f"{FORMAT_VERSION}. Made by ntkgen {values.get('version')}: use that."
+            f"{FORMAT_VERSION}. Was it written by an older or a newer version? Open it with the version that wrote it, "
+            f"ntkgen {values.get('version')}."
         )
     return KernelStore(folder, group, manifest)
 
 
 def open_kernel(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r") -> KernelStore:
-    """Open a store as `open_store` does, and warn where its certificate finds the kernel wrong.
+    """Open a store as `open_store` does, and warn if its certificate (its measured error bound) finds errors.
 
     Raises:
-        StoreError: If there is none, or one of another format version.
+        StoreError: If there is no store, or if it has another format version.
 
     Warns:
-        InaccurateKernelWarning: If its numbers should not be taken for the kernel's.
+        InaccurateKernelWarning: If the measured error is larger than rounding explains.
     """
     store = open_store(place, mode)
     if (wrong := inaccuracy(store)) is not None:
@@ -140,10 +142,10 @@ def _found_instead(folder: Folder) -> str:
 
 
 def _manifest_values(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Find the manifest among a group's attributes.
+    """Return the manifest from the attributes of a group.
 
     Raises:
-        KeyError: If it is not there; the message says what is.
+        KeyError: If the manifest is missing. The message lists the attributes that exist.
     """
     if "ntkgen" not in attributes:
         raise KeyError(f"its attributes are {', '.join(attributes) or 'none'}")

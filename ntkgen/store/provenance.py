@@ -1,4 +1,4 @@
-"""What a store says that its kernel was made of, as a value."""
+"""The provenance of a kernel: the network, the data and the training that it was computed from."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,30 +8,30 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Provenance:
-    """What this program reads of a store's provenance; None where the store does not say it.
+    """The entries of a store's provenance that this program reads. An entry that the store lacks is None.
 
-    One that was read is written with the same values: users may have added keys of their own, and other versions of
-    this program have more keys, or fewer.
+    A provenance that was read is written with the same values, because users may have added keys, and other versions of
+    this program have more or fewer keys.
 
     Attributes:
-        model: The name of the network.
-        dataset: The name of the data set, of a file without its folder.
-        seed: The seed that the network is built from.
-        width: Its width, where that was chosen.
-        subsample: Samples of the rows, the first ones of their order, where not all are taken.
-        shuffle_seed: The seed of their order, where it is random.
-        against: The split that the columns are of, where they are other samples.
-        against_subsample: Samples of the columns, where not all are taken.
-        raw_images: Whether images have the size that they have in the data set.
-        num_epochs: Maximum epochs of the training.
-        target_accuracy: The accuracy at which the training ends, in per cent.
-        epochs: Epochs of the training that were done.
-        train_accuracy: The accuracy that was reached, in per cent.
-        learning_rate: The learning rate of the training.
-        batch_size: Samples of a step of the training.
-        checkpoint: The file with the network, beside the store.
-        imported_from: The file that the kernel was made of, where it was not computed.
-        quantity: What the kernel's values are, where they are not J Jᵀ.
+        model: Name of the network.
+        dataset: Name of the data set. For a file, its name without the folder.
+        seed: Seed of the network's initialisation.
+        width: Width of the network, if one was chosen.
+        subsample: Number of samples in the rows, if the kernel uses only the first samples of the order.
+        shuffle_seed: Seed of the order of the samples, if the order is random.
+        against: Split that the columns are taken from, if they are other samples.
+        against_subsample: Number of samples in the columns, if the kernel uses only the first of them.
+        raw_images: Whether images keep their size in the data set.
+        num_epochs: Maximum number of training epochs.
+        target_accuracy: Accuracy at which training ends, in per cent.
+        epochs: Number of training epochs that were run.
+        train_accuracy: Accuracy that training reached, in per cent.
+        learning_rate: Learning rate of the training.
+        batch_size: Number of samples in a training step.
+        checkpoint: Name of the file with the trained network, beside the store.
+        imported_from: Name of the file that the kernel was imported from, if it was not computed.
+        quantity: Meaning of the kernel's values, if they are not J Jᵀ.
     """
 
     model: str | None = None
@@ -52,35 +52,35 @@ class Provenance:
     checkpoint: str | None = None
     imported_from: str | None = None
     quantity: str | None = None
-    # The values that it was read from; not copied by `dataclasses.replace`, which makes another provenance.
+    # The values that it was read from. `dataclasses.replace` does not copy them, because it makes another provenance.
     _read_from: Mapping[str, Any] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Provenance":
-        """Read plain values, with keys of any kind.
+        """Read plain values. Unknown keys are kept.
 
-        >>> made = Provenance.of({"model": "lenet", "of_mine": 1})
-        >>> made.model, made.to_json()
-        ('lenet', {'model': 'lenet', 'of_mine': 1})
+        >>> provenance = Provenance.of({"model": "lenet", "my_key": 1})
+        >>> provenance.model, provenance.to_json()
+        ('lenet', {'model': 'lenet', 'my_key': 1})
 
         Raises:
-            TypeError: If they are no mapping.
+            TypeError: If the values are not a mapping.
         """
         if not isinstance(values, Mapping):
             raise TypeError("a provenance is a mapping from names to plain values")
-        known = {each.name for each in dataclasses.fields(cls) if each.init}
-        made = cls(**{name: value for name, value in values.items() if name in known})
-        object.__setattr__(made, "_read_from", dict(values))
-        return made
+        names = {entry.name for entry in dataclasses.fields(cls) if entry.init}
+        provenance = cls(**{name: value for name, value in values.items() if name in names})
+        object.__setattr__(provenance, "_read_from", dict(values))
+        return provenance
 
     @property
     def is_empty(self) -> bool:
-        """Whether the store says nothing, as one that was made in Python."""
+        """Whether no entry is known, for example for a store that was written from Python."""
         return not self.to_json()
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values: those that were read, or else what is known."""
+        """Convert to plain values: the values that were read, or otherwise all entries that are not None."""
         if self._read_from is not None:
             return dict(self._read_from)
-        known = ((each.name, getattr(self, each.name)) for each in dataclasses.fields(self) if each.init)
-        return {name: value for name, value in known if value is not None}
+        entries = ((entry.name, getattr(self, entry.name)) for entry in dataclasses.fields(self) if entry.init)
+        return {name: value for name, value in entries if value is not None}

@@ -1,4 +1,4 @@
-"""What an error about a store tells the user to do."""
+"""The advice that an error about a store gives to the user."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,19 @@ from ntkgen.store.manifest import Manifest
 
 @dataclass(frozen=True)
 class Remedy:
-    """Where a store lies, and the command that makes what is missing of it."""
+    """The place of a store, and the command that writes its missing parts."""
 
     place: str
     command: str = "ntkgen compute"
 
     @classmethod
     def of(cls, place: str, manifest: Manifest) -> "Remedy":
-        """Choose the command that made a store."""
+        """Choose the command that the store was written with."""
         return cls(place, "ntkgen import" if manifest.is_imported else "ntkgen compute")
 
     @property
     def repair(self) -> str:
-        """What to do about a damaged tile."""
-        return f"Run `ntkgen verify --repair {self.place}` and then the same `{self.command}` again: it makes it anew."
+        """Advice for a damaged tile."""
+        return (
+            f"Run `ntkgen verify --repair {self.place}` and then the same `{self.command}` again to restore the tile."
+        )

@@ -1,4 +1,4 @@
-"""Computed values → stored values: the power-of-two scale of float16, and the cast."""
+"""Rounding of computed values to stored values: the power-of-two scale of float16, and the cast."""
 
 import math
 from collections.abc import Iterable
@@ -9,8 +9,10 @@ import numpy.typing as npt
 
 from ntkgen.errors import DivergedError, UnknownNameError
 
-# float16 ends at 65504 < 2¹⁶; the largest entry is put into (2¹⁴, 2¹⁵], one bit below, because entries carry error.
+# Upper end of the range (2¹⁴, 2¹⁵] that the largest entry is scaled into. The largest float16 is 65504 < 2¹⁶. One bit
+# is left, because computed entries have errors.
 FLOAT16_TARGET = 2.0**15
+# Smallest normal number of float16.
 FLOAT16_NORMAL = 2.0**-14
 
 STORE_DTYPES = ("float16", "float32", "float64")
@@ -18,20 +20,20 @@ STORE_DTYPES = ("float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Underflow:
-    """How many computed entries float16 stores with fewer bits than usual, and how many of these as zero."""
+    """Numbers of entries that float16 stores with fewer bits than usual (subnormal or zero), and as zero."""
 
     with_fewer_bits: int
     vanished: int
 
 
 def check_dtypes(names: str | Iterable[str]) -> tuple[str, ...]:
-    """Check one store dtype or several, and put each once, the least precise first.
+    """Check one store dtype or several, and return each of them once, in ascending precision.
 
     >>> check_dtypes(["float32", "float16", "float32"])
     ('float16', 'float32')
 
     Raises:
-        UnknownNameError: If one is no store dtype.
+        UnknownNameError: If a name is not a store dtype.
     """
     names = {names} if isinstance(names, str) else set(names)
     for name in names:
@@ -43,7 +45,7 @@ def check_dtypes(names: str | Iterable[str]) -> tuple[str, ...]:
 def scale_of(dtype: str, max_diagonal: float) -> float:
     """Choose the scale factor of a store dtype: ``kernel = stored · scale``.
 
-    By Cauchy–Schwarz no entry exceeds the largest diagonal one, so with this scale float16 cannot overflow.
+    By Cauchy–Schwarz no entry exceeds the largest diagonal entry. Therefore float16 cannot overflow with this scale.
 
     >>> scale_of("float16", 3e6), scale_of("float16", 32768.0), scale_of("float32", 3e6)
     (128.0, 1.0, 1.0)
@@ -55,9 +57,10 @@ def scale_of(dtype: str, max_diagonal: float) -> float:
 
 
 def count_underflow(values: npt.NDArray[np.floating], scale: float) -> npt.NDArray[np.int64]:
-    """Count the entries that float16 stores with fewer bits, and those that it stores as zero, and should not.
+    """Count the nonzero entries that float16 stores with fewer bits (subnormal or zero), and those stored as zero.
 
-    Below 2⁻²⁸ of the largest entry that the scale allows for, numbers are subnormal; below 2⁻³⁹ they vanish.
+    Relative to the largest entry that the scale allows, numbers below about 2⁻²⁸ are subnormal, and numbers below about
+    2⁻³⁹ become zero.
 
     >>> count_underflow(np.array([1.0, 1e-5, 1e-9, 0.0]), scale=1.0)
     array([2, 1])

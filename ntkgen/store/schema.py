@@ -1,20 +1,20 @@
-"""Which arrays a store has, in one table: `arrays_of` a manifest. Creation, opening and verification all read it.
+"""The arrays of a store, in one table: `arrays_of` a manifest. Creation, opening and verification use this table.
 
-    array                                  dimensions                  dtype    what it means
+    array                                  dimensions                  dtype    meaning
     ntk_float16, ntk_float32, ntk_float64  (row, col)                           kernel = stored · scale_factor (or 1)
     underflow_float16                      (tile_row, tile_col, kind)  int64    entries with fewer bits, or zero
     diagonal                               (row)                       float64  the exact diagonal, computed first
     logits                                 (sample, output)            float64  outputs of the network
-    row_sample, row_output, row_label      (row)                       int64    what a row is
-    col_sample, col_output, col_label      (col)                       int64    what a column is
+    row_sample, row_output, row_label      (row)                       int64    sample, output and label of a row
+    col_sample, col_output, col_label      (col)                       int64    sample, output and label of a column
     sample_index                           (sample)                    int64    positions in the data set
 
-With the output `diagonal` a kernel is (output, row, col), a matrix for each output, and the diagonal (output, row). A
-rectangular kernel, of rows against other samples, has col_diagonal, col_logits and col_sample_index too. An imported
-kernel has no logits and no counts of underflow; its labels are -1.
+With the output `diagonal` a kernel has the dimensions (output, row, col), one matrix per output, and the diagonal has
+(output, row). A rectangular kernel, with other samples in its columns, also has the arrays col_diagonal, col_logits and
+col_sample_index. An imported kernel has no logits and no counts of underflow, and its labels are -1.
 
-Every array is Zarr v3 without shards; its chunks are `bytes` (little endian) and `crc32c`, without a compressor. What
-is not stored reads as NaN, and in an array of integers as -1.
+Every array is a Zarr v3 array without shards. The codecs of its chunks are `bytes` (little endian) and `crc32c`. There
+is no compressor. A missing chunk reads as NaN, and as -1 in an array of integers.
 """
 
 import itertools
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 Key = tuple[int, ...]
 IntArray = npt.NDArray[np.int64]
 
-# Bytes that the codec crc32c adds to a chunk.
+# Number of bytes that the codec crc32c adds to a chunk.
 CHECKSUM_BYTES = 4
 UNDERFLOW = "underflow_float16"
 COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
@@ -50,33 +50,33 @@ _CHUNK = re.compile(r"\d+(/\d+)*\Z")
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples a kernel is of, in its order: positions in their data set, and labels."""
+    """The samples of a kernel, in its order: positions in their data set, and labels."""
 
     index: IntArray
     labels: IntArray
-    against: "Samples | None" = None  # those of the columns, where they are others
+    against: "Samples | None" = None  # samples of the columns, if they differ from those of the rows
 
     @property
     def columns(self) -> "Samples":
-        """The samples of the columns."""
+        """Samples of the columns."""
         return self if self.against is None else self.against
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One array of a store: what its metadata say, and which chunks it has.
+    """One array of a store: its metadata and its chunks.
 
     Attributes:
-        name: Its name in the group.
-        dtype: Of its numbers.
-        shape: Of all of it.
-        chunks: The shape of a chunk, which is a file. At the end of an axis it is stored at full size.
-        dims: The names of its axes.
-        attributes: What it means, as the conventions CF say it.
-        role: A ``coordinate`` is written whole when the store is created. A ``side``, the diagonal or the logits of
-            one side, is written block by block; a ``kernel`` and the ``counts`` of float16 tile by tile, and they are
-            created once the diagonal is complete.
-        is_triangle: Whether only its chunks of tiles with row <= col are stored.
+        name: Name of the array in the group.
+        dtype: Dtype of the numbers.
+        shape: Shape of the whole array.
+        chunks: Shape of a chunk. A chunk is one file. The last chunk of an axis is stored at full size too.
+        dims: Names of the axes.
+        attributes: Attributes that describe the array, by the CF conventions.
+        role: A ``coordinate`` is written when the store is created. A ``side``, the diagonal or the logits of the rows
+            or of the columns, is written block by block. A ``kernel`` and the ``counts`` of float16 underflow are
+            created once the diagonal is complete, and written tile by tile.
+        is_triangle: Whether only the chunks of tiles with row <= col are stored.
     """
 
     name: str
@@ -90,30 +90,30 @@ class StoredArray:
 
     @property
     def fill_value(self) -> float:
-        """What is read where nothing is stored."""
+        """Value that is read where no chunk is stored."""
         return float("nan") if self.dtype.startswith("float") else -1
 
     @property
     def file_bytes(self) -> int:
-        """Bytes of each of its files."""
+        """Size of each chunk's file in bytes."""
         return math.prod(self.chunks) * np.dtype(self.dtype).itemsize + CHECKSUM_BYTES
 
     @property
     def is_of_tiles(self) -> bool:
-        """Whether each of its chunks belongs to a tile, and is made with it."""
+        """Whether each chunk belongs to a tile and is written with it."""
         return self.role in {"kernel", "counts"}
 
     def file(self, key: Key) -> str:
-        """Name the file of a chunk, below the store."""
+        """Return the path of a chunk's file, relative to the store."""
         return f"{self.name}/c/{'/'.join(map(str, key))}"
 
     def inside(self, key: Key) -> tuple[slice, ...]:
-        """Locate in a chunk what lies within the array."""
+        """Locate the part of a chunk that lies within the shape of the array."""
         axes = zip(self.shape, self.chunks, key, strict=True)
         return tuple(slice(min(chunk, length - at * chunk)) for length, chunk, at in axes)
 
     def chunk_keys(self) -> Iterator[Key]:
-        """List its chunks; of one stored triangle, and of counts per tile, no others.
+        """List the chunks that the finished array has. An array with one triangle has no others.
 
         >>> array = StoredArray("ntk_float16", "float16", (5, 5), (3, 3), ("row", "col"), is_triangle=True)
         >>> list(array.chunk_keys()), array.file_bytes, array.inside((0, 1))
@@ -124,7 +124,7 @@ class StoredArray:
         return (key for key in keys if (place := self.place(key))[0] <= place[1]) if self.is_triangle else keys
 
     def whole_chunks(self, sizes: Mapping[str, int]) -> set[Key]:
-        """List the chunks that have their exact size, of a listing of the array's folder.
+        """List the chunks whose files have their exact size, given the sizes of all files in the array's folder.
 
         >>> array = StoredArray("diagonal", "float64", (5,), (3,), ("row",), role="side")
         >>> array.whole_chunks({"diagonal/c/0": 28, "diagonal/c/1": 20, "diagonal/c/1.partial": 28})
@@ -133,12 +133,12 @@ class StoredArray:
         size, first = self.file_bytes, len(self.name) + len("/c/")
         return {
             tuple(map(int, key[first:].split("/")))
-            for key, there in sizes.items()
-            if there == size and _CHUNK.match(key, first)
+            for key, file_size in sizes.items()
+            if file_size == size and _CHUNK.match(key, first)
         }
 
     def place(self, key: Key) -> tuple[int, int]:
-        """Say to which row and column of tiles a chunk of an array of tiles belongs."""
+        """Return the row and the column of the tile that a chunk belongs to."""
         first = self.dims.index("row" if self.role == "kernel" else "tile_row")
         return key[first], key[first + 1]
 
@@ -147,39 +147,39 @@ class StoredArray:
 
 
 def arrays_of(manifest: Manifest) -> list[StoredArray]:
-    """List the arrays that the finished store has."""
+    """List the arrays of the finished store."""
     grid = manifest.plan.grid
     return [*_coordinates(grid), *_sides(grid, manifest.num_logits), *_kernels(manifest), *_counts(manifest)]
 
 
 def side_arrays(grid: TileGrid) -> tuple[tuple[str, str], ...]:
-    """Name the diagonal and the logits of the rows and, where they are other samples, of the columns."""
+    """Name the arrays of diagonal and logits: a pair for the rows and, in a rectangular kernel, one for the columns."""
     rows = (("diagonal", "logits"),)
     return rows if grid.is_symmetric else (*rows, ("col_diagonal", "col_logits"))
 
 
 @dataclass(frozen=True)
 class Side:
-    """A block of samples of the rows or, where they are others, of the columns, which has a diagonal and logits."""
+    """A block of samples of the rows, or of the columns of a rectangular kernel, with its diagonal and logits."""
 
-    diagonal: str  # the name of its array
-    logits: str
-    number: int  # among the blocks of its side
+    diagonal: str  # name of the array of the diagonal
+    logits: str  # name of the array of the logits
+    number: int  # position among the blocks of the rows, or of the columns
     block: Block
 
     def chunks(self, num_planes: int) -> tuple[tuple[str, Key], tuple[str, Key]]:
-        """Name the chunks of its diagonal and its logits."""
+        """Return array name and chunk key of the diagonal and of the logits."""
         return (self.diagonal, (self.number,) if num_planes == 1 else (0, self.number)), (self.logits, (self.number, 0))
 
 
 def side_of(grid: TileGrid, index: int) -> Side:
-    """Name the arrays of a side block of the grid."""
+    """Describe a side block of the grid, given its index."""
     side = grid.side_block(index)
     return Side(*side_arrays(grid)[side.axis], side.number, side.block)
 
 
 def sides_of(grid: TileGrid) -> list[Side]:
-    """List the side blocks of a grid, in its order."""
+    """List the side blocks of a grid, in the order of the grid."""
     return [side_of(grid, index) for index in range(grid.num_sides)]
 
 
@@ -229,7 +229,7 @@ def _kernels(manifest: Manifest) -> Iterator[StoredArray]:
 
 
 def _counts(manifest: Manifest) -> Iterator[StoredArray]:
-    """Count what float16 cannot hold; of an imported kernel that is not known."""
+    """Yield the array that counts underflow in float16. The underflow of an imported kernel is unknown."""
     if "float16" not in manifest.dtypes or manifest.is_imported:
         return
     grid = manifest.plan.grid
@@ -239,7 +239,7 @@ def _counts(manifest: Manifest) -> Iterator[StoredArray]:
 
 
 def _with_planes(array: StoredArray, grid: TileGrid, chunk: int) -> StoredArray:
-    """Put the axis of outputs first, where there is a matrix for each; a chunk holds this many of them."""
+    """Put an axis of outputs first, with chunks of size ``chunk``, if the kernel has a matrix for each output."""
     if grid.num_planes == 1:
         return array
     shape, chunks, dims = (grid.num_planes, *array.shape), (chunk, *array.chunks), ("output", *array.dims)
@@ -250,7 +250,7 @@ def _with_planes(array: StoredArray, grid: TileGrid, chunk: int) -> StoredArray:
 
 
 def create_array(group: zarr.Group, array: StoredArray) -> "ZarrArray":
-    """Create an array without any chunks, as every array of a store is: with checksums, and without a compressor."""
+    """Create an array without chunks. Every array of a store has checksums and no compressor."""
     return group.create_array(
         array.name,
         shape=array.shape,
@@ -264,12 +264,12 @@ def create_array(group: zarr.Group, array: StoredArray) -> "ZarrArray":
 
 
 def writable(array: "ZarrArray") -> "ZarrArray":
-    """Have chunks written that hold the fill value alone: one that is not there counts as missing."""
+    """Configure an array to write chunks that hold only the fill value, because an absent chunk counts as missing."""
     return array.with_config({"write_empty_chunks": True})
 
 
 def create_first(group: zarr.Group, manifest: Manifest, samples: Samples) -> None:
-    """Create what is there from the start, where it is not: the coordinates, and room for diagonals and logits."""
+    """Create the arrays that a new store has, unless they exist: coordinates, and empty diagonals and logits."""
     values = _coordinate_values(manifest.plan.grid, samples)
     for array in arrays_of(manifest):
         if array.role == "coordinate":
@@ -285,21 +285,21 @@ def _coordinate_values(grid: TileGrid, samples: Samples) -> dict[str, IntArray]:
         values[f"{axis}_sample"] = np.repeat(np.arange(n), m)
         values[f"{axis}_output"] = np.tile(np.arange(m), n)
         values[f"{axis}_label"] = np.repeat(side.labels, m)
-    return {name: each.astype(np.int64) for name, each in values.items()}
+    return {name: coordinate.astype(np.int64) for name, coordinate in values.items()}
 
 
 def _write_coordinate(group: zarr.Group, array: StoredArray, values: IntArray) -> None:
-    """Write a coordinate whole, unless it is there with these values."""
+    """Write a whole coordinate, unless it is stored with these values already."""
     if array.name in group:
-        made = group[array.name]
-        assert isinstance(made, zarr.Array)
+        stored = group[array.name]
+        assert isinstance(stored, zarr.Array)
         try:
-            if np.array_equal(np.asarray(made[...]), values):
+            if np.array_equal(np.asarray(stored[...]), values):
                 return
         except (ValueError, RuntimeError):  # a damaged chunk
             pass
     else:
-        made = create_array(group, array)
-        if (values == array.fill_value).all():  # as labels that were not given: what has no chunk reads so
+        stored = create_array(group, array)
+        if (values == array.fill_value).all():  # for example labels that were not given: absent chunks read as -1
             return
-    writable(made)[...] = values
+    writable(stored)[...] = values

@@ -1,14 +1,14 @@
-"""The kernel on disk: create, open, commit a tile, list what is missing.
+"""An opened kernel store: view the kernel, list missing tiles, commit tiles, mark the store complete.
 
-A store is a Zarr v3 group, readable without this package; `ntkgen.store.schema` has the table of its arrays.
+A store is a Zarr v3 group, readable without this package. `ntkgen.store.schema` has the table of its arrays.
 
-Rows are sample-major. One unsharded chunk is one tile, without a compressor, so that a chunk has a known size and
-truncation shows in a directory listing. A tile is done when its chunks exist at their exact size; there is no other
-record of progress. With the layout `upper` only tiles with row <= col are stored (`storage_mode` of the array is
-`symmetric-upper`), with `full` all are (`square`).
+Rows are sample-major. One unsharded chunk is one tile. It has no compressor, so that its size is known and a directory
+listing shows truncated files. A tile is complete when its chunks exist at their exact size. There is no other record of
+progress. With the layout `upper` only tiles with row <= col are stored, and the attribute `storage_mode` of the array
+is `symmetric-upper`. With the layout `full` all tiles are stored, and it is `square`.
 
-The group's attribute `ntkgen` is the manifest: what the kernel is of, its fingerprint, and the plan that its bytes
-follow. It holds no time and no path, so that two runs of one command give equal bytes.
+The attribute `ntkgen` of the group is the manifest: the identity of the kernel, its fingerprint, and the plan that
+determines its bytes. It holds no time and no path, so that two runs of the same command give equal bytes.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ FloatArray = npt.NDArray[np.floating]
 
 
 class KernelStore:
-    """An opened store. Reading needs no lock; of writing processes each has its own tiles, and one all the rest."""
+    """An opened store. Reading needs no lock. Each writing process has its own tiles, and one of them all the rest."""
 
     def __init__(self, folder: Folder, group: zarr.Group, manifest: Manifest) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class KernelStore:
         self._writer = Writer(self.zarr_array)
 
     def __repr__(self) -> str:
-        """Say what the kernel is of."""
+        """Show the place, the size, the dtypes and the layout."""
         rows, cols = self.grid.num_rows, self.grid.num_cols
         return f"<KernelStore {self.name}: {rows} × {cols}, {', '.join(self.manifest.dtypes)}, {self.manifest.layout}>"
 
@@ -71,42 +71,43 @@ class KernelStore:
 
     @property
     def name(self) -> str:
-        """Where the store lies, as a user writes it."""
+        """Path or URL of the store."""
         return str(self.folder)
 
     @property
     def path(self) -> Path:
-        """The folder of a store that lies on a disk.
+        """Folder of a store on a local disk.
 
         Raises:
-            InputError: If it lies elsewhere.
+            InputError: If the store is not on a local disk.
         """
         if not isinstance(self.folder, LocalFolder):
             raise InputError(
-                f"The store at {self.name} has no path: expected one on a disk, found one that is not. Use "
-                "store.folder, which reads and writes both."
+                f"The store at {self.name} has no path: expected a store on a local disk, found one in an object store "
+                "or in a Zarr store. Use store.folder, which reads and writes all of them."
             )
         return self.folder.path
 
     # reading -------------------------------------------------------------------------------------------------------
 
     def kernel(self, dtype: str | None = None, output: int | None = None) -> SymmetricArray:
-        """View the kernel as one full matrix of true values, in the most precise stored dtype or a chosen one.
+        """View the kernel as one full matrix of true values, in the given or the most precise stored dtype.
 
-        A store of the output `diagonal` has one matrix per ``output``; the others have one in all.
+        A store of the output `diagonal` has one matrix per ``output``. The others have a single matrix.
 
         Raises:
-            StoreError: If no tile of that dtype can be there yet.
-            InputError: If an output must be chosen, or cannot be.
+            StoreError: If the store has no array of that dtype, or not yet.
+            InputError: If ``output`` is missing or out of range, or is given for a store with a single matrix.
         """
         self._check_output(output)
         dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
         if not self._has(f"ntk_{dtype}"):
             if dtype in self.manifest.dtypes and self.folder.has(f"ntk_{dtype}/zarr.json"):
-                self.zarr_array(f"ntk_{dtype}")  # raises, and says what is damaged
+                self.zarr_array(f"ntk_{dtype}")  # raises an error that names the damaged file
             raise StoreError(
-                f"The store at {self.name} has no {dtype} kernel: it is to hold {', '.join(self.manifest.dtypes)}, and "
-                "those are made after the diagonal. Choose one of them, or finish the store with the same command."
+                f"The store at {self.name} has no {dtype} kernel: expected one of its planned dtypes, "
+                f"{', '.join(self.manifest.dtypes)}. Kernel arrays are created after the diagonal is computed. Was the "
+                "computation interrupted before? Choose one of these dtypes, or finish the store with the same command."
             )
         manifest = self.manifest
         return SymmetricArray(
@@ -129,12 +130,15 @@ class KernelStore:
 
     @property
     def array(self) -> SymmetricArray:
-        """The full matrix of true values, NumPy-like and lazy, in the most precise stored dtype."""
+        """Full NumPy-like lazy matrix of true values, in the most precise stored dtype."""
         return self.kernel()
 
     @property
     def dask(self) -> Any:
-        """The full matrix of true values as a dask array, one task per tile; (output, row, col) if several."""
+        """Full matrix of true values as a dask array with one task per tile.
+
+        A store of the output `diagonal` has the dimensions (output, row, col).
+        """
         if self.grid.num_planes == 1:
             return self.kernel().to_dask()
         import dask.array as da
@@ -143,10 +147,10 @@ class KernelStore:
 
     @property
     def xarray(self) -> Any:
-        """The full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns.
+        """Full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns.
 
-        Each coordinate is an index: ``.sel(row_label=3)`` are the rows of that label. One of a dimension at a time, so
-        that ``.sel(row_label=3).sel(row_output=0)`` are those of them that belong to the first output.
+        Each coordinate is an index: ``.sel(row_label=3)`` selects the rows with label 3. One call takes one index per
+        dimension. ``.sel(row_label=3).sel(row_output=0)`` selects those rows that also belong to the first output.
         """
         import xarray
 
@@ -160,38 +164,38 @@ class KernelStore:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The group's attributes but for the manifest."""
+        """Attributes of the group, without the manifest."""
         return {name: value for name, value in self.group.attrs.asdict().items() if name != "ntkgen"}
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """Read one of the small arrays whole: diagonal, logits, a coordinate.
+        """Read a whole small array: the diagonal, the logits or a coordinate.
 
         Raises:
             StoreError: If the array is damaged.
-            UnknownNameError: If there is none of that name.
+            UnknownNameError: If the store has no array of that name.
         """
         array = self.zarr_array(name)
         try:
             return np.asarray(array[...])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
-                f"The array {name} of {self.name} is damaged ({error}): expected chunks that match their checksums. A "
-                "disk error or an interrupted copy? Compute or import the kernel again in the same way: the array is "
-                "then written anew."
+                f"The array {name} of {self.name} is damaged: expected chunks that match their checksums, found an "
+                f"error ({error}). A disk error or an interrupted copy? Run the same `ntkgen compute` or "
+                "`ntkgen import` again, which writes the array again."
             ) from error
 
     @property
     def array_names(self) -> list[str]:
-        """Name the kernel arrays that exist; they are created once the diagonal is complete."""
+        """Names of the kernel arrays that exist. They are created once the diagonal is complete."""
         return [name for dtype in self.manifest.dtypes if self._has(name := f"ntk_{dtype}")]
 
     def scale_factor(self, name: str) -> float:
-        """Say by what a kernel array is to be multiplied."""
+        """Return the factor by which a stored kernel array is multiplied."""
         return float(self.zarr_array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
 
     @property
     def float16_underflow(self) -> Underflow | None:
-        """Count the entries that float16 stores with fewer bits, or as zero, of the tiles that are there."""
+        """Numbers of entries that float16 stores with fewer bits, and as zero, over the stored tiles."""
         if not self._has(UNDERFLOW):
             return None
         counts = np.maximum(self.read(UNDERFLOW), 0).sum((0, 1))
@@ -200,7 +204,7 @@ class KernelStore:
     # progress ------------------------------------------------------------------------------------------------------
 
     def missing_tiles(self, layout: str | None = None) -> list[Tile]:
-        """List the tiles that are not there in every dtype and, with the full layout, on both sides."""
+        """List the tiles that are missing in any dtype or, with the layout `full`, on either side of the diagonal."""
         missing: set[Tile] = set()
         for array in self._kernels:
             done = self._chunks(array)
@@ -208,7 +212,7 @@ class KernelStore:
         return sorted(missing)
 
     def has_tile(self, tile: Tile) -> bool:
-        """Say whether a tile is there whole, as `missing_tiles` does for all."""
+        """Tell whether a tile is complete, by the rule of `missing_tiles`."""
         return all(
             self.folder.size(array.file(key)) == array.file_bytes
             for array in self._kernels
@@ -221,11 +225,11 @@ class KernelStore:
 
     @property
     def tile_bytes(self) -> int:
-        """Bytes of one tile on one side, in every dtype."""
+        """Size of one tile in bytes, over all dtypes, without its transpose."""
         return self.grid.num_planes * sum(array.file_bytes for array in self._kernels)
 
     def chunks_of(self, tile: Tile, layout: str | None = None) -> list[tuple[int, ...]]:
-        """Name the chunks of a tile: on both sides with the full layout, and one per plane."""
+        """Return the keys of a tile's chunks: one per plane, and with the layout `full` also those of its transpose."""
         is_mirrored = self._is_mirrored_in(layout or self.manifest.layout)
         places = {(tile.row, tile.col), (tile.col, tile.row) if is_mirrored else (tile.row, tile.col)}
         if self.grid.num_planes == 1:
@@ -237,30 +241,31 @@ class KernelStore:
 
     @property
     def is_complete(self) -> bool:
-        """Say whether the store was finished, and nothing of it has gone since."""
+        """Whether the store is marked complete and no tile, diagonal or array is missing."""
         has_all = self.manifest.is_complete and all(self._has(array.name) for array in self.arrays())
         return has_all and not self.missing_tiles() and not self.missing_blocks()
 
     def _has(self, name: str) -> bool:
-        """Say whether an array is there, with metadata that can be read."""
+        """Tell whether an array exists and its metadata can be read."""
         try:
             return isinstance(self.group.get(name), zarr.Array)
         except (ValueError, KeyError, TypeError):
             return False
 
     def zarr_array(self, name: str) -> "ZarrArray":
-        """Look up an array.
+        """Look up an array by its name.
 
         Raises:
             UnknownNameError: If the store has no array of that name.
-            StoreError: If its metadata cannot be read.
+            StoreError: If the metadata of the array cannot be read.
         """
         try:
             array = self.group[name]
         except (ValueError, TypeError) as error:
             raise StoreError(
-                f"The metadata of {self.name}/{name} is damaged ({type(error).__name__}). A disk error or an "
-                "interrupted copy? Compute or import the kernel again in the same way: the array is then written anew."
+                f"The metadata of {self.name}/{name} is damaged: expected valid Zarr metadata, found an error "
+                f"({type(error).__name__}). A disk error or an interrupted copy? Run the same `ntkgen compute` or "
+                "`ntkgen import` again, which writes the metadata again."
             ) from error
         except KeyError:
             raise UnknownNameError("array", name, sorted(self.group.array_keys())) from None
@@ -268,32 +273,35 @@ class KernelStore:
         return array
 
     def missing_blocks(self) -> list[int]:
-        """List the blocks whose diagonal or logits are not there: of rows, then, numbered on, of other columns."""
-        there = {array.name: self._chunks(array) for array in self.arrays() if array.role == "side"}
+        """List the side blocks whose diagonal or logits are missing.
+
+        The blocks of the rows have the first numbers. Those of the columns of a rectangular kernel follow.
+        """
+        stored = {array.name: self._chunks(array) for array in self.arrays() if array.role == "side"}
         return [
             index
             for index, side in enumerate(sides_of(self.grid))
-            if any(key not in there[name] for name, key in side.chunks(self.grid.num_planes) if name in there)
+            if any(key not in stored[name] for name, key in side.chunks(self.grid.num_planes) if name in stored)
         ]
 
     @property
     def num_logits(self) -> int:
-        """Count what the network returns of a sample; none where the kernel was imported, and has no logits."""
+        """Number of network outputs per sample. It is 0 for an imported kernel, which has no logits."""
         return self.manifest.num_logits
 
     def _chunks(self, array: StoredArray) -> set[Key]:
-        """List the chunks of an array that have their exact size, by a listing of its folder."""
+        """List the chunks of an array that have their exact size, from a listing of its folder."""
         return array.whole_chunks(self.folder.sizes(f"{array.name}/c"))
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all files of the store, but for what is being written."""
+        """Total size of the store's files in bytes, without files that are being written."""
         return sum(self.folder.sizes().values())
 
     # writing -------------------------------------------------------------------------------------------------------
 
     def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
-        """Store the exact diagonal and the logits of one block that `missing_blocks` has named."""
+        """Store the exact diagonal and the logits of one side block, by its index in `missing_blocks`."""
         side = side_of(self.grid, index)
         rows, samples = side.block.rows(self.grid.num_outputs), slice(side.block.start, side.block.stop)
         if self.num_logits:
@@ -302,11 +310,11 @@ class KernelStore:
         self._writer.write(side.diagonal, region, to_stored(diagonal, "float64", 1.0))
 
     def create_kernels(self) -> None:
-        """Create the kernel arrays with their scales, which follow from the complete diagonal."""
+        """Create the kernel arrays with their scales, which are computed from the complete diagonal."""
         maxima = [float(self.read(diagonal).max()) for diagonal, _ in side_arrays(self.grid)]
         maximum = math.sqrt(maxima[0] * maxima[-1])  # by Cauchy–Schwarz
         late = [array for array in self.arrays() if array.is_of_tiles and not self._has(array.name)]
-        for array in sorted(late, key=lambda array: array.role == "kernel"):  # the counts first: tiles write them first
+        for array in sorted(late, key=lambda array: array.role == "kernel"):  # counts first, as in `commit`
             scale = 1.0
             if array.role == "kernel":
                 scale = float(self.manifest.identity.get("scale_factor", scale_of(array.dtype, maximum)))
@@ -314,10 +322,10 @@ class KernelStore:
             create_array(self.group, dataclasses.replace(array, attributes={**array.attributes, **scaled}))
 
     def commit(self, tile: Tile, values: FloatArray) -> None:
-        """Store one computed tile, in every dtype, whole.
+        """Store one whole computed tile in every dtype.
 
         Raises:
-            DivergedError: If an entry is not finite; nothing of the tile is then written.
+            DivergedError: If an entry is not finite. No part of the tile is written then.
         """
         assert values.shape[-2:] == tuple(part.stop - part.start for part in self.region(tile)[-2:])
         stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
@@ -329,7 +337,7 @@ class KernelStore:
         self.commit_stored(tile, stored)
 
     def commit_stored(self, tile: Tile, stored: Mapping[str, FloatArray]) -> None:
-        """Store one tile that is rounded and scaled already, by dtype."""
+        """Store one tile whose values are already scaled and rounded to each dtype."""
         for dtype, values in stored.items():
             self._writer.write(f"ntk_{dtype}", self.region(tile), values)
             if self._is_mirrored_in(self.manifest.layout) and tile.row != tile.col:
@@ -342,7 +350,7 @@ class KernelStore:
         return (rows, cols) if self.grid.num_planes == 1 else (slice(None), rows, cols)
 
     def write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
-        """Write the transpose of a tile on the other side, every bit as it is stored."""
+        """Write the transpose of a tile below the diagonal, with the same bits."""
         *planes, rows, cols = self.region(tile)
         self._writer.write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
 
@@ -352,29 +360,30 @@ class KernelStore:
         self.manifest = manifest
 
     def arrays(self) -> list[StoredArray]:
-        """List all arrays that the finished store has."""
+        """List all arrays of the finished store."""
         return arrays_of(self.manifest)
 
     def finalize(self, layout: str | None = None) -> None:
-        """Mark a store complete whose tiles are all there, and gather its metadata in one file for quick opening.
+        """Mark the store complete, and consolidate its metadata in one file so that it opens quickly.
 
-        With another ``layout``, whose tiles are all there, it has that from then on: the manifest, which says so, is
-        written last.
+        Args:
+            layout: New layout of the store, if it changes. The manifest, which holds the layout, is written last.
 
         Raises:
-            StoreError: If tiles are missing.
+            StoreError: If tiles of the layout are missing.
         """
         layout = layout or self.manifest.layout
         if missing := self.missing_tiles(layout):
             raise StoreError(
-                f"The store at {self.name} cannot be complete: {len(missing)} of {self.grid.num_tiles} tiles are "
-                "missing. Was a file removed meanwhile? Run the same command again."
+                f"The store at {self.name} cannot be marked complete: expected all tiles, and {len(missing)} of "
+                f"{self.grid.num_tiles} tiles are missing. Was a file removed during the run? Run the same command "
+                "again."
             )
         if layout != self.manifest.layout:
             for name in self.array_names:
                 self.zarr_array(name).attrs.update({"storage_mode": STORAGE_MODES[layout]})
         with alone(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that these metadata are no part of Zarr v3 yet, and of foreign files
+            warnings.simplefilter("ignore")  # Zarr v3 does not specify consolidated metadata, and files may be foreign
             self.group = zarr.consolidate_metadata(self.folder.zarr_store(read_only=False))
         done = Manifest(**{**vars(self.manifest), "is_complete": True, "layout": layout})
         self.set_manifest(done)

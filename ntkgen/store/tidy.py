@@ -1,4 +1,4 @@
-"""What an interrupted write or a damaged disk has left behind, put in order before a store is continued."""
+"""Repair of what an interrupted write or a damaged disk has left in a store, before the store is continued."""
 
 import json
 from typing import Any
@@ -9,11 +9,11 @@ from ntkgen.store.store import KernelStore
 
 
 def tidy(store: KernelStore, samples: Samples) -> None:
-    """Put in order what an interrupted write or a damaged disk left behind; only under the lock, and alone.
+    """Repair what an interrupted write or a damaged disk has left in a store.
 
-    Left-over partial files go, small arrays that are damaged or gone are written anew, and chunks of the diagonal
-    and the logits that do not match their checksums are removed, so that they are computed anew. The tiles
-    themselves are not read.
+    Partial files are removed. Metadata and coordinates that are damaged or missing are written again. Chunks of the
+    diagonal and of the logits that do not match their checksums are removed, so that they are computed again. The tiles
+    are not read. The caller must hold the lock of the store, and no other process may write tiles.
     """
     store.folder.sweep()
     _remove_old_transposes(store)
@@ -30,23 +30,24 @@ def tidy(store: KernelStore, samples: Samples) -> None:
 
 
 def _remove_old_transposes(store: KernelStore) -> None:
-    """Remove what an interrupted mirroring has written of tiles that are missing now, and will be made anew.
+    """Remove the transposes that an interrupted mirroring has written of tiles that are missing now.
 
-    Made on another machine, they differ in their last bits, and the kernel would not be symmetric.
+    These tiles will be computed again. On another machine they can differ in their last bits, and the kernel would not
+    be symmetric.
     """
     if store.manifest.layout != "upper":
         return
     missing = [Tile(tile.col, tile.row) for tile in store.missing_tiles() if tile.row != tile.col]
     keys = sorted(key for tile in missing for key in store.chunks_of(tile))
     for name in (f"ntk_{dtype}" for dtype in store.manifest.dtypes):
-        there = store.folder.sizes(f"{name}/c")
+        files = store.folder.sizes(f"{name}/c")
         for chunk in (f"{name}/c/{'/'.join(map(str, key))}" for key in keys):
-            if chunk in there:
+            if chunk in files:
                 store.folder.remove(chunk)
 
 
 def _remove_damaged(store: KernelStore, chunk: str, region: Any) -> None:
-    """Remove a chunk that does not match its checksum, so that it is computed anew."""
+    """Remove a chunk that does not match its checksum, so that it is computed again."""
     try:
         _ = store.zarr_array(chunk.partition("/")[0])[region] if store.folder.has(chunk) else None
     except (ValueError, RuntimeError):

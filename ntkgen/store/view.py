@@ -1,4 +1,4 @@
-"""The stored triangle as one full lazy matrix (NumPy, dask, SciPy, xarray)."""
+"""A full lazy matrix view of a stored kernel, also of one triangle, for NumPy, dask, SciPy and xarray."""
 
 import copy
 from collections import deque
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 Index = npt.NDArray[np.intp]
 FloatArray = npt.NDArray[np.float64]
-Place = tuple[int, int]  # of a tile: its row and its column of tiles
+Place = tuple[int, int]  # position of a tile in the grid: its row and its column
 
-# Tiles that are read while another is multiplied. Two keep up with the products of a few vectors from a local disk, and
-# each more would hold one more tile in float64, 134 MB with 4096 rows.
+# Number of tiles that are read while another is multiplied. From a local disk, two are fast enough for products with a
+# few vectors. Each further one would hold one more tile in float64, which is 134 MB with 4096 rows.
 TILES_AHEAD = 2
 
 
 def read_ahead(
     read: Callable[[Place], FloatArray], places: Sequence[Place], count: int = TILES_AHEAD
 ) -> Iterator[tuple[Place, FloatArray]]:
-    """Read tiles in as many threads as tiles may be waiting, and give them in their order."""
+    """Read tiles with ``count`` threads, at most ``count`` tiles ahead, and yield them in the given order."""
     with ThreadPoolExecutor(count) as pool:
         waiting = deque(pool.submit(read, place) for place in places[:count])
         for position, place in enumerate(places, start=count):
@@ -40,17 +40,17 @@ def read_ahead(
             yield place, values
 
 
-def _words(error: Exception) -> str:
-    """Quote an error without the bytes that it may show."""
+def _first_sentence(error: Exception) -> str:
+    """Return the first sentence of an error's message, without the bytes that may follow."""
     return str(error).split("\n", maxsplit=1)[0].partition(". ")[0]
 
 
 class SymmetricArray:
-    """A stored kernel as a NumPy-like matrix of true values: mirrored where one triangle is stored, and scaled.
+    """A stored kernel as a NumPy-like full matrix of true values: scaled, and mirrored if one triangle is stored.
 
-    Indexing reads the tiles it needs and follows NumPy's rules for integers, slices and index arrays. float16 kernels
-    are given as float32, in which their scale is exact. What is not stored yet reads as NaN; what is gone from a
-    finished store is an error.
+    Indexing reads only the tiles that it needs, and follows NumPy's rules for integers, slices and index arrays. A
+    float16 kernel is returned in float32, in which its scale is exact. Tiles that are not stored yet read as NaN. A
+    missing tile of a finished store is an error.
     """
 
     ndim = 2
@@ -68,12 +68,12 @@ class SymmetricArray:
         """View an array.
 
         Args:
-            array: The stored kernel.
-            is_upper: Whether it has one triangle of tiles.
-            token: What dask tells its contents from others by.
-            plane: Which matrix, where it holds one per output.
-            is_complete: Whether no tile may be missing.
-            remedy: What errors say of its store, and what to do; otherwise they name the array's place.
+            array: Stored kernel.
+            is_upper: Whether only the upper triangle of tiles is stored.
+            token: String by which dask identifies the contents.
+            plane: Index of the matrix, if the array holds one per output.
+            is_complete: Whether a missing tile is an error.
+            remedy: Place of the store and advice, for error messages. By default they name the place of the array.
         """
         self._array = array
         self._is_complete = is_complete
@@ -87,23 +87,23 @@ class SymmetricArray:
         self.side = int(array.chunks[-1])
 
     def __repr__(self) -> str:
-        """Say the size and the stored dtype."""
+        """Show the size, the stored dtype and the layout."""
         half = "upper triangle" if self._is_upper else "whole"
         return f"<SymmetricArray {self.shape[0]} × {self.shape[1]}, stored as {self._array.dtype}, {half}>"
 
     def __len__(self) -> int:
-        """Count the rows."""
+        """Return the number of rows."""
         return self.shape[0]
 
     def __dask_tokenize__(self) -> tuple[str, str]:
-        """Name the contents for dask: the kernel's fingerprint and its dtype."""
+        """Identify the contents for dask by the token, the stored dtype and the plane."""
         return (self._token, f"{self._array.dtype} {self._plane}")
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:  # noqa: FBT001
         """Read the whole matrix into memory.
 
         Raises:
-            ValueError: If a view without a copy is asked for, which there cannot be.
+            ValueError: If a view without a copy is requested.
         """
         if copy is False:
             raise ValueError("A stored kernel cannot become a NumPy array without a copy. Leave out copy=False.")
@@ -113,8 +113,8 @@ class SymmetricArray:
         """Read a part of the matrix.
 
         Raises:
-            StoreError: If a tile that is read is damaged, or missing from a finished store; the message names it.
-            IndexError: If an index is out of range, or there are more than two.
+            StoreError: If a required tile is damaged, or missing from a finished store. The message names the tile.
+            IndexError: If an index is out of range, or if more than two are given.
         """
         keys = list(key) if isinstance(key, tuple) else [key]
         for at in [position for position, k in enumerate(keys) if k is Ellipsis][:1]:
@@ -127,7 +127,7 @@ class SymmetricArray:
         wanted = [np.arange(length, dtype=np.intp)[k] for length, k in zip(self.shape, keys, strict=True)]
         needed = [np.unique(w) for w in wanted]
         block = self._read(*needed)
-        # the same key, in positions within what was read: slices first, then NumPy's own rules for the rest
+        # Translate the key into positions within the block: apply slices first, then leave the rest to NumPy.
         rest: list[Any] = []
         for axis, (k, n, w) in enumerate(zip(keys, needed, wanted, strict=True)):
             if isinstance(k, slice):
@@ -138,7 +138,7 @@ class SymmetricArray:
         return np.asarray(block[tuple(rest)])
 
     def _read(self, rows: Index, cols: Index) -> npt.NDArray[Any]:
-        """Read the sub-matrix of some sorted rows and columns, tile by tile."""
+        """Read the sub-matrix of the given sorted rows and columns, tile by tile."""
         out = np.empty((len(rows), len(cols)), self.dtype)
         for i in np.unique(rows // self.side):
             at_rows = np.flatnonzero(rows // self.side == i)
@@ -161,36 +161,36 @@ class SymmetricArray:
         return part.T if mirrored else part
 
     def _read_stored(self, tile: Place, region: tuple[slice, slice], *, is_required: bool) -> npt.NDArray[Any]:
-        """Read a part of one stored tile, as it is stored.
+        """Read a part of one tile as it is stored.
 
         Raises:
             DamagedTileError: If the tile is damaged.
-            StoreError: If it is required, and missing.
+            StoreError: If the tile is required and missing.
         """
         try:
             values = np.asarray(self._array[region if self._plane is None else (self._plane, *region)])
         except (ValueError, RuntimeError) as error:
             raise DamagedTileError(
-                f"{self._name(tile)} is damaged ({_words(error)}): expected its chunk file {self._chunk(tile)} to "
-                f"match its checksum. A disk error or an interrupted copy? {self._remedy.repair}"
+                f"{self._name(tile)} is damaged ({_first_sentence(error)}): expected its chunk file "
+                f"{self._chunk(tile)} to match its checksum. A disk error or an interrupted copy? {self._remedy.repair}"
             ) from error
-        if is_required and np.isnan(values[0, 0]):  # no tile has a NaN, so that this is what an absent file reads as
+        if is_required and np.isnan(values[0, 0]):  # tiles hold no NaN, so this one stands for a missing file
             raise self._missing(tile)
         return values
 
     def leading(self, rows: int) -> "SymmetricArray":
-        """View the first rows and columns of a symmetric kernel; no tile of theirs may be missing.
+        """View the first rows and columns of a symmetric kernel. A missing tile in this part is an error.
 
-        One triangle of tiles is read, also where both are stored.
+        Only the upper triangle of tiles is read, even if both triangles are stored.
 
         Raises:
-            ShapeError: If the kernel is rectangular, or has not as many rows.
+            ShapeError: If the kernel is rectangular, or has fewer rows.
         """
         if self.shape[0] != self.shape[1] or not 0 < rows <= self.shape[0]:
             raise ShapeError(
                 f"The kernel of {self.shape[0]} × {self.shape[1]} has no leading part of {rows} rows: expected a "
-                "square kernel and 1 row to all. Is it of rows against others, or were rows and samples confused? "
-                "Pass samples times outputs."
+                f"square kernel and a number from 1 to {self.shape[0]}. Does the kernel have other samples in its "
+                "columns, or was the number of samples passed? Pass the number of samples times the number of outputs."
             )
         part = copy.copy(self)
         part.shape, part._token = (rows, rows), f"{self._token}-{rows}"
@@ -201,22 +201,22 @@ class SymmetricArray:
 
     def matmat(
         self,
-        V: npt.ArrayLike,  # (cols,) or (cols, vectors); of the transpose (rows,) or (rows, vectors)
+        V: npt.ArrayLike,  # (cols,) or (cols, vectors); for the transpose (rows,) or (rows, vectors)
         *,
         transposed: bool = False,
-        places: Sequence[Place] | None = None,  # the stored tiles that are multiplied, if not all
+        places: Sequence[Place] | None = None,  # positions of the stored tiles to multiply; None means all
         step: Step = ignore_step,  # called after each tile
-    ) -> FloatArray:  # (rows,) or (rows, vectors); of the transpose (cols,) or (cols, vectors)
+    ) -> FloatArray:  # (rows,) or (rows, vectors); for the transpose (cols,) or (cols, vectors)
         """Multiply the kernel, or its transpose, with vectors in float64, in one pass over the stored tiles.
 
-        Each is read once: where one triangle is stored, a tile off the diagonal is used as it is and transposed. The
-        next tiles are read while one is multiplied, and the sums are made in the order of the tiles, so that the same
-        product has the same bits. Costs 2 · rows · cols FLOPs per vector, and holds four tiles in float64.
+        Each tile is read once. If one triangle is stored, an off-diagonal tile is multiplied as it is and transposed.
+        The next tiles are read while one is multiplied. The products are added in the order of the tiles, so that equal
+        calls give equal bits. Costs 2 · rows · cols FLOPs per vector, and holds four tiles in float64.
 
         Raises:
-            ShapeError: If the vectors have not as many entries as the kernel has columns, or its transpose.
-            InputError: If they are not real numbers.
-            StoreError: If a tile is missing, damaged or not finite; the message names it.
+            ShapeError: If the vectors do not have one entry per column of the kernel, or per row for the transpose.
+            InputError: If the vectors do not hold real numbers.
+            StoreError: If a tile is missing, damaged or not finite. The message names the tile.
         """
         transposed = transposed and not self._is_upper
         length, entries = self.shape if not transposed else self.shape[::-1]
@@ -237,10 +237,10 @@ class SymmetricArray:
         return self.matmat(other)
 
     def to_scipy(self) -> "LinearOperator":
-        """View as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `svds`, `cg` and their like.
+        """View as a `scipy.sparse.linalg.LinearOperator`, for example for `eigsh`, `svds` and `cg`.
 
-        Each product is a pass over the stored tiles, whatever the number of its vectors: methods that multiply with
-        several at once (`lobpcg`) read less.
+        Each product is one pass over the stored tiles, for any number of vectors. Methods that multiply with several
+        vectors at once, such as `lobpcg`, therefore read less.
         """
         from scipy.sparse.linalg import LinearOperator
 
@@ -254,12 +254,12 @@ class SymmetricArray:
         )
 
     def places(self) -> list[Place]:
-        """List the stored tiles, row by row."""
+        """List the positions of the stored tiles, row by row."""
         num_rows, num_cols = (-(-length // self.side) for length in self.shape)
         return [(i, j) for i in range(num_rows) for j in range(i if self._is_upper else 0, num_cols)]
 
     def _region(self, tile: Place) -> tuple[slice, slice]:
-        """Locate the rows and columns of a tile; the last ones are ragged."""
+        """Locate the rows and columns of a tile. The last tiles of a row or column can be smaller."""
         rows, cols = (
             slice(at * self.side, min((at + 1) * self.side, length))
             for at, length in zip(tile, self.shape, strict=True)
@@ -267,14 +267,14 @@ class SymmetricArray:
         return rows, cols
 
     def _whole_tile(self, tile: Place) -> FloatArray:
-        """Read a tile in float64, not scaled."""
+        """Read a tile in float64, without its scale factor."""
         return self._read_stored(tile, self._region(tile), is_required=True).astype(np.float64, copy=False)
 
     def _part(self, tile: Place, values: FloatArray, V: FloatArray) -> FloatArray:
-        """Multiply one tile.
+        """Multiply one tile with vectors. The tile is searched for NaN and infinity only if the product has some.
 
         Raises:
-            DamagedTileError: If it holds what is not finite, which the product shows at a fraction of the cost.
+            DamagedTileError: If an entry of the tile is not finite.
         """
         with np.errstate(invalid="ignore", over="ignore"):
             part: FloatArray = values @ V
@@ -286,25 +286,25 @@ class SymmetricArray:
         return part
 
     def _vectors(self, V: npt.ArrayLike, entries: int) -> FloatArray:
-        """Take what is to be multiplied as float64.
+        """Convert vectors to float64.
 
         Raises:
-            ShapeError: If it does not fit.
-            InputError: If it is not of real numbers.
+            ShapeError: If their shape does not fit the kernel.
+            InputError: If they do not hold real numbers.
         """
-        found = np.asarray(V)
-        if found.dtype.kind not in "fiub":
+        vectors = np.asarray(V)
+        if vectors.dtype.kind not in "fiub":
             raise InputError(
-                f"A kernel is multiplied with real numbers: expected an array of them, found {found.dtype}. Is it "
+                f"A kernel is multiplied with real numbers: expected an array of them, found {vectors.dtype}. Is it "
                 "complex or sparse? Multiply the real and the imaginary part, or make it dense."
             )
-        if found.ndim not in {1, 2} or len(found) != entries:
+        if vectors.ndim not in {1, 2} or len(vectors) != entries:
             raise ShapeError(
-                f"What is to be multiplied does not fit the kernel of {self.shape[0]} × {self.shape[1]}: expected "
-                f"({entries},) or ({entries}, vectors), found {found.shape}. Was it made for other samples or outputs, "
-                "or is it the transpose that is meant? Pass one entry per column, or `transposed=True` and one per row."
+                f"The vectors do not fit the kernel of {self.shape[0]} × {self.shape[1]}: expected ({entries},) or "
+                f"({entries}, vectors), found {vectors.shape}. Do they belong to other samples or outputs, or to the "
+                "transpose? Pass one entry per column, or `transposed=True` and one entry per row."
             )
-        return found.astype(np.float64, copy=False)
+        return vectors.astype(np.float64, copy=False)
 
     # errors --------------------------------------------------------------------------------------------------------
 
@@ -312,37 +312,37 @@ class SymmetricArray:
         return f"Tile {tile} of {self._array.path} in {self._remedy.place}"
 
     def _chunk(self, tile: Place) -> str:
-        """Name the file of a tile, within the store."""
+        """Return the path of a tile's file, relative to the store."""
         return f"{self._array.path}/c/" + "/".join(map(str, tile if self._plane is None else (self._plane, *tile)))
 
     def _missing(self, tile: Place) -> StoreError:
-        missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, and it reads as NaN. "
+        missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, found NaN. "
         again = f"the same `{self._remedy.command}` again"
         if not self._is_complete:
-            return StoreError(f"{missing}Is the store unfinished? Run {again}: it goes on.")
+            return StoreError(f"{missing}Is the store unfinished? Run {again} to continue it.")
         return StoreError(
             f"{missing}The store was finished: was the file removed since, or not copied? Run `ntkgen verify "
-            f"{self._remedy.place}`, which lists what else is gone, and then {again}: it makes it anew."
+            f"{self._remedy.place}`, which lists all missing tiles, and then {again} to restore them."
         )
 
     # dask ----------------------------------------------------------------------------------------------------------
 
     def to_dask(self, *, tiles_per_chunk: int = 1) -> Any:
-        """View as a dask array, one task per tile, or per square of ``tiles_per_chunk`` tiles along each side.
+        """View as a dask array, with one task per square of ``tiles_per_chunk`` × ``tiles_per_chunk`` tiles.
 
-        A graph of 300 × 300 tasks is made in seconds, and every operation on it adds as many: larger chunks suit larger
-        kernels. A slice reads the tiles that it needs, whatever the chunks.
+        Dask builds a graph of 300 × 300 tasks in seconds, and every operation adds as many tasks. Larger chunks are
+        therefore better for larger kernels. A slice reads only the tiles that it needs, for any size of chunk.
 
         Raises:
-            InputError: If there is not at least one tile to a chunk.
+            InputError: If ``tiles_per_chunk`` is less than 1.
         """
         import dask.array as da
         from dask.base import tokenize
 
         if tiles_per_chunk < 1:
             raise InputError(
-                f"A chunk must hold at least one tile along each side, and tiles_per_chunk is {tiles_per_chunk}. Was "
-                "the number of chunks meant? Pass 1, or more for fewer tasks."
+                f"A chunk must hold at least one tile along each side: expected at least 1, and tiles_per_chunk is "
+                f"{tiles_per_chunk}. Was the number of chunks meant? Pass 1, or more for fewer tasks."
             )
         return da.from_array(
             self,

@@ -1,4 +1,4 @@
-"""How chunks are written: whole, in place, and several tiles at a time."""
+"""Writing of whole chunks in place, and of several tiles at the same time."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,14 +14,14 @@ from ntkgen.store.schema import writable
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
-# Tiles that are read and written at a time where nothing is computed; each is held twice.
+# Number of tiles read and written at the same time where nothing is computed. Each is held in memory twice.
 THREADS = 2
-# The Rust pipeline, if the user has chosen it, does not write atomically.
+# Zarr setting for writing. The Rust pipeline, which a user may have chosen, does not write atomically.
 WRITING = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline"}
 
 
 class Writer:
-    """Writes regions of arrays, each of which is opened once: its metadata is a file, or a request, of its own."""
+    """Writes regions of arrays. Each array is opened once, because its metadata costs one file access or request."""
 
     def __init__(self, find: "Callable[[str], ZarrArray]") -> None:
         self._find = find
@@ -36,8 +36,8 @@ class Writer:
 
 
 def write_each(write: Callable[[Tile], None], tiles: Iterable[Tile], step: Step) -> None:
-    """Write some tiles in a few threads, by a function that commits or mirrors one; count each."""
-    # around all threads: what each of them sets, and sets back, is then the same
+    """Call a function that commits or mirrors one tile for each tile, in a few threads, and count the tiles."""
+    # The setting is global. Each thread sets and resets it, and this outer setting makes both values equal.
     with zarr.config.set(WRITING), ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(write, tiles):
             step()
