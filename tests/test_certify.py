@@ -472,9 +472,9 @@ def test_a_damaged_tile_is_refused(job, tmp_path):
 
 def test_other_samples_and_other_networks_are_refused(job, tmp_path):
     store = finished(job, tmp_path)
-    with pytest.raises(ShapeError, match="11 samples × 3 outputs, and 10 samples × 3 outputs"):
+    with pytest.raises(ShapeError, match="11 samples × 3 outputs, found 10 samples × 3 outputs"):
         certify(store, job.module, Inputs(job.x[:10], job.samples))
-    with pytest.raises(ShapeError, match="and 11 against 2 samples × 3 outputs"):
+    with pytest.raises(ShapeError, match="found 11 against 2 samples × 3 outputs"):
         certify(store, job.module, Inputs(job.x, job.samples, job.x[:2]))
     wider = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4))
     with pytest.raises(ShapeError, match="11 samples × 4 outputs"):

@@ -375,10 +375,10 @@ def test_the_advice_says_to_repair_where_a_file_must_go(upper):
     store = upper()
     harm(store.path / "ntk_float32/c/0/1", "missing")
     message = explain_damage(store, find_damage(store))
-    assert "To mend it, run the same `ntkgen compute` again" in message
+    assert "To repair it, run the same `ntkgen compute` again" in message
     harm(store.path / "ntk_float32/c/0/2", "first bit")
     message = explain_damage(store, find_damage(store))
-    assert f"To mend it, run `ntkgen verify --repair {store.path}`, then run the same `ntkgen compute`" in message
+    assert f"To repair it, run `ntkgen verify --repair {store.path}`, then run the same `ntkgen compute`" in message
     assert "\n" not in message
 
 
@@ -403,12 +403,12 @@ def test_a_store_that_lies_in_no_folder_is_read_and_repaired_too(job):
     assert contents() == before
 
 
-def test_many_files_are_read_in_turns_and_few_threads(upper, monkeypatch):
+def test_many_files_are_read_in_batches_and_few_threads(upper, monkeypatch):
     store = upper()
     for index in range(4):
         harm(store.path / f"ntk_float32/c/{index}/3", "last bit")
     found = find_damage(store)
-    for limits in ({"TURN_FILES": 1}, {"TURN_FILES": 3}, {"HELD_BYTES": 1}):
+    for limits in ({"BATCH_FILES": 1}, {"BATCH_FILES": 3}, {"HELD_BYTES": 1}):
         with monkeypatch.context() as patch:
             for name, value in limits.items():
                 patch.setattr(verify, name, value)
@@ -435,7 +435,7 @@ def test_the_command_repairs_what_the_same_compute_then_makes_anew(run, digits):
         harm(digits / name, kind)
     code, out, err = run("verify", digits, "--recompute", "0")
     assert (code, err.count("\n")) == (1, 1)
-    assert f"To mend it, run `ntkgen verify --repair {digits}`" in err
+    assert f"To repair it, run `ntkgen verify --repair {digits}`" in err
     assert "  cut short   ntk_float16/c/3/0" in out
     assert "tile (0, 3)" in out
     code, out, err = run("verify", digits, "--repair", "--recompute", "0")

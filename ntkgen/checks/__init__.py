@@ -1,1 +1,1 @@
-"""Whether a stored kernel can be trusted."""
+"""Checks of a stored kernel: its files, its tiles, and its certificate (its measured error bound)."""

@@ -1,12 +1,13 @@
-"""The certificate of a finished store: how far the stored kernel is from the exact one, by sampling all of it.
+"""The certificate of a finished store: the error of its kernel, measured with random vectors, and an upper bound.
 
-With K̃ what is stored, K the exact kernel and E = K̃ − K, s Gaussian vectors V are multiplied with both: with K̃ in one
-pass over the tiles, so that every entry takes part, and with K = J Jᵀ by `NTKOperator` in float64, which multiplies no
-factors. ‖E V‖_F / √s estimates ‖E‖_F, its parts by blocks of samples say where an error lies, and sampled pairs of
-samples, recomputed with the reference, give the entrywise error.
+Let K̃ be the stored kernel, K the exact kernel, E = K̃ − K, and V a matrix of s Gaussian vectors. K̃ V is computed in one
+pass over the tiles, so that every stored entry contributes. `NTKOperator` computes K V = J (Jᵀ V) in float64, without
+the factors that the tiles are computed from. ‖E V‖_F / √s is an estimate of ‖E‖_F. The same estimate for each block of
+samples locates an error. In addition, the kernel entries of random pairs of samples are computed with the reference,
+and the largest error of these entries is reported.
 
-A store of the output `diagonal` holds a matrix per output. All are multiplied with the same V, as one matrix with the
-outputs below each other, whose Frobenius norm is that of all of them.
+A store of the output `diagonal` has one matrix per output. All are multiplied with the same V, as one tall matrix. Its
+Frobenius norm is that of all matrices together.
 """
 
 import dataclasses
@@ -46,23 +47,24 @@ def certify(
     """Compare a finished store with the exact kernel of a network and its samples.
 
     Costs one pass over the tiles per store dtype, about s forward and 2 s backward passes per sample in float64 (m
-    times as many for the outputs `trace` and `diagonal`), and a backward pass per sampled row of a pair. Below about
-    10⁻¹⁵ ‖K‖_F the error is the operator's own. Where the module's device has no float64 (mps), the CPU computes.
+    times as many for the outputs `trace` and `diagonal`), and one backward pass per row of a sampled pair. Errors below
+    about 10⁻¹⁵ ‖K‖_F are rounding errors of the operator. If the device of the module has no float64 (mps), the exact
+    products are computed on the CPU.
 
     Args:
-        store: The store; all its tiles are there. It says which output map its kernel is of.
-        model: The network that the kernel is of.
-        inputs: Its samples, in the store's order.
-        sampling: How much is sampled.
-        report: Called as the stages proceed.
+        store: Finished store. Its manifest names the output map of the kernel.
+        model: Network of the kernel.
+        inputs: Samples of the kernel, in the store's order.
+        sampling: Numbers of random vectors and of pairs, and their seed.
+        report: Function that is called as the stages proceed.
 
     Returns:
-        The certificate. The same store, network, samples and sampling give the same on the same machine.
+        The certificate. Equal stores, networks, samples and samplings give equal certificates on the same machine.
 
     Raises:
         StoreError: If tiles are missing or damaged, or hold entries that are not finite.
-        FingerprintError: If the store says that it was made of other parameters.
-        ShapeError: If there are more or fewer samples or outputs than the store has.
+        FingerprintError: If the parameters of the network differ from those of the store.
+        ShapeError: If the numbers of samples or outputs differ from those of the store.
     """
     started = time.monotonic()
     grid, dtypes = store.grid, store.manifest.dtypes
@@ -97,10 +99,10 @@ def exact_operator(
     x2: Tensor | None = None,  # (n₂, …)
     transform: Tensor | None = None,  # (outputs, logits)
 ) -> NTKOperator:
-    """Make the exact kernel as an operator: in float64, or where the network cannot be run in that, in float32.
+    """Make an operator of the exact kernel in float64, or in float32 if the network cannot be run in float64.
 
     Raises:
-        ModelError: If it can be run in neither.
+        ModelError: If the network can be run in neither dtype.
     """
     try:
         return NTKOperator(model, x1, x2, transform=transform)
@@ -116,25 +118,25 @@ def add_certificate(
     *,
     report: Report = ignore_report,
 ) -> Certificate:
-    """Certify a finished store, and write the certificate into it; only under its lock."""
+    """Certify a finished store, and write the certificate into it. The caller must hold the lock of the store."""
     num_logits = store.manifest.plan.profile.num_logits
     sampling = sampling or usual_sampling(store.manifest.output, num_logits)
-    found = certify(store, model, inputs, sampling, report=report)
-    store.finalize()  # again: a group opened anew would lose its gathered metadata with the next attribute
-    # What the file says, rounded, is what this process judges the kernel by, as every later one does.
-    kept = Certificate.from_json(found.to_json())
-    store.set_manifest(dataclasses.replace(store.manifest, certificate=kept))
-    return found
+    measured = certify(store, model, inputs, sampling, report=report)
+    store.finalize()  # again, because writing an attribute of a reopened group would drop its consolidated metadata
+    # This process judges the kernel by the rounded values of the file, like every later process.
+    stored = Certificate.from_json(measured.to_json())
+    store.set_manifest(dataclasses.replace(store.manifest, certificate=stored))
+    return measured
 
 
 def forget_certificate(store: KernelStore) -> None:
-    """Remove the certificate of a store whose tiles are about to change; only under its lock."""
+    """Remove the certificate of a store before its tiles change. The caller must hold the lock of the store."""
     if store.manifest.certificate is not None:
         store.set_manifest(dataclasses.replace(store.manifest, certificate=None))
 
 
 def require_finished(store: KernelStore) -> None:
-    """Refuse a store that has no certificate yet.
+    """Refuse a store that cannot be certified, because tiles are missing.
 
     Raises:
         StoreError: If tiles are missing.
@@ -142,24 +144,26 @@ def require_finished(store: KernelStore) -> None:
     if missing := store.missing_tiles():
         first = ", ".join(f"({tile.row}, {tile.col})" for tile in missing[:5])
         raise StoreError(
-            f"The store at {store.name} has no certificate yet: expected all of its {store.grid.num_tiles} tiles, and "
-            f"{len(missing)} are missing ({first}{', …' if len(missing) > 5 else ''}). Was its computation "
-            "interrupted? Run the same `ntkgen compute` again first."
+            f"The store at {store.name} has no certificate (no measured error bound) yet: expected all of its "
+            f"{store.grid.num_tiles} tiles, and {len(missing)} are missing ({first}"
+            f"{', …' if len(missing) > 5 else ''}). Was its computation interrupted? Run the same `ntkgen compute` "
+            "again first."
         )
 
 
 def require_model(store: KernelStore, model: nn.Module) -> None:
-    """Refuse a network with other parameters than those that the store was made of, where it says which.
+    """Refuse a network whose parameters differ from those of the store. An imported store does not name its parameters.
 
     Raises:
-        FingerprintError: If they differ.
+        FingerprintError: If the parameters differ.
     """
-    theirs = store.manifest.identity.get("parameters")
-    if theirs is not None and theirs != (mine := parameter_fingerprint(model)):
+    stored = store.manifest.identity.get("parameters")
+    if stored is not None and stored != (given := parameter_fingerprint(model)):
         raise FingerprintError(
-            f"The store at {store.name} was made from other parameters (fingerprint {theirs[:8]}…, this network "
-            f"{mine[:8]}…): its error would be measured against another kernel. Is this another checkpoint, or was it "
-            "trained or cast since? Load the one that the store's provenance names."
+            f"The store at {store.name} was made from other parameters: expected the fingerprint {stored[:8]}…, found "
+            f"{given[:8]}… for this network. Its error would be measured against another kernel. Is this another "
+            "checkpoint, or was the network trained or cast since? Load the checkpoint that the store's provenance "
+            "names."
         )
 
 
@@ -168,13 +172,13 @@ def _check_size(store: KernelStore, chosen: OutputMap, exact: NTKOperator, input
     outputs = grid.num_outputs if chosen.reduction == "none" else store.manifest.plan.profile.num_logits
     expected = (grid.num_samples, grid.num_col_samples, outputs)
     if expected != (rows, cols, exact.num_outputs):
-        there, here = (
+        wanted, given = (
             f"{n}{'' if other is None else f' against {other}'} samples × {m} outputs"
             for n, other, m in (expected, (rows, cols, exact.num_outputs))
         )
         raise ShapeError(
-            f"The store at {store.name} is of {there}, and {here} are given. Are these other samples, or is it "
-            "another network? Pass what it was made of."
+            f"The samples or outputs do not fit the store at {store.name}: expected {wanted}, found {given}. Are these "
+            "other samples, or is it another network? Pass the network and the samples that the store was made from."
         )
 
 
@@ -182,7 +186,7 @@ def _check_size(store: KernelStore, chosen: OutputMap, exact: NTKOperator, input
 
 
 def draw_probes(num_cols: int, sampling: Sampling) -> FloatArray:  # (cols, probes)
-    """Draw the Gaussian vectors."""
+    """Draw the Gaussian vectors V."""
     return np.random.default_rng([sampling.seed, 0]).standard_normal((num_cols, sampling.num_probes))
 
 
@@ -195,10 +199,10 @@ def stored_product(
     V: FloatArray,  # (cols, probes)
     step: Step = ignore_step,  # called after each tile
 ) -> FloatArray:  # (planes, rows, probes)
-    """Multiply the stored kernels with some vectors, in float64, in one pass over the tiles.
+    """Multiply the stored kernel of each plane with vectors, in float64, in one pass over the tiles.
 
     Raises:
-        StoreError: If a tile is missing, damaged or not finite; the message names it.
+        StoreError: If a tile is missing, damaged or not finite. The message names the tile.
     """
     return np.stack([kernel.matmat(V, step=step) for kernel in kernels_of(store, dtype)])
 
@@ -209,10 +213,11 @@ def exact_product(
     V: FloatArray,  # (cols, probes)
     report: Report = ignore_report,
 ) -> FloatArray:  # (planes, rows, probes)
-    """Multiply the exact kernels with some vectors.
+    """Multiply the exact kernel of each plane with vectors.
 
-    The kernel K_o of one output o is that of f between its rows and its columns: V is put into these columns, and
-    these rows of the product are taken. `diagonal` is all K_o, `trace` is Σ_o K_o.
+    The kernel K_o of one output o is the part of the kernel of f in the rows and columns of that output. K_o V is
+    computed by placing V in these columns, with zeros elsewhere, and taking these rows of the product. The output
+    `diagonal` has all K_o, and `trace` has Σ_o K_o.
     """
     if chosen.reduction == "none":
         return _matmat(exact, V, report)[None]
@@ -230,7 +235,7 @@ def exact_product(
 
 
 def _report_part(report: Report, number: int, count: int, stage: str, done: int, total: int) -> None:
-    """Report one of several equal products as a part of them all."""
+    """Report the progress of one of ``count`` equal products as part of the total."""
     report(stage, number * total + done, count * total)
 
 

@@ -1,4 +1,7 @@
-"""The products of a stored and of an exact kernel with some vectors → how far they differ, and what is wrong."""
+"""Judgement of a stored kernel: the size of its error, and the blocks of samples whose error rounding cannot explain.
+
+Its input is the product of the error matrix with random vectors, and that of the exact kernel.
+"""
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +19,25 @@ from ntkgen.store.certificate import (
 from ntkgen.store.schema import side_arrays
 from ntkgen.store.store import KernelStore
 
-# Ratio of a block's error to what rounding explains above which the block is suspicious.
+# Factor by which a block's error must exceed that of the other blocks, and the error of rounding, to be suspicious.
 SUSPICIOUS_RATIO = 10.0
-# Share of ‖J₁‖_F ‖J₂‖_F below which a kernel J₁ J₂ᵀ is judged as if it were that large.
+# Smallest size, relative to ‖J₁‖_F ‖J₂‖_F, by which the error of a kernel J₁ J₂ᵀ is judged.
 SMALL_PRODUCT = 1e-3
 FloatArray = npt.NDArray[np.float64]
 
 
 def norm_of(product: FloatArray) -> float:
-    """Estimate ‖A‖_F from A V, ‖A V‖_F / √s: its square has the mean ‖A‖²_F."""
+    """Estimate ‖A‖_F from A V by ‖A V‖_F / √s, whose square has the mean ‖A‖²_F."""
     return float(np.linalg.norm(product) / np.sqrt(product.shape[-1]))
 
 
 def sample_norms(
     grid: TileGrid,
     product: FloatArray,  # (planes, rows, probes)
-) -> list[FloatArray]:  # (samples,) of each block
+) -> list[FloatArray]:  # (samples,) for each block
     """Estimate ‖A_i‖_F for the rows of each sample i, block by block."""
-    of_samples = product.reshape(grid.num_planes, grid.num_samples, -1)
-    norms = np.linalg.norm(of_samples, axis=(0, 2)) / np.sqrt(product.shape[-1])
+    by_sample = product.reshape(grid.num_planes, grid.num_samples, -1)
+    norms = np.linalg.norm(by_sample, axis=(0, 2)) / np.sqrt(product.shape[-1])
     return [norms[block.start : block.stop] for block in map(grid.block, range(grid.num_blocks))]
 
 
@@ -45,8 +48,8 @@ def stored_error(
     KV: FloatArray,  # (planes, rows, probes)
     max_pair_error: float,
 ) -> StoredError:
-    """Turn the difference of the two products into what the certificate says of a store dtype."""
-    error, norm = norm_of(EV), norm_of(KV) or 1.0  # beside a kernel of zeros the error is absolute
+    """Compute the error of one store dtype from E V and K V."""
+    error, norm = norm_of(EV), norm_of(KV) or 1.0  # if the kernel is zero, the error is absolute
     bound = upper_bound(error, EV.shape[-1])
     suspicious, exceeding = _wrong_blocks(store, dtype, sample_norms(store.grid, EV), sample_norms(store.grid, KV))
     return StoredError(
@@ -70,30 +73,31 @@ def _joined(norms: FloatArray) -> float:
 def _wrong_blocks(
     store: KernelStore, dtype: str, errors: list[FloatArray], kernels: list[FloatArray]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Name the blocks whose error is out of line, and those whose error is too large, of the norms by sample.
+    """Find the suspicious blocks, and the blocks whose error is too large, from the norms by sample.
 
-    The size of a block is √(‖K_b‖_F ‖K‖_F): K_b = J_b Jᵀ inherits the rounding of both factors, and samples with small
-    gradients that are orthogonal to the others have a K_b far below that. An error out of line counts where it is too
-    large as well, or where the block's samples usually have it: a ReLU whose input is within rounding of zero changes
-    one sample, and a wrong tile all of them.
+    The size of a block is √(‖K_b‖_F ‖K‖_F). K_b = J_b Jᵀ inherits the rounding errors of both factors, and ‖K_b‖_F can
+    be much smaller than this size for samples with small gradients that are orthogonal to the others. A block whose
+    error is suspicious is reported only if the error is also too large, or if the median of its samples is suspicious.
+    The reason is that a ReLU input whose sign changes by rounding affects one sample, and a wrong tile affects all
+    samples of its block.
     """
     precision, lost = store.manifest.plan.precision, _lost_in(store, dtype)
     sizes = np.sqrt(np.array(list(map(_joined, kernels))) * _joined(np.concatenate(kernels)))
     factors = _factor_norms(store)
     explained = max(UNIT_ROUNDOFF[dtype], POLICY_ROUNDOFF[precision]) * np.maximum(sizes, factors) + lost
     whole = np.array(list(map(_joined, errors)))
-    usual = np.array([np.quantile(each, 0.5, method="lower") * np.sqrt(len(each)) for each in errors])
+    usual = np.array([np.quantile(norms, 0.5, method="lower") * np.sqrt(len(norms)) for norms in errors])
     limits = allowed_error(precision, dtype, ratio=BLOCK_RATIO) * np.maximum(sizes, SMALL_PRODUCT * factors) + lost
     exceeding = set(np.flatnonzero(whole > limits).tolist())
-    counting = exceeding | set(suspicious_blocks(usual, explained))
-    return tuple(b for b in suspicious_blocks(whole, explained) if b in counting), tuple(sorted(exceeding))
+    confirmed = exceeding | set(suspicious_blocks(usual, explained))
+    return tuple(b for b in suspicious_blocks(whole, explained) if b in confirmed), tuple(sorted(exceeding))
 
 
 def _lost_in(store: KernelStore, dtype: str) -> FloatArray:  # (blocks,)
-    """Bound what the rows of each block lose in a store dtype that has no smaller numbers, in the Frobenius norm.
+    """Bound the Frobenius norm of the underflow error in the rows of each block, for a store dtype.
 
-    That is half a subnormal number per entry: float16 has no smaller ones for samples whose kernel is far below the
-    largest.
+    The error of an entry is at most half the smallest subnormal number times the scale. In float16 it matters for
+    samples whose entries are far below the largest one.
     """
     grid = store.grid
     rows = np.array([len(grid.block(index)) for index in range(grid.num_blocks)]) * grid.num_outputs
@@ -102,10 +106,10 @@ def _lost_in(store: KernelStore, dtype: str) -> FloatArray:  # (blocks,)
 
 
 def _factor_norms(store: KernelStore) -> FloatArray:  # (blocks,)
-    """Find ‖J₁b‖_F ‖J₂‖_F for the rows J₁b of each block of a rectangular kernel, from the stored diagonals; else 0.
+    """Compute ‖J₁b‖_F ‖J₂‖_F for the rows J₁b of each block of a rectangular kernel, from the stored diagonals.
 
-    A kernel J₁ J₂ᵀ of two sets of samples may be far smaller than its factors, whose rounding it inherits. One of a
-    single set holds their squares.
+    A kernel J₁ J₂ᵀ of two sets of samples can be far smaller than this product, but inherits the rounding errors of
+    both factors. A symmetric kernel contains the squared norms of its rows on the diagonal, and gets zeros here.
     """
     grid = store.grid
     if grid.is_symmetric:
@@ -117,7 +121,7 @@ def _factor_norms(store: KernelStore) -> FloatArray:  # (blocks,)
 
 
 def _allowed(store: KernelStore, dtype: str, kernel_norm: float) -> float:
-    """Bound the ‖E‖_F that the policy and the store dtype explain."""
+    """Bound the ‖E‖_F that the precision policy and the store dtype explain."""
     size = max(kernel_norm, SMALL_PRODUCT * _joined(_factor_norms(store)))
     explained = allowed_error(store.manifest.plan.precision, dtype) * size
     return explained + _joined(_lost_in(store, dtype))
@@ -127,16 +131,16 @@ def suspicious_blocks(
     errors: FloatArray,  # (blocks,)
     explained: FloatArray,  # (blocks,)
 ) -> tuple[int, ...]:
-    """Name the blocks whose error is out of line.
+    """Find the blocks whose error is much larger than that of the others.
 
-    The ratio of a block's error to what rounding once explains is at most about 1 where storing rounds most, and
-    larger, but of one size for all blocks, where the computation does. Suspicious is a block with more than ten times
-    the ratio of the blocks' lower quartile, and more than ten. It is the quartile because two wrong blocks of three
-    would mislead the median.
+    The ratio of a block's error to the error of a single rounding is at most about 1 if rounding to the store dtype
+    dominates. If rounding in the computation dominates, the ratio is larger, but similar in all blocks. A block is
+    suspicious if its ratio exceeds 10 and also 10 times the lower quartile of all ratios. The median would not do: with
+    two wrong blocks out of three, the median is wrong too.
 
     >>> suspicious_blocks(np.array([1.0, 1.2, 40.0, 0.9, 55.0]), np.full(5, 1.0))
     (2, 4)
-    >>> suspicious_blocks(np.array([100.0, 120.0, 90.0]), np.full(3, 1.0))  # all alike: a less precise computation
+    >>> suspicious_blocks(np.array([100.0, 120.0, 90.0]), np.full(3, 1.0))  # all similar: a less precise computation
     ()
     """
     with np.errstate(over="ignore"):

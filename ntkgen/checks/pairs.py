@@ -1,7 +1,7 @@
-"""Sampled entries of a stored kernel against the reference: pairs of samples, and some outputs of each.
+"""Comparison of sampled kernel entries with the reference: random pairs of samples, and some outputs of each sample.
 
-An entry is the product of two Jacobian rows. Each is formed by one backward pass of its sample alone, once, and no more
-of them than are kept at a time.
+An entry is the inner product of two Jacobian rows. Each row is computed by one backward pass of a single sample. A
+limited number of rows is kept in memory.
 """
 
 from dataclasses import dataclass, field
@@ -24,20 +24,20 @@ from ntkgen.store.certificate import Sampling
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import SymmetricArray
 
-# Maximum number of outputs of a sample that are compared, and maximum bytes of their Jacobian rows together.
+# Maximum number of outputs compared per sample, and maximum size of their Jacobian rows in bytes.
 MAX_OUTPUTS = 16
 MAX_ROW_BYTES = 1 << 29
-# Maximum bytes of the rows that are kept to be used again.
+# Maximum total size in bytes of the rows that are kept for further pairs.
 MAX_KEPT_BYTES = 1 << 30
 
 FloatArray = npt.NDArray[np.float64]
 
 
-# what is drawn --------------------------------------------------------------------------------------------------------
+# random pairs ---------------------------------------------------------------------------------------------------------
 
 
 def draw_pairs(counts: tuple[int, int], sampling: Sampling) -> list[tuple[int, int]]:
-    """Draw pairs of a sample of the rows and one of the columns, each at most once, from all of them.
+    """Draw pairs of a row sample and a column sample from all pairs, without replacement.
 
     >>> len(draw_pairs((3, 2), Sampling(num_pairs=299)))
     6
@@ -49,7 +49,7 @@ def draw_pairs(counts: tuple[int, int], sampling: Sampling) -> list[tuple[int, i
 
 
 def affordable_outputs(num_params: int) -> int:
-    """Say of how many outputs of a sample the Jacobian rows are formed at a time.
+    """Compute the number of outputs whose Jacobian rows are computed at the same time for one sample.
 
     >>> affordable_outputs(60_000), affordable_outputs(11_000_000), affordable_outputs(60_000_000)
     (16, 6, 1)
@@ -59,13 +59,13 @@ def affordable_outputs(num_params: int) -> int:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The pairs of samples that are compared, and how many outputs of each sample.
+    """The pairs of samples that are compared, and the number of outputs per sample.
 
-    Of a kernel of traces each entry takes all outputs. Of the output `diagonal` the same ones are taken of both
-    samples, of others those of each sample are drawn anew.
+    An entry of a `trace` kernel needs all outputs. For the output `diagonal`, the same outputs are used for all
+    samples. Otherwise the outputs of each sample are drawn independently.
     """
 
-    places: tuple[tuple[int, int], ...]  # a sample of the rows and one of the columns each
+    places: tuple[tuple[int, int], ...]  # (row sample, column sample) of each pair
     total_outputs: int
     num_outputs: int
     seed: int
@@ -73,7 +73,7 @@ class Pairs:
 
     @classmethod
     def draw(cls, store: KernelStore, chosen: OutputMap, total_outputs: int, sampling: Sampling) -> "Pairs":
-        """Draw as many as are asked for, and as many outputs as can be afforded."""
+        """Draw the number of pairs that ``sampling`` gives, and choose the largest affordable number of outputs."""
         grid = store.grid
         places = sorted(draw_pairs((grid.num_samples, grid.num_cols // grid.num_outputs), sampling))
         affordable = affordable_outputs(store.manifest.plan.profile.num_params)
@@ -82,7 +82,7 @@ class Pairs:
         return cls(tuple(places), total_outputs, min(most, total_outputs), sampling.seed, is_shared)
 
     def outputs(self, sample: int, *, is_column: bool) -> tuple[int, ...]:
-        """Name the outputs of a sample that are compared, in order."""
+        """Return the indices of the compared outputs of a sample, in ascending order."""
         place = () if self.are_shared else (sample, int(is_column))
         drawn = np.random.default_rng([self.seed, 2, *place]).choice(
             self.total_outputs, self.num_outputs, replace=False
@@ -90,23 +90,23 @@ class Pairs:
         return tuple(sorted(drawn.tolist()))
 
 
-# what they should be --------------------------------------------------------------------------------------------------
+# exact entries --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class ReferenceRows:
-    """Rows of the Jacobian of A f, of the samples of rows and columns of a kernel; the last ones are kept."""
+    """Rows of the Jacobian of A f for the row and column samples of a kernel. The most recent rows are kept."""
 
     module: nn.Module
     sides: tuple[Tensor, Tensor]  # (n₁, …), (n₂, …)
     matrix: Tensor  # (outputs, logits)
     reduction: str
-    at_once: int  # rows of a sample
+    at_once: int  # number of rows computed at the same time for one sample
     _kept: dict[tuple[int, int, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs, chosen: OutputMap, exact: NTKOperator) -> "ReferenceRows":
-        """Prepare a network as the operator has it: in its dtype, on its device."""
+        """Prepare a network in the dtype and on the device of the operator."""
         module = evaluation_copy(model, exact.dtype, exact.device)
         columns = inputs.x if inputs.against is None else inputs.against
         matrix = (
@@ -116,31 +116,30 @@ class ReferenceRows:
         return cls(module, (inputs.x, columns), matrix.to(exact.device, exact.dtype), chosen.reduction, at_once)
 
     def rows(self, side: int, sample: int, outputs: tuple[int, ...]) -> Tensor:  # (outputs, params), float64
-        """Form the rows of some outputs of one sample, or take them if they are kept."""
+        """Return the rows of some outputs of one sample, computed now or kept from before."""
         place = (0 if self.sides[0] is self.sides[1] else side, sample, outputs)
         if place not in self._kept:
             x = as_input(self.sides[side][sample], self.matrix.dtype, self.matrix.device)
             with exact_arithmetic(self.matrix.device):
-                made = widen(sampled_rows(self.module, x, self.matrix[list(outputs)]))
-            while self._kept and (len(self._kept) + 1) * made.nbytes > MAX_KEPT_BYTES:
+                rows = widen(sampled_rows(self.module, x, self.matrix[list(outputs)]))
+            while self._kept and (len(self._kept) + 1) * rows.nbytes > MAX_KEPT_BYTES:
                 del self._kept[next(iter(self._kept))]
-            self._kept[place] = made
+            self._kept[place] = rows
         return self._kept[place]
 
     def entries(
         self, pair: tuple[int, int], outputs: tuple[tuple[int, ...], tuple[int, ...]]
     ) -> tuple[FloatArray, FloatArray]:  # (planes, rows, cols) each
-        """Compute the entries of a pair between some outputs of each sample, and √(K_rr K_cc) of them."""
+        """Compute the entries between some outputs of both samples of a pair, and √(K_rr K_cc) for each entry."""
         if self.reduction == "trace":
             return self._trace(pair, outputs[0])
         left, right = (self.rows(side, pair[side], outputs[side]) for side in (0, 1))
         a, b = left.square().sum(1), right.square().sum(1)
         if self.reduction == "diagonal":
-            found = ((left * right).sum(1)[:, None, None], (a * b).sqrt()[:, None, None])
+            values, scale = (left * right).sum(1)[:, None, None], (a * b).sqrt()[:, None, None]
         else:
-            found = ((left @ right.T)[None], torch.outer(a, b).sqrt()[None])
-        values, scale = (each.cpu().numpy() for each in found)
-        return values, scale
+            values, scale = (left @ right.T)[None], torch.outer(a, b).sqrt()[None]
+        return values.cpu().numpy(), scale.cpu().numpy()
 
     def _trace(self, pair: tuple[int, int], outputs: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
         sums = np.zeros(3)
@@ -155,7 +154,7 @@ def mapped_kernel(
     chosen: OutputMap,
     num_logits: int,
 ) -> FloatArray:  # (planes, n₁ outputs, n₂ outputs)
-    """Turn the kernel of all logits, as the reference has it, into what a store of an output map holds."""
+    """Apply an output map to the reference kernel of all logits, which gives the kernel that a store holds."""
     n1, n2 = (length // num_logits for length in kernel.shape)
     blocks = kernel.reshape(n1, num_logits, n2, num_logits)
     if chosen.reduction == "trace":
@@ -168,11 +167,11 @@ def mapped_kernel(
     return np.asarray(np.einsum("oa,iajb,pb->iojp", A, blocks, A).reshape(1, n1 * len(A), n2 * len(A)))
 
 
-# what they are --------------------------------------------------------------------------------------------------------
+# stored entries -------------------------------------------------------------------------------------------------------
 
 
 def kernels_of(store: KernelStore, dtype: str) -> list[SymmetricArray]:
-    """View what is stored in one dtype as matrices: one, or one per output."""
+    """View the kernel in one store dtype as a list of matrices: one matrix, or one per output."""
     planes = store.grid.num_planes
     return [store.kernel(dtype, None if planes == 1 else plane) for plane in range(planes)]
 
@@ -187,7 +186,7 @@ def max_pair_errors(
     for done, (i, j) in enumerate(pairs.places, start=1):
         outputs = (pairs.outputs(i, is_column=False), pairs.outputs(j, is_column=is_rectangular))
         expected, scale = reference.entries((i, j), outputs)
-        scale = np.where(scale > 0, scale, 1.0)  # beside zeros the error is absolute
+        scale = np.where(scale > 0, scale, 1.0)  # where the scale is zero, the error is absolute
         rows, cols = (Block(index, index + 1).rows(m) for index in (i, j))
         for dtype, planes in kernels.items():
             chosen = [planes[o] for o in outputs[0]] if len(planes) > 1 else planes

@@ -1,7 +1,7 @@
-"""Every file of a store read; those named that are missing, cut short or damaged, and these removed on request.
+"""Verification of a store: all files are read, missing and damaged ones are listed, and on request removed.
 
-Of each array it is known beforehand which files it has, and how long they are: its own metadata is not trusted, but
-compared. A file is read whole, by several threads at a time, and nothing of it is kept.
+The manifest determines the files of each array and their sizes. The metadata of an array is not trusted but compared
+with the expected metadata. Several threads read whole files, and no contents are kept.
 """
 
 import dataclasses
@@ -28,22 +28,22 @@ from ntkgen.store.remedy import Remedy
 from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, Key, StoredArray, create_array
 from ntkgen.store.store import KernelStore
 
-# Threads that read, and the bytes that they may hold together.
+# Number of reading threads, and maximum total size of the files that they hold, in bytes.
 THREADS, HELD_BYTES = 8, 1 << 29
-# Small files are read several at a turn: the most files of a turn, and the most bytes.
-TURN_FILES, TURN_BYTES = 256, 1 << 22
+# Maximum number of files that a thread examines per task, and their maximum total size in bytes.
+BATCH_FILES, BATCH_BYTES = 256, 1 << 22
 LABELS = ("row_label", "col_label")
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What is wrong with one file of a store.
+    """The damage of one file of a store.
 
     Attributes:
-        file: Its name, below the store.
-        problem: ``missing``, ``cut short``, ``too long``, ``damaged`` by its checksum, ``not finite``, ``unreadable``
-            where the disk has lost it, ``different`` from what the network of the store gives.
-        tile: The tile that it belongs to, as it is computed: of a symmetric kernel, above the diagonal.
+        file: Path of the file, relative to the store.
+        problem: ``missing``, ``cut short``, ``too long``, ``damaged`` (its checksum does not match), ``not finite``,
+            ``unreadable`` (the disk reports an error), or ``different`` (recomputation gives other numbers).
+        tile: Tile that the file belongs to. In a symmetric kernel this is the tile on or above the diagonal.
     """
 
     file: str
@@ -51,7 +51,7 @@ class Damage:
     tile: Tile | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values."""
+        """Convert to plain values."""
         return {**vars(self), "tile": None if self.tile is None else self.tile.to_json()}
 
 
@@ -59,32 +59,33 @@ class Damage:
 
 
 def find_damage(store: KernelStore, report: Report = ignore_report) -> list[Damage]:
-    """Read every file of a store, and compare it with its size and its checksum; what it holds must be finite.
+    """Read every file of a store, compare its size and its checksum, and require finite numbers.
 
-    Nothing is written. What an unfinished store has not computed yet is no damage; see `unfinished_tiles`. Damage is
-    named array by array, in the order of the chunks. Costs one pass over the store, and one listing per array.
+    Nothing is written. A tile that an unfinished store has not computed yet is not damage, and `unfinished_tiles` lists
+    it. Damage is listed array by array, in the order of the chunks. Costs one pass over the store, and one listing per
+    array.
 
     Args:
-        store: What is read, on a disk or in an object store.
-        report: Called as the stage ``files`` proceeds.
+        store: Store on a disk or in an object store.
+        report: Function that is called as the stage ``files`` proceeds.
     """
     arrays = store.arrays()
     total, done = sum(sum(1 for _ in array.chunk_keys()) for array in arrays), 0
-    found: list[Damage] = []
+    damaged: list[Damage] = []
     for number, damage in _read(store, arrays):
-        found += damage
+        damaged += damage
         done += number
         report("files", done, total)
-    return found
+    return damaged
 
 
 def _read(store: KernelStore, arrays: Sequence[StoredArray]) -> Iterator[tuple[int, list[Damage]]]:
-    """Examine the files of some arrays, in several threads; give for each turn how many there were, and the damage."""
+    """Examine the files of arrays in several threads. Yield for each batch the number of its files and the damage."""
     threads = max(1, min(THREADS, HELD_BYTES // max(array.file_bytes for array in arrays)))
     waiting: deque[tuple[int, Future[list[Damage]]]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="ntkgen-verify") as pool:
-        for turn in _turns(store, arrays):
-            waiting.append((turn.num_files, pool.submit(turn.examine)))
+        for batch in _batches(store, arrays):
+            waiting.append((batch.num_files, pool.submit(batch.examine)))
             if len(waiting) > 2 * threads:
                 number, first = waiting.popleft()
                 yield number, first.result()
@@ -93,8 +94,8 @@ def _read(store: KernelStore, arrays: Sequence[StoredArray]) -> Iterator[tuple[i
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """Some files of one array, for a thread to examine; or, without any, its metadata."""
+class _FileBatch:
+    """Chunk files of one array that a thread examines. A batch without keys examines the metadata of the array."""
 
     store: KernelStore
     array: StoredArray
@@ -125,19 +126,19 @@ class _Turn:
         try:
             data = self.store.folder.read(file)
         except OSError as error:
-            if error.errno != errno.EIO:  # of all others a file is not to blame
+            if error.errno != errno.EIO:  # no other error shows damage of the file
                 raise
             return "unreadable"
         return "missing" if data is None else _content_problem(self.array, key, data)
 
 
-def _turns(store: KernelStore, arrays: Sequence[StoredArray]) -> Iterator[_Turn]:
+def _batches(store: KernelStore, arrays: Sequence[StoredArray]) -> Iterator[_FileBatch]:
     for array in arrays:
         sizes = store.folder.sizes(f"{array.name}/c")
-        yield _Turn(store, array, (), sizes)
-        keys, count = array.chunk_keys(), max(1, min(TURN_FILES, TURN_BYTES // array.file_bytes))
-        while turn := tuple(itertools.islice(keys, count)):
-            yield _Turn(store, array, turn, sizes)
+        yield _FileBatch(store, array, (), sizes)
+        keys, count = array.chunk_keys(), max(1, min(BATCH_FILES, BATCH_BYTES // array.file_bytes))
+        while batch := tuple(itertools.islice(keys, count)):
+            yield _FileBatch(store, array, batch, sizes)
 
 
 def _size_problem(array: StoredArray, size: int) -> str | None:
@@ -147,7 +148,7 @@ def _size_problem(array: StoredArray, size: int) -> str | None:
 
 
 def _content_problem(array: StoredArray, key: Key, data: bytes) -> str | None:
-    """Compare a chunk with the checksum at its end, and look for what is not finite within the array."""
+    """Compare a chunk with the checksum at its end, and look for entries that are not finite."""
     if problem := _size_problem(array, len(data)):
         return problem
     payload = np.frombuffer(data, np.uint8)[:-CHECKSUM_BYTES]
@@ -161,42 +162,43 @@ def _content_problem(array: StoredArray, key: Key, data: bytes) -> str | None:
 
 
 def _metadata_problem(store: KernelStore, array: StoredArray, *, is_used: bool) -> str | None:
-    """Compare the metadata of an array with what it must be, and its attributes with the copy of a finished store."""
+    """Compare the metadata of an array with the expected metadata, and its attributes with the consolidated copy."""
     data = store.folder.read(f"{array.name}/zarr.json")
     if data is None:
         return "missing" if is_used or not _is_made_late(store, array) else None
     try:
         values = json.loads(data)
-        found, expected = (_without_attributes(each) for each in (ArrayV3Metadata.from_dict(values), _metadata(array)))
-        is_right = found == expected and _lasting(values) == _lasting(_gathered(store).get(array.name, values))
-    except (ValueError, KeyError, TypeError, AttributeError):  # what is read may be anything
+        stored, expected = map(_without_attributes, (ArrayV3Metadata.from_dict(values), _metadata(array)))
+        copy = _consolidated(store).get(array.name, values)
+        is_right = stored == expected and _fixed_attributes(values) == _fixed_attributes(copy)
+    except (ValueError, KeyError, TypeError, AttributeError):  # a damaged file may hold any JSON value
         is_right = False
     return None if is_right else "damaged"
 
 
 def _metadata(array: StoredArray) -> ArrayV3Metadata:
-    made = create_array(zarr.create_group(MemoryStore()), array)
-    assert isinstance(made.metadata, ArrayV3Metadata)
-    return made.metadata
+    example = create_array(zarr.create_group(MemoryStore()), array)
+    assert isinstance(example.metadata, ArrayV3Metadata)
+    return example.metadata
 
 
 def _without_attributes(metadata: ArrayV3Metadata) -> dict[str, Any]:
     return {name: value for name, value in metadata.to_dict().items() if name != "attributes"}
 
 
-def _lasting(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the attributes of an array, but for the one that an interrupted mirroring may have changed already."""
+def _fixed_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attributes of an array without ``storage_mode``, which an interrupted mirroring may have changed."""
     return {name: value for name, value in values["attributes"].items() if name != "storage_mode"}
 
 
-def _gathered(store: KernelStore) -> Mapping[str, Any]:
-    """Read the metadata that a finished store has gathered in one file."""
+def _consolidated(store: KernelStore) -> Mapping[str, Any]:
+    """Read the consolidated metadata of a finished store, by the name of the array."""
     root = json.loads(store.folder.read(ROOT) or b"{}")
-    gathered: Mapping[str, Any] = (root.get("consolidated_metadata") or {}).get("metadata", {})
-    return gathered
+    consolidated: Mapping[str, Any] = (root.get("consolidated_metadata") or {}).get("metadata", {})
+    return consolidated
 
 
-# what there should be -------------------------------------------------------------------------------------------------
+# expected files -------------------------------------------------------------------------------------------------------
 
 
 def _tile(grid: TileGrid, array: StoredArray, key: Key) -> Tile | None:
@@ -207,20 +209,20 @@ def _tile(grid: TileGrid, array: StoredArray, key: Key) -> Tile | None:
 
 
 def _is_made_late(store: KernelStore, array: StoredArray) -> bool:
-    """Say whether an array is made after others, and need not be there in an unfinished store."""
+    """Tell whether an array is created after others and can be absent from an unfinished store."""
     return array.is_of_tiles and not store.manifest.is_complete
 
 
 def _may_be_absent(store: KernelStore, array: StoredArray, key: Key) -> bool:
-    """Say whether a file needs not be there: what is not computed yet, and labels of -1, as nothing reads.
+    """Tell whether a chunk may be absent: one that is not computed yet, or labels of -1, because absent chunks read so.
 
-    Data sets have labels, and of a symmetric kernel columns have those of the rows. The counts of a tile are written
-    before it, so that one of them may be missing alone.
+    Labels of a data set must exist. In a symmetric kernel both label arrays exist or none. The counts of a tile must
+    exist if the tile does, because they are written before it.
     """
     if array.name in LABELS:
-        is_of_data = not store.manifest.provenance.is_empty and not store.manifest.is_imported
-        return not is_of_data and not (
-            store.grid.is_symmetric and any(store.folder.has(f"{each}/c/0") for each in LABELS)
+        has_dataset = not store.manifest.provenance.is_empty and not store.manifest.is_imported
+        return not has_dataset and not (
+            store.grid.is_symmetric and any(store.folder.has(f"{name}/c/0") for name in LABELS)
         )
     if store.manifest.is_complete or array.role == "coordinate":
         return False
@@ -228,16 +230,16 @@ def _may_be_absent(store: KernelStore, array: StoredArray, key: Key) -> bool:
 
 
 def _file_of_counted(store: KernelStore, key: Key) -> str:
-    """Name a file of the tile whose counts are in a chunk of `underflow_float16`."""
+    """Return the path of a file of the tile whose counts are in the given chunk of `underflow_float16`."""
     plane = "0/" if store.grid.num_planes > 1 else ""
     return f"ntk_float16/c/{plane}{key[0]}/{key[1]}"
 
 
-# what is to be done ---------------------------------------------------------------------------------------------------
+# repair ---------------------------------------------------------------------------------------------------------------
 
 
 def unfinished_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
-    """List the tiles that an unfinished store has not computed yet: those that are missing, and not by damage."""
+    """List the tiles that an unfinished store has not computed yet. Tiles that are missing by damage are left out."""
     if store.manifest.is_complete:
         return []
     damaged = {damage.tile for damage in found}
@@ -245,15 +247,15 @@ def unfinished_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
 
 
 def whole_tiles(store: KernelStore, found: Sequence[Damage]) -> list[Tile]:
-    """List the tiles that are there, and have no damage."""
+    """List the stored tiles without damage."""
     absent = {damage.tile for damage in found} | set(unfinished_tiles(store, found))
     return [tile for tile in store.grid.tiles() if tile not in absent]
 
 
 def files_to_remove(store: KernelStore, found: Sequence[Damage]) -> list[str]:
-    """Name the files that must go so that everything is made anew that is damaged; those alone that are there.
+    """List the existing files that must be removed so that all damaged files are written again.
 
-    The counts of a tile are written with the tile, which then must go too.
+    If the counts of a tile are damaged, the tile must be removed too, because both are written together.
     """
     files = [damage.file for damage in found]
     for name in [name for name in files if name.startswith(f"{UNDERFLOW}/c/")]:
@@ -264,13 +266,14 @@ def files_to_remove(store: KernelStore, found: Sequence[Damage]) -> list[str]:
 
 
 def repair(store: KernelStore, found: Sequence[Damage]) -> list[str]:
-    """Remove what is damaged, so that the command that made the store makes it anew; only under its lock, and alone.
+    """Remove damaged files, so that the command that wrote the store writes them again.
 
-    The manifest says first that the store is not finished, so that it is not taken for whole meanwhile. Of a store
-    without damage only what interrupted writes have left behind is removed.
+    Before that, the store is marked as unfinished, so that no other process takes it for complete. In a store without
+    damage, only the partial files of interrupted writes are removed. The caller must hold the lock of the store, and no
+    other process may write tiles.
 
     Returns:
-        The names of the files that were removed.
+        The paths of the removed files.
     """
     store.folder.sweep()
     if not found:
@@ -280,32 +283,32 @@ def repair(store: KernelStore, found: Sequence[Damage]) -> list[str]:
         store.set_manifest(unfinished)
     files = files_to_remove(store, found)
     with ThreadPoolExecutor(THREADS) as pool:
-        deque(pool.map(store.folder.remove, files), maxlen=0)  # raises what a thread has raised
+        deque(pool.map(store.folder.remove, files), maxlen=0)  # raises the errors of the threads
     return files
 
 
 def next_step(store: KernelStore, found: Sequence[Damage]) -> str:
-    """Say what makes a store whole; after a repair, the command that made it."""
+    """Return the commands that restore a damaged store. After a repair, this is only the command that wrote it."""
     first = f"run `ntkgen verify --repair {store.name}`, then " if files_to_remove(store, found) else ""
     command = Remedy.of(store.name, store.manifest).command
-    return f"{first}run the same `{command}` again: it makes what is missing anew"
+    return f"{first}run the same `{command}` again, which writes the missing files again"
 
 
 def explain_damage(store: KernelStore, found: Sequence[Damage]) -> str:
-    """Say in one line what is wrong with a store, and what to do."""
+    """Describe the damage of a store in one line, with the advice."""
     files = first_few(f"{damage.file} {damage.problem}" for damage in found)
     return (
-        f"The store at {store.name} is not whole: expected every file with its exact size, its checksum and the "
-        f"numbers of its network, found {len(found)} otherwise ({files}). An interrupted computation or copy, or a "
-        f"disk error? To mend it, {next_step(store, found)}."
+        f"The store at {store.name} is damaged: expected every file with its exact size, its checksum and the numbers "
+        f"of its network, found {len(found)} wrong or missing files ({files}). An interrupted computation or copy, or "
+        f"a disk error? To repair it, {next_step(store, found)}."
     )
 
 
 def explain_unfinished(store: KernelStore, unfinished: Sequence[Tile]) -> str:
-    """Say in one line what an unfinished store lacks, and what to do."""
+    """Describe in one line the missing tiles of an unfinished store, with the advice."""
     total, command = store.grid.num_tiles, Remedy.of(store.name, store.manifest).command
     return (
         f"The store at {store.name} is not finished: expected all of its {total} tiles and the mark of completion, "
-        f"found {total - len(unfinished)} tiles. Was its computation interrupted, or is it under way? Run the same "
-        f"`{command}` again: it goes on from there."
+        f"found {total - len(unfinished)} tiles. Was its computation interrupted, or is it still running? Run the same "
+        f"`{command}` again to continue it."
     )
