@@ -301,7 +301,7 @@ def test_workers_of_ours_that_never_come_back_end_the_run(kernel, monkeypatch, t
     monkeypatch.setattr(scheduler, "NO_WORKER_SECONDS", 2)
     monkeypatch.setattr(WorkerPool, "workers", lambda pool: set())
     with open_pool(1, None, "cpu") as alone, monkeypatch.context() as patch:
-        patch.setattr(WorkerPool, "_ask", lambda _, asked, *args, **__: {"w": asked(*args, None) if args else "host"})
+        patch.setattr(WorkerPool, "_call", lambda _, asked, *args, **__: {"w": asked(*args, None) if args else "host"})
         patch.setattr("ntkgen.engine.worker.budget", lambda limits, _: memory_budget(CPU, limits.memory_bytes))
         with pytest.raises(WorkerError, match="None of the 1 workers is left"):
             make(LocalFolder(tmp_path / "k.zarr"), shared_out(kernel, alone), InlineLoader(kernel.model, kernel.inputs))

@@ -1,1 +1,1 @@
-"""From a plan, a network and its samples to a stored kernel, here or on the workers of a cluster."""
+"""Computation of a stored kernel from a plan, a network and its samples, in this process or on a cluster."""

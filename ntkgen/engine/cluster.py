@@ -1,4 +1,4 @@
-"""A running dask cluster: the connection, its address, and folders that its workers find."""
+"""A running dask cluster: the connection, its address, and paths that its workers can open."""
 
 import re
 import time
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
     from distributed import Client
 
+# Timeout of a connection, maximum time without a worker, and interval between two checks.
 CONNECT_SECONDS, WORKER_SECONDS, POLL_SECONDS = 20, 60, 0.1
 
 
 @contextmanager
 def connected(place: str) -> "Iterator[Client]":
-    """Connect to a cluster within this block, by the address of its scheduler or the scheduler's file.
+    """Connect to a cluster within this block, by the address of its scheduler or by the scheduler's file.
 
     Raises:
-        InputError: If there is none.
+        InputError: If no cluster answers.
     """
     from distributed import Client
 
@@ -36,7 +37,7 @@ def connected(place: str) -> "Iterator[Client]":
     place = str(expanded(place)) if is_file else place
     where = {"scheduler_file" if is_file else "address": place}
     until = time.monotonic() + CONNECT_SECONDS
-    while is_file and not Path(place).exists():  # dask itself would wait for ever
+    while is_file and not Path(place).exists():  # Dask has no timeout for a missing file
         if time.monotonic() > until:
             _refuse(place, "there is no such file")
         time.sleep(POLL_SECONDS)
@@ -48,16 +49,16 @@ def connected(place: str) -> "Iterator[Client]":
         yield client
 
 
-def _refuse(place: str, why: str, error: Exception | None = None) -> NoReturn:
-    """Report that there is no cluster.
+def _refuse(place: str, reason: str, error: Exception | None = None) -> NoReturn:
+    """Report that no cluster answers.
 
     Raises:
         InputError: Always.
     """
     raise InputError(
-        f"No cluster answers at {place} ({' '.join(why.split())[:100]}): expected the address of a dask scheduler, as "
-        "tcp://host:8786, or the file that it has written. Is it running, and does a firewall let this machine "
-        "through? `dask scheduler` starts one."
+        f"No cluster answers at {place} ({' '.join(reason.split())[:100]}): expected the address of a dask scheduler, "
+        "such as tcp://host:8786, or the file that the scheduler has written. Is the scheduler not running, or does a "
+        "firewall block the connection? Start one with `dask scheduler`, or correct the address."
     ) from error
 
 
@@ -65,7 +66,7 @@ def wait_for_a_worker(client: "Client") -> None:
     """Wait until a cluster has a worker.
 
     Raises:
-        InputError: If no worker comes.
+        InputError: If no worker connects in time.
     """
     try:
         client.wait_for_workers(1, timeout=WORKER_SECONDS)
@@ -73,7 +74,7 @@ def wait_for_a_worker(client: "Client") -> None:
         raise InputError(
             f"The cluster at {address_of(client)} has no workers: expected at least one, found none for "
             f"{WORKER_SECONDS} seconds. Do they still wait in a queue, or did they fail to start? Run the same command "
-            "again when there are some."
+            "again when the cluster has workers."
         ) from None
 
 
@@ -83,14 +84,15 @@ def address_of(client: "Client") -> str:
 
 
 def shared(folder: Folder) -> Folder:
-    """Make the path of a folder absolute, because workers run in other folders.
+    """Make the path of a folder absolute, because workers have other current directories.
 
     Raises:
-        InputError: If the store lies in the memory of this process.
+        InputError: If the store is in the memory of this process.
     """
     if isinstance(folder, StoreFolder) and isinstance(folder.store, MemoryStore):
         raise InputError(
-            f"The store at {folder} lies in the memory of this process, where no worker finds it: expected a folder or "
-            "an object store. Use one, or no workers."
+            f"The store at {folder} is in the memory of this process, which workers cannot read: expected a folder or "
+            "an object store, found a MemoryStore. Should the result not be kept? Use a folder or an object store, or "
+            "leave out `workers` and `client`."
         )
     return LocalFolder(folder.path, folder.fsync) if isinstance(folder, LocalFolder) else folder

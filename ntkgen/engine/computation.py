@@ -1,4 +1,4 @@
-"""One kernel to compute: its network prepared, its grid, and its store opened or created."""
+"""The computation of one kernel: prepare its network, choose its grid, and open or create its store."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ from ntkgen.store.tidy import tidy
 
 @dataclass(frozen=True)
 class Execution:
-    """What computes the tiles: this process, the workers of a ``pool``, or this process a ``part`` of the tiles."""
+    """Where tiles are computed: all in this process, by the workers of a ``pool``, or one ``part`` in this process."""
 
     pool: WorkerPool | None = None
     part: Part | None = None
@@ -40,16 +40,16 @@ LOCAL = Execution()
 
 @dataclass(frozen=True)
 class Computation:
-    """One kernel: its network and samples, how it is stored, and what computes it."""
+    """The description of one kernel: network, samples, settings, device and execution."""
 
     model: nn.Module
     inputs: Inputs
-    probe: Tensor  # samples for the trial of the network
+    probe: Tensor  # samples for trial runs of the network
     spec: KernelSpec
     device: torch.device
     provenance: Provenance = field(default_factory=Provenance)
     execution: Execution = LOCAL
-    excluded: frozenset[str] = frozenset()  # parameters whose rule does not hold for some batch
+    excluded: frozenset[str] = frozenset()  # parameters whose layer rule is wrong for some batch
 
     def machine(self) -> Machine:
         """Describe the machine that computes the tiles: this one, or those of the workers."""
@@ -60,7 +60,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class PreparedKernel:
-    """A kernel whose network is prepared: its tile grid, and a function that plans it for what computes it."""
+    """A kernel whose network is prepared: its tile grid, and a function that makes its plan."""
 
     network: Network
     grid: TileGrid
@@ -68,7 +68,7 @@ class PreparedKernel:
 
 
 def prepare_kernel(kernel: Computation) -> PreparedKernel:
-    """Prepare the network of a kernel for its output map. Nothing is planned yet: plans measure the machine."""
+    """Prepare the network of a kernel for its output map. The plan is made later, because that measures the machine."""
     spec = kernel.spec
     network, chosen = prepare_mapped(
         kernel.model, kernel.probe, spec.precision, spec.output, device=kernel.device, excluded=kernel.excluded
@@ -78,9 +78,9 @@ def prepare_kernel(kernel: Computation) -> PreparedKernel:
     def plan() -> Plan:
         machine = kernel.machine()
         choices = Choices(spec.precision, machine.rates, reduction=chosen.reduction)
-        made = make_plan(network.profile, grid, choices, budget=machine.budget, environment=machine.environment)
-        made.cached_blocks(machine.budget)  # raises if less memory is free than planned
-        return made
+        new = make_plan(network.profile, grid, choices, budget=machine.budget, environment=machine.environment)
+        new.cached_blocks(machine.budget)  # raises if less memory is free than planned
+        return new
 
     return PreparedKernel(network, grid, plan)
 
@@ -91,17 +91,18 @@ def _grid(num_outputs: int, reduction: Reduction, tile_side: int | None, counts:
 
 
 def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
-    """Choose between one triangle and both. A rectangular kernel has no triangles.
+    """Choose the layout ``upper`` or ``full``. A rectangular kernel has no triangles.
 
     Raises:
-        InputError: If one triangle of a rectangular kernel is asked for.
+        InputError: If the layout ``upper`` is requested for a rectangular kernel.
     """
     if grid.is_symmetric:
         return resolve_layout(spec.layout, grid.num_rows, spec.dtypes)
     if spec.layout == "upper":
         raise InputError(
             "The layout 'upper' stores one triangle of a symmetric kernel: expected 'full' or 'auto' for a rectangular "
-            "one, whose columns are other samples than its rows. Use `layout` auto."
+            "kernel, found 'upper'. Are the columns other samples than the rows by mistake? Use `layout` auto, or "
+            "leave out the samples of the columns."
         )
     return "full"
 
@@ -114,10 +115,10 @@ def open_or_create(
     provenance: Provenance,
     plan_anew: Callable[[], Plan],
 ) -> KernelStore:
-    """Open a store to continue it, or create it. The caller holds its lock.
+    """Open a store to continue it, or create it. The caller must hold the lock of the store.
 
     Raises:
-        FingerprintError: If the store is of other parameters, samples or settings.
+        FingerprintError: If parameters, samples or settings differ from those of the store.
     """
     if not has_store(folder):
         plan = plan_anew()
@@ -126,32 +127,32 @@ def open_or_create(
     store = open_store(folder, mode="r+")
     check_identity(str(folder), store.manifest, identity)
     check_layout(store, spec.layout)
-    if spec.replan and not store.is_complete:  # the tiles that are there stay, within the stated bound
+    if spec.replan and not store.is_complete:  # stored tiles are kept, and new ones can differ by rounding errors
         changed = dataclasses.replace(store.manifest, plan=plan_anew(), replanned=store.manifest.replanned + 1)
         store.set_manifest(changed)
     return store
 
 
 def check_layout(store: KernelStore, layout: str) -> None:
-    """Refuse to write both triangles into a store of one. A store of both serves either request.
+    """Refuse the layout ``full`` for a store of the layout ``upper``. A store of the layout ``full`` fits any request.
 
     Raises:
-        FingerprintError: If both triangles are asked for by name, and one is stored.
+        FingerprintError: If the layout ``full`` is requested, and the store has the layout ``upper``.
     """
     if layout == "full" and store.manifest.layout == "upper":
         raise FingerprintError(
-            f"The store at {store.name} holds one triangle (layout upper), and both are asked for. Was it made "
-            "without `layout` full? Finish it without that setting, then `ntkgen mirror` writes the other triangle."
+            f"The store at {store.name} holds one triangle: expected the layout full, found upper. Was it made without "
+            "`layout` full? Finish it without that setting, then run `ntkgen mirror` to write the other triangle."
         )
 
 
 def begin_or_continue(folder: Folder, kernel: Computation, *, is_alone: bool = True) -> tuple[KernelStore, Network]:
-    """Open the store of a kernel, or create it, with the network prepared as its plan says. The caller holds its lock.
+    """Open or create the store of a kernel, and prepare the network by its plan. The caller must hold the lock.
 
     Raises:
-        FingerprintError: If the store is of other parameters, samples or settings, or of another network.
+        FingerprintError: If network, parameters, samples or settings differ from those of the store.
     """
-    if has_store(folder):  # as it was begun
+    if has_store(folder):  # exclude the same parameters as the first run
         planned = open_store(folder).manifest.plan.profile.fallback
         kernel = dataclasses.replace(kernel, excluded=kernel.excluded.union(planned))
     prepared = prepare_kernel(kernel)
@@ -164,10 +165,10 @@ def begin_or_continue(folder: Folder, kernel: Computation, *, is_alone: bool = T
 
 
 def begin_anew(store: KernelStore, kernel: Computation) -> tuple[KernelStore, Network]:
-    """Replace a store that has no tile yet by one whose plan excludes some rules.
+    """Replace a store without tiles by a new one whose plan excludes some layer rules.
 
     Raises:
-        RuleError: If it has a tile, which the rule may have spoilt.
+        RuleError: If the store has a tile, which a wrong rule may have affected.
     """
     if len(store.missing_tiles()) < store.grid.num_tiles:
         raise RuleError(sorted(kernel.excluded))

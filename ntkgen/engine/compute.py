@@ -1,4 +1,4 @@
-"""A module and its samples → a finished store; shared by `ntkgen.compute` and the command line."""
+"""Computation of a finished store from a module and its samples, for `ntkgen.compute` and the command line."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -38,11 +38,11 @@ from ntkgen.store.store import KernelStore
 if TYPE_CHECKING:
     from distributed import Client
 
-# The result of an attempt at a store.
+# Type of the result of an attempt to compute on a store.
 T = TypeVar("T")
 
 
-def compute(  # noqa: PLR0913 - keywords of its own, so that an editor and a type checker know them
+def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers know them
     model: nn.Module,
     inputs: ArrayLike,  # (n, …)
     against: ArrayLike | None = None,  # (n', …)
@@ -62,37 +62,40 @@ def compute(  # noqa: PLR0913 - keywords of its own, so that an editor and a typ
     client: "Client | str | None" = None,
     report: Report = ignore_report,
 ) -> KernelStore:
-    """Compute the empirical neural tangent kernel of a module into a Zarr store, tile by tile, or finish it.
+    """Compute the empirical neural tangent kernel of a module into a Zarr store, or finish an interrupted computation.
 
-    ``K = J Jᵀ`` of the inputs, (n m × n m), or ``K = J J'ᵀ`` of the inputs and the samples ``against``. The same call
-    continues an interrupted computation. The module is copied, never changed, and computed on its own device.
+    With n samples and m outputs, the kernel is ``K = J Jᵀ`` of the inputs, (n m × n m), or the rectangular
+    ``K = J J'ᵀ`` of the inputs and the samples ``against``. It is computed tile by tile. The same call continues an
+    interrupted computation. The module is copied and not changed. The computation runs on the device of the module.
 
     Args:
-        model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
-        inputs: The samples of the rows: a tensor, a NumPy array or nested lists of numbers.
-        against: The samples of the columns; those of the rows where it is left out.
-        store: The store to create or to continue: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
-        labels: One integer per sample, stored beside the kernel; -1 where they are left out.
-        output: The output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
-        precision: The arithmetic: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
-        dtypes: How the kernel is stored: one or several of ``float16``, ``float32`` and ``float64``.
-        layout: ``upper`` stores one triangle and ``full`` both; ``auto`` stores both up to 10 GB.
-        tile_side: Rows of a tile, a multiple of the outputs; None derives it from samples and outputs.
-        memory_bytes: Memory that the computation may add; None takes 80 % of what is free.
+        model: Module that maps (samples, …) to (samples, outputs), and whose outputs depend on one sample each.
+        inputs: Samples of the rows: a tensor, a NumPy array or nested lists of numbers.
+        against: Samples of the columns. By default they are the samples of the rows.
+        store: Store to create or to continue: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
+        labels: One integer per sample, stored beside the kernel. The default is -1.
+        output: Output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
+        precision: Precision policy: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
+        dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
+        layout: ``upper`` stores one triangle, and ``full`` stores both. ``auto`` stores both up to 10 GB.
+        tile_side: Number of rows of a tile, a multiple of the number of outputs. None derives it from samples and
+            outputs.
+        memory_bytes: Maximum memory of the computation in bytes. None means 80 % of the free memory.
         replan: Whether to continue on another kind of machine, with tiles that differ in their last bits.
-        certify: Whether to compare the finished kernel with the exact one, and store the error bound.
-        fsync: Whether each tile survives a loss of power; False is quicker.
-        workers: The number of processes of this machine that compute; None computes in this process.
-        client: A client of a running dask cluster whose workers compute, or the address of its scheduler.
-        report: Called with the stage, what is done and how much there is.
+        certify: Whether to compare the finished kernel with the exact kernel, and store the certificate (the measured
+            error bound).
+        fsync: Whether each tile is forced to disk, so that it survives a loss of power. False is quicker.
+        workers: Number of worker processes on this machine. None computes in this process.
+        client: Client of a running dask cluster whose workers compute, or the address of its scheduler.
+        report: Function that is called with the stage, the amount done and the total amount.
 
     Raises:
         InputError: If there is no sample, if samples are not numbers, or if an option has an unknown value.
         ShapeError: If labels or samples do not fit each other.
-        FingerprintError: If the store is of other parameters, samples or settings.
+        FingerprintError: If parameters, samples or settings differ from those of the store.
         BudgetError: If the memory is too small.
         ModelError: If the kernel of this network is not defined.
-        InaccurateKernelError: If the certificate says that the kernel is wrong. The store is complete, and stays.
+        InaccurateKernelError: If the certificate shows errors. The store is complete and is kept.
     """
     require_plain_module(model)
     folder = _writable_folder(store, fsync=fsync)
@@ -105,22 +108,24 @@ def compute(  # noqa: PLR0913 - keywords of its own, so that an editor and a typ
 
 
 def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ignore_report) -> KernelStore:
-    """Compute a kernel, or what is missing of it, and certify it. Of several parts the last one certifies it.
+    """Compute the missing tiles of a kernel, and certify it, which means to measure its error.
+
+    If several processes compute parts of the kernel, the last one certifies it.
 
     Args:
-        folder: Where the store is, or is to be.
-        kernel: The kernel.
-        load: Loads network and samples on a worker of a cluster.
-        report: Called as the stages proceed.
+        folder: Folder of the store.
+        kernel: Kernel to compute.
+        load: Function that loads network and samples on a worker of a cluster.
+        report: Function that is called as the stages proceed.
 
     Raises:
-        InaccurateKernelError: If the certificate says that the finished kernel is wrong.
+        InaccurateKernelError: If the certificate of the finished kernel shows errors.
     """
     if kernel.execution.part is not None:
         store = _make_part(folder, kernel, kernel.execution.part, report)
     else:
         store = _make_whole(folder, kernel, load, report)
-    require_accurate(store)  # last: everything is committed, and no lock is held
+    require_accurate(store)  # at the end, when everything is committed and no lock is held
     return store
 
 
@@ -132,7 +137,7 @@ def _make_whole(folder: Folder, kernel: Computation, load: Loader, report: Repor
             forget_certificate(store)
             store = _without_wrong_rules(store, network, kernel, partial(_run, kernel=kernel, load=load, report=report))
             with without_tile_writers(folder, seconds=ORPHAN_SECONDS) as is_alone:
-                if is_alone:  # a worker that was killed has left a partial file
+                if is_alone:  # killed workers leave partial files
                     folder.sweep()
         _certified(store, kernel, report)
     return store
@@ -146,10 +151,10 @@ def _without_wrong_rules(
     *,
     is_alone: bool = True,
 ) -> T:
-    """Compute on a store. If a rule does not hold for some batch, begin the store anew without the rule.
+    """Compute on a store. If a layer rule is wrong for some batch, create the store again without the rule.
 
     Raises:
-        RuleError: If that happens while other parts are running.
+        RuleError: If a rule is wrong while other parts are running.
     """
     excluded = kernel.excluded
     while True:
@@ -163,7 +168,7 @@ def _without_wrong_rules(
 
 
 def _run(store: KernelStore, network: Network, kernel: Computation, load: Loader, report: Report) -> KernelStore:
-    """Compute what is missing of a store, in this process or on the workers of a cluster."""
+    """Compute the missing parts of a store, in this process or on the workers of a cluster."""
     plan, machine = store.manifest.plan, kernel.machine()
     cached_blocks = plan.cached_blocks(machine.budget)
     if kernel.execution.pool is not None:
@@ -175,9 +180,9 @@ def _run(store: KernelStore, network: Network, kernel: Computation, load: Loader
 
 
 def _make_part(folder: Folder, kernel: Computation, part: Part, report: Report) -> KernelStore:
-    """Compute a part of the tiles, while other processes compute the others.
+    """Compute a part of the tiles, while other processes compute the other parts.
 
-    The first process creates the store and its diagonal, while the others wait; the last one certifies the kernel.
+    The first process creates the store and its diagonal, while the others wait. The last process certifies the kernel.
     """
     with ExitStack() as writing:
         with write_lock(folder, is_short=True, waiting=partial(report, "waiting", 0, 1)):
@@ -197,7 +202,7 @@ def _make_part(folder: Folder, kernel: Computation, part: Part, report: Report) 
 
 
 def _computer_with_diagonal(store: KernelStore, network: Network, kernel: Computation, report: Report) -> TileComputer:
-    """Compute what is missing of the diagonal, and return what computes the tiles next."""
+    """Compute the missing blocks of the diagonal, and return the tile computer for the tiles."""
     plan = store.manifest.plan
     check_environment(plan, kernel.device)
     cached_blocks = plan.cached_blocks(kernel.machine().budget)
@@ -209,17 +214,17 @@ def _computer_with_diagonal(store: KernelStore, network: Network, kernel: Comput
 def _finish_last(folder: Folder, kernel: Computation, report: Report) -> None:
     """Mark a store complete, and certify it, unless other parts are running or missing.
 
-    If others are running, it is left to them: they wait for the lock, and check again.
+    If others are running, the last of them does this, because each one waits for the lock and checks again.
     """
     waiting = partial(report, "waiting", 0, 1)
     with (
-        suppress(StoreLockedError),  # a whole run has begun, and finishes it
+        suppress(StoreLockedError),  # a run of the whole kernel holds the lock, and finishes the store
         write_lock(folder, is_short=True, waiting=waiting),
         without_tile_writers(folder) as is_alone,
     ):
-        store = open_store(folder, mode="r+")  # as others have left it
+        store = open_store(folder, mode="r+")  # again, because other processes have changed it
         if is_alone:
-            folder.sweep()  # partial files of parts that were killed
+            folder.sweep()  # removes partial files of killed processes
         if is_alone and not store.missing_tiles() and not store.missing_blocks():
             if not store.is_complete:
                 store.finalize()
@@ -232,10 +237,10 @@ def _certified(store: KernelStore, kernel: Computation, report: Report) -> None:
 
 
 def _writable_folder(store: str | PathLike[str] | Store, *, fsync: bool) -> Folder:
-    """Turn a path, a URL or a Zarr store into a folder.
+    """Convert a path, a URL or a Zarr store to a folder.
 
     Raises:
-        InputError: If nothing can be written there.
+        InputError: If the Zarr store is read-only.
     """
     if isinstance(store, Store) and store.read_only:
         raise InputError(
@@ -247,6 +252,6 @@ def _writable_folder(store: str | PathLike[str] | Store, *, fsync: bool) -> Fold
 
 def _inputs_of(x: ArrayLike, against: ArrayLike | None, labels: ArrayLike | None) -> Inputs:
     rows, columns = checked_batches(x, against)
-    marks = checked_labels(labels, len(rows))
+    row_labels = checked_labels(labels, len(rows))
     other = None if columns is None else Samples(np.arange(len(columns)), np.full(len(columns), -1))
-    return Inputs(rows, Samples(np.arange(len(rows)), marks, other), columns)
+    return Inputs(rows, Samples(np.arange(len(rows)), row_labels, other), columns)

@@ -1,8 +1,9 @@
-"""The same tiles on a dask cluster: workers compute and commit, the coordinator assigns jobs and writes the rest.
+"""The coordinator of a run on a dask cluster: it assigns jobs, while the workers compute and commit the tiles.
 
-A job is some tiles of one band, or some blocks of the diagonal. A worker loads network and samples once, skips what is
-on disk already, commits its tiles with the code of a single process, and returns a few numbers. The scheduler decides
-which worker gets which job; this module carries that out with dask.
+A job is a set of tiles of one band, or of blocks of the diagonal. A worker loads network and samples once, skips tiles
+that are stored already, commits its tiles by the same code as a single process, and returns a few numbers. The
+coordinator writes everything else of the store. `ntkgen.engine.scheduler` chooses the worker of each job, and this
+module submits the job with dask.
 """
 
 import os
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 # Maximum attempts to register a run with the workers.
 MAX_REGISTRATIONS = 10
-# Interval between two looks at the workers, and between two looks at their jobs; timeout of fetching an outcome.
+# Interval between two checks of the workers, interval between two checks of their jobs, and timeout of a fetch.
 POLL_SECONDS, LOOK_SECONDS, FETCH_SECONDS = 0.5, 0.01, 2.0
 
 
@@ -52,10 +53,10 @@ class WorkerPool:
     """The workers of a cluster.
 
     Attributes:
-        client: A client of the cluster.
-        device: What each worker computes on.
-        num_own: Processes of our own on this machine; 0 for the workers of a running cluster.
-        tile_seconds: The time after which a tile counts as stalled.
+        client: Client of the cluster.
+        device: Device of each worker.
+        num_own: Number of worker processes that this run has started. It is 0 for the workers of a running cluster.
+        tile_seconds: Time in seconds after which a tile counts as stalled.
     """
 
     client: "Client"
@@ -64,9 +65,10 @@ class WorkerPool:
     tile_seconds: float | None = None
 
     def machine(self, precision: str, memory_bytes: int | None) -> Machine:
-        """Describe the machine of a worker, with the least memory of all workers.
+        """Describe the machine of a worker, with the smallest memory of all workers.
 
-        Workers of our own share the ``memory_bytes``; each worker of a running cluster may take as much.
+        Workers that this run has started share the ``memory_bytes``. Each worker of a running cluster may take
+        ``memory_bytes``.
 
         Raises:
             InputError: If there is no worker.
@@ -76,52 +78,53 @@ class WorkerPool:
         wait_for_a_worker(self.client)
         from ntkgen.engine import worker
 
-        hosts = self._ask(socket.gethostname)
+        hosts = self._call(socket.gethostname)
         sharers = self.num_own or max(Counter(hosts.values()).values())
         memory_bytes = memory_bytes // self.num_own if memory_bytes is not None and self.num_own else memory_bytes
         limits = WorkerLimits(self.device, memory_bytes, sharers)
-        found = next(iter(self._ask(worker.machine, limits, precision, only_one=True).values()))
-        budgets: Iterable[Budget] = self._ask(worker.budget, limits).values()
-        least = min(budgets, key=lambda budget: budget.available_bytes)
-        return Machine(found.environment, least, found.rates)
+        machine = next(iter(self._call(worker.machine, limits, precision, only_one=True).values()))
+        budgets: Iterable[Budget] = self._call(worker.budget, limits).values()
+        smallest = min(budgets, key=lambda budget: budget.available_bytes)
+        return Machine(machine.environment, smallest, machine.rates)
 
-    def _ask(self, function: Callable[..., Any], *args: Any, only_one: bool = False) -> dict[str, Any]:
-        """Call a function on every worker, or on one. A worker that dies meanwhile gives no answer.
+    def _call(self, function: Callable[..., Any], *args: Any, only_one: bool = False) -> dict[str, Any]:
+        """Call a function on every worker, or on one. Workers that end during the call give no result.
 
         Raises:
             WorkerError: If no worker answers.
         """
         until, tries = time.monotonic() + WORKER_SECONDS, 0
         while time.monotonic() < until:
-            there = sorted(self.workers())
-            names = [there[tries % len(there)]] if only_one and there else None
-            with suppress(OSError):  # a connection that closes: a worker died just then
-                answers: dict[str, Any] = self.client.run(function, *args, workers=names, on_error="ignore")
-                if answers:
-                    return answers
+            addresses = sorted(self.workers())
+            chosen = [addresses[tries % len(addresses)]] if only_one and addresses else None
+            with suppress(OSError):  # the connection closed, because a worker was killed during the call
+                results: dict[str, Any] = self.client.run(function, *args, workers=chosen, on_error="ignore")
+                if results:
+                    return results
             time.sleep(POLL_SECONDS)
             tries += 1
         raise WorkerError(
-            f"No worker of the cluster at {self.address} answers: expected one at least, asked for {WORKER_SECONDS} "
-            "seconds. Do they die as soon as they are started? Their logs say more. What is finished is kept."
+            f"No worker of the cluster at {self.address} answers: expected at least one, and waited {WORKER_SECONDS} "
+            "seconds. Do the workers crash when they start? Read their logs, and run the same command again. Finished "
+            "tiles are kept."
         )
 
     @property
     def address(self) -> str:
-        """Where the scheduler is."""
+        """Address of the scheduler."""
         return address_of(self.client)
 
     @property
     def dashboard(self) -> str:
-        """Where dask shows what its workers do."""
+        """URL of dask's dashboard."""
         return str(self.client.dashboard_link)
 
     def run(self, store: KernelStore, load: Loader, *, cached_blocks: int, report: Report) -> None:
-        """Compute and commit what a store is missing, as `run` does in one process."""
+        """Compute and commit the missing parts of a store, as `ntkgen.engine.run.run` does in one process."""
         from ntkgen.engine import worker
 
         assignment = Assignment(shared(store.folder), load, self.device, self.num_own > 0, cached_blocks)
-        name = f"ntkgen-{uuid.uuid4().hex}"  # of this run: another may make the same kernel elsewhere
+        name = f"ntkgen-{uuid.uuid4().hex}"  # unique, because the workers may serve several runs at the same time
         self._register(worker.TilePlugin(assignment), name)
         try:
             self._run(store, name, cached_blocks, report)
@@ -130,26 +133,27 @@ class WorkerPool:
         store.finalize()
 
     def _register(self, plugin: "WorkerPlugin", name: str) -> None:
-        """Send a run to all workers, and to those that are started later.
+        """Send the plugin of a run to all workers, and to workers that start later.
 
         Raises:
             WorkerError: If every attempt fails.
         """
         for _ in range(MAX_REGISTRATIONS):
-            with suppress(OSError):  # a worker died just then; dask has noted the plugin before it told them
+            with suppress(OSError):  # a worker was killed during the call, after dask had stored the plugin
                 self.client.register_plugin(plugin, name=name)
                 return
             time.sleep(POLL_SECONDS)
         raise WorkerError(
-            f"The workers of the cluster at {self.address} could not be told what to do: expected them to stay, tried "
-            f"{MAX_REGISTRATIONS} times. Do they die as soon as they are started? Their logs say more."
+            f"The run could not be sent to the workers of the cluster at {self.address}: expected them to stay "
+            f"connected, and tried {MAX_REGISTRATIONS} times. Do the workers crash when they start? Read their logs, "
+            "and run the same command again."
         )
 
     def _unregister(self, name: str) -> None:
         """Make all workers release a run."""
         from ntkgen.engine import worker
 
-        with suppress(OSError, ValueError):  # a worker that has died holds nothing any more
+        with suppress(OSError, ValueError):  # a worker that was killed holds nothing to release
             self.client.run(worker.release, name, on_error="ignore")
         with suppress(OSError, ValueError):
             self.client.unregister_worker_plugin(name)
@@ -168,11 +172,11 @@ class WorkerPool:
 
     @property
     def num_workers(self) -> int:
-        """Count the workers, at least one."""
+        """Number of workers, at least 1."""
         return max(1, len(self.workers()))
 
     def _finish(self, name: str, jobs: Iterable[Job], step: Step, projected_seconds: float) -> None:
-        """Have some jobs done. A tile is projected to take ``projected_seconds``."""
+        """Run jobs until all are finished. ``projected_seconds`` is the projected duration of one tile."""
         settings = SchedulerSettings(self.num_own, projected_seconds, self.tile_seconds)
         scheduler = Scheduler(jobs, settings, time.monotonic())
         futures: dict[str, Future[Outcome]] = {}  # by worker
@@ -195,7 +199,7 @@ class WorkerPool:
         """Tell the scheduler how a job has ended.
 
         Raises:
-            Exception: If every other worker would meet the same error.
+            Exception: If the job failed with an error that every other worker would get too.
         """
         outcome = self._outcome(future, worker)
         future.release()
@@ -210,7 +214,7 @@ class WorkerPool:
                 step()
 
     def _start_missing_workers(self) -> None:
-        """Start workers of our own that dask has given up, such as one that died while it was started."""
+        """Start local workers again that dask has given up, for example because they were killed while starting."""
         if self.num_own and self.client.cluster is not None:
             with suppress(KeyError, OSError, RuntimeError):
                 self.client.cluster.scale(self.num_own)
@@ -226,8 +230,8 @@ class WorkerPool:
         except OSError as error:
             raise WorkerError(
                 f"The scheduler of the cluster does not answer ({' '.join(str(error).split())[:100]}): expected it to "
-                "stay until the end. Was it stopped, or its machine? Start one, then run the same command again. What "
-                "is finished is kept."
+                "run until the end. Was the scheduler or its machine stopped? Start a scheduler, then run the same "
+                "command again. Finished tiles are kept."
             ) from error
 
     def _submit(self, name: str, job: Job, worker: str) -> "Future[Outcome]":
@@ -237,15 +241,15 @@ class WorkerPool:
         return self.client.submit(do_job, name, job, workers=[worker], pure=False, resources=gpu)
 
     def _resources(self, worker: str) -> Mapping[str, float]:
-        found: Mapping[str, float] = (
+        resources: Mapping[str, float] = (
             self.client.scheduler_info(n_workers=-1)["workers"].get(worker, {}).get("resources", {})
         )
-        return found
+        return resources
 
     def _ended(self, futures: "Mapping[str, Future[Outcome]]") -> list[str]:
-        """Wait a moment for jobs to end, and name their workers.
+        """Wait a moment for jobs to end, and return their workers.
 
-        dask's own `wait` changes the settings of the whole process meanwhile.
+        Dask's own `wait` is not used, because it changes the settings of the whole process while it waits.
         """
         until = time.monotonic() + POLL_SECONDS
         while not (ended := [worker for worker in futures if futures[worker].done()]) and time.monotonic() < until:
@@ -253,10 +257,10 @@ class WorkerPool:
         return ended
 
     def _outcome(self, future: "Future[Outcome]", worker: str) -> Outcome | BaseException | None:
-        """Fetch the outcome of a job, or the error it has raised; None where the job was lost with its worker.
+        """Fetch the outcome of a job, or the error it has raised. Return None if the job was lost with its worker.
 
-        An outcome stays with its worker until it is fetched. If the worker dies before, dask waits for it for ever,
-        since no other worker may do the job.
+        The worker holds the outcome until it is fetched. If the worker is killed before that, dask waits without a
+        limit, because it may not run the job on another worker. Therefore the worker is checked before each attempt.
         """
         from distributed import KilledWorker
 
@@ -275,7 +279,7 @@ class WorkerPool:
         return None
 
     def _restart(self, worker: str) -> None:
-        """Restart a worker: one of our own by killing it, which is quick, another one by its nanny, if it has one."""
+        """Restart a worker. A local worker is killed, which is quick. Any other is restarted by its nanny, if any."""
         for nanny in self.nannies:
             if nanny.worker_address == worker and nanny.pid is not None:
                 os.kill(nanny.pid, signal.SIGKILL)
@@ -285,7 +289,7 @@ class WorkerPool:
 
     @property
     def nannies(self) -> "list[Nanny]":
-        """The processes that watch the workers of our own."""
+        """Dask's supervisors of the local workers."""
         return list(self.client.cluster.workers.values()) if self.num_own and self.client.cluster is not None else []
 
 
@@ -293,29 +297,28 @@ class WorkerPool:
 def open_pool(
     workers: int | None, client: "Client | str | None", device: str, tile_seconds: float | None = None
 ) -> Iterator[WorkerPool | None]:
-    """Start workers on this machine, or connect to those of a cluster; None where this process computes alone.
+    """Start workers on this machine, or connect to those of a cluster. Yield None if this process computes alone.
 
     Args:
-        workers: The number of processes to start.
-        client: A client of a running cluster, the address of its scheduler, or the scheduler's file.
-        device: What each worker computes on.
-        tile_seconds: The time after which a tile counts as stalled.
+        workers: Number of processes to start.
+        client: Client of a running cluster, address of its scheduler, or the scheduler's file.
+        device: Device of each worker.
+        tile_seconds: Time in seconds after which a tile counts as stalled.
 
     Raises:
-        InputError: If both are given, or there is no such cluster.
+        InputError: If both ``workers`` and ``client`` are given, or if no cluster answers.
     """
     if workers is not None and client is not None:
         raise InputError(
-            "Workers of our own and a running cluster were both asked for: expected one of them. Leave out `workers` "
-            "or `client`."
+            "Both `workers` on this machine and the `client` of a running cluster were given: expected one of them. "
+            "Should the cluster compute? Leave out `workers` or `client`."
         )
     if workers is None and client is None:
         yield None
         return
-    with ExitStack() as held:
-        found = client
-        if found is None:
-            found = held.enter_context(own_cluster(workers or 0))
-        elif isinstance(found, str):
-            found = held.enter_context(connected(found))
-        yield WorkerPool(found, device, workers or 0, tile_seconds)
+    with ExitStack() as stack:
+        if client is None:
+            client = stack.enter_context(own_cluster(workers or 0))
+        elif isinstance(client, str):
+            client = stack.enter_context(connected(client))
+        yield WorkerPool(client, device, workers or 0, tile_seconds)

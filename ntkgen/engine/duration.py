@@ -1,4 +1,4 @@
-"""How long a kernel takes on this machine: one batch of each kind of work is measured, and the plan counts the rest."""
+"""Projection of a kernel's duration on this machine: one batch of each kind of work is timed and extrapolated."""
 
 import os
 import tempfile
@@ -26,21 +26,23 @@ from ntkgen.store.rounding import count_underflow, to_stored
 
 Result = TypeVar("Result")
 
-# The projection may be wrong by this factor in both directions: a machine slows down when it is warm or shared.
+# Factor by which the real duration may be shorter or longer. A machine slows down when it is warm or shared.
 UNCERTAINTY = 1.5
-# Samples with which the products of the certificate are measured, and maximum samples of a measured block.
+# Number of samples for timing the products of the certificate (the measured error bound), and maximum number of samples
+# of a timed block.
 CERTIFIED_SAMPLES, BLOCK_SAMPLES = 8, 128
-# Seconds of a first pass above which the measurement of a second one is not worth its time.
+# Duration of a first pass, in seconds, above which no second pass is timed.
 SLOW_SECONDS = 2.0
-# Numbers of the tile with which writing and reading are measured.
+# Number of entries of the tile for timing disk writes and reads.
 STORED_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds that each kind of work is projected to take.
+    """Projected duration of each kind of work, in seconds.
 
-    Tiles are written while the next ones are computed, but rounding and checksums take the same processor.
+    Tiles are written while the next ones are computed, but rounding and checksums use the same processor. Therefore the
+    durations are added.
     """
 
     training: float = 0.0  # an upper bound: training ends at its target
@@ -51,16 +53,16 @@ class Duration:
 
     @property
     def total(self) -> float:
-        """Seconds from beginning to end."""
+        """Total duration in seconds."""
         return self.training + self.factors + self.products + self.storing + self.certificate
 
     @property
     def range(self) -> tuple[float, float]:
-        """The least and the most seconds that the total is expected to be."""
+        """Shortest and longest expected total duration in seconds."""
         return self.total / UNCERTAINTY, self.total * UNCERTAINTY
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values."""
+        """Convert to plain values."""
         return {**asdict(self), "total": self.total, "range": list(self.range)}
 
 
@@ -72,7 +74,7 @@ def kernel_duration(
     *,
     num_workers: int = 1,
 ) -> Duration:
-    """Project the seconds of factors and products, from one batch of factors and the product of two blocks."""
+    """Project the duration of factors and products by timing one batch of factors and one product of two blocks."""
     jacobian = plan.jacobian
     batch = x[: jacobian.batch_size]
     samples = min(plan.block_samples, BLOCK_SAMPLES)
@@ -93,11 +95,11 @@ def certificate_seconds(
     chosen: OutputMap,
     sampling: Sampling,
 ) -> float:
-    """Project the seconds of a certificate of ``num_samples`` samples from one product with a few of them."""
+    """Project the duration of a certificate of ``num_samples`` samples by timing one product with a few samples."""
     few = x[:CERTIFIED_SAMPLES]
     exact = exact_operator(model, few, transform=chosen.matrix)
     v = torch.ones(exact.shape[1], dtype=exact.dtype, device=exact.device)
-    first, _ = _timed(lambda: exact @ v, exact.device, warm_up=False)  # it tries every batch, too
+    first, _ = _timed(lambda: exact @ v, exact.device, warm_up=False)  # includes the operator's trial of every batch
     product, _ = _timed(lambda: exact @ v, exact.device, warm_up=False)
     columns = sampling.num_probes * (1 if chosen.reduction == "none" else exact.num_outputs)
     per_sample = (columns * product + max(0.0, first - product)) / len(few)
@@ -106,16 +108,16 @@ def certificate_seconds(
 
 @dataclass(frozen=True)
 class StorageRates:
-    """Seconds per byte of a kernel on disk, to write it and to read it again."""
+    """Seconds per byte for writing a kernel to disk, and for reading it again."""
 
     write: float
     read: float
 
 
 def storage_rates(folder: Folder, dtypes: Sequence[str]) -> StorageRates:
-    """Measure how fast tiles are rounded, written and read, with a file that is removed again.
+    """Measure how fast tiles are rounded, written and read, with a temporary file.
 
-    An object store is not measured: its network is not known before.
+    Writing to an object store is not measured. Its duration is taken as zero.
     """
     values = np.random.default_rng(0).normal(size=STORED_NUMBERS).astype(np.float32)
     started = time.perf_counter()
@@ -138,30 +140,30 @@ def storage_rates(folder: Folder, dtypes: Sequence[str]) -> StorageRates:
 def _write_seconds(folder: Folder, chunks: Sequence[bytes]) -> float:
     if not isinstance(folder, LocalFolder):
         return 0.0
-    there = next(path for path in (folder.path, *folder.path.parents) if path.is_dir())
+    existing = next(path for path in (folder.path, *folder.path.parents) if path.is_dir())
     try:
-        with tempfile.TemporaryFile(dir=there) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             started = time.perf_counter()
             for chunk in chunks:
                 file.write(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             return time.perf_counter() - started
-    except OSError:  # a folder that cannot be written is refused elsewhere
+    except OSError:  # `require_writable` refuses such a folder
         return 0.0
 
 
 def _timed(run: Callable[[], Result], device: torch.device, *, warm_up: bool = True) -> tuple[float, Result]:
-    """Time something, and give its result.
+    """Time a function, and return the seconds and the result.
 
-    It is run once before, as the warm-up, unless that takes so long that it hardly matters. The first pass may take
-    twice as long as the later ones, of which a run makes many, so that its time cannot count.
+    The function runs once before as a warm-up, because a first pass can take twice as long as the later ones. If the
+    warm-up takes longer than `SLOW_SECONDS`, its own duration is returned.
     """
     if warm_up:
         seconds, result = _timed_once(run, device)
         if seconds > SLOW_SECONDS:
             return seconds, result
-        del result  # two results need not fit the memory
+        del result  # two results may not fit into memory
     return _timed_once(run, device)
 
 

@@ -1,4 +1,4 @@
-"""The identity of a kernel, and whether a network is the one of a store."""
+"""The identity of a kernel, and the check that a network is the one that a store was made from."""
 
 from contextlib import suppress
 from typing import Any
@@ -23,17 +23,17 @@ from ntkgen.plan.tiles import TileGrid
 from ntkgen.store.schema import side_arrays
 from ntkgen.store.store import KernelStore
 
-# Maximum difference of the outputs of the same network from the stored ones, relative to the largest: in the same
-# batch, in other batches, and on another machine, which adds up in another order.
+# Maximum difference between recomputed and stored outputs of the same network, relative to the largest output: in the
+# same batch, in other batches, and on another machine, which adds numbers in another order.
 SAME_BATCH = {torch.float64: 1e-12, torch.float32: 1e-6}
 OTHER_BATCH = {torch.float64: 1e-10, torch.float32: 1e-4}
 OTHER_MACHINE = {torch.float64: 1e-9, torch.float32: 1e-3}
-# Number of samples, spread over the store, that are run again before it is continued or returned.
+# Number of samples, spread evenly over the store, that are run again before a store is continued or returned.
 SPREAD_SAMPLES = 256
 
 
 def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGrid) -> dict[str, Any]:
-    """Collect what must stay equal when a store is continued."""
+    """Collect the properties that must be equal when a store is continued."""
     return {
         "parameters": parameter_fingerprint(model),
         "samples": inputs.fingerprint(),
@@ -45,7 +45,7 @@ def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGr
 
 
 def network_of(store: KernelStore, model: nn.Module, inputs: Inputs, device: torch.device) -> Network:
-    """Prepare the network of a store on a device, as its plan and its identity say."""
+    """Prepare the network of a store on a device, according to the plan and the manifest of the store."""
     plan, output = store.manifest.plan, store.manifest.output
     network, _ = prepare_mapped(
         model.to(device), inputs.probe, plan.precision, output, device=device, excluded=plan.profile.fallback
@@ -56,22 +56,22 @@ def network_of(store: KernelStore, model: nn.Module, inputs: Inputs, device: tor
 def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -> None:
     """Require that a network gives the stored outputs and gradients, before its store is continued or returned.
 
-    Equal parameters do not make equal networks: an activation or an epsilon is no parameter. Samples spread over the
-    store are run again, and the diagonal of one batch is computed again in the same way.
+    Networks with equal parameters can differ, for example in an activation or an epsilon. Therefore samples spread over
+    the store are run again, and the diagonal of one batch is computed again.
 
     Raises:
-        FingerprintError: If one of them differs.
+        FingerprintError: If an output or an entry of the diagonal differs.
     """
     known = KnownOutputs(store, network)
     if known.logits is None:
         return
-    there = known.logits.isfinite().all(1).nonzero().squeeze(1)
-    if not len(there):
+    stored = known.logits.isfinite().all(1).nonzero().squeeze(1)
+    if not len(stored):
         return
     plan = store.manifest.plan
     batch_size, x = plan.jacobian.batch_size, inputs.all
-    first = _first_batch(plan, int(there[0]))
-    spread = there[torch.linspace(0, len(there) - 1, min(len(there), SPREAD_SAMPLES)).long()]
+    first = _first_batch(plan, int(stored[0]))
+    spread = stored[torch.linspace(0, len(stored) - 1, min(len(stored), SPREAD_SAMPLES)).long()]
     with exact_arithmetic(network.device, plan.environment.threads), torch.no_grad():
         for chosen, tolerances in ((torch.arange(first.start, first.stop), SAME_BATCH), (spread, OTHER_BATCH)):
             for indices in chosen.split(batch_size):
@@ -82,10 +82,10 @@ def require_same_network(store: KernelStore, network: Network, inputs: Inputs) -
 
 
 class KnownOutputs:
-    """The outputs that a store keeps of its network; those of another network are refused.
+    """The stored outputs of a network. Outputs of another network are refused.
 
-    Every block that is computed again for a store is compared with them, so that a continued store has no tile of
-    another network, whichever samples tell the two apart.
+    Every block that is computed again for a store is compared with the stored outputs. Thus a continued store has no
+    tile of another network, even if the two networks differ for a few samples only.
     """
 
     def __init__(self, store: KernelStore, network: Network) -> None:
@@ -126,22 +126,22 @@ class KnownOutputs:
 
 def _another_network(name: str, what: str, difference: float, scale: float) -> str:
     return (
-        f"The store at {name} was made of another network with the same parameters: its {what} for some samples were "
-        f"expected to be the stored ones, and differ by {difference:.1e} (largest {scale:.1e}). Was an activation, an "
+        f"The store at {name} was made from another network with the same parameters: expected the stored {what} for "
+        f"some samples, found a difference of {difference:.1e} (the largest is {scale:.1e}). Was an activation, an "
         "epsilon or the code of the network changed? Use a new path for this network, or the original network for this "
         "store."
     )
 
 
-def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, then of columns; logits), NaN: not there
-    """Read the logits of a store; None where there are none, or where they are damaged."""
+def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, then of columns; logits), NaN if missing
+    """Read the logits of a store. Return None if there are none, or if they are damaged."""
     missing = set(store.missing_blocks())
     plan = store.manifest.plan
     if not store.num_logits or len(missing) == plan.grid.num_sides:
         return None
     try:
         logits = torch.cat([torch.from_numpy(store.read(names[1])) for names in side_arrays(store.grid)])
-    except StoreError:  # a damaged array is written anew
+    except StoreError:  # a damaged array is computed again later
         return None
     for index in missing:
         for block in plan.side_blocks(index):
@@ -150,7 +150,7 @@ def _stored_logits(store: KernelStore) -> Tensor | None:  # (samples of rows, th
 
 
 def _first_batch(plan: Plan, sample: int) -> Block:
-    """Find the batch in which a sample was run, the first of its block."""
+    """Find the batch that starts with the given sample, which is the first of its block."""
     for index in range(plan.grid.num_sides):
         for block in plan.side_blocks(index):
             if block.start == sample:
@@ -159,19 +159,19 @@ def _first_batch(plan: Plan, sample: int) -> Block:
 
 
 def _require_same_diagonal(store: KernelStore, network: Network, known: KnownOutputs, x: Tensor, batch: Block) -> None:
-    """Compare the diagonal of one batch with the stored one: networks with equal outputs may have other gradients.
+    """Compare the diagonal of one batch with the stored one. Networks with equal outputs can differ in their gradients.
 
     Raises:
-        FingerprintError: If it differs.
+        FingerprintError: If the diagonal differs.
     """
     plan, grid = store.manifest.plan, store.grid
     if not network.follows(plan.profile):
-        return  # another check refuses it
+        return  # `TileComputer` refuses this network
     is_column = batch.start >= grid.num_samples
     first = grid.num_samples if is_column else 0
     m = grid.num_outputs
     rows = slice((batch.start - first) * m, (batch.stop - first) * m)
-    with suppress(StoreError):  # a damaged array is written anew
+    with suppress(StoreError):  # a damaged array is computed again later
         expected = torch.from_numpy(store.read(side_arrays(grid)[int(is_column)][0])[..., rows])
         with exact_arithmetic(network.device, plan.environment.threads):
             factors = compute_factors(network, plan.jacobian, x[batch.start : batch.stop])

@@ -1,4 +1,7 @@
-"""What coordinator and workers share: jobs, their outcomes, what a worker is told, and the cutting into jobs."""
+"""Data that coordinator and workers exchange: jobs, their outcomes, and the assignment of a run.
+
+The module also divides the missing work into jobs.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,13 +15,13 @@ if TYPE_CHECKING:
     from ntkgen.files.folder import Folder
     from ntkgen.inputs import Inputs
 
-# The environment variable with the number of threads of a worker. Without it a worker takes its part of the processors.
+# Environment variable with the number of threads of a worker. Without it a worker takes its share of the processors.
 THREADS = "NTKGEN_THREADS"
 
-# Loads the network and its samples on a worker.
+# Function that loads the network and its samples on a worker.
 Loader: TypeAlias = "Callable[[], tuple[nn.Module, Inputs]]"
 
-# Jobs per worker in a run, and maximum tiles per job.
+# Minimum number of jobs per worker in a large run, and maximum number of tiles per job.
 JOBS_PER_WORKER, TILES_PER_JOB = 8, 64
 # Maximum projected duration of a job, in seconds.
 JOB_SECONDS = 300.0
@@ -35,13 +38,13 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Blocks or tiles."""
+        """Number of blocks or tiles."""
         return len(self.indices) + len(self.band.tiles)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The duration of a job, and the error that ended it if every other worker would meet the same one."""
+    """The duration of a job, and the error that ended it, if every other worker would get the same error."""
 
     seconds: float
     error: Exception | None = None
@@ -49,7 +52,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What every worker of a run is told: the store, how to load network and samples, and what it may use."""
+    """The data that every worker of a run gets: the store, the loader of network and samples, and its limits."""
 
     folder: "Folder"
     load: Loader
@@ -60,7 +63,7 @@ class Assignment:
 
 @dataclass(frozen=True)
 class WorkerLimits:
-    """What a worker may take of its machine, or of its part of it where ``sharers`` workers share one."""
+    """The device and the memory of a worker on a machine that ``sharers`` workers share."""
 
     device: str
     memory_bytes: int | None
@@ -69,23 +72,23 @@ class WorkerLimits:
 
 @dataclass(frozen=True)
 class InlineLoader:
-    """Sends the network and its samples to the workers, which then load no file."""
+    """Sends the network and its samples to the workers, so that they load no files."""
 
     model: "nn.Module"
     inputs: "Inputs"
 
     def __call__(self) -> "tuple[nn.Module, Inputs]":
-        """Return network and samples."""
+        """Return the network and the samples."""
         return self.model, self.inputs
 
 
 def seconds_at_planned_rate(plan: Plan, flops: int) -> float:
-    """Project the duration of some operations from the rate of the plan's matrix products."""
-    return flops / 2 / (plan.jacobian.rates.product * 1e6)  # the rate is in millions of multiply-adds a second
+    """Project the duration of ``flops`` operations from the rate of the plan's matrix products."""
+    return flops / 2 / (plan.jacobian.rates.product * 1e6)  # the rate is in millions of multiply-adds per second
 
 
 def job_size(number: int, num_workers: int, tile_seconds: float) -> int:
-    """Choose the tiles of a job, so that each worker gets several jobs and each job takes some minutes at most.
+    """Choose the number of tiles of a job. Each worker gets several jobs, and each job takes a few minutes at most.
 
     >>> job_size(1000, 2, 0.1), job_size(1000, 2, 60.0), job_size(3, 2, 0.1)
     (62, 5, 1)
@@ -95,7 +98,7 @@ def job_size(number: int, num_workers: int, tile_seconds: float) -> int:
 
 
 def diagonal_jobs(indices: Sequence[int], size: int) -> Iterator[Job]:
-    """Cut the blocks of the diagonal into jobs.
+    """Divide the blocks of the diagonal into jobs.
 
     >>> [job.indices for job in diagonal_jobs(range(5), 2)]
     [(0, 1), (2, 3), (4,)]
@@ -104,7 +107,7 @@ def diagonal_jobs(indices: Sequence[int], size: int) -> Iterator[Job]:
 
 
 def tile_jobs(bands: Iterable[Band], size: int) -> Iterator[Job]:
-    """Cut bands of tiles into jobs."""
+    """Divide bands of tiles into jobs."""
     for band in bands:
         for at in range(0, len(band.tiles), size):
             yield Job(band=Band(band.held, band.tiles[at : at + size]))

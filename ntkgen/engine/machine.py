@@ -1,4 +1,4 @@
-"""The machine: its device, memory and rates, and what the bits of a computation depend on."""
+"""The machine: its device, its memory, its rates, and its properties that determine the bits of a result."""
 
 import platform
 import re
@@ -16,25 +16,28 @@ from ntkgen.plan.plan import Budget, Environment, Plan
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device of this machine.
+    """Choose a device of this machine by its name: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
 
     Raises:
-        InputError: If there is no such device here.
+        InputError: If this machine has no such device.
     """
     if name == "auto":
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device(best)
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     kind, _, index = name.partition(":")
-    is_written_well = re.fullmatch(r"\w+(:\d+)?", name) is not None
-    if not is_written_well or kind not in here or int(index or 0) >= here[kind]:
-        found = ", ".join(f"{kind} ({count})" for kind, count in here.items() if count)
-        raise InputError(f"There is no device {name!r} here: expected auto or one of those found, {found}.")
+    is_valid = re.fullmatch(r"\w+(:\d+)?", name) is not None
+    if not is_valid or kind not in counts or int(index or 0) >= counts[kind]:
+        devices = ", ".join(f"{kind} ({count})" for kind, count in counts.items() if count)
+        raise InputError(
+            f"There is no device {name!r} on this machine: expected auto or one of the devices found, {devices}. Is "
+            "the name misspelt, or is a driver missing? Give one of these names."
+        )
     return torch.device(name)
 
 
 def environment(device: torch.device, threads: int | None = None) -> Environment:
-    """Describe what the bits of a computation on this machine depend on."""
+    """Describe the properties of this machine that determine the bits of a result."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -43,7 +46,7 @@ def environment(device: torch.device, threads: int | None = None) -> Environment
 
 
 def _cpu_model() -> str:
-    """Name the processor: matrix libraries choose their kernels by it."""
+    """Return the model of the processor. Matrix libraries choose their kernels by the model."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -53,7 +56,7 @@ def _cpu_model() -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes: what its bits depend on, its memory, and the rate of each product."""
+    """A machine: its properties that determine the bits of a result, its memory, and the rates of its products."""
 
     environment: Environment
     budget: Budget
@@ -63,14 +66,14 @@ class Machine:
 def describe_machine(
     device: torch.device, precision: str, memory_bytes: int | None, *, threads: int | None = None
 ) -> Machine:
-    """Describe this machine, computing with some threads."""
+    """Describe this machine for a computation with the given or the current number of threads."""
     budget = memory_budget(device, memory_bytes)
     with fixed_threads(threads or torch.get_num_threads()):
         return Machine(environment(device), budget, rates_of(device, precision))
 
 
 def memory_budget(device: torch.device, requested: int | None, *, sharers: int = 1, limit: int | None = None) -> Budget:
-    """Compute how many bytes a computation may take: the request, its share of the device, or its process's limit."""
+    """Compute the memory of a computation: the requested bytes, its share of the device, or its process's limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:
@@ -81,18 +84,20 @@ def memory_budget(device: torch.device, requested: int | None, *, sharers: int =
 
 
 def check_environment(plan: Plan, device: torch.device) -> None:
-    """Require that this machine repeats the bytes of a plan."""
+    """Require that this machine computes the same bytes as the machine of a plan."""
     check_plan(plan, environment(device))
 
 
 def check_plan(plan: Plan, found: Environment) -> None:
-    """Require that a machine repeats the bytes of a plan. Threads are set as planned.
+    """Require that a machine computes the same bytes as that of a plan. The number of threads is set by the plan.
 
     Raises:
-        PlanError: If device, its type or torch differ; the message names what does.
+        PlanError: If the device, its type or the version of torch differ. The message names the differences.
     """
     if differences := plan.environment.differences(replace(found, threads=plan.environment.threads)):
         raise PlanError(
-            f"The store's plan cannot be repeated here ({'; '.join(differences)}): the tiles still missing would "
-            "differ from the others in their last bits. Use a machine like the first, or set `replan` to accept that."
+            "This machine cannot continue the store's plan with equal bytes: expected the device and the torch version "
+            f"of the plan, found differences ({'; '.join(differences)}). The missing tiles would differ from the "
+            "others in their last bits. Was the store begun on another machine? Use a machine like the first, or set "
+            "`replan` to accept the differences."
         )

@@ -1,4 +1,4 @@
-"""Worker processes of our own on this machine, as a dask cluster that ends with the run."""
+"""Worker processes on this machine, as a dask cluster that ends with the run."""
 
 import logging
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def own_cluster(workers: int) -> "Iterator[Client]":
-    """Start processes that share the threads of this machine. They end with this block or this process.
+    """Start worker processes that share the threads of this machine. They end with this block or this process.
 
     Raises:
-        InputError: If the number is below 1, or if each process reaches this call too.
+        InputError: If the number is below 1, or if each started process makes this call too.
         WorkerError: If the processes do not start.
     """
     require_main_guard()
@@ -31,7 +31,10 @@ def own_cluster(workers: int) -> "Iterator[Client]":
     from distributed import Client, LocalCluster
 
     if workers < 1:
-        raise InputError(f"`workers` {workers} is no number of processes: expected 1 or more. Leave it out for none.")
+        raise InputError(
+            f"`workers` is not a possible number of processes: expected 1 or more, found {workers}. Should this "
+            "process compute alone? Leave `workers` out."
+        )
     threads = max(1, torch.get_num_threads() // workers)
     settings = {"distributed.scheduler.allowed-failures": 0, "distributed.worker.daemon": True}
     environ = {THREADS: str(threads)}
@@ -55,8 +58,8 @@ def own_cluster(workers: int) -> "Iterator[Client]":
                 if was_called_again():
                     raise InputError(unguarded()) from None
                 raise WorkerError(
-                    f"The {workers} workers did not start ({error}): expected as many processes. Was one of them "
-                    "killed, or is there too little memory for them? Run the same command again, with fewer `workers`."
+                    f"The {workers} workers did not start ({error}): expected {workers} running processes. Was one of "
+                    "them killed, or is there too little memory? Run the same command again with fewer `workers`."
                 ) from error
         held.enter_context(_closed_quietly(cluster))
         yield held.enter_context(Client(cluster, set_as_default=False))
@@ -64,7 +67,7 @@ def own_cluster(workers: int) -> "Iterator[Client]":
 
 @contextmanager
 def _closed_quietly(cluster: "LocalCluster") -> "Iterator[LocalCluster]":
-    """Close a cluster in the end. dask raises KeyError for a worker that died while it was started."""
+    """Close a cluster at the end of the block. Dask raises KeyError for a worker that was killed while it started."""
     try:
         yield cluster
     finally:

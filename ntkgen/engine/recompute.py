@@ -1,7 +1,7 @@
-"""Stored tiles computed again from the network and its samples, and compared with what is stored.
+"""Recomputation of stored tiles from the network and its samples, and comparison with the stored files.
 
-They are computed as the first time, and committed to an empty copy of the store in memory, whose files are compared.
-Thus one code path makes a tile, with its rounding, its mirror and its counts.
+The tiles are committed to an empty copy of the store in memory, and the files of both stores are compared. Thus
+recomputation uses the same code as the first computation, including rounding, mirroring and counts of underflow.
 """
 
 import sys
@@ -31,8 +31,9 @@ from ntkgen.store.opening import ROOT, open_store
 from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, side_arrays
 from ntkgen.store.store import KernelStore
 
-# Allowed difference of two machines, in units of one rounding: they add up in other orders, and a deep network
-# multiplies the rounding of its first layers. Where operands are rounded (tf32, bfloat16), that is most of the error.
+# Maximum difference between two machines, in units of one rounding error. Machines add numbers in different orders, and
+# a deep network amplifies the rounding errors of its first layers. In tf32 and bfloat16 the rounding of the operands is
+# most of the error, and the ratio is smaller.
 MACHINE_RATIO = {"float64": 128, "float64-accumulate": 128, "float32": 128, "tf32": 16, "bfloat16": 16}
 
 FloatArray = npt.NDArray[np.float64]
@@ -40,15 +41,15 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Recomputed:
-    """One tile in one dtype, computed again.
+    """The comparison of one tile in one store dtype with its recomputation.
 
     Attributes:
-        tile: The tile.
-        dtype: The store dtype.
-        equal: Whether all its files have the same bytes.
-        max_error: The largest difference of an entry, over the largest √(K_rr K_cc) of the tile.
-        tolerance: The largest allowed error; 0 where the same machine must give the same bytes.
-        different: The files that differ by more.
+        tile: Tile that was computed again.
+        dtype: Store dtype.
+        equal: Whether all files of the tile have the same bytes.
+        max_error: Largest difference of an entry, divided by the largest √(K_rr K_cc) of the tile.
+        tolerance: Largest allowed ``max_error``. It is 0 if this machine must give the same bytes.
+        different: Files whose difference exceeds the tolerance.
     """
 
     tile: Tile
@@ -59,7 +60,7 @@ class Recomputed:
     different: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values; for the files that differ, whether there are any."""
+        """Convert to plain values. The list of different files is replaced by whether there are any."""
         kept = {name: value for name, value in vars(self).items() if name != "different"}
         return {**kept, "tile": self.tile.to_json(), "is_different": bool(self.different)}
 
@@ -76,7 +77,7 @@ def draw_tiles(tiles: Sequence[Tile], count: int, seed: int) -> list[Tile]:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a computation may use: a device, and memory."""
+    """The device and the memory of a computation."""
 
     device: torch.device
     budget: Budget
@@ -90,22 +91,22 @@ def recompute(
     resources: Resources,
     report: Report = ignore_report,
 ) -> list[Recomputed]:
-    """Compute some stored tiles again, and compare each in every dtype. Nothing is written.
+    """Compute some stored tiles again, and compare each in every store dtype. The store is not changed.
 
-    Where the machine is one on which the plan of the store can be repeated, each file must have the same bytes.
-    Elsewhere, or in a store that was continued elsewhere, entries may differ by what `tolerance` allows.
+    On a machine that can repeat the plan of the store, each file must have the same bytes. On another machine, or for a
+    store that was continued on another machine, entries may differ by the ``tolerance``.
 
     Args:
-        store: The store; the diagonal, and the tiles, are there.
-        model: The network that the kernel is of.
-        inputs: Its samples, in the store's order.
-        tiles: The tiles to compute again.
-        resources: What the computation may use.
-        report: Called as the stage ``recomputed`` proceeds.
+        store: Store with its diagonal and the given tiles.
+        model: Network of the kernel.
+        inputs: Samples of the kernel, in the store's order.
+        tiles: Tiles to compute again.
+        resources: Device and memory of the computation.
+        report: Function that is called as the stage ``recomputed`` proceeds.
 
     Raises:
-        FingerprintError: If the store says that it was made of other parameters.
-        PlanError: If the layers of the network are not those of the plan.
+        FingerprintError: If the parameters of the network differ from those of the store.
+        PlanError: If the layers of the network differ from those of the plan.
         BudgetError: If the memory is too small for a tile.
     """
     plan = store.manifest.plan
@@ -115,18 +116,18 @@ def recompute(
     computer = TileComputer(
         network_of(store, model, inputs, resources.device), inputs.all, copy, cached_blocks=cached_blocks
     )
-    is_exact, found = must_be_equal(store, resources.device), []
+    is_exact, comparisons = must_be_equal(store, resources.device), []
     step = counter(report, "recomputed", 0, len(tiles))
     for tile in tiles:
         computer.commit_tiles([Band((), (tile,))])
-        found += [_compared(store, copy, tile, dtype, is_exact=is_exact) for dtype in store.manifest.dtypes]
-        _forget(copy)
+        comparisons += [_compared(store, copy, tile, dtype, is_exact=is_exact) for dtype in store.manifest.dtypes]
+        _remove_chunks(copy)
         step()
-    return found
+    return comparisons
 
 
 def must_be_equal(store: KernelStore, device: torch.device) -> bool:
-    """Say whether every tile was made, and is computed again, by the same program on the same kind of machine."""
+    """Tell whether all tiles were computed by this version of the program on this kind of machine."""
     try:
         check_environment(store.manifest.plan, device)
     except PlanError:
@@ -135,7 +136,9 @@ def must_be_equal(store: KernelStore, device: torch.device) -> bool:
 
 
 def tolerance_of(dtype: str, precision: str) -> float:
-    """Bound the difference of two machines, in terms of √(K_rr K_cc): both round to what is stored, after computing.
+    """Bound the difference of an entry between two machines, relative to √(K_rr K_cc).
+
+    Each machine has the rounding errors of its computation, and rounds its result to the store dtype.
 
     >>> f"{tolerance_of('float32', 'float32'):.2g}", f"{tolerance_of('float64', 'float64'):.2g}"
     ('7.7e-06', '1.4e-14')
@@ -144,7 +147,7 @@ def tolerance_of(dtype: str, precision: str) -> float:
 
 
 def _empty_copy(store: KernelStore) -> KernelStore:
-    """Make a store in memory with the arrays and the scales of another, and nothing in them."""
+    """Make a store in memory with the arrays and the scales of another store, but without chunks."""
     folder = StoreFolder(MemoryStore(), "memory")
     for name in (ROOT, *(f"{array.name}/{ROOT}" for array in store.arrays())):
         if (data := store.folder.read(name)) is not None:
@@ -156,14 +159,14 @@ def _chunks(store: KernelStore) -> list[str]:
     return sorted(name for name in store.folder.sizes() if "/c/" in name)
 
 
-def _forget(store: KernelStore) -> None:
-    """Empty a copy, so that it never holds more than a tile."""
+def _remove_chunks(store: KernelStore) -> None:
+    """Remove all chunks of a copy, so that it never holds more than one tile."""
     for name in _chunks(store):
         store.folder.remove(name)
 
 
 def _compared(store: KernelStore, copy: KernelStore, tile: Tile, dtype: str, *, is_exact: bool) -> Recomputed:
-    """Compare the files of a tile in one dtype; the counts of a tile belong to its float16."""
+    """Compare the files of a tile in one store dtype. The counts of underflow are compared with float16."""
     names = [name for name in _chunks(copy) if name.startswith(f"ntk_{dtype}/")]
     counts = [name for name in _chunks(copy) if dtype == "float16" and name.startswith(f"{UNDERFLOW}/")]
     unequal = [name for name in names + counts if store.folder.read(name) != copy.folder.read(name)]
@@ -175,12 +178,12 @@ def _compared(store: KernelStore, copy: KernelStore, tile: Tile, dtype: str, *, 
 
 
 def _error(store: KernelStore, copy: KernelStore, tile: Tile, file: str) -> float:
-    """Find the largest difference in a file, but for what the smallest numbers of a dtype cannot say."""
+    """Compute the largest difference of an entry in a file, without the underflow error of the store dtype."""
     name = file.partition("/")[0]
     dtype, scale = name.removeprefix("ntk_"), store.scale_factor(name)
-    stored, computed = (_values(each, file, dtype) for each in (store, copy))
+    stored, computed = (_values(source, file, dtype) for source in (store, copy))
     with np.errstate(over="ignore", invalid="ignore"):
-        largest = float(np.nanmax(np.abs(stored - computed))) * scale  # beyond the array both are NaN
+        largest = float(np.nanmax(np.abs(stored - computed))) * scale  # outside of the array both are NaN
     unit = _unit(store, tile)
     return min(max(0.0, largest - 2 * HALF_SUBNORMAL[dtype] * scale) / unit, sys.float_info.max)
 
@@ -191,7 +194,7 @@ def _values(store: KernelStore, file: str, dtype: str) -> FloatArray:
 
 
 def _unit(store: KernelStore, tile: Tile) -> float:
-    """Find the largest √(K_rr K_cc) of a tile; beside zeros errors are absolute."""
+    """Return the largest √(K_rr K_cc) of a tile, or 1 if it is zero, so that the error is absolute."""
     m, sides = store.grid.num_outputs, side_arrays(store.grid)
     rows, cols = store.grid.block(tile.row).rows(m), store.grid.col_block(tile.col).rows(m)
     largest = (store.read(sides[at][0])[..., part].max() for at, part in ((0, rows), (-1, cols)))

@@ -1,4 +1,4 @@
-"""Run a plan: for each missing tile, compute and commit."""
+"""Run of a plan in one process: compute and commit each missing tile."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,9 +26,10 @@ from ntkgen.store.store import KernelStore
 
 
 class TileComputer:
-    """Computes tiles and commits them: a network, its samples, a store, and the factors in memory.
+    """Computes and commits tiles. It holds a network, its samples, a store, and the factors in memory.
 
-    A run in this process, a part of it and a worker of a cluster all use one, so that one code path makes a tile.
+    A run in one process, a run of one part and a worker of a cluster use the same class, so that a tile is always
+    computed by the same code.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class TileComputer:
         self._network = network
         _check_network(network, self._plan)
 
-        known = KnownOutputs(store, network)  # of a run before this one
+        known = KnownOutputs(store, network)  # outputs stored by an earlier run
 
         def compute(block: Block) -> BlockFactors:
             factors = compute_factors(network, self._plan.jacobian, samples[block.start : block.stop])
@@ -55,14 +56,14 @@ class TileComputer:
         self._factors = BlockCache(compute, cached_blocks)
 
     def commit_diagonal(self, indices: Iterable[int], step: Step = ignore_step) -> None:
-        """Compute and commit the diagonal and the logits of some missing blocks."""
+        """Compute and commit the diagonal and the logits of the side blocks with the given indices."""
         with self._arithmetic():
             for index in indices:
                 self.store.commit_block(index, *_diagonal_and_logits(self._plan, index, self._factors))
                 step()
 
     def commit_tiles(self, bands: Iterable[Band], step: Step = ignore_step) -> None:
-        """Compute and commit some tiles, band by band."""
+        """Compute and commit tiles, band by band."""
         with self._arithmetic(), _writer(self.store) as commit:
             for band in bands:
                 self._factors.hold(band.held)
@@ -82,7 +83,7 @@ def run(
     cached_blocks: int,
     report: Report = ignore_report,
 ) -> None:
-    """Compute and commit what a store is missing: first the diagonal, from which the scales follow, then the tiles."""
+    """Compute and commit the missing parts of a store: first the diagonal, which gives the scales, then the tiles."""
     computer = TileComputer(network, samples, store, cached_blocks=cached_blocks)
     run_diagonal(computer, report)
     run_tiles(computer, store.missing_tiles(), report)
@@ -90,9 +91,9 @@ def run(
 
 
 def run_diagonal(computer: TileComputer, report: Report = ignore_report) -> None:
-    """Compute the exact diagonal where it is missing, and create the arrays whose scales follow from it.
+    """Compute the missing blocks of the exact diagonal, and create the kernel arrays with their scales.
 
-    The last block comes first, so that the factors in memory afterwards are those of the first band of tiles.
+    The blocks are computed in reverse order. Afterwards the memory holds the factors of the first band of tiles.
     """
     store, total = computer.store, computer.store.grid.num_sides
     missing = store.missing_blocks()[::-1]
@@ -101,7 +102,7 @@ def run_diagonal(computer: TileComputer, report: Report = ignore_report) -> None
 
 
 def run_tiles(computer: TileComputer, tiles: Sequence[Tile], report: Report = ignore_report) -> None:
-    """Compute some of the missing tiles of a store."""
+    """Compute the given missing tiles of a store."""
     plan = computer.store.manifest.plan
     step = counter(report, "tiles", plan.grid.num_tiles - len(tiles), plan.grid.num_tiles)
     computer.commit_tiles(plan.bands(tiles, computer.cached_blocks), step)
@@ -109,7 +110,7 @@ def run_tiles(computer: TileComputer, tiles: Sequence[Tile], report: Report = ig
 
 @contextmanager
 def _writer(store: KernelStore) -> Iterator[Callable[[Tile, npt.NDArray[Any]], None]]:
-    """Write a tile while the next one is computed. At most one tile is being written."""
+    """Write a tile while the next one is computed. At most one tile is written at a time."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ntkgen-writer") as thread:
         pending: list[Future[None]] = []
 
@@ -131,17 +132,18 @@ def _check_network(network: Network, plan: Plan) -> None:
     Raises:
         PlanError: If layers, or the parameters without a rule, differ.
     """
-    mine, theirs = network.profile, plan.profile
-    if not network.follows(theirs):
+    given, planned = network.profile, plan.profile
+    if not network.follows(planned):
         raise PlanError(
-            f"The network does not fit the store's plan: {len(theirs.layers)} layers with a rule and "
-            f"{len(theirs.fallback)} parameters without one were planned, {len(mine.layers)} and {len(mine.fallback)} "
-            "are found. Was ntkgen or the network's code changed since? Use what made the store, or set `replan`."
+            f"The network does not fit the store's plan: expected {len(planned.layers)} layers with a rule and "
+            f"{len(planned.fallback)} parameters without a rule, found {len(given.layers)} and {len(given.fallback)}. "
+            "Was ntkgen or the network's code changed since? Use the versions that the store was made with, or set "
+            "`replan`."
         )
 
 
 def compute_tile(plan: Plan, tile: Tile, factors: Callable[..., BlockFactors]) -> npt.NDArray[Any]:
-    """Compute one tile; on the diagonal, its upper blocks and their mirror."""
+    """Compute one tile. For a tile on the diagonal, its upper blocks are computed and mirrored."""
     rows, columns = plan.blocks(tile.row), plan.col_blocks(tile.col)
     kernel: npt.NDArray[Any] = fill_kernel(rows, columns, factors, plan.jacobian).cpu().numpy()
     return kernel
@@ -155,5 +157,5 @@ def _diagonal_and_logits(
         block = factors(piece)
         diagonals.append(exact_diagonal(block).cpu())
         logits.append(block.logits.cpu().double())
-    found = torch.cat(diagonals)  # (samples, outputs)
-    return reduced_diagonal(found, plan.jacobian.reduction).numpy(), torch.cat(logits).numpy()
+    diagonal = torch.cat(diagonals)  # (samples, outputs)
+    return reduced_diagonal(diagonal, plan.jacobian.reduction).numpy(), torch.cat(logits).numpy()

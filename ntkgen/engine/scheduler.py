@@ -1,7 +1,7 @@
-"""Which worker gets which job, which job is tried again, and when a run is given up.
+"""The scheduler of jobs: it assigns jobs to workers, repeats failed jobs, and decides when a run has failed.
 
-The scheduler knows neither the cluster nor the clock. Its caller tells it which workers there are, how their jobs ended
-and what time it is, in seconds.
+The scheduler accesses neither the cluster nor the clock. Its caller passes the available workers, the results of their
+jobs, and the time in seconds.
 """
 
 from collections import deque
@@ -11,25 +11,25 @@ from dataclasses import dataclass, replace
 from ntkgen.engine.jobs import Job
 from ntkgen.errors import WorkerError
 
-# A job is stalled after STALLED_SECONDS, and after STALLED_RATIO times the duration that the slowest tile so far, or
-# the projection, predicts for it.
+# Minimum time in seconds, and minimum ratio to the expected duration, after which a job counts as stalled. The expected
+# duration follows from the slowest tile so far or from the projection, whichever is longer.
 STALLED_SECONDS, STALLED_RATIO = 900.0, 20.0
-# Maximum attempts per job, where workers die or stall.
+# Maximum attempts per job if its workers end or stall.
 MAX_ATTEMPTS = 10
-# Maximum attempts per job, where it raises an error.
+# Maximum attempts per job if it raises an error.
 MAX_ERRORS = 3
-# Maximum time without a worker of our own, and time between two attempts to start the missing ones.
+# Maximum time without any local worker, and time between two attempts to start missing ones, in seconds.
 NO_WORKER_SECONDS, RESTART_SECONDS = 60, 10
 
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """What decides how long the scheduler waits.
+    """Settings that determine how long the scheduler waits.
 
     Attributes:
-        num_own: Processes of our own, which are started again when they die; 0 for the workers of a running cluster.
-        projected_seconds: The projected duration of a tile.
-        tile_seconds: The time after which a tile counts as stalled; None derives it from the tiles so far.
+        num_own: Number of local workers, which are started again when they end. It is 0 for a running cluster.
+        projected_seconds: Projected duration of a tile.
+        tile_seconds: Time in seconds after which a tile counts as stalled. None derives it from the tiles so far.
     """
 
     num_own: int = 0
@@ -39,7 +39,7 @@ class SchedulerSettings:
 
 @dataclass(frozen=True)
 class WaitingJob:
-    """A job that no worker has, and how often it was begun in vain."""
+    """A job that waits for a worker, and its numbers of failed attempts."""
 
     job: Job
     losses: int = 0  # attempts that ended with their worker
@@ -48,7 +48,7 @@ class WaitingJob:
 
 @dataclass(frozen=True)
 class PendingJob:
-    """A job that a worker has."""
+    """A job that a worker is doing."""
 
     attempt: WaitingJob
     worker: str
@@ -56,43 +56,44 @@ class PendingJob:
 
     @property
     def job(self) -> Job:
-        """What the worker does."""
+        """The job itself."""
         return self.attempt.job
 
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """A job that was taken from its worker: the worker has gone, or it has stalled and is to be restarted."""
+    """A job taken from its worker, because the worker has disconnected, or has stalled and must be restarted."""
 
     worker: str
     has_stalled: bool
 
 
 class Scheduler:
-    """Jobs, waiting and pending. Each worker has one job at a time: a job queued at a worker would be lost with it."""
+    """Waiting and pending jobs. Each worker has at most one job, because jobs queued at a worker are lost with it."""
 
     def __init__(self, jobs: Iterable[Job], settings: SchedulerSettings, now: float) -> None:
         self.pending: dict[str, PendingJob] = {}  # by worker
         self._waiting = deque(WaitingJob(job) for job in jobs)
         self._settings = settings
         self._available: set[str] = set()
-        self._stalled: set[str] = set()  # workers that get no job any more
-        self._slowest = settings.projected_seconds  # seconds of a tile
+        self._stalled: set[str] = set()  # workers that get no more jobs
+        self._slowest = settings.projected_seconds  # duration of the slowest tile
         self._seen = self._restarted = now
 
     @property
     def is_finished(self) -> bool:
-        """Whether every job is done."""
+        """Whether all jobs are done."""
         return not self._waiting and not self.pending
 
     def observe(self, workers: Collection[str], now: float) -> bool:
-        """Take note of the workers that there are.
+        """Store the available workers.
 
         Returns:
-            Whether workers of our own are missing and are to be started again.
+            Whether local workers are missing and must be started again.
 
         Raises:
-            WorkerError: If none of our own was there for too long. Those of a queue may take hours.
+            WorkerError: If no local worker was available for too long. Workers of a running cluster have no limit,
+                because they can wait in a queue for hours.
         """
         self._available = set(workers) - self._stalled
         if self._available:
@@ -100,9 +101,9 @@ class Scheduler:
         num_own = self._settings.num_own
         if num_own and now - self._seen > NO_WORKER_SECONDS:
             raise WorkerError(
-                f"None of the {num_own} workers is left: expected dask to start them again, waited "
-                f"{NO_WORKER_SECONDS} seconds. Were they killed for their memory? Give less `memory_bytes` or "
-                "fewer `workers`, and run the same command again. What is finished is kept."
+                f"None of the {num_own} workers is left: expected dask to start them again, and waited "
+                f"{NO_WORKER_SECONDS} seconds. Were they killed because they used too much memory? Give less "
+                "`memory_bytes` or fewer `workers`, and run the same command again. Finished tiles are kept."
             )
         is_due = len(self._available) < num_own and now - self._restarted > RESTART_SECONDS
         if is_due:
@@ -117,66 +118,66 @@ class Scheduler:
         return assigned
 
     def finish(self, worker: str, seconds: float) -> int:
-        """Take note of a finished job.
+        """Remove a finished job.
 
         Returns:
-            Its tiles.
+            The number of its blocks or tiles.
         """
         size = self.pending.pop(worker).job.size
         self._slowest = max(self._slowest, seconds / size)
         return size
 
     def lose(self, worker: str) -> None:
-        """Put the job of a worker that died or stalled first in the queue.
+        """Return the job of a worker that ended or stalled to the front of the queue.
 
         Raises:
-            WorkerError: If it was begun often enough.
+            WorkerError: If the job was lost `MAX_ATTEMPTS` times.
         """
         attempt = self.pending.pop(worker).attempt
         losses = attempt.losses + 1
         if losses >= MAX_ATTEMPTS:
             raise WorkerError(
-                f"A job of {attempt.job.size} tiles was lost or stalled {losses} times, each time with its worker: "
-                "expected one of them to finish it. Are they killed for their memory, or for their time? Give less "
-                "`memory_bytes`, a smaller `tile_side` or more `tile_seconds`. What is finished is kept."
+                f"A job of {attempt.job.size} tiles was lost or stalled {losses} times: expected a worker to finish "
+                "it. Are the workers killed because they use too much memory, or are the tiles slow? Give less "
+                "`memory_bytes`, a smaller `tile_side` or more `tile_seconds`. Finished tiles are kept."
             )
         self._waiting.appendleft(replace(attempt, losses=losses))
 
     def fail(self, worker: str, error: BaseException) -> None:
-        """Put a job that raised an error first in the queue.
+        """Return a job that raised an error to the front of the queue.
 
         Raises:
-            WorkerError: If it failed often enough.
+            WorkerError: If the job failed `MAX_ERRORS` times.
         """
         attempt = self.pending.pop(worker).attempt
         errors = attempt.errors + 1
         if errors >= MAX_ERRORS:
             raise WorkerError(
                 f"A job of {attempt.job.size} tiles failed {errors} times ({type(error).__name__}: {error}): expected "
-                "tiles, found this error. Is something missing on the machine of a worker, or too small? The worker's "
-                "log says more. What is finished is kept."
+                "tiles, found this error. Is a file missing on the machine of a worker, or its memory or disk too "
+                "small? Read the worker's log, and run the same command again. Finished tiles are kept."
             ) from error
         self._waiting.appendleft(replace(attempt, errors=errors))
 
     def withdraw(self, now: float) -> list[Withdrawal]:
-        """Take the jobs from workers that have gone or stalled. A worker that has stalled gets no job any more.
+        """Take the jobs from workers that have disconnected or stalled. A stalled worker gets no more jobs.
 
         Raises:
-            WorkerError: If one of the jobs was begun often enough.
+            WorkerError: If one of the jobs was lost `MAX_ATTEMPTS` times.
         """
         withdrawn = []
         for worker, pending in list(self.pending.items()):
-            is_there = worker in self._available
-            if is_there and now - pending.since <= self._limit(pending.job):
+            is_available = worker in self._available
+            if is_available and now - pending.since <= self._limit(pending.job):
                 continue
             self.lose(worker)
-            if is_there:
+            if is_available:
                 self._stalled.add(worker)
-            withdrawn.append(Withdrawal(worker, has_stalled=is_there))
+            withdrawn.append(Withdrawal(worker, has_stalled=is_available))
         return withdrawn
 
     def _limit(self, job: Job) -> float:
-        """Choose the seconds after which a job is stalled."""
+        """Return the time in seconds after which a job counts as stalled."""
         if self._settings.tile_seconds is not None:
             return self._settings.tile_seconds * job.size
         return max(STALLED_SECONDS, STALLED_RATIO * self._slowest * job.size)

@@ -1,7 +1,8 @@
-"""Processes that import the script that started them before they do their work.
+"""Detection of scripts that start worker processes without a main guard.
 
-A script that starts processes outside of ``if __name__ == "__main__":`` runs again in each of them, and reaches the
-same call there. Such a process ends silently, and the process that started it reports the error.
+Each worker process first imports the script that started it. If the script starts workers outside of
+``if __name__ == "__main__":``, each worker runs the script again and makes the same call. Such a worker ends without a
+message, and the process that started it reports the error.
 """
 
 import multiprocessing
@@ -13,17 +14,18 @@ from pathlib import Path
 
 from ntkgen.errors import InputError
 
-# The environment variable with the path of the file that a process creates when it reaches the same call again.
+# Environment variable with the path of the file that a process creates when it makes the same call again.
 SIGN = "NTKGEN_STARTED_AGAIN"
+# Exit code of such a process.
 ENDED = 3
 
 
 @contextmanager
 def starting_processes(folder: Path) -> Iterator[Callable[[], bool]]:
-    """Start processes in this block. Yield a function that tells whether one of them reached the same call again.
+    """Start processes in this block. Yield a function that tells whether one of them made the same call again.
 
     Args:
-        folder: An empty folder for the file of such a process.
+        folder: Empty folder for the file that such a process creates.
     """
     sign, before = folder / "again", os.environ.get(SIGN)
     os.environ[SIGN] = str(sign)
@@ -37,11 +39,11 @@ def starting_processes(folder: Path) -> Iterator[Callable[[], bool]]:
 
 
 def require_main_guard() -> None:
-    """End a process that is still importing the script that started it; silently, if its parent checks for the file.
+    """End this process if it is still importing the script that started it.
 
     Raises:
-        SystemExit: If the parent checks for the file.
-        InputError: If no parent does.
+        SystemExit: If the parent process checks for the file `SIGN`, and reports the error itself.
+        InputError: If the parent process does not check.
     """
     if not getattr(multiprocessing.current_process(), "_inheriting", False):
         return
@@ -52,18 +54,18 @@ def require_main_guard() -> None:
 
 
 def unguarded() -> str:
-    """Write the message about a script that starts processes outside of a main guard."""
+    """Return the message about a script that starts processes outside of a main guard."""
     script = getattr(sys.modules["__main__"], "__file__", None) or "the script"
     return (
-        f"The workers of {script} began to run it from its first line, and came to the same call: expected the call "
-        'that starts workers under a line `if __name__ == "__main__":`, found it outside. Python starts a process by '
-        "importing the script anew. Put what the script does under such a line."
+        f"The workers of {script} began to run it from its first line, and made the same call: expected the call that "
+        'starts workers under a line `if __name__ == "__main__":`, found it outside. Python imports the script again '
+        "in each process that it starts. Put the statements of the script under such a line."
     )
 
 
 @contextmanager
 def without_missing_script() -> Iterator[None]:
-    """Let processes start in this block although the script is no file, for example because it came from stdin."""
+    """Allow processes to start in this block even if the script is not a file, for example if it came from stdin."""
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     if path is None or Path(path).is_file():

@@ -1,4 +1,4 @@
-"""A worker of a dask cluster: it loads network and samples once, and computes and commits the tiles of its jobs."""
+"""The worker side of a run on a dask cluster: load network and samples once, then compute and commit tiles."""
 
 import errno
 import os
@@ -22,23 +22,23 @@ from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.plan.plan import Band, Budget
 from ntkgen.store.opening import open_store
 
-# Errors that every other worker would meet too.
+# Codes of operating system errors that every other worker would get too.
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 def dask_setup(worker: Worker) -> None:  # noqa: ARG001 - as dask calls it
-    """Leave Ctrl-C to the coordinator, which ends its workers: called by dask in a worker of ours as it starts."""
+    """Ignore Ctrl-C, because the coordinator ends its workers. Dask calls this when a local worker starts."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TilePlugin(WorkerPlugin):
-    """Holds what a worker computes tiles with, from its first job of a run until the run ends."""
+    """Holds the tile computer and the lock of a worker, from its first job of a run until the run ends."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.assignment = assignment
 
     def setup(self, worker: Worker) -> None:
-        """Note which worker this is; called by dask."""
+        """Store the number of the worker. Called by dask."""
         self.number = worker.name if isinstance(worker.name, int) else 0
         self.busy = threading.Lock()
         self.held = ExitStack()
@@ -46,11 +46,11 @@ class TilePlugin(WorkerPlugin):
         self.is_released = False
 
     def teardown(self, worker: Worker) -> None:  # noqa: ARG002 - as dask calls it
-        """Release everything; called by dask."""
+        """Release the tile computer and the lock. Called by dask."""
         self.release()
 
     def release(self) -> None:
-        """Drop the computer and the lock on the tiles: now, or when the current job has come to its next tile."""
+        """Drop the tile computer and the lock on the tiles, now or when the current job reaches its next tile."""
         self.is_released = True
         if self.busy.acquire(blocking=False):
             self._drop()
@@ -64,19 +64,19 @@ class TilePlugin(WorkerPlugin):
         """Refuse to compute for a run that has ended.
 
         Raises:
-            WorkerError: If it has.
+            WorkerError: If the run has ended.
         """
         if self.is_released:
             raise WorkerError(
-                "The run of this job has ended: expected no more of its jobs. Was it interrupted? Run the same command "
-                "again."
+                "The run of this job has ended: expected no more jobs of this run, found one. Was the run interrupted? "
+                "Run the same command again."
             )
 
     def do(self, job: Job) -> Outcome:
-        """Do a job. An error that every other worker would meet is returned; any other is raised, to be tried again.
+        """Do a job. An error that every other worker would get too is returned in the outcome.
 
         Raises:
-            OSError: If another attempt may not meet it.
+            OSError: If another attempt may succeed.
         """
         started = time.monotonic()
         with self.busy:
@@ -104,14 +104,14 @@ class TilePlugin(WorkerPlugin):
 
 
 def do_job(name: str, job: Job) -> Outcome:
-    """Do a job on the current worker; called by dask."""
+    """Do a job on the current worker. Called by dask."""
     plugin = get_worker().plugins[name]
     assert isinstance(plugin, TilePlugin)
     return plugin.do(job)
 
 
 def release(name: str, dask_worker: Worker) -> None:
-    """Make a worker release a run; called by dask, which passes the worker."""
+    """Make a worker release a run. Called by dask, which passes the worker."""
     plugin = dask_worker.plugins.get(name)
     if isinstance(plugin, TilePlugin):
         plugin.release()
@@ -121,17 +121,17 @@ def make_computer(assignment: Assignment, device: torch.device) -> TileComputer:
     """Load network and samples, and check that they are those of the store.
 
     Raises:
-        FingerprintError: If they are not.
+        FingerprintError: If the fingerprints differ.
     """
     store = open_store(assignment.folder, mode="r+")
     model, inputs = assignment.load()
     identity = store.manifest.identity
-    found = {"parameters": parameter_fingerprint(model), "samples": inputs.fingerprint()}
-    if differing := [name for name, value in found.items() if identity.get(name) != value]:
+    loaded = {"parameters": parameter_fingerprint(model), "samples": inputs.fingerprint()}
+    if differing := [name for name, value in loaded.items() if identity.get(name) != value]:
         raise FingerprintError(
-            f"A worker on {socket.gethostname()} has found other {' and '.join(differing)} than the store at "
-            f"{assignment.folder} was made of: expected equal fingerprints. Does it see other files under the same "
-            "paths? Give the workers the same `data_dir` and the same folder of results."
+            f"A worker on {socket.gethostname()} has loaded other {' and '.join(differing)} than the store at "
+            f"{assignment.folder} was made from: expected equal fingerprints, found different ones. Does the worker "
+            "see other files under the same paths? Give the workers the same `data_dir` and the same folder of results."
         )
     check_environment(store.manifest.plan, device)
     return TileComputer(
@@ -140,27 +140,27 @@ def make_computer(assignment: Assignment, device: torch.device) -> TileComputer:
 
 
 def _device(assignment: Assignment, number: int) -> torch.device:
-    """Choose a worker's device. Workers of our own share the GPUs of the machine evenly."""
+    """Choose the device of a worker. Local workers share the GPUs of the machine evenly."""
     device = choose_device(assignment.device)
-    is_ours = assignment.is_local and device.type == "cuda" and ":" not in assignment.device
-    return torch.device("cuda", number % torch.cuda.device_count()) if is_ours else device
+    shares_gpus = assignment.is_local and device.type == "cuda" and ":" not in assignment.device
+    return torch.device("cuda", number % torch.cuda.device_count()) if shares_gpus else device
 
 
 def machine(limits: WorkerLimits, precision: str, dask_worker: Worker) -> Machine:
-    """Describe the machine of a worker; called by dask, which passes the worker."""
+    """Describe the machine of a worker. Called by dask, which passes the worker."""
     device = choose_device(limits.device)
     threads = int(os.environ.get(THREADS, "0")) or max(1, len(os.sched_getaffinity(0)) // limits.sharers)
-    found = describe_machine(device, precision, limits.memory_bytes, threads=threads)
-    return replace(found, budget=budget(limits, dask_worker))
+    described = describe_machine(device, precision, limits.memory_bytes, threads=threads)
+    return replace(described, budget=budget(limits, dask_worker))
 
 
 def budget(limits: WorkerLimits, dask_worker: Worker) -> Budget:
-    """Compute how many bytes a worker may take: the request, its part of the machine, or dask's limit for it."""
+    """Compute the memory of a worker: the requested bytes, its share of the machine, or the limit set by dask."""
     device = choose_device(limits.device)
     limit = None if device.type == "cuda" else dask_worker.memory_manager.memory_limit
     return memory_budget(device, limits.memory_bytes, sharers=_sharers(device, limits.sharers), limit=limit)
 
 
 def _sharers(device: torch.device, on_host: int) -> int:
-    """Count the workers of a host that share one device."""
+    """Compute the number of workers on a host that share one device."""
     return -(-on_host // torch.cuda.device_count()) if device.type == "cuda" else on_host
