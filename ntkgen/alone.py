@@ -1,8 +1,8 @@
-"""One thread of this process computes at a time.
+"""A lock of this process, so that only one thread computes at a time.
 
-What makes a computation exact are switches of the whole process: gradients, the number of threads, how products round,
-forward mode's levels, which warnings are shown. Two threads that set them, and set them back in another order, would
-compute with each other's.
+An exact computation changes settings of the whole process: gradient mode, number of threads, rounding of matrix
+products, levels of forward-mode differentiation, and warning filters. If two threads changed and restored these
+settings in different orders, each could compute with the settings of the other.
 """
 
 import threading
@@ -14,9 +14,10 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Wait until no other thread of this process is in such a block; a thread that is may enter another.
+    """Wait until no other thread of this process is in such a block. A thread may enter such blocks repeatedly.
 
-    A thread that writes tiles must not enter such a block: the thread that computes waits for it, and holds the lock.
+    A thread that writes tiles must not enter such a block, because the computing thread holds the lock while it waits
+    for the writing thread.
     """
     with _LOCK:
         yield

@@ -1,4 +1,7 @@
-"""From the store of a command back to its network and samples; and tiles or a certificate computed from them."""
+"""Loading of the network and the samples of a store, and recomputation of its tiles or its certificate from them.
+
+A certificate is the measured error bound of a kernel.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -30,13 +33,13 @@ from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import zoo
 from ntkgen.training.checkpoint import Checkpoint
 
-# Maximum operations of a tile that is recomputed without being asked for: about a minute on two cores.
+# Maximum number of operations of a tile that is recomputed by default. It takes about a minute on two cores.
 QUICK_FLOPS = 10**13
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The network and the samples of a store, checked against its identity."""
+    """The network and the samples of a store. They match the identity of the store."""
 
     model: nn.Module
     inputs: Inputs
@@ -45,30 +48,29 @@ class Origin:
 def load_origin(
     store: KernelStore, data_dir: Path | None = None, dataset: str | None = None, *, download: bool = True
 ) -> Origin:
-    """Load the network and the samples of a store: the checkpoint beside it, and the data set of its provenance.
+    """Load the network from the checkpoint beside a store, and the samples from the data set of its provenance.
 
     Args:
-        store: A store that `ntkgen compute` made.
-        data_dir: The folder of the data sets. An `.npz` file is looked for there, in the current folder and beside the
-            store.
-        dataset: The new path of the data set if it was moved, as PATH.npz.
+        store: Store that `ntkgen compute` has written.
+        data_dir: Folder of the data sets. An `.npz` file is searched there, in the current folder and beside the store.
+        dataset: New path of the data set if it was moved, as PATH.npz.
         download: Whether a missing data set may be downloaded.
 
     Raises:
-        StoreError: If the store has no provenance, or its checkpoint is missing.
+        StoreError: If the store has no provenance, or if its checkpoint is missing.
         DataError: If an `.npz` file is missing.
         FingerprintError: If network or samples are not those of the store.
     """
-    made = _source(store)
-    checkpoint = _checkpoint(store, made.checkpoint)
-    name = dataset or _locate(made.dataset, [data_dir, Path(), _beside(store)])
+    source = _source(store)
+    checkpoint = _checkpoint(store, source.checkpoint)
+    name = dataset or _locate(source.dataset, [data_dir, Path(), _beside(store)])
     load = partial(datasets.load, name, data_dir=data_dir)
     load = load if download else partial(load, download=False)
     data = _as_trained(load(), checkpoint)
-    model = zoo.build(made.model, data.num_classes, seed=made.seed, width=made.width)
+    model = zoo.build(source.model, data.num_classes, seed=source.seed, width=source.width)
     checkpoints.load_state(model, checkpoint)
     against, columns = None, None
-    if (split := made.against) is not None:
+    if (split := source.against) is not None:
         against = dataclasses.replace(load(split=split), zoo_sized=data.zoo_sized)
         columns = _positions(store, "col_sample_index", against)
     inputs = take(data, _positions(store, "sample_index", data), against, columns)
@@ -78,7 +80,7 @@ def load_origin(
 
 @dataclass(frozen=True)
 class _Source:
-    """What a store must say of its network and its samples so that both can be loaded again."""
+    """The entries of a store's provenance that are needed to load its network and its samples again."""
 
     model: str
     dataset: str
@@ -89,28 +91,28 @@ class _Source:
 
 
 def _source(store: KernelStore) -> _Source:
-    """Read from a store what its network and its samples are.
+    """Read the source of a kernel from the provenance of its store.
 
     Raises:
-        StoreError: If it does not say so.
+        StoreError: If an entry is missing.
     """
-    made = store.manifest.provenance
-    if made.model is None or made.dataset is None or made.seed is None or made.checkpoint is None:
-        lacking = [name for name in ("model", "dataset", "seed", "checkpoint") if getattr(made, name) is None]
+    known = store.manifest.provenance
+    if known.model is None or known.dataset is None or known.seed is None or known.checkpoint is None:
+        missing = [name for name in ("model", "dataset", "seed", "checkpoint") if getattr(known, name) is None]
         raise StoreError(
-            f"The store at {store.name} does not say what it was made of: expected the provenance of `ntkgen compute`, "
-            f"found one without {', '.join(lacking)}. Was it made in Python, with ntkgen.compute? Compare it there, "
-            "with ntkgen.checks.certify."
+            f"The store at {store.name} does not name its network and its samples: expected the provenance that "
+            f"`ntkgen compute` writes, found one without {', '.join(missing)}. Was it made in Python, with "
+            "ntkgen.compute? Check it there, with ntkgen.checks.certify."
         )
-    return _Source(made.model, made.dataset, made.seed, made.width, made.checkpoint, made.against)
+    return _Source(known.model, known.dataset, known.seed, known.width, known.checkpoint, known.against)
 
 
 def _checkpoint(store: KernelStore, name: str) -> Checkpoint:
     file = File(store.folder.parent, name)
     if not file.exists:
         raise StoreError(
-            f"The network of {store.name} has gone: expected its checkpoint at {file}, found nothing. Was one of them "
-            "moved or removed? Put the checkpoint beside the store."
+            f"The network of {store.name} is missing: expected its checkpoint at {file}, found nothing. Was the store "
+            "or the checkpoint moved or removed? Put the checkpoint beside the store."
         )
     return checkpoints.load(file)
 
@@ -120,10 +122,10 @@ def _beside(store: KernelStore) -> Path | None:
 
 
 def _locate(name: str, folders: list[Path | None]) -> str:
-    """Find the file of a data set that is a file. A store keeps its name without the folder.
+    """Find the file of a data set. The provenance holds its name without the folder. Other names are returned as given.
 
     Raises:
-        DataError: If it is in none of the folders.
+        DataError: If none of the folders holds the file.
     """
     if not name.endswith(".npz"):
         return name
@@ -132,16 +134,16 @@ def _locate(name: str, folders: list[Path | None]) -> str:
         if place.exists():
             return str(place)
     raise DataError(
-        f"The data set {name} is not to be found: expected it at one of {', '.join(map(str, places))}. Was it moved? "
-        "Say in which folder it lies with `data_dir`."
+        f"The data set {name} is missing: expected it at one of {', '.join(map(str, places))}, found none. Was it "
+        "moved? Give its folder as `data_dir`."
     )
 
 
 def _as_trained(data: Dataset, checkpoint: Checkpoint) -> Dataset:
-    """Choose the size of the images for which the network was made, by the fingerprint in the checkpoint.
+    """Choose the image size that the network was trained with, by the fingerprint in the checkpoint.
 
     Raises:
-        FingerprintError: If neither size has this fingerprint.
+        FingerprintError: If the data set does not have this fingerprint in either size.
     """
     expected = checkpoint.recipe.data_fingerprint
     for candidate in (data, dataclasses.replace(data, zoo_sized=False)):
@@ -149,8 +151,8 @@ def _as_trained(data: Dataset, checkpoint: Checkpoint) -> Dataset:
             return candidate
     raise FingerprintError(
         f"The data set {data.name} is not the one of the checkpoint: expected the fingerprint {expected[:8]}…, found "
-        f"{data.fingerprint()[:8]}…. Was the file changed, or is it another release? Use the one that the network was "
-        "made with."
+        f"{data.fingerprint()[:8]}…. Was the file changed, or is it another release? Use the release that the network "
+        "was trained with."
     )
 
 
@@ -159,29 +161,29 @@ def _positions(store: KernelStore, name: str, data: Dataset) -> Tensor:
     if int(index.max()) >= data.num_samples:
         raise FingerprintError(
             f"The samples of {store.name} are not all in {data.name}: expected at least {int(index.max()) + 1}, found "
-            f"{data.num_samples}. Is it another release of the data set? Use the one that the store was made with."
+            f"{data.num_samples}. Is it another release of the data set? Use the release that the store was made with."
         )
     return index
 
 
 def _check_samples(store: KernelStore, inputs: Inputs) -> None:
-    theirs, mine = str(store.manifest.identity.get("samples")), inputs.fingerprint()
-    if theirs != mine:
+    stored, loaded = str(store.manifest.identity.get("samples")), inputs.fingerprint()
+    if stored != loaded:
         raise FingerprintError(
-            f"The samples of {store.name} are not those found (expected the fingerprint {theirs[:8]}…, found "
-            f"{mine[:8]}…). Was the data set changed, or is it another one of the same name? Say with `data_dir` where "
-            "the one lies that the store was made with."
+            f"The loaded samples are not those of {store.name}: expected the fingerprint {stored[:8]}…, found "
+            f"{loaded[:8]}…. Was the data set changed, or is it another one of the same name? Give the folder of the "
+            "original data set as `data_dir`."
         )
 
 
 def load_parts(folder: Folder, data_dir: Path | None, dataset: str | None) -> tuple[nn.Module, Inputs]:
-    """Load network and samples of a store, as a worker of a cluster does."""
+    """Load the network and the samples of a store on a worker of a cluster."""
     origin = load_origin(open_store(folder), data_dir, dataset)
     return origin.model, origin.inputs
 
 
 def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: Tensor | None = None) -> Inputs:
-    """Take samples of a data set, by their positions in it, and those of the columns of another."""
+    """Select samples of a data set by their positions, and samples of another data set for the columns."""
     if against is None or columns is None:
         return Inputs(data.inputs(order), Samples(order.numpy(), data.labels[order].numpy()))
     other = Samples(columns.numpy(), against.labels[columns].numpy())
@@ -193,11 +195,11 @@ def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: 
 def certify_again(
     folder: Folder, data_dir: Path | None, sampling: Sampling, device: torch.device, report: Report = ignore_report
 ) -> Certificate:
-    """Certify a finished store again, from its origin, and write the certificate into it, under its lock.
+    """Certify a finished store again with its network and samples, and write the certificate into it, under its lock.
 
     Raises:
         FingerprintError: If network or samples are not those of the store.
-        StoreError: If tiles are missing or damaged, or the store has no provenance.
+        StoreError: If tiles are missing or damaged, or if the store has no provenance.
     """
     with write_lock(folder):
         store = open_store(folder, mode="r+")
@@ -207,9 +209,9 @@ def certify_again(
 
 @dataclass(frozen=True)
 class RecomputeSettings:
-    """How many tiles are recomputed, and with what."""
+    """The number of recomputed tiles, and the resources for them."""
 
-    num_tiles: int | None  # None: one tile, if that is quick
+    num_tiles: int | None  # None means one tile, if it is quick
     seed: int
     device: torch.device
     memory_bytes: int | None = None
@@ -220,19 +222,19 @@ class RecomputeSettings:
 def recompute_tiles(
     store: KernelStore, tiles: Sequence[Tile], settings: RecomputeSettings, report: Report = ignore_report
 ) -> list[Recomputed]:
-    """Compute some of the stored tiles again, drawn at random, from the origin of the store, and compare them.
+    """Compute randomly chosen stored tiles again from the network and samples of the store, and compare them.
 
     Raises:
         FingerprintError: If network or samples are not those of the store.
-        StoreError: If the store has no provenance, or its checkpoint is missing.
+        StoreError: If the store has no provenance, or if its checkpoint is missing.
         DataError: If the data set is missing.
-        InputError: If no number is given and one tile would take long.
+        InputError: If no number of tiles is given and one tile would take more than about a minute.
         BudgetError: If the memory is too small for one tile.
     """
     drawn = draw_tiles(tiles, 1 if settings.num_tiles is None else settings.num_tiles, settings.seed)
     if not drawn:
         return []
-    _source(store)  # raises before anything is measured where the store does not say it
+    _source(store)  # raises an error for an incomplete provenance before anything is measured
     budget = memory_budget(settings.device, settings.memory_bytes)
     if settings.num_tiles is None:
         _require_quick(store, drawn, budget)
@@ -245,7 +247,7 @@ def _require_quick(store: KernelStore, tiles: Sequence[Tile], budget: Budget) ->
     flops = plan.projected_flops(tiles, plan.cached_blocks(budget))
     if flops > QUICK_FLOPS:
         raise InputError(
-            f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} "
-            "for a tile that is recomputed unasked, about a minute on two cores. Is the network large? Ask for it with "
+            f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} for the tile "
+            "that is recomputed by default, about a minute on two cores. Is the network large? Request the tile with "
             "`num_tiles` 1."
         )

@@ -1,4 +1,4 @@
-"""Name and data set → checkpoint → kernel: what the command `compute` calls."""
+"""The steps of the command `compute`: train a named network on a data set, and compute its kernel."""
 
 import dataclasses
 import os
@@ -40,18 +40,18 @@ from ntkgen.training.recipe import LEARNING_RATE, Recipe, TrainingRequest
 
 @dataclass(frozen=True)
 class KernelRequest:
-    """The samples of a kernel, and how it is computed and stored."""
+    """The samples of a kernel, and the settings for its computation and storage."""
 
     subsample: int | None = None
     shuffle_seed: int | None = None
-    against: str | None = None  # the split that the columns are of; None: the samples of the rows
+    against: str | None = None  # split of the columns; None means the samples of the rows
     against_subsample: int | None = None
     spec: KernelSpec = field(default_factory=KernelSpec)
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Where results lie, and what computes them."""
+    """The folder of the results, and the device and execution of the computation."""
 
     out: Folder
     device: torch.device
@@ -61,7 +61,7 @@ class RunSetup:
 
 @dataclass(frozen=True)
 class PlannedKernel:
-    """One network and its kernel, checked and planned but not begun."""
+    """One network and its kernel, checked and planned but not started."""
 
     training: TrainingRequest
     kernel: KernelRequest
@@ -75,49 +75,49 @@ class PlannedKernel:
 
     @property
     def checkpoint(self) -> File:
-        """Where the network is kept."""
+        """File of the trained network."""
         return _checkpoint_file(self.training, self.data, self.setup)
 
     @property
     def store(self) -> Folder:
-        """Where the kernel is kept."""
+        """Folder of the kernel's store."""
         return _store_folder(self.training, self.kernel, self.setup, self.data, self.inputs.counts)
 
     @property
     def layout(self) -> str:
-        """One triangle or both."""
+        """Layout of the store, ``upper`` or ``full``."""
         return layout_of(self.kernel.spec, self.plan.grid)
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the finished kernel arrays."""
+        """Size of the finished kernel arrays in bytes."""
         return kernel_bytes(self.plan, self.kernel.spec.dtypes, self.layout)
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes of it that are not on disk yet."""
-        there = open_store(self.store).stored_bytes if has_store(self.store) else 0
-        return max(0, self.disk_bytes - there)
+        """Number of bytes that are not stored yet."""
+        stored = open_store(self.store).stored_bytes if has_store(self.store) else 0
+        return max(0, self.disk_bytes - stored)
 
 
 def kernel_bytes(plan: Plan, dtypes: tuple[str, ...], layout: str) -> int:
-    """Count the bytes of all tiles in all dtypes; edge tiles are stored at full size."""
+    """Compute the size of all tiles in all dtypes, in bytes. Tiles at the edge are stored at full size."""
     grid = plan.grid
     chunks = grid.num_blocks * grid.num_col_blocks if layout == "full" else grid.num_tiles
     return chunks * grid.num_planes * sum(grid.side**2 * np.dtype(dtype).itemsize + 4 for dtype in dtypes)
 
 
 def _dataset_name(data: Dataset) -> str:
-    """Name a data set. A file goes by its name without the folder, so that the name does not depend on the folder."""
+    """Return the name of a data set. For a file this is the name without the folder, so that runs can be compared."""
     return os.path.basename(data.name) if data.name.endswith(".npz") else data.name
 
 
 def _stem(request: TrainingRequest, data: Dataset) -> str:
-    """Name the files of one network. The name is never parsed."""
+    """Return the common part of the file names of one network. No code parses this name."""
     width = f"-w{request.width}" if request.width is not None else ""
-    built = "-untrained" if request.num_epochs == 0 else ""
+    untrained = "-untrained" if request.num_epochs == 0 else ""
     dataset = _dataset_name(data).removesuffix(".npz")
-    return f"{zoo.file_name(request.model)}{width}-{zoo.file_name(dataset)}{built}-seed{request.seed}"
+    return f"{zoo.file_name(request.model)}{width}-{zoo.file_name(dataset)}{untrained}-seed{request.seed}"
 
 
 def _checkpoint_file(request: TrainingRequest, data: Dataset, setup: RunSetup) -> File:
@@ -136,14 +136,14 @@ def _store_folder(
 
 
 def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> tuple[nn.Module, Recipe]:
-    """Build the network and fix its recipe; settings left open are the checkpoint's, where there is one.
+    """Build the network and determine its recipe. Settings that the request leaves open come from the checkpoint.
 
     Raises:
-        FingerprintError: If there is a checkpoint of another recipe.
+        FingerprintError: If the checkpoint has another recipe.
     """
     model = zoo.build(request.model, data.num_classes, seed=request.seed, width=request.width)
     path = _checkpoint_file(request, data, setup)
-    found = checkpoints.load(path) if path.exists else None
+    checkpoint = checkpoints.load(path) if path.exists else None
     default = Recipe(
         model=request.model,
         dataset=_dataset_name(data),
@@ -152,12 +152,12 @@ def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> t
         width=request.width,
         learning_rate=LEARNING_RATE[training.has_batch_norm(model)],
     )
-    asked = {name: getattr(request, name) for name in ("num_epochs", "batch_size", "learning_rate")}
-    given = {name: value for name, value in asked.items() if value is not None}
-    kept = {} if found is None else {name: getattr(found.recipe, name) for name in asked}
-    recipe = dataclasses.replace(default, **{**kept, **given})
-    if found is not None:
-        checkpoints.check_recipe(path, found, recipe)
+    requested = {name: getattr(request, name) for name in ("num_epochs", "batch_size", "learning_rate")}
+    given = {name: value for name, value in requested.items() if value is not None}
+    recorded = {} if checkpoint is None else {name: getattr(checkpoint.recipe, name) for name in requested}
+    recipe = dataclasses.replace(default, **{**recorded, **given})
+    if checkpoint is not None:
+        checkpoints.check_recipe(path, checkpoint, recipe)
     return model, recipe
 
 
@@ -168,12 +168,12 @@ def run_training(
     planned: tuple[nn.Module, Recipe],
     report: Report = ignore_report,
 ) -> tuple[Checkpoint, File]:
-    """Train a network to its target, or take it from its checkpoint, under the lock of that checkpoint.
+    """Train a network to its target, or load it from its checkpoint, under the lock of the checkpoint.
 
-    If several parts of one kernel start together, the first one trains, and the others wait.
+    If several parts of one kernel start at the same time, the first one trains, and the others wait.
 
     Raises:
-        NotConvergedError: If it has not reached the target and the request does not allow that.
+        NotConvergedError: If the network has not reached the target, and the request does not allow that.
     """
     model, recipe = planned
     path, is_part = _checkpoint_file(request, data, setup), setup.execution.part is not None
@@ -196,15 +196,16 @@ def run_training(
 
 
 def _require_trained(file: File, setup: RunSetup) -> None:
-    """Require a trained network where no lock keeps several parts from training it at once.
+    """Require a trained network if several parts run with an object store, where no lock prevents repeated training.
 
     Raises:
-        InputError: If there is no network yet.
+        InputError: If the checkpoint is missing.
     """
     if setup.execution.part is not None and not isinstance(file.folder, LocalFolder) and not file.exists:
         raise InputError(
-            f"There is no network at {file} yet, and an object store has no lock under which one of several parts "
-            "could train it for all: expected it to be there. Run `ntkgen train` with the same options first."
+            f"There is no trained network at {file}: expected its checkpoint, found nothing. Several parts compute "
+            "this kernel, and an object store has no lock, so that each part would train the network. Was the training "
+            "left out? Run `ntkgen train` with the same options first."
         )
 
 
@@ -215,45 +216,46 @@ def _note(accuracy: float | None) -> str:
 def plan_kernel(
     request: TrainingRequest, kernel: KernelRequest, setup: RunSetup, data: Dataset, against: Dataset | None = None
 ) -> PlannedKernel:
-    """Check everything that can be wrong, and plan the kernel, before anything runs or is written.
+    """Check a request and plan its kernel, before anything is computed or written.
 
-    With a data set to compare ``against`` the kernel is rectangular, and its columns are of that.
+    With a data set ``against`` the kernel is rectangular, and its columns are samples of that data set.
 
     Raises:
-        DiskSpaceError: If the disk has no room for what is missing of the kernel.
+        DiskSpaceError: If the disk has no space for the missing part of the kernel.
         InputError: If the folder cannot be written.
         PlanError: If an unfinished store was begun on another kind of machine.
     """
     inputs = _inputs(kernel, data, against)
     setup.out.require_writable()
     model, recipe = plan_training(request, data, setup)
-    asked = Computation(model, inputs, _probe(inputs, data), kernel.spec, setup.device, execution=setup.execution)
-    prepared = prepare_kernel(asked)
+    requested = Computation(model, inputs, _probe(inputs, data), kernel.spec, setup.device, execution=setup.execution)
+    prepared = prepare_kernel(requested)
     check_labels(data.labels, prepared.network.profile.num_logits)
-    machine = asked.machine()
+    machine = requested.machine()
     folder = _store_folder(request, kernel, setup, data, inputs.counts)
     store = open_store(folder) if has_store(folder) else None
     is_complete = store is not None and store.is_complete
     plan = store.manifest.plan if store is not None and (is_complete or not kernel.spec.replan) else prepared.plan()
-    layout_of(kernel.spec, plan.grid)  # raises where it has none
+    layout_of(kernel.spec, plan.grid)  # raises if the layout does not fit the grid
     if not is_complete:
         check_plan(plan, machine.environment)
-        plan.cached_blocks(machine.budget)  # raises where the budget is too small
+        plan.cached_blocks(machine.budget)  # raises if the budget is too small
     planned = PlannedKernel(request, kernel, setup, data, inputs, model, recipe, plan, machine.budget)
     require_disk(setup, planned.missing_bytes)
     return planned
 
 
 def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> Inputs:
-    """Take the samples of a request, in its order.
+    """Select the samples of a request, in its order.
 
     Raises:
-        InputError: If a number of columns is given without the split that they are of.
+        InputError: If the number of samples in the columns is given without their split.
     """
     if against is None and kernel.against_subsample is not None:
         raise InputError(
-            f"`against_subsample` {kernel.against_subsample} counts the samples of no split: expected `against` test "
-            "beside it, which makes a rectangular kernel. Give both, or neither."
+            f"`against_subsample` {kernel.against_subsample} was given without `against`: expected the split of the "
+            "columns too, for example `against` test, which gives a rectangular kernel. Was `subsample` meant? Give "
+            "both, or neither."
         )
     order = sample_order(data.num_samples, subsample=kernel.subsample, shuffle_seed=kernel.shuffle_seed)
     if against is None:
@@ -264,23 +266,23 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
 
 
 def _probe(inputs: Inputs, data: Dataset) -> Tensor:
-    """Choose samples for the trial of a network: of the kernel and, as those may be few, of the data set."""
+    """Choose samples for trial runs of a network, from the kernel and, because it can have few, from the data set."""
     few = torch.arange(min(PROBE_SAMPLES, data.num_samples), device="cpu")
     return torch.cat([inputs.probe, data.inputs(few)])
 
 
 def require_disk(setup: RunSetup, missing_bytes: int) -> None:
-    """Require room for what is missing of one kernel or several."""
+    """Require disk space for the missing parts of one or several kernels."""
     advice = (
-        "Too many samples, dtypes or networks for it? Free some, choose another `out`, fewer `dtypes`, `layout` upper, "
-        "or a smaller `subsample`."
+        "Are there too many samples, dtypes or networks? Free disk space, choose another `out`, fewer `dtypes`, "
+        "`layout` upper, or a smaller `subsample`."
     )
-    require_room(setup.out, missing_bytes, "what is missing of the kernels", advice)
+    require_room(setup.out, missing_bytes, "the missing parts of the kernels", advice)
 
 
 @dataclass(frozen=True)
 class FinishedKernel:
-    """What a run has made of a planned kernel: all of it, or a part."""
+    """The result of a run: a finished kernel, or one part of it."""
 
     described: StoreDescription
     part: Part | None
@@ -289,7 +291,7 @@ class FinishedKernel:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Turn into plain values, as scripts read them."""
+        """Convert to plain values for scripts."""
         return self.described.to_json() | {
             "part": None if self.part is None else str(self.part),
             "checkpoint": str(self.checkpoint),
@@ -299,13 +301,16 @@ class FinishedKernel:
 
 
 def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> FinishedKernel:
-    """Train and compute what is missing, certify it, and describe the finished kernel, good or not."""
+    """Train the network, compute and certify the kernel, as far as missing, and describe the store.
+
+    To certify a kernel means to measure its error. A kernel with a large error is described too.
+    """
     started = time.monotonic()
     checkpoint, _ = run_training(planned.training, planned.data, planned.setup, (planned.model, planned.recipe), report)
     checkpoints.load_state(planned.model, checkpoint)
     kernel = computation_of(planned, _provenance(planned, checkpoint))
     load = partial(load_parts, planned.store, planned.setup.data_dir, planned.data.name)
-    with suppress(InaccurateKernelError):  # the description says so, and the other kernels follow
+    with suppress(InaccurateKernelError):  # the description contains the error, and the next kernels are computed
         make(planned.store, kernel, load, report)
     return FinishedKernel(
         described=describe(open_store(planned.store)),
@@ -317,7 +322,7 @@ def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> Finish
 
 
 def computation_of(planned: PlannedKernel, provenance: Provenance | None = None) -> Computation:
-    """Say what a planned kernel is computed of."""
+    """Collect network, samples and settings of a planned kernel for its computation."""
     return Computation(
         model=planned.model,
         inputs=planned.inputs,
@@ -340,7 +345,7 @@ def _provenance(planned: PlannedKernel, checkpoint: Checkpoint) -> Provenance:
         "shuffle_seed": planned.kernel.shuffle_seed,
         "against": planned.kernel.against,
         "against_subsample": planned.kernel.against_subsample,
-        "raw_images": not (planned.data.zoo_sized or planned.data.name.endswith(".npz")),  # those have no other size
+        "raw_images": not (planned.data.zoo_sized or planned.data.name.endswith(".npz")),  # files have one size only
         "num_epochs": planned.recipe.num_epochs,
         "target_accuracy": planned.training.target_accuracy,
         "epochs": checkpoint.epoch,

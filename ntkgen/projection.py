@@ -1,4 +1,4 @@
-"""The projection of a planned kernel: its cost and its duration."""
+"""The projection of a planned kernel: its expected cost and duration."""
 
 import dataclasses
 from typing import Any

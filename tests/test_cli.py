@@ -168,7 +168,7 @@ BAD = {
     "no test split": (["--models", "lenet", "--against", "test"], "no split 'test'"),
     "no test split of a file": (["--models", "lenet", "--dataset", "labels.npz", "--against", "test"], "no split"),
     "against the same": (["--models", "lenet", "--against", "train"], "--against"),
-    "part of nothing": (["--models", "lenet", "--against-subsample", "5"], "expected --against test"),
+    "part of nothing": (["--models", "lenet", "--against-subsample", "5"], "for example --against test"),
     "subsample 0": (["--models", "lenet", "--subsample", "0"], "found 0"),
     "subsample negative": (["--models", "lenet", "--subsample", "-4"], "found -4"),
     "subsample too large": (["--models", "lenet", "--subsample", "1798"], "1797"),

@@ -197,8 +197,8 @@ def test_a_note_and_its_json_are_told_in_options(run, monkeypatch):
     monkeypatch.setattr(origin, "QUICK_FLOPS", 0)
     code, out, err = run("verify", store, "--json")
     assert code == 0
-    assert err.endswith("Ask for it with --recompute 1.\n")
-    assert json.loads(out)["not_recomputed"].endswith("Ask for it with --recompute 1.")
+    assert err.endswith("Request the tile with --recompute 1.\n")
+    assert json.loads(out)["not_recomputed"].endswith("Request the tile with --recompute 1.")
 
 
 def test_a_reason_that_a_page_is_incomplete_is_told_in_options(run, tmp_path, monkeypatch):

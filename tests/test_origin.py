@@ -58,7 +58,7 @@ def test_a_file_is_looked_for_in_the_folder_that_is_named(compute, tmp_path):
     assert load_origin(store).inputs.x.shape == (5, 3, 32, 32)
     (tmp_path / "moved").mkdir()
     Path("own.npz").rename("moved/own.npz")
-    with pytest.raises(DataError, match=r"own\.npz is not to be found.*`data_dir`"):
+    with pytest.raises(DataError, match=r"own\.npz is missing.*`data_dir`"):
         load_origin(store)
     assert load_origin(store, tmp_path / "moved").inputs.x.shape == (5, 3, 32, 32)
     assert load_origin(store, dataset="moved/own.npz").inputs.x.shape == (5, 3, 32, 32)
@@ -73,7 +73,7 @@ def changed(store, **identity):
 
 
 def test_other_samples_are_refused(compute):
-    with pytest.raises(FingerprintError, match="are not those found"):
+    with pytest.raises(FingerprintError, match="loaded samples are not those of"):
         load_origin(changed(compute("--models", "logistic"), samples="0" * 64))
 
 

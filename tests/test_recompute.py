@@ -273,7 +273,7 @@ def test_what_takes_long_or_fetches_data_is_done_on_request_alone(run, digits, m
     monkeypatch.setattr(origin, "QUICK_FLOPS", 1)
     code, _, err = run("verify", digits)
     assert code == 0
-    assert "Ask for it with --recompute 1" in err
+    assert "Request the tile with --recompute 1" in err
     assert run("verify", digits, "--recompute", "1")[2] == ""
     assert run("verify", digits, "--recompute", "1", "--memory", "1kB")[0] == 2
 

@@ -131,7 +131,7 @@ def test_another_package_of_the_zoos_name_is_named(theirs, tmp_path):
     assert code == 0, err
     assert f"another of this name at {path}" in out
     assert f"ntkgen's own package 'models' at {zoo.ZOO}" in out
-    assert "Run from another directory, rename it, or name your own network as package.module:factory." in out
+    assert "rename the other package, or name your own network as package.module:factory." in out
 
 
 def test_its_networks_are_built_nevertheless(theirs, tmp_path):
@@ -150,7 +150,7 @@ def test_a_network_that_the_zoo_hides_is_explained(theirs, tmp_path):
     if name == "models:net":  # which is a name that the zoo lacks
         assert f"Unknown factory in {zoo.ZOO / '__init__.py'} 'net'" in out
     else:
-        assert f"ntkgen's own zoo at {zoo.ZOO} has the name 'models' too: rename the other one." in out
+        assert f"ntkgen's own zoo at {zoo.ZOO} has the name 'models' too: rename your package." in out
 
 
 def test_a_package_without_init_does_not_hide_the_zoo(tmp_path):

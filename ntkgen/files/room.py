@@ -1,4 +1,4 @@
-"""Whether a disk has room for what is to be written."""
+"""Check that a disk has enough free space."""
 
 from ntkgen.errors import DiskSpaceError
 from ntkgen.files.folder import Folder
@@ -6,16 +6,16 @@ from ntkgen.units import human_bytes
 
 
 def require_room(folder: Folder, needed_bytes: int, what: str, advice: str) -> None:
-    """Refuse to write what a disk has no room for. Of an object store the room is not known.
+    """Require free disk space in a folder. An object store is not checked, because its free space is unknown.
 
     Args:
-        folder: Where it would be written.
-        needed_bytes: Bytes of it, without those that are there already.
-        what: What needs the room, for the error.
-        advice: The likely cause, and what to do, for the error.
+        folder: Folder to write to.
+        needed_bytes: Number of bytes to write, without those that are stored already.
+        what: Name of the data, for the error.
+        advice: Likely cause and advice, for the error.
 
     Raises:
-        DiskSpaceError: If there is too little room; the message has both numbers.
+        DiskSpaceError: If the free space is too small. The message gives both numbers.
     """
     free = folder.free_bytes
     if free is not None and needed_bytes > free:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """How a kernel is computed and stored."""
+    """Settings for the computation and the storage of a kernel."""
 
     output: str = "full"
     precision: str = "float32"
@@ -17,4 +17,4 @@ class KernelSpec:
     tile_side: int | None = None
     memory_bytes: int | None = None
     replan: bool = False
-    certify: bool = True  # compare the finished kernel with the exact one
+    certify: bool = True  # whether to compare the finished kernel with the exact one, which gives its certificate

@@ -1,4 +1,4 @@
-"""Settings of a training as a user gives them and as a checkpoint records them, with the defaults.
+"""Settings of a training, as given by a user and as recorded in a checkpoint, with the defaults.
 
 The module imports no other module of the package, so that the help of a command appears quickly.
 """
@@ -6,14 +6,17 @@ The module imports no other module of the package, so that the help of a command
 import dataclasses
 from dataclasses import dataclass
 
-# Default learning rate with and without batch norm. At 0.1, networks without batch norm fail on digits for half of the
-# seeds.
+# Default learning rate with batch norm (True) and without (False). At a rate of 0.1, the training of networks without
+# batch norm on the digits data set fails for half of the seeds.
 LEARNING_RATE = {True: 0.1, False: 0.02}
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """Which network to train, and how. None takes the setting of the checkpoint, or else the default."""
+    """The network to train, and the settings of the training.
+
+    None means the setting that the checkpoint has, or the default if there is no checkpoint.
+    """
 
     model: str
     seed: int = 0
@@ -41,7 +44,7 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def differences(self, other: "Recipe") -> list[str]:
-        """List the fields that differ, with both values. This recipe is that of the checkpoint."""
+        """List the fields that differ, with the value of this recipe, which is stored, and that of the other."""
         pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
         return [
             f"{name} {str(stored)[:40]}, now {str(current)[:40]}"

@@ -1,4 +1,4 @@
-"""Networks by name, from `models` or by an import string such as mylab.nets:wide.
+"""Construction of networks by name, from the zoo `models` or by an import string such as mylab.nets:wide.
 
 Only this module imports `models`.
 """
@@ -22,7 +22,7 @@ from ntkgen.errors import InputError, ModelError, UnknownNameError
 if TYPE_CHECKING:
     from models import Entry
 
-# The name of the zoo's package, and its place: beside this package.
+# Name of the zoo's package, and its folder, which is beside the folder of this package.
 ZOO_NAME = "models"
 ZOO = Path(__file__).resolve().parents[2] / ZOO_NAME
 
@@ -31,27 +31,34 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
     """Build a network by name, with random parameters from a seed.
 
     Args:
-        name: A name of the zoo, or ``package.module:factory`` for another network. Such a factory may have the argument
-            ``num_classes`` or no arguments, and may return a trained network. It may also be an instance of a module.
+        name: Name of a network of the zoo, or ``package.module:factory`` for another network. The factory takes the
+            argument ``num_classes`` or no arguments, and may return a trained network. Instead of a factory, the name
+            may denote an instance of a module.
         num_classes: Number of outputs, for factories with this argument.
-        seed: Seed of torch's generator while the factory runs.
-        width: Channels of the first stage, for ResNets.
+        seed: Seed of torch's random generator while the factory runs.
+        width: Number of channels of the first stage, for ResNets.
 
     Raises:
         UnknownNameError: If the name is unknown.
-        InputError: If the network has no width, the import string does not name a factory, or Python finds another
-            package with the name of the zoo.
+        InputError: If the network has no width, if the import string does not name a factory, or if Python finds
+            another package with the name of the zoo.
     """
     options = {} if width is None else {"width": width}
     if ":" in name:
         factory = _imported(name)
         if width is not None:
-            raise InputError(f"`width` was given for {name}, but it scales the zoo's ResNets alone. Leave it out.")
+            raise InputError(
+                f"`width` was given for {name}: expected it only for the ResNets of the zoo, found another network. "
+                "Does the factory have a width of its own? Leave `width` out, and set the width in the factory."
+            )
     elif name in (zoo := _zoo()):
         factory = zoo[name]
         if width is not None and not zoo[name].has_width:
             scalable = ", ".join(other for other, entry in zoo.items() if entry.has_width)
-            raise InputError(f"`width` was given for {name}, which has none: it scales {scalable}. Leave it out.")
+            raise InputError(
+                f"`width` was given for {name}, whose width is fixed: expected it only for {scalable}. Was another "
+                "network meant? Leave `width` out, or choose one of these networks."
+            )
     else:
         raise UnknownNameError("model", name, [*zoo, "package.module:factory"])
     if width is not None and width < 1:
@@ -65,7 +72,7 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
 
 
 def file_name(model: str) -> str:
-    """Convert a model's name to a part of a file name.
+    """Convert the name of a model to a part of a file name.
 
     >>> file_name("mylab.nets:wide")
     'mylab.nets-wide'
@@ -84,26 +91,28 @@ def listing() -> list[dict[str, Any]]:
 
 
 def _zoo() -> "dict[str, Entry]":
-    """Import the zoo. It is not imported for an import string, whose own package may have the zoo's name.
+    """Import the zoo.
+
+    The zoo is not imported for an import string, because the package of the string may have the same name as the zoo.
 
     Raises:
-        InputError: If another module or package of that name is found first.
+        InputError: If Python finds another module or package of that name first.
     """
-    found = _found_as_zoo()
-    if found is None or found.resolve() != ZOO / "__init__.py":
+    file = _zoo_file()
+    if file is None or file.resolve() != ZOO / "__init__.py":
         raise InputError(
             f"The zoo cannot be imported: expected ntkgen's own package {ZOO_NAME!r} at {ZOO}, found "
-            f"{'none' if found is None else f'another of this name at {found}'}. Is that one in the current directory "
-            "or on PYTHONPATH, which are searched first? Run from another directory, rename it, or name your own "
-            "network as package.module:factory."
+            f"{'none' if file is None else f'another of this name at {file}'}. Is the other package in the current "
+            "directory or on PYTHONPATH, which Python searches first? Run from another directory, rename the other "
+            "package, or name your own network as package.module:factory."
         )
     from models import MODELS
 
     return MODELS
 
 
-def _found_as_zoo() -> Path | None:
-    """Find what an import of the zoo's name gives, without running it."""
+def _zoo_file() -> Path | None:
+    """Return the file or folder that an import of the zoo's name would load, without loading it."""
     module = sys.modules.get(ZOO_NAME)
     spec = importlib.util.find_spec(ZOO_NAME) if module is None else None
     file = getattr(module, "__file__", None) if spec is None else spec.origin
@@ -113,17 +122,17 @@ def _found_as_zoo() -> Path | None:
 
 
 def _imported(name: str) -> Callable[..., Any] | nn.Module:
-    """Import the factory of an import string. The current directory is searched too, as for ``python -m``.
+    """Import the factory of an import string. The current directory is searched too, as with ``python -m``.
 
     Raises:
-        InputError: If the module cannot be imported, or the object is not a factory.
-        UnknownNameError: If the module does not have this name.
+        InputError: If the module cannot be imported, or if the object is not a factory.
+        UnknownNameError: If the module has no object of this name.
     """
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
     except Exception as error:  # user code may raise any error, and the name may be invalid
         raise InputError(
             f"Cannot import {module_name!r} for the model {name} ({type(error).__name__}: {error}). "
@@ -131,39 +140,39 @@ def _imported(name: str) -> Callable[..., Any] | nn.Module:
             "misspelt, or is a dependency of the module missing? Correct the name, or install the dependency."
             f"{_hint_of_the_zoo(error)}"
         ) from error
-    place = getattr(found, "__file__", None) or module_name
+    place = getattr(target, "__file__", None) or module_name
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise UnknownNameError(f"factory in {place}", attribute, [n for n in vars(found) if n[0] != "_"])
-        found = getattr(found, part)
-    if not callable(found):
+        if not hasattr(target, part):
+            raise UnknownNameError(f"factory in {place}", attribute, [n for n in vars(target) if n[0] != "_"])
+        target = getattr(target, part)
+    if not callable(target):
         raise InputError(
-            f"{name} is a {type(found).__name__}: expected a function that returns a network. Is the name that of "
+            f"{name} is a {type(target).__name__}: expected a function that returns a network. Does the name denote "
             "another object? Give the name of a function."
         )
-    return found  # type: ignore[no-any-return]
+    return target  # type: ignore[no-any-return]
 
 
 def _hint_of_the_zoo(error: Exception) -> str:
-    """Say that the zoo hides a package of the same name, if that may be why an import failed."""
+    """Return a hint that the zoo hides a package of the same name, if this can be the cause of a failed import."""
     missing = getattr(error, "name", None) or ""
-    if missing.partition(".")[0] != ZOO_NAME or _found_as_zoo() != ZOO / "__init__.py":
+    if missing.partition(".")[0] != ZOO_NAME or _zoo_file() != ZOO / "__init__.py":
         return ""
-    return f" ntkgen's own zoo at {ZOO} has the name {ZOO_NAME!r} too: rename the other one."
+    return f" ntkgen's own zoo at {ZOO} has the name {ZOO_NAME!r} too: rename your package."
 
 
 def _call(name: str, factory: Callable[..., Any] | nn.Module, num_classes: int, options: dict[str, int]) -> nn.Module:
     if isinstance(factory, nn.Module):
-        return copy.deepcopy(factory)  # training changes a network, and each seed must start from the same one
+        return copy.deepcopy(factory)  # training changes a network, and each seed must start from the same network
     try:
         parameters = inspect.signature(factory).parameters.values()
         takes = {p.name for p in parameters} | {"num_classes" for p in parameters if p.kind is p.VAR_KEYWORD}
         network = factory(**({"num_classes": num_classes} if "num_classes" in takes else {}), **options)
     except Exception as error:  # user code may raise any error
         raise ModelError(
-            f"The factory {name} failed ({type(error).__name__}: {error}). It was called with "
-            f"num_classes={num_classes} if it has this argument, otherwise without arguments. Does it need other "
-            "arguments? Call it in Python to find the cause."
+            f"The factory {name} failed: expected a network from a call with num_classes={num_classes} if it has this "
+            f"argument, and otherwise without arguments, found an error ({type(error).__name__}: {error}). Does it "
+            "need other arguments? Call it in Python to find the cause."
         ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(
