@@ -60,13 +60,14 @@ def stored_error(
         relative_bound=bound / norm,
         allowed=_allowed(store, dtype, norm_of(KV)) / norm,
         max_pair_error=max_pair_error,
-        block_errors=tuple(map(_joined, sample_norms(store.grid, EV))),
+        block_errors=tuple(map(_combined_norm, sample_norms(store.grid, EV))),
         suspicious=suspicious,
         exceeding=exceeding,
     )
 
 
-def _joined(norms: FloatArray) -> float:
+def _combined_norm(norms: FloatArray) -> float:
+    """Compute the norm of a matrix from the norms of its parts."""
     return float(np.linalg.norm(norms))
 
 
@@ -81,19 +82,19 @@ def _wrong_blocks(
     The reason is that a ReLU input whose sign changes by rounding affects one sample, and a wrong tile affects all
     samples of its block.
     """
-    precision, lost = store.manifest.plan.precision, _lost_in(store, dtype)
-    sizes = np.sqrt(np.array(list(map(_joined, kernels))) * _joined(np.concatenate(kernels)))
+    precision, underflow = store.manifest.plan.precision, _underflow_bounds(store, dtype)
+    sizes = np.sqrt(np.array(list(map(_combined_norm, kernels))) * _combined_norm(np.concatenate(kernels)))
     factors = _factor_norms(store)
-    explained = max(UNIT_ROUNDOFF[dtype], POLICY_ROUNDOFF[precision]) * np.maximum(sizes, factors) + lost
-    whole = np.array(list(map(_joined, errors)))
+    explained = max(UNIT_ROUNDOFF[dtype], POLICY_ROUNDOFF[precision]) * np.maximum(sizes, factors) + underflow
+    whole = np.array(list(map(_combined_norm, errors)))
     usual = np.array([np.quantile(norms, 0.5, method="lower") * np.sqrt(len(norms)) for norms in errors])
-    limits = allowed_error(precision, dtype, ratio=BLOCK_RATIO) * np.maximum(sizes, SMALL_PRODUCT * factors) + lost
+    limits = allowed_error(precision, dtype, ratio=BLOCK_RATIO) * np.maximum(sizes, SMALL_PRODUCT * factors) + underflow
     exceeding = set(np.flatnonzero(whole > limits).tolist())
     confirmed = exceeding | set(suspicious_blocks(usual, explained))
     return tuple(b for b in suspicious_blocks(whole, explained) if b in confirmed), tuple(sorted(exceeding))
 
 
-def _lost_in(store: KernelStore, dtype: str) -> FloatArray:  # (blocks,)
+def _underflow_bounds(store: KernelStore, dtype: str) -> FloatArray:  # (blocks,)
     """Bound the Frobenius norm of the underflow error in the rows of each block, for a store dtype.
 
     The error of an entry is at most half the smallest subnormal number times the scale. In float16 it matters for
@@ -122,9 +123,9 @@ def _factor_norms(store: KernelStore) -> FloatArray:  # (blocks,)
 
 def _allowed(store: KernelStore, dtype: str, kernel_norm: float) -> float:
     """Bound the ‖E‖_F that the precision policy and the store dtype explain."""
-    size = max(kernel_norm, SMALL_PRODUCT * _joined(_factor_norms(store)))
+    size = max(kernel_norm, SMALL_PRODUCT * _combined_norm(_factor_norms(store)))
     explained = allowed_error(store.manifest.plan.precision, dtype) * size
-    return explained + _joined(_lost_in(store, dtype))
+    return explained + _combined_norm(_underflow_bounds(store, dtype))
 
 
 def suspicious_blocks(

@@ -179,7 +179,7 @@ class WorkerPool:
         """Run jobs until all are finished. ``projected_seconds`` is the projected duration of one tile."""
         settings = SchedulerSettings(self.num_own, projected_seconds, self.tile_seconds)
         scheduler = Scheduler(jobs, settings, time.monotonic())
-        futures: dict[str, Future[Outcome]] = {}  # by worker
+        futures: dict[str, Future[Outcome]] = {}  # by the address of the worker
         try:
             while not scheduler.is_finished:
                 if scheduler.observe(self.workers(), time.monotonic()):

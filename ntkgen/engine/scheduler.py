@@ -72,7 +72,7 @@ class Scheduler:
     """Waiting and pending jobs. Each worker has at most one job, because jobs queued at a worker are lost with it."""
 
     def __init__(self, jobs: Iterable[Job], settings: SchedulerSettings, now: float) -> None:
-        self.pending: dict[str, PendingJob] = {}  # by worker
+        self.pending: dict[str, PendingJob] = {}  # by the address of the worker
         self._waiting = deque(WaitingJob(job) for job in jobs)
         self._settings = settings
         self._available: set[str] = set()

@@ -153,7 +153,7 @@ class SymmetricArray:
         tile, first, second = ((j, i), cols, rows) if mirrored else ((i, j), rows, cols)
         region = (slice(int(first[0]), int(first[-1]) + 1), slice(int(second[0]), int(second[-1]) + 1))
         part = self._read_stored(tile, region, is_required=self._is_complete)
-        if part.shape != (len(first), len(second)):  # with gaps
+        if part.shape != (len(first), len(second)):  # rows or columns are not contiguous
             part = part[np.ix_(first - first[0], second - second[0])]
         part = part.astype(self.dtype, copy=False)
         if self.scale != 1:
