@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.checks.certify import add_certificate
+from ntkgen.checks.sampling import Sampling
 from ntkgen.data import dataset as datasets
 from ntkgen.data.dataset import Dataset
 from ntkgen.engine.machine import memory_budget
@@ -22,10 +23,11 @@ from ntkgen.files.folder import File, Folder, LocalFolder
 from ntkgen.files.lock import write_lock
 from ntkgen.files.paths import expanded
 from ntkgen.inputs import Inputs
+from ntkgen.plan.order import projected_flops
 from ntkgen.plan.plan import Budget
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, ignore_report
-from ntkgen.store.certificate import Certificate, Sampling
+from ntkgen.store.certificate import Certificate
 from ntkgen.store.opening import open_store
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
@@ -244,7 +246,7 @@ def recompute_tiles(
 
 def _require_quick(store: KernelStore, tiles: Sequence[Tile], budget: Budget) -> None:
     plan = store.manifest.plan
-    flops = plan.projected_flops(tiles, plan.cached_blocks(budget))
+    flops = projected_flops(plan, tiles, plan.cached_blocks(budget))
     if flops > QUICK_FLOPS:
         raise InputError(
             f"A tile of {store.name} takes {flops:.1e} operations: expected at most {QUICK_FLOPS:.0e} for the tile "

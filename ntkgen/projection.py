@@ -3,14 +3,15 @@
 import dataclasses
 from typing import Any
 
+from ntkgen.checks.sampling import usual_sampling
 from ntkgen.engine.computation import prepare_kernel
 from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
 from ntkgen.engine.jobs import seconds_at_planned_rate
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.pipeline import PlannedKernel, computation_of
 from ntkgen.plan.explain import WorkCount, explain
+from ntkgen.plan.order import projected_flops
 from ntkgen.plan.tiles import Tile
-from ntkgen.store.certificate import usual_sampling
 from ntkgen.store.opening import has_store, open_store
 from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training.fit import seconds_to_train
@@ -66,7 +67,7 @@ def _training_seconds(planned: PlannedKernel) -> float:
 def takes_minutes(planned: PlannedKernel) -> bool:
     """Decide by the rate of the plan's products whether a kernel takes long enough for a measured projection."""
     tiles, diagonal = _missing(planned)
-    flops = planned.plan.projected_flops(tiles, planned.plan.cached_blocks(planned.budget), diagonal)
+    flops = projected_flops(planned.plan, tiles, planned.plan.cached_blocks(planned.budget), diagonal)
     return seconds_at_planned_rate(planned.plan, flops) > MEASURED_FROM_SECONDS
 
 
@@ -95,7 +96,7 @@ def project(planned: PlannedKernel, *, explained: bool = False) -> dict[str, Any
         "tiles_missing": len(tiles),
         "disk_bytes": planned.disk_bytes,
         "projected_bytes": plan.projected_bytes(cached_blocks),
-        "projected_flops": plan.projected_flops(tiles, cached_blocks, diagonal),
+        "projected_flops": projected_flops(plan, tiles, cached_blocks, diagonal),
         "factor_samples": work.factor_samples,
         "precision": plan.precision,
         "product_route": plan.jacobian.rates.route,

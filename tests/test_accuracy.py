@@ -15,11 +15,12 @@ import ntkgen
 from ntkgen.analysis.report import sections as page_sections
 from ntkgen.checks import certify as certification
 from ntkgen.checks import pairs
+from ntkgen.checks.sampling import Sampling, usual_sampling
 from ntkgen.engine import compute as computation
 from ntkgen.engine import run as running
 from ntkgen.errors import InaccurateKernelError, InaccurateKernelWarning
 from ntkgen.jacobian.precision import POLICIES
-from ntkgen.store.certificate import POLICY_ERRORS, POLICY_ROUNDOFF, Certificate, Sampling, usual_sampling
+from ntkgen.store.certificate import POLICY_ERRORS, POLICY_ROUNDOFF, Certificate
 from ntkgen.store.describe import describe, inaccuracy
 from ntkgen.store.opening import open_store
 from ntkgen.store.store import KernelStore

@@ -15,6 +15,7 @@ import ntkgen
 from ntkgen.checks.certify import add_certificate, certify, draw_probes, forget_certificate, stored_product
 from ntkgen.checks.judgement import suspicious_blocks
 from ntkgen.checks.pairs import draw_pairs, kernels_of, mapped_kernel
+from ntkgen.checks.sampling import Sampling
 from ntkgen.engine import compute as computation
 from ntkgen.errors import FingerprintError, InputError, ShapeError, StoreError
 from ntkgen.fingerprints import parameter_fingerprint
@@ -24,7 +25,6 @@ from ntkgen.jacobian.reference import reference_ntk
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.certificate import (
     Certificate,
-    Sampling,
     StoredError,
     bad_fraction,
     rounded,

@@ -28,7 +28,7 @@ from ntkgen.errors import FingerprintError, InputError, WorkerError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import tile_lock, without_tile_writers, write_lock
 from ntkgen.inputs import Inputs
-from ntkgen.plan.plan import Band
+from ntkgen.plan.order import Band
 from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Tile
 from ntkgen.store.opening import open_store

@@ -8,6 +8,7 @@ from cases import make_job
 from torch import nn
 from zarr.storage import MemoryStore
 
+from ntkgen.checks.sampling import Sampling
 from ntkgen.engine import duration
 from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
 from ntkgen.files.folder import LocalFolder
@@ -15,7 +16,6 @@ from ntkgen.files.place import folder_of
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.plan.explain import WorkCount
-from ntkgen.store.certificate import Sampling
 from ntkgen.units import human_seconds
 
 FAST = ["compute", "--models", "logistic", "--subsample", "6", "--tile", "20", "--json"]

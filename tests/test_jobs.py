@@ -2,7 +2,7 @@
 
 from ntkgen.blocks import Block
 from ntkgen.engine.jobs import JOB_SECONDS, TILES_PER_JOB, Job, diagonal_jobs, job_size, tile_jobs
-from ntkgen.plan.plan import Band
+from ntkgen.plan.order import Band
 from ntkgen.plan.tiles import Tile
 
 

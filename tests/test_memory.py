@@ -31,7 +31,8 @@ from ntkgen.errors import BudgetError
 from ntkgen.jacobian.cost import factor_macs
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import policy
-from ntkgen.plan.plan import Budget, Choices, Plan, count_factor_samples, make_plan
+from ntkgen.plan.order import count_factor_samples, projected_flops
+from ntkgen.plan.plan import Budget, Choices, Plan, make_plan
 from ntkgen.plan.tiles import make_grid
 
 BUDGETS = {"2 GB": 2 * 10**9, "8 GB": 8 * 10**9}
@@ -85,7 +86,7 @@ def product_seconds(plan: Plan) -> float:
     """Estimate how long the products of the first tiles take."""
     tiles = list(itertools.islice(plan.grid.tiles(), NUM_TILES))
     passes = 2 * count_factor_samples(plan, tiles, 2) * factor_macs(plan.profile, plan.jacobian)
-    return (plan.projected_flops(tiles, 2) - passes) / PRODUCT_FLOPS
+    return (projected_flops(plan, tiles, 2) - passes) / PRODUCT_FLOPS
 
 
 def plan_run(network: Network, budget: Budget, precision: str) -> Plan:

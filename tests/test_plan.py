@@ -18,7 +18,8 @@ from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.cost import ORDERS, SIZES, LayerShape, NetworkProfile, factor_macs, product_macs, sizes_for
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import POLICIES, exact_arithmetic, policy
-from ntkgen.plan.plan import Budget, Choices, Environment, Plan, count_factor_samples, make_plan
+from ntkgen.plan.order import bands_of, count_factor_samples, projected_flops
+from ntkgen.plan.plan import Budget, Choices, Environment, Plan, make_plan
 from ntkgen.plan.tiles import Tile, TileGrid, make_grid
 
 HERE = Environment("cpu", "x86_64 AVX512", "2.15.0", threads=2)
@@ -186,7 +187,7 @@ def unfinished(draw):
 @given(unfinished())
 def test_bands_have_every_missing_tile_once(drawn):
     plan, missing, capacity = drawn
-    found = [tile for band in plan.bands(missing, capacity) for tile in band.tiles]
+    found = [tile for band in bands_of(plan, missing, capacity) for tile in band.tiles]
     assert len(found) == len(missing)
     assert set(found) == set(missing)
 
@@ -195,7 +196,7 @@ def test_bands_have_every_missing_tile_once(drawn):
 def test_the_rows_of_a_band_are_held_and_come_before_those_of_the_next(drawn):
     plan, missing, capacity = drawn
     last = -1
-    for band in plan.bands(missing, capacity):
+    for band in bands_of(plan, missing, capacity):
         rows = sorted({tile.row for tile in band.tiles})
         assert rows[0] > last
         last = rows[-1]
@@ -221,7 +222,7 @@ def test_what_is_held_and_what_streams_past_are_never_more_than_fit(drawn):
     plan, missing, capacity = drawn
     Counter.alive = Counter.peak = 0
     cache = BlockCache(Counter, capacity)
-    for band in plan.bands(missing, capacity):
+    for band in bands_of(plan, missing, capacity):
         cache.hold(band.held)
         for tile in band.tiles:
             for row, column in plan.pairs(tile):
@@ -252,7 +253,7 @@ def test_as_many_factors_are_computed_as_counted(block_samples, capacity, comput
     cache = cache_of(job, capacity)
     tiles = list(job.plan.grid.tiles())
     with exact_arithmetic(CPU):
-        for band in job.plan.bands(tiles, capacity):
+        for band in bands_of(job.plan, tiles, capacity):
             cache.hold(band.held)
             for tile in band.tiles:
                 running.compute_tile(job.plan, tile, cache)
@@ -342,7 +343,7 @@ def test_flops_are_two_for_every_multiply_add_of_every_pair_and_sample(drawn):
         for tile in missing
         for row, column in plan.pairs(tile)
     )
-    assert plan.projected_flops(missing, capacity) == 2 * (factors + products)
+    assert projected_flops(plan, missing, capacity) == 2 * (factors + products)
 
 
 @given(grids, st.integers(1, 12))
@@ -359,7 +360,7 @@ def test_flops_of_a_kernel_whose_panels_are_its_blocks_are_those_of_every_pair(g
             built += len(row) + (len(column) if row != column else 0)
     factors_of_all = grid.num_samples * factor_macs(LARGE, plan.jacobian)
     expected = 2 * (factors_of_all + pairs * plan.jacobian.pair_macs + built * plan.jacobian.built_macs)
-    assert plan.projected_flops(list(grid.tiles()), 10**6) == expected
+    assert projected_flops(plan, list(grid.tiles()), 10**6) == expected
 
 
 @given(rectangles, st.integers(1, 12))

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from ntkgen.checks.judgement import norm_of, stored_error
 from ntkgen.checks.pairs import Pairs, ReferenceRows, kernels_of, max_pair_errors
+from ntkgen.checks.sampling import USUAL_SAMPLING, Sampling, usual_sampling
 from ntkgen.errors import FingerprintError, ModelError, ShapeError, StoreError
 from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.outputs import OutputMap, output_map
 from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
-from ntkgen.store.certificate import USUAL_SAMPLING, Certificate, Sampling, usual_sampling
+from ntkgen.store.certificate import Certificate
 from ntkgen.store.store import KernelStore
 
 FloatArray = npt.NDArray[np.float64]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.blocks import Block
+from ntkgen.checks.sampling import Sampling
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy
 from ntkgen.jacobian.operator import NTKOperator
@@ -20,7 +21,6 @@ from ntkgen.jacobian.precision import exact_arithmetic, widen
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import sampled_rows, trainable
 from ntkgen.progress import Report, ignore_report
-from ntkgen.store.certificate import Sampling
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import SymmetricArray
 

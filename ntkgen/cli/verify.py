@@ -27,10 +27,10 @@ from ntkgen.errors import InputError, NtkgenError, StoreError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from ntkgen.checks.sampling import Sampling
     from ntkgen.checks.verify import Damage
     from ntkgen.engine.recompute import Recomputed
     from ntkgen.progress import Report
-    from ntkgen.store.certificate import Sampling
     from ntkgen.store.describe import StoreDescription
     from ntkgen.store.store import KernelStore
 
@@ -85,7 +85,7 @@ def verify(
     missing, not computed yet or wrong. 2 if a path holds no store, or if a requested step is impossible.
     """
     start_process()
-    from ntkgen.store.certificate import Sampling, usual_sampling
+    from ntkgen.checks.sampling import Sampling, usual_sampling
 
     def sampling_of(output: str, num_logits: int) -> Sampling:
         usual = usual_sampling(output, num_logits)

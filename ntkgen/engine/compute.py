@@ -65,8 +65,8 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
     """Compute the empirical neural tangent kernel of a module into a Zarr store, or finish an interrupted computation.
 
     With n samples and m outputs, the kernel is ``K = J Jᵀ`` of the inputs, (n m × n m), or the rectangular
-    ``K = J J'ᵀ`` of the inputs and the samples ``against``. It is computed tile by tile. The same call continues an
-    interrupted computation. The module is copied and not changed. The computation runs on the device of the module.
+    ``K = J J'ᵀ`` of the inputs and the samples ``against``. The same call continues an interrupted computation. The
+    module is copied and not changed. The computation runs on the device of the module.
 
     Args:
         model: Module that maps (samples, …) to (samples, outputs), and whose outputs depend on one sample each.
@@ -78,12 +78,10 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         precision: Precision policy: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
         dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
         layout: ``upper`` stores one triangle, and ``full`` stores both. ``auto`` stores both up to 10 GB.
-        tile_side: Number of rows of a tile, a multiple of the number of outputs. None derives it from samples and
-            outputs.
+        tile_side: Number of rows of a tile, a multiple of the number of outputs. None chooses a suitable one.
         memory_bytes: Maximum memory of the computation in bytes. None means 80 % of the free memory.
         replan: Whether to continue on another kind of machine, with tiles that differ in their last bits.
-        certify: Whether to compare the finished kernel with the exact kernel, and store the certificate (the measured
-            error bound).
+        certify: Whether to store a certificate, the measured error bound of the finished kernel.
         fsync: Whether each tile is forced to disk, so that it survives a loss of power. False is quicker.
         workers: Number of worker processes on this machine. None computes in this process.
         client: Client of a running dask cluster whose workers compute, or the address of its scheduler.

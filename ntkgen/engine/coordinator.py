@@ -34,6 +34,7 @@ from ntkgen.engine.machine import Machine
 from ntkgen.engine.own_cluster import own_cluster
 from ntkgen.engine.scheduler import Scheduler, SchedulerSettings
 from ntkgen.errors import InputError, WorkerError
+from ntkgen.plan.order import bands_of, projected_flops
 from ntkgen.progress import Report, Step, counter
 from ntkgen.store.store import KernelStore
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future, Nanny, WorkerPlugin
 
     from ntkgen.plan.plan import Budget
+
 
 # Maximum attempts to register a run with the workers.
 MAX_REGISTRATIONS = 10
@@ -160,14 +162,14 @@ class WorkerPool:
 
     def _run(self, store: KernelStore, name: str, cached_blocks: int, report: Report) -> None:
         plan, missing, total = store.manifest.plan, store.missing_blocks(), store.grid.num_sides
-        flops = plan.projected_flops((), cached_blocks, missing)
+        flops = projected_flops(plan, (), cached_blocks, missing)
         seconds = seconds_at_planned_rate(plan, flops) / max(1, len(missing))
         jobs = diagonal_jobs(missing, job_size(len(missing), self.num_workers, seconds))
         self._finish(name, jobs, counter(report, "diagonal", total - len(missing), total), seconds)
         store.create_kernels()
         tiles, total = store.missing_tiles(), plan.grid.num_tiles
-        seconds = seconds_at_planned_rate(plan, plan.projected_flops(tiles, cached_blocks)) / max(1, len(tiles))
-        jobs = tile_jobs(plan.bands(tiles, cached_blocks), job_size(len(tiles), self.num_workers, seconds))
+        seconds = seconds_at_planned_rate(plan, projected_flops(plan, tiles, cached_blocks)) / max(1, len(tiles))
+        jobs = tile_jobs(bands_of(plan, tiles, cached_blocks), job_size(len(tiles), self.num_workers, seconds))
         self._finish(name, jobs, counter(report, "tiles", total - len(tiles), total), seconds)
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.checks.certify import exact_operator
+from ntkgen.checks.sampling import Sampling
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract
@@ -21,7 +22,6 @@ from ntkgen.jacobian.outputs import OutputMap
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.plan.explain import WorkCount
 from ntkgen.plan.plan import Plan
-from ntkgen.store.certificate import Sampling
 from ntkgen.store.rounding import count_underflow, to_stored
 
 Result = TypeVar("Result")

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
-from ntkgen.plan.plan import Band, Plan
+from ntkgen.plan.order import Band
+from ntkgen.plan.plan import Plan
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,7 +23,8 @@ from ntkgen.engine.run import TileComputer
 from ntkgen.errors import PlanError
 from ntkgen.files.bucket import StoreFolder
 from ntkgen.inputs import Inputs
-from ntkgen.plan.plan import Band, Budget
+from ntkgen.plan.order import Band
+from ntkgen.plan.plan import Budget
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.certificate import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF

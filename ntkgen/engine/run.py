@@ -19,7 +19,8 @@ from ntkgen.jacobian.contract import exact_diagonal, fill_kernel, reduced_diagon
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic
-from ntkgen.plan.plan import Band, Plan
+from ntkgen.plan.order import Band, bands_of
+from ntkgen.plan.plan import Plan
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
 from ntkgen.store.store import KernelStore
@@ -105,7 +106,7 @@ def run_tiles(computer: TileComputer, tiles: Sequence[Tile], report: Report = ig
     """Compute the given missing tiles of a store."""
     plan = computer.store.manifest.plan
     step = counter(report, "tiles", plan.grid.num_tiles - len(tiles), plan.grid.num_tiles)
-    computer.commit_tiles(plan.bands(tiles, computer.cached_blocks), step)
+    computer.commit_tiles(bands_of(plan, tiles, computer.cached_blocks), step)
 
 
 @contextmanager

@@ -19,7 +19,8 @@ from ntkgen.engine.run import TileComputer
 from ntkgen.errors import FingerprintError, NtkgenError, WorkerError
 from ntkgen.files.lock import tile_lock
 from ntkgen.fingerprints import parameter_fingerprint
-from ntkgen.plan.plan import Band, Budget
+from ntkgen.plan.order import Band
+from ntkgen.plan.plan import Budget
 from ntkgen.store.opening import open_store
 
 # Codes of operating system errors that every other worker would get too.

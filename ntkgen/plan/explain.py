@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ntkgen.jacobian.cost import LayerPlan, building_macs, factor_numbers, pair_macs, pass_macs
-from ntkgen.plan.plan import Plan, count_factor_samples
+from ntkgen.plan.order import count_factor_samples
+from ntkgen.plan.plan import Plan
 from ntkgen.plan.tiles import Tile
 
 
@@ -41,7 +42,7 @@ class WorkCount:
 
 
 def explain(plan: Plan, work: WorkCount) -> list[CostLine]:
-    """List the lines of a plan. The sum of their FLOPs is `Plan.projected_flops`."""
+    """List the lines of a plan. The sum of their FLOPs is `projected_flops`."""
     jacobian, m, samples = plan.jacobian, plan.jacobian.num_outputs, plan.num_samples
     passes = pass_macs(plan.profile)
     lines = [CostLine("passes", f"1 + {m} per sample", "", 0, 2 * work.factor_samples * passes, 2 * samples * passes)]

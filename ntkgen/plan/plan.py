@@ -1,16 +1,15 @@
-"""The plan of a kernel: block sizes for a memory budget, the order of tiles, projected bytes and FLOPs.
+"""The plan of a kernel: block sizes for a memory budget, and projected bytes.
 
 A budget that is too small is refused before any computation. All quantities are integers.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ntkgen.blocks import Block, block_pairs
 from ntkgen.errors import BudgetError
-from ntkgen.jacobian.cache import count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.cost import (
     DIAGONAL_NUMBERS,
@@ -26,9 +25,7 @@ from ntkgen.jacobian.cost import (
     Reduction,
     Sizes,
     contraction_numbers,
-    factor_macs,
     factor_numbers,
-    product_macs,
     sizes_for,
 )
 from ntkgen.plan.tiles import Tile, TileGrid
@@ -73,14 +70,6 @@ class Environment:
             for (name, stored), current in pairs
             if stored != current
         ]
-
-
-@dataclass(frozen=True)
-class Band:
-    """Some tiles, and the row blocks whose factors stay in memory while they are computed (none if they do not fit)."""
-
-    held: tuple[Block, ...]
-    tiles: tuple[Tile, ...]
 
 
 @dataclass(frozen=True)
@@ -207,46 +196,16 @@ class Plan:
                 "`tile_side`."
             )
         fits = (budget.available_bytes - self.fixed_bytes) // max(1, self.block_bytes)
-        return min(fits, self._all_blocks)
+        return min(fits, self.num_blocks)
 
     @property
-    def _all_blocks(self) -> int:
+    def num_blocks(self) -> int:
+        """Number of blocks of all rows and columns of tiles."""
         return sum(len(self.side_blocks(index)) for index in range(self.grid.num_sides))
 
     def projected_bytes(self, cached_blocks: int) -> int:
         """Project the peak memory of the computation, without the memory of the process before it."""
         return max(self.fixed_bytes + cached_blocks * self.block_bytes, self.preparing_bytes)
-
-    def bands(self, tiles: Iterable[Tile], cached_blocks: int) -> Iterator[Band]:
-        """Order some tiles in bands. A band has as many rows of tiles as fit in memory with one column.
-
-        Each band needs the factors of all columns of the matrix, so fewer and higher bands compute fewer factors.
-        """
-        per_tile = len(self.blocks(0))
-        fits = cached_blocks >= self._all_blocks
-        height = self.grid.num_blocks if fits else cached_blocks // per_tile - 1
-        if height <= 0 and cached_blocks > per_tile:
-            height = 1  # hold one row of tiles, so each column block is computed once
-        by_band: dict[int, list[Tile]] = {}
-        for tile in tiles:
-            by_band.setdefault(tile.row // max(1, height), []).append(tile)
-        for _, members in sorted(by_band.items()):
-            rows = sorted({tile.row for tile in members}) if height > 0 else []
-            held = tuple(block for row in rows for block in self.blocks(row))
-            yield Band(held, tuple(sorted(members, key=lambda tile: (tile.col, tile.row) if height > 0 else tile)))
-
-    def projected_flops(self, tiles: Sequence[Tile], cached_blocks: int, diagonal: Sequence[int] = ()) -> int:
-        """Project the floating-point operations of some tiles, two per multiply-add, including those of the factors.
-
-        The factors for the ``diagonal`` of some row blocks are included. The few products of the diagonal are not.
-        """
-        computed = count_factor_samples(self, tiles, cached_blocks, diagonal)
-        products = sum(
-            product_macs(self.jacobian, len(row), len(column), is_diagonal=row == column)
-            for tile in tiles
-            for row, column in self.pairs(tile)
-        )
-        return 2 * (computed * factor_macs(self.profile, self.jacobian) + products)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values for the manifest."""
@@ -336,20 +295,3 @@ def _block_sizes(tile_samples: int) -> Iterable[int]:
     """
     parts = [1, 2, 3, *(base << shift for shift in range(1, 20) for base in (2, 3))]
     return sorted({-(-tile_samples // count) for count in parts}, reverse=True)
-
-
-def count_factor_samples(plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int] = ()) -> int:
-    """Count the samples whose factors are computed, with a cache of ``cached_blocks`` blocks.
-
-    Factors are needed for the ``diagonal`` of some row blocks first, and then for some tiles.
-    """
-    return count_samples(cached_blocks, _steps(plan, tiles, cached_blocks, diagonal))
-
-
-def _steps(
-    plan: Plan, tiles: Iterable[Tile], cached_blocks: int, diagonal: Iterable[int]
-) -> Iterator[tuple[Sequence[Block], Iterable[Block]]]:
-    """List the blocks that the engine holds and the blocks that it requests, in the order of the computation."""
-    yield (), (block for index in diagonal for block in plan.side_blocks(index))
-    for band in plan.bands(tiles, cached_blocks):
-        yield band.held, (block for tile in band.tiles for pair in plan.pairs(tile) for block in pair)

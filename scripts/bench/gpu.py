@@ -40,7 +40,8 @@ from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import check_device, exact_arithmetic, policy
-from ntkgen.plan.plan import Budget, Choices, Plan, count_factor_samples, make_plan
+from ntkgen.plan.order import count_factor_samples, projected_flops
+from ntkgen.plan.plan import Budget, Choices, Plan, make_plan
 from ntkgen.plan.tiles import make_grid
 from ntkgen.units import human_bytes
 
@@ -101,7 +102,7 @@ class Amounts:
         rows = range(plan.grid.num_blocks)[::-1]
         samples = count_factor_samples(plan, tiles, cached_blocks, rows)
         factors = samples * factor_macs(plan.profile, plan.jacobian)
-        everything = plan.projected_flops(tiles, cached_blocks, rows) // 2
+        everything = projected_flops(plan, tiles, cached_blocks, rows) // 2
         side = plan.block_samples
         one = product_macs(plan.jacobian, side, side, is_diagonal=False)
         return cls(samples, factors, everything - factors, one)
