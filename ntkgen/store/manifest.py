@@ -65,7 +65,7 @@ class Manifest:
 
     @property
     def output(self) -> str:
-        """The output map; an imported kernel has all outputs."""
+        """Name of the output map. It is `full` for an imported kernel."""
         return str(self.identity.get("output", "full"))
 
     @property
