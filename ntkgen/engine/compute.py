@@ -75,7 +75,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         store: Store to create or to continue: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
         labels: One integer per sample, stored beside the kernel. The default is -1.
         output: Output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
-        precision: Precision policy: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
+        precision: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
         dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
         layout: ``upper`` stores one triangle, and ``full`` stores both. ``auto`` stores both up to 10 GB.
         tile_side: Number of rows of a tile, a multiple of the number of outputs. None chooses a suitable one.
@@ -88,8 +88,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         report: Function that is called with the stage, the amount done and the total amount.
 
     Raises:
-        InputError: If there is no sample, if samples are not numbers, or if an option has an unknown value.
-        ShapeError: If labels or samples do not fit each other.
+        InputError: If samples are missing or not numbers, do not fit each other, or an option has an unknown value.
         FingerprintError: If parameters, samples or settings differ from those of the store.
         BudgetError: If the memory is too small.
         ModelError: If the kernel of this network is not defined.
