@@ -420,6 +420,14 @@ def test_the_commands_of_the_page_ask_the_same_again(run, without_pictures, tmp_
         assert set(QUESTIONS_ASKED[question]) <= {*command, "--top", "3"}, command
 
 
+def test_new_answers_have_the_settings_that_the_saved_ones_have(tmp_path):
+    store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, num_outputs=3)
+    matrix = open_matrix(store)
+    new, saved = ({name: kept.asked for name, kept in gather(matrix).found.items()} for _ in range(2))
+    assert new == saved
+    assert new["flow"]["num_modes"] == matrix.num_rows
+
+
 def test_a_store_that_says_how_long_it_was_trained_needs_no_checkpoint(tmp_path):
     provenance = {**PROVENANCE, "num_epochs": 30, "target_accuracy": 80.0, "raw_images": True, "against": None}
     store, _ = fill_store(tmp_path / "k.zarr", labels=LABELS, provenance=provenance)

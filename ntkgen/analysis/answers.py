@@ -76,12 +76,19 @@ def gather(
             continue
         try:
             _require_small(matrix, question, memory_bytes)
-            found[question] = Kept(_COMPUTING[question](matrix, memory_bytes, report), {})
+            found[question] = _as_saved(matrix, _COMPUTING[question](matrix, memory_bytes, report))
         except NtkgenError as error:
             if best is None or not _is_drawable(best.answer):
                 found.pop(question, None)
                 lacking[question] = str(error)
     return Answers(matrix, found, lacking)
+
+
+def _as_saved(matrix: Matrix, answer: Answer) -> Kept[Answer]:
+    """Find a new answer among the saved ones, which have its settings. An answer that was not saved has none."""
+    values = answer.to_keep()
+    saved = (kept for kept in kept_answers(matrix, [type(answer)]) if kept.answer.to_keep() == values)
+    return Kept(answer, next((kept.asked for kept in saved), {}))
 
 
 def compare_all(
