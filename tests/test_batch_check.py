@@ -125,7 +125,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("output", ["full", "trace"])
 @pytest.mark.parametrize("name", OTHERWISE_LATER)
 def test_a_network_that_treats_later_samples_otherwise_has_the_exact_kernel(name, output, monkeypatch):
-    monkeypatch.setattr(dense, "BATCH_SIZE", 4)
+    monkeypatch.setattr(dense, "batch_size_for", lambda _: 4)
     model, x = made(name)
     expected = reference_ntk(model, x)
     if output == "trace":

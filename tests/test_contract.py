@@ -606,7 +606,7 @@ def test_does_not_depend_on_how_the_work_is_cut(name, monkeypatch):
     size = dense.plan_ntk(case.module, case.x).jacobian.factor_bytes
     for block, batch_size in ((1, 1), (1, 2), (2, 1), (3, 2)):
         monkeypatch.setattr(dense, "BLOCK_BYTES", block * size)
-        monkeypatch.setattr(dense, "BATCH_SIZE", batch_size)
+        monkeypatch.setattr(dense, "batch_size_for", lambda _, size=batch_size: size)
         computed.clear()
         pieces = ntkgen.ntk(case.module, case.x)
         assert max(computed)[0] == min(block, len(case.x))

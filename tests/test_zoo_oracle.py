@@ -129,7 +129,7 @@ def test_neither_blocks_nor_batches_nor_threads_change_a_smooth_network(name, mo
 @pytest.mark.numeric
 def test_blocks_do_not_change_a_network_with_kinks_whose_batches_stay_the_same(name, monkeypatch):
     """In batches of another size a ReLU may flip, which changes the network itself: as it does for plain autograd."""
-    monkeypatch.setattr(dense, "BATCH_SIZE", 1)
+    monkeypatch.setattr(dense, "batch_size_for", lambda _: 1)
     model, x = settled(network(name)), noise(2, seed=1)
     whole = ntkgen.ntk(model, x)
     assert cut_error(cut_into_single_samples(model, x, monkeypatch), whole) <= 1e-5

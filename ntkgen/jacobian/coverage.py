@@ -25,6 +25,8 @@ SCALE_FLOOR = 1e-3
 # of the whole matrix costs as much as a backward pass. With two vectors, a wrong matrix of rank one is missed
 # once in a million times.
 NUM_DIRECTIONS = 2
+# Maximum number of parameters whose gradients are computed and compared together.
+SMALL_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,25 @@ class Claim:
     value: Tensor  # (parameter,), or (groups, channels, directions)
     directions: Tensor | None = None  # (groups, inputs, directions)
 
+    def difference(self, grad: Tensor) -> Tensor | None:
+        """Subtract autograd's gradient, or its product with the directions; None if the shapes do not fit."""
+        expected = grad.flatten()
+        if self.directions is not None:
+            groups, channels, _ = self.value.shape
+            expected = grad.reshape(groups, channels, -1) @ self.directions
+        return self.value - expected if self.value.shape == expected.shape else None
+
+    @property
+    def norm_factor(self) -> float:
+        """Expected norm of the products of a gradient with the directions, divided by the norm of the gradient."""
+        return 1.0 if self.directions is None else math.sqrt(self.directions.shape[2])
+
     def compare(self, grad: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the norm of the difference from autograd's gradient, and the norm of autograd's gradient."""
         if grad is None:
             return self.value.norm(), torch.zeros_like(self.value.norm())
-        expected, norm = grad.flatten(), grad.norm()
-        if self.directions is not None:
-            groups, channels, _ = self.value.shape
-            expected = grad.reshape(groups, channels, -1) @ self.directions
-            norm = norm * math.sqrt(self.directions.shape[2])
-        if self.value.shape != expected.shape:
-            return torch.full_like(norm, torch.inf), norm
-        return (self.value - expected).norm(), norm
+        difference, norm = self.difference(grad), grad.norm() * self.norm_factor
+        return (torch.full_like(norm, torch.inf) if difference is None else difference.norm()), norm
 
 
 def draw_weights(outputs: Tensor, count: int) -> Tensor:  # (samples, outputs)
@@ -91,10 +100,39 @@ def hold_against_autograd(
     claims: Mapping[str, Claim],
     tolerance: float,
 ) -> Findings:
-    """Compare the claims with the gradients of Σ w f with respect to some parameters, and free the graph.
+    """Compare the claims with the gradients of Σ w f with respect to some parameters, and free the graph."""
+    if not outputs.requires_grad or not params:
+        compared = {name: claim.compare(None) for name, claim in claims.items()}
+        return Findings(frozenset(), frozenset(_exceeding(compared, tolerance)))
+    is_small = sum(param.numel() for param in params.values()) <= SMALL_NUMBERS
+    reached, compared = (_compare_together if is_small else _compare_one_by_one)(
+        weighted_sum(outputs, weights), params, claims
+    )
+    compared |= {name: claim.compare(None) for name, claim in claims.items() if name not in compared}
+    return Findings(frozenset(reached), frozenset(_exceeding(compared, tolerance)))
 
-    All gradients together are as large as the network. Each is therefore freed directly after its comparison.
-    """
+
+def _compare_together(
+    target: Tensor, params: Mapping[str, nn.Parameter], claims: Mapping[str, Claim]
+) -> tuple[set[str], dict[str, tuple[Tensor, Tensor]]]:
+    """Compute all gradients, and compare them in a few calls. A small network spends most of its time on calls."""
+    found = torch.autograd.grad(target, list(params.values()), allow_unused=True)
+    grads = {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
+    differences = {name: claims[name].difference(grads[name]) for name in grads if name in claims}
+    fitting = {name: difference for name, difference in differences.items() if difference is not None}
+    compared = {name: claims[name].compare(grads[name]) for name in differences.keys() - fitting.keys()}
+    if fitting:
+        errors = torch._foreach_norm(list(fitting.values()))
+        norms = torch._foreach_norm([grads[name] for name in fitting])
+        for name, error, norm in zip(fitting, errors, norms, strict=True):
+            compared[name] = error, norm * claims[name].norm_factor
+    return set(grads), compared
+
+
+def _compare_one_by_one(
+    target: Tensor, params: Mapping[str, nn.Parameter], claims: Mapping[str, Claim]
+) -> tuple[set[str], dict[str, tuple[Tensor, Tensor]]]:
+    """Compare each gradient as soon as autograd has it, and free it. All together are as large as the network."""
     compared: dict[str, tuple[Tensor, Tensor]] = {}
     reached = set()
     with ExitStack() as stack:
@@ -107,10 +145,8 @@ def hold_against_autograd(
                 param.grad = None
 
             stack.callback(param.register_post_accumulate_grad_hook(compare).remove)
-        if outputs.requires_grad and params:
-            weighted_sum(outputs, weights).backward(inputs=list(params.values()))
-    compared |= {name: claim.compare(None) for name, claim in claims.items() if name not in compared}
-    return Findings(frozenset(reached), frozenset(_exceeding(compared, tolerance)))
+        target.backward(inputs=list(params.values()))
+    return reached, compared
 
 
 def _exceeding(compared: Mapping[str, tuple[Tensor, Tensor]], tolerance: float) -> Iterator[str]:
