@@ -1,6 +1,6 @@
 """Large empirical neural tangent kernels: exact, fast, resumable.
 
-The public names load what they need when they are first used, so that reading a stored kernel never imports torch.
+Each public name imports its modules when it is first used. Reading a stored kernel therefore never imports torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,8 @@
 """The exceptions that a caller may want to catch.
 
 Every message has four parts: what is wrong, what was expected and found, the likely cause, and what to do. Every error
-is also a built-in exception, so that for example ``except ValueError`` works without this module.
+is a subclass of a built-in exception. For example, ``except ValueError`` catches an `InputError` without an import of
+this module.
 """
 
 import difflib
@@ -77,7 +78,7 @@ class RuleError(ModelError):
 
 
 class FingerprintError(InputError):
-    """A stored result has other parameters, other data or other settings."""
+    """A stored result was computed from other parameters, other data or other settings."""
 
 
 class PlanError(InputError):
@@ -123,11 +124,11 @@ class DivergedError(NtkgenError, FloatingPointError):
 
 
 class NotPositiveError(NtkgenError, ArithmeticError):
-    """A kernel that should be positive definite is not, to the accuracy of its numbers."""
+    """A kernel is not positive definite within the accuracy of its numbers, but the computation needs it to be."""
 
 
 class InaccurateKernelError(NtkgenError, ArithmeticError):
-    """A finished kernel differs from the exact one by more than its precision policy explains. Its store is kept."""
+    """The error of a finished kernel is larger than its precision allows. Its store is kept."""
 
 
 class InaccurateKernelWarning(UserWarning):

@@ -1,7 +1,7 @@
-"""From a stored kernel to an answer, on kernels larger than memory and on machines without torch.
+"""Analysis of stored kernels without torch, also of kernels that are larger than memory.
 
-Each question is a function of a matrix: `answer = question(matrix, Settings(...), report=…)`. The public names load
-what they need when they are first used.
+Each question is a function of a matrix: `answer = question(matrix, Settings(...), report=…)`. Each public name imports
+its modules when it is first used.
 """
 
 from typing import TYPE_CHECKING

@@ -24,7 +24,7 @@ class AlignSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class AlignAnswer(Answer):
-    """Alignments of a kernel with its labels, each from −1 to 1; an alignment is None where a norm is zero.
+    """Alignments of a kernel with its labels, each from −1 to 1, or None if a norm is zero.
 
     Attributes:
         alignment: Alignment of the whole kernel with the labels.
@@ -107,10 +107,11 @@ def align(matrix: Matrix, settings: AlignSettings | None = None, *, report: Repo
     kernel does not change it. The whole kernel has one row per sample and output, and y has one entry per row. The
     alignment of output a is that of its own n × n kernel with column a of the one-hot labels.
 
-    A trace kernel has one row per sample and serves for every output. Its alignment as a whole is that with Y Yᵀ, whose
-    entries are 1 for two samples of the same class and 0 otherwise. An alignment is None where a norm is zero.
+    A trace kernel has one row per sample and is used for every output. Its alignment as a whole is the alignment with Y
+    Yᵀ. The entries of Y Yᵀ are 1 for two samples of the same class and 0 otherwise. An alignment is None if a norm is
+    zero.
 
-    Costs 4 · rows² · m FLOPs. Holds four tiles in memory.
+    The computation costs 4 · rows² · m FLOPs and holds four tiles in memory.
 
     References:
         Cristianini, Shawe-Taylor, Elisseeff, Kandola (2001), On kernel-target alignment.

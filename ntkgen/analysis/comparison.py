@@ -74,15 +74,15 @@ class CompareAnswer(Answer):
     """Differences between two kernels K and L; K, the first one, is the reference.
 
     Attributes:
-        distance: 1 − ⟨K, L⟩ / (‖K‖ ‖L‖); None where one of the kernels is zero.
-        centered_alignment: Linear CKA (centred kernel alignment); None where one of the kernels is constant.
+        distance: 1 − ⟨K, L⟩ / (‖K‖ ‖L‖); None if one of the kernels is zero.
+        centered_alignment: Linear CKA (centred kernel alignment); None if one of the kernels is constant.
         principal_angles: Principal angles between the spaces of the top eigenvectors in radians, in descending order.
         angle_error: Upper bound on the error of each principal angle in radians.
         eigenvalues: Largest eigenvalues of L, in descending order.
         reference_eigenvalues: Largest eigenvalues of K, in descending order.
-        eigenvalue_ratios: Eigenvalues of L divided by those of K; None where that of K is not positive.
-        gaps: Gap of K and gap of L below the top eigenvalues, each relative to the last of them; None where the top
-            eigenvalues are all there are.
+        eigenvalue_ratios: Eigenvalues of L divided by those of K; None if the eigenvalue of K is not positive.
+        gaps: Gap of K and gap of L below the top eigenvalues, each relative to the last of them; None if the matrix has
+            no other eigenvalues.
         cost: Errors of the less precise kernel; None unless both are of one network in two precisions.
         samples: Number of samples that the kernels share.
         samples_are_known: Whether both stores record the fingerprint of their samples.
@@ -121,14 +121,15 @@ def compare(
 ) -> CompareAnswer:
     """Compare the kernel K of one store with the kernel L of another store that has the same rows.
 
-    The distance is 1 − ⟨K, L⟩ / (‖K‖ ‖L‖) with the Frobenius inner product. It is 0 where L is a positive multiple of
-    K. The centred alignment is ⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖) with H = I − 1 1ᵀ / N. It is linear CKA with rows in
-    place of samples, and 1 where L is a positive multiple of K plus a constant. Both numbers come from one pass over
+    The distance is 1 − ⟨K, L⟩ / (‖K‖ ‖L‖) with the Frobenius inner product. It is 0 if L is a positive multiple of K.
+    The centred alignment is ⟨H K H, H L H⟩ / (‖H K H‖ ‖H L H‖) with H = I − 1 1ᵀ / N. This is linear CKA with rows in
+    place of samples. It is 1 if L is a positive multiple of K plus a constant. Both numbers come from one pass over
     both kernels.
 
-    The principal angles are those between the spaces that the eigenvectors with the ``top`` largest eigenvalues span.
-    Their error bound is 0 where LAPACK computes the eigenvectors. The angles mean little where the gap below these
-    eigenvalues, λ_k − λ_k₊₁, is small. The eigenvalue ratios are the eigenvalues of L divided by those of K.
+    The principal angles are the angles between two spaces. Each space is spanned by the eigenvectors of the ``top``
+    largest eigenvalues of one kernel. The error bound of the angles is 0 if LAPACK computes the eigenvectors. The
+    angles mean little if the gap below these eigenvalues, λ_k − λ_k₊₁ for k = ``top``, is small. The eigenvalue ratios
+    are the eigenvalues of L divided by those of K.
 
     If both kernels are of one network in two precisions, the answer also has the errors of the less precise one
     (`_cost`). If the stores have tiles of different sizes, the smaller tiles may be read more than once.

@@ -60,7 +60,7 @@ class LogdetAnswer(Answer):
         shift: Shift λ that was added to the diagonal.
         logdet_per_row: Log-determinant divided by the number of rows, in nats.
         inertia: Numbers of positive and of negative eigenvalues of K + λI.
-        smallest_pivot: Smallest magnitude of a pivot.
+        smallest_pivot: Smallest absolute value of a pivot.
         tile_rows: Number of rows of a tile of the factor.
         panel_rows: Number of columns of a panel, the part of the factor that is held in memory.
         panels: Number of panels.
@@ -70,14 +70,15 @@ class LogdetAnswer(Answer):
         gflops: Speed of the factorisation by this process in GFLOP/s; None if the factor was complete before.
         error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
         prefixes: Log-determinants of the leading blocks in nats; None unless the settings ask for them.
-        prefix_rows: Numbers of rows of these blocks. They are all numbers of rows if all pivots are positive, and
-            otherwise those at which a tile ends.
+        prefix_rows: Numbers of rows of these blocks. If all pivots are positive, there is a block for every number of
+            rows. Otherwise there are only the blocks that end where a tile of the factor ends.
         prefix_signs: Signs of the determinants of these blocks.
-        max_factor: Largest |L| of the factorisation L D Lᵀ; this and the next two only if ``indefinite`` was set.
+        max_factor: Largest |L| of the factorisation L D Lᵀ. This and the next two fields are None unless ``indefinite``
+            was set.
         growth: max |L|² / max |(K + λI)_ii|, which is at most 1 for a positive definite matrix.
         residual: Largest ‖(K + λI − LDLᵀ)v‖ / ‖(K + λI)v‖ over a few random vectors v.
         smallest_eigenvalue_bound: Upper bound on the smallest eigenvalue of K + λI; None if a pivot is negative.
-        warnings: Sentences on limits of the result, such as an error that may exceed the smallest eigenvalue.
+        warnings: Warnings about the result, for example that the error may exceed the smallest eigenvalue.
     """
 
     logdet: float
@@ -123,12 +124,12 @@ class LogdetAnswer(Answer):
 def logdet(matrix: Matrix, settings: LogdetSettings | None = None, *, report: Report = ignore_report) -> LogdetAnswer:
     """Compute log |det(K + λI)| and its sign from a Cholesky factor on disk.
 
-    With ``indefinite`` in the settings, the factorisation is L D Lᵀ, and negative eigenvalues are allowed. Costs N³/3
-    FLOPs; see `factored`.
+    With ``indefinite`` in the settings, the factorisation is L D Lᵀ, and negative eigenvalues are allowed. The
+    factorisation costs N³/3 FLOPs (see `factored`).
 
     Raises:
-        NotPositiveError: If a pivot is not positive although ``indefinite`` is not set, or if the residual of L D Lᵀ
-            is too large.
+        NotPositiveError: If a pivot is not positive and ``indefinite`` is not set, or if the residual of L D Lᵀ is too
+            large.
     """
     settings = settings or LogdetSettings()
     keeping = dataclasses.replace(settings, keep=True)

@@ -35,8 +35,8 @@ class DensitySettings(Settings):
     """Settings of `density`.
 
     Attributes:
-        passes: Number of passes over the stored tiles when not all eigenvalues can be computed in memory.
-        bandwidth: Standard deviation, in decades, of the Gaussian that stands for each eigenvalue.
+        passes: Number of passes over the stored tiles if the matrix does not fit in memory.
+        bandwidth: Standard deviation, in decades, of the Gaussian that replaces each eigenvalue.
     """
 
     passes: int = defaults.DENSITY_PASSES
@@ -81,11 +81,11 @@ def density(
 ) -> DensityAnswer:
     """Compute the density of log₁₀ λ: the fraction of the eigenvalues per decade.
 
-    Each eigenvalue counts as a Gaussian on the logarithmic axis. If the matrix fits in memory, the density is that of
-    all eigenvalues. Otherwise it comes from stochastic Lanczos quadrature, in the given number of passes and with as
+    Each eigenvalue is replaced by a Gaussian on the logarithmic axis. If the matrix fits in memory, the density is that
+    of all eigenvalues. Otherwise it comes from stochastic Lanczos quadrature, in the given number of passes and with as
     many Gaussian probe vectors as fit in memory. The quadrature finds large eigenvalues as single nodes. Small
-    eigenvalues are resolved only above ``resolved_above``: below it neighbouring nodes are too far apart, and each node
-    stands for eigenvalues somewhere around it.
+    eigenvalues are resolved only above ``resolved_above``. Below this value, neighbouring nodes are too far apart, and
+    each node represents many eigenvalues near it.
 
     Raises:
         InputError: If a setting is out of range.

@@ -80,7 +80,7 @@ class SpectrumAnswer(Answer):
         residual_bounds: Upper bound on the distance of each value to the nearest eigenvalue of the stored kernel.
         error_bounds: Upper bound on the error of each eigenvalue; see `krylov.measure`.
         is_converged: Whether the eigenvalues meet the tolerance.
-        is_proven: Whether the error bounds are proven. Otherwise they rest on an extrapolation.
+        is_proven: Whether the error bounds are proven. Otherwise they are based on an extrapolation.
         trace: Trace of the kernel.
         frobenius_norm: Frobenius norm of the kernel, ‖K‖_F.
         participation_ratio: Participation ratio of the eigenvalues.
@@ -95,7 +95,7 @@ class SpectrumAnswer(Answer):
         error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
         num_above_error: Number of computed eigenvalues above ``error_norm``; None without a certificate.
         passes: Number of passes over the stored tiles.
-        not_positive: Reason why the smallest eigenvalue could not be computed out of core; None if there is none.
+        not_positive: Reason why the smallest eigenvalue could not be computed out of core; None otherwise.
     """
 
     method: str
@@ -124,7 +124,7 @@ class SpectrumAnswer(Answer):
     QUESTION: ClassVar[str] = "spectrum"
 
     def first(self, top: int | None) -> "SpectrumAnswer":
-        """Return the answer with its lists cut to the ``top`` first entries."""
+        """Return the answer with only the first ``top`` entries of its lists."""
         return dataclasses.replace(
             self,
             eigenvalues=self.eigenvalues[:top],

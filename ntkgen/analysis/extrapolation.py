@@ -161,29 +161,29 @@ class ExtrapolateAnswer(Answer):
         logdet_per_row: Predicted log-determinant divided by the number of rows, in nats.
         nu: Exponent ν: adding the x-th sample multiplies the determinant by about x^−ν.
         nu_per_output: ν divided by the number of outputs.
-        coefficients: Coefficients of the law by the names of its terms.
-        column_scales: Norms of the weighted columns of the basis by the names of the terms.
+        coefficients: Coefficients of the law, by the names of its terms.
+        column_scales: Norms of the weighted columns of the fit, by the names of their terms.
         condition: Condition number of the fit.
         q: Number of terms ln x!/xⁱ.
         powers: Number of terms x⁻ⁱ.
         alpha: Exponent α of the weights x^−α.
-        burn_in: Number of samples up to which prefixes were ignored.
+        burn_in: Number of samples; leading blocks of at most this size were ignored.
         unit: Unit of x.
         num_outputs: Number of rows per sample.
         prefixes_used: Number of leading blocks that were fitted.
         fitted_from: Number of samples of the smallest fitted block.
         fitted_to: Number of samples of the largest fitted block.
         rms_residual: Root mean square residual of the fit in nats.
-        holdout_logdet: Log-determinant that the second fit predicts, in nats. This and the other ``holdout_`` fields
-            are None if no block was held out.
-        holdout: Number of leading blocks, the last ones, that the second fit leaves out.
+        holdout_logdet: Log-determinant of the last block in nats, predicted by a second fit that leaves out the last
+            leading blocks. This and the other ``holdout_`` fields are None if no block was held out.
+        holdout: Number of the last leading blocks that the second fit leaves out.
         holdout_from: Number of samples of the first block that was held out.
         holdout_error: Error of the second fit on the last block in nats.
         holdout_error_relative: The same error relative to the log-determinant of the last block.
         holdout_error_per_row: Largest error of the second fit on a held-out block, divided by the block's number of
             rows, in nats.
         shift: Shift λ that was added to the diagonal.
-        warnings: Sentences on limits of the prediction and of the log-determinants that it is fitted to.
+        warnings: Warnings about the prediction, and about the log-determinants that it is fitted to.
     """
 
     to: int
@@ -229,12 +229,12 @@ class ExtrapolateAnswer(Answer):
 
 
 def extrapolate(matrix: Matrix, settings: ExtrapolateSettings, *, report: Report = ignore_report) -> ExtrapolateAnswer:
-    """Predict the log-determinant of the kernel of more samples from those of the leading blocks of this kernel.
+    """Predict the log-determinant of a kernel of more samples from the log-determinants of leading blocks.
 
     With x samples of m outputs, the law is log det K_x = −ν ln x! + c₁ x + c₀ + Σᵢ bᵢ ln x!/xⁱ + Σᵢ aᵢ x⁻ⁱ. Adding the
     x-th sample then multiplies the determinant by about x^−ν. The samples must be in random order. The law predicts the
-    trend, without the fluctuations from sample to sample. Its error is measured on the last prefixes, with a second fit
-    that leaves them out.
+    trend, without the fluctuations from sample to sample. Its error is measured on the last leading blocks, with a
+    second fit that leaves them out.
 
     References:
         Ameli, van der Heide, Hodgkinson, Roosta, Mahoney (2025), arXiv:2503.04424.

@@ -56,8 +56,8 @@ class FlowAnswer(Answer):
         train_loss: Loss on the training samples at each time.
         train_accuracy: Fraction of the training samples that are classified correctly at each time.
         error_bounds: Upper bound on the error of the outputs at each time, relative to ‖y − f₀‖; None if not known.
-        eigenvalues: Eigenvalues of the first modes in descending order. They, ``learning_times``, ``energies`` and
-            ``energy_of_others`` are None for the cross-entropy.
+        eigenvalues: Eigenvalues of the first modes in descending order. For the cross-entropy, this field and
+            ``learning_times``, ``energies`` and ``energy_of_others`` are None.
         learning_times: Time after which each mode is learned; None for a mode with the eigenvalue zero.
         energies: Fraction of ‖y − f₀‖² in each mode.
         energy_of_others: Fraction of ‖y − f₀‖² in all other modes.
@@ -69,8 +69,10 @@ class FlowAnswer(Answer):
         samples: Number of training samples.
         passes: Number of passes over the stored tiles.
         test_store: Path of the store with the test samples; None without one.
-        test_accuracy: Fraction of the test samples that are classified correctly at each time; None without a store.
-        test_error: Mean squared error on the test samples at each time; None without a store and for the cross-entropy.
+        test_accuracy: Fraction of the test samples that are classified correctly at each time; None without test
+            samples.
+        test_error: Mean squared error on the test samples at each time; None without test samples and for the
+            cross-entropy.
         method: Method that computed the flow: ``eigh`` (eigendecomposition), ``krylov`` (Krylov space) or ``ode``
             (numerical integration).
     """
@@ -108,12 +110,12 @@ def flow(matrix: Matrix, settings: FlowSettings | None = None, *, report: Report
         f_t = y + exp(−η K t / c) (f₀ − y).
 
     Mode k of the kernel, with the eigenvalue λₖ and the eigenvector uₖ, is learned after the time τₖ = c / (η λₖ). Its
-    energy is the fraction of y − f₀ in it, (uₖᵀ (y − f₀))² / ‖y − f₀‖². Negative eigenvalues count as zero.
+    energy is the fraction of ‖y − f₀‖² in this mode, (uₖᵀ (y − f₀))² / ‖y − f₀‖². Negative eigenvalues count as zero.
 
     For the squared loss the flow comes from an eigendecomposition if that fits in memory. Otherwise it is computed in a
     Krylov space of y − f₀, from products with the stored tiles, with an error bound at each time. For the cross-entropy
     the differential equation is integrated numerically (DOP853), which needs the matrix in memory. A trace kernel is
-    divided by the number m of outputs and then serves for each output separately.
+    divided by the number m of outputs and is then used for each output separately.
 
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §5.
@@ -122,7 +124,7 @@ def flow(matrix: Matrix, settings: FlowSettings | None = None, *, report: Report
 
     Raises:
         InputError: If the store has no labels, if a setting is out of range, or if the cross-entropy is requested for a
-            kernel of one logit only.
+            kernel of a single logit.
         BudgetError: If the memory limit is too small.
     """
     settings = settings or FlowSettings()

@@ -1,4 +1,4 @@
-"""A stored kernel as a symmetric matrix in float64 that is read in parts, with a count of the tiles that were read."""
+"""A stored kernel as a symmetric matrix in float64, which is read in parts and counts the tiles that were read."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ Part = Callable[["Matrix", FloatArray, Sequence[Tile], Step], Arrays]
 
 @dataclass
 class Matrix:
-    """A symmetric kernel, or its largest complete leading part, read from the one triangle that is stored.
+    """A symmetric kernel, or its largest complete leading part, which is read from one stored triangle.
 
     Attributes:
         store: The store that holds the kernel.
@@ -119,9 +119,10 @@ class Matrix:
         return self.fold(_multiply, np.asarray(V, dtype=np.float64), step=step)[0]
 
     def fold(self, part: Part, V: FloatArray, *, step: Step = ignore_step) -> Arrays:
-        """Sum the arrays that ``part`` computes from the tiles of one triangle and from vectors, in one pass.
+        """Apply ``part`` to all tiles of one triangle and to vectors, in one pass, and sum the resulting arrays.
 
-        On a cluster each worker treats some of the tiles. The sums then differ by rounding from those of one process.
+        On a cluster, each worker processes some of the tiles. The sums then differ by rounding errors from the sums of
+        a single process.
         """
         tiles = tiles_of(self)
         if self.client is None:
@@ -136,16 +137,16 @@ class Matrix:
         return _matrix_of(store, self.dtype, self.output, self.num_rows)
 
     def block(self, rows: slice, cols: slice) -> FloatArray:
-        """Read a part of the matrix as true (unscaled) values in float64."""
+        """Read a part of the matrix in float64."""
         self.tiles_read += len(self._spanned(rows)) * len(self._spanned(cols))
         return np.asarray(self.view[rows, cols], dtype=np.float64)
 
     def tiles(
         self, tiles: Sequence[Tile] | None = None, *, step: Step = ignore_step
     ) -> Iterator[tuple[slice, slice, FloatArray]]:
-        """Read each tile of one triangle once, row by row, as true (unscaled) values in float64.
+        """Read each tile of one triangle once, row by row, in float64.
 
-        Threads read the next tiles in the meantime. Holds four tiles in memory.
+        Threads read the next tiles in the meantime. At most four tiles are in memory.
 
         Raises:
             StoreError: If a tile is missing, damaged or not finite. The message names the tile.
@@ -168,7 +169,7 @@ class Matrix:
             yield self._span(row), self._span(col), values
 
     def dense(self, *, step: Step = ignore_step) -> FloatArray:  # (rows, rows), in Fortran order
-        """Read the whole matrix, both triangles, in Fortran order, which LAPACK overwrites without a copy."""
+        """Read both triangles into one matrix in Fortran order, which LAPACK can overwrite without a copy."""
         values = np.empty((self.num_rows, self.num_rows), order="F")
         for rows, cols, tile in self.tiles(step=step):
             values[rows, cols] = tile
@@ -207,7 +208,7 @@ def open_matrix(
             Factorisations, by LAPACK or tile by tile, run in this process.
 
     Raises:
-        StoreError: If tiles are missing although ``allow_partial`` is not set, or if no leading part is complete.
+        StoreError: If tiles are missing and ``allow_partial`` is not set, or if no leading part is complete.
         InputError: If the kernel is rectangular.
     """
     if not store.grid.is_symmetric:
@@ -243,7 +244,7 @@ def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
     """Count the rows of the largest leading part without missing tiles.
 
     Raises:
-        StoreError: If tiles are missing although ``allow_partial`` is not set, or if no leading part is complete.
+        StoreError: If tiles are missing and ``allow_partial`` is not set, or if no leading part is complete.
     """
     missing, grid = store.missing_tiles(), store.grid
     if not missing:
@@ -289,7 +290,7 @@ def memory_left(memory_bytes: int | None) -> int:
 
 
 def require_memory(what: str, needed_bytes: int, memory_bytes: int | None) -> None:
-    """Refuse a computation that needs more memory than a limit for the whole process leaves.
+    """Refuse a computation that needs more memory than `memory_left` returns.
 
     Raises:
         BudgetError: If the memory is too small.

@@ -218,13 +218,15 @@ class RegressAnswer(Answer):
         loo_error: Mean squared leave-one-out error; None if it is not known.
         gcv: Generalised cross-validation score.
         train_accuracy: Fraction of the training samples that are classified correctly.
-        loo_accuracy: Fraction of the samples that the fit without them classifies correctly; None if it is not known.
+        loo_accuracy: Fraction of the samples that are classified correctly by the fit without this sample; None if it
+            is not known.
         gcv_standard_error: Standard error of the cross-validation score; 0 if the trace is exact.
-        residual_bounds: Norm of the residual of the linear system relative to its right side; 0 for direct methods.
+        residual_bounds: Norm of the residual of the linear system, relative to the norm of its right-hand side; 0 for
+            direct methods.
         output: Name of the output map that the kernel was computed with.
         samples: Number of training samples.
-        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store (its measured error
-            bound), in units of the kernel of the regression; None without a certificate.
+        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store, in units of the kernel
+            that the regression uses; None without a certificate.
         passes: Number of passes over the stored tiles.
         test_accuracy: Fraction of the test samples that are classified correctly; None without test samples.
         test_error: Mean squared error on the test samples; None without test samples.
@@ -260,16 +262,16 @@ def regress(
     """Fit the one-hot labels by kernel ridge regression for each λ, and estimate the error on unseen samples.
 
     The fit is f(x) = f₀(x) + K(x, X) α with α = G (y − f₀) and G = (K + λI)⁻¹. The kernel has one row per sample and
-    output. A trace kernel has one row per sample; it is divided by the number m of outputs and serves for all outputs.
-    λ is in units of the kernel.
+    output. A trace kernel has one row per sample. It is divided by the number m of outputs and is then used for all
+    outputs. λ is in units of the kernel.
 
-    Errors are mean squares over the entries of y. The training error is that of the residual y − f = λα. The
-    leave-one-out error is that of (Gᵢᵢ)⁻¹ αᵢ, where Gᵢᵢ is the m × m block of all outputs of sample i. The generalised
-    cross-validation score is N⁻¹ ‖λα‖² / (N⁻¹ tr λG)².
+    Errors are mean squares over the entries of y. The training error is the mean square of the residual y − f = λα. The
+    leave-one-out error is the mean square of (Gᵢᵢ)⁻¹ αᵢ, where Gᵢᵢ is the m × m block of all outputs of sample i. The
+    generalised cross-validation score is N⁻¹ ‖λα‖² / (N⁻¹ tr λG)².
 
-    If memory allows, one eigendecomposition serves all λ (24 rows² bytes). With less memory, or for a single λ, each λ
-    takes one Cholesky factorisation (8 rows² bytes). Otherwise conjugate gradients compute α with its residual, and
-    estimate tr G with a standard error. The leave-one-out error is then not known.
+    If memory allows, one eigendecomposition is used for all λ (24 rows² bytes). With less memory, or for a single λ,
+    each λ takes one Cholesky factorisation (8 rows² bytes). Otherwise conjugate gradients compute α with its residual,
+    and estimate tr G with a standard error. The leave-one-out error is then not known.
 
     References:
         Golub, Heath, Wahba (1979), Generalized cross-validation as a method for choosing a good ridge parameter.

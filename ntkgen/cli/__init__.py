@@ -35,7 +35,7 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(ntkgen.__version__, prog_name="ntkgen")
 def cli() -> None:
-    """Compute large empirical neural tangent kernels, K = J Jᵀ, exactly and resumably.
+    """Compute large empirical neural tangent kernels, K = J Jᵀ, exactly. A computation can be resumed.
 
     A first example: ntkgen compute --models lenet --dataset digits --subsample 500
 

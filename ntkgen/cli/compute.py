@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @training_options
-@click.option("--subsample", type=int, help="Number of samples of the kernel, the first of the data set [all].")
+@click.option("--subsample", type=int, help="Number of samples: the first ones of the data set [all].")
 @click.option(
     "--against", type=click.Choice(["test"]), help="Take the samples of the test split as columns [those of the rows]."
 )
-@click.option("--against-subsample", type=int, help="Number of samples of the columns, the first of the split [all].")
+@click.option(
+    "--against-subsample", type=int, help="Number of samples of the columns: the first ones of the split [all]."
+)
 @click.option(
     "--output",
     default=KernelSpec.output,
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
     metavar="MAP",
     help="Output map: full, sum, centered, index:K, trace or diagonal. See `ntkgen manual computing`.",
 )
-@click.option("--shuffle-seed", type=SEED, help="Seed of a random order of the samples [data set's order].")
+@click.option("--shuffle-seed", type=SEED, help="Seed of a random order of the samples [order of the data set].")
 @click.option(
     "--precision",
     default=KernelSpec.precision,
@@ -68,15 +70,13 @@ if TYPE_CHECKING:
     help="Store one triangle (upper) or both (full). auto stores both up to 10 GB.",
 )
 @tile_option
-@memory_option("Maximum memory that the computation adds, such as 8GB [80 % of the free memory].")
-@click.option(
-    "--replan", is_flag=True, help="Continue on another kind of machine, whose tiles differ in the last bits."
-)
+@memory_option("Maximum additional memory of the computation, such as 8GB [80 % of the free memory].")
+@click.option("--replan", is_flag=True, help="Continue on another kind of machine. Its tiles differ in the last bits.")
 @click.option(
     "--certify/--no-certify",
     default=KernelSpec.certify,
     show_default=True,
-    help="Measure the error of the finished kernel, and store its bound (the certificate).",
+    help="Measure the error of the finished kernel, and store a bound on it (the certificate).",
 )
 @click.option("--workers", type=click.IntRange(min=1), help="Number of worker processes on this machine [none].")
 @scheduler_option("Compute on the workers of a running dask cluster: address or file of its scheduler.")
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     "--tile-timeout",
     "tile_seconds",
     type=POSITIVE,
-    help="Maximum seconds of a worker for one tile [from the tiles so far].",
+    help="Maximum time of a worker for one tile in seconds [estimated from finished tiles].",
 )
 @click.option("--dry-run", is_flag=True, help="Print the projected cost and time, and leave nothing behind.")
 @click.option("--explain", "explained", is_flag=True, help="Like --dry-run, with the cost of each layer.")

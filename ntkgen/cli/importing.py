@@ -30,7 +30,7 @@ ONE_OR_MORE = click.IntRange(min=1)
 @json_option()
 @quiet_option
 def import_(path: str, *, target: str | None, as_json: bool, quiet: bool, **given: Any) -> None:
-    """Import a kernel of this program's predecessor from PATH, such as ntk_float32.zarr or the raw ntk_float32.bin.
+    """Import a kernel of this program's predecessor from PATH, such as ntk_float32.zarr or ntk_float32.bin.
 
     The predecessor stored J Jᵀ / √P. The import keeps these numbers and their dtype. With --params, the new store
     records the factor √P, and `ntkgen.open` gives J Jᵀ. After an interruption, the same command continues. The files at

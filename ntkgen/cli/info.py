@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def info(path: str, *, as_json: bool) -> int:
     """Describe the kernel store at PATH: its kernel, its accuracy and its missing tiles.
 
-    The exit code is 1 if the certificate (a measured bound on its error) finds the kernel wrong.
+    The exit code is 1 if the kernel is wrong according to its certificate (a measured bound on its error).
     """
     from ntkgen.store.describe import describe
     from ntkgen.store.opening import open_store

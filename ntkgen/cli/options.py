@@ -178,7 +178,7 @@ data_dir_option = click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR, or data]."
 )
 tile_option = click.option(
-    "--tile", "tile_side", type=int, help="Rows per tile, a multiple of the outputs [from the size]."
+    "--tile", "tile_side", type=int, help="Rows per tile, a multiple of the number of outputs [chosen from the size]."
 )
 shift_option = click.option(
     "--shift", type=float, default=defaults.SHIFT, show_default=True, help="Number λ that is added to the diagonal."
@@ -207,7 +207,7 @@ recipe_options = stacked(
         "--num_epochs",
         "num_epochs",
         type=click.IntRange(min=0),
-        help=f"Maximum number of epochs [{Recipe.num_epochs}]. 0 takes the network untrained.",
+        help=f"Maximum number of epochs [{Recipe.num_epochs}]. 0 leaves the network untrained.",
     ),
     click.option(
         "--lr",

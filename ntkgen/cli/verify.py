@@ -49,15 +49,17 @@ SHOWN = 20
     type=click.IntRange(min=0),
     help="Number of random tiles to compute again [1 if that takes at most about a minute, otherwise 0].",
 )
-@click.option("--certify", "certified", is_flag=True, help="Measure the error of the kernel again and store its bound.")
+@click.option(
+    "--certify", "certified", is_flag=True, help="Measure the error of the kernel again and store a bound on it."
+)
 @data_dir_option
 @device_option("Device of the computation, as for compute.")
-@memory_option("Maximum memory that computing tiles again adds [80 % of the free memory].")
+@memory_option("Maximum additional memory for computing tiles again [80 % of the free memory].")
 @click.option(
     "--probes",
     "num_probes",
     type=int,
-    help="Number of random vectors of a certificate [10; 3 for the outputs trace and diagonal].",
+    help="Number of random vectors of a certificate [10; 3 for the output maps trace and diagonal].",
 )
 @click.option(
     "--pairs",
@@ -71,15 +73,15 @@ SHOWN = 20
 def verify(
     paths: tuple[str, ...], *, num_probes: int | None, num_pairs: int | None, as_json: bool, **options: Any
 ) -> int:
-    """Verify the kernel stores at PATH...: compare every file with its size and its checksum.
+    """Verify the kernel stores at PATH...: check the size and the checksum of every file.
 
-    The command also computes one random tile again. It needs the checkpoint beside the store and the data set for this.
+    The command also computes one random tile again. For this it needs the data set and the checkpoint beside the store.
     The tile must have the same bytes, or on another kind of machine the same numbers up to rounding. This step is
-    skipped if checkpoint or data are missing, or if it would take long. --recompute N requires it. PATH may be a URL
-    such as s3://bucket/x.zarr.
+    skipped if the checkpoint or the data are missing, or if it would take long. With --recompute N it is never skipped.
+    PATH may be a URL such as s3://bucket/x.zarr.
 
     With --repair, damaged files are removed. The same `ntkgen compute` then computes them again. With --certify, the
-    error of the kernel is measured against the exact kernel. Its bound, the certificate, is written into the store.
+    kernel is compared with the exact kernel. A bound on its error, the certificate, is written into the store.
 
     Exit codes: 0 if every store is whole, or if --repair has removed all damaged files. 1 if something is damaged,
     missing, not computed yet or wrong. 2 if a path holds no store, or if a requested step is impossible.

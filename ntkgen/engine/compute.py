@@ -69,7 +69,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
     module is copied and not changed. The computation runs on the device of the module.
 
     Args:
-        model: Module that maps (samples, …) to (samples, outputs), and whose outputs depend on one sample each.
+        model: Module that maps (samples, …) to (samples, outputs), without dependence between samples.
         inputs: Samples of the rows: a tensor, a NumPy array or nested lists of numbers.
         against: Samples of the columns. By default they are the samples of the rows.
         store: Store to create or to continue: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
@@ -88,11 +88,11 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         report: Function that is called with the stage, the amount done and the total amount.
 
     Raises:
-        InputError: If samples are missing or not numbers, do not fit each other, or an option has an unknown value.
+        InputError: If samples are missing, not numbers or inconsistent, or if an option has an unknown value.
         FingerprintError: If parameters, samples or settings differ from those of the store.
         BudgetError: If the memory is too small.
         ModelError: If the kernel of this network is not defined.
-        InaccurateKernelError: If the certificate shows errors. The store is complete and is kept.
+        InaccurateKernelError: If the certificate shows that the kernel is wrong. The store is complete and is kept.
     """
     require_plain_module(model)
     folder = _writable_folder(store, fsync=fsync)

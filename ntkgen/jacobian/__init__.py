@@ -1,6 +1,6 @@
-"""Compute the factors of a block of samples, and multiply factors to kernel tiles.
+"""Compute the factors of a block of samples, and compute kernel tiles from factors.
 
-Each public name is imported when it is first used. Planning therefore never imports torch.
+Each public name is imported when it is first used. Planning a computation therefore never imports torch.
 """
 
 from typing import TYPE_CHECKING

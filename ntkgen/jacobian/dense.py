@@ -41,7 +41,7 @@ def ntk(
     precision: str = "float32",
     orders: Sequence[Order] = (),
 ) -> Tensor:  # (n₁ m, n₂ m)
-    """Compute the empirical neural tangent kernel of two batches, K = J₁ J₂ᵀ, exactly up to rounding.
+    """Compute the empirical neural tangent kernel of two batches, K = J₁ J₂ᵀ, exact up to rounding.
 
     Rows and columns are sample-major: ``row = sample · m + output``. Without ``x2`` the kernel is that of ``x1`` with
     itself. Each pair of samples is then computed once, and the result is exactly symmetric. The module is copied and
@@ -53,8 +53,9 @@ def ntk(
         x2: The samples of the columns. By default these are the samples of the rows.
         output: The output map (`ntkgen.jacobian.outputs.output_map`). ``full``, ``sum``, ``centered`` (m - 1 contrasts)
             and ``index:K`` choose the outputs that are differentiated. ``trace`` and ``diagonal`` reduce each m × m
-            block. The shape of the result is then (n₁, n₂) or (m, n₁, n₂).
-        precision: The policy: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
+            block. The shape of the result is then (n₁, n₂) for ``trace`` and (m, n₁, n₂) for ``diagonal``.
+        precision: The precision of the computation: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or
+            ``bfloat16``.
         orders: One order of multiplication per layer with a weight matrix. By default the fastest order is chosen.
 
     References:
@@ -62,7 +63,7 @@ def ntk(
         arXiv:2206.08720, for the structure of the factors.
 
     Raises:
-        InputError: If a batch is empty, or not real numbers.
+        InputError: If a batch is empty, or does not hold real numbers.
         ShapeError: If the batches hold samples of different shapes.
         ModelError: If the kernel of this network is not defined.
         UnknownNameError: If a precision, output or order has an unknown name.

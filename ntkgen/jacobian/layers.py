@@ -34,12 +34,12 @@ def _always(_module: nn.Module) -> bool:
 class LayerRule:
     """How the parameters of one layer type appear in the Jacobian.
 
-    ``inputs`` maps the layer's input to a, of shape (samples, groups, positions, k). ``cotangents`` maps the gradient
-    of its output to g, of shape (samples, groups, positions, c). The flattened row of ``matrix`` is Σ_t g[t] ⊗ a[t],
-    group by group.
-    ``vectors`` maps each other parameter to a function of (module, input, gradient) that returns its rows
-    (samples, parameter). ``applies`` decides by the configuration of a module whether the rule holds. It is needed
-    only if a few samples might not reveal a wrong rule.
+    ``inputs`` maps the layer's input to an array a of shape (samples, groups, positions, k). ``cotangents`` maps the
+    gradient of its output to an array g of shape (samples, groups, positions, c). The Jacobian row of the parameter
+    ``matrix`` is Σ_t g[t] ⊗ a[t] for each group, flattened. ``vectors`` maps each other parameter to a function of
+    (module, input, gradient) that returns its rows (samples, parameter). ``applies`` tells whether the rule holds for
+    the configuration of a module. It is needed only if a comparison on a few samples might not reveal that the rule is
+    wrong.
     """
 
     matrix: str | None = None
@@ -221,11 +221,10 @@ RULES: dict[type[nn.Module], LayerRule] = {
 
 
 def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
-    """Apply a rule to every module of exactly this type, instead of autograd or of an earlier rule.
+    """Apply a rule to all modules of exactly this type, in place of autograd or of an earlier rule.
 
-    The rule is compared by value with autograd, for every network and parameter: on a few samples first, and then on
-    every batch. If it does not hold for a parameter, this parameter is left to autograd, which is slower and equally
-    exact.
+    For every network and parameter, the result of the rule is compared with that of autograd, first on a few samples
+    and then on every batch. If they differ, the parameter is computed by autograd, which is slower and equally exact.
 
     Args:
         module_type: The layer's class. A subclass needs its own rule, because it may compute something else.

@@ -52,8 +52,9 @@ class NTKOperator:
         shape: Rows and columns, n₁ m and n₂ m.
         dtype: The dtype of network, vectors and products.
         device: The device of the products: the module's device, or the CPU if that device has no float64.
-        push: The way in which J₁ U is computed for U = J₂ᵀ V. It is ``forward`` mode if all operations support it,
-            otherwise ``double-backward`` if that is possible, otherwise ``rows``, one backward pass per row of J.
+        push: The way in which J₁ U is computed for U = J₂ᵀ V. ``forward`` mode is used if all operations support it.
+            Otherwise it is ``double-backward`` if that is possible, and else ``rows``, which takes one backward pass
+            per row of J.
 
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4; Novak, Sohl-Dickstein, Schoenholz (2022),
@@ -148,7 +149,9 @@ class NTKOperator:
         V: Tensor | npt.NDArray[Any],  # (n₂ m, columns)
         report: Report = ignore_report,
     ) -> Tensor:  # (n₁ m, columns)
-        """Multiply the kernel with several vectors. They share forward passes, so this is faster than one by one.
+        """Multiply the kernel with several vectors.
+
+        The vectors share forward passes. This is faster than one product per vector.
 
         Args:
             V: The vectors, one per column.

@@ -121,13 +121,13 @@ def open_store(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r")
 
 
 def open_kernel(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r") -> KernelStore:
-    """Open a store as `open_store` does, and warn if its certificate (its measured error bound) finds errors.
+    """Open a store, and warn if the kernel is wrong according to its certificate (its measured error bound).
 
     Raises:
         StoreError: If there is no store, or if it has another format version.
 
     Warns:
-        InaccurateKernelWarning: If the measured error is larger than rounding explains.
+        InaccurateKernelWarning: If the measured error is larger than rounding errors can be.
     """
     store = open_store(place, mode)
     if (wrong := inaccuracy(store)) is not None:

@@ -5,10 +5,10 @@ A store is a Zarr v3 group, readable without this package. `ntkgen.store.schema`
 Rows are sample-major. One unsharded chunk is one tile. It has no compressor, so that its size is known and a directory
 listing shows truncated files. A tile is complete when its chunks exist at their exact size. There is no other record of
 progress. With the layout `upper` only tiles with row <= col are stored, and the attribute `storage_mode` of the array
-is `symmetric-upper`. With the layout `full` all tiles are stored, and it is `square`.
+is `symmetric-upper`. With the layout `full` all tiles are stored, and the attribute is `square`.
 
-The attribute `ntkgen` of the group is the manifest: the identity of the kernel, its fingerprint, and the plan that
-determines its bytes. It holds no time and no path, so that two runs of the same command give equal bytes.
+The attribute `ntkgen` of the group is the manifest: the identity of the kernel, its fingerprint (a hash), and the plan
+that determines its bytes. It contains no time and no path. Two runs of the same command therefore give equal bytes.
 """
 
 import dataclasses
@@ -51,7 +51,11 @@ FloatArray = npt.NDArray[np.floating]
 
 
 class KernelStore:
-    """An opened store. Reading needs no lock. Each writing process has its own tiles, and one of them all the rest."""
+    """An opened store.
+
+    Reading needs no lock. If several processes write, each of them writes its own tiles, and one of them also writes
+    all other files.
+    """
 
     def __init__(self, folder: Folder, group: zarr.Group, manifest: Manifest) -> None:
         self.folder = folder
@@ -91,12 +95,13 @@ class KernelStore:
     # reading -------------------------------------------------------------------------------------------------------
 
     def kernel(self, dtype: str | None = None, output: int | None = None) -> SymmetricArray:
-        """View the kernel as one full matrix of true values, in the given or the most precise stored dtype.
+        """View the kernel as a full matrix, by default in the most precise stored dtype.
 
-        A store of the output `diagonal` has one matrix per ``output``. The others have a single matrix.
+        The values are those of the kernel: the stored values times the scale factor. A store of the output map
+        `diagonal` has one matrix per ``output``. All other stores have a single matrix.
 
         Raises:
-            StoreError: If the store has no array of that dtype, or not yet.
+            StoreError: If the store has no array of that dtype, or if the array is not created yet.
             InputError: If ``output`` is missing or out of range, or is given for a store with a single matrix.
         """
         self._check_output(output)
@@ -130,14 +135,14 @@ class KernelStore:
 
     @property
     def array(self) -> SymmetricArray:
-        """Full NumPy-like lazy matrix of true values, in the most precise stored dtype."""
+        """The kernel as a lazy, NumPy-like full matrix in the most precise stored dtype."""
         return self.kernel()
 
     @property
     def dask(self) -> Any:
-        """Full matrix of true values as a dask array with one task per tile.
+        """The kernel as a dask array of the full matrix, with one task per tile.
 
-        A store of the output `diagonal` has the dimensions (output, row, col).
+        For the output map `diagonal`, the array has the dimensions (output, row, col).
         """
         if self.grid.num_planes == 1:
             return self.kernel().to_dask()
@@ -147,10 +152,11 @@ class KernelStore:
 
     @property
     def xarray(self) -> Any:
-        """Full matrix of true values as a lazy `xarray.DataArray` with the coordinates of rows and columns.
+        """The kernel as a lazy `xarray.DataArray` of the full matrix, with coordinates of rows and columns.
 
         Each coordinate is an index: ``.sel(row_label=3)`` selects the rows with label 3. One call takes one index per
-        dimension. ``.sel(row_label=3).sel(row_output=0)`` selects those rows that also belong to the first output.
+        dimension. ``.sel(row_label=3).sel(row_output=0)`` selects the rows with label 3 that belong to the first
+        output.
         """
         import xarray
 
@@ -164,7 +170,7 @@ class KernelStore:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Attributes of the group, without the manifest."""
+        """Attributes of the Zarr group, without the manifest."""
         return {name: value for name, value in self.group.attrs.asdict().items() if name != "ntkgen"}
 
     def read(self, name: str) -> npt.NDArray[Any]:
@@ -190,12 +196,12 @@ class KernelStore:
         return [name for dtype in self.manifest.dtypes if self._has(name := f"ntk_{dtype}")]
 
     def scale_factor(self, name: str) -> float:
-        """Return the factor by which a stored kernel array is multiplied."""
+        """Return the factor by which the values of a stored kernel array must be multiplied."""
         return float(self.zarr_array(name).attrs.asdict().get("scale_factor", 1.0))  # type: ignore[arg-type]
 
     @property
     def float16_underflow(self) -> Underflow | None:
-        """Numbers of entries that float16 stores with fewer bits, and as zero, over the stored tiles."""
+        """Numbers of entries that float16 stores with fewer bits and as zero, summed over the stored tiles."""
         if not self._has(UNDERFLOW):
             return None
         counts = np.maximum(self.read(UNDERFLOW), 0).sum((0, 1))
@@ -204,7 +210,7 @@ class KernelStore:
     # progress ------------------------------------------------------------------------------------------------------
 
     def missing_tiles(self, layout: str | None = None) -> list[Tile]:
-        """List the tiles that are missing in any dtype or, with the layout `full`, on either side of the diagonal."""
+        """List the tiles that are missing in any dtype, or whose transpose is missing in the layout `full`."""
         missing: set[Tile] = set()
         for array in self._kernels:
             done = self._chunks(array)
@@ -212,7 +218,7 @@ class KernelStore:
         return sorted(missing)
 
     def has_tile(self, tile: Tile) -> bool:
-        """Tell whether a tile is complete, by the rule of `missing_tiles`."""
+        """Tell whether a tile is complete, so that `missing_tiles` does not list it."""
         return all(
             self.folder.size(array.file(key)) == array.file_bytes
             for array in self._kernels
@@ -229,7 +235,7 @@ class KernelStore:
         return self.grid.num_planes * sum(array.file_bytes for array in self._kernels)
 
     def chunks_of(self, tile: Tile, layout: str | None = None) -> list[tuple[int, ...]]:
-        """Return the keys of a tile's chunks: one per plane, and with the layout `full` also those of its transpose."""
+        """Return the chunk keys of a tile: one per stored matrix, and with the layout `full` also of its transpose."""
         is_mirrored = self._is_mirrored_in(layout or self.manifest.layout)
         places = {(tile.row, tile.col), (tile.col, tile.row) if is_mirrored else (tile.row, tile.col)}
         if self.grid.num_planes == 1:
@@ -273,9 +279,10 @@ class KernelStore:
         return array
 
     def missing_blocks(self) -> list[int]:
-        """List the side blocks whose diagonal or logits are missing.
+        """List the blocks of samples whose diagonal or logits are missing.
 
-        The blocks of the rows have the first numbers. Those of the columns of a rectangular kernel follow.
+        The blocks of the row samples are numbered first. The blocks of the column samples of a rectangular kernel
+        follow.
         """
         stored = {array.name: self._chunks(array) for array in self.arrays() if array.role == "side"}
         return [
@@ -301,7 +308,7 @@ class KernelStore:
     # writing -------------------------------------------------------------------------------------------------------
 
     def commit_block(self, index: int, diagonal: npt.NDArray[np.float64], logits: npt.NDArray[np.float64]) -> None:
-        """Store the exact diagonal and the logits of one side block, by its index in `missing_blocks`."""
+        """Store the exact diagonal and the logits of one block of samples, numbered as in `missing_blocks`."""
         side = side_of(self.grid, index)
         rows, samples = side.block.rows(self.grid.num_outputs), slice(side.block.start, side.block.stop)
         if self.num_logits:
@@ -344,13 +351,13 @@ class KernelStore:
                 self.write_transpose(f"ntk_{dtype}", tile, values)
 
     def region(self, tile: Tile) -> tuple[slice, ...]:
-        """Locate a tile in the kernel arrays."""
+        """Return the index ranges of a tile in the kernel arrays."""
         m = self.grid.num_outputs
         rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
         return (rows, cols) if self.grid.num_planes == 1 else (slice(None), rows, cols)
 
     def write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
-        """Write the transpose of a tile below the diagonal, with the same bits."""
+        """Write the transpose of a tile, which lies below the diagonal, with the same bits."""
         *planes, rows, cols = self.region(tile)
         self._writer.write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
 
@@ -364,7 +371,7 @@ class KernelStore:
         return arrays_of(self.manifest)
 
     def finalize(self, layout: str | None = None) -> None:
-        """Mark the store complete, and consolidate its metadata in one file so that it opens quickly.
+        """Mark the store complete, and collect its metadata in one file, so that it opens quickly.
 
         Args:
             layout: New layout of the store, if it changes. The manifest, which holds the layout, is written last.

@@ -1,4 +1,4 @@
-"""A full lazy matrix view of a stored kernel, also of one triangle, for NumPy, dask, SciPy and xarray."""
+"""A stored kernel with one or both triangles as a lazy full matrix, for NumPy, dask, SciPy and xarray."""
 
 import copy
 from collections import deque
@@ -46,11 +46,12 @@ def _first_sentence(error: Exception) -> str:
 
 
 class SymmetricArray:
-    """A stored kernel as a NumPy-like full matrix of true values: scaled, and mirrored if one triangle is stored.
+    """A stored kernel as a NumPy-like full matrix.
 
-    Indexing reads only the tiles that it needs, and follows NumPy's rules for integers, slices and index arrays. A
-    float16 kernel is returned in float32, in which its scale is exact. Tiles that are not stored yet read as NaN. A
-    missing tile of a finished store is an error.
+    The values are those of the kernel: the stored values times the scale factor. If only one triangle is stored, it is
+    mirrored. Indexing reads only the tiles that it needs, and follows NumPy's rules for integers, slices and index
+    arrays. A float16 kernel is returned in float32, in which its scale is exact. Tiles that are not stored yet read as
+    NaN. For a finished store, a missing tile raises an error.
     """
 
     ndim = 2
@@ -179,7 +180,7 @@ class SymmetricArray:
         return values
 
     def leading(self, rows: int) -> "SymmetricArray":
-        """View the first rows and columns of a symmetric kernel. A missing tile in this part is an error.
+        """View the first rows and columns of a symmetric kernel. A missing tile in this part raises an error.
 
         Only the upper triangle of tiles is read, even if both triangles are stored.
 
@@ -209,9 +210,10 @@ class SymmetricArray:
     ) -> FloatArray:  # (rows,) or (rows, vectors); for the transpose (cols,) or (cols, vectors)
         """Multiply the kernel, or its transpose, with vectors in float64, in one pass over the stored tiles.
 
-        Each tile is read once. If one triangle is stored, an off-diagonal tile is multiplied as it is and transposed.
-        The next tiles are read while one is multiplied. The products are added in the order of the tiles, so that equal
-        calls give equal bits. Costs 2 · rows · cols FLOPs per vector, and holds four tiles in float64.
+        Each tile is read once. If one triangle is stored, each off-diagonal tile is used twice: as it is, and
+        transposed. The next tiles are read while one is multiplied. The products are added in the order of the tiles.
+        Equal calls therefore give equal bits. This costs 2 · rows · cols FLOPs per vector, and needs memory for four
+        tiles in float64.
 
         Raises:
             ShapeError: If the vectors do not have one entry per column of the kernel, or per row for the transpose.

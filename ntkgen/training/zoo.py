@@ -1,4 +1,4 @@
-"""Construction of networks by name, from the zoo `models` or by an import string such as mylab.nets:wide.
+"""Construction of networks by name, from the package `models` (the zoo) or by an import string such as mylab.nets:wide.
 
 Only this module imports `models`.
 """
@@ -32,16 +32,16 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
 
     Args:
         name: Name of a network of the zoo, or ``package.module:factory`` for another network. The factory takes the
-            argument ``num_classes`` or no arguments, and may return a trained network. Instead of a factory, the name
-            may denote an instance of a module.
+            argument ``num_classes`` or no arguments, and may return a trained network. Instead of a factory, the import
+            string may also name an instance of a module.
         num_classes: Number of outputs, for factories with this argument.
         seed: Seed of torch's random generator while the factory runs.
         width: Number of channels of the first stage, for ResNets.
 
     Raises:
         UnknownNameError: If the name is unknown.
-        InputError: If the network has no width, if the import string does not name a factory, or if Python finds
-            another package with the name of the zoo.
+        InputError: If the network has no width, if the import string does not name a factory, or if Python imports
+            another package with the name `models`.
     """
     options = {} if width is None else {"width": width}
     if ":" in name:

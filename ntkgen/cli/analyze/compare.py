@@ -22,7 +22,7 @@ LISTED = 5
 @top_option(f"Number of largest eigenvalues and eigenvectors to compare [{defaults.COMPARED_TOP}].")
 @shared_options
 def compare(paths: tuple[str, ...], top: int | None, **options: Any) -> None:
-    """Compare the kernel at the first of PATHS with each of the others.
+    """Compare the kernel at the first of PATHS with the kernel at each other path.
 
     All kernels need the same samples. They may differ in checkpoint, width, precision or training data. The command
     prints the distance, the centred alignment (CKA), the principal angles between the eigenspaces, and the ratios of

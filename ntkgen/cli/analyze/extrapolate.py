@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
 @click.option("--to", type=int, required=True, metavar="N_SAMPLES", help="Number of samples of the larger kernel.")
-@click.option("--burn-in", type=int, help="Number of samples up to which leading blocks are ignored [a tenth].")
-@click.option("--q", type=int, default=defaults.Q, show_default=True, help="Number of terms ln x!/xⁱ.")
-@click.option("--powers", type=int, default=defaults.POWERS, show_default=True, help="Number of terms x⁻ⁱ.")
-@click.option("--alpha", type=float, default=defaults.ALPHA, show_default=True, help="Exponent of the weights x^−α.")
+@click.option(
+    "--burn-in", type=int, help="Ignore leading blocks of at most this number of samples [a tenth of the samples]."
+)
+@click.option("--q", type=int, default=defaults.Q, show_default=True, help="Number of terms ln x!/xⁱ in the fit.")
+@click.option("--powers", type=int, default=defaults.POWERS, show_default=True, help="Number of terms x⁻ⁱ in the fit.")
+@click.option(
+    "--alpha", type=float, default=defaults.ALPHA, show_default=True, help="Exponent of the weights x^−α of the fit."
+)
 @click.option(
     "--holdout",
     type=float,
@@ -33,7 +37,7 @@ def extrapolate(paths: tuple[str, ...], **options: Any) -> None:
     """Predict the log-determinant of a kernel of N_SAMPLES from the leading blocks of each kernel at PATH.
 
     The samples of the stored kernel must be in random order (`ntkgen compute --shuffle-seed`). The method is FLODANCE
-    (Ameli et al. 2025): sample number x multiplies the determinant by about x^−ν.
+    (Ameli et al. 2025): adding the x-th sample multiplies the determinant by about x^−ν.
     """
     from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars

@@ -26,7 +26,11 @@ LISTED = 10
     help="Loss of the outputs f: ½ ‖f − y‖², or the cross-entropy of their softmax.",
 )
 @click.option(
-    "--rate", type=float, default=defaults.RATE, show_default=True, help="Learning rate η. Times count its steps."
+    "--rate",
+    type=float,
+    default=defaults.RATE,
+    show_default=True,
+    help="Learning rate η. The unit of time is one step.",
 )
 @click.option("--normalisation", type=float, help="Number c that divides the sum of the losses [number of samples].")
 @click.option(
@@ -34,7 +38,7 @@ LISTED = 10
     cls=ManyOption,
     type=float,
     metavar="T...",
-    help="Times to evaluate [over all learning times].",
+    help="Times of the evaluation [a range that covers all learning times].",
 )
 @offset_option("Outputs f₀ at the start: zero, or the logits of the network.")
 @click.option(
@@ -48,10 +52,10 @@ LISTED = 10
 @test_option
 @shared_options
 def flow(paths: tuple[str, ...], **options: Any) -> None:
-    """Compute the gradient flow of the linearised networks at PATHS on their labels y.
+    """Compute the gradient flow on the labels y, for the linearised networks of the kernels at PATHS.
 
-    For the squared loss, the outputs at time t are f_t = y + exp(−ηKt/c)(f₀ − y). The mode of the eigenvalue λ is
-    learned after the time c/(ηλ).
+    For the squared loss, the outputs at time t are f_t = y + exp(−ηKt/c)(f₀ − y). The mode (eigenvector) of the
+    eigenvalue λ is learned after the time c/(ηλ).
     """
     asked = Asked.pop_from(options)
     from ntkgen import analysis

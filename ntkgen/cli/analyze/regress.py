@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 def regress(paths: tuple[str, ...], **options: Any) -> None:
     """Fit the labels by kernel ridge regression with the kernels at PATHS, for each ridge parameter λ.
 
-    The command prints mean squared errors: of the training samples, of leave-one-out (each sample with all its
-    outputs), and of generalised cross-validation (GCV). With --test it also prints the error of the test samples. The
-    accuracies are printed too.
+    The command prints three mean squared errors: the training error, the leave-one-out error (each sample is left out
+    with all its outputs), and the error of generalised cross-validation (GCV). With --test it also prints the test
+    error. The accuracies are printed too.
     """
     asked = Asked.pop_from(options)
     from ntkgen import analysis

@@ -18,13 +18,15 @@ SHOWN = 10
 @click.command(cls=Command, short_help="Eigenvalues, ranks and condition number.")
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @shared_options
-@top_option(f"Number of largest eigenvalues [all; {defaults.SPECTRUM_TOP} if all do not fit in memory].", metavar="K")
+@top_option(
+    f"Number of largest eigenvalues [all; {defaults.SPECTRUM_TOP} if the kernel does not fit in memory].", metavar="K"
+)
 @click.option(
     "--tolerance",
     type=FiniteRange(min=0, min_open=True, max=1, max_open=True),
     default=defaults.TOLERANCE,
     show_default=True,
-    help="Maximum relative error of an eigenvalue if all do not fit in memory.",
+    help="Maximum relative error of an eigenvalue if the kernel does not fit in memory.",
 )
 @click.option(
     "--max-passes",
@@ -33,12 +35,14 @@ SHOWN = 10
     show_default=True,
     help="Maximum number of passes over the tiles.",
 )
-@click.option("--condition", is_flag=True, help="Compute the smallest eigenvalue even if all do not fit in memory.")
+@click.option(
+    "--condition", is_flag=True, help="Compute the smallest eigenvalue even if the kernel does not fit in memory."
+)
 def spectrum(paths: tuple[str, ...], **options: Any) -> None:
-    """Compute the eigenvalues of each kernel at PATH with error bounds, its ranks and its condition number.
+    """Compute the eigenvalues with error bounds, the ranks and the condition number of each kernel at PATH.
 
     If the kernel fits in memory, all eigenvalues are computed. Otherwise the largest ones are computed in a few passes
-    over the stored tiles. --condition then writes a factor of the kernel to disk.
+    over the stored tiles. In this case, --condition writes a Cholesky factor of the kernel to disk.
     """
     from ntkgen import analysis
     from ntkgen.cli.progress import progress_bars
