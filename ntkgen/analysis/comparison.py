@@ -81,8 +81,8 @@ class CompareAnswer(Answer):
         eigenvalues: Largest eigenvalues of L, in descending order.
         reference_eigenvalues: Largest eigenvalues of K, in descending order.
         eigenvalue_ratios: Eigenvalues of L divided by those of K; None if the eigenvalue of K is not positive.
-        gaps: Gap of K and gap of L below the top eigenvalues, each relative to the last of them; None if the matrix has
-            no other eigenvalues.
+        gaps: Gap of K and gap of L below the top eigenvalues, each relative to the smallest top eigenvalue; None if
+            there are no other eigenvalues.
         cost: Errors of the less precise kernel; None unless both are of one network in two precisions.
         samples: Number of samples that the kernels share.
         samples_are_known: Whether both stores record the fingerprint of their samples.

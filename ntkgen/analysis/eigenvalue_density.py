@@ -85,7 +85,7 @@ def density(
     of all eigenvalues. Otherwise it comes from stochastic Lanczos quadrature, in the given number of passes and with as
     many Gaussian probe vectors as fit in memory. The quadrature finds large eigenvalues as single nodes. Small
     eigenvalues are resolved only above ``resolved_above``. Below this value, neighbouring nodes are too far apart, and
-    each node represents many eigenvalues near it.
+    each node represents eigenvalues in a range around it.
 
     Raises:
         InputError: If a setting is out of range.

@@ -168,13 +168,13 @@ class ExtrapolateAnswer(Answer):
         powers: Number of terms x⁻ⁱ.
         alpha: Exponent α of the weights x^−α.
         burn_in: Number of samples; leading blocks of at most this size were ignored.
-        unit: Unit of x.
+        unit: Unit of x, ``samples``.
         num_outputs: Number of rows per sample.
         prefixes_used: Number of leading blocks that were fitted.
         fitted_from: Number of samples of the smallest fitted block.
         fitted_to: Number of samples of the largest fitted block.
         rms_residual: Root mean square residual of the fit in nats.
-        holdout_logdet: Log-determinant of the last block in nats, predicted by a second fit that leaves out the last
+        holdout_logdet: Log-determinant of the larger kernel in nats, predicted by a second fit that leaves out the last
             leading blocks. This and the other ``holdout_`` fields are None if no block was held out.
         holdout: Number of the last leading blocks that the second fit leaves out.
         holdout_from: Number of samples of the first block that was held out.

@@ -35,7 +35,7 @@ class FlowSettings(Settings):
             cover the learning times of the modes.
         offset: Outputs f₀ at the start: ``zero``, or the ``logits`` of the network.
         num_modes: Maximum number of modes of the kernel that the answer lists.
-        test: Store with the kernel of the same samples (rows) with test samples (columns).
+        test: Store of the kernel with the training samples as rows and the test samples as columns.
     """
 
     loss: str = defaults.LOSS

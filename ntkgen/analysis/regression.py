@@ -197,7 +197,7 @@ class RegressSettings(Settings):
         shifts: Values of λ in units of the kernel. None means 10⁻⁶ to 10² times the mean eigenvalue, without the values
             below the error bound ‖E‖ of the kernel.
         offset: Outputs f₀ to which the fit is added: ``zero``, or the ``logits`` of the network.
-        test: Store with the kernel of the same samples (rows) with test samples (columns).
+        test: Store of the kernel with the training samples as rows and the test samples as columns.
         method: ``eigh`` (eigendecomposition), ``cholesky`` (Cholesky factorisation), ``cg`` (conjugate gradients), or
             ``auto`` for the fastest of them that fits in memory.
     """
@@ -218,8 +218,8 @@ class RegressAnswer(Answer):
         loo_error: Mean squared leave-one-out error; None if it is not known.
         gcv: Generalised cross-validation score.
         train_accuracy: Fraction of the training samples that are classified correctly.
-        loo_accuracy: Fraction of the samples that are classified correctly by the fit without this sample; None if it
-            is not known.
+        loo_accuracy: Fraction of the samples that are classified correctly if the sample is left out of the fit; None
+            if it is not known.
         gcv_standard_error: Standard error of the cross-validation score; 0 if the trace is exact.
         residual_bounds: Norm of the residual of the linear system, relative to the norm of its right-hand side; 0 for
             direct methods.

@@ -18,7 +18,7 @@ from ntkgen.units import human_bytes
 def mirror(path: str, *, as_json: bool, quiet: bool) -> None:
     """Write the missing triangle of the finished kernel store at PATH.
 
-    Afterwards the store has the layout `full`, takes about twice its disk space, and plain Zarr, dask and xarray read
+    Afterwards the store has the layout `full`, takes about twice the disk space, and plain Zarr, dask and xarray read
     the whole matrix. After an interruption, the same command continues. A store with both triangles is not changed.
     """
     start_process()

@@ -77,8 +77,8 @@ def verify(
 
     The command also computes one random tile again. For this it needs the data set and the checkpoint beside the store.
     The tile must have the same bytes, or on another kind of machine the same numbers up to rounding. This step is
-    skipped if the checkpoint or the data are missing, or if it would take long. With --recompute N it is never skipped.
-    PATH may be a URL such as s3://bucket/x.zarr.
+    skipped if the checkpoint or the data are missing, or if it would take long. With --recompute N it is always tried,
+    and an error is reported if it is impossible. PATH may be a URL such as s3://bucket/x.zarr.
 
     With --repair, damaged files are removed. The same `ntkgen compute` then computes them again. With --certify, the
     kernel is compared with the exact kernel. A bound on its error, the certificate, is written into the store.

@@ -127,7 +127,7 @@ def open_kernel(place: str | os.PathLike[str] | Folder | Store, mode: Mode = "r"
         StoreError: If there is no store, or if it has another format version.
 
     Warns:
-        InaccurateKernelWarning: If the measured error is larger than rounding errors can be.
+        InaccurateKernelWarning: If the measured error is too large to come from rounding errors.
     """
     store = open_store(place, mode)
     if (wrong := inaccuracy(store)) is not None:

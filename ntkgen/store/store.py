@@ -3,9 +3,9 @@
 A store is a Zarr v3 group, readable without this package. `ntkgen.store.schema` has the table of its arrays.
 
 Rows are sample-major. One unsharded chunk is one tile. It has no compressor, so that its size is known and a directory
-listing shows truncated files. A tile is complete when its chunks exist at their exact size. There is no other record of
-progress. With the layout `upper` only tiles with row <= col are stored, and the attribute `storage_mode` of the array
-is `symmetric-upper`. With the layout `full` all tiles are stored, and the attribute is `square`.
+listing shows truncated files. A tile is complete if all its chunks exist and have the right size. There is no other
+record of progress. With the layout `upper` only tiles with row <= col are stored, and the attribute `storage_mode` of
+the array is `symmetric-upper`. With the layout `full` all tiles are stored, and the attribute is `square`.
 
 The attribute `ntkgen` of the group is the manifest: the identity of the kernel, its fingerprint (a hash), and the plan
 that determines its bytes. It contains no time and no path. Two runs of the same command therefore give equal bytes.
@@ -201,7 +201,7 @@ class KernelStore:
 
     @property
     def float16_underflow(self) -> Underflow | None:
-        """Numbers of entries that float16 stores with fewer bits and as zero, summed over the stored tiles."""
+        """Number of entries that float16 stores with fewer bits, and of those that become zero, in all stored tiles."""
         if not self._has(UNDERFLOW):
             return None
         counts = np.maximum(self.read(UNDERFLOW), 0).sum((0, 1))
@@ -210,7 +210,7 @@ class KernelStore:
     # progress ------------------------------------------------------------------------------------------------------
 
     def missing_tiles(self, layout: str | None = None) -> list[Tile]:
-        """List the tiles that are missing in any dtype, or whose transpose is missing in the layout `full`."""
+        """List the tiles that are missing in any dtype. In the layout `full`, each tile also needs its transpose."""
         missing: set[Tile] = set()
         for array in self._kernels:
             done = self._chunks(array)
@@ -218,7 +218,7 @@ class KernelStore:
         return sorted(missing)
 
     def has_tile(self, tile: Tile) -> bool:
-        """Tell whether a tile is complete, so that `missing_tiles` does not list it."""
+        """Tell whether a tile is complete in all dtypes, and in the layout `full` also its transpose."""
         return all(
             self.folder.size(array.file(key)) == array.file_bytes
             for array in self._kernels
@@ -332,7 +332,7 @@ class KernelStore:
         """Store one whole computed tile in every dtype.
 
         Raises:
-            DivergedError: If an entry is not finite. No part of the tile is written then.
+            DivergedError: If an entry is not finite. In this case no part of the tile is written.
         """
         assert values.shape[-2:] == tuple(part.stop - part.start for part in self.region(tile)[-2:])
         stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}

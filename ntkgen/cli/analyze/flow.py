@@ -30,7 +30,7 @@ LISTED = 10
     type=float,
     default=defaults.RATE,
     show_default=True,
-    help="Learning rate η. The unit of time is one step.",
+    help="Learning rate η. The unit of time is one gradient step.",
 )
 @click.option("--normalisation", type=float, help="Number c that divides the sum of the losses [number of samples].")
 @click.option(
