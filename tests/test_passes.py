@@ -154,7 +154,7 @@ def test_what_a_worker_finds_wrong_is_said_here(client, tmp_path):
 
 def test_a_kernel_in_memory_has_no_workers(client):
     store = filled(folder_of(MemoryStore()), drawn())
-    with pytest.raises(InputError, match="lies in the memory of this process"):
+    with pytest.raises(InputError, match="is in the memory of this process"):
         open_matrix(store, client=client).matmat(np.ones((21, 1)))
 
 
