@@ -27,6 +27,7 @@ from ntkgen.analysis.matrix import open_matrix
 from ntkgen.errors import BudgetError, DiskSpaceError, InputError, NotPositiveError, StoreError, StoreLockedError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.lock import write_lock
+from ntkgen.plan.tiles import Tile
 
 MEMORY = 1 << 40
 SETTINGS = LogdetSettings(memory_bytes=MEMORY)
@@ -97,8 +98,8 @@ def test_it_is_that_of_the_dense_matrix(values, shift):
             np.testing.assert_allclose(factor.solve(V), np.linalg.solve(K, V), atol=1e-12)
             np.testing.assert_allclose(factor.solve(V[:, 0]), np.linalg.solve(K, V[:, 0]), atol=1e-12)
             L = np.zeros_like(K)
-            for row, col in factor.places_there():
-                L[factor.plan.rows(row), factor.plan.rows(col)] = factor.tile((row, col))
+            for row, col in factor.tiles_there():
+                L[factor.plan.rows(row), factor.plan.rows(col)] = factor.tile(Tile(row, col))
             np.testing.assert_allclose(L, np.linalg.cholesky(K), atol=1e-12)
 
 

@@ -545,7 +545,7 @@ def test_the_first_rows_are_a_kernel_by_themselves(kind):
     assert_same(part[:, :], dense[:9, :9])
     V = np.random.default_rng(5).normal(size=(9, 2))
     assert np.allclose(part @ V, dense[:9, :9].astype(np.float64) @ V, rtol=1e-12)
-    assert part.places() == [(i, j) for i in range(3) for j in range(i, 3)]  # one triangle, also where both are stored
+    assert part.tiles() == [(i, j) for i in range(3) for j in range(i, 3)]  # one triangle, also where both are stored
     assert dask.base.tokenize(part) != dask.base.tokenize(K)
     assert K.shape == (ROWS, ROWS)
 

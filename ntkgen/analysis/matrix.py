@@ -152,12 +152,10 @@ class Matrix:
             StoreError: If a tile is missing, damaged or not finite. The message names the tile.
         """
 
-        def read(place: tuple[int, int]) -> FloatArray:
-            return np.asarray(self.view[self._span(place[0]), self._span(place[1])], dtype=np.float64)
+        def read(tile: Tile) -> FloatArray:
+            return np.asarray(self.view[self._span(tile.row), self._span(tile.col)], dtype=np.float64)
 
-        for (row, col), values in read_ahead(
-            read, [(tile.row, tile.col) for tile in (tiles_of(self) if tiles is None else tiles)]
-        ):
+        for (row, col), values in read_ahead(read, tiles_of(self) if tiles is None else tiles):
             if not np.isfinite(values).all():
                 raise StoreError(
                     f"Tile ({row}, {col}) of ntk_{self.dtype} in {self.name} is not finite: expected numbers, found "
@@ -237,7 +235,7 @@ def _multiply(matrix: Matrix, V: FloatArray, tiles: Sequence[Tile], step: Step) 
         matrix.tiles_read += 1
         step()
 
-    return (matrix.view.matmat(V, places=[(tile.row, tile.col) for tile in tiles], step=count),)
+    return (matrix.view.matmat(V, tiles=tiles, step=count),)
 
 
 def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
@@ -264,7 +262,7 @@ def _rows_there(store: KernelStore, *, allow_partial: bool) -> int:
 
 def tiles_of(matrix: Matrix) -> list[Tile]:
     """List the stored tiles of one triangle, row by row."""
-    return [Tile(*place) for place in matrix.view.places()]
+    return matrix.view.tiles()
 
 
 def memory_left(memory_bytes: int | None) -> int:

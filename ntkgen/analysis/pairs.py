@@ -10,8 +10,9 @@ from ntkgen.analysis.alignment import centered_product, ratio
 from ntkgen.analysis.linalg.krylov import EPSILON
 from ntkgen.analysis.matrix import FloatArray, Matrix, require_memory
 from ntkgen.analysis.passes import Arrays, fold
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_step
-from ntkgen.store.view import Place, read_ahead
+from ntkgen.store.view import read_ahead
 
 # Number of rows that are subtracted at a time.
 SLAB_ROWS = 256
@@ -31,11 +32,11 @@ class PairMoments:
 
     @classmethod
     def of(
-        cls, places: Sequence[Place], first: Matrix, second: Matrix, side: int, step: Step = ignore_step
+        cls, tiles: Sequence[Tile], first: Matrix, second: Matrix, side: int, step: Step = ignore_step
     ) -> "PairMoments":
         """Sum over the given parts of both kernels, each with ``side`` rows and columns; each part is read once."""
         moments = cls(np.zeros((2, first.num_rows)), np.zeros(2))
-        for rows, cols, pair in _pairs(places, first, second, side):
+        for rows, cols, pair in _pairs(tiles, first, second, side):
             moments.add(rows, cols, *pair)
             step()
         return moments
@@ -89,35 +90,35 @@ def measure_pair(first: Matrix, second: Matrix, memory_bytes: int | None, report
     side = max(first.side, second.side)
     require_memory("two tiles of each kernel", 8 * TILES_HELD * min(side, first.num_rows) ** 2, memory_bytes)
     blocks = -(-first.num_rows // side)
-    places = [(row, col) for row in range(blocks) for col in range(row, blocks)]
-    step = counter(report, "compared", 0, len(places))
+    tiles = [Tile(row, col) for row in range(blocks) for col in range(row, blocks)]
+    step = counter(report, "compared", 0, len(tiles))
     if first.client is None:
-        return PairMoments.of(places, first, second, side, step)
-    for row, col in places:
+        return PairMoments.of(tiles, first, second, side, step)
+    for row, col in tiles:
         _count(first, second, (_span(first, side, row), _span(first, side, col)))
-    sums = fold(first.client, _measured, places, (first.carried, second.carried, side), step)
+    sums = fold(first.client, _measured, tiles, (first.carried, second.carried, side), step)
     return PairMoments(sums[0], sums[1], *(float(value) for value in sums[2]))
 
 
-def _measured(places: Sequence[Place], first: Matrix, second: Matrix, side: int) -> Arrays:
+def _measured(tiles: Sequence[Tile], first: Matrix, second: Matrix, side: int) -> Arrays:
     """Compute the sums over some parts of both kernels, on a worker."""
-    moments = PairMoments.of(places, first, second, side)
+    moments = PairMoments.of(tiles, first, second, side)
     return moments.row_sums, moments.squares, np.array([moments.inner, moments.difference, moments.change])
 
 
 def _pairs(
-    places: Sequence[Place], first: Matrix, second: Matrix, side: int
+    tiles: Sequence[Tile], first: Matrix, second: Matrix, side: int
 ) -> Iterator[tuple[slice, slice, FloatArray]]:
     """Read the same parts of both kernels, cut as the larger tiles; a thread reads the next part in the meantime."""
 
-    def read(place: Place) -> FloatArray:  # (2, rows, cols)
-        rows, cols = (_span(first, side, block) for block in place)
+    def read(tile: Tile) -> FloatArray:  # (2, rows, cols)
+        rows, cols = (_span(first, side, block) for block in tile)
         pair = np.empty((2, rows.stop - rows.start, cols.stop - cols.start))
         for values, matrix in zip(pair, (first, second), strict=True):
             values[...] = matrix.view[rows, cols]
         return pair
 
-    for (row, col), pair in read_ahead(read, places, 1):
+    for (row, col), pair in read_ahead(read, tiles, 1):
         spans = _span(first, side, row), _span(first, side, col)
         _count(first, second, spans)
         yield *spans, pair

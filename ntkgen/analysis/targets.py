@@ -12,11 +12,12 @@ from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.engine.cluster import shared
 from ntkgen.errors import FingerprintError, InputError, StoreError
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_step
 from ntkgen.store.opening import open_store
 from ntkgen.store.remedy import Remedy
 from ntkgen.store.store import KernelStore
-from ntkgen.store.view import Place, SymmetricArray
+from ntkgen.store.view import SymmetricArray
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -237,12 +238,12 @@ class TestSamples:
         """Compute f₀ + Kₓᵀ α for several α in one pass; Kₓ is the kernel of training samples with test samples."""
         stacked = np.zeros((self.view.shape[0], sum(alpha.shape[1] for alpha in alphas)))
         stacked[: len(alphas[0])] = np.hstack(alphas)  # samples outside a partial training kernel have α = 0
-        places = self.view.places()
-        step = counter(report, "predicted", 0, len(places))
+        tiles = self.view.tiles()
+        step = counter(report, "predicted", 0, len(tiles))
         if self.client is None:
-            (product,) = _predicted(places, self.view, stacked, step)
+            (product,) = _predicted(tiles, self.view, stacked, step)
         else:
-            (product,) = fold(self.client, _predicted, places, (self.view, stacked), step)
+            (product,) = fold(self.client, _predicted, tiles, (self.view, stacked), step)
         product *= self.readout.scale
         return [self.offset + part for part in np.split(product, len(alphas), axis=1)]
 
@@ -252,9 +253,9 @@ class TestSamples:
         return self.readout.accuracy(values, self.labels), error
 
 
-def _predicted(places: Sequence[Place], view: SymmetricArray, V: FloatArray, step: Step = ignore_step) -> Arrays:
+def _predicted(tiles: Sequence[Tile], view: SymmetricArray, V: FloatArray, step: Step = ignore_step) -> Arrays:
     """Multiply the transposes of some tiles with vectors."""
-    return (view.matmat(V, transposed=True, places=places, step=step),)
+    return (view.matmat(V, transposed=True, tiles=tiles, step=step),)
 
 
 def _require_rectangle(store: KernelStore) -> None:

@@ -75,7 +75,7 @@ def certify(
     exact = exact_operator(model, inputs.x, inputs.against, chosen.matrix)
     _check_size(store, chosen, exact, inputs)
     V = draw_probes(grid.num_cols, sampling)
-    num_tiles = sum(len(kernel.places()) for dtype in dtypes for kernel in kernels_of(store, dtype))
+    num_tiles = sum(len(kernel.tiles()) for dtype in dtypes for kernel in kernels_of(store, dtype))
     step = counter(report, "stored product", 0, num_tiles)
     stored = {dtype: stored_product(store, dtype, V, step) for dtype in dtypes}
     KV = exact_product(exact, chosen, V, report)

@@ -52,7 +52,7 @@ class Damage:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values."""
-        return {**vars(self), "tile": None if self.tile is None else self.tile.to_json()}
+        return {**vars(self), "tile": None if self.tile is None else list(self.tile)}
 
 
 # reading --------------------------------------------------------------------------------------------------------------

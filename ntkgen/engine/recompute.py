@@ -63,7 +63,7 @@ class Recomputed:
     def to_json(self) -> dict[str, Any]:
         """Convert to plain values. The list of different files is replaced by whether there are any."""
         kept = {name: value for name, value in vars(self).items() if name != "different"}
-        return {**kept, "tile": self.tile.to_json(), "is_different": bool(self.different)}
+        return {**kept, "tile": list(self.tile), "is_different": bool(self.different)}
 
 
 def draw_tiles(tiles: Sequence[Tile], count: int, seed: int) -> list[Tile]:

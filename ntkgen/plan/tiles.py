@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ntkgen.blocks import Block
 from ntkgen.errors import InputError
@@ -17,16 +18,11 @@ MIN_TILE_SAMPLES = 16
 MAX_TILE_ROWS = 4096
 
 
-@dataclass(frozen=True, order=True)
-class Tile:
+class Tile(NamedTuple):
     """A row block and a column block, by number; ``row <= col`` in a symmetric kernel."""
 
     row: int
     col: int
-
-    def to_json(self) -> list[int]:
-        """Turn into plain values."""
-        return [self.row, self.col]
 
 
 @dataclass(frozen=True)

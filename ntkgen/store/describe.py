@@ -107,7 +107,7 @@ class StoreDescription:
             "tile_side": self.tile_side,
             "tiles": self.tiles,
             "tiles_missing": self.tiles_missing,
-            "first_missing": [tile.to_json() for tile in self.first_missing],
+            "first_missing": [list(tile) for tile in self.first_missing],
             "status": self.status,
             "stored_bytes": self.stored_bytes,
             "scale_factors": dict(self.scale_factors),
@@ -115,7 +115,7 @@ class StoreDescription:
             "certificate": None if self.certificate is None else self.certificate.to_json(),
             "inaccuracy": self.inaccuracy,
             "suspicious_tiles": {
-                dtype: [tile.to_json() for tile in tiles] for dtype, tiles in self.suspicious_tiles.items()
+                dtype: [list(tile) for tile in tiles] for dtype, tiles in self.suspicious_tiles.items()
             },
             "predecessor_factor": self.predecessor_factor,
             "provenance": self.provenance.to_json(),

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.errors import DamagedTileError, InputError, ShapeError, StoreError
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Step, ignore_step
 from ntkgen.store.remedy import Remedy
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 Index = npt.NDArray[np.intp]
 FloatArray = npt.NDArray[np.float64]
-Place = tuple[int, int]  # position of a tile in the grid: its row and its column
 
 # Number of tiles that are read while another is multiplied. From a local disk, two are fast enough for products with a
 # few vectors. Each further one would hold one more tile in float64, which is 134 MB with 4096 rows.
@@ -29,15 +29,15 @@ TILES_AHEAD = 2
 
 
 def read_ahead(
-    read: Callable[[Place], FloatArray], places: Sequence[Place], count: int = TILES_AHEAD
-) -> Iterator[tuple[Place, FloatArray]]:
+    read: Callable[[Tile], FloatArray], tiles: Sequence[Tile], count: int = TILES_AHEAD
+) -> Iterator[tuple[Tile, FloatArray]]:
     """Read tiles with ``count`` threads, at most ``count`` tiles ahead, and yield them in the given order."""
     with ThreadPoolExecutor(count) as pool:
-        waiting = deque(pool.submit(read, place) for place in places[:count])
-        for position, place in enumerate(places, start=count):
+        waiting = deque(pool.submit(read, tile) for tile in tiles[:count])
+        for position, tile in enumerate(tiles, start=count):
             values = waiting.popleft().result()
-            waiting.extend(pool.submit(read, following) for following in places[position : position + 1])
-            yield place, values
+            waiting.extend(pool.submit(read, following) for following in tiles[position : position + 1])
+            yield tile, values
 
 
 def _first_sentence(error: Exception) -> str:
@@ -151,7 +151,7 @@ class SymmetricArray:
 
     def _read_tile(self, i: int, j: int, rows: Index, cols: Index) -> npt.NDArray[Any]:
         mirrored = self._is_upper and i > j
-        tile, first, second = ((j, i), cols, rows) if mirrored else ((i, j), rows, cols)
+        tile, first, second = (Tile(j, i), cols, rows) if mirrored else (Tile(i, j), rows, cols)
         region = (slice(int(first[0]), int(first[-1]) + 1), slice(int(second[0]), int(second[-1]) + 1))
         part = self._read_stored(tile, region, is_required=self._is_complete)
         if part.shape != (len(first), len(second)):  # rows or columns are not contiguous
@@ -161,7 +161,7 @@ class SymmetricArray:
             part = part * self.dtype.type(self.scale)
         return part.T if mirrored else part
 
-    def _read_stored(self, tile: Place, region: tuple[slice, slice], *, is_required: bool) -> npt.NDArray[Any]:
+    def _read_stored(self, tile: Tile, region: tuple[slice, slice], *, is_required: bool) -> npt.NDArray[Any]:
         """Read a part of one tile as it is stored.
 
         Raises:
@@ -205,7 +205,7 @@ class SymmetricArray:
         V: npt.ArrayLike,  # (cols,) or (cols, vectors); for the transpose (rows,) or (rows, vectors)
         *,
         transposed: bool = False,
-        places: Sequence[Place] | None = None,  # positions of the stored tiles to multiply; None means all
+        tiles: Sequence[Tile] | None = None,  # stored tiles to multiply; None means all
         step: Step = ignore_step,  # called after each tile
     ) -> FloatArray:  # (rows,) or (rows, vectors); for the transpose (cols,) or (cols, vectors)
         """Multiply the kernel, or its transpose, with vectors in float64, in one pass over the stored tiles.
@@ -224,7 +224,7 @@ class SymmetricArray:
         length, entries = self.shape if not transposed else self.shape[::-1]
         V = self._vectors(V, entries)
         product = np.zeros((length, *V.shape[1:]))
-        for tile, values in read_ahead(self._whole_tile, self.places() if places is None else places):
+        for tile, values in read_ahead(self._whole_tile, self.tiles() if tiles is None else tiles):
             rows, cols = self._region(tile)
             if not transposed:
                 product[rows] += self._part(tile, values, V[cols])
@@ -255,12 +255,12 @@ class SymmetricArray:
             rmatmat=lambda V: self.matmat(V, transposed=True),
         )
 
-    def places(self) -> list[Place]:
-        """List the positions of the stored tiles, row by row."""
+    def tiles(self) -> list[Tile]:
+        """List the stored tiles, row by row."""
         num_rows, num_cols = (-(-length // self.side) for length in self.shape)
-        return [(i, j) for i in range(num_rows) for j in range(i if self._is_upper else 0, num_cols)]
+        return [Tile(i, j) for i in range(num_rows) for j in range(i if self._is_upper else 0, num_cols)]
 
-    def _region(self, tile: Place) -> tuple[slice, slice]:
+    def _region(self, tile: Tile) -> tuple[slice, slice]:
         """Locate the rows and columns of a tile. The last tiles of a row or column can be smaller."""
         rows, cols = (
             slice(at * self.side, min((at + 1) * self.side, length))
@@ -268,11 +268,11 @@ class SymmetricArray:
         )
         return rows, cols
 
-    def _whole_tile(self, tile: Place) -> FloatArray:
+    def _whole_tile(self, tile: Tile) -> FloatArray:
         """Read a tile in float64, without its scale factor."""
         return self._read_stored(tile, self._region(tile), is_required=True).astype(np.float64, copy=False)
 
-    def _part(self, tile: Place, values: FloatArray, V: FloatArray) -> FloatArray:
+    def _part(self, tile: Tile, values: FloatArray, V: FloatArray) -> FloatArray:
         """Multiply one tile with vectors. The tile is searched for NaN and infinity only if the product has some.
 
         Raises:
@@ -310,14 +310,14 @@ class SymmetricArray:
 
     # errors --------------------------------------------------------------------------------------------------------
 
-    def _name(self, tile: Place) -> str:
-        return f"Tile {tile} of {self._array.path} in {self._remedy.place}"
+    def _name(self, tile: Tile) -> str:
+        return f"Tile ({tile.row}, {tile.col}) of {self._array.path} in {self._remedy.place}"
 
-    def _chunk(self, tile: Place) -> str:
+    def _chunk(self, tile: Tile) -> str:
         """Return the path of a tile's file, relative to the store."""
         return f"{self._array.path}/c/" + "/".join(map(str, tile if self._plane is None else (self._plane, *tile)))
 
-    def _missing(self, tile: Place) -> StoreError:
+    def _missing(self, tile: Tile) -> StoreError:
         missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, found NaN. "
         again = f"the same `{self._remedy.command}` again"
         if not self._is_complete:

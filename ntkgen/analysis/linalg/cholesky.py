@@ -34,6 +34,7 @@ from ntkgen.analysis.results import require_writable_beside
 from ntkgen.errors import InputError, NotPositiveError, StoreError
 from ntkgen.files.lock import write_lock
 from ntkgen.files.room import require_room
+from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.remedy import Remedy
 from ntkgen.store.view import read_ahead
@@ -108,7 +109,7 @@ def _finish(matrix: Matrix, factor: Factor, settings: FactorSettings, report: Re
     first = factor.num_done
     if first < plan.num_blocks:
         first -= first % plan.panel_tiles
-        missing_bytes = plan.factor_bytes - len(factor.places_there()) * plan.tile_bytes
+        missing_bytes = plan.factor_bytes - len(factor.tiles_there()) * plan.tile_bytes
         require_room(factor.folder, missing_bytes, "the factor", NO_ROOM)
     counted = _Counted(plan, first, report)
     before = counted.done
@@ -242,10 +243,10 @@ def _place(panel: Panel, row: int, values: FloatArray, piece: tuple[slice, slice
 def subtract_finished(panel: Panel, factor: Factor, counted: _Counted) -> None:
     """Subtract the products of the finished columns to the left; read each tile once, and the next ones in threads."""
     blocks = panel.plan.num_blocks
-    places = [(row, col) for col in range(panel.first) for row in range(panel.first, blocks)]
+    tiles = [Tile(row, col) for col in range(panel.first) for row in range(panel.first, blocks)]
     signs = np.sign(factor.pivots(panel.first)) if panel.first else np.empty(0)
     strip = panel.strip(panel.first)
-    for (row, col), tile in read_ahead(factor.tile, places):
+    for (row, col), tile in read_ahead(factor.tile, tiles):
         if row < panel.stop:
             strip[panel.plan.rows(row).start - panel.start :][: len(tile)] = tile
         if row == panel.stop - 1:
@@ -314,7 +315,7 @@ def _finish_columns(panel: Panel, hands: _Hands, counted: _Counted) -> None:
     Raises:
         NotPositiveError: If a pivot must be positive and is not; the columns before it are then on disk.
     """
-    there = hands.factor.places_there()
+    there = hands.factor.tiles_there()
     with ThreadPoolExecutor(1) as pool:
         writes: list[Future[None]] = []
         for col in range(panel.first, panel.stop):
@@ -337,12 +338,12 @@ def _finish_writes(writes: list[Future[None]]) -> None:
         write.result()
 
 
-def _write_column(panel: Panel, col: int, pivots: FloatArray, where: tuple[Factor, set[tuple[int, int]]]) -> None:
+def _write_column(panel: Panel, col: int, pivots: FloatArray, where: tuple[Factor, set[Tile]]) -> None:
     """Write a finished column of tiles, and then its pivots; skip the tiles that an interrupted run has written."""
     factor, there = where
     for row in range(col, panel.plan.num_blocks):
         if (row, col) not in there:
-            factor.write((row, col), panel.tile(row, col))
+            factor.write(Tile(row, col), panel.tile(row, col))
     factor.write_pivots(col, pivots)
 
 

@@ -20,8 +20,9 @@ from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.results import folder_of_results, identity_of
 from ntkgen.errors import BudgetError, StoreError
 from ntkgen.files.folder import Folder
+from ntkgen.plan.tiles import Tile
 from ntkgen.store.schema import Key, StoredArray, create_array, writable
-from ntkgen.store.view import Place, read_ahead
+from ntkgen.store.view import read_ahead
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
@@ -150,13 +151,13 @@ class Factor:
     @property
     def num_done(self) -> int:
         """Number of leading columns of tiles that are finished."""
-        there, pivots, blocks = self.places_there(), self._there("pivots"), self.plan.num_blocks
+        there, pivots, blocks = self.tiles_there(), self._there("pivots"), self.plan.num_blocks
         columns = (all((row, col) in there for row in range(col, blocks)) and (col,) in pivots for col in range(blocks))
         return next((col for col, is_done in enumerate(columns) if not is_done), blocks)
 
-    def places_there(self) -> set[Place]:
+    def tiles_there(self) -> set[Tile]:
         """List the tiles that exist with their exact size."""
-        return {(row, col) for row, col in self._there("factor")}
+        return {Tile(row, col) for row, col in self._there("factor")}
 
     def _there(self, name: str) -> set[Key]:
         return self.plan.arrays[name].whole_chunks(self.folder.sizes(f"{name}/c"))
@@ -168,9 +169,9 @@ class Factor:
         rows = self.plan.num_rows if stop is None else min(stop * self.plan.side, self.plan.num_rows)
         return self._read(self._pivots, (slice(0, rows),), "The pivots")
 
-    def tile(self, place: Place) -> FloatArray:
+    def tile(self, tile: Tile) -> FloatArray:
         """Read a tile."""
-        row, col = place
+        row, col = tile
         self.tiles_read += 1
         return self._read(self._tiles, (self.plan.rows(row), self.plan.rows(col)), f"Tile ({row}, {col})")
 
@@ -193,9 +194,9 @@ class Factor:
             )
         return values
 
-    def write(self, place: Place, values: FloatArray) -> None:
+    def write(self, tile: Tile, values: FloatArray) -> None:
         """Write a tile."""
-        self._tiles[self.plan.rows(place[0]), self.plan.rows(place[1])] = np.ascontiguousarray(values)
+        self._tiles[self.plan.rows(tile.row), self.plan.rows(tile.col)] = np.ascontiguousarray(values)
 
     def write_pivots(self, col: int, values: FloatArray) -> None:
         """Write the pivots of a column of tiles."""
@@ -234,18 +235,18 @@ class Factor:
     ) -> tuple[FloatArray, float]:  # (rows, vectors), the largest entry
         """Multiply L D Lᵀ with vectors in two passes; also return the largest |L|."""
         turned, product, largest = np.zeros_like(V), np.zeros_like(V), 0.0
-        places = list(self._by_columns())
-        for (row, col), tile in read_ahead(self.tile, places):
+        tiles = list(self._by_columns())
+        for (row, col), tile in read_ahead(self.tile, tiles):
             turned[self.plan.rows(col)] += tile.T @ V[self.plan.rows(row)]
             largest = max(largest, float(np.abs(tile).max()))
         turned *= np.sign(self.pivots())[:, None]
-        for (row, col), tile in read_ahead(self.tile, places):
+        for (row, col), tile in read_ahead(self.tile, tiles):
             product[self.plan.rows(row)] += tile @ turned[self.plan.rows(col)]
         return product, largest
 
-    def _by_columns(self) -> Iterator[Place]:
+    def _by_columns(self) -> Iterator[Tile]:
         blocks = self.plan.num_blocks
-        return ((row, col) for col in range(blocks) for row in range(col, blocks))
+        return (Tile(row, col) for col in range(blocks) for row in range(col, blocks))
 
     def remove(self) -> None:
         """Remove the factor."""
