@@ -164,7 +164,7 @@ class Plan:
     @property
     def preparing_bytes(self) -> int:
         """Bytes for the preparation of the network: a float64 copy, and the check of its rules on three samples."""
-        shapes, copy = self.profile.layers, self.profile.num_params * 6 // 5  # the allocator loses up to a fifth
+        shapes, copy = self.profile.layers, self.profile.num_params * 3 // 2  # the copy before its cast adds half of it
         inputs = max((shape.groups * shape.positions * shape.inputs for shape in shapes), default=0)
         params = max((shape.num_params for shape in shapes), default=0)
         return 8 * (copy + 3 * ACTIVATION_COPIES * self.profile.activation_numbers + 3 * inputs + 5 * params)
