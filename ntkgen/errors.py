@@ -34,7 +34,7 @@ class UnknownNameError(InputError, LookupError):
         Unknown model 'resnt18'. Did you mean resnet18? Known: resnet18, vgg11.
         """
         kind, name, known = self.args
-        close = difflib.get_close_matches(name, known, n=3)
+        close = difflib.get_close_matches(str(name), known, n=3)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known)}."
 

@@ -6,10 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+from filled import fill_store
 
 from ntkgen import analysis, cli
+from ntkgen.analysis.matrix import open_matrix
 from ntkgen.cli.analyze import QUESTIONS, Asked, analyze
+from ntkgen.cli.plot import KINDS
+from ntkgen.errors import UnknownNameError
 from ntkgen.plan.spec import KernelSpec
 from ntkgen.training.recipe import TrainingRequest
 
@@ -56,3 +61,48 @@ def test_an_option_is_defined_once():
     spelled = Counter(arg.value for call in defined for arg in call.args if ast.unparse(arg).startswith("'--"))
     assert len(spelled) > 40
     assert [option for option, count in spelled.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("line", [["compute", "--models", "lenet"], ["train", "--models", "lenet"], ["plot", "k"]])
+def test_an_empty_path_is_not_the_current_directory(run, tmp_path, line):
+    code, out, err = run(*line, "--out", "")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "--out has an empty path" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_negative_number_is_a_value(run, tmp_path):
+    fill_store(tmp_path / "k.zarr", labels=np.arange(4) % 2, num_outputs=2)
+    code, _, err = run("analyze", "regress", "k.zarr", "--shifts", "-1")
+    assert code == 2
+    assert "found -1" in err
+    assert "has no value" not in err
+
+
+def test_an_output_of_a_single_matrix_is_refused_by_the_option(run, tmp_path):
+    fill_store(tmp_path / "k.zarr", labels=np.arange(4) % 2, num_outputs=2)
+    code, _, err = run("analyze", "spectrum", "k.zarr", "--of-output", "1")
+    assert code == 2
+    assert "Leave --of-output out" in err
+
+
+def test_a_comparison_asked_for_by_name_needs_two_kernels(run, tmp_path):
+    fill_store(tmp_path / "k.zarr", labels=np.arange(4) % 2, num_outputs=2)
+    code, _, err = run("plot", "k.zarr", "--kind", *KINDS)
+    assert code == 2
+    assert "two paths or more" in err
+
+
+@pytest.mark.parametrize(
+    ("ask", "settings"),
+    [
+        (analysis.flow, analysis.FlowSettings(loss="hinge")),
+        (analysis.flow, analysis.FlowSettings(offset="hinge")),
+        (analysis.regress, analysis.RegressSettings(method="hinge")),
+        (analysis.regress, analysis.RegressSettings(offset="hinge")),
+    ],
+)
+def test_an_unknown_name_of_a_setting_is_refused(tmp_path, ask, settings):
+    store, _ = fill_store(tmp_path / "k.zarr", labels=np.arange(4) % 2, num_outputs=2)
+    with pytest.raises(UnknownNameError, match="hinge"):
+        ask(open_matrix(store), settings)

@@ -61,6 +61,7 @@ def test_the_centered_kernel_has_the_nonzero_spectrum_of_centered_logits():
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
+        (3, UnknownNameError, "full"),
         ("mean", UnknownNameError, "full"),
         ("index:", UnknownNameError, "index:K"),
         ("index:-1", UnknownNameError, "index:K"),

@@ -261,3 +261,8 @@ def test_a_longer_name_is_refused(tmp_path, run):
     code, _, err = run("info", "‖" * 86)
     assert (code, err.count("\n")) == (2, 1)
     assert "at most 255 bytes, found 258" in err
+
+
+def test_an_empty_path_is_not_the_current_directory():
+    with pytest.raises(InputError, match="an empty path"):
+        folder_of("")

@@ -16,9 +16,11 @@ from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left
 from ntkgen.analysis.regression import bytes_of, named
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.analysis.targets import Problem, TestSamples
-from ntkgen.errors import InputError
+from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.store import KernelStore
+
+LOSSES = ("squared", "cross-entropy")
 
 LOSSES = ("squared", "cross-entropy")
 
@@ -157,7 +159,10 @@ def _check(problem: Problem, settings: FlowSettings) -> None:
 
     Raises:
         InputError: If a number is out of range, or the kernel lacks logits that the cross-entropy needs.
+        UnknownNameError: If the name of the loss is unknown.
     """
+    if settings.loss not in LOSSES:
+        raise UnknownNameError("loss", settings.loss, LOSSES)
     numbers = {
         "rate": settings.rate,
         "normalisation": 1.0 if settings.normalisation is None else settings.normalisation,

@@ -18,7 +18,7 @@ from ntkgen.analysis.matrix import FloatArray, Matrix, memory_left, require_memo
 from ntkgen.analysis.products import reading_bytes
 from ntkgen.analysis.results import recall_or_compute
 from ntkgen.analysis.targets import Problem, TestSamples
-from ntkgen.errors import InputError, NotPositiveError
+from ntkgen.errors import InputError, NotPositiveError, UnknownNameError
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.store import KernelStore
 
@@ -281,10 +281,13 @@ def regress(
     Raises:
         InputError: If the store has no labels, a λ is negative, or K + λI cannot be inverted; conjugate gradients also
             refuse λ = 0.
+        UnknownNameError: If the name of the method is unknown.
         FingerprintError: If the rows of the test kernel are not these training samples.
         BudgetError: If the memory limit is too small.
     """
     settings = settings or RegressSettings()
+    if settings.method not in METHODS:
+        raise UnknownNameError("method", settings.method, METHODS)
     problem = Problem.of(matrix, settings.offset)
     test = None if settings.test is None else TestSamples.of(settings.test, problem, settings.offset)
     shifts, method = settings.shifts or _default_shifts(problem), settings.method

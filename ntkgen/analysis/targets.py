@@ -11,7 +11,7 @@ from scipy.linalg import helmert
 from ntkgen.analysis.matrix import FloatArray, Matrix
 from ntkgen.analysis.passes import Arrays, fold
 from ntkgen.engine.cluster import shared
-from ntkgen.errors import FingerprintError, InputError, StoreError
+from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_step
 from ntkgen.store.opening import open_store
@@ -187,7 +187,10 @@ def offset_of(readout: Readout, store: KernelStore, offset: str, array: str) -> 
 
     Raises:
         InputError: If the store has no logits.
+        UnknownNameError: If the name of the offset is unknown.
     """
+    if offset not in OFFSETS:
+        raise UnknownNameError("offset", offset, OFFSETS)
     if offset == "zero":
         samples = store.grid.num_samples if array == "logits" else store.grid.num_cols // store.grid.num_outputs
         return readout.mapped(np.zeros((samples, readout.num_logits)))

@@ -1,6 +1,7 @@
 """Options that several commands share, and options that take several values after one flag."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,10 @@ class Command(click.Command):
             raise CommandError(error, self) from error
 
 
+# The beginning of a negative number, which is a value and not an option.
+_NEGATIVE = re.compile(r"-\.?\d")
+
+
 def repeat_flags(args: Sequence[str], flags: set[str]) -> list[str]:
     """Write ``--flag a b`` as ``--flag a --flag b``.
 
@@ -50,6 +55,8 @@ def repeat_flags(args: Sequence[str], flags: set[str]) -> list[str]:
     ['-v', '--models', 'a', '--models', 'b', '--seed', '1']
     >>> repeat_flags(["--models=a", "b"], {"--models"})
     ['--models', 'a', '--models', 'b']
+    >>> repeat_flags(["--shifts", "-1", "2", "-q"], {"--shifts"})
+    ['--shifts', '-1', '--shifts', '2', '-q']
 
     Raises:
         UsageError: If no value follows a flag.
@@ -62,7 +69,7 @@ def repeat_flags(args: Sequence[str], flags: set[str]) -> list[str]:
             _require_value(flag, found=found)
             flag, found = name, bool(equals)
             result += [flag, value] if equals else []
-        elif arg.startswith("-"):
+        elif arg.startswith("-") and not (flag and _NEGATIVE.match(arg)):
             _require_value(flag, found=found)
             flag, found = "", True
             result.append(arg)
@@ -144,7 +151,21 @@ def dtype_option(*name: str, **attributes: Any) -> Callable[[Function], Function
 
 def out_option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
     """Define --out, for the path of the results. ``names`` are a short option and a parameter other than ``out``."""
-    return click.option("--out", *names, **attributes)
+    return click.option("--out", *names, callback=_require_path, **attributes)
+
+
+def _require_path(_: click.Context, __: click.Parameter, path: str | None) -> str | None:
+    """Require that a path is not empty. An empty one would mean the current directory.
+
+    Raises:
+        UsageError: If the path is empty.
+    """
+    if path is not None and not path.strip():
+        raise click.UsageError(
+            "--out has an empty path: expected the path of a folder or file, found no characters. Is a variable of the "
+            "shell not set? Give a path. The current directory is a dot."
+        )
+    return path
 
 
 def device_option(meaning: str) -> Callable[[Function], Function]:

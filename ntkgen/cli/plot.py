@@ -58,7 +58,7 @@ def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...
     folder.require_writable()
     chosen, names = kinds or KINDS, unique_names(paths)
     matrices = [asked.matrix(path) for path in paths]  # wrong input is reported before any computation
-    compared, refused = _compare(matrices, chosen, asked)
+    compared, refused = _compare(matrices, chosen, asked, is_required="comparison" in kinds)
     for index, (matrix, name) in enumerate(zip(matrices, names, strict=True)):
         pictures, missing = _draw(matrix, name, chosen, asked)
         if index == 0 and compared is not None:
@@ -83,12 +83,12 @@ def _draw(matrix: "Matrix", name: str, kinds: Sequence[str], asked: Asked) -> "t
 
 
 def _compare(
-    matrices: "Sequence[Matrix]", kinds: Sequence[str], asked: Asked
+    matrices: "Sequence[Matrix]", kinds: Sequence[str], asked: Asked, *, is_required: bool
 ) -> "tuple[Picture | None, dict[str, str]]":
     """Draw the comparison of the first kernel with the others. Return it, and the reason for each refused store.
 
     Raises:
-        InputError: If there is only one kernel, and the command asks only for some pictures, one of them a comparison.
+        InputError: If there is only one kernel, and the command asks for a comparison by its name.
     """
     from ntkgen.analysis.answers import compare_all
     from ntkgen.analysis.plots.compare import draw_comparison
@@ -96,7 +96,7 @@ def _compare(
 
     if "comparison" not in kinds:
         return None, {}
-    if len(matrices) == 1 and kinds != KINDS:
+    if len(matrices) == 1 and is_required:
         raise InputError(
             f"The kernel at {matrices[0].name} cannot be compared: expected two paths or more, found one. Is a path "
             "missing? Add the other paths, or leave comparison out of --kind."

@@ -26,8 +26,13 @@ def folder_of(place: "str | os.PathLike[str] | Store | Folder", *, fsync: bool =
         return StoreFolder(place, str(place))
     if not isinstance(place, str | os.PathLike) or "\0" in os.fspath(place):
         raise InputError(
-            f"Results cannot be written to {place!r}: expected a path, a URL or a Zarr store, found "
+            f"There can be no results at {place!r}: expected a path, a URL or a Zarr store, found "
             f"{type(place).__name__}. Was an argument left out? Pass a path without null characters."
+        )
+    if os.fspath(place) == "":
+        raise InputError(
+            "There can be no results at an empty path: expected a path, a URL or a Zarr store, found no characters. Is "
+            "a variable not set? Give a path. The current directory is a dot."
         )
     scheme, separator, rest = os.fspath(place).partition("://")
     if not separator or scheme == "file":

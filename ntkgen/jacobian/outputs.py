@@ -49,7 +49,7 @@ def output_map(name: str, num_logits: int) -> OutputMap:
                 "one, of which nothing would be left. Use `output` full."
             )
         return OutputMap(name, contrast_matrix(num_logits))
-    kind, _, index = name.partition(":")
+    kind, _, index = str(name).partition(":")
     if kind != "index" or not index.isdecimal() or index != str(int(index)):
         raise UnknownNameError("output", name, OUTPUTS)
     if int(index) >= num_logits:

@@ -127,10 +127,12 @@ class KernelStore:
     def _check_output(self, output: int | None) -> None:
         planes = self.grid.num_planes
         if (output is None) != (planes == 1) or (output is not None and not 0 <= output < planes):
+            count = f"{planes} matrices, one for each output" if planes > 1 else "a single matrix for all its outputs"
+            expected = f"`output` from 0 to {planes - 1}" if planes > 1 else "no `output`"
+            remedy = "Give `output` one of these numbers" if planes > 1 else "Leave `output` out"
             raise InputError(
-                f"The store at {self.name} holds {f'{planes} matrices, one for each output' if planes > 1 else 'one'}: "
-                f"expected {f'an output from 0 to {planes - 1}' if planes > 1 else 'no output'}, found {output}. Use "
-                f"{'store.kernel(output=0)' if planes > 1 else 'store.array'}."
+                f"The store at {self.name} has {count}: expected {expected}, found {output}. Was a kernel of another "
+                f"output map meant? {remedy}, or choose another store."
             )
 
     @property
