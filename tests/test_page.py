@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import importlib
 import itertools
 import json
 import re
@@ -16,21 +17,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cases import chosen, files_of
-from filled import PROVENANCE, drawn, fill_store, filled
+from filled import PROVENANCE, answer_of, drawn, fill_store, filled
 
-from ntkgen.analysis.answers import compare_all, gather
+from ntkgen.analysis.answers import Answers, compare_all, gather
 from ntkgen.analysis.comparison import CompareSettings, compare
 from ntkgen.analysis.determinant import LogdetAnswer
 from ntkgen.analysis.eigenvalue_density import DensityAnswer
+from ntkgen.analysis.eigenvalues import SpectrumAnswer
+from ntkgen.analysis.extrapolation import ExtrapolateAnswer
 from ntkgen.analysis.gradient_flow import FlowAnswer
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report import make as report
-from ntkgen.analysis.report import reproduce
+from ntkgen.analysis.report import reproduce, sections
 from ntkgen.analysis.report.content import TALL, Code, Facts, Paragraph, Section, Table
 from ntkgen.analysis.report.make import make_report
 from ntkgen.analysis.report.page import write_page
 from ntkgen.analysis.report.sections import comparison
+from ntkgen.analysis.results import Kept
 from ntkgen.store.opening import open_store
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 1])
@@ -504,3 +508,20 @@ def test_a_kernel_that_is_not_complete_is_refused_or_its_leading_part_taken(run,
     assert "is not complete" in err
     assert run("report", store.name, "--allow-partial", "--memory", "1TB")[0] == 0
     assert "the first 6 of 7 rows" in Checked(Path("report.html").read_text()).words
+
+
+@pytest.mark.parametrize(("smallest", "is_noise"), [(0.1, True), (0.9, False)])
+def test_a_condition_number_of_noise_is_called_so(smallest, is_noise):
+    answer = answer_of(SpectrumAnswer, condition=10.0, smallest=smallest, error_norm=0.5)
+    assert [("below the bound" in part.text) for part in sections._noise(answer)] == [True] * is_noise
+    line = importlib.import_module("ntkgen.cli.analyze.spectrum")._condition(answer)
+    assert ("the stored numbers only" in line) == is_noise
+
+
+def test_an_undetermined_extrapolation_is_called_so(tmp_path):
+    store, _ = fill_store(tmp_path / "k.zarr", labels=np.arange(8) % 2)
+    law = answer_of(
+        ExtrapolateAnswer, store="k.zarr", to=100, logdet=-5.0, holdout_logdet=9.0, fitted_to=8, holdout_from=6, nu=1.0
+    )
+    found = Answers(open_matrix(store), {"extrapolate": Kept(law, {})})
+    assert any("not determined" in part.text for part in sections._law(found) if isinstance(part, Paragraph))

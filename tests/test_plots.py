@@ -26,6 +26,7 @@ from ntkgen.analysis import answers
 from ntkgen.analysis.alignment import AlignAnswer
 from ntkgen.analysis.answers import gather
 from ntkgen.analysis.determinant import LogdetAnswer
+from ntkgen.analysis.eigenvalue_density import DensityAnswer
 from ntkgen.analysis.eigenvalues import SpectrumAnswer
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.analysis.plots import draw as plots
@@ -457,3 +458,26 @@ def test_every_stage_of_the_analysis_has_a_unit_in_the_progress_bars():
     stages = {stage for file in folder.rglob("*.py") for stage in calls.findall(file.read_text())}
     assert "block means" in stages
     assert stages <= set(progress._UNITS)
+
+
+def test_the_columns_are_not_called_rows(matrix):
+    axes = draw_matrix(matrix).figure.axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("output of the column", "output of the row")
+
+
+def test_the_density_counts_the_eigenvalues_below_the_certificate():
+    from ntkgen.analysis.plots.spectrum import draw_density
+
+    answer = answer_of(
+        DensityAnswer,
+        method="all",
+        log10_eigenvalues=[-2.0, -1.0, 0.0, 1.0],
+        density=[0.1, 0.4, 0.4, 0.1],
+        density_errors=[0.0] * 4,
+        fraction_above=[1.0, 0.75, 0.25, 0.0],
+        fraction_off_axis=0.0,
+        resolved_above=None,
+        error_norm=0.1,
+        bandwidth=0.1,
+    )
+    assert "25 % of the eigenvalues are below" in draw_density(answer).caption

@@ -199,7 +199,8 @@ def _mark(axes: "Axes", panel: Panel) -> None:
     axes.set_xticks(middles, names)
     axes.set_yticks(middles, names)
     axes.tick_params(length=0)
-    axes.set(xlabel=f"{group} of the {item}", ylabel=f"{group} of the {item}")
+    across = "column" if item == "row" else item
+    axes.set(xlabel=f"{group} of the {across}", ylabel=f"{group} of the {item}")
 
 
 def _few_ticks() -> Any:

@@ -140,10 +140,13 @@ def _mark_limits(left: "Axes", right: "Axes", answer: DensityAnswer) -> None:
 
 def _density_caption(answer: DensityAnswer) -> str:
     how = "from all eigenvalues" if answer.method == "all" else f"by Lanczos quadrature with {answer.probes} vectors"
+    share, bound = answer.fraction_off_axis, "negative or hidden by rounding"
+    if answer.error_norm and answer.log10_eigenvalues:
+        above = np.interp(np.log10(answer.error_norm), answer.log10_eigenvalues, answer.fraction_above)
+        share, bound = 1 - float(above), "below the bound on ‖E‖_F, and so indistinguishable from zero"
     return (
         f"Share of the eigenvalues per decade, {how}. Each eigenvalue is drawn as a Gaussian with a standard deviation "
-        f"of {plain(answer.bandwidth)} decades. {100 * answer.fraction_off_axis:.2g} % of the eigenvalues are negative "
-        "or indistinguishable from zero."
+        f"of {plain(answer.bandwidth)} decades. {100 * share:.2g} % of the eigenvalues are {bound}."
     )
 
 

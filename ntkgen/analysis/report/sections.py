@@ -13,9 +13,9 @@ from ntkgen.analysis.answers import Answers
 from ntkgen.analysis.comparison import CompareAnswer, Cost
 from ntkgen.analysis.determinant import LogdetAnswer
 from ntkgen.analysis.eigenvalues import SpectrumAnswer
-from ntkgen.analysis.extrapolation import ExtrapolateAnswer
+from ntkgen.analysis.extrapolation import ExtrapolateAnswer, warnings_of
 from ntkgen.analysis.plots.compare import draw_comparison, short
-from ntkgen.analysis.plots.style import Picture
+from ntkgen.analysis.plots.style import Picture, plain
 from ntkgen.analysis.regression import RegressAnswer
 from ntkgen.analysis.report.content import Code, Facts, Figure, Paragraph, Part, Section, Table
 from ntkgen.analysis.report.reproduce import citation, question_command, recipe_of
@@ -118,7 +118,21 @@ def _spectrum(answers: Answers, pictures: Pictures) -> Section:
         "Condition number, λ₁ / λ_N": answer.condition,
     }
     listed = Facts(_known(numbers), "Numbers of the spectrum")
-    return Section("Spectrum", [listed, *_shown(pictures, "spectrum", "density"), _eigenvalues(answer)])
+    return Section(
+        "Spectrum", [listed, *_noise(answer), *_shown(pictures, "spectrum", "density"), _eigenvalues(answer)]
+    )
+
+
+def _noise(answer: SpectrumAnswer) -> list[Part]:
+    """Warn if the smallest eigenvalue, and with it the condition number, is only that of the stored numbers."""
+    bound, smallest = answer.error_norm, answer.smallest
+    if answer.condition is None or bound is None or smallest is None or smallest > bound:
+        return []
+    words = (
+        f"The smallest eigenvalue, {plain(smallest)}, is below the bound ‖E‖_F ≤ {plain(bound)}. It and the condition "
+        "number are those of the stored numbers only."
+    )
+    return [Paragraph(words, "warning")]
 
 
 def _eigenvalues(answer: SpectrumAnswer) -> Table:
@@ -159,7 +173,8 @@ def _law(answers: Answers) -> list[Part]:
         "Relative error on held-out prefixes": answer.holdout_error_relative,
     }
     words = f"Log-determinant of {answer.to:,} samples, extrapolated from the leading blocks of this kernel:"
-    return [Paragraph(words), Facts(_known(numbers), "Extrapolation")]
+    warnings = [Paragraph(warning, "warning") for warning in warnings_of(answer)]
+    return [Paragraph(words), *warnings, Facts(_known(numbers), "Extrapolation")]
 
 
 def _regression(answers: Answers, pictures: Pictures) -> Section:

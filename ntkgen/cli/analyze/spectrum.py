@@ -70,7 +70,8 @@ def _page(answer: "SpectrumAnswer") -> list[str]:
 
 
 def _method(answer: "SpectrumAnswer") -> str:
-    count = f"{len(answer.eigenvalues):,} of {answer.rows:,} eigenvalues, {answer.passes:g} passes"
+    noun = "pass" if answer.passes == 1 else "passes"
+    count = f"{len(answer.eigenvalues):,} of {answer.rows:,} eigenvalues, {answer.passes:g} {noun}"
     if answer.method == "all":
         return f"{count}, by LAPACK"
     reached = "" if answer.is_converged else "; NOT CONVERGED: raise --max-passes"
@@ -90,7 +91,9 @@ def _condition(answer: "SpectrumAnswer") -> str:
     negative = f", {answer.num_negative:,} negative" if answer.num_negative else ""
     if answer.condition is None:
         return f"none: the {smallest} may be zero{negative}"
-    return f"{_within(answer.condition, answer.condition_error)}, {smallest}"
+    is_noise = answer.error_norm is not None and answer.smallest <= answer.error_norm
+    noise = ", which is below ‖E‖: both are those of the stored numbers only" if is_noise else ""
+    return f"{_within(answer.condition, answer.condition_error)}, {smallest}{noise}"
 
 
 def _error(answer: "SpectrumAnswer") -> str:
