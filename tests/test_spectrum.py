@@ -485,4 +485,4 @@ def test_the_page_says_what_was_done(tmp_path, by_krylov):
     assert "by block Krylov with blocks of " in shown.output
     assert "not computed, because the kernel does not fit" in shown.output
     shown = CliRunner().invoke(cli, ["analyze", "spectrum", path])
-    assert "60 of 60 eigenvalues, 1 passes, by LAPACK" in shown.output
+    assert "60 of 60 eigenvalues, 1 pass, by LAPACK" in shown.output
