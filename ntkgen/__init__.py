@@ -10,6 +10,7 @@ from ntkgen.lazy import lazy_names
 if TYPE_CHECKING:
     from ntkgen.engine.compute import compute as compute
     from ntkgen.jacobian.dense import ntk as ntk
+    from ntkgen.jacobian.kernel_function import KernelFunction as KernelFunction
     from ntkgen.jacobian.operator import NTKOperator as NTKOperator
     from ntkgen.jacobian.reference import reference_ntk as reference_ntk
     from ntkgen.store.opening import open_kernel as open  # noqa: A004
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["KernelStore", "NTKOperator", "compute", "ntk", "open", "reference_ntk"]
+__all__ = ["KernelFunction", "KernelStore", "NTKOperator", "compute", "ntk", "open", "reference_ntk"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "KernelFunction": "ntkgen.jacobian.kernel_function",
             "KernelStore": "ntkgen.store.store",
             "NTKOperator": "ntkgen.jacobian.operator",
             "compute": "ntkgen.engine.compute",

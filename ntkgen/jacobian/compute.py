@@ -28,17 +28,44 @@ def compute_factors(
     An incomplete last batch is padded with its last sample, so that every pass has the same shape. The bits of a
     sample's factors then do not depend on the tile that uses them.
     """
-    block = _empty_factors(network, plan, len(x))
-    with without_kept_graphs():
-        for batch in Block(0, len(x)).pieces(plan.batch_size):
-            _fill_batch(
-                block, network, plan, slice(batch.start, batch.stop), network.input(x[batch.start : batch.stop])
-            )
-        require_same_in_other_batches(network, x, block.logits, plan.batch_size)
+    block = empty_factors(network, plan, len(x))
+    fill_factors(block, network, plan, x)
     return block
 
 
-def _empty_factors(network: Network, plan: JacobianPlan, samples: int) -> BlockFactors:
+def fill_factors(
+    block: BlockFactors,
+    network: Network,
+    plan: JacobianPlan,
+    x: Tensor,  # (samples, …)
+    *,
+    prove: bool = True,
+) -> None:
+    """Compute the factors of as many samples as a block has room for, batch by batch.
+
+    Args:
+        block: What is written.
+        network: The network.
+        plan: The plan.
+        x: The samples.
+        prove: Whether each batch is compared with autograd and with other batches. Without it a batch is still refused
+            in which a layer is called otherwise than planned.
+    """
+    with without_kept_graphs():
+        for batch in Block(0, len(x)).pieces(plan.batch_size):
+            part = slice(batch.start, batch.stop)
+            samples = network.input(x[part])
+            recording = _fill_batch(block, network, plan, part, samples)
+            if prove:
+                require_true_factors(network, recording, block, part)
+            del recording  # and with it the graph
+            _fill_fallback(block, network, part, samples)
+        if prove:
+            require_same_in_other_batches(network, x, block.logits, plan.batch_size)
+
+
+def empty_factors(network: Network, plan: JacobianPlan, samples: int) -> BlockFactors:
+    """Allocate the factors of some samples."""
     m = plan.num_outputs
 
     def empty(*shape: int) -> Tensor:
@@ -70,8 +97,8 @@ def pad_batch(samples: Tensor, batch_size: int) -> Tensor:
     return torch.cat([samples, samples[-1:].expand(batch_size - len(samples), *samples.shape[1:])])
 
 
-def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> None:
-    """Run one padded batch, and write its factors into the block."""
+def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> Recording:
+    """Run one padded batch, and write the factors of its layers into the block."""
     padded = pad_batch(samples, plan.batch_size)
     recording = record(network.module, network.layer_modules, padded, len(samples))
     block.logits[batch] = recording.outputs[: recording.count].detach()
@@ -97,12 +124,16 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
             for rows in _layer_rows(layer, recording, g, inputs.get(layer.name, ()), plan.rates.route):
                 block.rows[batch, output, column : column + rows.shape[1]] = rows
                 column += rows.shape[1]
-    require_true_factors(network, recording, block, batch)
-    del recording  # frees the graph
-    if network.fallback:
-        for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):  # one sample at a time
-            rows = jacobian_rows(network.module, network.fallback, sample[None])[0]
-            block.rows[index, :, column:] = network.mapped(rows.mT).mT
+    return recording
+
+
+def _fill_fallback(block: BlockFactors, network: Network, batch: slice, samples: Tensor) -> None:
+    """Form the rows of the parameters without a rule, one sample at a time. They are the last of the kept rows."""
+    if not network.fallback:
+        return
+    for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):
+        rows = network.mapped(jacobian_rows(network.module, network.fallback, sample[None])[0].mT).mT
+        block.rows[index, :, block.rows.shape[2] - rows.shape[1] :] = rows
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

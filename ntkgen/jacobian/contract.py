@@ -1,6 +1,6 @@
 """The product of two blocks of factors, which is a part of the kernel, in each exact order of multiplication."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,20 +29,45 @@ def fill_kernel(
     plan: JacobianPlan,
 ) -> Tensor:  # (row samples · outputs, column samples · outputs); (rows, columns) for trace, (outputs, …) for diagonal
     """Compute a rectangle of the kernel, block by block. If rows are columns, mirror the upper triangle."""
+    return fill_kernels(rows, columns, factors, plan, [lambda block: block])[0]
+
+
+def fill_kernels(
+    rows: list[Block],
+    columns: list[Block],
+    factors: Callable[[Block], BlockFactors],
+    plan: JacobianPlan,
+    parts: Sequence[Callable[[BlockFactors], BlockFactors]],
+) -> list[Tensor]:  # each as `fill_kernel`
+    """Compute the kernels of several parts of the factors, such as those of each layer, in one pass over the blocks."""
     m = plan.num_outputs if plan.reduction == "none" else 1
     height, width = (blocks[-1].stop - blocks[0].start for blocks in (rows, columns))
-    kernel: Tensor | None = None
+    kernels: list[Tensor] = []
     for row, column in block_pairs(rows, columns):
-        part = contract(factors(row), factors(column), plan)  # without names, which would keep a third block in memory
-        if kernel is None:
-            kernel = part.new_empty(*part.shape[:-2], height * m, width * m)
+        # without names for the factors, which would keep a third block in memory
+        tiles = _contract_parts(factors(row), factors(column), plan, parts)
+        if not kernels:
+            kernels = [tile.new_empty(*tile.shape[:-2], height * m, width * m) for tile in tiles]
         i = Block(row.start - rows[0].start, row.stop - rows[0].start).rows(m)
         j = Block(column.start - columns[0].start, column.stop - columns[0].start).rows(m)
-        kernel[..., i, j] = part
-        if rows == columns and row != column:
-            kernel[..., j, i] = part.mT
-    assert kernel is not None
-    return kernel
+        for kernel, tile in zip(kernels, tiles, strict=True):
+            kernel[..., i, j] = tile
+            if rows == columns and row != column:
+                kernel[..., j, i] = tile.mT
+    return kernels
+
+
+def _contract_parts(
+    left: BlockFactors,
+    right: BlockFactors,
+    plan: JacobianPlan,
+    parts: Sequence[Callable[[BlockFactors], BlockFactors]],
+) -> list[Tensor]:
+    tiles = []
+    for part in parts:
+        rows = part(left)
+        tiles.append(contract(rows, rows if left is right else part(right), plan))
+    return tiles
 
 
 def contract(

@@ -15,7 +15,7 @@ from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, product_macs, sizes_for
+from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, Rates, factor_macs, product_macs, sizes_for
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, more_excluded
@@ -118,16 +118,29 @@ def plan_ntk(
     x1: Tensor,
     x2: Tensor | None = None,
     asked: Request = Request(),
+    *,
+    rates: Rates | None = None,
+    batch_size: int | None = None,
 ) -> DensePlan:
-    """Prepare a network and plan the kernel of two batches, in the largest blocks of at most `BLOCK_BYTES`."""
+    """Prepare a network and plan the kernel of two batches, in the largest blocks of at most `BLOCK_BYTES`.
+
+    Args:
+        model: The network.
+        x1: The samples of the rows.
+        x2: The samples of the columns.
+        asked: What is computed, and how.
+        rates: Speed of the device. By default it is measured.
+        batch_size: Maximum number of samples per forward pass. By default it depends on the size of the network.
+    """
     x = x1 if x2 is None else torch.cat([x1, x2])
     probe = in_turns(x1, x2)
     network, chosen = prepare_mapped(model, probe, asked.precision, asked.output, excluded=asked.excluded)
-    with alone():  # other threads would disturb the measurement
-        rates = rates_of(network.device, asked.precision)
+    if rates is None:
+        with alone():  # other threads would disturb the measurement
+            rates = rates_of(network.device, asked.precision)
 
     def planned(block: int) -> JacobianPlan:
-        sizes = sizes_for(network.device.type, block, batch_size_for(network.profile.activation_numbers))
+        sizes = sizes_for(network.device.type, block, batch_size or batch_size_for(network.profile.activation_numbers))
         return plan_jacobian(
             network.profile,
             sizes,

@@ -1,0 +1,205 @@
+"""A kernel as a function of parameters: equal to `ntkgen.ntk` whatever the parameters become."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES, TOLERANCES, chosen_cases, relative_error
+from torch import nn
+
+import ntkgen
+from ntkgen.errors import DivergedError, InputError, RuleError, ShapeError
+
+pytestmark = pytest.mark.numeric
+
+
+def moved(module: nn.Module, seed: int = 5) -> nn.Module:
+    """Copy a network and change all of its parameters and floating-point buffers."""
+    other = copy.deepcopy(module)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in [*other.parameters(), *other.buffers()]:
+            if tensor.is_floating_point():
+                tensor.mul_(1 + 0.1 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor))
+    return other
+
+
+@chosen_cases
+def test_equals_the_kernel_of_other_parameters(name):
+    case = CASES[name]()
+    later = moved(case.module)
+    function = ntkgen.KernelFunction(case.module, case.x, precision="float64")
+    expected = ntkgen.ntk(later, case.x, precision="float64")
+    assert relative_error(function(later), expected) <= TOLERANCES["float64"]
+    first = ntkgen.ntk(case.module, case.x, precision="float64")
+    assert relative_error(function(case.module.state_dict()), first) <= TOLERANCES["float64"]
+
+
+@chosen_cases
+def test_the_kernels_of_the_modules_add_up_to_the_kernel(name):
+    case = CASES[name]()
+    parts = ntkgen.KernelFunction(case.module, case.x, case.x[:2], precision="float64", per_layer=True)(case.module)
+    named = {key.rpartition(".")[0] for key, param in case.module.named_parameters() if param.requires_grad}
+    assert set(parts) == named
+    expected = ntkgen.reference_ntk(case.module, case.x, case.x[:2])
+    assert relative_error(sum(parts.values()), expected) <= TOLERANCES["float64"]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+
+X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_kernel_of_one_module_is_that_of_its_parameters_alone():
+    net = mlp()
+    found = ntkgen.KernelFunction(net, X, precision="float64", per_layer=True)(net)
+    for name, kernel in found.items():
+        alone = copy.deepcopy(net).requires_grad_(False)
+        alone.get_submodule(name).requires_grad_(True)
+        assert relative_error(kernel, ntkgen.reference_ntk(alone, X)) <= TOLERANCES["float64"]
+
+
+@pytest.mark.parametrize("output", ["full", "sum", "centered", "index:1", "trace", "diagonal"])
+@pytest.mark.parametrize("columns", [None, X[:3] + 1])
+def test_every_output_in_float32(output, columns):
+    net, later = mlp(), moved(mlp())
+    function = ntkgen.KernelFunction(net, X, columns, output=output)
+    assert relative_error(function(later), ntkgen.ntk(later, X, columns, output=output)) <= TOLERANCES["float32"]
+
+
+def test_equal_parameters_give_equal_bits_and_a_result_of_their_own():
+    net, later = mlp(), moved(mlp())
+    function = ntkgen.KernelFunction(net, X)
+    first = function(net)
+    kept = first.clone()
+    assert not torch.equal(function(later), first)
+    assert torch.equal(first, kept)
+    assert torch.equal(function(net), first)
+    assert torch.equal(ntkgen.KernelFunction(later, X)(net), first)
+
+
+def test_several_blocks(monkeypatch):
+    monkeypatch.setattr("ntkgen.jacobian.dense.BLOCK_BYTES", 700)
+    net, later = mlp(), moved(mlp())
+    function = ntkgen.KernelFunction(net, X, precision="float64", per_layer=True)
+    assert len(function._plan.rows) > 2
+    expected = ntkgen.reference_ntk(later, X)
+    assert relative_error(sum(function(later).values()), expected) <= TOLERANCES["float64"]
+
+
+def test_the_network_and_the_random_state_stay_as_they_are():
+    net = mlp().train()
+    net(X).sum().backward()
+    numbers = [tensor.clone() for tensor in [*net.parameters(), *net.buffers()]]
+    grads, state = [param.grad.clone() for param in net.parameters()], torch.get_rng_state()
+    function = ntkgen.KernelFunction(net, X)
+    function(net)
+    assert net.training
+    assert all(map(torch.equal, numbers, [*net.parameters(), *net.buffers()]))
+    assert all(map(torch.equal, grads, [param.grad for param in net.parameters()]))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_running_statistics_are_those_of_the_call():
+    net = mlp()
+    function = ntkgen.KernelFunction(net, X, precision="float64")
+    net.train()(torch.randn(32, 4) * 5)
+    assert relative_error(function(net), ntkgen.reference_ntk(net.eval(), X)) <= TOLERANCES["float64"]
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a number that is neither parameter nor buffer."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+    def get_extra_state(self):
+        return self.scale
+
+    def set_extra_state(self, state):
+        self.scale = state
+
+
+@pytest.mark.parametrize("as_state", [lambda net: net, lambda net: net.state_dict()])
+def test_extra_state_is_that_of_the_call(as_state):
+    net = nn.Sequential(Scaled(4, 2))
+    function = ntkgen.KernelFunction(net, X, precision="float64")
+    net[0].scale = 3.0
+    assert relative_error(function(as_state(net)), ntkgen.reference_ntk(net, X)) <= TOLERANCES["float64"]
+
+
+def test_a_state_of_another_architecture_is_refused():
+    function = ntkgen.KernelFunction(mlp(), X)
+    with pytest.raises(InputError, match=r"found no 0\.bias, 0\.weight, 2\.bias and 6 more"):
+        function({})
+    with pytest.raises(InputError, match=r"found 4\.bias, 4\.weight as well"):
+        function(nn.Sequential(*mlp(), nn.Linear(3, 3)))
+    with pytest.raises(ShapeError, match=r"3.weight has another shape: expected \(3, 6\).*found \(5, 6\)"):
+        function(nn.Sequential(*mlp()[:3], nn.Linear(6, 5)))
+    with pytest.raises(InputError, match="was given a list"):
+        function([1.0])
+    with pytest.raises(InputError, match="model is none"):
+        function({"model": mlp().state_dict()})
+
+
+def test_a_network_that_trains_other_parameters_is_refused():
+    net = mlp()
+    function = ntkgen.KernelFunction(net, X)
+    net[0].requires_grad_(False)
+    with pytest.raises(InputError, match=r"requires_grad of 0\.weight, 0\.bias"):
+        function(net)
+
+
+def test_a_network_that_was_untied_is_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net[2].weight = net[0].weight
+    function = ntkgen.KernelFunction(net, X)
+    with pytest.raises(InputError, match=r"2\.weight was tied"):
+        function(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+
+
+class Routed(nn.Module):
+    """Two experts; which of them takes a sample depends on the parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.gate = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 1)
+
+    def forward(self, x):
+        chosen = self.gate(x)[:, 0] > 0
+        out = x.new_zeros(len(x), 3)
+        for expert, rows in ((self.first, chosen), (self.second, ~chosen)):
+            if rows.any():
+                out = out.index_put((rows.nonzero()[:, 0],), expert(x[rows]))
+        return out + 0 * self.gate(x)
+
+
+def test_a_call_that_routes_samples_in_another_way_is_exact_or_refused():
+    net = Routed()
+    with torch.no_grad():
+        net.gate.weight.zero_()
+        net.gate.bias.fill_(1.0)
+    function = ntkgen.KernelFunction(net, X, precision="float64")
+    later = copy.deepcopy(net)
+    with torch.no_grad():
+        later.gate.weight.normal_(generator=torch.Generator().manual_seed(0))
+        later.gate.bias.zero_()
+    try:
+        found = function(later)
+    except RuleError:
+        return
+    assert relative_error(found, ntkgen.reference_ntk(later, X)) <= TOLERANCES["float64"]
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    net = mlp()
+    function = ntkgen.KernelFunction(net, X)
+    with torch.no_grad():
+        net[3].bias.fill_(float("nan"))
+    with pytest.raises(DivergedError):
+        function(net)
