@@ -1,0 +1,37 @@
+"""Schedules: at which moments of training a run looks."""
+
+import pytest
+
+from ntkgen.continual.schedule import Moment, Schedule
+from ntkgen.errors import InputError
+
+
+def steps(schedule, steps_per_epoch=4, num_epochs=3):
+    last = steps_per_epoch * num_epochs
+    return [step for step in range(last + 1) if schedule.contains(Moment(1, step, steps_per_epoch, last))]
+
+
+@pytest.mark.parametrize(
+    ("text", "dense", "expected"),
+    [
+        ("task", None, [12]),
+        ("1ep", None, [4, 8, 12]),
+        ("2ep", None, [8, 12]),
+        ("5it", None, [0, 5, 10, 12]),
+        ("12it", None, [0, 12]),
+        ("task", 4, [0, 1, 2, 4, 12]),
+        ("1ep", 7, [0, 1, 2, 4, 8, 12]),
+        ("1ep", 0, [0, 4, 8, 12]),
+    ],
+)
+def test_moments(text, dense, expected):
+    schedule = Schedule.parse(text, dense)
+    assert steps(schedule) == expected
+    assert schedule.count(4, 3) == len(expected)
+    assert str(schedule) == text
+
+
+@pytest.mark.parametrize("text", ["never", "0it", "ep", "1", "-1ep", "1.5ep", "10 it", "1epoch"])
+def test_what_is_no_schedule_is_refused(text):
+    with pytest.raises(InputError, match="no schedule"):
+        Schedule.parse(text)
