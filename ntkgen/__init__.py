@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ntkgen.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from ntkgen.continual.snapshots import Snapshots as Snapshots
     from ntkgen.engine.compute import compute as compute
     from ntkgen.jacobian.dense import ntk as ntk
     from ntkgen.jacobian.kernel_function import KernelFunction as KernelFunction
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["KernelFunction", "KernelStore", "NTKOperator", "compute", "ntk", "open", "reference_ntk"]
+__all__ = ["KernelFunction", "KernelStore", "NTKOperator", "Snapshots", "compute", "ntk", "open", "reference_ntk"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
@@ -27,6 +28,7 @@ if not TYPE_CHECKING:
             "KernelFunction": "ntkgen.jacobian.kernel_function",
             "KernelStore": "ntkgen.store.store",
             "NTKOperator": "ntkgen.jacobian.operator",
+            "Snapshots": "ntkgen.continual.snapshots",
             "compute": "ntkgen.engine.compute",
             "ntk": "ntkgen.jacobian.dense",
             "open": "ntkgen.store.opening:open_kernel",

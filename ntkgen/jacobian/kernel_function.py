@@ -99,6 +99,11 @@ class KernelFunction:
         """Number of outputs of the network."""
         return self._plan.network.profile.num_logits
 
+    @property
+    def layers(self) -> list[str]:
+        """Names of the modules with trainable parameters, in the order of a call with ``per_layer``; else empty."""
+        return [group.name for group in self._groups or ()]
+
     def __call__(
         self, state: nn.Module | Mapping[str, Any], *, prove: bool = False
     ) -> Tensor | dict[str, Tensor]:  # each (n₁ m, n₂ m), (n₁, n₂) for the output trace, (m, n₁, n₂) for diagonal

@@ -1,0 +1,377 @@
+"""Kernels of fixed probe samples over the course of a training: `ntkgen.Snapshots`, for anybody's loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+import ntkgen
+from ntkgen.continual.series import FixedArray, GrowingArray, Series
+from ntkgen.errors import FingerprintError, InputError, ShapeError
+from ntkgen.files.folder import Folder
+from ntkgen.files.place import folder_of
+from ntkgen.fingerprints import array_fingerprint
+from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
+from ntkgen.jacobian.kernel_function import KernelFunction
+from ntkgen.jacobian.outputs import output_map
+from ntkgen.jacobian.precision import policy
+
+if TYPE_CHECKING:
+    import os
+
+    from zarr.abc.store import Store
+
+FORMAT_VERSION = 1
+# The attribute of the group that says what the kernels are of.
+ATTRIBUTE = "ntkgen_snapshots"
+# The time axis.
+TIME = "time"
+SEEN = "seen"
+
+
+class Snapshots:
+    """Records the kernel of fixed probe samples at chosen moments of a training.
+
+    A call computes the kernel for the current parameters, appends it to a Zarr group and returns it. The network, its
+    mode, its gradients, its buffers and all random states stay as they are, so a training with snapshots ends with the
+    same bits as one without. The group is whole up to the last finished call after any kill. If there is a group of the
+    same probe and settings, it is continued.
+
+    The arrays are ``kernel`` (time, row, col) and, of each time, ``iteration``, ``epoch``, ``task``, ``step_size`` and
+    ``num_outputs``; of each row, ``row_sample``, ``row_output``, ``row_label``, ``row_task`` and ``row_sample_id``, and
+    the same of each column. `xarray.open_zarr` opens the group.
+
+    Args:
+        place: A path, a URL or a Zarr store.
+        model: The network, as it is at the beginning.
+        probe: The probe samples, (n, …).
+        labels: The labels of the probe samples.
+        tasks: The task of each probe sample.
+        sample_ids: The positions of the probe samples in their data set.
+        output: As for `ntkgen.ntk`, or ``seen``: all outputs, with NaN for those of classes that are not seen yet.
+        precision: The precision policy. Kernels are stored as float64 if it has float64 sums, else as float32.
+        per_layer: Whether an array ``kernel_by_layer`` (time, layer, row, col) has one kernel per module. Their sum is
+            the kernel.
+        num_outputs: The number of outputs that a growing head has in the end; None for those that it has now. Outputs
+            that do not exist yet are NaN.
+        fsync: Whether every file is forced to the disk. Without it a loss of power may damage the last times.
+
+    Raises:
+        FingerprintError: If there is a group of another probe or of other settings.
+        InputError: If a batch or labels are not what they should be.
+        ModelError: If the kernel of this network is not defined.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a property of the probe that users name
+        self,
+        place: "str | os.PathLike[str] | Store | Folder",
+        model: nn.Module,
+        probe: ArrayLike,
+        *,
+        labels: ArrayLike | None = None,
+        tasks: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        sample_ids: Sequence[int] | npt.NDArray[np.int64] | None = None,
+        output: str = "trace",
+        precision: str = "float32",
+        per_layer: bool = False,
+        num_outputs: int | None = None,
+        fsync: bool = False,
+    ) -> None:
+        self._probe, _ = checked_batches(probe)
+        self._output, self._precision, self._per_layer = output, precision, per_layer
+        self._function = self._prepared(model)
+        self._signature = _signature(model)
+        notes = _Notes.of(len(self._probe), labels, tasks, sample_ids)
+        layout = _Layout.of(output, len(self._probe), num_outputs or self._function.num_logits)
+        self._layout = layout
+        self.series = self._opened(folder_of(place, fsync=fsync), layout, notes)
+
+    def __len__(self) -> int:
+        """Number of recorded times."""
+        return self.series.length(TIME)
+
+    @property
+    def last_iteration(self) -> int | None:
+        """The iteration of the last recorded time; None before the first."""
+        return int(self.series.read("iteration", len(self) - 1)) if len(self) else None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        iteration: int,
+        epoch: float = float("nan"),
+        task: int = -1,
+        step_size: float = float("nan"),
+        num_seen: int | None = None,
+    ) -> Tensor:  # (rows, cols), as the array `kernel` of one time
+        """Compute the kernel for the current parameters, and append it.
+
+        Args:
+            model: The network.
+            iteration: Number of iterations of training so far, larger than at the last call.
+            epoch: Number of epochs so far.
+            task: The task in training.
+            step_size: The learning rate.
+            num_seen: Number of classes seen so far, for the output ``seen``.
+
+        Raises:
+            InputError: If the iteration is not later than the last one.
+            ShapeError: If the network has more outputs than the array has room for.
+            DivergedError: If outputs of the network are not finite.
+        """
+        last = self.last_iteration
+        if last is not None and iteration <= last:
+            raise InputError(
+                f"Iteration {iteration} cannot be appended to {self.series.folder}: expected one after {last}, the last "
+                "that is recorded. Is it a run that was begun anew? Record it in another place, or drop what is later "
+                "with `truncate`."
+            )
+        if (signature := _signature(model)) != self._signature:  # a head has grown
+            self._function, self._signature = self._prepared(model), signature
+        found = self._function(model)
+        kernels = found if isinstance(found, dict) else {"": found}
+        shown = [self._layout.placed(kernel, self._function.num_logits, num_seen) for kernel in kernels.values()]
+        kernel = shown[0] if len(shown) == 1 else torch.stack(shown).sum(0)
+        values: dict[str, Any] = {
+            "kernel": kernel.cpu().numpy(),
+            "iteration": iteration,
+            "epoch": epoch,
+            "task": task,
+            "step_size": step_size,
+            "num_outputs": self._function.num_logits,
+        }
+        if self._per_layer:
+            values["kernel_by_layer"] = torch.stack(shown).cpu().numpy()
+        self.series.append(TIME, values)
+        return kernel
+
+    def truncate(self, iteration: int) -> None:
+        """Drop the times after an iteration, as a run does that is resumed from an earlier checkpoint."""
+        kept = sum(int(self.series.read("iteration", time)) <= iteration for time in range(len(self)))
+        self.series.truncate(TIME, kept)
+
+    def __enter__(self) -> Self:
+        """Return the snapshots, whose metadata are completed at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.series.sync()
+
+    def _prepared(self, model: nn.Module) -> KernelFunction:
+        output = "full" if self._output == SEEN else self._output
+        return KernelFunction(model, self._probe, output=output, precision=self._precision, per_layer=self._per_layer)
+
+    def _opened(self, folder: Folder, layout: "_Layout", notes: "_Notes") -> Series:
+        """Continue the series that is there, or begin one.
+
+        Raises:
+            FingerprintError: If it is of something else.
+        """
+        layers = self._function.layers
+        identity: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "output": self._output,
+            "precision": self._precision,
+            "num_outputs": layout.num_outputs,
+            "layers": layers,
+            "probe": array_fingerprint(self._probe),
+            "notes": notes.fingerprint(),
+        }
+        if not folder.has("zarr.json"):
+            attributes = {ATTRIBUTE: {**identity, "version": ntkgen.__version__}}
+            return Series.create(folder, layout.growing(self._precision, layers), notes.rows(layout), attributes)
+        series = Series.open(folder)
+        theirs = series.attributes.get(ATTRIBUTE, {})
+        if differing := [name for name, value in identity.items() if theirs.get(name) != value]:
+            raise FingerprintError(
+                f"The snapshots at {folder} are of something else: {differing[0]} differs, expected "
+                f"{str(theirs.get(differing[0]))[:40]}, found {str(identity[differing[0]])[:40]}. Kernels of two probes "
+                "or networks would be mixed. Use another place, or the original settings."
+            )
+        return series
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a kernel is placed in the arrays.
+
+    Attributes:
+        output: The output map.
+        num_samples: Probe samples, n.
+        num_outputs: Outputs of the network in the end, M.
+        rows_per_sample: Rows of the kernel per sample.
+    """
+
+    output: str
+    num_samples: int
+    num_outputs: int
+    rows_per_sample: int
+
+    @classmethod
+    def of(cls, output: str, num_samples: int, num_outputs: int) -> "_Layout":
+        if output in {"full", SEEN}:
+            return cls(output, num_samples, num_outputs, num_outputs)
+        chosen = output_map(output, num_outputs)
+        rows = 1 if chosen.reduction != "none" or chosen.matrix is None else len(chosen.matrix)
+        return cls(output, num_samples, num_outputs, rows)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the kernel."""
+        return self.num_samples * self.rows_per_sample
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Axes of one kernel."""
+        return ("output", "row", "col") if self.output == "diagonal" else ("row", "col")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one kernel."""
+        square = (self.num_rows, self.num_rows)
+        return (self.num_outputs, *square) if self.output == "diagonal" else square
+
+    def growing(self, precision: str, layers: Sequence[str]) -> list[GrowingArray]:
+        """List the arrays that grow along time."""
+        dtype = str(policy(precision).accumulate_dtype).removeprefix("torch.")
+        times = ("iteration", "epoch", "task", "step_size", "num_outputs")
+        named = " ".join([*times, *(f"{axis}_{note}" for axis in ("row", "col") for note in NOTES)])
+        note = {"long_name": "empirical neural tangent kernel, J Jᵀ", "units": "1", "coordinates": named}
+        arrays = [GrowingArray("kernel", dtype, self.shape, (TIME, *self.dims), note)]
+        if layers:
+            shape = (len(layers), *self.shape)
+            arrays.append(GrowingArray("kernel_by_layer", dtype, shape, (TIME, "layer", *self.dims), note))
+        for name in times:
+            kind = "float64" if name in {"epoch", "step_size"} else "int64"
+            arrays.append(GrowingArray(name, kind, (), (TIME,), {"long_name": TIMES[name]}))
+        return arrays
+
+    def placed(self, kernel: Tensor, num_outputs: int, num_seen: int | None) -> Tensor:
+        """Place the kernel of a network with fewer outputs than in the end; the others are NaN.
+
+        Raises:
+            ShapeError: If it has more, or its contrasts would be others than before.
+            InputError: If the output is `seen`, and it is not said how many are.
+        """
+        if num_outputs > self.num_outputs or (num_outputs != self.num_outputs and self.output == "centered"):
+            raise ShapeError(
+                f"The network has {num_outputs} outputs: expected {self.num_outputs} for the output {self.output!r}. Has "
+                "its head grown? Give `num_outputs` the number that it has in the end; the contrasts of `centered` exist "
+                "for a fixed head only."
+            )
+        kept = num_outputs
+        if self.output == SEEN:
+            if num_seen is None or not 1 <= num_seen <= num_outputs:
+                raise InputError(
+                    f"The output 'seen' needs the number of classes seen so far: expected 1 to {num_outputs}, found "
+                    f"{num_seen}. Pass `num_seen`."
+                )
+            kept = num_seen
+        if kept == self.num_outputs or self.output not in {"full", SEEN, "diagonal"}:
+            return kernel
+        placed = kernel.new_full(self.shape, float("nan"))
+        if self.output == "diagonal":
+            placed[:kept] = kernel
+            return placed
+        n, m = self.num_samples, self.num_outputs
+        blocks = kernel.view(n, num_outputs, n, num_outputs)[:, :kept, :, :kept]
+        placed.view(n, m, n, m)[:, :kept, :, :kept] = blocks
+        return placed
+
+
+# What is known of each row, and of each time.
+NOTES = {
+    "sample": "position of the sample in the probe",
+    "output": "output of the network, after the output map",
+    "label": "label of the sample",
+    "task": "task of the sample",
+    "sample_id": "position of the sample in its data set",
+}
+TIMES = {
+    "iteration": "iterations of training so far",
+    "epoch": "epochs of training so far",
+    "task": "task in training",
+    "step_size": "learning rate",
+    "num_outputs": "outputs of the network",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Notes:
+    """What is known of the probe samples; -1 for what is not."""
+
+    labels: npt.NDArray[np.int64]
+    tasks: npt.NDArray[np.int64]
+    sample_ids: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        num_samples: int,
+        labels: ArrayLike | None,
+        tasks: Sequence[int] | npt.NDArray[np.int64] | None,
+        sample_ids: Sequence[int] | npt.NDArray[np.int64] | None,
+    ) -> "_Notes":
+        """Check what a caller says of the samples.
+
+        Raises:
+            InputError: If there is not one integer for each.
+        """
+        unknown = np.full(num_samples, -1, dtype=np.int64)
+        return cls(
+            checked_labels(labels, num_samples),
+            _integers(tasks, "tasks", unknown),
+            _integers(sample_ids, "sample_ids", unknown),
+        )
+
+    def fingerprint(self) -> str:
+        """Hash all of it."""
+        return array_fingerprint(torch.from_numpy(np.stack([self.labels, self.tasks, self.sample_ids])))
+
+    def rows(self, layout: _Layout) -> list[FixedArray]:
+        """List the coordinates of rows and columns."""
+        m = layout.rows_per_sample
+        values = {
+            "sample": np.repeat(np.arange(layout.num_samples), m),
+            "output": np.tile(np.arange(m), layout.num_samples),
+            "label": np.repeat(self.labels, m),
+            "task": np.repeat(self.tasks, m),
+            "sample_id": np.repeat(self.sample_ids, m),
+        }
+        return [
+            FixedArray(f"{axis}_{name}", values[name].astype(np.int64), (axis,), {"long_name": meaning})
+            for axis in ("row", "col")
+            for name, meaning in NOTES.items()
+        ]
+
+
+def _integers(values: Any, name: str, unknown: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    if values is None:
+        return unknown
+    array = np.asarray(values)
+    if array.shape != unknown.shape or array.dtype.kind not in "iu":
+        raise InputError(
+            f"`{name}` must have one integer for each of the {len(unknown)} probe samples, and is {array.dtype} of shape "
+            f"{array.shape}. Does it belong to another probe? Pass one for each sample."
+        )
+    return array.astype(np.int64)
+
+
+def _signature(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """Say what a prepared kernel function depends on beside values: shapes, and what is trained."""
+    params = ((name, value.shape, value.requires_grad) for name, value in model.named_parameters())
+    return (*params, *((name, value.shape) for name, value in model.named_buffers()))
+
+
+def settings_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Read what the kernels of a group are of."""
+    found: Mapping[str, Any] = attributes.get(ATTRIBUTE, {})
+    return found
