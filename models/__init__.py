@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models import densenet, lenet, logistic, mobilenet, mobilenetv2, resnet, vgg, wide_resnet
+from models import cnn, densenet, lenet, logistic, mlp, mobilenet, mobilenetv2, ntk_rnn, resnet, vgg, wide_resnet
 
 __all__ = ["MODELS", "Entry"]
 
@@ -27,7 +27,7 @@ class Entry:
     """One entry of the zoo. A call builds the network."""
 
     factory: Callable[..., nn.Module]
-    """A function of ``num_classes``, and of ``width`` if ``has_width``."""
+    """A function of ``num_classes``, of ``width`` if ``has_width``, and perhaps of other options."""
     paper: str
     """Authors, year, and venue or arXiv number."""
 
@@ -36,7 +36,7 @@ class Entry:
         """Whether the factory has the argument ``width``, the number of channels of the first stage."""
         return "width" in inspect.signature(self.factory).parameters
 
-    def __call__(self, num_classes: int = 10, **options: int) -> nn.Module:
+    def __call__(self, num_classes: int = 10, **options: int | str) -> nn.Module:
         """Build the network with new random parameters, in training mode."""
         return self.factory(num_classes=num_classes, **options)
 
@@ -57,6 +57,12 @@ MODELS: dict[str, Entry] = {
     "wrn-28-2": Entry(wide_resnet.wrn_28_2, wide_resnet.PAPER),
     "wrn-28-5": Entry(wide_resnet.wrn_28_5, wide_resnet.PAPER),
     "wrn-28-10": Entry(wide_resnet.wrn_28_10, wide_resnet.PAPER),
+    "resnet20": Entry(resnet.resnet20, resnet.PAPER),
+    "resnet32": Entry(resnet.resnet32, resnet.PAPER),
+    "resnet56": Entry(resnet.resnet56, resnet.PAPER),
+    "mlp": Entry(mlp.mlp, mlp.PAPER),
+    "ntk-rnn": Entry(ntk_rnn.ntk_rnn, ntk_rnn.PAPER),
+    "cnn": Entry(cnn.cnn, cnn.PAPER),
     "logistic": Entry(logistic.logistic, logistic.PAPER),
     "densenet121": Entry(densenet.densenet121, densenet.PAPER),
 }

@@ -1,5 +1,8 @@
 """Residual networks (He et al. 2016) in their CIFAR form: a 3×3 stem of stride 1, no max-pooling, four stages.
 
+ResNet-20, -32 and -56 are the small networks with three stages of 16, 32 and 64 channels (§4.2 of the paper) that
+class-incremental learning uses. ResNet-56 has nine bottlenecks in each stage.
+
 Depths 18, 34, 50, 101 and 152 are those of Table 1 in the paper. Depths 9 and 68 stack its basic block 1, 1, 1, 1 and
 3, 4, 23, 3 times. If the shape changes, the shortcut is a 1×1 convolution with batch norm (option B of the paper).
 Convolutions have He initialisation, and the last layer has PyTorch's default.
@@ -45,10 +48,8 @@ def _bottleneck(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     return _with_shortcut(branch, in_channels, out_channels, stride)
 
 
-def _resnet(
-    block: Block, depths: tuple[int, int, int, int], num_classes: int, width: int, expansion: int = 1
-) -> nn.Sequential:
-    channels = [width, *(expansion * width * 2**k for k in range(4))]
+def _resnet(block: Block, depths: tuple[int, ...], num_classes: int, width: int, expansion: int = 1) -> nn.Sequential:
+    channels = [width, *(expansion * width * 2**k for k in range(len(depths)))]
     stages = (
         stage(block, depth, channels[k], channels[k + 1], stride=1 if k == 0 else 2) for k, depth in enumerate(depths)
     )
@@ -95,3 +96,18 @@ def resnet101(num_classes: int = 10, width: int = 64) -> nn.Sequential:
 def resnet152(num_classes: int = 10, width: int = 64) -> nn.Sequential:
     """Build ResNet-152: bottlenecks 3, 8, 36, 3, the first stage with 4 · ``width`` channels."""
     return _resnet(_bottleneck, (3, 8, 36, 3), num_classes, width, _EXPANSION)
+
+
+def resnet20(num_classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Build ResNet-20: basic blocks 3, 3, 3, the first stage with ``width`` channels."""
+    return _resnet(_basic, (3, 3, 3), num_classes, width)
+
+
+def resnet32(num_classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Build ResNet-32: basic blocks 5, 5, 5, the first stage with ``width`` channels."""
+    return _resnet(_basic, (5, 5, 5), num_classes, width)
+
+
+def resnet56(num_classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Build ResNet-56: bottlenecks 9, 9, 9, the first stage with 4 · ``width`` channels."""
+    return _resnet(_bottleneck, (9, 9, 9), num_classes, width, _EXPANSION)

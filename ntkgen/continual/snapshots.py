@@ -128,9 +128,9 @@ class Snapshots:
         last = self.last_iteration
         if last is not None and iteration <= last:
             raise InputError(
-                f"Iteration {iteration} cannot be appended to {self.series.folder}: expected one after {last}, the last "
-                "that is recorded. Is it a run that was begun anew? Record it in another place, or drop what is later "
-                "with `truncate`."
+                f"Iteration {iteration} cannot be appended to {self.series.folder}: expected one after {last}, "
+                "which is the last recorded one. Is it a run that was begun anew? Record it in another place, or drop the later "
+                "times with `truncate`."
             )
         if (signature := _signature(model)) != self._signature:  # a head has grown
             self._function, self._signature = self._prepared(model), signature
@@ -193,8 +193,8 @@ class Snapshots:
         if differing := [name for name, value in identity.items() if theirs.get(name) != value]:
             raise FingerprintError(
                 f"The snapshots at {folder} are of something else: {differing[0]} differs, expected "
-                f"{str(theirs.get(differing[0]))[:40]}, found {str(identity[differing[0]])[:40]}. Kernels of two probes "
-                "or networks would be mixed. Use another place, or the original settings."
+                f"{str(theirs.get(differing[0]))[:40]}, found {str(identity[differing[0]])[:40]}. Kernels of two "
+                "probes or networks would be mixed. Use another place, or the original settings."
             )
         return series
 
@@ -263,9 +263,9 @@ class _Layout:
         """
         if num_outputs > self.num_outputs or (num_outputs != self.num_outputs and self.output == "centered"):
             raise ShapeError(
-                f"The network has {num_outputs} outputs: expected {self.num_outputs} for the output {self.output!r}. Has "
-                "its head grown? Give `num_outputs` the number that it has in the end; the contrasts of `centered` exist "
-                "for a fixed head only."
+                f"The network has {num_outputs} outputs: expected {self.num_outputs} for the output {self.output!r}. "
+                "Has its head grown? Give `num_outputs` the number that it has in the end; the contrasts of `centered` "
+                "exist for a fixed head only."
             )
         kept = num_outputs
         if self.output == SEEN:
@@ -359,8 +359,8 @@ def _integers(values: Any, name: str, unknown: npt.NDArray[np.int64]) -> npt.NDA
     array = np.asarray(values)
     if array.shape != unknown.shape or array.dtype.kind not in "iu":
         raise InputError(
-            f"`{name}` must have one integer for each of the {len(unknown)} probe samples, and is {array.dtype} of shape "
-            f"{array.shape}. Does it belong to another probe? Pass one for each sample."
+            f"`{name}` must have one integer for each of the {len(unknown)} probe samples, and is {array.dtype} of "
+            f"shape {array.shape}. Does it belong to another probe? Pass one for each sample."
         )
     return array.astype(np.int64)
 
