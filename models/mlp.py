@@ -3,7 +3,6 @@
 In the standard parametrisation it starts from PyTorch's default; in NTK parametrisation from N(0, 1), see `scaled`.
 """
 
-
 from typing import TYPE_CHECKING
 
 from torch import nn

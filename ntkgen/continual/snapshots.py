@@ -129,8 +129,8 @@ class Snapshots:
         if last is not None and iteration <= last:
             raise InputError(
                 f"Iteration {iteration} cannot be appended to {self.series.folder}: expected one after {last}, "
-                "which is the last recorded one. Is it a run that was begun anew? Record it in another place, or drop the later "
-                "times with `truncate`."
+                "which is the last recorded one. Is it a run that was begun anew? Record it in another place, or "
+                "drop the later times with `truncate`."
             )
         if (signature := _signature(model)) != self._signature:  # a head has grown
             self._function, self._signature = self._prepared(model), signature
