@@ -1,6 +1,6 @@
 """Time a call of `ntkgen.KernelFunction` against `ntkgen.ntk` and against `torch.func`, in turns.
 
-    uv run python scripts/bench_kernel_function.py --trials 20
+    uv run python scripts/bench/kernel_function.py --trials 20
 
 The networks are those of the issue that asked for it: MLPs 3072-w-w-w-10 with tanh and a LeNet, untrained, in float32.
 `torch.func` is ``vmap(jacrev)`` of one parameter after the other and ``einsum``, as in PyTorch's tutorial on neural
