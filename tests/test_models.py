@@ -36,6 +36,9 @@ NUM_PARAMS = {
     "densenet121": 6_956_298,
 }
 RESNETS = [name for name in NUM_PARAMS if name.startswith("resnet")]
+WITH_WIDTH = [*RESNETS, "mlp", "ntk-rnn", "cnn"]
+# Half of the width that a network has by default.
+HALF = {name: 8 if name in {"resnet20", "resnet32", "resnet56"} else 32 for name in RESNETS}
 
 every_model = pytest.mark.parametrize("name", NUM_PARAMS)
 # One of each family, and not the largest, where a network is built and run.
@@ -113,8 +116,8 @@ def test_paper_names_author_and_year(name):
     assert 1950 < int(MODELS[name].paper.split("(")[1][:4]) < 2030
 
 
-def test_only_the_resnets_take_a_width():
-    assert [name for name, entry in MODELS.items() if entry.has_width] == RESNETS
+def test_these_networks_take_a_width():
+    assert {name for name, entry in MODELS.items() if entry.has_width} == set(WITH_WIDTH)
     with pytest.raises(TypeError, match="width"):
         MODELS["vgg11"](width=32)
 
@@ -122,11 +125,39 @@ def test_only_the_resnets_take_a_width():
 @pytest.mark.parametrize("name", chosen(RESNETS, FAMILIES))
 def test_width_scales_every_layer(name):
     with torch.device("meta"):
-        narrow, default = MODELS[name](width=32), MODELS[name]()
+        narrow, default = MODELS[name](width=HALF[name]), MODELS[name]()
         for small, large in zip(narrow.parameters(), default.parameters(), strict=True):
             assert all(n in {m, 2 * m} for m, n in zip(small.shape, large.shape, strict=True))
         assert count(default) / count(narrow) == pytest.approx(4, rel=0.02)
         assert narrow(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params"), [("resnet20", 278_324), ("resnet32", 472_756), ("resnet56", 892_660), ("cnn", 6_402_260)]
+)
+def test_parameter_count_at_100_classes(name, num_params):
+    with torch.device("meta"):
+        assert count(MODELS[name](num_classes=100)) == num_params
+
+
+def test_the_mlp_in_ntk_parametrisation_divides_by_the_root_of_the_fan_in():
+    torch.manual_seed(0)
+    network = MODELS["mlp"](width=500, parametrization="ntk")
+    assert network[1][1].weight.std().item() == pytest.approx(1, rel=0.01)
+    assert not network[1][1].bias.any()
+    x = torch.randn(200, 3, 32, 32)
+    assert network[:2](x).std().item() == pytest.approx(1, rel=0.02)
+    assert count(network) == count(MODELS["mlp"](width=500))
+
+
+def test_the_recurrent_network_is_its_formula():
+    torch.manual_seed(0)
+    network = MODELS["ntk-rnn"](width=7, num_steps=3, inputs=12, num_classes=2)
+    x, h = torch.randn(4, 3, 2, 2), torch.zeros(4, 7)
+    u, w, v = (network.get_parameter(f"{name}.weight") for name in ("input", "state", "head"))
+    for part in x.flatten(1).split(4, dim=1):
+        h = torch.erf(part @ u.T / 2 + h @ w.T / 7**0.5 + network.input.bias)
+    torch.testing.assert_close(network(x), h @ v.T / 7**0.5)
 
 
 def test_he_normal_draws_by_fan_out_and_zeroes_the_bias():
