@@ -32,9 +32,14 @@ class Entry:
     """Authors, year, and venue or arXiv number."""
 
     @property
+    def options(self) -> list[str]:
+        """Names of the options of the factory, except ``num_classes``."""
+        return [name for name in inspect.signature(self.factory).parameters if name != "num_classes"]
+
+    @property
     def has_width(self) -> bool:
         """Whether the factory has the argument ``width``, the number of channels of the first stage."""
-        return "width" in inspect.signature(self.factory).parameters
+        return "width" in self.options
 
     def __call__(self, num_classes: int = 10, **options: int | str) -> nn.Module:
         """Build the network with new random parameters, in training mode."""

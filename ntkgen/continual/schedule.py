@@ -82,14 +82,14 @@ class Schedule:
             or (self.dense is not None and _is_power_of_two_or_zero(step) and step <= self.dense)
         )
 
-    def count(self, steps_per_epoch: int, num_epochs: int) -> int:
-        """Count the moments of one task.
+    def count(self, steps_per_epoch: int, num_epochs: int, *, is_first: bool = True) -> int:
+        """Count the moments of one task. The moment before training belongs to the first task alone.
 
         >>> Schedule(epochs=1, dense=4).count(steps_per_epoch=10, num_epochs=3)
         7
         """
         num_steps = steps_per_epoch * num_epochs
-        moments = (Moment(0, step, steps_per_epoch, num_steps) for step in range(num_steps + 1))
+        moments = (Moment(0, step, steps_per_epoch, num_steps) for step in range(not is_first, num_steps + 1))
         return sum(self.contains(moment) for moment in moments)
 
 

@@ -27,7 +27,7 @@ ZOO_NAME = "models"
 ZOO = Path(__file__).resolve().parents[2] / ZOO_NAME
 
 
-def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -> nn.Module:
+def build(name: str, num_classes: int, *, seed: int, width: int | None = None, **others: str) -> nn.Module:
     """Build a network by name, with random parameters from a seed.
 
     Args:
@@ -36,20 +36,22 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
             string may also name an instance of a module.
         num_classes: Number of outputs, for factories with this argument.
         seed: Seed of torch's random generator while the factory runs.
-        width: Number of channels of the first stage, for ResNets.
+        width: Width, for networks of the zoo that have one.
+        others: Other options of a network of the zoo, such as ``parametrization``.
 
     Raises:
         UnknownNameError: If the name is unknown.
         InputError: If the network has no width, if the import string does not name a factory, or if Python imports
             another package with the name `models`.
     """
-    options = {} if width is None else {"width": width}
+    options: dict[str, Any] = others | ({} if width is None else {"width": width})
     if ":" in name:
         factory = _imported(name)
-        if width is not None:
+        if options:
+            option = next(iter(options))
             raise InputError(
-                f"`width` was given for {name}: expected it only for the ResNets of the zoo, found another network. "
-                "Does the factory have a width of its own? Leave `width` out, and set the width in the factory."
+                f"`{option}` was given for {name}: expected it only for networks of the zoo, found another network. "
+                f"Does the factory have this option? Leave `{option}` out, and set it in the factory."
             )
     elif name in (zoo := _zoo()):
         factory = zoo[name]
@@ -58,6 +60,11 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None) -
             raise InputError(
                 f"`width` was given for {name}, whose width is fixed: expected it only for {scalable}. Was another "
                 "network meant? Leave `width` out, or choose one of these networks."
+            )
+        if missing := [option for option in others if option not in zoo[name].options]:
+            raise InputError(
+                f"`{missing[0]}` was given for {name}: expected one of its options "
+                f"({', '.join(zoo[name].options) or 'none'}). Was another network meant? Leave it out."
             )
     else:
         raise UnknownNameError("model", name, [*zoo, "package.module:factory"])
@@ -161,7 +168,7 @@ def _hint_of_the_zoo(error: Exception) -> str:
     return f" ntkgen's own zoo at {ZOO} has the name {ZOO_NAME!r} too: rename your package."
 
 
-def _call(name: str, factory: Callable[..., Any] | nn.Module, num_classes: int, options: dict[str, int]) -> nn.Module:
+def _call(name: str, factory: Callable[..., Any] | nn.Module, num_classes: int, options: dict[str, Any]) -> nn.Module:
     if isinstance(factory, nn.Module):
         return copy.deepcopy(factory)  # training changes a network, and each seed must start from the same network
     try:

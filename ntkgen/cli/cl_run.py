@@ -1,0 +1,152 @@
+"""`ntkgen cl-run`: continual learning, with the kernel of the network as a time series."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ntkgen.cli.messages import show
+from ntkgen.cli.options import (
+    POSITIVE,
+    SEED,
+    Command,
+    FiniteRange,
+    ManyOption,
+    data_dir_option,
+    device_option,
+    json_option,
+    out_option,
+    quiet_option,
+)
+from ntkgen.cli.session import start_process
+from ntkgen.continual.configuration import OPTIMIZERS, RunSettings
+
+_DEFAULTS = RunSettings()
+
+
+def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
+    """Make an option of a setting. Its default is shown, and stands in `RunSettings`."""
+    default = getattr(_DEFAULTS, name)
+    shown = "" if default is None or "is_flag" in attributes else f" [{default}]"
+    return click.option(flag, name, default=None, help=f"{meaning}{shown}.", **attributes)
+
+
+_SETTINGS = [
+    _setting("--dataset", "dataset", "Name of a data set, or FILE.npz"),
+    _setting("--split", "split", "Classes of the first task / of each later one", metavar="FIRST/LATER"),
+    _setting("--class-order", "class_order", "natural, random, icarl, or labels with commas", metavar="ORDER"),
+    _setting("--overlap", "overlap", "Part of a later task's classes that are of the first task", type=float),
+    _setting("--frequency-shift", "frequency_shift", "Change of the class proportions, 0 to 1", type=float),
+    _setting("--blend-steps", "blend_steps", "Iterations of a gradual switch", type=int),
+    _setting("--tasks", "num_tasks", "Number of tasks, all by default", type=int),
+    _setting("--compatible-split", "compatible_split", "Validation samples of continuum 1.2", is_flag=True),
+    _setting("--model", "model", "Name of the zoo, or package.module:factory"),
+    _setting("--width", "width", "Width of the network", type=int),
+    _setting("--parametrization", "parametrization", "Scale of the weights", type=click.Choice(["standard", "ntk"])),
+    _setting("--method", "method", "finetune or joint"),
+    _setting("--optimizer", "optimizer", "Optimizer", type=click.Choice(OPTIMIZERS)),
+    _setting("--lr", "learning_rate", "Learning rate", type=POSITIVE),
+    _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),
+    _setting("--weight-decay", "weight_decay", "Weight decay", type=FiniteRange(0)),
+    _setting("--epochs", "epochs", "Epochs per task", type=int),
+    _setting("--bs", "batch_size", "Samples per iteration", type=int),
+    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
+    _setting("--output", "output", "Output map of the kernels: trace, full, sum, centered, seen, …", metavar="MAP"),
+    _setting("--precision", "precision", "Precision of the kernels"),
+    _setting("--per-layer", "per_layer", "Also one kernel per layer", is_flag=True),
+    _setting("--kernels", "kernels", "When kernels are computed: 10it, 1ep or task", metavar="SCHEDULE"),
+    _setting("--evaluations", "evaluations", "When the network is evaluated: 10it, 1ep or task", metavar="SCHEDULE"),
+    _setting("--dense", "dense", "Kernels also after 1, 2, 4, … iterations of a task, up to this", type=int),
+]
+
+
+def _with_settings(command: Any) -> Any:
+    for option in reversed(_SETTINGS):
+        command = option(command)
+    return command
+
+
+@click.command("cl-run", cls=Command)
+@_with_settings
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings in FILE.json.")
+@click.option("--seeds", cls=ManyOption, type=SEED, default=(0,), show_default="0", metavar="SEED...", help="Seeds.")
+@data_dir_option
+@out_option(default="runs/cl", show_default=True, metavar="FOLDER", help="Folder of the run.")
+@device_option("auto, cpu, cuda, cuda:1, … or mps.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
+@json_option("seed")
+@quiet_option
+def cl_run(
+    *, config: Path | None, seeds: tuple[int, ...], data_dir: Path | None, out: str, device: str, **options: Any
+) -> None:
+    """Train a network on a sequence of tasks, and record its accuracy and its kernel over time.
+
+    Each seed has a folder OUT/seedS. The same command continues an interrupted run and ends with the same bytes on a
+    CPU. `ntkgen manual continual` describes the results.
+    """
+    as_json, quiet, dry_run = (options.pop(name) for name in ("as_json", "quiet", "dry_run"))
+    settings = _settings(config, options)
+    start_process()
+    from ntkgen.cli.progress import progress_bars
+    from ntkgen.continual import learner
+    from ntkgen.engine.machine import choose_device
+    from ntkgen.files.place import folder_of
+
+    data = learner.load_data(settings.dataset, data_dir)
+    for seed in dict.fromkeys(seeds):
+        plan = learner.Plan.of(dataclasses.replace(settings, seed=seed), data)
+        if dry_run:
+            described = learner.describe(plan)
+            show(json.dumps(described) if as_json else _plan_page(described))
+            continue
+        started = time.monotonic()
+        folder = folder_of(out) / f"seed{seed}"
+        with progress_bars(f"seed {seed}", quiet=quiet) as report:
+            learner.learn(plan, folder, choose_device(device), report)
+        result = {"run": str(folder), "seed": seed, "seconds": round(time.monotonic() - started, 3)}
+        result |= _metrics(folder)
+        show(json.dumps(result) if as_json else _summary(result))
+
+
+def _settings(config: Path | None, options: dict[str, Any]) -> RunSettings:
+    """Options override the file, and the file overrides the defaults."""
+    values = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
+    given = {name: value for name, value in options.items() if value is not None}
+    if "," in str(given.get("class_order", "")):
+        given["class_order"] = [int(label) for label in given["class_order"].split(",")]
+    return RunSettings.from_json({**values, **given})
+
+
+def _metrics(folder: Any) -> dict[str, Any]:
+    from ntkgen.continual.reading import open_run
+
+    run = open_run(folder)
+    return {"kernels": int(run.kernels.sizes["time"]), **run.metrics()}
+
+
+def _plan_page(described: dict[str, Any]) -> str:
+    lines = [
+        f"{len(described['tasks'])} tasks, {described['iterations']:,} iterations, {described['evaluations']:,} "
+        f"evaluations, {described['kernels']:,} kernels of {described['probe_samples']} probe samples"
+    ]
+    for task in described["tasks"]:
+        counts = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
+        lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {counts}")
+    return "\n".join(lines)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    found = result["class_incremental"]
+    lines = [f"{result['run']}: {result['kernels']:,} kernels, {result['seconds']:.1f} s"]
+    for task, row in enumerate(found["accuracy_matrix"]):
+        lines.append(f"  after task {task}: " + " ".join(f"{value:5.2f}" for value in row))
+    lines.append(
+        f"  average accuracy {found['average_accuracy']:.3f}, average incremental accuracy "
+        f"{found['average_incremental_accuracy']:.3f}"
+    )
+    if found["forgetting"] is not None:
+        lines.append(f"  forgetting {found['forgetting']:.3f}, backward transfer {found['backward_transfer']:.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""The settings of a run of continual learning: one frozen, checked value, which a file or options fill."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ntkgen.continual.schedule import Schedule
+from ntkgen.continual.streams.incremental import Split, StreamSettings
+from ntkgen.errors import InputError
+
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that determines a run, with its defaults.
+
+    Attributes:
+        dataset: Name of a data set.
+        split: Classes of the first task and of each later one.
+        class_order: ``natural``, ``random``, ``icarl``, or a list.
+        overlap: Part of each later task's classes that are classes of the first task.
+        frequency_shift: Change of the class proportions, or None; see `StreamSettings`.
+        blend_steps: Number of iterations of a gradual switch.
+        num_tasks: Number of tasks; None for all.
+        compatible_split: Whether validation samples are those of continuum 1.2.
+        model: Name of a network, or ``package.module:factory``.
+        width: Width of the network; None for its default.
+        parametrization: ``standard`` or ``ntk``, for networks that have both.
+        method: Name of a method.
+        optimizer: ``adam`` or ``sgd``.
+        learning_rate: Learning rate.
+        momentum: Momentum of ``sgd``.
+        weight_decay: Weight decay.
+        epochs: Epochs per task.
+        batch_size: Samples per iteration.
+        probe_per_class: Probe samples of each class of each task, for kernels.
+        output: Output map of the kernels.
+        precision: Precision policy of the kernels.
+        per_layer: Whether each module has a kernel of its own.
+        kernels: Schedule of the kernels; see `Schedule`.
+        evaluations: Schedule of the evaluations.
+        dense: Kernels also after 1, 2, 4, … iterations of a task, up to this one; None for none.
+        seed: Seed of every source of chance.
+    """
+
+    dataset: str = "digits"
+    split: str = "2/2"
+    class_order: str | tuple[int, ...] = "natural"
+    overlap: float = 0.0
+    frequency_shift: float | None = None
+    blend_steps: int = 0
+    num_tasks: int | None = None
+    compatible_split: bool = False
+    model: str = "mlp"
+    width: int | None = None
+    parametrization: str = "standard"
+    method: str = "finetune"
+    optimizer: str = "adam"
+    learning_rate: float = 3e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    epochs: int = 5
+    batch_size: int = 32
+    probe_per_class: int = 10
+    output: str = "trace"
+    precision: str = "float32"
+    per_layer: bool = False
+    kernels: str = "1ep"
+    evaluations: str = "1ep"
+    dense: int | None = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot be meant, before anything is done.
+
+        Raises:
+            InputError: If a number is not positive, or a name is unknown.
+        """
+        object.__setattr__(self, "class_order", _frozen(self.class_order))
+        positive = ("learning_rate", "epochs", "batch_size", "probe_per_class")
+        wrong = [f"`{name}` {getattr(self, name):g}" for name in positive if not getattr(self, name) > 0]
+        wrong += [f"`{name}` {getattr(self, name):g}" for name in ("weight_decay", "seed") if getattr(self, name) < 0]
+        wrong += [f"`optimizer` {self.optimizer!r}"] * (self.optimizer not in OPTIMIZERS)
+        if wrong:
+            raise InputError(
+                f"There is no such run: found {wrong[0]}, expected positive numbers, and one of the optimizers "
+                f"{', '.join(OPTIMIZERS)}. Is a setting misspelt? Correct it."
+            )
+        _ = self.stream, self.kernel_schedule, self.evaluation_schedule
+
+    @property
+    def stream(self) -> StreamSettings:
+        """The settings of the stream."""
+        names = [field.name for field in dataclasses.fields(StreamSettings) if field.name not in {"split", "order"}]
+        others = {name: getattr(self, name) for name in names}
+        return StreamSettings(Split.parse(self.split), self.class_order, **others)
+
+    @property
+    def kernel_schedule(self) -> Schedule:
+        """When kernels are computed."""
+        return Schedule.parse(self.kernels, self.dense)
+
+    @property
+    def evaluation_schedule(self) -> Schedule:
+        """When the network is evaluated."""
+        return Schedule.parse(self.evaluations)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, defaults included."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "RunSettings":
+        """Read what `to_json` or a user has written.
+
+        Raises:
+            InputError: If a key is unknown, or a value has the wrong kind.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3)
+                hint = f" Did you mean {' or '.join(close)}?" if close else ""
+                raise InputError(f"There is no setting {name!r} of a run.{hint} Known: {', '.join(known)}.")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(
+                f"A setting of the run has a value of the wrong kind ({error}): expected numbers where numbers are "
+                "meant. Was it written in quotes? Correct it."
+            ) from error
+
+    def differences(self, other: "RunSettings") -> list[str]:
+        """List the settings that differ, with both values. This one is that of the record."""
+        pairs = zip(self.to_json().items(), other.to_json().values(), strict=True)
+        return [f"{name} {stored}, now {current}" for (name, stored), current in pairs if stored != current]
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,69 @@
+"""Accuracy and loss of a network on every task of a stream."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ntkgen.continual.methods.method import Method
+from ntkgen.continual.streams.tasks import IntArray, Stream
+from ntkgen.data.dataset import Dataset
+from ntkgen.training.loop import EVALUATION_BATCH
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What a network achieves on the held-out samples of each task, (tasks,) each.
+
+    Attributes:
+        accuracy: Fraction of samples whose class has the largest score of all outputs (class-incremental).
+        task_accuracy: Fraction of samples whose class has the largest score of the classes of their task
+            (task-incremental).
+        loss: Mean cross-entropy over all outputs.
+    """
+
+    accuracy: FloatArray
+    task_accuracy: FloatArray
+    loss: FloatArray
+
+
+def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, ids: list[IntArray]) -> Evaluation:
+    """Evaluate a network in evaluation mode, and leave its mode as it was.
+
+    Args:
+        model: The network.
+        method: Computes the scores.
+        stream: The tasks.
+        data: The data set, or its test split.
+        ids: The held-out samples of each task.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            rows = [_evaluate_task(model, method, stream, task, (data, held_out)) for task, held_out in enumerate(ids)]
+    finally:
+        model.train(was_training)
+    return Evaluation(*(np.array(column) for column in zip(*rows, strict=True)))
+
+
+def _evaluate_task(
+    model: nn.Module, method: Method, stream: Stream, task: int, held_out: tuple[Dataset, IntArray]
+) -> tuple[float, float, float]:
+    data, ids = held_out
+    own = torch.tensor(stream.task_targets(task))
+    totals = np.zeros(3)
+    for part in torch.from_numpy(ids).split(EVALUATION_BATCH):
+        labels = data.labels[part.to(data.labels.device)].cpu().numpy()
+        targets = torch.from_numpy(stream.targets(labels))
+        scores: Tensor = method.predict(model, data.inputs(part)).cpu()
+        within = own[scores[:, own].argmax(1)]
+        loss = F.cross_entropy(scores, targets, reduction="sum")
+        totals += [float((scores.argmax(1) == targets).sum()), float((within == targets).sum()), float(loss)]
+    accuracy, task_accuracy, loss_of_all = (totals / len(ids)).tolist()
+    return accuracy, task_accuracy, loss_of_all

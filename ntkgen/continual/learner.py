@@ -1,0 +1,381 @@
+"""The loop of continual learning: for each task and each batch train, look where the schedules say so, and commit."""
+
+import io
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkgen.continual.chance import generator_of, seed_of
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.evaluation import evaluate
+from ntkgen.continual.methods import make_method
+from ntkgen.continual.methods.method import Method, Situation
+from ntkgen.continual.probe import Probe, choose_probe
+from ntkgen.continual.record import CHECKPOINT, Record
+from ntkgen.continual.schedule import Moment
+from ntkgen.continual.series import ROOT
+from ntkgen.continual.snapshots import Snapshots
+from ntkgen.continual.streams.incremental import make_stream
+from ntkgen.continual.streams.tasks import IntArray, Stream, Task
+from ntkgen.data import dataset
+from ntkgen.data.catalog import dataset_info
+from ntkgen.data.dataset import Dataset
+from ntkgen.errors import DivergedError, StoreError
+from ntkgen.files.folder import Folder
+from ntkgen.files.lock import write_lock
+from ntkgen.progress import Report, ignore_report
+from ntkgen.training import zoo
+from ntkgen.training.loop import Stepper, batches, training_mode
+
+# Seconds after which a checkpoint is written, where neither an evaluation nor the end of an epoch has written one.
+COMMIT_SECONDS = 30.0
+# What a checkpoint says of where the run is.
+POSITION = ("task", "step", "iteration", "epochs_done", "has_begun")
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The samples of a run.
+
+    Attributes:
+        train: The split ``train``.
+        test: The split ``test``; None if the data set has none, and validation samples are evaluated.
+    """
+
+    train: Dataset
+    test: Dataset | None = None
+
+    @property
+    def labels(self) -> IntArray:
+        """Labels of the split ``train``."""
+        found: IntArray = self.train.labels.cpu().numpy()
+        return found
+
+    @property
+    def test_labels(self) -> IntArray:
+        """Labels of the split ``test``, if there is one."""
+        if self.test is None:
+            return np.zeros(0, np.int64)
+        found: IntArray = self.test.labels.cpu().numpy()
+        return found
+
+    def to(self, device: torch.device) -> "Data":
+        """Move the samples to a device."""
+        return Data(self.train.to(device), None if self.test is None else self.test.to(device))
+
+
+def load_data(name: str, data_dir: Path | None = None) -> Data:
+    """Load the splits of a data set.
+
+    Raises:
+        UnknownNameError: If there is no such data set.
+        DataError: If its files are missing.
+    """
+    info = None if name.endswith(".npz") else dataset_info(name)
+    test = dataset.load(name, data_dir=data_dir, split="test") if info and info.num_test_samples else None
+    return Data(dataset.load(name, data_dir=data_dir), test)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run before it begins: what it will do, and on which samples."""
+
+    settings: RunSettings
+    data: Data
+    stream: Stream
+    probe: Probe
+
+    @classmethod
+    def of(cls, settings: RunSettings, data: Data) -> "Plan":
+        """Divide the data into tasks, and choose the probe.
+
+        Raises:
+            InputError: If the settings do not fit the data.
+        """
+        stream = make_stream(settings.stream, data.labels, data.test_labels, data.train.num_classes, settings.seed)
+        return cls(settings, data, stream, choose_probe(stream, data.labels, settings.probe_per_class, settings.seed))
+
+    @property
+    def held_out(self) -> list[IntArray]:
+        """The samples on which each task is evaluated: those of the test split, else the validation samples."""
+        return [task.validation if self.data.test is None else task.test for task in self.stream.tasks]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the run depends on beside its settings."""
+        return {"data": self.data.train.fingerprint()}
+
+
+class Run:
+    """A run at work: its network, its method, its record, and where it is."""
+
+    def __init__(self, plan: Plan, folder: Folder, device: torch.device) -> None:
+        settings = plan.settings
+        self.plan = plan
+        self.data = plan.data.to(device)
+        self.model = build_network(settings, plan.stream.num_targets).to(device)
+        self.optimizer = make_optimizer(settings, self.model)
+        self.stepper = Stepper(self.model, self.optimizer, device)
+        self.method: Method = make_method(settings.method, Situation(plan.stream, plan.data.labels, settings.seed))
+        self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
+        self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
+        self.has_begun = False  # whether the method has prepared the task
+        self.snapshots = self._opened_snapshots(folder / "kernels.zarr")
+        self._committed = time.monotonic()
+
+    def _opened_snapshots(self, folder: Folder) -> Snapshots:
+        plan, settings = self.plan, self.plan.settings
+        if folder.has(ROOT) is False and folder.has("kernel/zarr.json"):
+            folder.clear()  # its creation was interrupted
+        labels = plan.data.labels[plan.probe.ids]
+        return Snapshots(
+            folder,
+            self.model,
+            self.data.train.inputs(torch.from_numpy(plan.probe.ids)),
+            labels=plan.stream.targets(labels),
+            tasks=plan.probe.tasks,
+            sample_ids=plan.probe.ids,
+            output=settings.output,
+            precision=settings.precision,
+            per_layer=settings.per_layer,
+        )
+
+    # where it is -----------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, and drop what is later; without one begin anew."""
+        data = self.record.folder.read(CHECKPOINT)
+        if data is not None:
+            self._load(read_checkpoint(data, str(self.record.folder)))
+        last = self.iteration if data is not None else -1
+        self.record.rewind(last)
+        self.snapshots.truncate(last)
+
+    def commit(self) -> None:
+        """Write the newest state."""
+        buffer = io.BytesIO()
+        torch.save(self._state(), buffer)
+        self.record.commit(buffer.getvalue())
+        self._committed = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the last checkpoint was written some time ago."""
+        return time.monotonic() - self._committed > COMMIT_SECONDS
+
+    def _state(self) -> dict[str, Any]:
+        random = {"cpu": torch.get_rng_state()}
+        if self.stepper.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.stepper.device)
+        return {
+            "position": {name: getattr(self, name) for name in POSITION},
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "stepper": self.stepper.state_dict(),
+            "method": self.method.state_dict(),
+            "random": random,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        for name, value in state["position"].items():
+            setattr(self, name, value)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.load_state_dict(state["stepper"])
+        self.method.load_state_dict(state["method"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and self.stepper.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.stepper.device)
+
+    # what it does ----------------------------------------------------------------------------------------------------
+
+    def look(self, moment: Moment) -> None:
+        """Evaluate, compute the kernel and commit, as the schedules say.
+
+        Raises:
+            DivergedError: If outputs of the network are not finite.
+        """
+        settings = self.plan.settings
+        is_evaluated = settings.evaluation_schedule.contains(moment)
+        if is_evaluated:
+            test = self.data.test or self.data.train
+            found = evaluate(self.model, self.method, self.plan.stream, test, self.plan.held_out)
+            where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
+            self.record.evaluated({**where, **vars(found)})
+        if settings.kernel_schedule.contains(moment):
+            self._take_snapshot(moment.task)
+        if is_evaluated or moment.ends_epoch or self.is_due:
+            self.commit()
+
+    def _take_snapshot(self, task: int) -> None:
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        num_seen = self.plan.stream.num_seen(task)
+        try:
+            self.snapshots(
+                self.model,
+                iteration=self.iteration,
+                epoch=self.epochs_done,
+                task=task,
+                step_size=rate,
+                num_seen=num_seen,
+            )
+        except DivergedError as error:
+            raise self._diverged("outputs are not finite") from error
+
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
+            f"The training diverged in task {self.task}, iteration {self.iteration}: expected finite numbers, found "
+            f"that {what}. Is the learning rate of {self.plan.settings.learning_rate:g} too high? Run it with a lower "
+            "`learning_rate` and another `out`. What is recorded so far is kept."
+        )
+
+    def train_on(self, ids: IntArray) -> float:
+        """Take one step on some samples.
+
+        Raises:
+            DivergedError: If the loss is not finite.
+        """
+        targets = torch.from_numpy(self.plan.stream.targets(self.plan.data.labels[ids])).to(self.stepper.device)
+        self.model.train()
+        x: Tensor = self.data.train.inputs(torch.from_numpy(ids))
+        loss = self.stepper.step(x, lambda outputs: self.method.loss(outputs, targets))
+        if not math.isfinite(loss):
+            raise self._diverged(f"the loss became {loss}")
+        return loss
+
+
+def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ignore_report) -> Run:
+    """Train a network on all tasks, from the beginning or from the newest checkpoint.
+
+    Everything is recorded below the folder. A run that was killed ends with the same bytes on a CPU.
+
+    Raises:
+        FingerprintError: If there is a run with other settings or other data.
+        StoreLockedError: If another process writes the run.
+        DivergedError: If a loss is not finite.
+    """
+    folder.require_writable()
+    with write_lock(folder), training_mode(device, seed_of(plan.settings.seed, "noise"), _threads(folder)):
+        run = Run(plan, folder, device)
+        run.resume()
+        for task in plan.stream.tasks[run.task :]:
+            learn_task(run, task, report)
+        run.record.finish()
+        run.snapshots.series.sync()
+    return run
+
+
+def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
+    """Train on one task from where the run is."""
+    settings, first = run.plan.settings, run.method.epoch_ids(task, 0)
+    steps_per_epoch = len(_cut(first, settings.batch_size))
+    num_steps = steps_per_epoch * settings.epochs
+    if not run.has_begun:
+        run.method.begin(task, run.model)
+        run.has_begun = True
+        if task.number == 0:  # the end of each task is the beginning of the next
+            run.look(Moment(0, 0, steps_per_epoch, num_steps))
+    for ids in _remaining_batches(run, task, steps_per_epoch):
+        run.train_on(_blended(run, task, ids))
+        run.step, run.iteration = run.step + 1, run.iteration + 1
+        run.epochs_done = task.number * settings.epochs + run.step / steps_per_epoch
+        moment = Moment(task.number, run.step, steps_per_epoch, num_steps)
+        if moment.ends_task:
+            run.method.end(task, run.model)
+            run.record.folder.write(f"models/task{task.number}.pt", _saved(run.model.state_dict()))
+        run.look(moment)
+        report(f"task {task.number}", run.step, num_steps)
+    run.task, run.step, run.has_begun = task.number + 1, 0, False
+
+
+def build_network(settings: RunSettings, num_outputs: int) -> nn.Module:
+    """Build the network of a run, with parameters from the run's seed."""
+    options = {} if settings.parametrization == "standard" else {"parametrization": settings.parametrization}
+    seed = seed_of(settings.seed, "init")
+    return zoo.build(settings.model, num_outputs, seed=seed, width=settings.width, **options)
+
+
+def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of a run."""
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def read_checkpoint(data: bytes, place: str) -> dict[str, Any]:
+    """Read a checkpoint; it holds tensors and plain values alone.
+
+    Raises:
+        StoreError: If it is damaged.
+    """
+    try:
+        found: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _ = found["position"], found["model"]
+    except Exception as error:  # whatever a damaged file makes of it
+        raise StoreError(
+            f"The checkpoint of the run at {place} cannot be read ({type(error).__name__}): expected {CHECKPOINT} as "
+            "ntkgen writes it. A disk error? Remove the folder, and run the same command again."
+        ) from error
+    return found
+
+
+def _threads(folder: Folder) -> int:
+    """The number of threads that a run has begun with, on which the last bits of products depend."""
+    data = folder.read(CHECKPOINT)
+    return torch.get_num_threads() if data is None else int(read_checkpoint(data, str(folder))["threads"])
+
+
+def _cut(ids: IntArray, batch_size: int) -> list[IntArray]:
+    return [part.numpy() for part in batches(torch.from_numpy(ids), batch_size)]
+
+
+def _remaining_batches(run: Run, task: Task, steps_per_epoch: int) -> Iterator[IntArray]:
+    done = run.step
+    for epoch in range(done // steps_per_epoch, run.plan.settings.epochs):
+        ids = run.method.epoch_ids(task, epoch)
+        skipped = done % steps_per_epoch if epoch == done // steps_per_epoch else 0
+        yield from _cut(ids, run.plan.settings.batch_size)[skipped:]
+
+
+def _blended(run: Run, task: Task, ids: IntArray) -> IntArray:
+    """Replace a part of a batch by samples of the task before, while a gradual switch lasts."""
+    count = round(run.plan.stream.old_fraction(run.step) * len(ids)) if task.number else 0
+    if not count:
+        return ids
+    rng = generator_of(run.plan.settings.seed, "shift", task.number, run.step)
+    old = rng.choice(run.plan.stream.tasks[task.number - 1].train, size=count)
+    return np.concatenate([old, ids[count:]])
+
+
+def _saved(state: Mapping[str, Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
+    settings, stream = plan.settings, plan.stream
+    method = make_method(settings.method, Situation(stream, plan.data.labels, settings.seed))
+    steps = [len(_cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
+    numbered = list(enumerate(steps))
+    kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
+    looks = sum(settings.evaluation_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
+    return {
+        "settings": settings.to_json(),
+        "tasks": stream.describe(),
+        "iterations": settings.epochs * sum(steps),
+        "evaluations": looks,
+        "kernels": kernels,
+        "probe_samples": len(plan.probe.ids),
+    }

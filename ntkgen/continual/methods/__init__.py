@@ -1,0 +1,21 @@
+"""The methods of continual learning: what a network learns in each task, and how it predicts."""
+
+from collections.abc import Callable
+
+from ntkgen.continual.methods.finetune import Finetune
+from ntkgen.continual.methods.joint import Joint
+from ntkgen.continual.methods.method import Method, Situation
+from ntkgen.errors import UnknownNameError
+
+METHODS: dict[str, Callable[[Situation], Method]] = {"finetune": Finetune, "joint": Joint}
+
+
+def make_method(name: str, situation: Situation) -> Method:
+    """Make a method by name.
+
+    Raises:
+        UnknownNameError: If there is no method of that name.
+    """
+    if name not in METHODS:
+        raise UnknownNameError("method", name, METHODS)
+    return METHODS[name](situation)

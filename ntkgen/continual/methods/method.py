@@ -1,0 +1,81 @@
+"""The interface of a method of continual learning."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ntkgen.continual.chance import generator_of
+from ntkgen.continual.streams.tasks import IntArray, Stream, Task
+
+
+@dataclass(frozen=True, eq=False)
+class Situation:
+    """What a method knows of its run.
+
+    Attributes:
+        stream: The tasks.
+        labels: Labels of the data set, (train samples,).
+        seed: Seed of the run.
+    """
+
+    stream: Stream
+    labels: IntArray
+    seed: int
+
+
+class Method(ABC):
+    """What is learned in each task.
+
+    A run calls `begin`, then for each epoch `epoch_ids`, for each batch `loss`, and at last `end`. The state of a
+    method is what `state_dict` returns: tensors, arrays and plain values.
+    """
+
+    def __init__(self, situation: Situation) -> None:
+        self.situation = situation
+
+    def begin(self, task: Task, model: nn.Module) -> None:  # noqa: B027 - many methods do nothing
+        """Prepare a task."""
+
+    @abstractmethod
+    def epoch_ids(self, task: Task, epoch: int) -> IntArray:
+        """List the training samples of an epoch, in the order in which they are seen."""
+
+    def loss(
+        self,
+        outputs: Tensor,  # (samples, outputs)
+        targets: Tensor,  # (samples,)
+    ) -> Tensor:
+        """Compute the loss of a batch: the cross-entropy over all outputs."""
+        return F.cross_entropy(outputs, targets)
+
+    def end(self, task: Task, model: nn.Module) -> None:  # noqa: B027 - as above
+        """Finish a task."""
+
+    def predict(
+        self,
+        model: nn.Module,
+        x: Tensor,  # (samples, …)
+    ) -> Tensor:  # (samples, outputs)
+        """Compute scores. The class with the largest one is predicted."""
+        scores: Tensor = model(x)
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all state that changes during a run."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` has returned."""
+        assert not state
+
+    def shuffled(self, ids: IntArray, task: Task, epoch: int) -> IntArray:
+        """Order samples at random, by the seed of the run, the task and the epoch alone.
+
+        A resumed run therefore sees the same batches, whatever was drawn before.
+        """
+        return np.asarray(generator_of(self.situation.seed, "batches", task.number, epoch).permutation(ids))

@@ -1,0 +1,97 @@
+"""A run as arrays, without torch: `ntkgen.open_run`."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
+from ntkgen.continual.record import read_config
+from ntkgen.errors import StoreError
+from ntkgen.files.folder import Folder
+from ntkgen.files.place import folder_of
+
+if TYPE_CHECKING:
+    import os
+
+    import xarray
+
+
+@dataclass(frozen=True, eq=False)
+class RunReader:
+    """A recorded run of one seed."""
+
+    folder: Folder
+    settings: RunSettings
+
+    @cached_property
+    def evaluations(self) -> "xarray.Dataset":
+        """Accuracy and loss of every task at every evaluation, with class order, splits and probe."""
+        import xarray
+
+        found: xarray.Dataset = xarray.open_zarr(
+            (self.folder / "run.zarr").zarr_store(read_only=True), consolidated=True
+        )
+        return found
+
+    @cached_property
+    def kernels(self) -> "xarray.Dataset":
+        """Kernels of the probe at every recorded time."""
+        import xarray
+
+        found: xarray.Dataset = xarray.open_zarr(
+            (self.folder / "kernels.zarr").zarr_store(read_only=True), consolidated=True
+        )
+        return found
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks of the stream."""
+        return int(self.evaluations.sizes["task"])
+
+    @property
+    def num_finished(self) -> int:
+        """Number of tasks whose training has ended."""
+        files = self.folder.sizes("models")
+        return sum(f"models/task{task}.pt" in files for task in range(self.num_tasks))
+
+    def matrix(self, measure: str = "accuracy") -> AccuracyMatrix:
+        """Return the accuracy matrix; `measure` may also be ``task_accuracy``.
+
+        Raises:
+            StoreError: If no task is finished yet.
+        """
+        finished = self.num_finished
+        if not finished:
+            raise StoreError(
+                f"The run at {self.folder} has no finished task: expected at least one, found none. Is it still at "
+                "work? Wait, or run the same `ntkgen cl-run` again."
+            )
+        data = self.evaluations
+        columns = [np.asarray(data[name].values) for name in (measure, "trained_task", "iteration")]
+        return accuracy_matrix(columns[0], columns[1], columns[2], finished)
+
+    def metrics(self) -> dict[str, Any]:
+        """Compute all metrics of the accuracy matrix, class-incremental and task-incremental."""
+        return {
+            "class_incremental": self.matrix().to_json(),
+            "task_incremental": self.matrix("task_accuracy").to_json(),
+        }
+
+
+def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader:
+    """Open the folder of one seed of a run.
+
+    Raises:
+        StoreError: If there is no run.
+    """
+    folder = folder_of(place)
+    config = read_config(folder)
+    if config is None:
+        raise StoreError(
+            f"There is no run at {folder}: expected a folder with config.json, as RUN/seed0, found none. Is it the "
+            "folder of several seeds? Name one of them."
+        )
+    return RunReader(folder, RunSettings.from_json(config["settings"]))

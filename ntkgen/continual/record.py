@@ -1,0 +1,165 @@
+"""A run on disk: its settings, its log, its newest state, and its arrays.
+
+    RUN/
+      config.json     all settings, defaults included, with versions; the run is repeated from this file alone
+      log.jsonl       one line per evaluation and per event
+      checkpoint.pt   the newest complete state
+      models/         parameters at the end of each task
+      run.zarr        evaluations, class order, splits and probe: an ordinary Zarr group
+      kernels.zarr    kernels of the probe over time; see `Snapshots`
+
+The arrays are written first, then the log, then the checkpoint. A resumed run drops from arrays and log what is later
+than its checkpoint, so it ends with the same bytes as an undisturbed one. Reading never imports torch.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+import ntkgen
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.probe import Probe
+from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
+from ntkgen.continual.streams.tasks import Stream
+from ntkgen.errors import FingerprintError, StoreError
+from ntkgen.files.folder import Folder
+
+CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.pt"
+EVALUATION = "evaluation"
+# What is measured at each evaluation, for every task.
+MEASURES = {
+    "accuracy": "accuracy on the held-out samples, over all outputs",
+    "task_accuracy": "accuracy on the held-out samples, over the outputs of the task",
+    "loss": "mean cross-entropy on the held-out samples, over all outputs, in nats",
+}
+
+
+class Record:
+    """The files of a run, open for writing."""
+
+    def __init__(self, folder: Folder, series: Series) -> None:
+        self.folder = folder
+        self.series = series
+        self._lines: list[str] = (folder.read(LOG) or b"").decode().splitlines()
+
+    @classmethod
+    def open(
+        cls, folder: Folder, settings: RunSettings, stream: Stream, probe: Probe, facts: Mapping[str, Any]
+    ) -> "Record":
+        """Continue the run that is there, or begin one.
+
+        Args:
+            folder: The folder of the run.
+            settings: The settings.
+            stream: The tasks.
+            probe: The probe samples.
+            facts: What the run depends on beside its settings, such as the fingerprint of the data.
+
+        Raises:
+            FingerprintError: If there is a run with other settings or other data.
+            StoreError: If its files are damaged.
+        """
+        found = read_config(folder)
+        if found is not None:
+            _require_same(folder, found, settings, facts)
+        else:
+            config = {"settings": settings.to_json(), "facts": dict(facts), "version": ntkgen.__version__}
+            folder.write(CONFIG, json.dumps(config, indent=1).encode())
+        arrays = folder / "run.zarr"
+        if arrays.has(ROOT):
+            return cls(folder, Series.open(arrays))
+        growing = [
+            GrowingArray(
+                name,
+                "float64",
+                (len(stream),),
+                (EVALUATION, "task"),
+                {"long_name": meaning, "units": "nat" if name == "loss" else "1"},
+            )
+            for name, meaning in MEASURES.items()
+        ]
+        growing += [
+            GrowingArray(name, "int64", (), (EVALUATION,), {"long_name": meaning})
+            for name, meaning in {
+                "iteration": "iterations of training so far",
+                "trained_task": "task in training",
+            }.items()
+        ]
+        growing.append(GrowingArray("epoch", "float64", (), (EVALUATION,), {"long_name": "epochs of training so far"}))
+        return cls(folder, Series.create(arrays, growing, _fixed(stream, probe), {"ntkgen_run": {"format_version": 1}}))
+
+    def evaluated(self, values: Mapping[str, Any]) -> None:
+        """Append one evaluation to the arrays and to the log."""
+        self.series.append(EVALUATION, values)
+        self.log("evaluation", {name: np.asarray(value).tolist() for name, value in values.items()})
+
+    def log(self, event: str, values: Mapping[str, Any]) -> None:
+        """Append a line to the log; it must have an ``iteration``."""
+        self._lines.append(json.dumps({"event": event, **values}))
+
+    def commit(self, checkpoint: bytes) -> None:
+        """Write the log, then the checkpoint: what is recorded so far is kept by a resumed run."""
+        self.folder.write(LOG, "".join(f"{line}\n" for line in self._lines).encode())
+        self.folder.write(CHECKPOINT, checkpoint)
+
+    def rewind(self, iteration: int) -> None:
+        """Drop evaluations and lines of the log that are later than an iteration."""
+        series = self.series
+        times = range(series.length(EVALUATION))
+        series.truncate(EVALUATION, sum(int(series.read("iteration", time)) <= iteration for time in times))
+        self._lines = [line for line in self._lines if json.loads(line)["iteration"] <= iteration]
+
+    def finish(self) -> None:
+        """Complete the metadata of the arrays."""
+        self.series.sync()
+
+
+def read_config(folder: Folder) -> dict[str, Any] | None:
+    """Read the settings of a run; None if there is no run.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    data = folder.read(CONFIG)
+    if data is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(data)
+        _ = found["settings"], found["facts"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"The settings of the run at {folder} cannot be read: expected {CONFIG} as ntkgen writes it, found "
+            "something else. Was it edited? Begin a run in another folder."
+        ) from error
+    return found
+
+
+def _require_same(folder: Folder, found: Mapping[str, Any], settings: RunSettings, facts: Mapping[str, Any]) -> None:
+    differing = RunSettings.from_json(found["settings"]).differences(settings)
+    differing += [
+        f"{name} {str(found['facts'].get(name))[:16]}, now {str(value)[:16]}"
+        for name, value in facts.items()
+        if found["facts"].get(name) != value
+    ]
+    if differing:
+        raise FingerprintError(
+            f"The run at {folder} was begun with other settings ({'; '.join(differing[:3])}). Two runs would be mixed. "
+            "Use another `out`, or the original settings."
+        )
+
+
+def _fixed(stream: Stream, probe: Probe) -> list[FixedArray]:
+    """List what does not change during a run: class order, splits and probe."""
+    arrays = [
+        FixedArray("class_order", np.array(stream.order), ("target",), {"long_name": "label of each target"}),
+        FixedArray("probe_id", probe.ids, ("probe",), {"long_name": "position of the probe sample in its data set"}),
+        FixedArray("probe_task", probe.tasks, ("probe",), {"long_name": "task of the probe sample"}),
+    ]
+    for task in stream.tasks:
+        for part, ids in (("train", task.train), ("validation", task.validation), ("test", task.test)):
+            if len(ids):
+                note = {"long_name": f"positions of the {part} samples of task {task.number}"}
+                arrays.append(FixedArray(f"{part}_{task.number}", ids, (f"{part}_of_{task.number}",), note))
+    return arrays

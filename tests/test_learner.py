@@ -1,0 +1,350 @@
+"""Runs of continual learning: what is recorded, that looking changes nothing, and that a killed run ends the same."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import xarray
+import zarr
+
+import ntkgen
+from ntkgen.cli import run as command
+from ntkgen.continual import learner
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.learner import Data, Plan, learn
+from ntkgen.continual.metrics.accuracy import AccuracyMatrix
+from ntkgen.continual.reading import open_run
+from ntkgen.data.dataset import Dataset
+from ntkgen.errors import DivergedError, FingerprintError, InputError, StoreError, UnknownNameError
+from ntkgen.files.folder import LocalFolder
+from ntkgen.training.loop import EVALUATION_BATCH
+
+CPU = torch.device("cpu")
+SETTINGS = RunSettings(
+    dataset="blobs", model="nets:small", split="2/2", epochs=2, batch_size=16, learning_rate=0.01, probe_per_class=3,
+    kernels="1ep", evaluations="3it", dense=4,
+)  # fmt: skip
+
+
+def small(num_classes):
+    """A network with everything that has state: batch norm, dropout, momentum."""
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(12, 24), torch.nn.BatchNorm1d(24), torch.nn.Dropout(0.1), torch.nn.ReLU(),
+        torch.nn.Linear(24, num_classes),
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nets(monkeypatch):
+    """Make the network importable by a name."""
+    import sys
+    import types
+
+    module = types.ModuleType("nets")
+    module.small = small
+    monkeypatch.setitem(sys.modules, "nets", module)
+
+
+def blobs(per_class=30, classes=6):
+    """Well separated classes of small images."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(classes), per_class)
+    means = 2 * rng.standard_normal((classes, 3, 2, 2))
+    images = means[labels] + 0.5 * rng.standard_normal((len(labels), 3, 2, 2))
+    order = rng.permutation(len(labels))
+    return Data(Dataset("blobs", torch.from_numpy(images[order]).float(), torch.from_numpy(labels[order]), classes))
+
+
+def done(place, settings=SETTINGS):
+    learn(Plan.of(settings, blobs()), LocalFolder(place, fsync=False), CPU)
+    return open_run(place)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing has disturbed."""
+    import sys
+    import types
+
+    sys.modules["nets"] = types.SimpleNamespace(small=small)
+    try:
+        place = tmp_path_factory.mktemp("run") / "seed0"
+        done(place)
+    finally:
+        del sys.modules["nets"]
+    return place
+
+
+def content(place):
+    """Read every file of a run, and the tensors of its checkpoint."""
+    folder = LocalFolder(place)
+    files = {key: folder.read(key) for key in folder.sizes() if not key.endswith(".pt")}
+    state = torch.load(place / "checkpoint.pt", weights_only=True)
+    return files, state
+
+
+def require_equal(place, other):
+    (files, state), (expected, wanted) = content(place), content(other)
+    assert files.keys() == expected.keys()
+    assert [key for key in files if files[key] != expected[key]] == []
+    assert state["position"] == wanted["position"]
+    for part in ("model", "optimizer", "random"):
+        assert_same(state[part], wanted[part])
+
+
+def assert_same(value, expected):
+    if isinstance(value, torch.Tensor):
+        assert torch.equal(value, expected)
+    elif isinstance(value, dict):
+        assert value.keys() == expected.keys()
+        for key in value:
+            assert_same(value[key], expected[key])
+    else:
+        assert value == expected
+
+
+# what is recorded -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_forgets_what_it_is_not_shown(tmp_path):
+    run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=20))
+    matrix = run.matrix()
+    assert matrix.values.shape == (3, 3)
+    assert matrix.values.diagonal().min() >= 0.8
+    assert matrix.values[2, 0] <= 0.2
+    assert matrix.forgetting >= 0.6
+    assert run.matrix("task_accuracy").values[2].min() >= 0.5
+
+
+def test_joint_training_does_not_forget(tmp_path):
+    matrix = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, method="joint", epochs=20)).matrix()
+    assert matrix.values[2].min() >= 0.8
+
+
+def test_moments_are_those_of_the_schedules(finished):
+    run = open_run(finished)
+    steps = 54 // 16 + 1  # of an epoch
+    last = [2 * steps * task for task in (1, 2, 3)]
+    expected = sorted({0, *range(3, 8, 3), *last, *(start + 3 * i for start in last[:2] for i in (1, 2))})
+    assert run.evaluations.iteration.values.tolist() == expected
+    dense = sorted({0, 1, 2, 4, 8, *(start + step for start in last[:2] for step in (1, 2, 4, 8))})
+    assert run.kernels.iteration.values.tolist() == dense
+    assert run.kernels.task.values.tolist() == [min(2, (max(step, 1) - 1) // 8) for step in dense]
+
+
+def test_the_last_kernel_is_that_of_the_stored_parameters(finished):
+    run = open_run(finished)
+    net = small(6)
+    net.load_state_dict(torch.load(finished / "models/task2.pt", weights_only=True))
+    x = blobs().train.inputs(torch.from_numpy(run.evaluations.probe_id.values))
+    exact = ntkgen.reference_ntk(net.eval(), x).reshape(len(x), 6, len(x), 6)
+    found = run.kernels.kernel.values[-1]
+    assert np.abs(found - torch.einsum("iojo->ij", exact).numpy()).max() <= 1e-4 * np.abs(found).max()
+
+
+def test_the_last_evaluation_is_that_of_the_stored_parameters(finished):
+    run, data = open_run(finished), blobs().train
+    net = small(6)
+    net.load_state_dict(torch.load(finished / "models/task2.pt", weights_only=True))
+    ids = torch.from_numpy(run.evaluations.validation_1.values)
+    with torch.no_grad():
+        scores = net.eval()(data.inputs(ids))
+    accuracy = float((scores.argmax(1) == data.labels[ids]).double().mean())
+    within = float((scores[:, 2:4].argmax(1) + 2 == data.labels[ids]).double().mean())
+    loss = float(torch.nn.functional.cross_entropy(scores, data.labels[ids]))
+    last = run.evaluations.isel(evaluation=-1, task=1)
+    assert [float(last[name]) for name in ("accuracy", "task_accuracy")] == [accuracy, within]
+    assert float(last.loss) == pytest.approx(loss, rel=1e-5)
+    assert len(ids) <= EVALUATION_BATCH
+
+
+def test_everything_that_determines_the_run_is_kept(finished):
+    config = json.loads((finished / "config.json").read_text())
+    assert RunSettings.from_json(config["settings"]) == SETTINGS
+    assert config["facts"]["data"] == blobs().train.fingerprint()
+    data = xarray.open_zarr(finished / "run.zarr")
+    assert data.class_order.values.tolist() == list(range(6))
+    assert len(data.train_0) + len(data.validation_0) == 60
+    assert sorted(np.bincount(data.probe_task.values)) == [6, 6, 6]
+    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == data.iteration.values.tolist()
+    assert lines[-1]["accuracy"] == data.accuracy.values[-1].tolist()
+
+
+# nothing is disturbed -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"kernels": "task", "dense": None, "evaluations": "task"}, {"per_layer": True}])
+def test_looking_changes_no_bit_of_training(finished, tmp_path, change):
+    done(tmp_path / "seed0", dataclasses.replace(SETTINGS, **change))
+    for task in range(3):
+        found, expected = (
+            torch.load(place / f"models/task{task}.pt", weights_only=True) for place in (tmp_path / "seed0", finished)
+        )
+        assert_same(found, expected)
+
+
+def test_a_finished_run_stays_as_it_is(finished):
+    before = content(finished)[0]
+    done(finished)
+    assert content(finished)[0] == before
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def num_writes(tmp_path, monkeypatch):
+    counted = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            LocalFolder,
+            "write",
+            lambda self, key, data, plain=LocalFolder.write: (counted.append(key), plain(self, key, data)),
+        )
+        done(tmp_path / "counted")
+    return len(counted)
+
+
+def killed_at(place, monkeypatch, moment):
+    """Run until some write, which is not made."""
+    count = iter(range(1, 10**6))
+
+    def write(self, key, data, plain=LocalFolder.write):
+        if next(count) == moment:
+            raise Killed
+        plain(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "write", write)
+        try:
+            done(place)
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.3, 0.45, 0.62, 0.8, 0.97])
+def test_a_run_that_is_killed_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, part):
+    moment = max(1, int(part * num_writes(tmp_path, monkeypatch)))
+    place = tmp_path / "seed0"
+    assert killed_at(place, monkeypatch, moment)
+    killed_at(place, monkeypatch, moment // 2 + 3)  # once more, while it resumes or later
+    done(place)
+    require_equal(place, finished)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_write_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch):
+    for moment in range(1, num_writes(tmp_path, monkeypatch) + 1):
+        place = tmp_path / f"killed{moment}"
+        assert killed_at(place, monkeypatch, moment)
+        done(place)
+        require_equal(place, finished)
+
+
+# refusals -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"learning_rate": 0.02}, r"learning_rate 0\.01, now 0\.02"),
+        ({"seed": 1}, "seed 0, now 1"),
+        ({"epochs": 3}, "epochs 2, now 3"),
+    ],
+)
+def test_a_run_with_other_settings_is_refused(finished, change, match):
+    before = content(finished)[0]
+    with pytest.raises(FingerprintError, match=match):
+        done(finished, dataclasses.replace(SETTINGS, **change))
+    assert content(finished)[0] == before
+
+
+def test_a_run_with_other_data_is_refused(finished):
+    with pytest.raises(FingerprintError, match="data "):
+        learn(Plan.of(SETTINGS, blobs(per_class=31)), LocalFolder(finished), CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"split": "7/1"}, InputError, "does not fit 6 classes"),
+        ({"probe_per_class": 100}, InputError, "probe does not fit task 0: expected 100"),
+        ({"kernels": "never"}, InputError, "no schedule"),
+        ({"optimizer": "lion"}, InputError, "`optimizer` 'lion'"),
+        ({"epochs": 0}, InputError, "`epochs` 0"),
+        ({"method": "replya"}, UnknownNameError, "Unknown method"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_anything_is_written(tmp_path, change, error, match):
+    with pytest.raises(error, match=match):
+        done(tmp_path / "seed0", dataclasses.replace(SETTINGS, **change))
+    assert not (tmp_path / "seed0" / "config.json").exists()
+
+
+def test_a_setting_that_is_misspelt_is_refused():
+    with pytest.raises(InputError, match="Did you mean epochs"):
+        RunSettings.from_json({"epoch": 3})
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=1))
+    (tmp_path / "seed0" / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(StoreError, match="cannot be read"):
+        done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=1))
+
+
+def test_a_training_that_diverges_says_so(tmp_path):
+    with pytest.raises(DivergedError, match="learning rate of 1e"):
+        done(tmp_path / "seed0", dataclasses.replace(SETTINGS, optimizer="sgd", learning_rate=1e30))
+
+
+# metrics --------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+    matrix = AccuracyMatrix(np.array([[0.9, 0.2, 0.0], [0.5, 0.8, 0.1], [0.3, 0.6, 1.0]]), np.array([0.1, 0.1, 0.1]))
+    assert matrix.average_accuracy == pytest.approx(1.9 / 3)
+    assert matrix.average_incremental_accuracy == pytest.approx((0.9 + 0.65 + 1.9 / 3) / 3)
+    assert matrix.backward_transfer == pytest.approx((-0.6 - 0.2) / 2)
+    assert matrix.forward_transfer == pytest.approx((0.1 + 0.0) / 2)
+    assert matrix.forgetting == pytest.approx((0.6 + 0.2) / 2)
+    alone = AccuracyMatrix(matrix.values[:1])
+    assert (alone.backward_transfer, alone.forward_transfer, alone.forgetting) == (None, None, None)
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path, capsys):
+    line = ["cl-run", "--split", "5/5", "--model", "logistic", "--epochs", "1", "--kernels", "task", "--dense", "0"]
+    assert command([*line, "--dry-run", "--out", str(tmp_path / "r")]) == 0
+    assert "2 tasks, 52 iterations" in capsys.readouterr().out
+    assert not (tmp_path / "r").exists()
+    assert command([*line, "--seeds", "3", "4", "--json", "--out", str(tmp_path / "r")]) == 0
+    results = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [result["seed"] for result in results] == [3, 4]
+    assert results[0]["class_incremental"]["accuracy_matrix"] != results[1]["class_incremental"]["accuracy_matrix"]
+    kernels = zarr.open_group(tmp_path / "r/seed3/kernels.zarr", mode="r")
+    assert kernels["kernel"].shape == (3, 100, 100)
+
+
+@pytest.mark.parametrize(
+    "bad", [["--split", "9/9"], ["--method", "none"], ["--kernels", "never"], ["--dataset", "nothing"], ["--lr", "0"]]
+)
+def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, bad):
+    assert command(["cl-run", "--model", "logistic", *bad, "--out", str(tmp_path / "r")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "r" / "seed0" / "config.json").exists()
+
+
+def test_a_file_of_settings_is_overridden_by_options(tmp_path, capsys):
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"model": "logistic", "split": "5/5", "epochs": 7}))
+    assert command(["cl-run", "--config", str(file), "--epochs", "2", "--dry-run", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert (settings["model"], settings["split"], settings["epochs"]) == ("logistic", "5/5", 2)
+    assert learner.describe(Plan.of(dataclasses.replace(SETTINGS, epochs=1), blobs()))["kernels"] == 10
