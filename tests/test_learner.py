@@ -118,9 +118,10 @@ def test_a_run_forgets_what_it_is_not_shown(tmp_path):
     assert run.matrix("task_accuracy").values[2].min() >= 0.5
 
 
-def test_joint_training_does_not_forget(tmp_path):
-    matrix = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, method="joint", epochs=20)).matrix()
-    assert matrix.values[2].min() >= 0.8
+@pytest.mark.parametrize("method", ["joint", "replay", "replay-mixed", "replay-two-pass"])
+def test_these_methods_do_not_forget(tmp_path, method):
+    settings = dataclasses.replace(SETTINGS, method=method, epochs=20, buffer=60, replay=30, kernels="task", dense=None)
+    assert done(tmp_path / "seed0", settings).matrix().values[2].min() >= 0.8
 
 
 def test_moments_are_those_of_the_schedules(finished):
@@ -208,7 +209,7 @@ def num_writes(tmp_path, monkeypatch):
     return len(counted)
 
 
-def killed_at(place, monkeypatch, moment):
+def killed_at(place, monkeypatch, moment, settings=SETTINGS):
     """Run until some write, which is not made."""
     count = iter(range(1, 10**6))
 
@@ -220,7 +221,7 @@ def killed_at(place, monkeypatch, moment):
     with monkeypatch.context() as patch:
         patch.setattr(LocalFolder, "write", write)
         try:
-            done(place)
+            done(place, settings)
         except Killed:
             return True
     return False
@@ -234,6 +235,14 @@ def test_a_run_that_is_killed_ends_like_an_undisturbed_one(finished, tmp_path, m
     killed_at(place, monkeypatch, moment // 2 + 3)  # once more, while it resumes or later
     done(place)
     require_equal(place, finished)
+
+
+def test_a_killed_run_with_a_memory_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, method="replay", buffer=20)
+    done(tmp_path / "undisturbed", settings)
+    assert killed_at(tmp_path / "seed0", monkeypatch, 150, settings)
+    done(tmp_path / "seed0", settings)
+    require_equal(tmp_path / "seed0", tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

@@ -14,6 +14,21 @@ OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
+class MethodOptions:
+    """Options of the methods, each used by some of them.
+
+    Attributes:
+        buffer: Maximum number of samples of earlier tasks that are kept.
+        memory: Which are kept: ``reservoir`` or ``balanced``.
+        replay: Number of samples of each earlier task per epoch, for the unbounded schemes.
+    """
+
+    buffer: int = 200
+    memory: str = "reservoir"
+    replay: int = 500
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Everything that determines a run, with its defaults.
 
@@ -30,6 +45,9 @@ class RunSettings:
         width: Width of the network; None for its default.
         parametrization: ``standard`` or ``ntk``, for networks that have both.
         method: Name of a method.
+        buffer: Maximum number of samples of earlier tasks that the method keeps.
+        memory: Which samples it keeps: ``reservoir`` or ``balanced``.
+        replay: Samples of each earlier task per epoch, for the unbounded schemes of replay.
         optimizer: ``adam`` or ``sgd``.
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
@@ -58,6 +76,9 @@ class RunSettings:
     width: int | None = None
     parametrization: str = "standard"
     method: str = "finetune"
+    buffer: int = 200
+    memory: str = "reservoir"
+    replay: int = 500
     optimizer: str = "adam"
     learning_rate: float = 3e-4
     momentum: float = 0.9
@@ -80,7 +101,7 @@ class RunSettings:
             InputError: If a number is not positive, or a name is unknown.
         """
         object.__setattr__(self, "class_order", _frozen(self.class_order))
-        positive = ("learning_rate", "epochs", "batch_size", "probe_per_class")
+        positive = ("buffer", "replay", "learning_rate", "epochs", "batch_size", "probe_per_class")
         wrong = [f"`{name}` {getattr(self, name):g}" for name in positive if not getattr(self, name) > 0]
         wrong += [f"`{name}` {getattr(self, name):g}" for name in ("weight_decay", "seed") if getattr(self, name) < 0]
         wrong += [f"`optimizer` {self.optimizer!r}"] * (self.optimizer not in OPTIMIZERS)
@@ -97,6 +118,11 @@ class RunSettings:
         names = [field.name for field in dataclasses.fields(StreamSettings) if field.name not in {"split", "order"}]
         others = {name: getattr(self, name) for name in names}
         return StreamSettings(Split.parse(self.split), self.class_order, **others)
+
+    @property
+    def method_options(self) -> MethodOptions:
+        """The options of the method."""
+        return MethodOptions(self.buffer, self.memory, self.replay)
 
     @property
     def kernel_schedule(self) -> Schedule:

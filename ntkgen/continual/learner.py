@@ -123,7 +123,9 @@ class Run:
         self.model = build_network(settings, plan.stream.num_targets).to(device)
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
-        self.method: Method = make_method(settings.method, Situation(plan.stream, plan.data.labels, settings.seed))
+        self.method: Method = make_method(
+            settings.method, Situation(plan.stream, plan.data.labels, settings.seed, settings.method_options)
+        )
         self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
@@ -284,7 +286,7 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
         if task.number == 0:  # the end of each task is the beginning of the next
             run.look(Moment(0, 0, steps_per_epoch, num_steps))
     for ids in _remaining_batches(run, task, steps_per_epoch):
-        run.train_on(_blended(run, task, ids))
+        run.train_on(run.method.batch_ids(_blended(run, task, ids), task, run.step))
         run.step, run.iteration = run.step + 1, run.iteration + 1
         run.epochs_done = task.number * settings.epochs + run.step / steps_per_epoch
         moment = Moment(task.number, run.step, steps_per_epoch, num_steps)
@@ -366,7 +368,7 @@ def _saved(state: Mapping[str, Tensor]) -> bytes:
 def describe(plan: Plan) -> dict[str, Any]:
     """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
     settings, stream = plan.settings, plan.stream
-    method = make_method(settings.method, Situation(stream, plan.data.labels, settings.seed))
+    method = make_method(settings.method, Situation(stream, plan.data.labels, settings.seed, settings.method_options))
     steps = [len(_cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
     numbered = list(enumerate(steps))
     kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)

@@ -5,9 +5,16 @@ from collections.abc import Callable
 from ntkgen.continual.methods.finetune import Finetune
 from ntkgen.continual.methods.joint import Joint
 from ntkgen.continual.methods.method import Method, Situation
+from ntkgen.continual.methods.replay import Replay, ReplayMixed, ReplayTwoPass
 from ntkgen.errors import UnknownNameError
 
-METHODS: dict[str, Callable[[Situation], Method]] = {"finetune": Finetune, "joint": Joint}
+METHODS: dict[str, Callable[[Situation], Method]] = {
+    "finetune": Finetune,
+    "joint": Joint,
+    "replay": Replay,
+    "replay-mixed": ReplayMixed,
+    "replay-two-pass": ReplayTwoPass,
+}
 
 
 def make_method(name: str, situation: Situation) -> Method:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkgen.continual.chance import generator_of
+from ntkgen.continual.configuration import MethodOptions
 from ntkgen.continual.streams.tasks import IntArray, Stream, Task
 
 
@@ -21,11 +22,13 @@ class Situation:
         stream: The tasks.
         labels: Labels of the data set, (train samples,).
         seed: Seed of the run.
+        options: Options of the methods.
     """
 
     stream: Stream
     labels: IntArray
     seed: int
+    options: MethodOptions = field(default_factory=MethodOptions)
 
 
 class Method(ABC):
@@ -44,6 +47,10 @@ class Method(ABC):
     @abstractmethod
     def epoch_ids(self, task: Task, epoch: int) -> IntArray:
         """List the training samples of an epoch, in the order in which they are seen."""
+
+    def batch_ids(self, ids: IntArray, task: Task, step: int) -> IntArray:  # noqa: ARG002 - for other methods
+        """List the samples of a batch, given those that `epoch_ids` has put there."""
+        return ids
 
     def loss(
         self,
