@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ntkgen.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from ntkgen.continual.reading import open_run as open_run
     from ntkgen.continual.snapshots import Snapshots as Snapshots
     from ntkgen.engine.compute import compute as compute
     from ntkgen.jacobian.dense import ntk as ntk
@@ -19,7 +20,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["KernelFunction", "KernelStore", "NTKOperator", "Snapshots", "compute", "ntk", "open", "reference_ntk"]
+__all__ = [
+    "KernelFunction",
+    "KernelStore",
+    "NTKOperator",
+    "Snapshots",
+    "compute",
+    "ntk",
+    "open",
+    "open_run",
+    "reference_ntk",
+]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
@@ -32,6 +43,7 @@ if not TYPE_CHECKING:
             "compute": "ntkgen.engine.compute",
             "ntk": "ntkgen.jacobian.dense",
             "open": "ntkgen.store.opening:open_kernel",
+            "open_run": "ntkgen.continual.reading",
             "reference_ntk": "ntkgen.jacobian.reference",
         },
     )

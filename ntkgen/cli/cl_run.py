@@ -17,6 +17,7 @@ from ntkgen.cli.options import (
     ManyOption,
     data_dir_option,
     device_option,
+    dry_run_option,
     json_option,
     out_option,
     quiet_option,
@@ -79,7 +80,7 @@ def _with_settings(command: Any) -> Any:
 @data_dir_option
 @out_option(default="runs/cl", show_default=True, metavar="FOLDER", help="Folder of the run.")
 @device_option("auto, cpu, cuda, cuda:1, … or mps.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and leave nothing behind.")
+@dry_run_option
 @json_option("seed")
 @quiet_option
 def cl_run(

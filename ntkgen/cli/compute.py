@@ -14,6 +14,7 @@ from ntkgen.cli.options import (
     Command,
     ManyOption,
     aligned,
+    dry_run_option,
     dtype_option,
     memory_option,
     scheduler_option,
@@ -87,7 +88,7 @@ if TYPE_CHECKING:
     type=POSITIVE,
     help="Maximum time of a worker for one tile in seconds [estimated from finished tiles].",
 )
-@click.option("--dry-run", is_flag=True, help="Print the projected cost and time, and leave nothing behind.")
+@dry_run_option
 @click.option("--explain", "explained", is_flag=True, help="Like --dry-run, with the cost of each layer.")
 def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     """Compute the kernels of networks.

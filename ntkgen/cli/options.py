@@ -194,6 +194,9 @@ def offset_option(meaning: str) -> Callable[[Function], Function]:
     return click.option("--offset", type=choice, default=defaults.OFFSET, show_default=True, help=meaning)
 
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Print the projected cost and time, and leave nothing behind."
+)
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress bars.")
 data_dir_option = click.option(
     "--data-dir", type=click.Path(path_type=Path), help="Folder of the data sets [NTKGEN_DATA_DIR, or data]."

@@ -15,6 +15,7 @@ NAMES = (
     "object-stores",
     "reading",
     "questions",
+    "continual",
     "accuracy",
     "speed",
     "extending",
