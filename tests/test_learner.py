@@ -240,7 +240,7 @@ def test_a_run_that_is_killed_ends_like_an_undisturbed_one(finished, tmp_path, m
 def test_a_killed_run_with_a_memory_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, method="replay", buffer=20)
     done(tmp_path / "undisturbed", settings)
-    assert killed_at(tmp_path / "seed0", monkeypatch, 150, settings)
+    assert killed_at(tmp_path / "seed0", monkeypatch, num_writes(tmp_path, monkeypatch) * 2 // 3, settings)
     done(tmp_path / "seed0", settings)
     require_equal(tmp_path / "seed0", tmp_path / "undisturbed")
 

@@ -107,7 +107,7 @@ def cl_run(
             show(json.dumps(described) if as_json else _plan_page(described))
             continue
         started = time.monotonic()
-        folder = folder_of(out) / f"seed{seed}"
+        folder = folder_of(out, fsync=False) / f"seed{seed}"
         with progress_bars(f"seed {seed}", quiet=quiet) as report:
             learner.learn(plan, folder, choose_device(device), report)
         result = {"run": str(folder), "seed": seed, "seconds": round(time.monotonic() - started, 3)}

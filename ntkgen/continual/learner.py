@@ -34,7 +34,7 @@ from ntkgen.progress import Report, ignore_report
 from ntkgen.training import zoo
 from ntkgen.training.loop import Stepper, batches, training_mode
 
-# Seconds after which a checkpoint is written, where neither an evaluation nor the end of an epoch has written one.
+# Seconds after which a checkpoint is written within an epoch. One is also written at the end of each epoch.
 COMMIT_SECONDS = 30.0
 # What a checkpoint says of where the run is.
 POSITION = ("task", "step", "iteration", "epochs_done", "has_begun")
@@ -206,15 +206,14 @@ class Run:
             DivergedError: If outputs of the network are not finite.
         """
         settings = self.plan.settings
-        is_evaluated = settings.evaluation_schedule.contains(moment)
-        if is_evaluated:
+        if settings.evaluation_schedule.contains(moment):
             test = self.data.test or self.data.train
             found = evaluate(self.model, self.method, self.plan.stream, test, self.plan.held_out)
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
             self.record.evaluated({**where, **vars(found)})
         if settings.kernel_schedule.contains(moment):
             self._take_snapshot(moment.task)
-        if is_evaluated or moment.ends_epoch or self.is_due:
+        if moment.ends_epoch or self.is_due:
             self.commit()
 
     def _take_snapshot(self, task: int) -> None:
