@@ -21,11 +21,19 @@ class MethodOptions:
         buffer: Maximum number of samples of earlier tasks that are kept.
         memory: Which are kept: ``reservoir`` or ``balanced``.
         replay: Number of samples of each earlier task per epoch, for the unbounded schemes.
+        exemplars: How exemplars are chosen: ``herding`` or ``random``.
+        distillation: Weight λ of the distillation loss of LwF.
+        temperature: Temperature T of the distillation loss of LwF.
+        penalty: Weight λ of the penalty of EWC.
     """
 
     buffer: int = 200
     memory: str = "reservoir"
     replay: int = 500
+    exemplars: str = "herding"
+    distillation: float = 1.0
+    temperature: float = 2.0
+    penalty: float = 1000.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class RunSettings:
         buffer: Maximum number of samples of earlier tasks that the method keeps.
         memory: Which samples it keeps: ``reservoir`` or ``balanced``.
         replay: Samples of each earlier task per epoch, for the unbounded schemes of replay.
+        exemplars: How exemplars are chosen: ``herding`` or ``random``.
+        distillation: Weight of the distillation loss of LwF.
+        temperature: Temperature of the distillation loss of LwF.
+        penalty: Weight of the penalty of EWC.
         optimizer: ``adam`` or ``sgd``.
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
@@ -76,9 +88,13 @@ class RunSettings:
     width: int | None = None
     parametrization: str = "standard"
     method: str = "finetune"
-    buffer: int = 200
-    memory: str = "reservoir"
-    replay: int = 500
+    buffer: int = MethodOptions.buffer
+    memory: str = MethodOptions.memory
+    replay: int = MethodOptions.replay
+    exemplars: str = MethodOptions.exemplars
+    distillation: float = MethodOptions.distillation
+    temperature: float = MethodOptions.temperature
+    penalty: float = MethodOptions.penalty
     optimizer: str = "adam"
     learning_rate: float = 3e-4
     momentum: float = 0.9
@@ -101,9 +117,13 @@ class RunSettings:
             InputError: If a number is not positive, or a name is unknown.
         """
         object.__setattr__(self, "class_order", _frozen(self.class_order))
-        positive = ("buffer", "replay", "learning_rate", "epochs", "batch_size", "probe_per_class")
+        positive = ("buffer", "replay", "temperature", "learning_rate", "epochs", "batch_size", "probe_per_class")
         wrong = [f"`{name}` {getattr(self, name):g}" for name in positive if not getattr(self, name) > 0]
-        wrong += [f"`{name}` {getattr(self, name):g}" for name in ("weight_decay", "seed") if getattr(self, name) < 0]
+        wrong += [
+            f"`{name}` {getattr(self, name):g}"
+            for name in ("weight_decay", "seed", "distillation", "penalty")
+            if getattr(self, name) < 0
+        ]
         wrong += [f"`optimizer` {self.optimizer!r}"] * (self.optimizer not in OPTIMIZERS)
         if wrong:
             raise InputError(
@@ -122,7 +142,8 @@ class RunSettings:
     @property
     def method_options(self) -> MethodOptions:
         """The options of the method."""
-        return MethodOptions(self.buffer, self.memory, self.replay)
+        names = [field.name for field in dataclasses.fields(MethodOptions)]
+        return MethodOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def kernel_schedule(self) -> Schedule:

@@ -24,11 +24,13 @@ class Evaluation:
         accuracy: Fraction of samples whose class has the largest score of all outputs (class-incremental).
         task_accuracy: Fraction of samples whose class has the largest score of the classes of their task
             (task-incremental).
+        head_accuracy: As ``accuracy``, by the outputs of the network, where the method predicts in another way.
         loss: Mean cross-entropy over all outputs.
     """
 
     accuracy: FloatArray
     task_accuracy: FloatArray
+    head_accuracy: FloatArray
     loss: FloatArray
 
 
@@ -45,6 +47,7 @@ def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, id
     was_training = model.training
     model.eval()
     try:
+        method.before_evaluation(model)
         with torch.no_grad():
             rows = [_evaluate_task(model, method, stream, task, (data, held_out)) for task, held_out in enumerate(ids)]
     finally:
@@ -54,16 +57,20 @@ def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, id
 
 def _evaluate_task(
     model: nn.Module, method: Method, stream: Stream, task: int, held_out: tuple[Dataset, IntArray]
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float, float]:
     data, ids = held_out
     own = torch.tensor(stream.task_targets(task))
-    totals = np.zeros(3)
+    totals = np.zeros(4)
     for part in torch.from_numpy(ids).split(EVALUATION_BATCH):
         labels = data.labels[part.to(data.labels.device)].cpu().numpy()
-        targets = torch.from_numpy(stream.targets(labels))
-        scores: Tensor = method.predict(model, data.inputs(part)).cpu()
-        within = own[scores[:, own].argmax(1)]
-        loss = F.cross_entropy(scores, targets, reduction="sum")
-        totals += [float((scores.argmax(1) == targets).sum()), float((within == targets).sum()), float(loss)]
-    accuracy, task_accuracy, loss_of_all = (totals / len(ids)).tolist()
-    return accuracy, task_accuracy, loss_of_all
+        targets, x = torch.from_numpy(stream.targets(labels)), data.inputs(part)
+        outputs: Tensor = model(x).cpu()
+        scores = method.predict(model, x).cpu()
+        totals += [
+            float((scores.argmax(1) == targets).sum()),
+            float((own[scores[:, own].argmax(1)] == targets).sum()),
+            float((outputs.argmax(1) == targets).sum()),
+            float(F.cross_entropy(outputs, targets, reduction="sum")),
+        ]
+    accuracy, task_accuracy, head_accuracy, loss = (totals / len(ids)).tolist()
+    return accuracy, task_accuracy, head_accuracy, loss

@@ -1,9 +1,10 @@
 """The loop of continual learning: for each task and each batch train, look where the schedules say so, and commit."""
 
+import dataclasses
 import io
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,14 @@ class Plan:
         stream = make_stream(settings.stream, data.labels, data.test_labels, data.train.num_classes, settings.seed)
         return cls(settings, data, stream, choose_probe(stream, data.labels, settings.probe_per_class, settings.seed))
 
+    def method(self, model: nn.Module | None = None, inputs: Callable[[Tensor], Tensor] | None = None) -> Method:
+        """Make the method; without a network, one that only lists samples."""
+        settings = self.settings
+        situation = Situation(self.stream, self.data.labels, settings.seed, settings.method_options)
+        if model is not None:
+            situation = dataclasses.replace(situation, model=model, inputs=inputs)
+        return make_method(settings.method, situation)
+
     @property
     def held_out(self) -> list[IntArray]:
         """The samples on which each task is evaluated: those of the test split, else the validation samples."""
@@ -123,9 +132,7 @@ class Run:
         self.model = build_network(settings, plan.stream.num_targets).to(device)
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
-        self.method: Method = make_method(
-            settings.method, Situation(plan.stream, plan.data.labels, settings.seed, settings.method_options)
-        )
+        self.method = plan.method(self.model, self.data.train.inputs)
         self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
@@ -200,7 +207,7 @@ class Run:
     # what it does ----------------------------------------------------------------------------------------------------
 
     def look(self, moment: Moment) -> None:
-        """Evaluate, compute the kernel and commit, as the schedules say.
+        """Evaluate and compute the kernel, as the schedules say.
 
         Raises:
             DivergedError: If outputs of the network are not finite.
@@ -213,8 +220,6 @@ class Run:
             self.record.evaluated({**where, **vars(found)})
         if settings.kernel_schedule.contains(moment):
             self._take_snapshot(moment.task)
-        if moment.ends_epoch or self.is_due:
-            self.commit()
 
     def _take_snapshot(self, task: int) -> None:
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -247,7 +252,7 @@ class Run:
         targets = torch.from_numpy(self.plan.stream.targets(self.plan.data.labels[ids])).to(self.stepper.device)
         self.model.train()
         x: Tensor = self.data.train.inputs(torch.from_numpy(ids))
-        loss = self.stepper.step(x, lambda outputs: self.method.loss(outputs, targets))
+        loss = self.stepper.step(x, lambda outputs: self.method.loss(outputs, targets, x))
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}")
         return loss
@@ -293,8 +298,11 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
             run.method.end(task, run.model)
             run.record.folder.write(f"models/task{task.number}.pt", _saved(run.model.state_dict()))
         run.look(moment)
-        report(f"task {task.number}", run.step, num_steps)
-    run.task, run.step, run.has_begun = task.number + 1, 0, False
+        if moment.ends_task:  # before the commit: the end of a task may change what `epoch_ids` lists
+            run.task, run.step, run.has_begun = task.number + 1, 0, False
+        if moment.ends_epoch or run.is_due:
+            run.commit()
+        report(f"task {task.number}", moment.step, num_steps)
 
 
 def build_network(settings: RunSettings, num_outputs: int) -> nn.Module:
@@ -367,7 +375,7 @@ def _saved(state: Mapping[str, Tensor]) -> bytes:
 def describe(plan: Plan) -> dict[str, Any]:
     """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
     settings, stream = plan.settings, plan.stream
-    method = make_method(settings.method, Situation(stream, plan.data.labels, settings.seed, settings.method_options))
+    method = plan.method()
     steps = [len(_cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
     numbered = list(enumerate(steps))
     kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)

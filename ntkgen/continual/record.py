@@ -32,6 +32,7 @@ EVALUATION = "evaluation"
 MEASURES = {
     "accuracy": "accuracy on the held-out samples, over all outputs",
     "task_accuracy": "accuracy on the held-out samples, over the outputs of the task",
+    "head_accuracy": "accuracy on the held-out samples by the outputs of the network",
     "loss": "mean cross-entropy on the held-out samples, over all outputs, in nats",
 }
 

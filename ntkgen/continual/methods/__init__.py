@@ -2,8 +2,11 @@
 
 from collections.abc import Callable
 
+from ntkgen.continual.methods.ewc import EWC
 from ntkgen.continual.methods.finetune import Finetune
+from ntkgen.continual.methods.icarl import ICaRL
 from ntkgen.continual.methods.joint import Joint
+from ntkgen.continual.methods.lwf import LwF, LwFMC
 from ntkgen.continual.methods.method import Method, Situation
 from ntkgen.continual.methods.replay import Replay, ReplayMixed, ReplayTwoPass
 from ntkgen.errors import UnknownNameError
@@ -14,6 +17,10 @@ METHODS: dict[str, Callable[[Situation], Method]] = {
     "replay": Replay,
     "replay-mixed": ReplayMixed,
     "replay-two-pass": ReplayTwoPass,
+    "lwf": LwF,
+    "lwf-mc": LwFMC,
+    "icarl": ICaRL,
+    "ewc": EWC,
 }
 
 

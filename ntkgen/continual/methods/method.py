@@ -1,7 +1,7 @@
 """The interface of a method of continual learning."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,16 @@ class Situation:
         labels: Labels of the data set, (train samples,).
         seed: Seed of the run.
         options: Options of the methods.
+        model: The network, for a method that is restored.
+        inputs: Gives the inputs of some training samples.
     """
 
     stream: Stream
     labels: IntArray
     seed: int
     options: MethodOptions = field(default_factory=MethodOptions)
+    model: nn.Module = field(default_factory=nn.Module)
+    inputs: Callable[[Tensor], Tensor] | None = None
 
 
 class Method(ABC):
@@ -56,12 +60,16 @@ class Method(ABC):
         self,
         outputs: Tensor,  # (samples, outputs)
         targets: Tensor,  # (samples,)
+        x: Tensor,  # (samples, …)  # noqa: ARG002 - for distillation
     ) -> Tensor:
         """Compute the loss of a batch: the cross-entropy over all outputs."""
         return F.cross_entropy(outputs, targets)
 
     def end(self, task: Task, model: nn.Module) -> None:  # noqa: B027 - as above
         """Finish a task."""
+
+    def before_evaluation(self, model: nn.Module) -> None:  # noqa: B027 - as above
+        """Prepare predictions with the current parameters."""
 
     def predict(
         self,

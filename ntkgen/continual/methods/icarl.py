@@ -1,0 +1,98 @@
+"""iCaRL: distillation, exemplars, and classification by the nearest mean of exemplars."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkgen.continual.chance import generator_of
+from ntkgen.continual.exemplars import choose, quota
+from ntkgen.continual.heads import features_of, head_of, in_evaluation_mode
+from ntkgen.continual.methods.lwf import LwFMC
+from ntkgen.continual.methods.method import Situation
+from ntkgen.continual.streams.tasks import IntArray, Task
+
+# Samples whose features are computed at a time.
+FEATURE_BATCH = 500
+
+
+class ICaRL(LwFMC):
+    """Trains on new samples and exemplars with the loss of LwF.MC, and predicts the nearest mean of exemplars.
+
+    The memory has ⌊K / t⌋ exemplars of each of the t classes seen so far, chosen by herding or at random after each
+    task. The mean of a class is that of the normalised features of its exemplars, normalised.
+
+    References:
+        Rebuffi, Kolesnikov, Sperl, Lampert (2017), arXiv:1611.07725.
+    """
+
+    def __init__(self, situation: Situation) -> None:
+        super().__init__(situation)
+        quota(situation.options.buffer, situation.stream.num_targets)  # refuses a budget that will be too small
+        self.exemplars: dict[int, list[int]] = {}  # by target
+        self.means: Tensor | None = None
+
+    def begin(self, task: Task, model: nn.Module) -> None:
+        """Freeze the teacher.
+
+        Raises:
+            ModelError: If the network has no head.
+        """
+        head_of(model, self.situation.stream.num_targets)
+        super().begin(task, model)
+
+    def epoch_ids(self, task: Task, epoch: int) -> IntArray:
+        """List the samples of the task and all exemplars in random order."""
+        kept = [sample for ids in self.exemplars.values() for sample in ids]
+        return self.shuffled(np.concatenate([task.train, np.array(kept, np.int64)]), task, epoch)
+
+    def end(self, task: Task, model: nn.Module) -> None:
+        """Shorten the lists of old classes, and choose exemplars of the new ones."""
+        stream, labels = self.situation.stream, self.situation.labels
+        count = quota(self.situation.options.buffer, stream.num_seen(task.number))
+        self.exemplars = {target: ids[:count] for target, ids in self.exemplars.items()}
+        for target in stream.task_targets(task.number):
+            if target in self.exemplars:
+                continue
+            ids = task.train[stream.targets(labels[task.train]) == target]
+            rng = generator_of(self.situation.seed, "memory", target)
+            features = self._features(model, ids).double().cpu().numpy()
+            self.exemplars[target] = choose(self.situation.options.exemplars, ids, features, count, rng).tolist()
+
+    def before_evaluation(self, model: nn.Module) -> None:
+        """Compute the means of the exemplars with the current features; before any exemplars there are none."""
+        if not self.exemplars:
+            self.means = None
+            return
+        means = [self._features(model, np.array(self.exemplars[target])).mean(0) for target in sorted(self.exemplars)]
+        self.means = nn.functional.normalize(torch.stack(means), dim=1)
+
+    def predict(
+        self,
+        model: nn.Module,
+        x: Tensor,  # (samples, …)
+    ) -> Tensor:  # (samples, outputs)
+        """Score a class by the negative distance of the features from its mean; without exemplars, by its output."""
+        if self.means is None:
+            return super().predict(model, x)
+        features = features_of(model, head_of(model, self.situation.stream.num_targets), x)
+        scores = features.new_full((len(x), self.situation.stream.num_targets), -torch.inf)
+        scores[:, sorted(self.exemplars)] = -torch.cdist(features, self.means.to(features))
+        return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the teacher and the exemplars."""
+        return {**super().state_dict(), "exemplars": {str(target): ids for target, ids in self.exemplars.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the teacher and the exemplars."""
+        super().load_state_dict(state)
+        self.exemplars = {int(target): list(ids) for target, ids in state["exemplars"].items()}
+
+    def _features(self, model: nn.Module, ids: IntArray) -> Tensor:
+        assert self.situation.inputs is not None
+        head = head_of(model, self.situation.stream.num_targets)
+        parts = torch.from_numpy(ids).split(FEATURE_BATCH)
+        return torch.cat([in_evaluation_mode(model, self.situation.inputs(part), head) for part in parts])
