@@ -341,6 +341,19 @@ def test_the_command(tmp_path, capsys):
     assert kernels["kernel"].shape == (3, 100, 100)
 
 
+def test_a_run_is_analysed_from_what_is_stored(finished, capsys):
+    assert command(["cl-analyze", str(finished), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    run = open_run(finished)
+    assert found["class_incremental"]["accuracy_matrix"] == run.matrix().values.tolist()
+    norms = [float(np.linalg.norm(K.astype(float))) for K in run.kernels.kernel.values]
+    assert found["kernels"]["frobenius_norm"] == pytest.approx(norms)
+    assert command(["cl-analyze", str(finished)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4 + len(norms)
+    assert command(["cl-analyze", str(finished.parent)]) == 2
+    assert "There is no run at" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "bad", [["--split", "9/9"], ["--method", "none"], ["--kernels", "never"], ["--dataset", "nothing"], ["--lr", "0"]]
 )

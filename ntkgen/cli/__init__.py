@@ -11,6 +11,7 @@ import click
 
 import ntkgen
 from ntkgen.cli.analyze import analyze
+from ntkgen.cli.cl_analyze import cl_analyze
 from ntkgen.cli.cl_run import cl_run
 from ntkgen.cli.compute import compute
 from ntkgen.cli.importing import import_
@@ -44,7 +45,22 @@ def cli() -> None:
     """
 
 
-for command in (compute, train, cl_run, info, verify, mirror, import_, models, datasets, analyze, plot, report, manual):
+for command in (
+    compute,
+    train,
+    cl_run,
+    cl_analyze,
+    info,
+    verify,
+    mirror,
+    import_,
+    models,
+    datasets,
+    analyze,
+    plot,
+    report,
+    manual,
+):
     cli.add_command(command)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
+from ntkgen.continual.metrics.series import kernel_metrics
 from ntkgen.continual.record import read_config
 from ntkgen.errors import StoreError
 from ntkgen.files.folder import Folder
@@ -79,6 +80,10 @@ class RunReader:
             "class_incremental": self.matrix().to_json(),
             "task_incremental": self.matrix("task_accuracy").to_json(),
         }
+
+    def kernel_metrics(self, dt: int | None = None) -> "xarray.Dataset":
+        """Measure every recorded kernel; see `ntkgen.continual.metrics.series.kernel_metrics`."""
+        return kernel_metrics(self.kernels, dt)
 
 
 def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader:

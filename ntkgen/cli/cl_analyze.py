@@ -1,0 +1,57 @@
+"""`ntkgen cl-analyze`: metrics of recorded runs, from what is stored."""
+
+import json
+from typing import Any
+
+import click
+
+from ntkgen.cli.messages import show
+from ntkgen.cli.options import Command, json_option
+
+# Columns of the printed table of kernels.
+COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance", "centred_alignment")
+
+
+@click.command("cl-analyze", cls=Command)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--dt", type=click.IntRange(min=1), help="Iterations between the snapshots of a velocity [most frequent]."
+)
+@json_option("run")
+def cl_analyze(runs: tuple[str, ...], *, dt: int | None, as_json: bool) -> None:
+    """Compute accuracy and kernel metrics of the runs in the folders RUN..., each of one seed.
+
+    The command reads what `ntkgen cl-run` has stored. It neither trains nor loads torch.
+    """
+    for run in runs:
+        result = _analysed(run, dt)
+        show(json.dumps(result) if as_json else _page(result))
+
+
+def _analysed(place: str, dt: int | None) -> dict[str, Any]:
+    from ntkgen.continual.reading import open_run
+
+    run = open_run(place)
+    kernels = run.kernel_metrics(dt)
+    measured = {str(name): kernels[name].values.tolist() for name in kernels.data_vars}
+    where = {str(name): kernels[name].values.tolist() for name in kernels.coords}
+    return {"run": place, **run.metrics(), "kernels": {**where, **measured, "dt": kernels.attrs["dt"]}}
+
+
+def _page(result: dict[str, Any]) -> str:
+    lines = [result["run"]]
+    for kind in ("class_incremental", "task_incremental"):
+        found = result[kind]
+        parts = [f"average accuracy {found['average_accuracy']:.3f}"]
+        parts += [
+            f"{name.replace('_', ' ')} {found[name]:.3f}"
+            for name in ("average_incremental_accuracy", "backward_transfer", "forward_transfer", "forgetting")
+            if found[name] is not None
+        ]
+        lines.append(f"  {kind.replace('_', '-')}: {', '.join(parts)}")
+    kernels = result["kernels"]
+    lines.append("  " + "".join(f"{name.replace('_', ' '):>19}" for name in ("iteration", "task", *COLUMNS)))
+    for time, iteration in enumerate(kernels["iteration"]):
+        values = [f"{kernels[name][time]:>19.4g}" for name in COLUMNS]
+        lines.append("  " + f"{iteration:>19,}{kernels['trained_task'][time]:>19}" + "".join(values))
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""Metrics of kernels over time, by hand and by the properties that define them."""
+
+import numpy as np
+import pytest
+import xarray
+
+from ntkgen.continual.metrics.kernels import (
+    Spectrum,
+    centred_kernel,
+    distance,
+    interference,
+    label_alignment,
+    usual_step,
+    velocity,
+)
+from ntkgen.continual.metrics.series import kernel_metrics
+
+RNG = np.random.default_rng(0)
+LABELS = np.array([0, 0, 1, 1, 2, 2])
+
+
+def kernel(size=6, seed=0):
+    J = np.random.default_rng(seed).standard_normal((size, 9))
+    return J @ J.T
+
+
+def test_the_spectrum_by_hand():
+    found = Spectrum.of(np.diag([4.0, 2.0, 1.0, 1.0]))
+    p = np.array([0.5, 0.25, 0.125, 0.125])
+    assert (found.trace, found.largest, found.smallest, found.condition) == (8, 4, 1, 4)
+    assert found.frobenius_norm == pytest.approx(22**0.5)
+    assert found.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+    assert found.participation_ratio == pytest.approx(64 / 22)
+    assert (found.numerical_rank, found.num_negative) == (4, 0)
+
+
+def test_negative_eigenvalues_are_clamped_and_counted():
+    found = Spectrum.of(np.diag([1.0, 1.0, -0.5]))
+    assert found.effective_rank == pytest.approx(2)
+    assert (found.num_negative, found.numerical_rank) == (1, 2)
+    assert np.isnan(found.condition)
+
+
+def test_distance_ignores_scale_and_is_one_for_orthogonal_kernels():
+    K = kernel()
+    assert distance(K, 7 * K) == pytest.approx(0, abs=1e-12)
+    assert distance(np.diag([1.0, 0.0]), np.diag([0.0, 1.0])) == 1
+    assert 0 < distance(K, kernel(seed=1)) < 1
+
+
+def test_velocity_times_dt_is_distance_and_pairs_have_one_dt():
+    kernels = np.stack([kernel(seed=seed) for seed in range(5)])
+    starts, speed, angular = velocity(kernels, np.array([0, 1, 10, 20, 30]), 10)
+    assert starts.tolist() == [0, 10, 20]
+    assert speed[1] * 10 == pytest.approx(distance(kernels[2], kernels[3]))
+    assert np.cos(angular[1] * 10) == pytest.approx(1 - distance(kernels[2], kernels[3]))
+    assert usual_step(np.array([0, 5, 10, 11])) == 5
+
+
+def test_alignment_of_the_target_with_itself_is_one_and_centring_ignores_shifts():
+    Y = (LABELS[:, None] == np.arange(3)).astype(float)
+    assert label_alignment(Y @ Y.T, LABELS, 1, centred=False) == pytest.approx(1)
+    assert label_alignment(3 * Y @ Y.T + 5, LABELS, 1, centred=True) == pytest.approx(1)
+    whole = np.outer(Y.ravel(), Y.ravel())
+    assert label_alignment(whole, LABELS, 3, centred=False) == pytest.approx(1)
+    assert label_alignment(whole, LABELS, 3, centred=True) == pytest.approx(1)
+
+
+def test_centring_is_the_product_with_its_matrix():
+    K, H = kernel(12), np.eye(4) - 1 / 4
+    full = np.kron(H, np.eye(3))
+    np.testing.assert_allclose(centred_kernel(K, 3), full @ K @ full, atol=1e-12)
+
+
+def test_interference_by_hand():
+    K = np.array([[2.0, 0.0, 1.0], [0.0, 2.0, 1.0], [1.0, 1.0, 4.0]])
+    found = interference(K, np.array([0, 0, 1]))
+    assert found == pytest.approx(np.array([[1, 2**0.5 / (8**0.5 * 4) ** 0.5], [2**0.5 / (8**0.5 * 4) ** 0.5, 1]]))
+
+
+def data_of(kernels, num_outputs=1):
+    n = kernels.shape[1] // num_outputs
+    times = len(kernels)
+    return xarray.Dataset(
+        {
+            "kernel": (("time", "row", "col"), kernels),
+            "iteration": ("time", 10 * np.arange(times)),
+            "task": ("time", np.zeros(times, int)),
+            "row_task": ("row", np.repeat(np.arange(n) // (n // 2), num_outputs)),
+            "row_label": ("row", np.repeat(LABELS[:n], num_outputs)),
+            "row_output": ("row", np.tile(np.arange(num_outputs), n)),
+        }
+    )
+
+
+def test_metrics_of_a_series_are_those_of_its_kernels():
+    kernels = np.stack([kernel(seed=seed) for seed in range(3)])
+    found = kernel_metrics(data_of(kernels))
+    assert found.largest.values == pytest.approx([np.linalg.eigvalsh(K)[-1] for K in kernels])
+    assert found.distance.values == pytest.approx([0, *[distance(kernels[0], K) for K in kernels[1:]]], abs=1e-12)
+    assert found.task_frobenius_norm.values[1, 1] == pytest.approx(np.linalg.norm(kernels[1][3:, 3:]))
+    assert found.velocity.values == pytest.approx([distance(*pair) / 10 for pair in (kernels[:2], kernels[1:])])
+    assert found.interference.shape == (3, 2, 2)
+    assert found.attrs["dt"] == 10
+
+
+def test_outputs_that_do_not_exist_yet_are_left_out():
+    kernels = np.stack([kernel(12, seed=seed) for seed in range(2)])
+    missing = np.tile([False, True], 6)
+    kernels[0][missing] = np.nan
+    kernels[0][:, missing] = np.nan
+    found = kernel_metrics(data_of(kernels, num_outputs=2))
+    kept = kernels[0][~missing][:, ~missing]
+    assert found.trace.values[0] == pytest.approx(np.trace(kept))
+    assert found.distance.values[1] == pytest.approx(distance(kept, kernels[1][~missing][:, ~missing]))
+    assert np.isnan(found.alignment.values[0])
+    assert not np.isnan(found.alignment.values[1])
