@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -370,3 +371,24 @@ def test_a_file_of_settings_is_overridden_by_options(tmp_path, capsys):
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert (settings["model"], settings["split"], settings["epochs"]) == ("logistic", "5/5", 2)
     assert learner.describe(Plan.of(dataclasses.replace(SETTINGS, epochs=1), blobs()))["kernels"] == 10
+
+
+def test_pictures_show_what_is_stored(finished, tmp_path, capsys):
+    from ntkgen.continual.plots.draw import KINDS, draw_run
+
+    run = open_run(finished)
+    pictures = {picture.kind: picture.figure for picture in draw_run(run)}
+    assert tuple(pictures) == KINDS
+    accuracy = [line for line in pictures["accuracy"].axes[0].lines if line.get_label().startswith("task")]
+    assert [line.get_label() for line in accuracy] == ["task 0", "task 1", "task 2"]
+    drawn = accuracy[1].get_ydata()
+    since = run.evaluations.iteration.values >= 8
+    assert drawn.tolist() == (100 * run.evaluations.accuracy.values[since, 1]).tolist()
+    switches = [line.get_xdata()[0] for line in pictures["norm"].axes[0].lines if line.get_linestyle() == ":"]
+    assert switches == [8, 16]
+    cells = [text.get_text() for text in pictures["matrix"].axes[0].texts]
+    assert cells == [f"{100 * value:.0f}" for value in run.matrix().values.ravel()]
+    assert command(["cl-plot", str(finished), "-o", str(tmp_path / "plots"), "--json"]) == 0
+    files = [made["file"] for made in json.loads(capsys.readouterr().out)["pictures"]]
+    assert len({(tmp_path / "plots" / file).name for file in files}) == len(KINDS)
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)

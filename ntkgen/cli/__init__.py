@@ -12,6 +12,7 @@ import click
 import ntkgen
 from ntkgen.cli.analyze import analyze
 from ntkgen.cli.cl_analyze import cl_analyze
+from ntkgen.cli.cl_plot import cl_plot as cl_plot
 from ntkgen.cli.cl_run import cl_run
 from ntkgen.cli.compute import compute
 from ntkgen.cli.importing import import_
@@ -50,6 +51,7 @@ for command in (
     train,
     cl_run,
     cl_analyze,
+    cl_plot,
     info,
     verify,
     mirror,

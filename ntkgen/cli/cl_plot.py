@@ -1,0 +1,51 @@
+"""`ntkgen cl-plot`: pictures of recorded runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ntkgen.cli.messages import show
+from ntkgen.cli.options import Command, ManyOption, json_option, out_option
+from ntkgen.cli.plot import FORMATS, write_pictures
+
+
+@click.command("cl-plot", cls=Command)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--format",
+    "formats",
+    cls=ManyOption,
+    type=click.Choice(FORMATS),
+    default=("png",),
+    metavar="FORMAT...",
+    help="File formats: png, svg or both [png].",
+)
+@out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
+@json_option("run")
+def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_json: bool) -> None:
+    """Draw the runs in the folders RUN..., each of one seed.
+
+    The pictures show accuracy, loss and kernels over time, the accuracy matrix, and the blocks of each two tasks.
+    """
+    from ntkgen.continual.plots.draw import draw_run
+    from ntkgen.continual.reading import open_run
+    from ntkgen.files.folder import LocalFolder
+
+    folder = LocalFolder(Path(out))
+    folder.require_writable()
+    opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
+    for place, run in zip(runs, opened, strict=True):
+        files: list[dict[str, Any]] = write_pictures(folder, _name(place), draw_run(run), formats)
+        result = {"run": place, "pictures": files}
+        show(json.dumps(result) if as_json else "\n".join([place, *(f"  {made['file']}" for made in files)]))
+
+
+def _name(place: str) -> str:
+    """Name the pictures of a run after its last two folders.
+
+    >>> _name("runs/cl/seed0/")
+    'cl-seed0'
+    """
+    return "-".join(Path(place).absolute().parts[-2:])

@@ -1,0 +1,1 @@
+"""Pictures of a recorded run. They need no torch."""
