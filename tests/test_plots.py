@@ -35,7 +35,7 @@ from ntkgen.analysis.plots import style as plots_style
 from ntkgen.analysis.plots.matrix import decimate, draw_matrix, orders_of
 from ntkgen.analysis.plots.style import LINES, render
 from ntkgen.analysis.regression import RegressAnswer
-from ntkgen.cli import progress
+from ntkgen.cli import options, progress
 
 LABELS = np.array([2, 0, 1, 0, 2, 1, 1])
 MEMORY = 10**12
@@ -414,7 +414,7 @@ def test_the_command_draws_all_it_can(run, stored):
 
 def test_the_kinds_of_the_command_are_those_there_are():
     assert set(command.KINDS) == set(plots.KINDS)
-    assert command.FORMATS == plots_style.FORMATS
+    assert options.FORMATS == plots_style.FORMATS
 
 
 def test_a_kind_that_cannot_be_drawn_is_an_error_if_it_was_asked_for(run, tmp_path):

@@ -12,7 +12,7 @@ import click
 import ntkgen
 from ntkgen.cli.analyze import analyze
 from ntkgen.cli.cl_analyze import cl_analyze
-from ntkgen.cli.cl_plot import cl_plot as cl_plot
+from ntkgen.cli.cl_plot import cl_plot
 from ntkgen.cli.cl_run import cl_run
 from ntkgen.cli.compute import compute
 from ntkgen.cli.importing import import_

@@ -7,21 +7,13 @@ from typing import Any
 import click
 
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, ManyOption, json_option, out_option
-from ntkgen.cli.plot import FORMATS, write_pictures
+from ntkgen.cli.options import Command, format_option, json_option, out_option
+from ntkgen.cli.plot import write_pictures
 
 
 @click.command("cl-plot", cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option(
-    "--format",
-    "formats",
-    cls=ManyOption,
-    type=click.Choice(FORMATS),
-    default=("png",),
-    metavar="FORMAT...",
-    help="File formats: png, svg or both [png].",
-)
+@format_option
 @out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @json_option("run")
 def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_json: bool) -> None:

@@ -194,6 +194,16 @@ def offset_option(meaning: str) -> Callable[[Function], Function]:
     return click.option("--offset", type=choice, default=defaults.OFFSET, show_default=True, help=meaning)
 
 
+FORMATS = ("png", "svg")  # of pictures
+format_option = click.option(
+    "--format",
+    "formats",
+    cls=ManyOption,
+    type=click.Choice(FORMATS),
+    default=("png",),
+    metavar="FORMAT...",
+    help="File formats: png, svg or both [png].",
+)
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Print the projected cost and time, and leave nothing behind."
 )

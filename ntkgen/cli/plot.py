@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ntkgen.cli.analyze import Asked, shared_options
-from ntkgen.cli.options import Command, ManyOption, out_option
+from ntkgen.cli.options import Command, ManyOption, format_option, out_option
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ntkgen.files.folder import LocalFolder
 
 KINDS = ("matrix", "spectrum", "density", "modes", "flow", "alignment", "logdet", "regression", "comparison")
-FORMATS = ("png", "svg")
 
 
 @click.command(cls=Command)
@@ -30,15 +29,7 @@ FORMATS = ("png", "svg")
     metavar="KIND...",
     help=f"Pictures: {', '.join(KINDS)} [all that can be drawn].",
 )
-@click.option(
-    "--format",
-    "formats",
-    cls=ManyOption,
-    type=click.Choice(FORMATS),
-    default=("png",),
-    metavar="FORMAT...",
-    help="File formats: png, svg or both [png].",
-)
+@format_option
 @out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @shared_options
 def plot(paths: tuple[str, ...], kinds: tuple[str, ...], formats: tuple[str, ...], out: str, **options: Any) -> None:

@@ -48,7 +48,7 @@ def choose(
 
 
 def quota(budget: int, num_classes: int) -> int:
-    """Divide a budget among classes, ⌊budget / classes⌋.
+    """Divide a budget among classes, budget // classes.
 
     Raises:
         InputError: If not every class gets one.

@@ -68,7 +68,7 @@ class Reservoir(Memory):
 
 
 class Balanced(Memory):
-    """Keeps as many samples of every class as fit, ⌊capacity / classes⌋, drawn at random within each class."""
+    """Keeps as many samples of every class as fit, capacity // classes, drawn at random within each class."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)

@@ -21,7 +21,7 @@ FEATURE_BATCH = 500
 class ICaRL(LwFMC):
     """Trains on new samples and exemplars with the loss of LwF.MC, and predicts the nearest mean of exemplars.
 
-    The memory has ⌊K / t⌋ exemplars of each of the t classes seen so far, chosen by herding or at random after each
+    The memory has K // t exemplars of each of the t classes seen so far, chosen by herding or at random after each
     task. The mean of a class is that of the normalised features of its exemplars, normalised.
 
     References:
