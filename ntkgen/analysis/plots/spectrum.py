@@ -143,10 +143,10 @@ def _density_caption(answer: DensityAnswer) -> str:
     share, bound = answer.fraction_off_axis, "negative or hidden by rounding"
     if answer.error_norm and answer.log10_eigenvalues:
         above = np.interp(np.log10(answer.error_norm), answer.log10_eigenvalues, answer.fraction_above)
-        share, bound = 1 - float(above), "below the bound on ‖E‖_F, and so indistinguishable from zero"
+        share, bound = max(0.0, 1 - float(above)), "below the bound on ‖E‖_F, and so indistinguishable from zero"
     return (
         f"Share of the eigenvalues per decade, {how}. Each eigenvalue is drawn as a Gaussian with a standard deviation "
-        f"of {plain(answer.bandwidth)} decades. {100 * share:.2g} % of the eigenvalues are {bound}."
+        f"of {plain(answer.bandwidth)} decades. {plain(100 * share, 2)} % of the eigenvalues are {bound}."
     )
 
 
