@@ -130,7 +130,7 @@ def fit(
 class ExtrapolateSettings(Law, Settings):
     """Settings of `extrapolate`: the law, and the matrix K + ``shift`` I that it is fitted to.
 
-    The other attributes are those of `Law`.
+    The attributes of `Law` are settings too.
 
     Attributes:
         shift: Shift λ that is added to the diagonal; not negative.

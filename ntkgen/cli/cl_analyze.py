@@ -15,13 +15,16 @@ COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance"
 @click.command("cl-analyze", cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option(
-    "--dt", type=click.IntRange(min=1), help="Iterations between the snapshots of a velocity [most frequent]."
+    "--dt",
+    type=click.IntRange(min=1),
+    help="Iterations between the two kernels of a velocity [the most frequent number].",
 )
 @json_option("run")
 def cl_analyze(runs: tuple[str, ...], *, dt: int | None, as_json: bool) -> None:
-    """Compute accuracy and kernel metrics of the runs in the folders RUN..., each of one seed.
+    """Compute the accuracy and kernel metrics of the runs at RUN...
 
-    The command reads what `ntkgen cl-run` has stored. It neither trains nor loads torch.
+    Each RUN is the folder of one seed, such as runs/cl/seed0. The command reads what `ntkgen cl-run` has stored. It
+    neither trains nor loads torch.
     """
     for run in runs:
         result = _analysed(run, dt)

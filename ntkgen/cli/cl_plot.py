@@ -17,9 +17,10 @@ from ntkgen.cli.plot import write_pictures
 @out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @json_option("run")
 def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_json: bool) -> None:
-    """Draw the runs in the folders RUN..., each of one seed.
+    """Draw the accuracy and the kernels of the runs at RUN...
 
-    The pictures show accuracy, loss and kernels over time, the accuracy matrix, and the blocks of each two tasks.
+    Each RUN is the folder of one seed, such as runs/cl/seed0. The pictures show the accuracy, the loss and the kernels
+    over time, the accuracy matrix, and the interference of each pair of tasks.
     """
     from ntkgen.continual.plots.draw import draw_run
     from ntkgen.continual.reading import open_run

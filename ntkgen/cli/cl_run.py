@@ -38,18 +38,27 @@ def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
 _SETTINGS = [
     _setting("--dataset", "dataset", "Name of a data set, or FILE.npz"),
     _setting("--split", "split", "Classes of the first task / of each later one", metavar="FIRST/LATER"),
-    _setting("--class-order", "class_order", "natural, random, icarl, or labels with commas", metavar="ORDER"),
-    _setting("--overlap", "overlap", "Part of a later task's classes that are of the first task", type=float),
+    _setting("--class-order", "class_order", "natural, random, icarl, or labels separated by commas", metavar="ORDER"),
+    _setting("--overlap", "overlap", "Fraction of each later task's classes that belong to the first task", type=float),
     _setting("--frequency-shift", "frequency_shift", "Change of the class proportions, 0 to 1", type=float),
-    _setting("--blend-steps", "blend_steps", "Iterations of a gradual switch", type=int),
-    _setting("--tasks", "num_tasks", "Number of tasks, all by default", type=int),
-    _setting("--compatible-split", "compatible_split", "Validation samples of continuum 1.2", is_flag=True),
-    _setting("--model", "model", "Name of the zoo, or package.module:factory"),
+    _setting("--blend-steps", "blend_steps", "Iterations over which samples of the previous task fade out", type=int),
+    _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=int),
+    _setting(
+        "--compatible-split", "compatible_split", "Hold out the samples that continuum 1.2 holds out", is_flag=True
+    ),
+    _setting("--model", "model", "Name from `ntkgen models`, or package.module:factory"),
     _setting("--width", "width", "Width of the network", type=int),
-    _setting("--parametrization", "parametrization", "Scale of the weights", type=click.Choice(["standard", "ntk"])),
+    _setting(
+        "--parametrization", "parametrization", "Parametrization of the weights", type=click.Choice(["standard", "ntk"])
+    ),
     _setting("--method", "method", "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc"),
     _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=int),
-    _setting("--memory-kind", "memory", "Which samples it keeps", type=click.Choice(["reservoir", "balanced"])),
+    _setting(
+        "--memory-kind",
+        "memory",
+        "How replay selects the samples that it keeps",
+        type=click.Choice(["reservoir", "balanced"]),
+    ),
     _setting("--replay", "replay", "Samples of each earlier task per epoch, for replay-mixed and -two-pass", type=int),
     _setting("--exemplars", "exemplars", "How iCaRL chooses exemplars", type=click.Choice(["herding", "random"])),
     _setting("--distillation", "distillation", "Weight of the distillation loss of LwF", type=FiniteRange(0)),
@@ -62,12 +71,26 @@ _SETTINGS = [
     _setting("--epochs", "epochs", "Epochs per task", type=int),
     _setting("--bs", "batch_size", "Samples per iteration", type=int),
     _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
-    _setting("--output", "output", "Output map of the kernels: trace, full, sum, centered, seen, …", metavar="MAP"),
+    _setting(
+        "--output",
+        "output",
+        "Output map of the kernels: trace, full, sum, centered, seen (classes seen so far), …",
+        metavar="MAP",
+    ),
     _setting("--precision", "precision", "Precision of the kernels"),
-    _setting("--per-layer", "per_layer", "Also one kernel per layer", is_flag=True),
-    _setting("--kernels", "kernels", "When kernels are computed: 10it, 1ep or task", metavar="SCHEDULE"),
-    _setting("--evaluations", "evaluations", "When the network is evaluated: 10it, 1ep or task", metavar="SCHEDULE"),
-    _setting("--dense", "dense", "Kernels also after 1, 2, 4, … iterations of a task, up to this", type=int),
+    _setting("--per-layer", "per_layer", "Also store one kernel per layer", is_flag=True),
+    _setting(
+        "--kernels",
+        "kernels",
+        "Compute kernels every 10 iterations (10it), every epoch (1ep) or per task (task)",
+        metavar="SCHEDULE",
+    ),
+    _setting(
+        "--evaluations", "evaluations", "When the network is evaluated, written as for --kernels", metavar="SCHEDULE"
+    ),
+    _setting(
+        "--dense", "dense", "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number", type=int
+    ),
 ]
 
 
@@ -79,10 +102,22 @@ def _with_settings(command: Any) -> Any:
 
 @click.command("cl-run", cls=Command)
 @_with_settings
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Settings in FILE.json.")
-@click.option("--seeds", cls=ManyOption, type=SEED, default=(0,), show_default="0", metavar="SEED...", help="Seeds.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read settings from FILE.json. Options override them.",
+)
+@click.option(
+    "--seeds",
+    cls=ManyOption,
+    type=SEED,
+    default=(0,),
+    show_default="0",
+    metavar="SEED...",
+    help="Seeds: one run per seed.",
+)
 @data_dir_option
-@out_option(default="runs/cl", show_default=True, metavar="FOLDER", help="Folder of the run.")
+@out_option(default="runs/cl", show_default=True, metavar="FOLDER", help="Folder of the runs.")
 @device_option("auto, cpu, cuda, cuda:1, … or mps.")
 @dry_run_option
 @json_option("seed")
@@ -92,8 +127,8 @@ def cl_run(
 ) -> None:
     """Train a network on a sequence of tasks, and record its accuracy and its kernel over time.
 
-    Each seed has a folder OUT/seedS. The same command continues an interrupted run and ends with the same bytes on a
-    CPU. `ntkgen manual continual` describes the results.
+    The run of seed S is stored in the folder OUT/seedS. The same command continues an interrupted run. On a CPU, the
+    result has the same bytes as that of an uninterrupted run. `ntkgen manual continual` describes the results.
     """
     as_json, quiet, dry_run = (options.pop(name) for name in ("as_json", "quiet", "dry_run"))
     settings = _settings(config, options)

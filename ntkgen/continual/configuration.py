@@ -19,8 +19,8 @@ class MethodOptions:
 
     Attributes:
         buffer: Maximum number of samples of earlier tasks that are kept.
-        memory: Which are kept: ``reservoir`` or ``balanced``.
-        replay: Number of samples of each earlier task per epoch, for the unbounded schemes.
+        memory: How replay selects these samples: ``reservoir`` or ``balanced``.
+        replay: Number of samples of each earlier task per epoch, for ``replay-mixed`` and ``replay-two-pass``.
         exemplars: How exemplars are chosen: ``herding`` or ``random``.
         distillation: Weight λ of the distillation loss of LwF.
         temperature: Temperature T of the distillation loss of LwF.
@@ -38,24 +38,24 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that determines a run, with its defaults.
+    """All settings of a run, with their defaults.
 
     Attributes:
         dataset: Name of a data set.
-        split: Classes of the first task and of each later one.
+        split: Number of classes of the first task and of each later one, such as ``2/2``.
         class_order: ``natural``, ``random``, ``icarl``, or a list.
-        overlap: Part of each later task's classes that are classes of the first task.
+        overlap: Fraction of the classes of each later task that are classes of the first task.
         frequency_shift: Change of the class proportions, or None; see `StreamSettings`.
-        blend_steps: Number of iterations of a gradual switch.
+        blend_steps: Number of iterations over which samples of the previous task fade out after a switch.
         num_tasks: Number of tasks; None for all.
-        compatible_split: Whether validation samples are those of continuum 1.2.
+        compatible_split: Whether to hold out the samples that the package continuum 1.2 holds out for validation.
         model: Name of a network, or ``package.module:factory``.
         width: Width of the network; None for its default.
         parametrization: ``standard`` or ``ntk``, for networks that have both.
         method: Name of a method.
         buffer: Maximum number of samples of earlier tasks that the method keeps.
-        memory: Which samples it keeps: ``reservoir`` or ``balanced``.
-        replay: Samples of each earlier task per epoch, for the unbounded schemes of replay.
+        memory: How replay selects these samples: ``reservoir`` or ``balanced``.
+        replay: Samples of each earlier task per epoch, for ``replay-mixed`` and ``replay-two-pass``.
         exemplars: How exemplars are chosen: ``herding`` or ``random``.
         distillation: Weight of the distillation loss of LwF.
         temperature: Temperature of the distillation loss of LwF.
@@ -68,12 +68,12 @@ class RunSettings:
         batch_size: Samples per iteration.
         probe_per_class: Probe samples of each class of each task, for kernels.
         output: Output map of the kernels.
-        precision: Precision policy of the kernels.
-        per_layer: Whether each module has a kernel of its own.
+        precision: Precision of the kernels.
+        per_layer: Whether to store also one kernel per module.
         kernels: Schedule of the kernels; see `Schedule`.
         evaluations: Schedule of the evaluations.
-        dense: Kernels also after 1, 2, 4, … iterations of a task, up to this one; None for none.
-        seed: Seed of every source of chance.
+        dense: Last of the iterations 1, 2, 4, … of each task after which kernels are also computed; None for none.
+        seed: Seed of all random numbers.
     """
 
     dataset: str = "digits"
@@ -111,7 +111,7 @@ class RunSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot be meant, before anything is done.
+        """Check the settings.
 
         Raises:
             InputError: If a number is not positive, or a name is unknown.

@@ -35,16 +35,16 @@ SEEN = "seen"
 
 
 class Snapshots:
-    """Records the kernel of fixed probe samples at chosen moments of a training.
+    """Records the kernel of fixed samples, the probe samples, during training.
 
     A call computes the kernel for the current parameters, appends it to a Zarr group and returns it. The network, its
-    mode, its gradients, its buffers and all random states stay as they are, so a training with snapshots ends with the
-    same bits as one without. The group is whole up to the last finished call after any kill. If there is a group of the
-    same probe and settings, it is continued.
+    mode, its gradients, its buffers and all random states are not changed. The trained parameters therefore have the
+    same bits as without snapshots. If the process is killed, the group still has the kernels of all finished calls. An
+    existing group of the same probe samples and settings is continued.
 
-    The arrays are ``kernel`` (time, row, col) and, of each time, ``iteration``, ``epoch``, ``task``, ``step_size`` and
-    ``num_outputs``; of each row, ``row_sample``, ``row_output``, ``row_label``, ``row_task`` and ``row_sample_id``, and
-    the same of each column. `xarray.open_zarr` opens the group.
+    The group has the array ``kernel`` (time, row, col). For each time it has ``iteration``, ``epoch``, ``task``,
+    ``step_size`` and ``num_outputs``. For each row it has ``row_sample``, ``row_output``, ``row_label``, ``row_task``
+    and ``row_sample_id``, and the same for each column. `xarray.open_zarr` opens the group.
 
     Args:
         place: A path, a URL or a Zarr store.
@@ -53,17 +53,18 @@ class Snapshots:
         labels: The labels of the probe samples.
         tasks: The task of each probe sample.
         sample_ids: The positions of the probe samples in their data set.
-        output: As for `ntkgen.ntk`, or ``seen``: all outputs, with NaN for those of classes that are not seen yet.
-        precision: The precision policy. Kernels are stored as float64 if it has float64 sums, else as float32.
-        per_layer: Whether an array ``kernel_by_layer`` (time, layer, row, col) has one kernel per module. Their sum is
-            the kernel.
-        num_outputs: The number of outputs that a growing head has in the end; None for those that it has now. Outputs
-            that do not exist yet are NaN.
-        fsync: Whether every file is forced to the disk. Without it a loss of power may damage the last times.
+        output: The output map, as for `ntkgen.ntk`. ``seen`` means all outputs, with NaN for classes not seen yet.
+        precision: The precision of the computation. Kernels are stored as float64 if it sums in float64, otherwise as
+            float32.
+        per_layer: Whether to store also one kernel per module. The array is ``kernel_by_layer`` (time, layer, row,
+            col), and its sum over the layers is the kernel.
+        num_outputs: The final number of outputs, if the last layer gets more outputs during training. None means the
+            present number. Entries of outputs that do not exist yet are NaN.
+        fsync: Whether every file is forced to the disk. If not, a loss of power may damage the last kernels.
 
     Raises:
-        FingerprintError: If there is a group of another probe or of other settings.
-        InputError: If a batch or labels are not what they should be.
+        FingerprintError: If the group exists and has other probe samples or other settings.
+        InputError: If the probe samples, labels, tasks or positions are invalid.
         ModelError: If the kernel of this network is not defined.
     """
 
@@ -97,7 +98,7 @@ class Snapshots:
 
     @property
     def last_iteration(self) -> int | None:
-        """The iteration of the last recorded time; None before the first."""
+        """The iteration of the last recorded kernel; None if there is none."""
         return int(self.series.read("iteration", len(self) - 1)) if len(self) else None
 
     def __call__(
@@ -116,13 +117,13 @@ class Snapshots:
             model: The network.
             iteration: Number of iterations of training so far, larger than at the last call.
             epoch: Number of epochs so far.
-            task: The task in training.
+            task: The task that is being trained.
             step_size: The learning rate.
             num_seen: Number of classes seen so far, for the output ``seen``.
 
         Raises:
             InputError: If the iteration is not later than the last one.
-            ShapeError: If the network has more outputs than the array has room for.
+            ShapeError: If the network has more than ``num_outputs`` outputs.
             DivergedError: If outputs of the network are not finite.
         """
         last = self.last_iteration
@@ -152,7 +153,7 @@ class Snapshots:
         return kernel
 
     def truncate(self, iteration: int) -> None:
-        """Drop the times after an iteration, as a run does that is resumed from an earlier checkpoint."""
+        """Remove the kernels after an iteration, for a run that is resumed from an earlier checkpoint."""
         kept = sum(int(self.series.read("iteration", time)) <= iteration for time in range(len(self)))
         self.series.truncate(TIME, kept)
 

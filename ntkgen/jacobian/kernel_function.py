@@ -30,25 +30,26 @@ NUM_BLOCKS_HELD = 2
 
 
 class KernelFunction:
-    """The empirical neural tangent kernel of fixed samples, prepared once and computed for many parameters.
+    """The empirical neural tangent kernel of fixed samples, for one network whose parameters change.
 
     ``function(model)`` returns the kernel that ``ntkgen.ntk(model, x1, x2)`` returns, for a network of the same
-    architecture with other parameters and buffers. Preparing copies the network, tries it, compares every batch with
-    autograd and chooses the order of multiplication. A call copies the numbers of the given network, runs it and
-    multiplies. The given network, its mode, its gradients and all random states stay as they are.
+    architecture with other parameters and buffers. The constructor copies the network, runs it on a few samples and
+    chooses the order of multiplication. It also compares the gradients of every batch with autograd. A call copies the
+    parameters and buffers of the given network into this copy, runs it and computes the kernel. The given network, its
+    mode, its gradients and all random states are not changed.
 
-    Every batch is proved by value when the function is prepared. A call does not repeat this proof; it refuses a batch
-    in which a layer is called otherwise than planned, and outputs that are not finite. For a network that treats
-    samples differently depending on its parameters, such as one that routes samples to experts, call it with
-    ``prove=True``. The plan depends on the sizes of the network alone, so equal parameters give equal bits in every
-    process on one machine.
+    A call does not repeat the comparison with autograd. It raises an error if a layer is called in another way than in
+    the constructor, or if outputs are not finite. If the parameters decide how a sample is treated, as in a network
+    that routes samples to experts, call the function with ``prove=True``. The block sizes and the order of
+    multiplication depend only on the sizes of the network. Equal parameters therefore give equal bits in every process
+    on one machine.
 
     Args:
         model: The network. It must map (samples, …) to (samples, outputs) and treat samples one by one.
         x1: The samples of the rows.
-        x2: The samples of the columns. Without them the columns are the samples of the rows.
-        output: What is differentiated, as for `ntkgen.ntk`.
-        precision: The precision policy, as for `ntkgen.ntk`.
+        x2: The samples of the columns. By default these are the samples of the rows.
+        output: The output map, as for `ntkgen.ntk`.
+        precision: The precision of the computation, as for `ntkgen.ntk`.
         per_layer: Whether a call returns a dictionary with one kernel per module that has parameters. Their sum is the
             kernel.
 
@@ -56,7 +57,7 @@ class KernelFunction:
         InputError: If a batch is empty, or not real numbers.
         ShapeError: If the batches hold samples of different shapes.
         ModelError: If the kernel of this network is not defined.
-        UnknownNameError: If there is no such precision or output.
+        UnknownNameError: If the precision or the output has an unknown name.
 
     >>> import torch
     >>> net = torch.nn.Linear(2, 1)
@@ -101,7 +102,7 @@ class KernelFunction:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the modules with trainable parameters, in the order of a call with ``per_layer``; else empty."""
+        """Names of the modules in the dictionary of a call, in the same order; empty without ``per_layer``."""
         return [group.name for group in self._groups or ()]
 
     def __call__(
@@ -114,13 +115,14 @@ class KernelFunction:
             prove: Whether every batch is compared with autograd again.
 
         Returns:
-            The kernel. With ``per_layer`` the kernels of all modules that have trainable parameters, by their names.
+            The kernel. With ``per_layer``, a dictionary with the kernel of each module that has trainable parameters.
 
         Raises:
             InputError: If the state is that of another architecture.
             ShapeError: If a tensor has another shape.
             DivergedError: If outputs of the network are not finite.
-            RuleError: If a layer is called otherwise than planned, or with ``prove`` a rule does not hold.
+            RuleError: If a layer is called in another way than in the constructor, or if ``prove`` finds that the rule
+                of a layer is wrong.
         """
         plan = self._plan
         with exact_arithmetic(plan.network.device):

@@ -53,8 +53,8 @@ class NTKOperator:
         dtype: The dtype of network, vectors and products.
         device: The device of the products: the module's device, or the CPU if that device has no float64.
         push: The way in which J₁ U is computed for U = J₂ᵀ V. ``forward`` mode is used if all operations support it.
-            Otherwise it is ``double-backward`` if that is possible, and else ``rows``, which takes one backward pass
-            per row of J.
+            Otherwise ``double-backward`` is used if it is possible. If not, ``rows`` is used, which takes one backward
+            pass per row of J.
 
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4; Novak, Sohl-Dickstein, Schoenholz (2022),

@@ -1,4 +1,4 @@
-"""Replay of samples of earlier tasks: from a bounded memory, or by the two unbounded schemes of seed 000."""
+"""Replay of samples of earlier tasks: from a bounded memory, or from all samples of earlier tasks."""
 
 from collections.abc import Mapping
 from typing import Any

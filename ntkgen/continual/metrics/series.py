@@ -21,7 +21,7 @@ def kernel_metrics(kernels: "xarray.Dataset", dt: int | None = None) -> "xarray.
 
     Args:
         kernels: The recorded kernels, as `RunReader.kernels` gives them.
-        dt: Iterations between the snapshots of a velocity; None for the most frequent distance.
+        dt: Iterations between the two kernels of a velocity; None for the most frequent number.
 
     Returns:
         Numbers of `Spectrum` for each time, for the whole probe and, with the prefix ``task_``, for the block of each

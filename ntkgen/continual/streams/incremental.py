@@ -70,19 +70,19 @@ class Split:
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """What determines a stream beside the labels and the seed.
+    """Settings of a stream of tasks. The stream also depends on the labels and the seed.
 
     Attributes:
         split: Number of classes per task.
         order: Order of the classes; see `class_order`.
-        overlap: Part of each later task's classes that are classes of the first task, from 0 to 1.
-        frequency_shift: α from 0 to 1, or None. With it every task has all classes: the first task favours the first
-            half of them, and the proportions of later tasks are (1 − α) times those of the first plus α times those
-            that favour the second half.
-        blend_steps: Number of iterations of a gradual switch; see `Stream`.
+        overlap: Fraction of the classes of each later task that are classes of the first task, from 0 to 1.
+        frequency_shift: A number α from 0 to 1, or None. If it is given, every task has all classes, in different
+            proportions. The proportions are D₀ in the first task and (1 − α) D₀ + α D₁ in all later tasks. D₀ favours
+            the first half of the classes, and D₁ favours the second half.
+        blend_steps: Number of iterations over which samples of the previous task fade out; see `Stream`.
         num_tasks: Number of tasks; None for as many as the split gives.
-        compatible_split: Whether validation samples are those of continuum 1.2, which seed 000 used: each task shuffled
-            by ``RandomState(1)``, the first tenth held out.
+        compatible_split: Whether to hold out the same validation samples as the package continuum 1.2. It shuffles the
+            samples of each task with ``RandomState(1)`` and holds out the first tenth.
     """
 
     split: Split
@@ -94,7 +94,7 @@ class StreamSettings:
     compatible_split: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot be meant.
+        """Check the settings.
 
         Raises:
             InputError: If a fraction is outside of 0 to 1, a number is negative, or two kinds of shift are combined.
