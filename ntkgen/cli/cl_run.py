@@ -112,7 +112,7 @@ def _with_settings(command: Any) -> Any:
     cls=ManyOption,
     type=SEED,
     default=(0,),
-    show_default="0",
+    show_default=True,
     metavar="SEED...",
     help="Seeds: one run per seed.",
 )
