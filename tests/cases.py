@@ -873,8 +873,8 @@ CHOSEN = (
 
 
 def chosen(values: Iterable[Any], some: Container[Any]) -> list[Any]:
-    """List the values of a parameter: those that are not among some are slow."""
-    every = {value: value if isinstance(value, tuple) else (value,) for value in values}
+    """List the values of a parameter: those that are not among some are slow. A tile is one value."""
+    every = {value: value if type(value) is tuple else (value,) for value in values}
     return [value if value in some else pytest.param(*each, marks=pytest.mark.slow) for value, each in every.items()]
 
 

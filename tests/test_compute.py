@@ -91,12 +91,12 @@ def output_rows(output):
 @pytest.mark.slow
 def test_the_matrices_of_a_diagonal_store_are_asked_for_one_by_one(tmp_path):
     store = ntkgen.compute(small_network(), samples(3), store=tmp_path / "k.zarr", output="diagonal")
-    with pytest.raises(InputError, match="output from 0 to 2"):
+    with pytest.raises(InputError, match="`output` from 0 to 2"):
         store.kernel()
-    with pytest.raises(InputError, match="output from 0 to 2"):
+    with pytest.raises(InputError, match="`output` from 0 to 2"):
         store.kernel(output=3)
     whole = ntkgen.compute(small_network(), samples(3), store=tmp_path / "full.zarr")
-    with pytest.raises(InputError, match="no output"):
+    with pytest.raises(InputError, match="no `output`"):
         whole.kernel(output=0)
 
 
