@@ -127,8 +127,8 @@ FAULTS = (
     Fault(
         "off by one in resume: a file that was cut short counts as done",
         "store/schema.py",
-        "if there == size and _CHUNK.match(key, first)",
-        "if there <= size and _CHUNK.match(key, first)",
+        "if file_size == size and _CHUNK.match(key, first)",
+        "if file_size <= size and _CHUNK.match(key, first)",
         "store engine",
     ),
     Fault(

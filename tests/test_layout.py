@@ -1,6 +1,7 @@
-"""The size of files and functions: what grows beyond it is two things."""
+"""The size of files and functions, and the lines of the code that a script names."""
 
 import ast
+import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -23,3 +24,12 @@ def test_no_function_is_too_long():
     }
     assert len(lengths) > 1000
     assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES} == {}
+
+
+def test_the_lines_of_the_planted_faults_are_still_there():
+    faults = runpy.run_path(str(ROOT / "scripts" / "planted_faults.py"))["FAULTS"]
+    assert len(faults) >= 20
+    sources = {fault: (ROOT / "ntkgen" / fault.file).read_text(encoding="utf-8") for fault in faults}
+    assert [fault.name for fault, source in sources.items() if source.count(fault.right) != 1] == []
+    assert [fault.name for fault in faults if fault.wrong == fault.right] == []
+    assert all((ROOT / "tests" / f"test_{name}.py").exists() for fault in faults for name in fault.tests.split())
