@@ -32,7 +32,7 @@ def test_killed_runs_end_with_the_bytes_of_an_undisturbed_one(tmp_path):
     assert found["failures"] == []
     assert found["kills"] >= 1
     assert (found["rounds"], found["tiles_lost"], found["files_differing"], found["bytes_differing"]) == (2, 0, 0, 0)
-    assert [folder.name for folder in tmp_path.iterdir()] == ["undisturbed-0"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["uninterrupted-0"]
 
 
 @pytest.mark.slow
