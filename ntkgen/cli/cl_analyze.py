@@ -17,7 +17,7 @@ COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance"
 @click.option(
     "--dt",
     type=click.IntRange(min=1),
-    help="Iterations between the two kernels of a velocity [the most frequent number].",
+    help="Iterations between the two kernels of a velocity [the most frequent number between recorded kernels].",
 )
 @json_option("run")
 def cl_analyze(runs: tuple[str, ...], *, dt: int | None, as_json: bool) -> None:

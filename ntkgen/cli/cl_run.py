@@ -44,7 +44,7 @@ _SETTINGS = [
     _setting("--blend-steps", "blend_steps", "Iterations over which samples of the previous task fade out", type=int),
     _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=int),
     _setting(
-        "--compatible-split", "compatible_split", "Hold out the samples that continuum 1.2 holds out", is_flag=True
+        "--compatible-split", "compatible_split", "Hold out the same validation samples as continuum 1.2", is_flag=True
     ),
     _setting("--model", "model", "Name from `ntkgen models`, or package.module:factory"),
     _setting("--width", "width", "Width of the network", type=int),

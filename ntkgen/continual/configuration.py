@@ -1,4 +1,4 @@
-"""The settings of a run of continual learning: one frozen, checked value, which a file or options fill."""
+"""The settings of a run of continual learning, read from a file or from options, and checked."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ OPTIMIZERS = ("adam", "sgd")
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """Options of the methods, each used by some of them.
+    """Options of the methods. Each option is used by some of the methods.
 
     Attributes:
         buffer: Maximum number of samples of earlier tasks that are kept.
@@ -48,7 +48,7 @@ class RunSettings:
         frequency_shift: Change of the class proportions, or None; see `StreamSettings`.
         blend_steps: Number of iterations over which samples of the previous task fade out after a switch.
         num_tasks: Number of tasks; None for all.
-        compatible_split: Whether to hold out the samples that the package continuum 1.2 holds out for validation.
+        compatible_split: Whether to hold out the same validation samples as the package continuum 1.2.
         model: Name of a network, or ``package.module:factory``.
         width: Width of the network; None for its default.
         parametrization: ``standard`` or ``ntk``, for networks that have both.

@@ -1,4 +1,4 @@
-"""Kernels of fixed probe samples over the course of a training: `ntkgen.Snapshots`, for anybody's loop."""
+"""Kernels of fixed probe samples during training: `ntkgen.Snapshots`, for any training loop."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ class Snapshots:
         tasks: The task of each probe sample.
         sample_ids: The positions of the probe samples in their data set.
         output: The output map, as for `ntkgen.ntk`. ``seen`` means all outputs, with NaN for classes not seen yet.
-        precision: The precision of the computation. Kernels are stored as float64 if it sums in float64, otherwise as
-            float32.
+        precision: The precision of the computation. Kernels are stored as float64 if this precision sums in
+            float64, and as float32 otherwise.
         per_layer: Whether to store also one kernel per module. The array is ``kernel_by_layer`` (time, layer, row,
             col), and its sum over the layers is the kernel.
         num_outputs: The final number of outputs, if the last layer gets more outputs during training. None means the
@@ -307,7 +307,7 @@ TIMES = {
 
 @dataclass(frozen=True, eq=False)
 class _Notes:
-    """What is known of the probe samples; -1 for what is not."""
+    """Labels, tasks and positions of the probe samples; -1 for unknown ones."""
 
     labels: npt.NDArray[np.int64]
     tasks: npt.NDArray[np.int64]

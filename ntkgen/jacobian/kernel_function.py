@@ -32,11 +32,11 @@ NUM_BLOCKS_HELD = 2
 class KernelFunction:
     """The empirical neural tangent kernel of fixed samples, for one network whose parameters change.
 
-    ``function(model)`` returns the kernel that ``ntkgen.ntk(model, x1, x2)`` returns, for a network of the same
-    architecture with other parameters and buffers. The constructor copies the network, runs it on a few samples and
-    chooses the order of multiplication. It also compares the gradients of every batch with autograd. A call copies the
-    parameters and buffers of the given network into this copy, runs it and computes the kernel. The given network, its
-    mode, its gradients and all random states are not changed.
+    ``function(model)`` returns the same kernel as ``ntkgen.ntk(model, x1, x2)``. The model must have the architecture
+    of the network given to the constructor. Its parameters and buffers may have other values. The constructor copies
+    the network, runs it on a few samples and chooses the order of multiplication. It also compares the gradients of
+    every batch with autograd. A call copies the parameters and buffers of the given network into this copy, runs it and
+    computes the kernel. The given network, its mode, its gradients and all random states are not changed.
 
     A call does not repeat the comparison with autograd. It raises an error if a layer is called in another way than in
     the constructor, or if outputs are not finite. If the parameters decide how a sample is treated, as in a network
@@ -153,7 +153,7 @@ class KernelFunction:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """The trainable parameters of one module, and where their factors are in those of a block.
+    """The trainable parameters of one module, and the positions of their factors among the factors of a block.
 
     Attributes:
         name: Path of the module, empty for the network itself.
