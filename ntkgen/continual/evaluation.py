@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ntkgen.continual.methods.method import Method
 from ntkgen.continual.streams.tasks import IntArray, Stream
 from ntkgen.data.dataset import Dataset
-from ntkgen.training.loop import EVALUATION_BATCH
+from ntkgen.training.loop import EVALUATION_BATCH, evaluation_mode
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,14 +44,10 @@ def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, id
         data: The data set, or its test split.
         ids: The held-out samples of each task.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         method.before_evaluation(model)
         with torch.no_grad():
             rows = [_evaluate_task(model, method, stream, task, (data, held_out)) for task, held_out in enumerate(ids)]
-    finally:
-        model.train(was_training)
     return Evaluation(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
@@ -64,8 +60,8 @@ def _evaluate_task(
     for part in torch.from_numpy(ids).split(EVALUATION_BATCH):
         labels = data.labels[part.to(data.labels.device)].cpu().numpy()
         targets, x = torch.from_numpy(stream.targets(labels)), data.inputs(part)
-        outputs: Tensor = model(x).cpu()
-        scores = method.predict(model, x).cpu()
+        on_device: Tensor = model(x)
+        outputs, scores = on_device.cpu(), method.predict(model, x, on_device).cpu()
         totals += [
             float((scores.argmax(1) == targets).sum()),
             float((own[scores[:, own].argmax(1)] == targets).sum()),

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError
+from ntkgen.training.loop import evaluation_mode
 
 
 def head_of(model: nn.Module, num_outputs: int) -> nn.Linear:
@@ -39,10 +40,5 @@ def features_of(
 
 def in_evaluation_mode(model: nn.Module, x: Tensor, head: nn.Linear) -> Tensor:
     """Compute features in evaluation mode without gradients, and restore the mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return features_of(model, head, x)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.no_grad():
+        return features_of(model, head, x)

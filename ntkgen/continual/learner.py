@@ -169,9 +169,7 @@ class Run:
 
     def commit(self) -> None:
         """Write the newest state."""
-        buffer = io.BytesIO()
-        torch.save(self._state(), buffer)
-        self.record.commit(buffer.getvalue())
+        self.record.commit(_saved(self._state()))
         self._committed = time.monotonic()
 
     @property
@@ -366,7 +364,7 @@ def _blended(run: Run, task: Task, ids: IntArray) -> IntArray:
     return np.concatenate([old, ids[count:]])
 
 
-def _saved(state: Mapping[str, Tensor]) -> bytes:
+def _saved(state: Mapping[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()

@@ -25,7 +25,7 @@ from ntkgen.jacobian.state import StateLoader
 
 # Maximum number of samples per forward pass.
 BATCH_SIZE = 256
-# Blocks whose factors are held at a time. Kernels of at most so many blocks write them to the same memory in each call.
+# Maximum number of blocks whose factors are held at a time. A kernel with no more blocks reuses their memory.
 NUM_BLOCKS_HELD = 2
 
 

@@ -46,7 +46,7 @@ def output_map(name: str, num_logits: int) -> OutputMap:
         if num_logits == 1:
             raise InputError(
                 "The output 'centered' removes the common shift of all logits: expected at least two logits, found "
-                "one, of which nothing would be left. Use `output` full."
+                "one. No output would remain. Use `output` full."
             )
         return OutputMap(name, contrast_matrix(num_logits))
     kind, _, index = str(name).partition(":")

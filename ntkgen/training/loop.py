@@ -82,14 +82,22 @@ def batches(order: Tensor, size: int) -> list[Tensor]:
     return cut
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a network in evaluation mode for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def accuracy(model: nn.Module, data: Dataset) -> float:
     """Measure the accuracy in per cent on all samples, without augmentation, in evaluation mode and full precision."""
     correct = 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for ids in torch.arange(data.num_samples, device="cpu").split(EVALUATION_BATCH):
             predicted = model(data.inputs(ids)).argmax(1)
             correct += int((predicted == data.labels[ids.to(data.labels.device)]).sum())
-    model.train(was_training)
     return 100 * correct / data.num_samples

@@ -11,6 +11,7 @@ from ntkgen.continual.chance import generator_of
 from ntkgen.continual.methods.finetune import Finetune
 from ntkgen.continual.methods.method import Situation
 from ntkgen.continual.streams.tasks import Task
+from ntkgen.training.loop import evaluation_mode
 
 # Samples of a task on which the Fisher information is estimated.
 FISHER_SAMPLES = 200
@@ -29,16 +30,11 @@ class EWC(Finetune):
     def __init__(self, situation: Situation) -> None:
         super().__init__(situation)
         self.anchors: list[dict[str, tuple[Tensor, Tensor]]] = []  # for each task, by parameter: F and θ*
-        self._model: nn.Module | None = None
-
-    def begin(self, task: Task, model: nn.Module) -> None:  # noqa: ARG002 - as others
-        """Remember the network, whose parameters the penalty is of."""
-        self._model = model
 
     def loss(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002 - as others
         """Compute the loss of a batch, with the penalty."""
         loss = F.cross_entropy(outputs, targets)
-        params = dict((self._model or self.situation.model).named_parameters())
+        params = dict(self.situation.model.named_parameters())
         for anchor in self.anchors:
             penalty = sum((fisher * (params[name] - old).square()).sum() for name, (fisher, old) in anchor.items())
             loss = loss + self.situation.options.penalty / 2 * penalty
@@ -52,16 +48,14 @@ class EWC(Finetune):
         generator = torch.Generator("cpu").manual_seed(int(rng.integers(2**62)))
         params = {name: param for name, param in model.named_parameters() if param.requires_grad}
         fisher = {name: torch.zeros_like(param) for name, param in params.items()}
-        was_training = model.training
-        model.eval()
-        for x in self.situation.inputs(ids):
-            logits: Tensor = model(x[None])
-            label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[0].to(logits.device)
-            grads = torch.autograd.grad(F.cross_entropy(logits, label), list(params.values()), allow_unused=True)
-            for name, grad in zip(params, grads, strict=True):
-                if grad is not None:
-                    fisher[name] += grad.square() / len(ids)
-        model.train(was_training)
+        with evaluation_mode(model):
+            for x in self.situation.inputs(ids):
+                logits: Tensor = model(x[None])
+                label = torch.multinomial(logits.detach().softmax(1).cpu(), 1, generator=generator)[0].to(logits.device)
+                grads = torch.autograd.grad(F.cross_entropy(logits, label), list(params.values()), allow_unused=True)
+                for name, grad in zip(params, grads, strict=True):
+                    if grad is not None:
+                        fisher[name] += grad.square() / len(ids)
         self.anchors.append({name: (fisher[name], param.detach().clone()) for name, param in params.items()})
 
     def state_dict(self) -> dict[str, Any]:
@@ -75,4 +69,3 @@ class EWC(Finetune):
             {name: (pair[0].to(device), pair[1].to(device)) for name, pair in anchor.items()}
             for anchor in state["anchors"]
         ]
-        self._model = self.situation.model

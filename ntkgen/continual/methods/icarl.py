@@ -73,10 +73,11 @@ class ICaRL(LwFMC):
         self,
         model: nn.Module,
         x: Tensor,  # (samples, …)
+        outputs: Tensor,  # (samples, outputs)
     ) -> Tensor:  # (samples, outputs)
         """Score a class by the negative distance of the features from its mean; without exemplars, by its output."""
         if self.means is None:
-            return super().predict(model, x)
+            return outputs
         features = features_of(model, head_of(model, self.situation.stream.num_targets), x)
         scores = features.new_full((len(x), self.situation.stream.num_targets), -torch.inf)
         scores[:, sorted(self.exemplars)] = -torch.cdist(features, self.means.to(features))

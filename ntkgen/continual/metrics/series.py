@@ -45,12 +45,12 @@ def kernel_metrics(kernels: "xarray.Dataset", dt: int | None = None) -> "xarray.
     data["distance"] = ("time",), [_distance(first, K, common & kept) for K, kept in values]
     for name, centred in (("alignment", False), ("centred_alignment", True)):
         data[name] = ("time",), [_alignment(K, kept, labels, kernels, centred=centred) for K, kept in values]
+    plain = np.stack([np.where(np.isnan(K), 0, K) for K, _ in values])
     data["interference"] = (
         ("time", "task", "other_task"),
-        [measure.interference(np.where(np.isnan(K), 0, K), tasks) for K, _ in values],
+        [measure.interference(K, tasks) for K in plain],
     )
     step = dt or measure.usual_step(iterations)
-    plain = np.stack([np.where(np.isnan(K), 0, K) for K, _ in values])
     starts, speed, angular = measure.velocity(plain, iterations, step)
     data |= {"velocity": (("start",), speed), "angular_velocity": (("start",), angular)}
     coordinates = {
