@@ -158,12 +158,11 @@ class Run:
 
     # where it is -----------------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
+    def resume(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Continue from the newest checkpoint, and drop what is later; without one begin anew."""
-        data = self.record.folder.read(CHECKPOINT)
-        if data is not None:
-            self._load(read_checkpoint(data, str(self.record.folder)))
-        last = self.iteration if data is not None else -1
+        if checkpoint is not None:
+            self._load(checkpoint)
+        last = self.iteration if checkpoint is not None else -1
         self.record.rewind(last)
         self.snapshots.truncate(last)
 
@@ -267,13 +266,19 @@ def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ign
         DivergedError: If a loss is not finite.
     """
     folder.require_writable()
-    with write_lock(folder), training_mode(device, seed_of(plan.settings.seed, "noise"), _threads(folder)):
-        run = Run(plan, folder, device)
-        run.resume()
-        for task in plan.stream.tasks[run.task :]:
-            learn_task(run, task, report)
-        run.record.finish()
-        run.snapshots.series.sync()
+    with write_lock(folder):
+        data = folder.read(CHECKPOINT)
+        checkpoint = None if data is None else read_checkpoint(data, str(folder))
+        # The last bits of products depend on the number of threads: a run keeps the one that it has begun with.
+        threads = torch.get_num_threads() if checkpoint is None else int(checkpoint["threads"])
+        with training_mode(device, seed_of(plan.settings.seed, "noise"), threads):
+            run = Run(plan, folder, device)
+            run.resume(checkpoint)
+            del data, checkpoint  # the run has copied them
+            for task in plan.stream.tasks[run.task :]:
+                learn_task(run, task, report)
+            run.record.finish()
+            run.snapshots.series.sync()
     return run
 
 
@@ -334,12 +339,6 @@ def read_checkpoint(data: bytes, place: str) -> dict[str, Any]:
             "ntkgen writes it. A disk error? Remove the folder, and run the same command again."
         ) from error
     return found
-
-
-def _threads(folder: Folder) -> int:
-    """The number of threads that a run has begun with, on which the last bits of products depend."""
-    data = folder.read(CHECKPOINT)
-    return torch.get_num_threads() if data is None else int(read_checkpoint(data, str(folder))["threads"])
 
 
 def _cut(ids: IntArray, batch_size: int) -> list[IntArray]:
