@@ -23,7 +23,7 @@ from ntkgen.cli.options import (
     quiet_option,
 )
 from ntkgen.cli.session import start_process
-from ntkgen.continual.configuration import OPTIMIZERS, RunSettings
+from ntkgen.continual.configuration import CHOICES, RunSettings
 
 _DEFAULTS = RunSettings()
 
@@ -46,6 +46,18 @@ _SETTINGS = [
     _setting(
         "--compatible-split", "compatible_split", "Hold out the same validation samples as continuum 1.2", is_flag=True
     ),
+    _setting(
+        "--normalise",
+        "normalise",
+        "Normalise images by mean and standard deviation of the data set, or only scale them to [0, 1]",
+        type=click.Choice(CHOICES["normalise"]),
+    ),
+    _setting(
+        "--evaluate-on",
+        "evaluate_on",
+        "Samples on which tasks are evaluated",
+        type=click.Choice(CHOICES["evaluate_on"]),
+    ),
     _setting("--model", "model", "Name from `ntkgen models`, or package.module:factory"),
     _setting("--width", "width", "Width of the network", type=int),
     _setting(
@@ -64,13 +76,37 @@ _SETTINGS = [
     _setting("--distillation", "distillation", "Weight of the distillation loss of LwF", type=FiniteRange(0)),
     _setting("--temperature", "temperature", "Temperature of the distillation loss of LwF", type=POSITIVE),
     _setting("--penalty", "penalty", "Weight of the penalty of EWC", type=FiniteRange(0)),
-    _setting("--optimizer", "optimizer", "Optimizer", type=click.Choice(OPTIMIZERS)),
+    _setting("--optimizer", "optimizer", "Optimizer", type=click.Choice(CHOICES["optimizer"])),
     _setting("--lr", "learning_rate", "Learning rate", type=POSITIVE),
     _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),
     _setting("--weight-decay", "weight_decay", "Weight decay", type=FiniteRange(0)),
+    _setting(
+        "--regime",
+        "regime",
+        "feature: use --lr as it is; lazy: multiply it by 64 / width",
+        type=click.Choice(CHOICES["regime"]),
+    ),
+    _setting(
+        "--freeze-batch-norm",
+        "freeze_batch_norm",
+        "Keep the statistics of batch norm from the second epoch of each task on",
+        is_flag=True,
+    ),
     _setting("--epochs", "epochs", "Epochs per task", type=int),
     _setting("--bs", "batch_size", "Samples per iteration", type=int),
     _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
+    _setting(
+        "--probe-rule",
+        "probe_rule",
+        "balanced: the same number of random samples of each class; first: the first samples of each task",
+        type=click.Choice(CHOICES["probe_rule"]),
+    ),
+    _setting(
+        "--probe-parts",
+        "probe_parts",
+        "train: probe samples are training samples; both: as many validation samples are added",
+        type=click.Choice(CHOICES["probe_parts"]),
+    ),
     _setting(
         "--output",
         "output",
@@ -138,7 +174,7 @@ def cl_run(
     from ntkgen.engine.machine import choose_device
     from ntkgen.files.place import folder_of
 
-    data = learner.load_data(settings.dataset, data_dir)
+    data = learner.load_data(settings, data_dir)
     for seed in dict.fromkeys(seeds):
         plan = learner.Plan.of(dataclasses.replace(settings, seed=seed), data)
         if dry_run:

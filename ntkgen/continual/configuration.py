@@ -8,9 +8,20 @@ from typing import Any
 
 from ntkgen.continual.schedule import Schedule
 from ntkgen.continual.streams.incremental import Split, StreamSettings
-from ntkgen.errors import InputError
+from ntkgen.errors import InputError, UnknownNameError
 
 OPTIMIZERS = ("adam", "sgd")
+# Settings that are one of a few names.
+CHOICES = {
+    "optimizer": OPTIMIZERS,
+    "normalise": ("dataset", "none"),
+    "evaluate_on": ("test", "validation"),
+    "regime": ("feature", "lazy"),
+    "probe_rule": ("balanced", "first"),
+    "probe_parts": ("train", "both"),
+}
+# The width at which the lazy regime has the learning rate that was asked for.
+LAZY_WIDTH = 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,10 @@ class RunSettings:
         blend_steps: Number of iterations over which samples of the previous task fade out after a switch.
         num_tasks: Number of tasks; None for all.
         compatible_split: Whether to hold out the same validation samples as the package continuum 1.2.
+        normalise: ``dataset``: images are normalised with mean and standard deviation of the data set; ``none``: they
+            are only scaled to [0, 1].
+        evaluate_on: ``test``: tasks are evaluated on the test split, if there is one; ``validation``: on the validation
+            samples.
         model: Name of a network, or ``package.module:factory``.
         width: Width of the network; None for its default.
         parametrization: ``standard`` or ``ntk``, for networks that have both.
@@ -64,9 +79,15 @@ class RunSettings:
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
         weight_decay: Weight decay.
+        regime: ``feature``: the learning rate is used as it is; ``lazy``: it is multiplied by `LAZY_WIDTH` / width.
+        freeze_batch_norm: Whether batch norm uses its running statistics, and keeps them, from the second epoch of each
+            task on. Dropout is off in these epochs too.
         epochs: Epochs per task.
         batch_size: Samples per iteration.
         probe_per_class: Probe samples of each class of each task, for kernels.
+        probe_rule: ``balanced``: as many random samples of each class; ``first``: the first samples of each task, as
+            many in all.
+        probe_parts: ``train``: probe samples are training samples; ``both``: there are as many validation samples too.
         output: Output map of the kernels.
         precision: Precision of the kernels.
         per_layer: Whether to store also one kernel per module.
@@ -84,6 +105,8 @@ class RunSettings:
     blend_steps: int = 0
     num_tasks: int | None = None
     compatible_split: bool = False
+    normalise: str = "dataset"
+    evaluate_on: str = "test"
     model: str = "mlp"
     width: int | None = None
     parametrization: str = "standard"
@@ -99,9 +122,13 @@ class RunSettings:
     learning_rate: float = 3e-4
     momentum: float = 0.9
     weight_decay: float = 0.0
+    regime: str = "feature"
+    freeze_batch_norm: bool = False
     epochs: int = 5
     batch_size: int = 32
     probe_per_class: int = 10
+    probe_rule: str = "balanced"
+    probe_parts: str = "train"
     output: str = "trace"
     precision: str = "float32"
     per_layer: bool = False
@@ -114,7 +141,8 @@ class RunSettings:
         """Check the settings.
 
         Raises:
-            InputError: If a number is not positive, or a name is unknown.
+            InputError: If a number is not positive, or the lazy regime has no width.
+            UnknownNameError: If a name is unknown.
         """
         object.__setattr__(self, "class_order", _frozen(self.class_order))
         positive = ("buffer", "replay", "temperature", "learning_rate", "epochs", "batch_size", "probe_per_class")
@@ -124,11 +152,17 @@ class RunSettings:
             for name in ("weight_decay", "seed", "distillation", "penalty")
             if getattr(self, name) < 0
         ]
-        wrong += [f"`optimizer` {self.optimizer!r}"] * (self.optimizer not in OPTIMIZERS)
         if wrong:
             raise InputError(
-                f"There is no such run: found {wrong[0]}, expected positive numbers, and one of the optimizers "
-                f"{', '.join(OPTIMIZERS)}. Is a setting misspelt? Correct it."
+                f"There is no such run: found {wrong[0]}, expected positive numbers. Is a sign wrong? Correct it."
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UnknownNameError(f"`{name}`", getattr(self, name), known)
+        if self.regime == "lazy" and self.width is None:
+            raise InputError(
+                "The lazy regime divides the learning rate by the width: expected a `width`, found none. Is the "
+                "network one without widths? Give a `width`, or use the regime feature."
             )
         _ = self.stream, self.kernel_schedule, self.evaluation_schedule
 
@@ -138,6 +172,17 @@ class RunSettings:
         names = [field.name for field in dataclasses.fields(StreamSettings) if field.name not in {"split", "order"}]
         others = {name: getattr(self, name) for name in names}
         return StreamSettings(Split.parse(self.split), self.class_order, **others)
+
+    @property
+    def step_size(self) -> float:
+        """The learning rate of the optimizer at the beginning.
+
+        In the lazy regime it falls as 1 / width, so that wide networks stay close to their linearisation (Liu et al.
+        2025, arXiv:2507.16039).
+        """
+        if self.regime == "feature" or self.width is None:
+            return self.learning_rate
+        return self.learning_rate * LAZY_WIDTH / self.width
 
     @property
     def method_options(self) -> MethodOptions:

@@ -72,16 +72,21 @@ class Data:
         return Data(self.train.to(device), None if self.test is None else self.test.to(device))
 
 
-def load_data(name: str, data_dir: Path | None = None) -> Data:
-    """Load the splits of a data set.
+def load_data(settings: RunSettings, data_dir: Path | None = None) -> Data:
+    """Load the splits of a run's data set.
 
     Raises:
         UnknownNameError: If there is no such data set.
         DataError: If its files are missing.
     """
+    name = settings.dataset
     info = None if name.endswith(".npz") else dataset_info(name)
-    test = dataset.load(name, data_dir=data_dir, split="test") if info and info.num_test_samples else None
-    return Data(dataset.load(name, data_dir=data_dir), test)
+    splits = [dataset.load(name, data_dir=data_dir)]
+    if info and info.num_test_samples and settings.evaluate_on == "test":
+        splits.append(dataset.load(name, data_dir=data_dir, split="test"))
+    if settings.normalise == "none":
+        splits = [dataclasses.replace(split, mean=None, std=None) for split in splits]
+    return Data(*splits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +106,7 @@ class Plan:
             InputError: If the settings do not fit the data.
         """
         stream = make_stream(settings.stream, data.labels, data.test_labels, data.train.num_classes, settings.seed)
-        return cls(settings, data, stream, choose_probe(stream, data.labels, settings.probe_per_class, settings.seed))
+        return cls(settings, data, stream, choose_probe(stream, data.labels, settings))
 
     def method(self, model: nn.Module | None = None, inputs: Callable[[Tensor], Tensor] | None = None) -> Method:
         """Make the method; without a network, one that only lists samples."""
@@ -240,14 +245,18 @@ class Run:
             "`learning_rate` and another `out`. What is recorded so far is kept."
         )
 
-    def train_on(self, ids: IntArray) -> float:
+    def train_on(self, ids: IntArray, *, frozen: bool = False) -> float:
         """Take one step on some samples.
+
+        Args:
+            ids: The samples.
+            frozen: Whether the network is in evaluation mode, with fixed statistics of batch norm.
 
         Raises:
             DivergedError: If the loss is not finite.
         """
         targets = torch.from_numpy(self.plan.stream.targets(self.plan.data.labels[ids])).to(self.stepper.device)
-        self.model.train()
+        self.model.train(not frozen)
         x: Tensor = self.data.train.inputs(torch.from_numpy(ids))
         loss = self.stepper.step(x, lambda outputs: self.method.loss(outputs, targets, x))
         if not math.isfinite(loss):
@@ -293,7 +302,8 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
         if task.number == 0:  # the end of each task is the beginning of the next
             run.look(Moment(0, 0, steps_per_epoch, num_steps))
     for ids in _remaining_batches(run, task, steps_per_epoch):
-        run.train_on(run.method.batch_ids(_blended(run, task, ids), task, run.step))
+        frozen = settings.freeze_batch_norm and run.step >= steps_per_epoch
+        run.train_on(run.method.batch_ids(_blended(run, task, ids), task, run.step), frozen=frozen)
         run.step, run.iteration = run.step + 1, run.iteration + 1
         run.epochs_done = task.number * settings.epochs + run.step / steps_per_epoch
         moment = Moment(task.number, run.step, steps_per_epoch, num_steps)
@@ -316,12 +326,20 @@ def build_network(settings: RunSettings, num_outputs: int) -> nn.Module:
 
 
 def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of a run."""
+    """Make the optimizer of a run. Its step is one fused kernel where torch has it."""
+    params = list(model.parameters())
+    common: dict[str, Any] = {
+        "lr": settings.step_size,
+        "weight_decay": settings.weight_decay,
+        "fused": _can_fuse(params),
+    }
     if settings.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+        return torch.optim.Adam(params, **common)
+    return torch.optim.SGD(params, momentum=settings.momentum, **common)
+
+
+def _can_fuse(params: list[nn.Parameter]) -> bool:
+    return all(param.is_floating_point() and param.device.type in {"cpu", "cuda"} for param in params)
 
 
 def read_checkpoint(data: bytes, place: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.series import kernel_metrics
 from ntkgen.continual.record import read_config
-from ntkgen.errors import StoreError
+from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import os
 
     import xarray
+
+PARTS = ("train", "validation", "all")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +83,30 @@ class RunReader:
             "task_incremental": self.matrix("task_accuracy").to_json(),
         }
 
-    def kernel_metrics(self, dt: int | None = None) -> "xarray.Dataset":
-        """Measure every recorded kernel; see `ntkgen.continual.metrics.series.kernel_metrics`."""
-        return kernel_metrics(self.kernels, dt)
+    def kernels_of(self, part: str) -> "xarray.Dataset":
+        """Select the kernels of one part of the probe: ``train``, ``validation`` or ``all``.
+
+        Raises:
+            UnknownNameError: If there is no part of that name.
+            InputError: If the probe has no samples of that part.
+        """
+        if part not in PARTS:
+            raise UnknownNameError("part of the probe", part, PARTS)
+        if part == "all":
+            return self.kernels
+        is_validation = np.asarray(self.evaluations.probe_is_validation.values, bool)
+        chosen = is_validation if part == "validation" else ~is_validation
+        if not chosen.any():
+            raise InputError(
+                f"The probe of the run at {self.folder} has no {part} samples: expected some, found none. Was it begun "
+                "without `probe_parts` both? Choose the part train."
+            )
+        rows = np.flatnonzero(chosen[self.kernels.row_sample.values])
+        return self.kernels.isel(row=rows, col=rows)
+
+    def kernel_metrics(self, dt: int | None = None, part: str = "train") -> "xarray.Dataset":
+        """Measure every recorded kernel of one part; see `ntkgen.continual.metrics.series.kernel_metrics`."""
+        return kernel_metrics(self.kernels_of(part), dt)
 
 
 def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader:

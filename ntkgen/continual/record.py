@@ -157,6 +157,9 @@ def _fixed(stream: Stream, probe: Probe) -> list[FixedArray]:
         FixedArray("class_order", np.array(stream.order), ("target",), {"long_name": "label of each target"}),
         FixedArray("probe_id", probe.ids, ("probe",), {"long_name": "position of the probe sample in its data set"}),
         FixedArray("probe_task", probe.tasks, ("probe",), {"long_name": "task of the probe sample"}),
+        FixedArray(
+            "probe_is_validation", probe.is_validation, ("probe",), {"long_name": "whether it is a validation sample"}
+        ),
     ]
     for task in stream.tasks:
         for part, ids in (("train", task.train), ("validation", task.validation), ("test", task.test)):
