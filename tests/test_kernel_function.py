@@ -53,6 +53,19 @@ def mlp() -> nn.Module:
 X = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.parametrize("block_bytes", [1, 1 << 30])
+def test_the_logits_of_the_last_call_are_those_of_the_rows(monkeypatch, block_bytes):
+    monkeypatch.setattr("ntkgen.jacobian.dense.BLOCK_BYTES", block_bytes)
+    net, later = mlp(), moved(mlp())
+    function = ntkgen.KernelFunction(net, X, X[:2] + 1, precision="float64")
+    function(later)
+    expected = copy.deepcopy(later).double().eval()(X.double()).detach()
+    first = function.logits
+    assert relative_error(first, expected) <= TOLERANCES["float64"]
+    function(net)
+    assert not torch.equal(function.logits, first)
+
+
 def test_the_kernel_of_one_module_is_that_of_its_parameters_alone():
     net = mlp()
     found = ntkgen.KernelFunction(net, X, precision="float64", per_layer=True)(net)

@@ -54,6 +54,23 @@ def test_each_time_is_the_kernel_of_its_moment(tmp_path, output):
     assert data.iteration.values.tolist() == list(range(7))
 
 
+@pytest.mark.parametrize(("output", "precision"), [("trace", "float32"), ("seen", "float64")])
+def test_the_logits_of_the_probe_are_kept(tmp_path, output, precision):
+    net, expected = network(), []
+    with ntkgen.Snapshots(tmp_path / "run.zarr", net, X[:5], output=output, precision=precision) as snapshots:
+
+        def look(net, step):
+            snapshots(net, iteration=step, num_seen=2)
+            with torch.no_grad():
+                copied = copy.deepcopy(net).eval().to(getattr(torch, precision))
+                expected.append(copied(X[:5].to(getattr(torch, precision))))
+
+        trained(net, look, steps=2)
+    logits = xarray.open_zarr(tmp_path / "run.zarr").logits
+    assert (logits.dims, str(logits.dtype)) == (("time", "sample", "output"), precision)
+    assert relative_error(logits.values, torch.stack(expected)) <= TOLERANCES[precision]
+
+
 def test_training_with_snapshots_ends_with_the_same_bits(tmp_path):
     plain = trained(network())
     net = network()
@@ -112,6 +129,10 @@ def test_a_head_that_grows_fills_new_outputs(tmp_path):
         snapshots(small, iteration=0)
         snapshots(large, iteration=1)
     first, second = xarray.open_zarr(place).kernel.values
+    logits = xarray.open_zarr(place).logits.values
+    assert np.isnan(logits[0, :, 2]).all()
+    assert not np.isnan(logits[:, :, :2]).any()
+    assert np.array_equal(logits[0, :, :2], logits[1, :, :2])
     expected = ntkgen.ntk(large, X[:4], precision="float64").numpy()
     old = np.tile([True, True, False], 4)
     assert np.isnan(first[~old]).all()

@@ -157,6 +157,10 @@ class Series:
         assert len(lengths) == 1
         return int(lengths.pop())
 
+    def names(self, dim: str) -> list[str]:
+        """Name the arrays of a time axis."""
+        return [array.name for array in self._along(dim)]
+
     def append(self, dim: str, values: Mapping[str, npt.ArrayLike]) -> None:
         """Add one time to all arrays of an axis.
 

@@ -42,7 +42,8 @@ class Snapshots:
     same bits as without snapshots. If the process is killed, the group still has the kernels of all finished calls. An
     existing group of the same probe samples and settings is continued.
 
-    The group has the array ``kernel`` (time, row, col). For each time it has ``iteration``, ``epoch``, ``task``,
+    The group has the arrays ``kernel`` (time, row, col) and ``logits`` (time, sample, output), the outputs of the
+    network on the probe samples. For each time it has ``iteration``, ``epoch``, ``task``,
     ``step_size`` and ``num_outputs``. For each row it has ``row_sample``, ``row_output``, ``row_label``, ``row_task``
     and ``row_sample_id``, and the same for each column. `xarray.open_zarr` opens the group.
 
@@ -141,6 +142,7 @@ class Snapshots:
         kernel = shown[0] if len(shown) == 1 else torch.stack(shown).sum(0)
         values: dict[str, Any] = {
             "kernel": kernel.cpu().numpy(),
+            "logits": self._layout.placed_logits(self._function.logits).cpu().numpy(),
             "iteration": iteration,
             "epoch": epoch,
             "task": task,
@@ -149,7 +151,8 @@ class Snapshots:
         }
         if self._per_layer:
             values["kernel_by_layer"] = torch.stack(shown).cpu().numpy()
-        self.series.append(TIME, values)
+        # a group that an earlier version has begun has no logits
+        self.series.append(TIME, {name: values[name] for name in self.series.names(TIME)})
         return kernel
 
     def truncate(self, iteration: int) -> None:
@@ -246,7 +249,12 @@ class _Layout:
         times = ("iteration", "epoch", "task", "step_size", "num_outputs")
         named = " ".join([*times, *(f"{axis}_{note}" for axis in ("row", "col") for note in NOTES)])
         note = {"long_name": "empirical neural tangent kernel, J Jᵀ", "units": "1", "coordinates": named}
-        arrays = [GrowingArray("kernel", dtype, self.shape, (TIME, *self.dims), note)]
+        logits = str(policy(precision).compute_dtype).removeprefix("torch.")
+        meaning = {"long_name": "outputs of the network on the probe samples", "units": "1", "coordinates": "iteration"}
+        arrays = [
+            GrowingArray("kernel", dtype, self.shape, (TIME, *self.dims), note),
+            GrowingArray("logits", logits, (self.num_samples, self.num_outputs), (TIME, "sample", "output"), meaning),
+        ]
         if layers:
             shape = (len(layers), *self.shape)
             arrays.append(GrowingArray("kernel_by_layer", dtype, shape, (TIME, "layer", *self.dims), note))
@@ -285,6 +293,12 @@ class _Layout:
         n, m = self.num_samples, self.num_outputs
         blocks = kernel.view(n, num_outputs, n, num_outputs)[:, :kept, :, :kept]
         placed.view(n, m, n, m)[:, :kept, :, :kept] = blocks
+        return placed
+
+    def placed_logits(self, logits: Tensor) -> Tensor:
+        """Add outputs that do not exist yet, as NaN."""
+        placed = logits.new_full((self.num_samples, self.num_outputs), float("nan"))
+        placed[:, : logits.shape[1]] = logits
         return placed
 
 

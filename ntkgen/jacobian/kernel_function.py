@@ -82,6 +82,10 @@ class KernelFunction:
         while True:
             self._plan = plan_ntk(model, rows, columns, asked, rates=USUAL_RATES, batch_size=BATCH_SIZE)
             self._kept: dict[Block, BlockFactors] = {}
+            network = self._plan.network
+            self._logits = torch.empty(
+                len(self._plan.x), self.num_logits, dtype=network.precision.compute_dtype, device=network.device
+            )
             try:
                 self._prove()
                 break
@@ -99,6 +103,11 @@ class KernelFunction:
     def num_logits(self) -> int:
         """Number of outputs of the network."""
         return self._plan.network.profile.num_logits
+
+    @property
+    def logits(self) -> Tensor:  # (n₁, logits)
+        """Outputs of the network on the samples of the rows in the last call, f(x1)."""
+        return self._logits[: self._plan.rows[-1].stop].clone()
 
     @property
     def layers(self) -> list[str]:
@@ -148,6 +157,7 @@ class KernelFunction:
             if len({*plan.rows, *plan.columns}) <= NUM_BLOCKS_HELD:
                 self._kept[block] = factors
         fill_factors(factors, plan.network, plan.jacobian, plan.x[block.start : block.stop], prove=prove)
+        self._logits[block.start : block.stop] = factors.logits
         return factors
 
 
