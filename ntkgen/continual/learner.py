@@ -1,10 +1,9 @@
 """The loop of continual learning: for each task and each batch train, look where the schedules say so, and commit."""
 
 import dataclasses
-import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkgen.continual.chance import generator_of, seed_of
+from ntkgen.continual.batches import blended, cut, remaining_batches
+from ntkgen.continual.chance import seed_of
+from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.evaluation import evaluate
 from ntkgen.continual.methods import make_method
@@ -28,12 +29,12 @@ from ntkgen.continual.streams.tasks import IntArray, Stream, Task
 from ntkgen.data import dataset
 from ntkgen.data.catalog import dataset_info
 from ntkgen.data.dataset import Dataset
-from ntkgen.errors import DivergedError, StoreError
+from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import write_lock
 from ntkgen.progress import Report, ignore_report
 from ntkgen.training import zoo
-from ntkgen.training.loop import Stepper, batches, training_mode
+from ntkgen.training.loop import Stepper, training_mode
 
 # Seconds after which a checkpoint is written within an epoch. One is also written at the end of each epoch.
 COMMIT_SECONDS = 30.0
@@ -173,7 +174,7 @@ class Run:
 
     def commit(self) -> None:
         """Write the newest state."""
-        self.record.commit(_saved(self._state()))
+        self.record.commit(saved(self._state()))
         self._committed = time.monotonic()
 
     @property
@@ -294,22 +295,23 @@ def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ign
 def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
     """Train on one task from where the run is."""
     settings, first = run.plan.settings, run.method.epoch_ids(task, 0)
-    steps_per_epoch = len(_cut(first, settings.batch_size))
+    steps_per_epoch = len(cut(first, settings.batch_size))
     num_steps = steps_per_epoch * settings.epochs
     if not run.has_begun:
         run.method.begin(task, run.model)
         run.has_begun = True
         if task.number == 0:  # the end of each task is the beginning of the next
             run.look(Moment(0, 0, steps_per_epoch, num_steps))
-    for ids in _remaining_batches(run, task, steps_per_epoch):
+    for ids in remaining_batches(run.method, task, settings, run.step):
         frozen = settings.freeze_batch_norm and run.step >= steps_per_epoch
-        run.train_on(run.method.batch_ids(_blended(run, task, ids), task, run.step), frozen=frozen)
+        mixed = blended(ids, run.plan.stream, task, run.step, settings.seed)
+        run.train_on(run.method.batch_ids(mixed, task, run.step), frozen=frozen)
         run.step, run.iteration = run.step + 1, run.iteration + 1
         run.epochs_done = task.number * settings.epochs + run.step / steps_per_epoch
         moment = Moment(task.number, run.step, steps_per_epoch, num_steps)
         if moment.ends_task:
             run.method.end(task, run.model)
-            run.record.folder.write(f"models/task{task.number}.pt", _saved(run.model.state_dict()))
+            run.record.folder.write(f"models/task{task.number}.pt", saved(run.model.state_dict()))
         run.look(moment)
         if moment.ends_task:  # before the commit: the end of a task may change what `epoch_ids` lists
             run.task, run.step, run.has_begun = task.number + 1, 0, False
@@ -342,56 +344,11 @@ def _can_fuse(params: list[nn.Parameter]) -> bool:
     return all(param.is_floating_point() and param.device.type in {"cpu", "cuda"} for param in params)
 
 
-def read_checkpoint(data: bytes, place: str) -> dict[str, Any]:
-    """Read a checkpoint; it holds tensors and plain values alone.
-
-    Raises:
-        StoreError: If it is damaged.
-    """
-    try:
-        found: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        _ = found["position"], found["model"]
-    except Exception as error:  # whatever a damaged file makes of it
-        raise StoreError(
-            f"The checkpoint of the run at {place} cannot be read ({type(error).__name__}): expected {CHECKPOINT} as "
-            "ntkgen writes it. A disk error? Remove the folder, and run the same command again."
-        ) from error
-    return found
-
-
-def _cut(ids: IntArray, batch_size: int) -> list[IntArray]:
-    return [part.numpy() for part in batches(torch.from_numpy(ids), batch_size)]
-
-
-def _remaining_batches(run: Run, task: Task, steps_per_epoch: int) -> Iterator[IntArray]:
-    done = run.step
-    for epoch in range(done // steps_per_epoch, run.plan.settings.epochs):
-        ids = run.method.epoch_ids(task, epoch)
-        skipped = done % steps_per_epoch if epoch == done // steps_per_epoch else 0
-        yield from _cut(ids, run.plan.settings.batch_size)[skipped:]
-
-
-def _blended(run: Run, task: Task, ids: IntArray) -> IntArray:
-    """Replace a part of a batch by samples of the task before, while a gradual switch lasts."""
-    count = round(run.plan.stream.old_fraction(run.step) * len(ids)) if task.number else 0
-    if not count:
-        return ids
-    rng = generator_of(run.plan.settings.seed, "shift", task.number, run.step)
-    old = rng.choice(run.plan.stream.tasks[task.number - 1].train, size=count)
-    return np.concatenate([old, ids[count:]])
-
-
-def _saved(state: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getvalue()
-
-
 def describe(plan: Plan) -> dict[str, Any]:
     """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
     settings, stream = plan.settings, plan.stream
     method = plan.method()
-    steps = [len(_cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
+    steps = [len(cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
     numbered = list(enumerate(steps))
     kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
     looks = sum(settings.evaluation_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
