@@ -1,7 +1,6 @@
 """Kernels of fixed probe samples during training: `ntkgen.Snapshots`, for any training loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -11,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen.continual.series import FixedArray, GrowingArray, Series
-from ntkgen.errors import FingerprintError, InputError, ShapeError
+from ntkgen.continual.series import Series
+from ntkgen.continual.snapshot_layout import SEEN, TIME, Layout, Notes
+from ntkgen.errors import FingerprintError, InputError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 from ntkgen.fingerprints import array_fingerprint
-from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
+from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.kernel_function import KernelFunction
-from ntkgen.jacobian.outputs import output_map
-from ntkgen.jacobian.precision import policy
 
 if TYPE_CHECKING:
     import os
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 # The attribute of the group that says what the kernels are of.
 ATTRIBUTE = "ntkgen_snapshots"
-# The time axis.
-TIME = "time"
-SEEN = "seen"
 
 
 class Snapshots:
@@ -88,8 +83,8 @@ class Snapshots:
         self._output, self._precision, self._per_layer = output, precision, per_layer
         self._function = self._prepared(model)
         self._signature = _signature(model)
-        notes = _Notes.of(len(self._probe), labels, tasks, sample_ids)
-        layout = _Layout.of(output, len(self._probe), num_outputs or self._function.num_logits)
+        notes = Notes.of(len(self._probe), labels, tasks, sample_ids)
+        layout = Layout.of(output, len(self._probe), num_outputs or self._function.num_logits)
         self._layout = layout
         self.series = self._opened(folder_of(place, fsync=fsync), layout, notes)
 
@@ -173,7 +168,7 @@ class Snapshots:
         output = "full" if self._output == SEEN else self._output
         return KernelFunction(model, self._probe, output=output, precision=self._precision, per_layer=self._per_layer)
 
-    def _opened(self, folder: Folder, layout: "_Layout", notes: "_Notes") -> Series:
+    def _opened(self, folder: Folder, layout: Layout, notes: Notes) -> Series:
         """Continue the series that is there, or begin one.
 
         Raises:
@@ -201,183 +196,6 @@ class Snapshots:
                 "probes or networks would be mixed. Use another place, or the original settings."
             )
         return series
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a kernel is placed in the arrays.
-
-    Attributes:
-        output: The output map.
-        num_samples: Probe samples, n.
-        num_outputs: Outputs of the network in the end, M.
-        rows_per_sample: Rows of the kernel per sample.
-    """
-
-    output: str
-    num_samples: int
-    num_outputs: int
-    rows_per_sample: int
-
-    @classmethod
-    def of(cls, output: str, num_samples: int, num_outputs: int) -> "_Layout":
-        if output in {"full", SEEN}:
-            return cls(output, num_samples, num_outputs, num_outputs)
-        chosen = output_map(output, num_outputs)
-        rows = 1 if chosen.reduction != "none" or chosen.matrix is None else len(chosen.matrix)
-        return cls(output, num_samples, num_outputs, rows)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the kernel."""
-        return self.num_samples * self.rows_per_sample
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """Axes of one kernel."""
-        return ("output", "row", "col") if self.output == "diagonal" else ("row", "col")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one kernel."""
-        square = (self.num_rows, self.num_rows)
-        return (self.num_outputs, *square) if self.output == "diagonal" else square
-
-    def growing(self, precision: str, layers: Sequence[str]) -> list[GrowingArray]:
-        """List the arrays that grow along time."""
-        dtype = str(policy(precision).accumulate_dtype).removeprefix("torch.")
-        times = ("iteration", "epoch", "task", "step_size", "num_outputs")
-        named = " ".join([*times, *(f"{axis}_{note}" for axis in ("row", "col") for note in NOTES)])
-        note = {"long_name": "empirical neural tangent kernel, J Jᵀ", "units": "1", "coordinates": named}
-        logits = str(policy(precision).compute_dtype).removeprefix("torch.")
-        meaning = {"long_name": "outputs of the network on the probe samples", "units": "1", "coordinates": "iteration"}
-        arrays = [
-            GrowingArray("kernel", dtype, self.shape, (TIME, *self.dims), note),
-            GrowingArray("logits", logits, (self.num_samples, self.num_outputs), (TIME, "sample", "output"), meaning),
-        ]
-        if layers:
-            shape = (len(layers), *self.shape)
-            arrays.append(GrowingArray("kernel_by_layer", dtype, shape, (TIME, "layer", *self.dims), note))
-        for name in times:
-            kind = "float64" if name in {"epoch", "step_size"} else "int64"
-            arrays.append(GrowingArray(name, kind, (), (TIME,), {"long_name": TIMES[name]}))
-        return arrays
-
-    def placed(self, kernel: Tensor, num_outputs: int, num_seen: int | None) -> Tensor:
-        """Place the kernel of a network with fewer outputs than in the end; the others are NaN.
-
-        Raises:
-            ShapeError: If it has more, or its contrasts would be others than before.
-            InputError: If the output is `seen`, and it is not said how many are.
-        """
-        if num_outputs > self.num_outputs or (num_outputs != self.num_outputs and self.output == "centered"):
-            raise ShapeError(
-                f"The network has {num_outputs} outputs: expected {self.num_outputs} for the output {self.output!r}. "
-                "Has its head grown? Give `num_outputs` the number that it has in the end; the contrasts of `centered` "
-                "exist for a fixed head only."
-            )
-        kept = num_outputs
-        if self.output == SEEN:
-            if num_seen is None or not 1 <= num_seen <= num_outputs:
-                raise InputError(
-                    f"The output 'seen' needs the number of classes seen so far: expected 1 to {num_outputs}, found "
-                    f"{num_seen}. Pass `num_seen`."
-                )
-            kept = num_seen
-        if kept == self.num_outputs or self.output not in {"full", SEEN, "diagonal"}:
-            return kernel
-        placed = kernel.new_full(self.shape, float("nan"))
-        if self.output == "diagonal":
-            placed[:kept] = kernel
-            return placed
-        n, m = self.num_samples, self.num_outputs
-        blocks = kernel.view(n, num_outputs, n, num_outputs)[:, :kept, :, :kept]
-        placed.view(n, m, n, m)[:, :kept, :, :kept] = blocks
-        return placed
-
-    def placed_logits(self, logits: Tensor) -> Tensor:
-        """Add outputs that do not exist yet, as NaN."""
-        placed = logits.new_full((self.num_samples, self.num_outputs), float("nan"))
-        placed[:, : logits.shape[1]] = logits
-        return placed
-
-
-# What is known of each row, and of each time.
-NOTES = {
-    "sample": "position of the sample in the probe",
-    "output": "output of the network, after the output map",
-    "label": "label of the sample",
-    "task": "task of the sample",
-    "sample_id": "position of the sample in its data set",
-}
-TIMES = {
-    "iteration": "iterations of training so far",
-    "epoch": "epochs of training so far",
-    "task": "task in training",
-    "step_size": "learning rate",
-    "num_outputs": "outputs of the network",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class _Notes:
-    """Labels, tasks and positions of the probe samples; -1 for unknown ones."""
-
-    labels: npt.NDArray[np.int64]
-    tasks: npt.NDArray[np.int64]
-    sample_ids: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(
-        cls,
-        num_samples: int,
-        labels: ArrayLike | None,
-        tasks: Sequence[int] | npt.NDArray[np.int64] | None,
-        sample_ids: Sequence[int] | npt.NDArray[np.int64] | None,
-    ) -> "_Notes":
-        """Check what a caller says of the samples.
-
-        Raises:
-            InputError: If there is not one integer for each.
-        """
-        unknown = np.full(num_samples, -1, dtype=np.int64)
-        return cls(
-            checked_labels(labels, num_samples),
-            _integers(tasks, "tasks", unknown),
-            _integers(sample_ids, "sample_ids", unknown),
-        )
-
-    def fingerprint(self) -> str:
-        """Hash all of it."""
-        return array_fingerprint(torch.from_numpy(np.stack([self.labels, self.tasks, self.sample_ids])))
-
-    def rows(self, layout: _Layout) -> list[FixedArray]:
-        """List the coordinates of rows and columns."""
-        m = layout.rows_per_sample
-        values = {
-            "sample": np.repeat(np.arange(layout.num_samples), m),
-            "output": np.tile(np.arange(m), layout.num_samples),
-            "label": np.repeat(self.labels, m),
-            "task": np.repeat(self.tasks, m),
-            "sample_id": np.repeat(self.sample_ids, m),
-        }
-        return [
-            FixedArray(f"{axis}_{name}", values[name].astype(np.int64), (axis,), {"long_name": meaning})
-            for axis in ("row", "col")
-            for name, meaning in NOTES.items()
-        ]
-
-
-def _integers(values: Any, name: str, unknown: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    if values is None:
-        return unknown
-    array = np.asarray(values)
-    if array.shape != unknown.shape or array.dtype.kind not in "iu":
-        raise InputError(
-            f"`{name}` must have one integer for each of the {len(unknown)} probe samples, and is {array.dtype} of "
-            f"shape {array.shape}. Does it belong to another probe? Pass one for each sample."
-        )
-    return array.astype(np.int64)
 
 
 def _signature(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
