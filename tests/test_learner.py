@@ -12,10 +12,10 @@ import zarr
 
 import ntkgen
 from ntkgen.cli import run as command
-from ntkgen.continual import learner
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.learner import Data, Plan, learn
+from ntkgen.continual.learner import learn
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix
+from ntkgen.continual.plan import Data, Plan, describe
 from ntkgen.continual.reading import open_run
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, FingerprintError, InputError, StoreError, UnknownNameError
@@ -370,7 +370,7 @@ def test_a_file_of_settings_is_overridden_by_options(tmp_path, capsys):
     assert command(["cl-run", "--config", str(file), "--epochs", "2", "--dry-run", "--json"]) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert (settings["model"], settings["split"], settings["epochs"]) == ("logistic", "5/5", 2)
-    assert learner.describe(Plan.of(dataclasses.replace(SETTINGS, epochs=1), blobs()))["kernels"] == 10
+    assert describe(Plan.of(dataclasses.replace(SETTINGS, epochs=1), blobs()))["kernels"] == 10
 
 
 def test_pictures_show_what_is_stored(finished, tmp_path, capsys):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ntkgen.continual import learner
+from ntkgen.continual import learner, plan
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.learner import Plan, learn
+from ntkgen.continual.learner import learn
+from ntkgen.continual.plan import Plan
 from ntkgen.continual.probe import choose_probe
 from ntkgen.continual.reading import open_run
 from ntkgen.continual.streams.incremental import make_stream
@@ -75,11 +76,11 @@ def test_images_may_stay_as_they_are_and_tasks_may_be_evaluated_on_validation_sa
         images = torch.full((3, 1, 2, 2), 255 if split == "train" else 0, dtype=torch.uint8)
         return Dataset(name, images, torch.arange(3), num_classes=3, mean=(0.5,), std=(0.25,))
 
-    monkeypatch.setattr(learner.dataset, "load", loaded)
+    monkeypatch.setattr(plan.dataset, "load", loaded)
     settings = dataclasses.replace(SETTINGS, dataset="mnist")
-    data = learner.load_data(settings)
+    data = plan.load_data(settings)
     assert [float(split.inputs().unique()) for split in (data.train, data.test)] == [2.0, -2.0]
-    plain = learner.load_data(dataclasses.replace(settings, normalise="none", evaluate_on="validation"))
+    plain = plan.load_data(dataclasses.replace(settings, normalise="none", evaluate_on="validation"))
     assert float(plain.train.inputs().unique()) == 1.0
     assert plain.test is None
 
@@ -101,7 +102,7 @@ def frozen_run(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learner, "Run", Watched)
-        learn(Plan.of(settings, learner.load_data(settings)), LocalFolder(place, fsync=False), torch.device("cpu"))
+        learn(Plan.of(settings, plan.load_data(settings)), LocalFolder(place, fsync=False), torch.device("cpu"))
     return seen
 
 
@@ -118,7 +119,7 @@ def test_statistics_of_batch_norm_change_in_the_first_epoch_of_a_task_alone(froz
 
 def test_kernels_of_the_two_parts_of_a_probe_are_measured_apart(tmp_path):
     settings = dataclasses.replace(SETTINGS, probe_parts="both", kernels="task", evaluations="task", epochs=1)
-    learn(Plan.of(settings, learner.load_data(settings)), LocalFolder(tmp_path, fsync=False), torch.device("cpu"))
+    learn(Plan.of(settings, plan.load_data(settings)), LocalFolder(tmp_path, fsync=False), torch.device("cpu"))
     run = open_run(tmp_path)
     whole = np.asarray(run.kernels.kernel[0].values, np.float64)
     is_validation = run.evaluations.probe_is_validation.values

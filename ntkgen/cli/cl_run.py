@@ -170,21 +170,22 @@ def cl_run(
     settings = _settings(config, options)
     start_process()
     from ntkgen.cli.progress import progress_bars
-    from ntkgen.continual import learner
+    from ntkgen.continual.learner import learn
+    from ntkgen.continual.plan import Plan, describe, load_data
     from ntkgen.engine.machine import choose_device
     from ntkgen.files.place import folder_of
 
-    data = learner.load_data(settings, data_dir)
+    data = load_data(settings, data_dir)
     for seed in dict.fromkeys(seeds):
-        plan = learner.Plan.of(dataclasses.replace(settings, seed=seed), data)
+        plan = Plan.of(dataclasses.replace(settings, seed=seed), data)
         if dry_run:
-            described = learner.describe(plan)
+            described = describe(plan)
             show(json.dumps(described) if as_json else _plan_page(described))
             continue
         started = time.monotonic()
         folder = folder_of(out, fsync=False) / f"seed{seed}"
         with progress_bars(f"seed {seed}", quiet=quiet) as report:
-            learner.learn(plan, folder, choose_device(device), report)
+            learn(plan, folder, choose_device(device), report)
         result = {"run": str(folder), "seed": seed, "seconds": round(time.monotonic() - started, 3)}
         result |= _metrics(folder)
         show(json.dumps(result) if as_json else _summary(result))

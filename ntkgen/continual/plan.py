@@ -1,0 +1,126 @@
+"""A run before it begins: its data, its tasks, its probe, and what it will do."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ntkgen.continual.batches import cut
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.methods import make_method
+from ntkgen.continual.methods.method import Method, Situation
+from ntkgen.continual.probe import Probe, choose_probe
+from ntkgen.continual.streams.incremental import make_stream
+from ntkgen.continual.streams.tasks import IntArray, Stream
+from ntkgen.data import dataset
+from ntkgen.data.catalog import dataset_info
+from ntkgen.data.dataset import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The samples of a run.
+
+    Attributes:
+        train: The split ``train``.
+        test: The split ``test``; None if the data set has none, and validation samples are evaluated.
+    """
+
+    train: Dataset
+    test: Dataset | None = None
+
+    @property
+    def labels(self) -> IntArray:
+        """Labels of the split ``train``."""
+        found: IntArray = self.train.labels.cpu().numpy()
+        return found
+
+    @property
+    def test_labels(self) -> IntArray:
+        """Labels of the split ``test``, if there is one."""
+        if self.test is None:
+            return np.zeros(0, np.int64)
+        found: IntArray = self.test.labels.cpu().numpy()
+        return found
+
+    def to(self, device: torch.device) -> "Data":
+        """Move the samples to a device."""
+        return Data(self.train.to(device), None if self.test is None else self.test.to(device))
+
+
+def load_data(settings: RunSettings, data_dir: Path | None = None) -> Data:
+    """Load the splits of a run's data set.
+
+    Raises:
+        UnknownNameError: If there is no such data set.
+        DataError: If its files are missing.
+    """
+    name = settings.dataset
+    info = None if name.endswith(".npz") else dataset_info(name)
+    splits = [dataset.load(name, data_dir=data_dir)]
+    if info and info.num_test_samples and settings.evaluate_on == "test":
+        splits.append(dataset.load(name, data_dir=data_dir, split="test"))
+    if settings.normalise == "none":
+        splits = [dataclasses.replace(split, mean=None, std=None) for split in splits]
+    return Data(*splits)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A run before it begins: what it will do, and on which samples."""
+
+    settings: RunSettings
+    data: Data
+    stream: Stream
+    probe: Probe
+
+    @classmethod
+    def of(cls, settings: RunSettings, data: Data) -> "Plan":
+        """Divide the data into tasks, and choose the probe.
+
+        Raises:
+            InputError: If the settings do not fit the data.
+        """
+        stream = make_stream(settings.stream, data.labels, data.test_labels, data.train.num_classes, settings.seed)
+        return cls(settings, data, stream, choose_probe(stream, data.labels, settings))
+
+    def method(self, model: nn.Module | None = None, inputs: Callable[[Tensor], Tensor] | None = None) -> Method:
+        """Make the method; without a network, one that only lists samples."""
+        settings = self.settings
+        situation = Situation(self.stream, self.data.labels, settings.seed, settings.method_options)
+        if model is not None:
+            situation = dataclasses.replace(situation, model=model, inputs=inputs)
+        return make_method(settings.method, situation)
+
+    @property
+    def held_out(self) -> list[IntArray]:
+        """The samples on which each task is evaluated: those of the test split, else the validation samples."""
+        return [task.validation if self.data.test is None else task.test for task in self.stream.tasks]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the run depends on beside its settings."""
+        return {"data": self.data.train.fingerprint()}
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
+    settings, stream = plan.settings, plan.stream
+    method = plan.method()
+    steps = [len(cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
+    numbered = list(enumerate(steps))
+    kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
+    looks = sum(settings.evaluation_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
+    return {
+        "settings": settings.to_json(),
+        "tasks": stream.describe(),
+        "iterations": settings.epochs * sum(steps),
+        "evaluations": looks,
+        "kernels": kernels,
+        "probe_samples": len(plan.probe.ids),
+    }
