@@ -12,9 +12,12 @@ import zarr
 
 import ntkgen
 from ntkgen.cli import run as command
+from ntkgen.continual import record
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix
+from ntkgen.continual.metrics.confusion import class_accuracy, total_accuracy
+from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.plan import Data, Plan, describe
 from ntkgen.continual.reading import open_run
 from ntkgen.data.dataset import Dataset
@@ -322,8 +325,46 @@ def test_metrics_by_hand():
     assert matrix.backward_transfer == pytest.approx((-0.6 - 0.2) / 2)
     assert matrix.forward_transfer == pytest.approx((0.1 + 0.0) / 2)
     assert matrix.forgetting == pytest.approx((0.6 + 0.2) / 2)
+    assert matrix.new_task_accuracy.tolist() == [0.9, 0.8, 1.0]
+    weighted = dataclasses.replace(matrix, num_samples=np.array([10, 30, 60]))
+    assert weighted.seen_accuracy == pytest.approx([0.9, (5 + 24) / 40, (3 + 18 + 60) / 100])
     alone = AccuracyMatrix(matrix.values[:1])
     assert (alone.backward_transfer, alone.forward_transfer, alone.forgetting) == (None, None, None)
+
+
+def test_worst_accuracies_by_hand():
+    accuracy = np.array(
+        [[0.1, 0.1, 0.1], [0.2, 0, 0], [0.9, 0, 0], [0.4, 0.5, 0], [0.7, 0.8, 0], [0.6, 0.3, 0.9], [0.5, 0.6, 1.0]]
+    )
+    found = worst_case(accuracy, np.array([0, 0, 0, 1, 1, 2, 2]), 3)
+    assert np.isnan(found.minimum[0])
+    assert found.minimum[1:] == pytest.approx([0.4, (0.4 + 0.3) / 2])  # the end of a task is not after it
+    assert found.worst_case == pytest.approx([0.9, (0.8 + 0.4) / 2, 1.0 / 3 + 2 / 3 * 0.35])
+    assert found.evaluations.tolist() == [3, 2, 2]
+    assert worst_case(accuracy, np.array([0, 0, 0, 1, 1, 2, 2]), 1).to_json()["minimum_accuracy"] is None
+
+
+def test_the_confusion_matrix_agrees_with_the_accuracies(finished):
+    run = open_run(finished)
+    confusion, matrix = run.confusion, run.matrix()
+    assert confusion.shape == (3, 6, 6)
+    assert run.num_held_out.tolist() == [6, 6, 6]
+    for task, counts in enumerate(confusion):
+        assert counts.sum(1).tolist() == [3] * 2 * (task + 1) + [0] * 2 * (2 - task)
+        assert total_accuracy(counts) == pytest.approx(matrix.seen_accuracy[task])
+        own = class_accuracy(counts)[2 * task : 2 * task + 2]
+        assert own.mean() == pytest.approx(matrix.values[task, task])
+    predicted = np.array([run.metrics()["class_accuracy"]])
+    assert predicted.mean() == pytest.approx(matrix.average_accuracy)
+
+
+def test_a_run_that_was_begun_without_confusion_matrices_goes_on(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_confusions", lambda num_targets: [])
+        run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=1))
+    assert run.confusion is None
+    assert "confusion" not in run.metrics()
+    assert run.matrix().values.shape == (3, 3)
 
 
 # the command ----------------------------------------------------------------------------------------------------------

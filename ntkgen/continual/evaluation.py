@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ntkgen.continual.methods.method import Method
+from ntkgen.continual.metrics.confusion import count_confusions
 from ntkgen.continual.streams.tasks import IntArray, Stream
 from ntkgen.data.dataset import Dataset
 from ntkgen.training.loop import EVALUATION_BATCH, evaluation_mode
@@ -26,12 +27,14 @@ class Evaluation:
             (task-incremental).
         head_accuracy: As ``accuracy``, by the outputs of the network, where the method predicts in another way.
         loss: Mean cross-entropy over all outputs.
+        confusion: Number of samples of each target and each predicted target, (tasks, targets, targets).
     """
 
     accuracy: FloatArray
     task_accuracy: FloatArray
     head_accuracy: FloatArray
     loss: FloatArray
+    confusion: IntArray
 
 
 def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, ids: list[IntArray]) -> Evaluation:
@@ -53,20 +56,22 @@ def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, id
 
 def _evaluate_task(
     model: nn.Module, method: Method, stream: Stream, task: int, held_out: tuple[Dataset, IntArray]
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, float, IntArray]:
     data, ids = held_out
     own = torch.tensor(stream.task_targets(task))
-    totals = np.zeros(4)
+    totals, confusion = np.zeros(4), np.zeros((stream.num_targets, stream.num_targets), np.int64)
     for part in torch.from_numpy(ids).split(EVALUATION_BATCH):
         labels = data.labels[part.to(data.labels.device)].cpu().numpy()
         targets, x = torch.from_numpy(stream.targets(labels)), data.inputs(part)
         on_device: Tensor = model(x)
         outputs, scores = on_device.cpu(), method.predict(model, x, on_device).cpu()
+        predictions = scores.argmax(1)
+        confusion += count_confusions(targets.numpy(), predictions.numpy(), stream.num_targets)
         totals += [
-            float((scores.argmax(1) == targets).sum()),
+            float((predictions == targets).sum()),
             float((own[scores[:, own].argmax(1)] == targets).sum()),
             float((outputs.argmax(1) == targets).sum()),
             float(F.cross_entropy(outputs, targets, reduction="sum")),
         ]
     accuracy, task_accuracy, head_accuracy, loss = (totals / len(ids)).tolist()
-    return accuracy, task_accuracy, head_accuracy, loss
+    return accuracy, task_accuracy, head_accuracy, loss, confusion

@@ -14,7 +14,7 @@ from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.evaluation import evaluate
 from ntkgen.continual.plan import Plan
-from ntkgen.continual.record import CHECKPOINT, Record
+from ntkgen.continual.record import CHECKPOINT, MEASURES, Record
 from ntkgen.continual.schedule import Moment
 from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshots import Snapshots
@@ -124,7 +124,9 @@ class Run:
             test = self.data.test or self.data.train
             found = evaluate(self.model, self.method, self.plan.stream, test, self.plan.held_out)
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
-            self.record.evaluated({**where, **vars(found)})
+            self.record.evaluated({**where, **{name: getattr(found, name) for name in MEASURES}})
+            if moment.ends_task:
+                self.record.ended_task(self.iteration, found.confusion[: moment.task + 1].sum(0))
         if settings.kernel_schedule.contains(moment):
             self._take_snapshot(moment.task)
 

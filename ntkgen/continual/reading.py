@@ -5,10 +5,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
+from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.series import kernel_metrics
+from ntkgen.continual.metrics.worst_case import WorstCase, worst_case
 from ntkgen.continual.record import read_config
 from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
@@ -74,14 +77,39 @@ class RunReader:
             )
         data = self.evaluations
         columns = [np.asarray(data[name].values) for name in (measure, "trained_task", "iteration")]
-        return accuracy_matrix(columns[0], columns[1], columns[2], finished)
+        return accuracy_matrix(columns[0], columns[1], columns[2], self.num_held_out, finished)
+
+    @property
+    def num_held_out(self) -> npt.NDArray[np.int64]:
+        """Number of samples on which each task is evaluated, (tasks,)."""
+        sizes = self.evaluations.sizes
+        names = ((f"test_of_{task}", f"validation_of_{task}") for task in range(self.num_tasks))
+        return np.array([sizes[test] if test in sizes else sizes.get(other, 1) for test, other in names], np.int64)
+
+    def worst_case(self, measure: str = "accuracy") -> WorstCase:
+        """Find the worst accuracies during training; `measure` may also be ``task_accuracy``."""
+        data = self.evaluations
+        return worst_case(np.asarray(data[measure].values), data.trained_task.values, self.num_finished)
+
+    @property
+    def confusion(self) -> npt.NDArray[np.int64] | None:
+        """Confusion matrix at the end of each finished task, (ends, targets, targets); None if none was recorded."""
+        data = self.evaluations
+        recorded = "confusion" in data and data.sizes["task_end"] > 0
+        return np.asarray(data.confusion.values, np.int64) if recorded else None
 
     def metrics(self) -> dict[str, Any]:
-        """Compute all metrics of the accuracy matrix, class-incremental and task-incremental."""
-        return {
-            "class_incremental": self.matrix().to_json(),
-            "task_incremental": self.matrix("task_accuracy").to_json(),
+        """Compute all metrics of accuracy, class-incremental and task-incremental."""
+        found: dict[str, Any] = {
+            name: {**self.matrix(measure).to_json(), **self.worst_case(measure).to_json()}
+            for name, measure in (("class_incremental", "accuracy"), ("task_incremental", "task_accuracy"))
         }
+        if (confusion := self.confusion) is not None:
+            found["confusion"] = confusion[-1].tolist()
+            found["class_accuracy"] = [
+                None if np.isnan(each) else float(each) for each in class_accuracy(confusion[-1])
+            ]
+        return found
 
     def kernels_of(self, part: str) -> "xarray.Dataset":
         """Select the kernels of one part of the probe: ``train``, ``validation`` or ``all``.

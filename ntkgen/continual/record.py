@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 import ntkgen
 from ntkgen.continual.configuration import RunSettings
@@ -27,7 +28,8 @@ from ntkgen.errors import FingerprintError, StoreError
 from ntkgen.files.folder import Folder
 
 CONFIG, LOG, CHECKPOINT = "config.json", "log.jsonl", "checkpoint.pt"
-EVALUATION = "evaluation"
+EVALUATION, TASK_END = "evaluation", "task_end"
+CONFUSION = "confusion"
 # What is measured at each evaluation, for every task.
 MEASURES = {
     "accuracy": "accuracy on the held-out samples, over all outputs",
@@ -89,12 +91,18 @@ class Record:
             }.items()
         ]
         growing.append(GrowingArray("epoch", "float64", (), (EVALUATION,), {"long_name": "epochs of training so far"}))
+        growing += _confusions(stream.num_targets)
         return cls(folder, Series.create(arrays, growing, _fixed(stream, probe), {"ntkgen_run": {"format_version": 1}}))
 
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """Append one evaluation to the arrays and to the log."""
         self.series.append(EVALUATION, values)
         self.log("evaluation", {name: np.asarray(value).tolist() for name, value in values.items()})
+
+    def ended_task(self, iteration: int, confusion: npt.NDArray[np.int64]) -> None:
+        """Append the confusion matrix at the end of a task. A run that was begun without these arrays has none."""
+        if self.series.names(TASK_END):
+            self.series.append(TASK_END, {"end_iteration": iteration, CONFUSION: confusion})
 
     def log(self, event: str, values: Mapping[str, Any]) -> None:
         """Append a line to the log; it must have an ``iteration``."""
@@ -110,6 +118,9 @@ class Record:
         series = self.series
         times = range(series.length(EVALUATION))
         series.truncate(EVALUATION, sum(int(series.read("iteration", time)) <= iteration for time in times))
+        if series.names(TASK_END):
+            ends = range(series.length(TASK_END))
+            series.truncate(TASK_END, sum(int(series.read("end_iteration", time)) <= iteration for time in ends))
         self._lines = [line for line in self._lines if json.loads(line)["iteration"] <= iteration]
 
     def finish(self) -> None:
@@ -149,6 +160,15 @@ def _require_same(folder: Folder, found: Mapping[str, Any], settings: RunSetting
             f"The run at {folder} was begun with other settings ({'; '.join(differing[:3])}). Two runs would be mixed. "
             "Use another `out`, or the original settings."
         )
+
+
+def _confusions(num_targets: int) -> list[GrowingArray]:
+    """List what is recorded at the end of each task."""
+    counts = {"long_name": "held-out samples of the tasks so far, by target and predicted target", "units": "1"}
+    return [
+        GrowingArray("end_iteration", "int64", (), (TASK_END,), {"long_name": "iterations at the end of the task"}),
+        GrowingArray(CONFUSION, "int64", (num_targets, num_targets), (TASK_END, "target", "predicted"), counts),
+    ]
 
 
 def _fixed(stream: Stream, probe: Probe) -> list[FixedArray]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,10 +21,12 @@ class AccuracyMatrix:
     Attributes:
         values: R, (finished tasks, tasks).
         chance: Accuracy on each task before any training, b, (tasks,); None if it was not measured.
+        num_samples: Number of held-out samples n_j of each task, (tasks,); None for equally many.
     """
 
     values: FloatArray
     chance: FloatArray | None = None
+    num_samples: IntArray | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -39,6 +42,17 @@ class AccuracyMatrix:
     def average_incremental_accuracy(self) -> float:
         """Mean over i of the average accuracy on the tasks up to i (Rebuffi et al. 2017, arXiv:1611.07725)."""
         return float(np.mean([self.values[i, : i + 1].mean() for i in range(self.num_tasks)]))
+
+    @property
+    def seen_accuracy(self) -> FloatArray:  # (finished tasks,)
+        """Accuracy on all held-out samples of the tasks up to i, Σ_{j≤i} n_j R[i, j] / Σ_{j≤i} n_j, for each i."""
+        weights = np.ones(self.values.shape[1]) if self.num_samples is None else self.num_samples
+        return np.array([np.average(self.values[i, : i + 1], weights=weights[: i + 1]) for i in range(self.num_tasks)])
+
+    @property
+    def new_task_accuracy(self) -> FloatArray:  # (finished tasks,)
+        """Accuracy on each task just after the training on it, R[i, i]."""
+        return np.diag(self.values).copy()
 
     @property
     def backward_transfer(self) -> float | None:
@@ -71,16 +85,18 @@ class AccuracyMatrix:
             "forward_transfer",
             "forgetting",
         )
-        return {"accuracy_matrix": self.values.tolist(), **{name: getattr(self, name) for name in names}}
+        courses = {name: getattr(self, name).tolist() for name in ("seen_accuracy", "new_task_accuracy")}
+        return {"accuracy_matrix": self.values.tolist(), **{name: getattr(self, name) for name in names}, **courses}
 
 
 def accuracy_matrix(
     accuracy: FloatArray,  # (evaluations, tasks)
-    trained_task: npt.NDArray[np.int64],  # (evaluations,)
-    iteration: npt.NDArray[np.int64],  # (evaluations,)
+    trained_task: IntArray,  # (evaluations,)
+    iteration: IntArray,  # (evaluations,)
+    num_samples: IntArray,  # (tasks,)
     num_finished: int,
 ) -> AccuracyMatrix:
     """Take the last evaluation of each finished task, and the first of all if it was before any training."""
     last = [int(np.flatnonzero(trained_task == task)[-1]) for task in range(num_finished)]
     chance = accuracy[0] if len(iteration) and iteration[0] == 0 else None
-    return AccuracyMatrix(np.asarray(accuracy[last], np.float64), chance)
+    return AccuracyMatrix(np.asarray(accuracy[last], np.float64), chance, num_samples)
