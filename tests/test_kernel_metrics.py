@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray
 
+from ntkgen.analysis.targets import Readout
 from ntkgen.continual.metrics.kernels import (
     Spectrum,
     centred_kernel,
@@ -13,7 +14,8 @@ from ntkgen.continual.metrics.kernels import (
     usual_step,
     velocity,
 )
-from ntkgen.continual.metrics.series import kernel_metrics
+from ntkgen.continual.metrics.regression import RIDGE, classify
+from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 
 RNG = np.random.default_rng(0)
 LABELS = np.array([0, 0, 1, 1, 2, 2])
@@ -41,6 +43,19 @@ def test_negative_eigenvalues_are_clamped_and_counted():
     assert np.isnan(found.condition)
 
 
+def test_a_condition_that_the_precision_does_not_resolve_is_only_bounded():
+    rounding = 2.0**-23
+    resolved, blurred = (np.diag([1.0, 0.5, smallest]) for smallest in (4 * rounding, 2 * rounding))
+    found = Spectrum.of(resolved, rounding)
+    assert (found.condition, found.numerical_rank) == (1 / (4 * rounding), 3)
+    assert found.condition_bound == 1 / (7 * rounding)
+    found = Spectrum.of(blurred, rounding)
+    assert np.isnan(found.condition)
+    assert (found.condition_bound, found.numerical_rank) == (1 / (5 * rounding), 2)
+    assert Spectrum.of(blurred, rounding, tolerance=0.5).numerical_rank == 1
+    assert Spectrum.of(blurred).condition == 1 / (2 * rounding)
+
+
 def test_distance_ignores_scale_and_is_one_for_orthogonal_kernels():
     K = kernel()
     assert distance(K, 7 * K) == pytest.approx(0, abs=1e-12)
@@ -59,11 +74,11 @@ def test_velocity_times_dt_is_distance_and_pairs_have_one_dt():
 
 def test_alignment_of_the_target_with_itself_is_one_and_centring_ignores_shifts():
     Y = (LABELS[:, None] == np.arange(3)).astype(float)
-    assert label_alignment(Y @ Y.T, LABELS, 1, centred=False) == pytest.approx(1)
-    assert label_alignment(3 * Y @ Y.T + 5, LABELS, 1, centred=True) == pytest.approx(1)
-    whole = np.outer(Y.ravel(), Y.ravel())
-    assert label_alignment(whole, LABELS, 3, centred=False) == pytest.approx(1)
-    assert label_alignment(whole, LABELS, 3, centred=True) == pytest.approx(1)
+    assert label_alignment(Y @ Y.T, Y, 1, centred=False) == pytest.approx(1)
+    assert label_alignment(3 * Y @ Y.T + 5, Y, 1, centred=True) == pytest.approx(1)
+    column = Y.reshape(-1, 1)
+    assert label_alignment(column @ column.T, column, 3, centred=False) == pytest.approx(1)
+    assert label_alignment(column @ column.T, column, 3, centred=True) == pytest.approx(1)
 
 
 def test_centring_is_the_product_with_its_matrix():
@@ -78,30 +93,63 @@ def test_interference_by_hand():
     assert found == pytest.approx(np.array([[1, 2**0.5 / (8**0.5 * 4) ** 0.5], [2**0.5 / (8**0.5 * 4) ** 0.5, 1]]))
 
 
+@pytest.mark.parametrize(("output", "per_sample"), [("trace", 1), ("full", 3), ("centered", 2)])
+def test_leave_one_out_predictions_are_those_of_fits_without_each_sample(output, per_sample):
+    labels, n = np.arange(12) % 3, 12
+    J = np.random.default_rng(3).standard_normal((n * per_sample, 40)) + np.repeat(labels, per_sample)[:, None]
+    K, readout = J @ J.T, Readout(output, 3, None, "")
+    is_training = np.arange(n) < 9
+    found = classify(K, labels, is_training, readout)
+    rows = np.repeat(np.arange(n), per_sample)
+
+    def right(fitted, asked):
+        """Whether the fit to some samples classifies another one."""
+        a, b = np.isin(rows, fitted), rows == asked
+        shift = RIDGE * np.trace(K[rows < 9][:, rows < 9]) / (9 * per_sample)
+        alpha = np.linalg.solve(K[np.ix_(a, a)] + shift * np.eye(a.sum()), readout.targets(labels[fitted]))
+        return readout.scores(K[np.ix_(b, a)] @ alpha).argmax() == labels[asked]
+
+    expected = [right(np.delete(np.arange(9), sample), sample) for sample in range(9)]
+    assert found.left_out.tolist() == expected
+    assert found.held_out.tolist() == [right(np.arange(9), sample) for sample in range(9, 12)]
+    assert 0 < np.mean([*found.left_out, *found.held_out]) < 1
+
+
 def data_of(kernels, num_outputs=1):
     n = kernels.shape[1] // num_outputs
-    times = len(kernels)
+    times, labels = len(kernels), LABELS[:n] % num_outputs if num_outputs > 1 else LABELS[:n]
     return xarray.Dataset(
         {
             "kernel": (("time", "row", "col"), kernels),
             "iteration": ("time", 10 * np.arange(times)),
             "task": ("time", np.zeros(times, int)),
             "row_task": ("row", np.repeat(np.arange(n) // (n // 2), num_outputs)),
-            "row_label": ("row", np.repeat(LABELS[:n], num_outputs)),
+            "row_label": ("row", np.repeat(labels, num_outputs)),
             "row_output": ("row", np.tile(np.arange(num_outputs), n)),
-        }
+        },
+        attrs={"ntkgen_snapshots": {"output": "trace" if num_outputs == 1 else "full", "precision": "float64"}},
     )
 
 
 def test_metrics_of_a_series_are_those_of_its_kernels():
     kernels = np.stack([kernel(seed=seed) for seed in range(3)])
-    found = kernel_metrics(data_of(kernels))
+    found = kernel_metrics(data_of(kernels), rank_tolerance=0.5)
+    assert found.numerical_rank.values[0] == (np.linalg.eigvalsh(kernels[0]) > found.largest.values[0] / 2).sum()
     assert found.largest.values == pytest.approx([np.linalg.eigvalsh(K)[-1] for K in kernels])
     assert found.distance.values == pytest.approx([0, *[distance(kernels[0], K) for K in kernels[1:]]], abs=1e-12)
     assert found.task_frobenius_norm.values[1, 1] == pytest.approx(np.linalg.norm(kernels[1][3:, 3:]))
     assert found.velocity.values == pytest.approx([distance(*pair) / 10 for pair in (kernels[:2], kernels[1:])])
     assert found.interference.shape == (3, 2, 2)
     assert found.attrs["dt"] == 10
+    expected = classify(kernels[1][:3, :3], LABELS[:3], np.ones(3, bool), Readout("trace", 3, None, ""))
+    assert found.leave_one_out_accuracy.values[1] == expected.left_out.mean()  # of the task in training
+
+
+def test_kernel_regression_is_measured_on_held_out_samples_of_the_tasks_so_far():
+    kernels, is_validation = np.stack([kernel(seed=seed) for seed in range(2)]), np.array([False, False, True] * 2)
+    found = held_out_accuracy(data_of(kernels), is_validation)
+    expected = classify(kernels[1][:3, :3], LABELS[:3], ~is_validation[:3], Readout("trace", 3, None, ""))
+    assert found[1] == expected.held_out.mean()
 
 
 def test_outputs_that_do_not_exist_yet_are_left_out():

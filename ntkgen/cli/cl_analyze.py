@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, json_option
+from ntkgen.cli.options import Command, FiniteRange, json_option
 
 # Columns of the printed table of kernels.
 COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance", "centred_alignment")
@@ -19,26 +19,32 @@ COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance"
     type=click.IntRange(min=1),
     help="Iterations between the two kernels of a velocity [the most frequent number between recorded kernels].",
 )
+@click.option(
+    "--rank-tolerance",
+    type=FiniteRange(0, 1),
+    help="Part of the largest eigenvalue above which an eigenvalue counts in the numerical rank [what the precision of "
+    "the kernel resolves].",
+)
 @json_option("run")
-def cl_analyze(runs: tuple[str, ...], *, dt: int | None, as_json: bool) -> None:
+def cl_analyze(runs: tuple[str, ...], *, dt: int | None, rank_tolerance: float | None, as_json: bool) -> None:
     """Compute the accuracy and kernel metrics of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0. The command reads what `ntkgen cl-run` has stored. It
     neither trains nor loads torch.
     """
     for run in runs:
-        result = _analysed(run, dt)
+        result = _analysed(run, dt, rank_tolerance)
         show(json.dumps(result) if as_json else _page(result))
 
 
-def _analysed(place: str, dt: int | None) -> dict[str, Any]:
+def _analysed(place: str, dt: int | None, rank_tolerance: float | None) -> dict[str, Any]:
     from ntkgen.continual.reading import open_run
 
     run = open_run(place)
-    kernels = run.kernel_metrics(dt)
+    kernels = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
     measured = {str(name): kernels[name].values.tolist() for name in kernels.data_vars}
     where = {str(name): kernels[name].values.tolist() for name in kernels.coords}
-    return {"run": place, **run.metrics(), "kernels": {**where, **measured, "dt": kernels.attrs["dt"]}}
+    return {"run": place, **run.metrics(), "kernels": {**where, **measured, **kernels.attrs}}
 
 
 def _page(result: dict[str, Any]) -> str:

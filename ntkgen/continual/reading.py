@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
-from ntkgen.continual.metrics.series import kernel_metrics
+from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 from ntkgen.continual.metrics.worst_case import WorstCase, worst_case
 from ntkgen.continual.record import read_config
 from ntkgen.errors import InputError, StoreError, UnknownNameError
@@ -122,8 +122,7 @@ class RunReader:
             raise UnknownNameError("part of the probe", part, PARTS)
         if part == "all":
             return self.kernels
-        is_validation = np.asarray(self.evaluations.probe_is_validation.values, bool)
-        chosen = is_validation if part == "validation" else ~is_validation
+        chosen = self._is_validation if part == "validation" else ~self._is_validation
         if not chosen.any():
             raise InputError(
                 f"The probe of the run at {self.folder} has no {part} samples: expected some, found none. Was it begun "
@@ -132,9 +131,25 @@ class RunReader:
         rows = np.flatnonzero(chosen[self.kernels.row_sample.values])
         return self.kernels.isel(row=rows, col=rows)
 
-    def kernel_metrics(self, dt: int | None = None, part: str = "train") -> "xarray.Dataset":
-        """Measure every recorded kernel of one part; see `ntkgen.continual.metrics.series.kernel_metrics`."""
-        return kernel_metrics(self.kernels_of(part), dt)
+    def kernel_metrics(
+        self, dt: int | None = None, part: str = "train", rank_tolerance: float | None = None
+    ) -> "xarray.Dataset":
+        """Measure every recorded kernel of one part; see `ntkgen.continual.metrics.series.kernel_metrics`.
+
+        If the probe has validation samples, ``held_out_accuracy`` is the accuracy on them of kernel regression on the
+        training samples of the tasks so far.
+        """
+        found = kernel_metrics(self.kernels_of(part), dt, rank_tolerance)
+        if self._is_validation.any():
+            found["held_out_accuracy"] = ("time", held_out_accuracy(self.kernels, self._is_validation))
+        return found
+
+    @property
+    def _is_validation(self) -> npt.NDArray[np.bool_]:  # (probe samples,)
+        data = self.evaluations
+        if "probe_is_validation" not in data:
+            return np.zeros(data.sizes["probe"], np.bool_)
+        return np.asarray(data.probe_is_validation.values, np.bool_)
 
 
 def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader:

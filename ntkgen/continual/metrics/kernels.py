@@ -1,9 +1,10 @@
 """What kernels of one probe over time show: size, spectrum, motion, alignment with the labels, and cross-task blocks.
 
-Kernels are (n, n), one row per sample, or (n m, n m), sample-major. A kernel with outputs that do not exist yet (NaN)
-is reduced to the rows that have values.
+Kernels are (n, n), one row per sample, or (n m, n m), sample-major. Rows of outputs that do not exist yet are NaN, and
+are left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,24 +12,36 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
-# Eigenvalues below this part of the largest one count as zero in the numerical rank.
-RANK_TOLERANCE = 1e-6
+# Relative rounding ε of a kernel by its precision: the distance from 1 to the next number. With float64-accumulate only
+# J is rounded to float32. This moves the roots of the eigenvalues by ε₃₂ √λ₁, hence the smallest ones by ε₃₂² λ₁.
+ROUNDING = {
+    "float64": 2.0**-52,
+    "float64-accumulate": 2.0**-46,
+    "float32": 2.0**-23,
+    "tf32": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Numbers that follow from the eigenvalues of one kernel.
+    """Numbers that follow from the eigenvalues of one kernel of N rows.
+
+    Eigenvalues up to N ε λ₁ are not resolved: the rounding ε of the kernel moves eigenvalues by about as much. This is
+    also the tolerance of `numpy.linalg.matrix_rank`.
 
     Attributes:
         frobenius_norm: ‖K‖_F.
         trace: tr K.
         largest: λ₁, the largest eigenvalue.
         smallest: λ_N, the smallest eigenvalue.
-        condition: λ₁ / λ_N; NaN if λ_N is not positive.
+        condition: λ₁ / λ_N; NaN if λ_N is not resolved.
+        condition_bound: λ₁ / (λ_N + N ε λ₁), the smallest condition number within the rounding of the kernel.
         effective_rank: exp(−Σ p log p) with p = λ / Σ λ (Roy, Vetterli 2007). Negative eigenvalues count as zero.
         participation_ratio: (tr K)² / ‖K‖_F².
-        numerical_rank: Number of eigenvalues above `RANK_TOLERANCE` · λ₁.
+        numerical_rank: Number of eigenvalues above τ λ₁ with the tolerance τ.
         num_negative: Number of eigenvalues below zero.
     """
 
@@ -37,15 +50,23 @@ class Spectrum:
     largest: float
     smallest: float
     condition: float
+    condition_bound: float
     effective_rank: float
     participation_ratio: float
     numerical_rank: int
     num_negative: int
 
     @classmethod
-    def of(cls, K: FloatArray) -> "Spectrum":
-        """Compute all eigenvalues of a symmetric kernel."""
+    def of(cls, K: FloatArray, rounding: float = ROUNDING["float64"], tolerance: float | None = None) -> "Spectrum":
+        """Compute all eigenvalues of a symmetric kernel.
+
+        Args:
+            K: The kernel.
+            rounding: Relative rounding ε of its entries.
+            tolerance: τ of the numerical rank; None for N ε.
+        """
         values = np.linalg.eigvalsh(K)[::-1]
+        resolution = len(K) * rounding
         clamped = np.maximum(values, 0)
         total = clamped.sum()
         p = clamped[clamped > 0] / total if total > 0 else np.zeros(0)
@@ -55,24 +76,33 @@ class Spectrum:
             trace=float(np.trace(K)),
             largest=float(values[0]),
             smallest=float(values[-1]),
-            condition=float(values[0] / values[-1]) if values[-1] > 0 else float("nan"),
+            condition=float(values[0] / values[-1]) if values[-1] > resolution * values[0] else float("nan"),
+            condition_bound=float(values[0] / (clamped[-1] + resolution * values[0]))
+            if values[0] > 0
+            else float("nan"),
             effective_rank=float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0,
             participation_ratio=float(np.trace(K)) ** 2 / squares if squares else 0.0,
-            numerical_rank=int((values > RANK_TOLERANCE * values[0]).sum()),
+            numerical_rank=int((values > (resolution if tolerance is None else tolerance) * values[0]).sum()),
             num_negative=int((values < 0).sum()),
         )
 
 
 def distance(K: FloatArray, L: FloatArray) -> float:
-    """Kernel distance S = 1 − ⟨K, L⟩ / (‖K‖ ‖L‖), not centred (Fort et al. 2020, arXiv:2010.15110, §2)."""
-    return 1 - _cosine(K, L)
+    """Kernel distance S = 1 − ⟨K, L⟩ / (‖K‖ ‖L‖), not centred (Fort et al. 2020, arXiv:2010.15110, §2).
+
+    Rows without values in one of the two are left out of both.
+    """
+    rows = ~np.isnan(np.diagonal(K)) & ~np.isnan(np.diagonal(L))
+    if not rows.all():
+        K, L = (each[np.ix_(rows, rows)] for each in (K, L))
+    return max(0.0, 1 - _cosine(K, L))  # rounding alone makes it negative
 
 
-def velocity(kernels: FloatArray, iterations: IntArray, dt: int) -> tuple[IntArray, FloatArray, FloatArray]:
+def velocity(kernels: Sequence[FloatArray], iterations: IntArray, dt: int) -> tuple[IntArray, FloatArray, FloatArray]:
     """Kernel velocity between snapshots that are dt iterations apart (Fort et al. 2020, arXiv:2010.15110).
 
     Args:
-        kernels: Kernels over time, (times, N, N).
+        kernels: The kernel at each time.
         iterations: Iteration of each time, (times,).
         dt: Number of iterations between two snapshots. Only pairs with exactly this distance are used.
 
@@ -95,25 +125,20 @@ def usual_step(iterations: IntArray) -> int:
     return int(steps[np.flatnonzero(counts == counts.max())[-1]]) if len(steps) else 1
 
 
-def label_alignment(K: FloatArray, labels: IntArray, num_outputs: int, *, centred: bool) -> float:
-    """Alignment ⟨K, T⟩ / (‖K‖ ‖T‖) with the labels' target T.
+def label_alignment(K: FloatArray, Y: FloatArray, num_outputs: int, *, centred: bool) -> float:
+    """Alignment ⟨K, T⟩ / (‖K‖ ‖T‖) with the labels' target T = Y Yᵀ (Cristianini et al. 2001).
 
-    For an (n, n) kernel T = Y Yᵀ with the one-hot labels Y, (n, m). For an (n m, n m) kernel T = vec(Y) vec(Y)ᵀ. If
-    centred, both K and T are multiplied from both sides with H = I_n − 1 1ᵀ / n, or H ⊗ I_m (Cortes, Mohri,
-    Rostamizadeh 2012, arXiv:1203.0550).
+    For an (n, n) kernel Y has the one-hot labels as rows, (n, m). For an (n m, n m) kernel it is one column with the
+    one-hot labels of all samples one below the other. If centred, both K and T are multiplied from both sides with
+    H = I_n − 1 1ᵀ / n, or H ⊗ I_m (Cortes, Mohri, Rostamizadeh 2012, arXiv:1203.0550).
 
     Args:
         K: The kernel.
-        labels: The label of each sample, (n,).
+        Y: The targets of its rows, (N, columns).
         num_outputs: Rows per sample.
         centred: Whether to centre.
     """
-    classes = np.unique(labels)
-    if num_outputs == 1:
-        Y = (labels[:, None] == classes).astype(np.float64)
-    else:
-        Y = (labels[:, None] == np.arange(num_outputs)).astype(np.float64)
-    T = Y @ Y.T if num_outputs == 1 else np.outer(Y.ravel(), Y.ravel())
+    T = Y @ Y.T
     if centred:
         K, T = (centred_kernel(each, num_outputs) for each in (K, T))
     return _cosine(K, T)
@@ -130,6 +155,7 @@ def centred_kernel(K: FloatArray, num_outputs: int) -> FloatArray:
 def interference(K: FloatArray, row_tasks: IntArray) -> FloatArray:  # (tasks, tasks)
     """Cross-task interference ‖Θ_ab‖_F / √(‖Θ_aa‖_F ‖Θ_bb‖_F) of the blocks of each two tasks."""
     tasks = np.unique(row_tasks)
+    K = np.nan_to_num(K)
     norms = np.array([[np.linalg.norm(K[np.ix_(row_tasks == a, row_tasks == b)]) for b in tasks] for a in tasks])
     return np.asarray(norms / np.sqrt(np.outer(np.diag(norms), np.diag(norms))))
 

@@ -1,57 +1,133 @@
 """Metrics of every recorded kernel of a run, as one data set."""
 
 import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ntkgen.analysis.targets import Readout
 from ntkgen.continual.metrics import kernels as measure
-from ntkgen.continual.metrics.kernels import Spectrum
+from ntkgen.continual.metrics.kernels import BoolArray, FloatArray, IntArray, Spectrum
+from ntkgen.continual.metrics.regression import MAPS, Regression, classify
 
 if TYPE_CHECKING:
     import xarray
 
-
 # The spectrum of a block without any rows that have values.
 _MISSING = Spectrum(**{field.name: float("nan") for field in dataclasses.fields(Spectrum)})  # type: ignore[arg-type]
+# Numbers of the spectrum that are also given for the block of each task.
+OF_TASKS = ("frobenius_norm", "largest", "smallest", "trace")
 
 
-def kernel_metrics(kernels: "xarray.Dataset", dt: int | None = None) -> "xarray.Dataset":
+@dataclass(frozen=True, eq=False)
+class _Probe:
+    """What is known of the rows of the recorded kernels, and the kernels themselves."""
+
+    kernels: "xarray.Dataset"
+
+    @cached_property
+    def tasks(self) -> IntArray:  # (rows,)
+        return np.asarray(self.kernels.row_task.values, np.int64)
+
+    @cached_property
+    def rows_per_sample(self) -> int:
+        return int(self.kernels.row_output.values.max()) + 1
+
+    @property
+    def labels(self) -> IntArray:  # (samples,)
+        return np.asarray(self.kernels.row_label.values[:: self.rows_per_sample], np.int64)
+
+    @property
+    def output(self) -> str:
+        """The output map. Kernels of ``diagonal`` are measured by their sum, the trace kernel."""
+        name = str(self.kernels.attrs.get("ntkgen_snapshots", {}).get("output", "trace"))
+        return "trace" if name == "diagonal" else name
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding of the kernels."""
+        precision = self.kernels.attrs.get("ntkgen_snapshots", {}).get("precision", str(self.kernels.kernel.dtype))
+        return measure.ROUNDING[precision]
+
+    def kernel(self, time: int) -> FloatArray:
+        """Read one kernel. Rows of outputs that do not exist yet are NaN."""
+        K = np.asarray(self.kernels.kernel[time].values, np.float64)
+        return np.asarray(np.nansum(K, axis=0)) if K.ndim == 3 else K
+
+    def spectrum(self, K: FloatArray, task: int | None = None, tolerance: float | None = None) -> Spectrum:
+        """Measure a kernel, or its block of a task, without rows that have no values."""
+        kept = ~np.isnan(np.diagonal(K))
+        if task is not None:
+            kept &= self.tasks == task
+        return Spectrum.of(K[np.ix_(kept, kept)], self.rounding, tolerance) if kept.any() else _MISSING
+
+    def readout(self, K: FloatArray, labels: IntArray) -> Readout | None:
+        """Say what the rows with values mean for labels; None if these labels give no targets."""
+        num_kept = int((~np.isnan(np.diagonal(K)[: self.rows_per_sample])).sum())
+        name = "full" if self.output == "seen" else self.output
+        if name not in MAPS:
+            return None
+        outputs = {"full": num_kept, "centered": num_kept + 1, "trace": int(self.labels.max()) + 1}[name]
+        is_known = labels.min() >= 0 and labels.max() < outputs
+        return Readout(name, outputs, None, "the run") if is_known else None
+
+    def alignment(self, K: FloatArray, *, centred: bool) -> float:
+        """Align with the labels; NaN where an output or its label is missing."""
+        labels = self.labels
+        found = self.readout(K, labels)
+        if np.isnan(np.diagonal(K)).any() or (found is None and self.rows_per_sample > 1):
+            return float("nan")
+        Y = (labels[:, None] == np.unique(labels)).astype(np.float64) if found is None else found.targets(labels)
+        return measure.label_alignment(K, Y, self.rows_per_sample, centred=centred)
+
+    def regression(self, time: int, is_training: BoolArray) -> Regression | None:
+        """Classify the samples of the tasks so far; None if their labels give no targets."""
+        K, sample_tasks = self.kernel(time), self.tasks[:: self.rows_per_sample]
+        so_far = sample_tasks <= max(int(self.kernels.task.values[time]), int(sample_tasks.min()))
+        labels = self.labels[so_far]
+        if (readout := self.readout(K, labels)) is None:
+            return None
+        rows = np.repeat(so_far, self.rows_per_sample) & ~np.isnan(np.diagonal(K))
+        return classify(K[np.ix_(rows, rows)], labels, is_training[so_far], readout)
+
+
+def kernel_metrics(
+    kernels: "xarray.Dataset", dt: int | None = None, rank_tolerance: float | None = None
+) -> "xarray.Dataset":
     """Measure every kernel of a run.
 
     Args:
-        kernels: The recorded kernels, as `RunReader.kernels` gives them.
+        kernels: The recorded kernels, as `RunReader.kernels_of` gives them.
         dt: Iterations between the two kernels of a velocity; None for the most frequent number.
+        rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
 
     Returns:
         Numbers of `Spectrum` for each time, for the whole probe and, with the prefix ``task_``, for the block of each
         task; ``distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with the labels; the
-        ``interference`` of each two tasks; ``velocity`` and ``angular_velocity`` at the iterations where a pair begins.
+        ``interference`` of each two tasks; ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
+        and ``leave_one_out_accuracy`` of kernel regression on the samples of the tasks so far.
     """
     import xarray
 
-    iterations, tasks = kernels.iteration.values, kernels.row_task.values
-    labels = kernels.row_label.values
-    values = [_values(kernels, time) for time in range(len(iterations))]
-    whole = [Spectrum.of(K[np.ix_(kept, kept)]) for K, kept in values]
-    numbers = np.unique(tasks)
-    data: dict[str, Any] = {name: (("time",), [getattr(each, name) for each in whole]) for name in vars(whole[0])}
-    blocks = [[_block(K, kept & (tasks == number)) for number in numbers] for K, kept in values]
+    probe, iterations = _Probe(kernels), np.asarray(kernels.iteration.values, np.int64)
+    values, numbers = [probe.kernel(time) for time in range(len(iterations))], np.unique(probe.tasks)
+    data: dict[str, Any] = _columns([probe.spectrum(K, tolerance=rank_tolerance) for K in values])
+    blocks = [[probe.spectrum(K, int(task)) for task in numbers] for K in values]
     data |= {
         f"task_{name}": (("time", "task"), [[getattr(each, name) for each in row] for row in blocks])
-        for name in ("frobenius_norm", "largest", "smallest", "trace")
+        for name in OF_TASKS
     }
-    first, common = values[0]
-    data["distance"] = ("time",), [_distance(first, K, common & kept) for K, kept in values]
-    for name, centred in (("alignment", False), ("centred_alignment", True)):
-        data[name] = ("time",), [_alignment(K, kept, labels, kernels, centred=centred) for K, kept in values]
-    plain = np.stack([np.where(np.isnan(K), 0, K) for K, _ in values])
-    data["interference"] = (
-        ("time", "task", "other_task"),
-        [measure.interference(K, tasks) for K in plain],
-    )
+    data["distance"] = ("time",), [measure.distance(values[0], K) for K in values]
+    data["alignment"] = ("time",), [probe.alignment(K, centred=False) for K in values]
+    data["centred_alignment"] = ("time",), [probe.alignment(K, centred=True) for K in values]
+    data["interference"] = ("time", "task", "other_task"), [measure.interference(K, probe.tasks) for K in values]
+    everything = np.ones(len(probe.labels), np.bool_)
+    fits = [probe.regression(time, everything) for time in range(len(values))]
+    data["leave_one_out_accuracy"] = ("time",), [np.nan if fit is None else fit.left_out.mean() for fit in fits]
     step = dt or measure.usual_step(iterations)
-    starts, speed, angular = measure.velocity(plain, iterations, step)
+    starts, speed, angular = measure.velocity(values, iterations, step)
     data |= {"velocity": (("start",), speed), "angular_velocity": (("start",), angular)}
     coordinates = {
         "iteration": ("time", iterations),
@@ -59,33 +135,21 @@ def kernel_metrics(kernels: "xarray.Dataset", dt: int | None = None) -> "xarray.
         "task": numbers,
         "start": starts,
     }
-    return xarray.Dataset(data, coordinates, {"dt": step})
+    return xarray.Dataset(data, coordinates, {"dt": step, "rank_tolerance": rank_tolerance, "rounding": probe.rounding})
 
 
-def _values(kernels: "xarray.Dataset", time: int) -> tuple[measure.FloatArray, "np.typing.NDArray[np.bool_]"]:
-    """Read a kernel, and say which of its rows have values."""
-    K = np.asarray(kernels.kernel[time].values, np.float64)
-    return K, ~np.isnan(np.diagonal(K))
+def held_out_accuracy(kernels: "xarray.Dataset", is_validation: BoolArray) -> FloatArray:  # (times,)
+    """Accuracy on the validation samples of kernel regression on the training samples, both of the tasks so far.
+
+    Args:
+        kernels: The recorded kernels of all probe samples.
+        is_validation: Which of the probe samples are validation samples, (samples,).
+    """
+    probe = _Probe(kernels)
+    fits = [probe.regression(time, ~is_validation) for time in range(len(kernels.iteration))]
+    return np.array([np.nan if fit is None else fit.held_out.mean() for fit in fits])
 
 
-def _block(K: measure.FloatArray, rows: "np.typing.NDArray[np.bool_]") -> Spectrum:
-    return Spectrum.of(K[np.ix_(rows, rows)]) if rows.any() else _MISSING
-
-
-def _distance(first: measure.FloatArray, K: measure.FloatArray, rows: "np.typing.NDArray[np.bool_]") -> float:
-    return measure.distance(first[np.ix_(rows, rows)], K[np.ix_(rows, rows)])
-
-
-def _alignment(
-    K: measure.FloatArray,
-    kept: "np.typing.NDArray[np.bool_]",
-    labels: measure.IntArray,
-    kernels: "xarray.Dataset",
-    *,
-    centred: bool,
-) -> float:
-    """Align with the labels; NaN where outputs are missing, or the rows are other outputs than the classes."""
-    num_outputs = int(kernels.row_output.values.max()) + 1
-    if not kept.all():
-        return float("nan")
-    return measure.label_alignment(K, labels[::num_outputs], num_outputs, centred=centred)
+def _columns(spectra: list[Spectrum]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(Spectrum)]
+    return {name: (("time",), [getattr(each, name) for each in spectra]) for name in names}
