@@ -28,10 +28,23 @@ from ntkgen.continual.configuration import CHOICES, RunSettings
 _DEFAULTS = RunSettings()
 
 
+class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
+    """Integers that are separated by commas, such as ``49,63``."""
+
+    name = "integers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read the integers."""
+        try:
+            return tuple(int(number) for number in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of integers. Write for example 49,63.", param, ctx)
+
+
 def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
     """Make an option of a setting. Its default is shown, and stands in `RunSettings`."""
     default = getattr(_DEFAULTS, name)
-    shown = "" if default is None or "is_flag" in attributes else f" [{default}]"
+    shown = "" if default in (None, ()) or "is_flag" in attributes else f" [{default}]"
     return click.option(flag, name, default=None, help=f"{meaning}{shown}.", **attributes)
 
 
@@ -81,6 +94,15 @@ _SETTINGS = [
     _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),
     _setting("--weight-decay", "weight_decay", "Weight decay", type=FiniteRange(0)),
     _setting(
+        "--lr-milestones",
+        "lr_milestones",
+        "Epochs of each task, from 0 and separated by commas, at which the learning rate is multiplied by --lr-factor",
+        type=Integers(),
+        metavar="EPOCHS",
+    ),
+    _setting("--lr-factor", "lr_factor", "Factor of the learning rate at each of --lr-milestones", type=POSITIVE),
+    _setting("--reset-optimizer", "reset_optimizer", "Begin each task with a new optimizer", is_flag=True),
+    _setting(
         "--regime",
         "regime",
         "feature: use --lr as it is; lazy: multiply it by 64 / width",
@@ -94,6 +116,8 @@ _SETTINGS = [
     ),
     _setting("--epochs", "epochs", "Epochs per task", type=int),
     _setting("--bs", "batch_size", "Samples per iteration", type=int),
+    _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
+    _setting("--augment", "augment", "Augment training images: for photographs a random crop and flip", is_flag=True),
     _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
     _setting(
         "--probe-rule",

@@ -1,29 +1,43 @@
-"""The batches of a task: positions of samples, from where a run is."""
+"""The batches of a task: positions of samples, from where a run is, and the inputs that the network gets for them."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ntkgen.continual.chance import generator_of
+from ntkgen.continual.chance import generator_of, seed_of
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.methods.method import Method
 from ntkgen.continual.streams.tasks import IntArray, Stream, Task
+from ntkgen.data.augment import Augmentation
+from ntkgen.data.dataset import Dataset
 from ntkgen.training.loop import batches
 
+# The augmentation of a data set that states none: the usual one for small photographs.
+AUGMENTATION = Augmentation(crop_padding=4, flip=True)
 
-def cut(ids: IntArray, batch_size: int) -> list[IntArray]:
-    """Cut the samples of an epoch into batches."""
-    return [part.numpy() for part in batches(torch.from_numpy(ids), batch_size)]
+
+def cut(ids: IntArray, settings: RunSettings) -> list[IntArray]:
+    """Cut the samples of an epoch into batches.
+
+    With ``drop_last`` a last batch that is not full is left out, unless it is the only one.
+    """
+    parts = [part.numpy() for part in batches(torch.from_numpy(ids), settings.batch_size)]
+    if not settings.drop_last:
+        return parts
+    full = [part[: settings.batch_size] for part in parts if len(part) >= settings.batch_size]
+    return full or parts
 
 
 def remaining_batches(method: Method, task: Task, settings: RunSettings, done: int) -> Iterator[IntArray]:
     """List the batches of a task after those that are done."""
-    steps_per_epoch = len(cut(method.epoch_ids(task, 0), settings.batch_size))
+    steps_per_epoch = len(cut(method.epoch_ids(task, 0), settings))
     for epoch in range(done // steps_per_epoch, settings.epochs):
         ids = method.epoch_ids(task, epoch)
         skipped = done % steps_per_epoch if epoch == done // steps_per_epoch else 0
-        yield from cut(ids, settings.batch_size)[skipped:]
+        yield from cut(ids, settings)[skipped:]
 
 
 def blended(ids: IntArray, stream: Stream, task: Task, step: int, seed: int) -> IntArray:
@@ -33,3 +47,25 @@ def blended(ids: IntArray, stream: Stream, task: Task, step: int, seed: int) -> 
         return ids
     old = generator_of(seed, "shift", task.number, step).choice(stream.tasks[task.number - 1].train, size=count)
     return np.concatenate([old, ids[count:]])
+
+
+def training_inputs(
+    data: Dataset, ids: IntArray, settings: RunSettings, task: int, step: int
+) -> Tensor:  # (samples, …)
+    """Compute the inputs of a batch, augmented if the settings say so.
+
+    Random numbers depend only on the seed, the task and the iteration. A resumed run therefore draws the same ones.
+
+    Args:
+        data: The data set, whose own augmentation is used. `AUGMENTATION` is used if it has none.
+        ids: The samples.
+        settings: The settings.
+        task: The task in training.
+        step: Iterations of this task so far.
+    """
+    chosen = torch.from_numpy(ids)
+    if not settings.augment:
+        return data.inputs(chosen)
+    if data.augmentation == Augmentation():
+        data = dataclasses.replace(data, augmentation=AUGMENTATION)
+    return data.batch(chosen, torch.Generator("cpu").manual_seed(seed_of(settings.seed, "augment", task, step)))

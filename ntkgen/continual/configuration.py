@@ -79,11 +79,17 @@ class RunSettings:
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
         weight_decay: Weight decay.
+        lr_milestones: Epochs of each task, counted from 0, at which the learning rate is multiplied by ``lr_factor``.
+        lr_factor: Factor of the learning rate at each milestone.
+        reset_optimizer: Whether each task begins with a new optimizer.
         regime: ``feature``: the learning rate is used as it is; ``lazy``: it is multiplied by `LAZY_WIDTH` / width.
         freeze_batch_norm: Whether batch norm uses its running statistics, and keeps them, from the second epoch of each
             task on. Dropout is off in these epochs too.
         epochs: Epochs per task.
         batch_size: Samples per iteration.
+        drop_last: Whether the last batch of an epoch is left out if it is not full.
+        augment: Whether training images are augmented as their data set says; by a random crop after padding with four
+            pixels, and a random flip, if it says nothing.
         probe_per_class: Probe samples of each class of each task, for kernels.
         probe_rule: ``balanced``: as many random samples of each class; ``first``: the first samples of each task, as
             many in all.
@@ -122,10 +128,15 @@ class RunSettings:
     learning_rate: float = 3e-4
     momentum: float = 0.9
     weight_decay: float = 0.0
+    lr_milestones: tuple[int, ...] = ()
+    lr_factor: float = 0.2
+    reset_optimizer: bool = False
     regime: str = "feature"
     freeze_batch_norm: bool = False
     epochs: int = 5
     batch_size: int = 32
+    drop_last: bool = False
+    augment: bool = False
     probe_per_class: int = 10
     probe_rule: str = "balanced"
     probe_parts: str = "train"
@@ -144,14 +155,17 @@ class RunSettings:
             InputError: If a number is not positive, or the lazy regime has no width.
             UnknownNameError: If a name is unknown.
         """
-        object.__setattr__(self, "class_order", _frozen(self.class_order))
-        positive = ("buffer", "replay", "temperature", "learning_rate", "epochs", "batch_size", "probe_per_class")
+        for name in ("class_order", "lr_milestones"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        positive = ["buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size"]
+        positive += ["probe_per_class"]
         wrong = [f"`{name}` {getattr(self, name):g}" for name in positive if not getattr(self, name) > 0]
         wrong += [
             f"`{name}` {getattr(self, name):g}"
             for name in ("weight_decay", "seed", "distillation", "penalty")
             if getattr(self, name) < 0
         ]
+        wrong += [f"`lr_milestones` {epoch}" for epoch in self.lr_milestones if not epoch > 0]
         if wrong:
             raise InputError(
                 f"There is no such run: found {wrong[0]}, expected positive numbers. Is a sign wrong? Correct it."
@@ -183,6 +197,15 @@ class RunSettings:
         if self.regime == "feature" or self.width is None:
             return self.learning_rate
         return self.learning_rate * LAZY_WIDTH / self.width
+
+    def step_size_at(self, epoch: int) -> float:
+        """The learning rate in an epoch of each task, counted from 0: η · lr_factor^k after k milestones.
+
+        >>> settings = RunSettings(learning_rate=2.0, lr_milestones=(49, 63))
+        >>> [round(settings.step_size_at(epoch), 12) for epoch in (0, 48, 49, 63)]
+        [2.0, 2.0, 0.4, 0.08]
+        """
+        return self.step_size * self.lr_factor ** sum(epoch >= milestone for milestone in self.lr_milestones)
 
     @property
     def method_options(self) -> MethodOptions:

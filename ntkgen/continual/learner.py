@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ntkgen.continual.batches import blended, cut, remaining_batches
+from ntkgen.continual.batches import blended, cut, remaining_batches, training_inputs
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
@@ -164,7 +164,7 @@ class Run:
         """
         targets = torch.from_numpy(self.plan.stream.targets(self.plan.data.labels[ids])).to(self.stepper.device)
         self.model.train(not frozen)
-        x: Tensor = self.data.train.inputs(torch.from_numpy(ids))
+        x = training_inputs(self.data.train, ids, self.plan.settings, self.task, self.step)
         loss = self.stepper.step(x, lambda outputs: self.method.loss(outputs, targets, x))
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}")
@@ -201,14 +201,17 @@ def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ign
 def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
     """Train on one task from where the run is."""
     settings, first = run.plan.settings, run.method.epoch_ids(task, 0)
-    steps_per_epoch = len(cut(first, settings.batch_size))
+    steps_per_epoch = len(cut(first, settings))
     num_steps = steps_per_epoch * settings.epochs
     if not run.has_begun:
         run.method.begin(task, run.model)
+        if settings.reset_optimizer:
+            run.optimizer.state.clear()  # what a new optimizer has
         run.has_begun = True
         if task.number == 0:  # the end of each task is the beginning of the next
             run.look(Moment(0, 0, steps_per_epoch, num_steps))
     for ids in remaining_batches(run.method, task, settings, run.step):
+        set_learning_rate(run.optimizer, settings.step_size_at(run.step // steps_per_epoch))
         frozen = settings.freeze_batch_norm and run.step >= steps_per_epoch
         mixed = blended(ids, run.plan.stream, task, run.step, settings.seed)
         run.train_on(run.method.batch_ids(mixed, task, run.step), frozen=frozen)
@@ -244,6 +247,12 @@ def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optim
     if settings.optimizer == "adam":
         return torch.optim.Adam(params, **common)
     return torch.optim.SGD(params, momentum=settings.momentum, **common)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def _can_fuse(params: list[nn.Parameter]) -> bool:

@@ -112,7 +112,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
     settings, stream = plan.settings, plan.stream
     method = plan.method()
-    steps = [len(cut(method.epoch_ids(task, 0), settings.batch_size)) for task in stream.tasks]
+    steps = [len(cut(method.epoch_ids(task, 0), settings)) for task in stream.tasks]
     numbered = list(enumerate(steps))
     kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
     looks = sum(settings.evaluation_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
