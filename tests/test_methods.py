@@ -62,6 +62,24 @@ def test_the_loss_of_lwf_by_hand():
     assert method.loss(outputs, targets, x).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["finetune", "joint", "replay", "ewc"])
+def test_the_binary_loss_by_hand(name):
+    model, (x, targets) = network(), batch()
+    outputs = model(x)
+    p, wanted = outputs.sigmoid(), F.one_hot(targets, 6).float()
+    expected = -(wanted * p.log() + (1 - wanted) * (1 - p).log()).sum(1).mean().item()
+    for reduction, factor in (("sum", 1), ("mean", 6)):
+        method = method_of(name, model, loss="binary", binary_reduction=reduction)
+        assert method.loss(outputs, targets, x).item() == pytest.approx(expected / factor, rel=1e-5)
+    assert method_of(name, model).loss(outputs, targets, x).item() == F.cross_entropy(outputs, targets).item()
+
+
+def test_the_mean_over_outputs_is_an_option_of_lwf_mc():
+    model, (x, targets) = network(), batch()
+    losses = [method_of("lwf-mc", model, binary_reduction=name).loss(model(x), targets, x) for name in ("sum", "mean")]
+    assert losses[0].item() == pytest.approx(6 * losses[1].item(), rel=1e-6)
+
+
 def test_the_loss_of_lwf_mc_by_hand():
     model, teacher, (x, targets) = network(), network(1), batch()
     method = method_of("lwf-mc", model)

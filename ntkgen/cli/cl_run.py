@@ -44,6 +44,8 @@ class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click
 def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
     """Make an option of a setting. Its default is shown, and stands in `RunSettings`."""
     default = getattr(_DEFAULTS, name)
+    if attributes.get("is_flag"):
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
     shown = "" if default in (None, ()) or "is_flag" in attributes else f" [{default}]"
     return click.option(flag, name, default=None, help=f"{meaning}{shown}.", **attributes)
 
@@ -89,6 +91,18 @@ _SETTINGS = [
     _setting("--distillation", "distillation", "Weight of the distillation loss of LwF", type=FiniteRange(0)),
     _setting("--temperature", "temperature", "Temperature of the distillation loss of LwF", type=POSITIVE),
     _setting("--penalty", "penalty", "Weight of the penalty of EWC", type=FiniteRange(0)),
+    _setting(
+        "--loss",
+        "loss",
+        "Loss of finetune, joint, replay and ewc; binary is the binary cross-entropy of each output",
+        type=click.Choice(CHOICES["loss"]),
+    ),
+    _setting(
+        "--binary-reduction",
+        "binary_reduction",
+        "Sum or mean of the binary cross-entropy over the outputs",
+        type=click.Choice(CHOICES["binary_reduction"]),
+    ),
     _setting("--optimizer", "optimizer", "Optimizer", type=click.Choice(CHOICES["optimizer"])),
     _setting("--lr", "learning_rate", "Learning rate", type=POSITIVE),
     _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),

@@ -16,6 +16,8 @@ CHOICES = {
     "optimizer": OPTIMIZERS,
     "normalise": ("dataset", "none"),
     "evaluate_on": ("test", "validation"),
+    "loss": ("cross-entropy", "binary"),
+    "binary_reduction": ("sum", "mean"),
     "regime": ("feature", "lazy"),
     "probe_rule": ("balanced", "first"),
     "probe_parts": ("train", "both"),
@@ -36,6 +38,9 @@ class MethodOptions:
         distillation: Weight λ of the distillation loss of LwF.
         temperature: Temperature T of the distillation loss of LwF.
         penalty: Weight λ of the penalty of EWC.
+        loss: Loss of finetune, joint, the kinds of replay and EWC: ``cross-entropy``, or ``binary`` for the binary
+            cross-entropy of each output.
+        binary_reduction: Whether a binary cross-entropy is the ``sum`` or the ``mean`` over outputs.
     """
 
     buffer: int = 200
@@ -45,6 +50,8 @@ class MethodOptions:
     distillation: float = 1.0
     temperature: float = 2.0
     penalty: float = 1000.0
+    loss: str = "cross-entropy"
+    binary_reduction: str = "sum"
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,10 @@ class RunSettings:
         distillation: Weight of the distillation loss of LwF.
         temperature: Temperature of the distillation loss of LwF.
         penalty: Weight of the penalty of EWC.
+        loss: Loss of finetune, joint, the kinds of replay and EWC: ``cross-entropy``, or ``binary``, the binary
+            cross-entropy of each output.
+        binary_reduction: Whether a binary cross-entropy, also that of LwF.MC and iCaRL, is the ``sum`` or the ``mean``
+            over outputs.
         optimizer: ``adam`` or ``sgd``.
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
@@ -124,6 +135,8 @@ class RunSettings:
     distillation: float = MethodOptions.distillation
     temperature: float = MethodOptions.temperature
     penalty: float = MethodOptions.penalty
+    loss: str = MethodOptions.loss
+    binary_reduction: str = MethodOptions.binary_reduction
     optimizer: str = "adam"
     learning_rate: float = 3e-4
     momentum: float = 0.9

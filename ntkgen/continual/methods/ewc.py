@@ -18,7 +18,7 @@ FISHER_SAMPLES = 200
 
 
 class EWC(Finetune):
-    """Cross-entropy plus λ/2 Σ_tasks Σ_k F_k (θ_k − θ*_k)², with the diagonal of the Fisher information F.
+    """The loss of finetuning plus λ/2 Σ_tasks Σ_k F_k (θ_k − θ*_k)², with the diagonal of the Fisher information F.
 
     F is estimated at the end of each task on `FISHER_SAMPLES` of its samples, with labels drawn from the network's own
     predictions: the mean of squared gradients of the log-likelihood, sample by sample.
@@ -31,9 +31,9 @@ class EWC(Finetune):
         super().__init__(situation)
         self.anchors: list[dict[str, tuple[Tensor, Tensor]]] = []  # for each task, by parameter: F and θ*
 
-    def loss(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:  # noqa: ARG002 - as others
+    def loss(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:
         """Compute the loss of a batch, with the penalty."""
-        loss = F.cross_entropy(outputs, targets)
+        loss = super().loss(outputs, targets, x)
         params = dict(self.situation.model.named_parameters())
         for anchor in self.anchors:
             penalty = sum((fisher * (params[name] - old).square()).sum() for name, (fisher, old) in anchor.items())

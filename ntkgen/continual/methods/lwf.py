@@ -77,9 +77,9 @@ class LwFMC(Distillation):
     """
 
     def loss(self, outputs: Tensor, targets: Tensor, x: Tensor) -> Tensor:
-        """Compute the loss of a batch, summed over outputs and averaged over samples."""
+        """Compute the loss of a batch; see `binary_loss`."""
         wanted = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
         taught = self.taught(x)
         if taught is not None:
             wanted[:, : self.num_old] = torch.sigmoid(taught)
-        return F.binary_cross_entropy_with_logits(outputs, wanted, reduction="sum") / len(outputs)
+        return self.binary_loss(outputs, wanted)

@@ -62,8 +62,19 @@ class Method(ABC):
         targets: Tensor,  # (samples,)
         x: Tensor,  # (samples, …)  # noqa: ARG002 - for distillation
     ) -> Tensor:
-        """Compute the loss of a batch: the cross-entropy over all outputs."""
+        """Compute the loss of a batch over all outputs: the cross-entropy, or the binary one of each output."""
+        if self.situation.options.loss == "binary":
+            return self.binary_loss(outputs, F.one_hot(targets, outputs.shape[1]).to(outputs.dtype))
         return F.cross_entropy(outputs, targets)
+
+    def binary_loss(
+        self,
+        outputs: Tensor,  # (samples, outputs)
+        wanted: Tensor,  # (samples, outputs), 0 to 1
+    ) -> Tensor:
+        """Compute the binary cross-entropy of each output, its sum or mean over outputs, and its mean over samples."""
+        loss = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="sum") / len(outputs)
+        return loss if self.situation.options.binary_reduction == "sum" else loss / outputs.shape[1]
 
     def end(self, task: Task, model: nn.Module) -> None:  # noqa: B027 - as above
         """Finish a task."""
