@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ntkgen.cli.cl_preset import chosen_settings, compared, preset_options, preset_page
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import (
     POSITIVE,
@@ -176,11 +177,7 @@ def _with_settings(command: Any) -> Any:
 
 @click.command("cl-run", cls=Command)
 @_with_settings
-@click.option(
-    "--config",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Read settings from FILE.json. Options override them.",
-)
+@preset_options
 @click.option(
     "--seeds",
     cls=ManyOption,
@@ -196,16 +193,14 @@ def _with_settings(command: Any) -> Any:
 @dry_run_option
 @json_option("seed")
 @quiet_option
-def cl_run(
-    *, config: Path | None, seeds: tuple[int, ...], data_dir: Path | None, out: str, device: str, **options: Any
-) -> None:
+def cl_run(*, seeds: tuple[int, ...], data_dir: Path | None, out: str, device: str, **options: Any) -> None:
     """Train a network on a sequence of tasks, and record its accuracy and its kernel over time.
 
     The run of seed S is stored in the folder OUT/seedS. The same command continues an interrupted run. On a CPU, the
     result has the same bytes as that of an uninterrupted run. `ntkgen manual continual` describes the results.
     """
     as_json, quiet, dry_run = (options.pop(name) for name in ("as_json", "quiet", "dry_run"))
-    settings = _settings(config, options)
+    settings, preset = chosen_settings(options.pop("preset"), options.pop("compat"), options.pop("config"), options)
     start_process()
     from ntkgen.cli.progress import progress_bars
     from ntkgen.continual.learner import learn
@@ -218,7 +213,7 @@ def cl_run(
         plan = Plan.of(dataclasses.replace(settings, seed=seed), data)
         if dry_run:
             described = describe(plan)
-            show(json.dumps(described) if as_json else _plan_page(described))
+            show(json.dumps(described) if as_json else f"{preset_page(preset, plan.settings)}\n{_plan_page(described)}")
             continue
         started = time.monotonic()
         folder = folder_of(out, fsync=False) / f"seed{seed}"
@@ -226,16 +221,8 @@ def cl_run(
             learn(plan, folder, choose_device(device), report)
         result = {"run": str(folder), "seed": seed, "seconds": round(time.monotonic() - started, 3)}
         result |= _metrics(folder)
-        show(json.dumps(result) if as_json else _summary(result))
-
-
-def _settings(config: Path | None, options: dict[str, Any]) -> RunSettings:
-    """Options override the file, and the file overrides the defaults."""
-    values = {} if config is None else json.loads(config.read_text(encoding="utf-8"))
-    given = {name: value for name, value in options.items() if value is not None}
-    if "," in str(given.get("class_order", "")):
-        given["class_order"] = [int(label) for label in given["class_order"].split(",")]
-    return RunSettings.from_json({**values, **given})
+        published, lines = compared(preset, folder)
+        show(json.dumps(result | published) if as_json else _summary(result) + lines)
 
 
 def _metrics(folder: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ntkgen.continual.batches import blended, cut, remaining_batches, training_inputs
 from ntkgen.continual.chance import seed_of

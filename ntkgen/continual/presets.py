@@ -1,0 +1,186 @@
+"""Presets: the settings of published experiments, what their code does in another way, and their numbers.
+
+A preset has the settings of correct behaviour. A quirk is another value of an ordinary setting, which reproduces what
+the published code does; `Preset.values` uses the quirks only if it is asked for them. So a published number can be
+compared with, and every other number is of correct behaviour.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ntkgen.continual import published
+from ntkgen.continual.published import PublishedRun
+from ntkgen.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """A setting that reproduces what published code does.
+
+    Attributes:
+        setting: The setting.
+        value: Its value.
+        source: Where the published code does so.
+    """
+
+    setting: str
+    value: Any
+    source: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings of a published experiment.
+
+    Attributes:
+        name: Its name.
+        source: What it is from.
+        settings: Settings other than the defaults, for every method.
+        by_method: Settings of one method, which override the others.
+        quirks: Settings that reproduce the published code.
+        quirks_by_method: The same for one method.
+        runs: The published numbers.
+        note: What the source does not state, or what cannot be reproduced.
+    """
+
+    name: str
+    source: str
+    settings: Mapping[str, Any]
+    by_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    quirks: tuple[Quirk, ...] = ()
+    quirks_by_method: Mapping[str, tuple[Quirk, ...]] = field(default_factory=dict)
+    runs: tuple[PublishedRun, ...] = ()
+    note: str = ""
+
+    def quirks_of(self, method: str) -> tuple[Quirk, ...]:
+        """List the quirks that concern a method."""
+        return self.quirks + self.quirks_by_method.get(method, ())
+
+    def values(self, given: Mapping[str, Any], *, compatible: bool = False) -> dict[str, Any]:
+        """Combine the preset with given settings, which override it.
+
+        Args:
+            given: The given settings.
+            compatible: Whether to use the quirks.
+        """
+        method = str(given.get("method", self.settings.get("method", "finetune")))
+        quirks = {quirk.setting: quirk.value for quirk in self.quirks_of(method)} if compatible else {}
+        return {**self.settings, **self.by_method.get(method, {}), **quirks, **given}
+
+
+_ETH_CODE = "yufei118liu/ntk_continual, experiment-cifar10-epoch10_replay.ipynb, cell 0"
+_ETH = {
+    "model": "mlp",
+    "width": 1000,
+    "method": "finetune",
+    "optimizer": "adam",
+    "learning_rate": 1e-3,
+    "epochs": 10,
+    "batch_size": 32,
+    "kernels": "1ep",
+    "evaluations": "1ep",
+    "dense": None,
+}
+_ETH_QUIRKS = (
+    Quirk("normalise", "none", f"{_ETH_CODE}: `transform` is defined, and not passed to ClassIncremental"),
+    Quirk("evaluate_on", "validation", f"{_ETH_CODE}: CIFAR10(train=True) alone; `evaluate` gets `val_tasksets`"),
+    Quirk("compatible_split", value=True, source=f"{_ETH_CODE}: split_train_val(val_split=0.1) of continuum"),
+    Quirk("probe_rule", "first", f"{_ETH_CODE}: train_taskset[i] for i in range(10)"),
+    Quirk("probe_parts", "both", f"{_ETH_CODE}: `fixed_train_samples` and `fixed_val_samples`"),
+    Quirk("output", "sum", f"{_ETH_CODE}: `simrnn_ntk` differentiates the sum of all logits"),
+    Quirk("freeze_batch_norm", value=True, source=f"{_ETH_CODE}: model.train() before the first epoch of a task alone"),
+)
+
+_INCREMENTAL = {
+    "dataset": "cifar100",
+    "split": "10/10",
+    "model": "resnet32",
+    "method": "icarl",
+    "optimizer": "sgd",
+    "learning_rate": 2.0,
+    "lr_milestones": (49, 63),
+    "lr_factor": 0.2,
+    "momentum": 0.9,
+    "weight_decay": 1e-5,
+    "reset_optimizer": True,
+    "epochs": 70,
+    "batch_size": 128,
+    "augment": True,
+    "binary_reduction": "mean",
+    "probe_per_class": 1,
+    "kernels": "task",
+    "evaluations": "1ep",
+    "dense": None,
+}
+_NOTEBOOK = "rojinakashefi/LwF-iCaRL-Incremental-Learning, Incremental-learning.ipynb"
+
+_PRESETS = (
+    Preset(
+        "eth-cifar10",
+        "Liu, Liu, Zhang, Chen: course project, ETH Zürich; yufei118liu/ntk_continual",
+        {**_ETH, "dataset": "cifar10", "split": "2/2", "probe_per_class": 5},
+        by_method={"replay-mixed": {"replay": 2000}},
+        quirks=_ETH_QUIRKS,
+        runs=published.ETH_CIFAR10,
+        note="The published runs have no seeds. Replay is replay-mixed, which keeps all earlier samples at hand.",
+    ),
+    Preset(
+        "eth-cifar100",
+        "Liu, Liu, Zhang, Chen: course project, ETH Zürich; yufei118liu/ntk_continual",
+        {**_ETH, "dataset": "cifar100", "split": "10/10", "probe_per_class": 1},
+        by_method={"replay-two-pass": {"replay": 500}},
+        quirks=_ETH_QUIRKS,
+        runs=published.ETH_CIFAR100,
+        note="The published runs have no seeds. Replay is replay-two-pass, which keeps all earlier samples at hand.",
+    ),
+    Preset(
+        "reactivation",
+        "Liu, Chen, Zhang, Liu, Lanzillotta (2025), arXiv:2507.16039",
+        {
+            **_ETH,
+            "dataset": "cifar10",
+            "split": "5/5",
+            "width": 512,
+            "probe_per_class": 10,
+            "kernels": "10it",
+            "regime": "feature",
+        },
+        note="Tasks, widths (64 to 2048) and the distance of kernels, 10 iterations, are those of the paper. Optimizer "
+        "and epochs are those of the course project before it. The paper has curves and no table: the velocity peaks "
+        "and the norm falls at each switch, at every width, also with --regime lazy, and less with --overlap; with "
+        "--frequency-shift there is no peak.",
+    ),
+    Preset(
+        "icarl-cifar100",
+        "Rebuffi, Kolesnikov, Sperl, Lampert (2017), arXiv:1611.07725; srebuffi/iCaRL",
+        {**_INCREMENTAL, "class_order": "icarl", "buffer": 2000, "exemplars": "herding"},
+        runs=published.ICARL_CIFAR100,
+        note="The learning rate of 2 belongs to the mean of the loss over all 100 outputs. The published numbers are "
+        "means over ten random class orders.",
+    ),
+    Preset(
+        "resnet-incremental",
+        "rojinakashefi/LwF-iCaRL-Incremental-Learning",
+        {**_INCREMENTAL, "buffer": 10_000, "exemplars": "random"},
+        by_method={"finetune": {"loss": "binary"}, "lwf": {"distillation": 0.3, "temperature": 1.0}},
+        quirks=(Quirk("drop_last", value=True, source=f"{_NOTEBOOK}: DataLoader(drop_last=True)"),),
+        quirks_by_method={"finetune": (Quirk("momentum", 0.0, f"{_NOTEBOOK}: MOMENTUM is not passed to SGD"),)},
+        runs=published.RESNET_INCREMENTAL,
+        note="Not reproduced: the best epoch was chosen on test samples, features were divided by the norm of their "
+        "whole batch, and exemplars were kept after augmentation.",
+    ),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
+"""All presets by name."""
+
+
+def preset_of(name: str) -> Preset:
+    """Look up a preset.
+
+    Raises:
+        UnknownNameError: If there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UnknownNameError("preset", name, PRESETS)
+    return PRESETS[name]
