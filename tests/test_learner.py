@@ -392,7 +392,7 @@ def test_a_run_is_analysed_from_what_is_stored(finished, capsys):
     assert found["kernels"]["frobenius_norm"] == pytest.approx(norms)
     assert command(["cl-analyze", str(finished)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 4 + len(norms)
-    assert command(["cl-analyze", str(finished.parent)]) == 2
+    assert command(["cl-analyze", str(finished / "models")]) == 2
     assert "There is no run at" in capsys.readouterr().err
 
 

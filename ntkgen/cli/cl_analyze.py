@@ -1,12 +1,18 @@
 """`ntkgen cl-analyze`: metrics of recorded runs, from what is stored."""
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.cli.cl_collection import as_lists, kernel_page, summary, summary_page
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, json_option
+
+if TYPE_CHECKING:
+    import xarray
+
+    from ntkgen.continual.reading import RunCollection, RunReader
 
 # Columns of the printed table of kernels.
 COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance", "centred_alignment")
@@ -29,18 +35,32 @@ COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance"
 def cl_analyze(runs: tuple[str, ...], *, dt: int | None, rank_tolerance: float | None, as_json: bool) -> None:
     """Compute the accuracy and kernel metrics of the runs at RUN...
 
-    Each RUN is the folder of one seed, such as runs/cl/seed0. The command reads what `ntkgen cl-run` has stored. It
-    neither trains nor loads torch.
+    Each RUN is the folder of one seed, such as runs/cl/seed0, or that of several seeds and widths, such as runs/cl. For
+    several seeds, the command prints mean and spread. It reads what `ntkgen cl-run` has stored. It neither trains nor
+    loads torch.
     """
-    for run in runs:
-        result = _analysed(run, dt, rank_tolerance)
-        show(json.dumps(result) if as_json else _page(result))
+    from ntkgen.continual.reading import RunReader, open_run
+
+    opened = [open_run(run) for run in runs]  # wrong input is reported before anything is computed
+    for place, run in zip(runs, opened, strict=True):
+        if isinstance(run, RunReader):
+            result = _analysed(place, run, dt, rank_tolerance)
+            show(json.dumps(result) if as_json else _page(result))
+        else:
+            measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
+            _show_collection(place, run, measured, as_json=as_json)
 
 
-def _analysed(place: str, dt: int | None, rank_tolerance: float | None) -> dict[str, Any]:
-    from ntkgen.continual.reading import open_run
+def _show_collection(place: str, runs: "RunCollection", measured: "xarray.Dataset", *, as_json: bool) -> None:
+    if as_json:
+        each = [{"run": str(run.folder), **run.metrics()} for run in runs.complete.values()]
+        result = {"run": place, **runs.config, "runs": each, "summary": summary(runs), "kernels": as_lists(measured)}
+        show(json.dumps(result))
+    else:
+        show("\n".join([place, *summary_page(runs), *kernel_page(runs, measured, COLUMNS)]))
 
-    run = open_run(place)
+
+def _analysed(place: str, run: "RunReader", dt: int | None, rank_tolerance: float | None) -> dict[str, Any]:
     kernels = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
     measured = {str(name): kernels[name].values.tolist() for name in kernels.data_vars}
     where = {str(name): kernels[name].values.tolist() for name in kernels.coords}

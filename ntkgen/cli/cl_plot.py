@@ -20,17 +20,20 @@ def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_jso
     """Draw the accuracy and the kernels of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0. The pictures show the accuracy, the loss and the kernels
-    over time, the accuracy matrix, and the interference of each pair of tasks.
+    over time, the accuracy matrix, and the interference of each pair of tasks. If RUN is the folder of several seeds
+    and widths, such as runs/cl, the pictures show means over seeds with bands, and all widths in one picture.
     """
     from ntkgen.continual.plots.draw import draw_run
-    from ntkgen.continual.reading import open_run
+    from ntkgen.continual.plots.overlay import draw_collection
+    from ntkgen.continual.reading import RunReader, open_run
     from ntkgen.files.folder import LocalFolder
 
     folder = LocalFolder(Path(out))
     folder.require_writable()
     opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
     for place, run in zip(runs, opened, strict=True):
-        files: list[dict[str, Any]] = write_pictures(folder, _name(place), draw_run(run), formats)
+        pictures = draw_run(run) if isinstance(run, RunReader) else draw_collection(run)
+        files: list[dict[str, Any]] = write_pictures(folder, _name(place), pictures, formats)
         result = {"run": place, "pictures": files}
         show(json.dumps(result) if as_json else "\n".join([place, *(f"  {made['file']}" for made in files)]))
 

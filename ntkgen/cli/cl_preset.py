@@ -89,9 +89,9 @@ def compared(preset: Preset | None, place: "str | Folder") -> tuple[dict[str, An
     if preset is None:
         return {}, ""
     from ntkgen.continual.comparison import compare
-    from ntkgen.continual.reading import open_run
+    from ntkgen.continual.reading import open_seed
 
-    run = open_run(place)
+    run = open_seed(place)
     found = compare(preset, run)
     if found is not None:
         return {"published": found.to_json()}, "".join(f"\n  {line}" for line in found.lines())

@@ -226,9 +226,9 @@ def cl_run(*, seeds: tuple[int, ...], data_dir: Path | None, out: str, device: s
 
 
 def _metrics(folder: Any) -> dict[str, Any]:
-    from ntkgen.continual.reading import open_run
+    from ntkgen.continual.reading import open_seed
 
-    run = open_run(folder)
+    run = open_seed(folder)
     return {"kernels": int(run.kernels.sizes["time"]), **run.metrics()}
 
 

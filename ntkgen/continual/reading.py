@@ -1,27 +1,37 @@
-"""A run as arrays, without torch: `ntkgen.open_run`."""
+"""Recorded runs as arrays, without torch: `ntkgen.open_run`."""
 
+import dataclasses
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import xarray
 
 from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.joining import Key, joined
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 from ntkgen.continual.metrics.worst_case import WorstCase, worst_case
 from ntkgen.continual.record import read_config
-from ntkgen.errors import InputError, StoreError, UnknownNameError
+from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 
 if TYPE_CHECKING:
     import os
 
-    import xarray
 
+# Metrics of the two kinds of scores: over all outputs, and over the outputs of the task.
+SCORES = ("class_incremental", "task_incremental")
+# What is known of each evaluation.
+MOMENT = ("iteration", "trained_task", "epoch")
+# The folder of a run in that of several.
+_MEMBER = re.compile(r"((?:width\d+/)?seed\d+)/config\.json")
 PARTS = ("train", "validation", "all")
 
 
@@ -33,24 +43,28 @@ class RunReader:
     settings: RunSettings
 
     @cached_property
-    def evaluations(self) -> "xarray.Dataset":
-        """Accuracy and loss of every task at every evaluation, with class order, splits and probe."""
-        import xarray
-
-        found: xarray.Dataset = xarray.open_zarr(
-            (self.folder / "run.zarr").zarr_store(read_only=True), consolidated=True
-        )
+    def config(self) -> dict[str, Any]:
+        """Settings, fingerprint of the data, and versions, as stored."""
+        found = read_config(self.folder)
+        assert found is not None
         return found
 
     @cached_property
-    def kernels(self) -> "xarray.Dataset":
-        """Kernels of the probe at every recorded time."""
-        import xarray
+    def evaluations(self) -> xarray.Dataset:
+        """Accuracy and loss of every task at every evaluation, with class order, splits and probe."""
+        found = _arrays(self.folder / "run.zarr")
+        return found.set_coords([name for name in MOMENT if name in found])
 
-        found: xarray.Dataset = xarray.open_zarr(
-            (self.folder / "kernels.zarr").zarr_store(read_only=True), consolidated=True
-        )
-        return found
+    @property
+    def accuracy(self) -> xarray.DataArray:
+        """Accuracy on each task at every evaluation, over all outputs, (evaluation, task)."""
+        return self.evaluations["accuracy"]
+
+    @cached_property
+    def kernels(self) -> xarray.Dataset:
+        """Kernels of the probe at every recorded time."""
+        found = _arrays(self.folder / "kernels.zarr")
+        return found.assign({name: values.chunk({"time": 1}) for name, values in found.data_vars.items()})
 
     @property
     def num_tasks(self) -> int:
@@ -111,7 +125,7 @@ class RunReader:
             ]
         return found
 
-    def kernels_of(self, part: str) -> "xarray.Dataset":
+    def kernels_of(self, part: str) -> xarray.Dataset:
         """Select the kernels of one part of the probe: ``train``, ``validation`` or ``all``.
 
         Raises:
@@ -133,7 +147,7 @@ class RunReader:
 
     def kernel_metrics(
         self, dt: int | None = None, part: str = "train", rank_tolerance: float | None = None
-    ) -> "xarray.Dataset":
+    ) -> xarray.Dataset:
         """Measure every recorded kernel of one part; see `ntkgen.continual.metrics.series.kernel_metrics`.
 
         If the probe has validation samples, ``held_out_accuracy`` is the accuracy on them of kernel regression on the
@@ -152,17 +166,191 @@ class RunReader:
         return np.asarray(data.probe_is_validation.values, np.bool_)
 
 
-def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader:
-    """Open the folder of one seed of a run.
+@dataclass(frozen=True, eq=False)
+class RunCollection:
+    """Recorded runs that differ in nothing but their seeds and widths.
+
+    All data sets have the dimension ``seed`` and, if the runs have more than one width, the dimension ``width``. Runs
+    that are not finished have NaN where they have recorded nothing yet.
+    """
+
+    folder: Folder
+    runs: Mapping[Key, RunReader]
+
+    @property
+    def widths(self) -> list[int | None]:
+        """The widths of the networks, in ascending order. None is the default width of the network."""
+        return sorted({width for width, _ in self.runs}, key=lambda width: width or 0)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in ascending order."""
+        return sorted({seed for _, seed in self.runs})
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the first run. The others have the same, except for seed and width."""
+        return next(iter(self.runs.values())).settings
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The common settings, and the lists of seeds and widths."""
+        shared = {name: value for name, value in self.settings.to_json().items() if name not in {"seed", "width"}}
+        return {"settings": shared, "seeds": self.seeds, "widths": self.widths}
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks of the streams."""
+        return next(iter(self.runs.values())).num_tasks
+
+    @cached_property
+    def complete(self) -> dict[Key, RunReader]:
+        """The runs with the largest number of finished tasks. Their metrics can be compared.
+
+        Raises:
+            StoreError: If no run has a finished task.
+        """
+        finished = {key: run.num_finished for key, run in self.runs.items()}
+        most = max(finished.values())
+        if not most:
+            raise StoreError(
+                f"The runs at {self.folder} have no finished task: expected at least one, found none. Are they still "
+                "at work? Wait, or run the same `ntkgen cl-run` again."
+            )
+        return {key: run for key, run in self.runs.items() if finished[key] == most}
+
+    @cached_property
+    def evaluations(self) -> xarray.Dataset:
+        """Accuracy and loss of every task at every evaluation, and the class orders."""
+        found = {}
+        for key, run in self.runs.items():
+            data = run.evaluations
+            found[key] = data[[name for name in data.data_vars if "evaluation" in data[name].dims] + ["class_order"]]
+        return joined(found, "evaluation", "trained_task")
+
+    @property
+    def accuracy(self) -> xarray.DataArray:
+        """Accuracy on each task at every evaluation, over all outputs, ([width,] seed, evaluation, task)."""
+        return self.evaluations["accuracy"]
+
+    @cached_property
+    def kernels(self) -> xarray.Dataset:
+        """Kernels of the probe at every recorded time, ([width,] seed, time, row, col). Each seed has another probe."""
+        return joined({key: run.kernels for key, run in self.runs.items()}, "time", "task")
+
+    def kernel_metrics(
+        self, dt: int | None = None, part: str = "train", rank_tolerance: float | None = None
+    ) -> xarray.Dataset:
+        """Measure every recorded kernel, as `RunReader.kernel_metrics` does."""
+        found: dict[Key, xarray.Dataset] = {}
+        for key, run in self.runs.items():
+            found[key] = run.kernel_metrics(dt, part, rank_tolerance)
+            dt = int(found[key].attrs["dt"])  # the same for all
+        return joined(found, "time", "trained_task")
+
+    def metrics(self) -> xarray.Dataset:
+        """Compute all metrics of the accuracy matrix, with the dimensions ``scores``, [``width``,] ``seed``.
+
+        ``scores`` is ``class_incremental`` or ``task_incremental``. Runs with fewer finished tasks than others have
+        NaN; see `complete`.
+
+        Raises:
+            StoreError: If no run has a finished task.
+        """
+        found = {key: _as_dataset(run.metrics()) for key, run in self.complete.items()}
+        reindexed = joined(found).reindex(seed=self.seeds)
+        return reindexed.reindex(width=self.widths) if len(self.widths) > 1 and "width" in reindexed.dims else reindexed
+
+
+def _arrays(folder: Folder) -> xarray.Dataset:
+    """Open a group. Arrays are read when they are used, without dask, which is slow for many small arrays."""
+    found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
+    return found
+
+
+def _as_dataset(metrics: Mapping[str, Any]) -> xarray.Dataset:
+    parts = []
+    for kind in SCORES:
+        found = metrics[kind]
+        numbers = {name: value for name, value in found.items() if value is None or isinstance(value, int | float)}
+        data: dict[str, Any] = {name: float("nan") if value is None else value for name, value in numbers.items()}
+        data["accuracy_matrix"] = ("after_task", "task"), found["accuracy_matrix"]
+        parts.append(xarray.Dataset(data))
+    return xarray.concat(parts, xarray.DataArray(list(SCORES), dims="scores", name="scores"), data_vars="all")
+
+
+def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader | RunCollection:
+    """Open the folder of one seed of a run, or the folder of several seeds and widths.
 
     Raises:
+        FingerprintError: If the runs in the folder differ in more than their seeds and widths.
         StoreError: If there is no run.
     """
     folder = folder_of(place)
-    config = read_config(folder)
-    if config is None:
+    return _opened(folder) or open_collection(folder)
+
+
+def open_seed(place: "str | os.PathLike[str] | Folder") -> RunReader:
+    """Open the folder of one seed of a run.
+
+    Raises:
+        StoreError: If there is no run, or it is the folder of several.
+    """
+    folder = folder_of(place)
+    run = _opened(folder)
+    if run is None:
         raise StoreError(
             f"There is no run at {folder}: expected a folder with config.json, as RUN/seed0, found none. Is it the "
             "folder of several seeds? Name one of them."
         )
-    return RunReader(folder, RunSettings.from_json(config["settings"]))
+    return run
+
+
+def open_collection(place: "str | os.PathLike[str] | Folder") -> RunCollection:
+    """Open the runs of several seeds and widths. The folder of one seed is a collection of one run.
+
+    Raises:
+        FingerprintError: If the runs differ in more than their seeds and widths.
+        StoreError: If there is no run.
+    """
+    folder = folder_of(place)
+    alone = _opened(folder)
+    names = [found[1] for key in folder.sizes() if (found := _MEMBER.fullmatch(key))]
+    readers = [alone] if alone else [run for name in names if (run := _opened(folder / name))]
+    if not readers:
+        raise StoreError(
+            f"There is no run at {folder}: expected a folder with config.json, or a folder of seeds as `ntkgen cl-run` "
+            "makes it, found neither. Is it another path? Check it."
+        )
+    readers.sort(key=lambda run: (run.settings.width or 0, run.settings.seed))
+    runs: dict[Key, RunReader] = {}
+    for run in readers:
+        _require_comparable(readers[0], run)
+        key = run.settings.width, run.settings.seed
+        if key in runs:
+            raise FingerprintError(
+                f"Two runs at {folder} have the same width and seed: expected one, found {runs[key].folder} and "
+                f"{run.folder}. Was the command repeated with more widths? Move one of the two to another folder."
+            )
+        runs[key] = run
+    return RunCollection(folder, runs)
+
+
+def _opened(folder: Folder) -> RunReader | None:
+    config = read_config(folder)
+    return None if config is None else RunReader(folder, RunSettings.from_json(config["settings"]))
+
+
+def _require_comparable(first: RunReader, other: RunReader) -> None:
+    one, two = first.settings, other.settings
+    differing = one.differences(dataclasses.replace(two, seed=one.seed, width=one.width))
+    if (one.width is None) != (two.width is None):
+        differing.append(f"width {one.width}, now {two.width}")
+    if first.config["facts"].get("data") != other.config["facts"].get("data"):
+        differing.append("other data")
+    if differing:
+        raise FingerprintError(
+            f"The runs {first.folder} and {other.folder} cannot be read together: expected that they differ only in "
+            f"seed and width, found other settings ({'; '.join(differing[:3])}). Were two commands given the same "
+            "`out`? Name the folder of one run."
+        )

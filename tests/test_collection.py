@@ -1,0 +1,197 @@
+"""Runs of several seeds and widths: read together, summarised, drawn, and trained side by side."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from ntkgen.cli import run as command
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.joining import joined
+from ntkgen.continual.learner import learn
+from ntkgen.continual.metrics.spread import Spread
+from ntkgen.continual.plan import Plan, load_data
+from ntkgen.continual.plots.overlay import draw_collection
+from ntkgen.continual.reading import RunCollection, RunReader, open_run
+from ntkgen.errors import FingerprintError, StoreError
+from ntkgen.files.folder import LocalFolder
+
+SETTINGS = RunSettings(
+    split="5/5", width=8, epochs=1, batch_size=200, learning_rate=0.01, probe_per_class=1, kernels="2it", dense=None,
+    evaluations="2it",
+)  # fmt: skip
+RUNS = [(8, 0), (8, 1), (16, 0)]  # width and seed
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two seeds of one width, and one of another."""
+    place, data = tmp_path_factory.mktemp("runs") / "cl", load_data(SETTINGS)
+    for width, seed in RUNS:
+        settings = dataclasses.replace(SETTINGS, width=width, seed=seed)
+        folder = LocalFolder(place / f"width{width}/seed{seed}", fsync=False)
+        learn(Plan.of(settings, data), folder, torch.device("cpu"))
+    return place
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of them that may be changed."""
+    shutil.copytree(trained, tmp_path / "cl")
+    return tmp_path / "cl"
+
+
+# reading --------------------------------------------------------------------------------------------------------------
+
+
+def test_several_runs_are_one_data_set(trained):
+    runs = open_run(trained)
+    assert isinstance(runs, RunCollection)
+    assert (runs.widths, runs.seeds, runs.num_tasks) == ([8, 16], [0, 1], 2)
+    assert runs.accuracy.dims == ("width", "seed", "evaluation", "task")
+    assert runs.kernels.kernel.dims == ("width", "seed", "time", "row", "col")
+    measured = runs.kernel_metrics()
+    assert measured.velocity.dims == ("width", "seed", "start")
+    assert runs.metrics().accuracy_matrix.dims == ("width", "seed", "scores", "after_task", "task")
+    for (width, seed), run in runs.runs.items():
+        here = {"width": width, "seed": seed}
+        assert np.array_equal(runs.accuracy.sel(here), run.accuracy)
+        assert np.array_equal(runs.kernels.kernel.sel(here), run.kernels.kernel)
+        assert np.array_equal(measured.distance.sel(here), run.kernel_metrics().distance)
+        found = runs.metrics().sel(here | {"scores": "task_incremental"})
+        assert float(found.forgetting) == run.metrics()["task_incremental"]["forgetting"]
+        assert np.array_equal(runs.evaluations.iteration, run.evaluations.iteration)
+        assert np.array_equal(runs.kernels.row_sample_id.sel(here), run.kernels.row_sample_id)
+    assert runs.config["settings"]["epochs"] == 1
+    assert "seed" not in runs.config["settings"]
+    assert np.isnan(runs.accuracy.sel(width=16, seed=1)).all()  # there is no such run
+
+
+def test_one_width_is_no_dimension(trained):
+    runs = open_run(trained / "width8")
+    assert runs.accuracy.dims == ("seed", "evaluation", "task")
+    assert runs.metrics().average_accuracy.dims == ("seed", "scores")
+    assert isinstance(open_run(trained / "width8/seed1"), RunReader)
+
+
+def test_a_run_that_is_not_finished_has_gaps(copied):
+    stopped = LocalFolder(copied / "width8/seed1")
+    stopped.remove("models/task1.pt")
+    runs = open_run(copied)
+    assert list(runs.complete) == [(8, 0), (16, 0)]
+    found = runs.metrics().average_accuracy
+    assert found.sizes == {"width": 2, "seed": 2, "scores": 2}
+    assert np.isnan(found.sel(seed=1)).all()
+    stopped.remove("models/task0.pt")
+    with pytest.raises(StoreError, match="no finished task"):
+        open_run(copied / "width8/seed1").matrix()
+
+
+def test_times_of_runs_are_joined():
+    import xarray
+
+    def run(iterations, tasks):
+        values = ("time", np.array(iterations, float))
+        where = {"iteration": ("time", iterations), "trained_task": ("time", tasks)}
+        return xarray.Dataset({"value": values}, where)
+
+    shorter = joined({(None, 0): run([0, 2, 4], [0, 0, 1]), (None, 3): run([0, 2], [0, 0])}, "time", "trained_task")
+    assert shorter.iteration.values.tolist() == [0, 2, 4]
+    assert shorter.value.values[1].tolist()[:2] == [0, 2]
+    assert np.isnan(shorter.value.values[1, 2])
+    later = joined({(None, 0): run([0, 2, 4], [0, 0, 1]), (None, 1): run([0, 3, 6], [0, 0, 1])}, "time", "trained_task")
+    assert later.iteration.values.tolist() == [[0, 2, 4], [0, 3, 6]]
+    assert later.trained_task.values.tolist() == [0, 0, 1]
+    other = joined({(None, 0): run([0, 2, 4], [0, 0, 1]), (None, 1): run([0, 2, 6], [0, 1, 1])}, "time", "trained_task")
+    assert other.value.sel(seed=1).values.tolist()[:2] == [0, 2]
+    assert other.sizes["time"] == 4
+
+
+def test_runs_of_other_settings_are_not_read_together(copied):
+    file = copied / "width8/seed1/config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "settings": {**config["settings"], "epochs": 2}}))
+    with pytest.raises(FingerprintError, match="epochs 1, now 2"):
+        open_run(copied)
+    file.write_text(json.dumps({**config, "facts": {"data": "another"}}))
+    with pytest.raises(FingerprintError, match="other data"):
+        open_run(copied)
+    file.write_text(json.dumps({**config, "settings": {**config["settings"], "seed": 0}}))
+    with pytest.raises(FingerprintError, match="same width and seed"):
+        open_run(copied)
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capsys):
+    with pytest.raises(StoreError, match="There is no run at"):
+        open_run(tmp_path)
+    assert command(["cl-analyze", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# mean and spread ------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_spread_by_hand():
+    found = Spread.of([1.0, 2.0, 6.0, np.nan])
+    assert (found.mean, found.n) == (3.0, 3)
+    assert found.deviation == pytest.approx(7**0.5)  # √((4 + 1 + 9) / 2)
+    # Student's t for 2 degrees of freedom and 97.5 %, from tables: 4.302653.
+    assert found.interval == pytest.approx((3 - 4.302653 * (7 / 3) ** 0.5, 3 + 4.302653 * (7 / 3) ** 0.5))
+    assert Spread.of([2.0]) == Spread(2.0, None, None, 1)
+    assert Spread.of([np.nan]) is None
+
+
+def test_several_runs_are_analysed_together(trained, capsys):
+    assert command(["cl-analyze", str(trained), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    runs = open_run(trained)
+    assert [each["width"] for each in result["summary"]] == [8, 16]
+    values = [runs.runs[8, seed].matrix().average_accuracy for seed in SEEDS]
+    found = result["summary"][0]["class_incremental"]["average_accuracy"]
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert found["standard_deviation"] == pytest.approx(np.std(values, ddof=1))
+    norms = result["kernels"]["frobenius_norm"]
+    assert norms["dims"] == ["width", "seed", "time"]
+    assert np.array_equal(norms["values"], runs.kernel_metrics().frobenius_norm, equal_nan=True)
+    assert len(result["runs"]) == 3
+    assert command(["cl-analyze", str(trained)]) == 0
+    page = capsys.readouterr().out
+    assert "width 8, 2 seeds" in page
+    assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} [" in page
+    last = [float(norms["values"][0][seed][-1]) for seed in SEEDS]
+    (line,) = (line for line in page.splitlines() if line.split()[:2] == ["8", "1"])
+    assert line.split()[2] == f"{np.mean(last):.4g}"
+
+
+# pictures -------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_means_with_bands(trained):
+    runs = open_run(trained)
+    pictures = {picture.kind: picture.figure for picture in draw_collection(runs)}
+    assert list(pictures) == ["accuracy-width8", "accuracy-width16", "average-accuracy", "norm", "distance", "velocity"]
+    accuracy = 100 * runs.accuracy.sel(width=8).values
+    (line,) = (line for line in pictures["accuracy-width8"].axes[0].lines if line.get_label() == "task 0")
+    assert line.get_ydata() == pytest.approx(accuracy[:, :, 0].mean(0))
+    norms = runs.kernel_metrics().frobenius_norm.values
+    lines = {line.get_label(): line for line in pictures["norm"].axes[0].lines}
+    assert lines["width 8"].get_ydata() == pytest.approx(norms[0].mean(0))
+    assert lines["width 8"].get_xdata().tolist() == runs.kernels.iteration.values.tolist()
+    assert lines["width 16"].get_ydata() == pytest.approx(norms[1, 0])
+    (band,) = (each.get_paths()[0].vertices for each in pictures["norm"].axes[0].collections)  # one seed has none
+    assert band[:, 1].max() == pytest.approx((norms[0].mean(0) + norms[0].std(0, ddof=1)).max())
+    average = {line.get_label(): line for line in pictures["average-accuracy"].axes[0].lines}["width 8"].get_ydata()
+    assert average[-1] == pytest.approx(100 * np.mean([runs.runs[8, s].matrix().average_accuracy for s in SEEDS]))
+    assert average[1] == pytest.approx(accuracy[:, 1, 0].mean())  # only the first task is seen
+
+
+def test_pictures_of_several_runs_are_written(trained, tmp_path, capsys):
+    place = str(trained / "width8")
+    assert command(["cl-plot", place, "-o", str(tmp_path), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)["pictures"]
+    assert [each["kind"] for each in made] == ["accuracy", "average-accuracy", "norm", "distance", "velocity"]
+    assert "2 seeds" in made[0]["caption"]
