@@ -123,6 +123,7 @@ def data_of(kernels, num_outputs=1):
             "kernel": (("time", "row", "col"), kernels),
             "iteration": ("time", 10 * np.arange(times)),
             "task": ("time", np.zeros(times, int)),
+            "epoch": ("time", np.arange(times) / 2),
             "row_task": ("row", np.repeat(np.arange(n) // (n // 2), num_outputs)),
             "row_label": ("row", np.repeat(labels, num_outputs)),
             "row_output": ("row", np.tile(np.arange(num_outputs), n)),

@@ -418,18 +418,30 @@ def test_pictures_show_what_is_stored(finished, tmp_path, capsys):
     from ntkgen.continual.plots.draw import KINDS, draw_run
 
     run = open_run(finished)
-    pictures = {picture.kind: picture.figure for picture in draw_run(run)}
-    assert tuple(pictures) == KINDS
+    drawn, left_out = draw_run(run)
+    assert [picture.kind for picture in drawn] == [kind for kind in KINDS if kind not in left_out]
+    assert list(left_out) == ["validation-eigenvalues"]
+    pictures = {picture.kind: picture.figure for picture in drawn}
     accuracy = [line for line in pictures["accuracy"].axes[0].lines if line.get_label().startswith("task")]
     assert [line.get_label() for line in accuracy] == ["task 0", "task 1", "task 2"]
-    drawn = accuracy[1].get_ydata()
-    since = run.evaluations.iteration.values >= 8
-    assert drawn.tolist() == (100 * run.evaluations.accuracy.values[since, 1]).tolist()
-    switches = [line.get_xdata()[0] for line in pictures["norm"].axes[0].lines if line.get_linestyle() == ":"]
-    assert switches == [8, 16]
+    since = run.evaluations.iteration.values > 8
+    assert accuracy[1].get_ydata().tolist() == (100 * run.evaluations.accuracy.values[since, 1]).tolist()
+    norm = pictures["norm"].axes[0]
+    assert [line.get_xdata()[0] for line in norm.lines if line.get_linestyle() == ":"] == [2, 4]
+    assert [tick.get_text() for tick in norm.get_xticklabels()] == ["Task 0", "Task 1", "Task 2"]
+    at_epochs = [[epoch for epoch in line.get_xdata() if epoch % 1 == 0] for line in norm.lines[:3]]
+    assert [len(epochs) for epochs in at_epochs] == [2 * (3 - task) for task in range(3)]
+    assert [epochs[0] for epochs in at_epochs] == [1, 3, 5]
     cells = [text.get_text() for text in pictures["matrix"].axes[0].texts]
     assert cells == [f"{100 * value:.0f}" for value in run.matrix().values.ravel()]
+    cells = [text.get_text() for text in pictures["confusion"].axes[0].texts]
+    assert cells == [f"{100 * value / 3:.0f}" for value in run.confusion[-1].ravel()]
+    seen = pictures["progress"].axes[0].lines[0]
+    assert seen.get_xdata().tolist() == [2, 4, 6]
+    assert seen.get_ydata().tolist() == (100 * run.matrix().seen_accuracy).tolist()
     assert command(["cl-plot", str(finished), "-o", str(tmp_path / "plots"), "--json"]) == 0
-    files = [made["file"] for made in json.loads(capsys.readouterr().out)["pictures"]]
-    assert len({(tmp_path / "plots" / file).name for file in files}) == len(KINDS)
+    result = json.loads(capsys.readouterr().out)
+    files = [made["file"] for made in result["pictures"]]
+    assert len({(tmp_path / "plots" / file).name for file in files}) == len(drawn)
     assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)
+    assert result["left_out"] == left_out

@@ -23,7 +23,7 @@ COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance"
 @click.option(
     "--dt",
     type=click.IntRange(min=1),
-    help="Iterations between the two kernels of a velocity [the most frequent number between recorded kernels].",
+    help="Iterations between the two kernels of a velocity [the number that the most pairs of kernels are apart].",
 )
 @click.option(
     "--rank-tolerance",

@@ -32,10 +32,11 @@ def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_jso
     folder.require_writable()
     opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
     for place, run in zip(runs, opened, strict=True):
-        pictures = draw_run(run) if isinstance(run, RunReader) else draw_collection(run)
+        pictures, left_out = draw_run(run) if isinstance(run, RunReader) else (draw_collection(run), {})
         files: list[dict[str, Any]] = write_pictures(folder, _name(place), pictures, formats)
-        result = {"run": place, "pictures": files}
-        show(json.dumps(result) if as_json else "\n".join([place, *(f"  {made['file']}" for made in files)]))
+        result = {"run": place, "pictures": files, "left_out": left_out}
+        page = [f"  {made['file']}" for made in files] + [f"  no {kind}: {why}" for kind, why in left_out.items()]
+        show(json.dumps(result) if as_json else "\n".join([place, *page]))
 
 
 def _name(place: str) -> str:

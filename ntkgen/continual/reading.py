@@ -154,9 +154,22 @@ class RunReader:
         training samples of the tasks so far.
         """
         found = kernel_metrics(self.kernels_of(part), dt, rank_tolerance)
-        if self._is_validation.any():
+        if self.has_validation_probe:
             found["held_out_accuracy"] = ("time", held_out_accuracy(self.kernels, self._is_validation))
         return found
+
+    @property
+    def has_validation_probe(self) -> bool:
+        """Whether the probe has validation samples."""
+        return bool(self._is_validation.any())
+
+    @property
+    def num_seen_classes(self) -> npt.NDArray[np.int64]:
+        """Number of classes of each task and all tasks before it, (tasks,)."""
+        data = self.evaluations
+        if "num_seen" in data:
+            return np.asarray(data.num_seen.values, np.int64)
+        return np.cumsum(self.settings.stream.split.sizes(data.sizes["target"]))[: self.num_tasks]
 
     @property
     def _is_validation(self) -> npt.NDArray[np.bool_]:  # (probe samples,)

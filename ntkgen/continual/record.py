@@ -173,8 +173,10 @@ def _confusions(num_targets: int) -> list[GrowingArray]:
 
 def _fixed(stream: Stream, probe: Probe) -> list[FixedArray]:
     """List what does not change during a run: class order, splits and probe."""
+    num_seen = np.array([stream.num_seen(task) for task in range(len(stream))])
     arrays = [
         FixedArray("class_order", np.array(stream.order), ("target",), {"long_name": "label of each target"}),
+        FixedArray("num_seen", num_seen, ("task",), {"long_name": "classes of the task and all tasks before it"}),
         FixedArray("probe_id", probe.ids, ("probe",), {"long_name": "position of the probe sample in its data set"}),
         FixedArray("probe_task", probe.tasks, ("probe",), {"long_name": "task of the probe sample"}),
         FixedArray(

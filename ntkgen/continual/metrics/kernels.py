@@ -116,12 +116,13 @@ def velocity(kernels: Sequence[FloatArray], iterations: IntArray, dt: int) -> tu
 
 
 def usual_step(iterations: IntArray) -> int:
-    """The most frequent difference of consecutive iterations; of equally frequent ones the largest.
+    """The step between consecutive iterations that the most pairs are apart; of equally frequent ones the largest.
 
     >>> usual_step(np.array([0, 1, 2, 4, 10, 20, 30]))
     10
     """
-    steps, counts = np.unique(np.diff(iterations), return_counts=True)
+    steps = np.unique(np.diff(iterations))
+    counts = np.array([np.isin(iterations + step, iterations).sum() for step in steps])
     return int(steps[np.flatnonzero(counts == counts.max())[-1]]) if len(steps) else 1
 
 

@@ -100,7 +100,7 @@ def kernel_metrics(
 
     Args:
         kernels: The recorded kernels, as `RunReader.kernels_of` gives them.
-        dt: Iterations between the two kernels of a velocity; None for the most frequent number.
+        dt: Iterations between the two kernels of a velocity; None for the number that the most pairs are apart.
         rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
 
     Returns:
@@ -131,9 +131,11 @@ def kernel_metrics(
     data |= {"velocity": (("start",), speed), "angular_velocity": (("start",), angular)}
     coordinates = {
         "iteration": ("time", iterations),
+        "epoch": ("time", kernels.epoch.values),
         "trained_task": ("time", kernels.task.values),
         "task": numbers,
         "start": starts,
+        "start_epoch": ("start", kernels.epoch.values[np.isin(iterations, starts)]),
     }
     return xarray.Dataset(data, coordinates, {"dt": step, "rank_tolerance": rank_tolerance, "rounding": probe.rounding})
 
