@@ -149,11 +149,18 @@ def test_a_head_that_grows_beyond_the_array_is_refused(tmp_path):
     assert len(snapshots) == 0
 
 
-def test_contrasts_of_a_growing_head_are_refused(tmp_path):
-    with pytest.raises(ShapeError, match="fixed head only"):
-        ntkgen.Snapshots(tmp_path / "run.zarr", network(2), X[:4], output="centered", num_outputs=3)(
-            network(2), iteration=0
-        )
+def test_contrasts_of_a_growing_head_are_the_first_of_those_in_the_end(tmp_path):
+    small = network(2)
+    large = grown(small, 3)
+    with ntkgen.Snapshots(
+        tmp_path / "run.zarr", small, X[:4], output="centered", precision="float64", num_outputs=3
+    ) as snapshots:
+        first, second = (snapshots(net, iteration=step) for step, net in enumerate((small, large)))
+    old = torch.tensor([True, False]).repeat(4)
+    expected = ntkgen.ntk(small, X[:4], output="centered", precision="float64")
+    assert first[~old].isnan().all()
+    assert relative_error(first[old][:, old], expected) <= TOLERANCES["float64"]
+    assert relative_error(second[old][:, old], expected) <= TOLERANCES["float64"]  # the old rows of the head are kept
 
 
 def test_outputs_of_classes_that_were_not_seen_are_nan(tmp_path):

@@ -79,6 +79,12 @@ _SETTINGS = [
     _setting(
         "--parametrization", "parametrization", "Parametrization of the weights", type=click.Choice(["standard", "ntk"])
     ),
+    _setting(
+        "--head",
+        "head",
+        "Outputs of the network: of all classes (fixed), or of the classes seen so far (growing)",
+        type=click.Choice(CHOICES["head"]),
+    ),
     _setting("--method", "method", "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc"),
     _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=int),
     _setting(

@@ -19,6 +19,7 @@ CHOICES = {
     "loss": ("cross-entropy", "binary"),
     "binary_reduction": ("sum", "mean"),
     "regime": ("feature", "lazy"),
+    "head": ("fixed", "growing"),
     "probe_rule": ("balanced", "first"),
     "probe_parts": ("train", "both"),
 }
@@ -74,6 +75,8 @@ class RunSettings:
         model: Name of a network, or ``package.module:factory``.
         width: Width of the network; None for its default.
         parametrization: ``standard`` or ``ntk``, for networks that have both.
+        head: ``fixed``, with the outputs of all classes from the beginning, or ``growing``, with those of the classes
+            seen so far.
         method: Name of a method.
         buffer: Maximum number of samples of earlier tasks that the method keeps.
         memory: How replay selects these samples: ``reservoir`` or ``balanced``.
@@ -127,6 +130,7 @@ class RunSettings:
     model: str = "mlp"
     width: int | None = None
     parametrization: str = "standard"
+    head: str = "fixed"
     method: str = "finetune"
     buffer: int = MethodOptions.buffer
     memory: str = MethodOptions.memory

@@ -1,5 +1,6 @@
 """Accuracy and loss of a network on every task of a stream."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,9 @@ FloatArray = npt.NDArray[np.float64]
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """What a network achieves on the held-out samples of each task, (tasks,) each.
+
+    A class that has no output yet, because the head grows, is never predicted: its samples count as errors. The
+    task-incremental accuracy and the loss of its task are not defined, and are NaN.
 
     Attributes:
         accuracy: Fraction of samples whose class has the largest score of all outputs (class-incremental).
@@ -67,11 +71,12 @@ def _evaluate_task(
         outputs, scores = on_device.cpu(), method.predict(model, x, on_device).cpu()
         predictions = scores.argmax(1)
         confusion += count_confusions(targets.numpy(), predictions.numpy(), stream.num_targets)
+        has_outputs = int(own.max()) < outputs.shape[1]
         totals += [
             float((predictions == targets).sum()),
-            float((own[scores[:, own].argmax(1)] == targets).sum()),
+            float((own[scores[:, own].argmax(1)] == targets).sum()) if has_outputs else math.nan,
             float((outputs.argmax(1) == targets).sum()),
-            float(F.cross_entropy(outputs, targets, reduction="sum")),
+            float(F.cross_entropy(outputs, targets, reduction="sum")) if has_outputs else math.nan,
         ]
     accuracy, task_accuracy, head_accuracy, loss = (totals / len(ids)).tolist()
     return accuracy, task_accuracy, head_accuracy, loss, confusion

@@ -13,6 +13,7 @@ from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.evaluation import evaluate
+from ntkgen.continual.heads import grow_head, growing_head
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.record import CHECKPOINT, MEASURES, Record
 from ntkgen.continual.schedule import Moment
@@ -29,7 +30,7 @@ from ntkgen.training.loop import Stepper, training_mode
 # Seconds after which a checkpoint is written within an epoch. One is also written at the end of each epoch.
 COMMIT_SECONDS = 30.0
 # What a checkpoint says of where the run is.
-POSITION = ("task", "step", "iteration", "epochs_done", "has_begun")
+POSITION = ("task", "step", "iteration", "epochs_done", "has_begun", "num_outputs")
 
 
 class Run:
@@ -39,7 +40,11 @@ class Run:
         settings = plan.settings
         self.plan = plan
         self.data = plan.data.to(device)
-        self.model = build_network(settings, plan.stream.num_targets).to(device)
+        self.num_outputs = plan.num_outputs(0)
+        self.model = build_network(settings, self.num_outputs)
+        if self.num_outputs < plan.stream.num_targets:  # refuses a head that cannot grow, before anything is written
+            growing_head(self.model, self.num_outputs, build_network(settings, plan.stream.num_targets))
+        self.model.to(device)
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
@@ -64,6 +69,7 @@ class Run:
             output=settings.output,
             precision=settings.precision,
             per_layer=settings.per_layer,
+            num_outputs=plan.stream.num_targets,
         )
 
     # where it is -----------------------------------------------------------------------------------------------------
@@ -101,6 +107,7 @@ class Run:
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
+        self.grow(state["position"].get("num_outputs", self.num_outputs))
         for name, value in state["position"].items():
             setattr(self, name, value)
         self.model.load_state_dict(state["model"])
@@ -112,6 +119,26 @@ class Run:
             torch.cuda.set_rng_state(state["random"]["cuda"], self.stepper.device)
 
     # what it does ----------------------------------------------------------------------------------------------------
+
+    def begin(self, task: Task) -> None:
+        """Begin a task: the head grows, the method prepares, and the optimizer may begin anew."""
+        before = self.num_outputs
+        self.grow(self.plan.num_outputs(task.number), task.number)
+        if self.num_outputs > before:
+            found = {"iteration": self.iteration, "step": 0, "task": task.number, "num_outputs": self.num_outputs}
+            self.record.log("head grown", found)
+        self.method.begin(task, self.model)
+        if self.plan.settings.reset_optimizer:
+            self.optimizer.state.clear()  # what a new optimizer has
+        self.has_begun = True
+
+    def grow(self, num_outputs: int, task: int = 0) -> None:
+        """Give the head more outputs, with rows that are drawn for a task."""
+        if num_outputs == self.num_outputs:
+            return
+        heads = growing_head(self.model, self.num_outputs, build_network(self.plan.settings, num_outputs, task))
+        grow_head(*heads, self.optimizer)
+        self.num_outputs = num_outputs
 
     def look(self, moment: Moment) -> None:
         """Evaluate and compute the kernel, as the schedules say.
@@ -204,10 +231,7 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
     steps_per_epoch = len(cut(first, settings))
     num_steps = steps_per_epoch * settings.epochs
     if not run.has_begun:
-        run.method.begin(task, run.model)
-        if settings.reset_optimizer:
-            run.optimizer.state.clear()  # what a new optimizer has
-        run.has_begun = True
+        run.begin(task)
         if task.number == 0:  # the end of each task is the beginning of the next
             run.look(Moment(0, 0, steps_per_epoch, num_steps))
     for ids in remaining_batches(run.method, task, settings, run.step):
@@ -229,10 +253,10 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
         report(f"task {task.number}", moment.step, num_steps)
 
 
-def build_network(settings: RunSettings, num_outputs: int) -> nn.Module:
-    """Build the network of a run, with parameters from the run's seed."""
+def build_network(settings: RunSettings, num_outputs: int, task: int = 0) -> nn.Module:
+    """Build the network of a run, with parameters from the run's seed, or those whose last rows a later task adds."""
     options = {} if settings.parametrization == "standard" else {"parametrization": settings.parametrization}
-    seed = seed_of(settings.seed, "init")
+    seed = seed_of(settings.seed, "init", *[task] * (task > 0))
     return zoo.build(settings.model, num_outputs, seed=seed, width=settings.width, **options)
 
 

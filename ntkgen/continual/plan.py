@@ -94,8 +94,12 @@ class Plan:
         settings = self.settings
         situation = Situation(self.stream, self.data.labels, settings.seed, settings.method_options)
         if model is not None:
-            situation = dataclasses.replace(situation, model=model, inputs=inputs)
+            situation = dataclasses.replace(situation, model=model, inputs=inputs, num_outputs=self.num_outputs(0))
         return make_method(settings.method, situation)
+
+    def num_outputs(self, task: int) -> int:
+        """Count the outputs of the network during a task."""
+        return self.stream.num_seen(task) if self.settings.head == "growing" else self.stream.num_targets
 
     @property
     def held_out(self) -> list[IntArray]:

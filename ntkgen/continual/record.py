@@ -33,9 +33,9 @@ CONFUSION = "confusion"
 # What is measured at each evaluation, for every task.
 MEASURES = {
     "accuracy": "accuracy on the held-out samples, over all outputs",
-    "task_accuracy": "accuracy on the held-out samples, over the outputs of the task",
+    "task_accuracy": "accuracy on the held-out samples, over the outputs of the task; NaN while it has none",
     "head_accuracy": "accuracy on the held-out samples by the outputs of the network",
-    "loss": "mean cross-entropy on the held-out samples, over all outputs, in nats",
+    "loss": "mean cross-entropy on the held-out samples, over all outputs, in nats; NaN as above",
 }
 
 
@@ -97,7 +97,7 @@ class Record:
     def evaluated(self, values: Mapping[str, Any]) -> None:
         """Append one evaluation to the arrays and to the log."""
         self.series.append(EVALUATION, values)
-        self.log("evaluation", {name: np.asarray(value).tolist() for name, value in values.items()})
+        self.log("evaluation", {name: plain_values(value) for name, value in values.items()})
 
     def ended_task(self, iteration: int, confusion: npt.NDArray[np.int64]) -> None:
         """Append the confusion matrix at the end of a task. A run that was begun without these arrays has none."""
@@ -114,18 +114,28 @@ class Record:
         self.folder.write(CHECKPOINT, checkpoint)
 
     def rewind(self, iteration: int) -> None:
-        """Drop evaluations and lines of the log that are later than an iteration."""
+        """Drop evaluations and lines of the log that are later than an iteration.
+
+        Lines with the ``step`` 0 of a task are later than the checkpoint at the end of the task before.
+        """
         series = self.series
         times = range(series.length(EVALUATION))
         series.truncate(EVALUATION, sum(int(series.read("iteration", time)) <= iteration for time in times))
         if series.names(TASK_END):
             ends = range(series.length(TASK_END))
             series.truncate(TASK_END, sum(int(series.read("end_iteration", time)) <= iteration for time in ends))
-        self._lines = [line for line in self._lines if json.loads(line)["iteration"] <= iteration]
+        lines = [(line, json.loads(line)) for line in self._lines]
+        self._lines = [line for line, found in lines if found["iteration"] + (found.get("step") == 0) <= iteration]
 
     def finish(self) -> None:
         """Complete the metadata of the arrays."""
         self.series.sync()
+
+
+def plain_values(values: Any) -> Any:
+    """Return numbers as plain values, and None for those that are not defined."""
+    array = np.asarray(values)
+    return np.where(np.isnan(array), None, array).tolist() if array.dtype.kind == "f" else array.tolist()  # type: ignore[call-overload]
 
 
 def read_config(folder: Folder) -> dict[str, Any] | None:

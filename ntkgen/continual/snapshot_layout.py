@@ -91,14 +91,13 @@ class Layout:
         """Place the kernel of a network with fewer outputs than in the end; the others are NaN.
 
         Raises:
-            ShapeError: If it has more, or its contrasts would be others than before.
+            ShapeError: If it has more.
             InputError: If the output is `seen`, and it is not said how many are.
         """
-        if num_outputs > self.num_outputs or (num_outputs != self.num_outputs and self.output == "centered"):
+        if num_outputs > self.num_outputs:
             raise ShapeError(
                 f"The network has {num_outputs} outputs: expected {self.num_outputs} for the output {self.output!r}. "
-                "Has its head grown? Give `num_outputs` the number that it has in the end; the contrasts of `centered` "
-                "exist for a fixed head only."
+                "Has its head grown? Give `num_outputs` the number that it has in the end."
             )
         kept = num_outputs
         if self.output == SEEN:
@@ -108,14 +107,16 @@ class Layout:
                     f"{num_seen}. Pass `num_seen`."
                 )
             kept = num_seen
-        if kept == self.num_outputs or self.output not in {"full", SEEN, "diagonal"}:
+        if kept == self.num_outputs or self.output not in {"full", SEEN, "diagonal", "centered"}:
             return kernel
         placed = kernel.new_full(self.shape, float("nan"))
         if self.output == "diagonal":
             placed[:kept] = kernel
             return placed
-        n, m = self.num_samples, self.num_outputs
-        blocks = kernel.view(n, num_outputs, n, num_outputs)[:, :kept, :, :kept]
+        n, m = self.num_samples, self.rows_per_sample
+        if self.output == "centered":  # the contrasts of fewer outputs are the first of those of more
+            kept -= 1
+        blocks = kernel.view(n, len(kernel) // n, n, len(kernel) // n)[:, :kept, :, :kept]
         placed.view(n, m, n, m)[:, :kept, :, :kept] = blocks
         return placed
 

@@ -55,7 +55,8 @@ class Snapshots:
         per_layer: Whether to store also one kernel per module. The array is ``kernel_by_layer`` (time, layer, row,
             col), and its sum over the layers is the kernel.
         num_outputs: The final number of outputs, if the last layer gets more outputs during training. None means the
-            present number. Entries of outputs that do not exist yet are NaN.
+            present number. Entries of outputs that do not exist yet are NaN. ``trace`` and ``sum`` add the outputs
+            that exist; such kernels of different numbers of outputs cannot be compared.
         fsync: Whether every file is forced to the disk. If not, a loss of power may damage the last kernels.
 
     Raises:

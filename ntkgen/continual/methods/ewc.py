@@ -36,7 +36,9 @@ class EWC(Finetune):
         loss = super().loss(outputs, targets, x)
         params = dict(self.situation.model.named_parameters())
         for anchor in self.anchors:
-            penalty = sum((fisher * (params[name] - old).square()).sum() for name, (fisher, old) in anchor.items())
+            penalty = sum(
+                (fisher * (_old_rows(params[name], old) - old).square()).sum() for name, (fisher, old) in anchor.items()
+            )
             loss = loss + self.situation.options.penalty / 2 * penalty
         return loss
 
@@ -69,3 +71,8 @@ class EWC(Finetune):
             {name: (pair[0].to(device), pair[1].to(device)) for name, pair in anchor.items()}
             for anchor in state["anchors"]
         ]
+
+
+def _old_rows(param: Tensor, old: Tensor) -> Tensor:
+    """Take the rows that a parameter of a grown head had before."""
+    return param if param.shape == old.shape else param[: len(old)]

@@ -26,22 +26,18 @@ class ICaRL(LwFMC):
 
     References:
         Rebuffi, Kolesnikov, Sperl, Lampert (2017), arXiv:1611.07725.
+
+    Raises:
+        ModelError: If the network has no head.
     """
 
     def __init__(self, situation: Situation) -> None:
         super().__init__(situation)
+        if situation.inputs is not None:  # there is a network
+            self.head = head_of(situation.model, situation.num_outputs or situation.stream.num_targets)
         quota(situation.options.buffer, situation.stream.num_targets)  # refuses a budget that will be too small
         self.exemplars: dict[int, list[int]] = {}  # by target
         self.means: Tensor | None = None
-
-    def begin(self, task: Task, model: nn.Module) -> None:
-        """Freeze the teacher.
-
-        Raises:
-            ModelError: If the network has no head.
-        """
-        head_of(model, self.situation.stream.num_targets)
-        super().begin(task, model)
 
     def epoch_ids(self, task: Task, epoch: int) -> IntArray:
         """List the samples of the task and all exemplars in random order."""
@@ -78,8 +74,8 @@ class ICaRL(LwFMC):
         """Score a class by the negative distance of the features from its mean; without exemplars, by its output."""
         if self.means is None:
             return outputs
-        features = features_of(model, head_of(model, self.situation.stream.num_targets), x)
-        scores = features.new_full((len(x), self.situation.stream.num_targets), -torch.inf)
+        features = features_of(model, self.head, x)
+        scores = features.new_full(outputs.shape, -torch.inf)
         scores[:, sorted(self.exemplars)] = -torch.cdist(features, self.means.to(features))
         return scores
 
@@ -94,6 +90,5 @@ class ICaRL(LwFMC):
 
     def _features(self, model: nn.Module, ids: IntArray) -> Tensor:
         assert self.situation.inputs is not None
-        head = head_of(model, self.situation.stream.num_targets)
         parts = torch.from_numpy(ids).split(FEATURE_BATCH)
-        return torch.cat([in_evaluation_mode(model, self.situation.inputs(part), head) for part in parts])
+        return torch.cat([in_evaluation_mode(model, self.situation.inputs(part), self.head) for part in parts])

@@ -25,6 +25,7 @@ class Situation:
         options: Options of the methods.
         model: The network, for a method that is restored.
         inputs: Gives the inputs of some training samples.
+        num_outputs: Outputs of the network at the beginning; None for those of all classes.
     """
 
     stream: Stream
@@ -33,6 +34,7 @@ class Situation:
     options: MethodOptions = field(default_factory=MethodOptions)
     model: nn.Module = field(default_factory=nn.Module)
     inputs: Callable[[Tensor], Tensor] | None = None
+    num_outputs: int | None = None
 
 
 class Method(ABC):

@@ -1,7 +1,8 @@
 """The accuracy matrix R, and what follows from it.
 
 R[i, j] is the accuracy on task j after training on task i; T is the number of tasks. Entries of tasks that were not
-trained on yet (j > i) are kept. All definitions count tasks from 1, and R is complete up to the last finished task.
+trained on yet (j > i) are kept. They are NaN if the task has no outputs yet, and the accuracy is therefore not defined.
+All definitions count tasks from 1, and R is complete up to the last finished task.
 """
 
 from dataclasses import dataclass
@@ -62,11 +63,15 @@ class AccuracyMatrix:
 
     @property
     def forward_transfer(self) -> float | None:
-        """FWT = 1/(T−1) Σ_{j>1} (R[j−1, j] − b[j]) (Lopez-Paz, Ranzato 2017); None for one task, or without b."""
+        """FWT = 1/(T−1) Σ_{j>1} (R[j−1, j] − b[j]) (Lopez-Paz, Ranzato 2017).
+
+        None for one task, without b, or if accuracies on tasks before their training are not defined.
+        """
         T = self.num_tasks
         if T < 2 or self.chance is None:
             return None
-        return float(np.mean([self.values[j - 1, j] - self.chance[j] for j in range(1, T)]))
+        transfer = float(np.mean([self.values[j - 1, j] - self.chance[j] for j in range(1, T)]))
+        return None if np.isnan(transfer) else transfer
 
     @property
     def forgetting(self) -> float | None:
@@ -74,7 +79,7 @@ class AccuracyMatrix:
         T = self.num_tasks
         if T < 2:
             return None
-        return float(np.mean([self.values[:-1, j].max() - self.values[-1, j] for j in range(T - 1)]))
+        return float(np.mean([np.nanmax(self.values[:-1, j]) - self.values[-1, j] for j in range(T - 1)]))
 
     def to_json(self) -> dict[str, Any]:
         """Return the matrix and all metrics as plain values."""
@@ -86,7 +91,8 @@ class AccuracyMatrix:
             "forgetting",
         )
         courses = {name: getattr(self, name).tolist() for name in ("seen_accuracy", "new_task_accuracy")}
-        return {"accuracy_matrix": self.values.tolist(), **{name: getattr(self, name) for name in names}, **courses}
+        matrix = np.where(np.isnan(self.values), None, self.values).tolist()  # type: ignore[call-overload]
+        return {"accuracy_matrix": matrix, **{name: getattr(self, name) for name in names}, **courses}
 
 
 def accuracy_matrix(
