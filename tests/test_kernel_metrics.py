@@ -16,6 +16,7 @@ from ntkgen.continual.metrics.kernels import (
 )
 from ntkgen.continual.metrics.regression import RIDGE, classify
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
+from ntkgen.continual.metrics.switches import switches_of
 
 RNG = np.random.default_rng(0)
 LABELS = np.array([0, 0, 1, 1, 2, 2])
@@ -65,7 +66,11 @@ def test_distance_ignores_scale_and_is_one_for_orthogonal_kernels():
 
 def test_velocity_times_dt_is_distance_and_pairs_have_one_dt():
     kernels = np.stack([kernel(seed=seed) for seed in range(5)])
-    starts, speed, angular = velocity(kernels, np.array([0, 1, 10, 20, 30]), 10)
+
+    def distance_of(time, other):
+        return distance(kernels[time], kernels[other])
+
+    starts, speed, angular = velocity(distance_of, np.array([0, 1, 10, 20, 30]), 10)
     assert starts.tolist() == [0, 10, 20]
     assert speed[1] * 10 == pytest.approx(distance(kernels[2], kernels[3]))
     assert np.cos(angular[1] * 10) == pytest.approx(1 - distance(kernels[2], kernels[3]))
@@ -164,3 +169,37 @@ def test_outputs_that_do_not_exist_yet_are_left_out():
     assert found.distance.values[1] == pytest.approx(distance(kept, kernels[1][~missing][:, ~missing]))
     assert np.isnan(found.alignment.values[0])
     assert not np.isnan(found.alignment.values[1])
+
+
+@pytest.mark.parametrize("output", ["trace", "sum"])
+def test_sums_over_different_numbers_of_outputs_are_not_compared(output):
+    data = data_of(np.stack([kernel(seed=seed) for seed in range(4)]))
+    data = data.assign(num_outputs=("time", [2, 2, 4, 4])).assign_attrs(ntkgen_snapshots={"output": output})
+    found = kernel_metrics(data)
+    assert np.isnan(found.distance.values).tolist() == [False, False, True, True]
+    assert np.isnan(found.velocity.values).tolist() == np.isnan(found.angular_velocity.values).tolist()
+    assert np.isnan(found.velocity.values).tolist() == [False, True, False]
+    assert switches_of(data) is None
+    found = kernel_metrics(data.assign(num_outputs=("time", [4, 4, 4, 4])))
+    assert not np.isnan(found.distance.values).any()
+
+
+def test_velocities_are_those_of_the_outputs_that_both_times_have():
+    kernels = np.stack([kernel(12, seed=seed) for seed in range(2)])
+    missing = np.tile([False, True], 6)
+    kernels[0][missing] = kernels[0][:, missing] = np.nan
+    kept = [K[~missing][:, ~missing] for K in kernels]
+    found = kernel_metrics(data_of(kernels, num_outputs=2).assign(num_outputs=("time", [1, 2])))
+    assert found.velocity.values == pytest.approx([distance(*kept) / 10])
+    kernels[0][:] = np.nan
+    assert np.isnan(distance(*kernels))
+
+
+def test_diagonal_kernels_are_compared_on_the_sum_of_common_outputs():
+    kernels = np.stack([[kernel(seed=seed + 10 * output) for output in range(3)] for seed in range(2)])
+    expected = distance(kernels[0, :2].sum(0), kernels[1, :2].sum(0))
+    kernels[0, 2] = np.nan
+    data = data_of(np.stack([kernel(seed=seed) for seed in range(2)]))
+    data = data.assign(kernel=(("time", "output", "row", "col"), kernels), num_outputs=("time", [2, 3]))
+    found = kernel_metrics(data.assign_attrs(ntkgen_snapshots={"output": "diagonal"}))
+    assert found.distance.values == pytest.approx([0, expected], abs=1e-12)

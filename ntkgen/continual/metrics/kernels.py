@@ -4,7 +4,7 @@ Kernels are (n, n), one row per sample, or (n m, n m), sample-major. Rows of out
 are left out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,19 +90,21 @@ class Spectrum:
 def distance(K: FloatArray, L: FloatArray) -> float:
     """Kernel distance S = 1 − ⟨K, L⟩ / (‖K‖ ‖L‖), not centred (Fort et al. 2020, arXiv:2010.15110, §2).
 
-    Rows without values in one of the two are left out of both.
+    Rows without values in one of the two are left out of both. If none are left, the distance is NaN.
     """
     rows = ~np.isnan(np.diagonal(K)) & ~np.isnan(np.diagonal(L))
     if not rows.all():
         K, L = (each[np.ix_(rows, rows)] for each in (K, L))
-    return max(0.0, 1 - _cosine(K, L))  # rounding alone makes it negative
+    return float(np.maximum(0, 1 - _cosine(K, L)))  # rounding alone makes it negative
 
 
-def velocity(kernels: Sequence[FloatArray], iterations: IntArray, dt: int) -> tuple[IntArray, FloatArray, FloatArray]:
+def velocity(
+    distance_of: Callable[[int, int], float], iterations: IntArray, dt: int
+) -> tuple[IntArray, FloatArray, FloatArray]:
     """Kernel velocity between snapshots that are dt iterations apart (Fort et al. 2020, arXiv:2010.15110).
 
     Args:
-        kernels: The kernel at each time.
+        distance_of: Gives the distance of the kernels at two times.
         iterations: Iteration of each time, (times,).
         dt: Number of iterations between two snapshots. Only pairs with exactly this distance are used.
 
@@ -111,7 +113,7 @@ def velocity(kernels: Sequence[FloatArray], iterations: IntArray, dt: int) -> tu
     """
     place = {int(iteration): time for time, iteration in enumerate(iterations)}
     starts = [iteration for iteration in place if iteration + dt in place]
-    S = np.array([distance(kernels[place[start]], kernels[place[start + dt]]) for start in starts])
+    S = np.array([distance_of(place[start], place[start + dt]) for start in starts])
     return np.array(starts, np.int64), S / dt, np.arccos(np.clip(1 - S, -1, 1)) / dt
 
 

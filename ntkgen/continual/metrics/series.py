@@ -56,6 +56,21 @@ class _Probe:
         K = np.asarray(self.kernels.kernel[time].values, np.float64)
         return np.asarray(np.nansum(K, axis=0)) if K.ndim == 3 else K
 
+    def distance(self, time: int, other: int) -> float:
+        """Kernel distance of two times, on the outputs that both have.
+
+        Kernels of ``trace`` and ``sum`` add the outputs that exist, so those of different numbers of outputs cannot be
+        compared: their distance is NaN.
+        """
+        K, L = (np.asarray(self.kernels.kernel[each].values, np.float64) for each in (time, other))
+        if K.ndim == 3:
+            common = ~(np.isnan(K[:, 0, 0]) | np.isnan(L[:, 0, 0]))
+            return measure.distance(K[common].sum(0), L[common].sum(0))
+        numbers = self.kernels.get("num_outputs")
+        if self.output in {"trace", "sum"} and numbers is not None and numbers[time] != numbers[other]:
+            return float("nan")
+        return measure.distance(K, L)
+
     def spectrum(self, K: FloatArray, task: int | None = None, tolerance: float | None = None) -> Spectrum:
         """Measure a kernel, or its block of a task, without rows that have no values."""
         kept = ~np.isnan(np.diagonal(K))
@@ -119,7 +134,7 @@ def kernel_metrics(
         f"task_{name}": (("time", "task"), [[getattr(each, name) for each in row] for row in blocks])
         for name in OF_TASKS
     }
-    data["distance"] = ("time",), [measure.distance(values[0], K) for K in values]
+    data["distance"] = ("time",), [probe.distance(0, time) for time in range(len(values))]
     data["alignment"] = ("time",), [probe.alignment(K, centred=False) for K in values]
     data["centred_alignment"] = ("time",), [probe.alignment(K, centred=True) for K in values]
     data["interference"] = ("time", "task", "other_task"), [measure.interference(K, probe.tasks) for K in values]
@@ -127,7 +142,7 @@ def kernel_metrics(
     fits = [probe.regression(time, everything) for time in range(len(values))]
     data["leave_one_out_accuracy"] = ("time",), [np.nan if fit is None else fit.left_out.mean() for fit in fits]
     step = dt or measure.usual_step(iterations)
-    starts, speed, angular = measure.velocity(values, iterations, step)
+    starts, speed, angular = measure.velocity(probe.distance, iterations, step)
     data |= {"velocity": (("start",), speed), "angular_velocity": (("start",), angular)}
     coordinates = {
         "iteration": ("time", iterations),

@@ -69,7 +69,8 @@ def switches_of(
         samples: Which of the probe samples are used, (probe,); None for all.
 
     Returns:
-        The measures; None if the kernels were not recorded after each epoch, or there is no switch.
+        The measures; None if the kernels were not recorded after each epoch, if the head grows, or if there is no
+        switch.
     """
     epochs = np.asarray(kernels.epoch.values)
     times = np.flatnonzero((epochs > TOLERANCE) & (abs(epochs - np.round(epochs)) < TOLERANCE))
@@ -78,6 +79,9 @@ def switches_of(
         rows &= samples[kernels.row_sample.values]
     trained = np.asarray(kernels.task.values[times])
     is_switch = trained[1:] != trained[:-1]
+    numbers = kernels.get("num_outputs")
+    if numbers is not None and len(np.unique(numbers.values[times])) > 1:
+        return None  # the head grows: kernels before and after a switch cannot be compared
     if not np.allclose(np.diff(epochs[times]), 1, atol=TOLERANCE) or is_switch.all() or not is_switch.any():
         return None
     found = kernels.kernel.isel(time=times, row=np.flatnonzero(rows), col=np.flatnonzero(rows)).values
