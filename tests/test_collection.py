@@ -55,6 +55,7 @@ def test_several_runs_are_one_data_set(trained):
     assert runs.accuracy.dims == ("width", "seed", "evaluation", "task")
     assert runs.kernels.kernel.dims == ("width", "seed", "time", "row", "col")
     measured = runs.kernel_metrics()
+    predicted = runs.predicted_forgetting()
     assert measured.velocity.dims == ("width", "seed", "start")
     assert runs.metrics().accuracy_matrix.dims == ("width", "seed", "scores", "after_task", "task")
     for (width, seed), run in runs.runs.items():
@@ -62,6 +63,8 @@ def test_several_runs_are_one_data_set(trained):
         assert np.array_equal(runs.accuracy.sel(here), run.accuracy)
         assert np.array_equal(runs.kernels.kernel.sel(here), run.kernels.kernel)
         assert np.array_equal(measured.distance.sel(here), run.kernel_metrics().distance)
+        changes = predicted.old_cosine.sel(here), run.predicted_forgetting().old_cosine
+        assert np.array_equal(*changes, equal_nan=True)
         found = runs.metrics().sel(here | {"scores": "task_incremental"})
         assert float(found.forgetting) == run.metrics()["task_incremental"]["forgetting"]
         assert np.array_equal(runs.evaluations.iteration, run.evaluations.iteration)

@@ -391,9 +391,19 @@ def test_a_run_is_analysed_from_what_is_stored(finished, capsys):
     norms = [float(np.linalg.norm(K.astype(float))) for K in run.kernels.kernel.values]
     assert found["kernels"]["frobenius_norm"] == pytest.approx(norms)
     assert command(["cl-analyze", str(finished)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 4 + len(norms)
+    assert len(capsys.readouterr().out.splitlines()) == 5 + len(norms)
     assert command(["cl-analyze", str(finished / "models")]) == 2
     assert "There is no run at" in capsys.readouterr().err
+
+
+def test_the_predicted_forgetting_of_a_run_is_analysed(finished, capsys):
+    found = open_run(finished).predicted_forgetting()
+    assert found.attrs["kernel"].startswith("approximation")
+    assert found.cosine.values.diagonal().min() > 0.6  # of the task that learns
+    assert command(["cl-analyze", str(finished), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["predicted_forgetting"]
+    assert listed["old_cosine"][1:] == found.old_cosine.values[1:].tolist()
+    assert listed["new_task"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`ntkgen cl-analyze`: metrics of recorded runs, from what is stored."""
 
 import json
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -8,6 +9,7 @@ import click
 from ntkgen.cli.cl_collection import as_lists, kernel_page, summary, summary_page
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, json_option
+from ntkgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     import xarray
@@ -64,7 +66,17 @@ def _analysed(place: str, run: "RunReader", dt: int | None, rank_tolerance: floa
     kernels = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
     measured = {str(name): kernels[name].values.tolist() for name in kernels.data_vars}
     where = {str(name): kernels[name].values.tolist() for name in kernels.coords}
-    return {"run": place, **run.metrics(), "kernels": {**where, **measured, **kernels.attrs}}
+    measured |= {**where, **kernels.attrs}
+    return {"run": place, **run.metrics(), "kernels": measured, "predicted_forgetting": _predicted(run)}
+
+
+def _predicted(run: "RunReader") -> dict[str, Any]:
+    """List the predictions task by task; without them, say why they are missing."""
+    try:
+        found = run.predicted_forgetting().drop_vars(["predicted_change", "true_change"])
+    except (InputError, StoreError) as error:
+        return {"missing": str(error)}
+    return {**{str(name): found[name].values.tolist() for name in found.variables}, **found.attrs}
 
 
 def _page(result: dict[str, Any]) -> str:
@@ -78,9 +90,18 @@ def _page(result: dict[str, Any]) -> str:
             if found[name] is not None
         ]
         lines.append(f"  {kind.replace('_', '-')}: {', '.join(parts)}")
+    if line := _prediction_line(result["predicted_forgetting"]):
+        lines.append(line)
     kernels = result["kernels"]
     lines.append("  " + "".join(f"{name.replace('_', ' '):>19}" for name in ("iteration", "task", *COLUMNS)))
     for time, iteration in enumerate(kernels["iteration"]):
         values = [f"{kernels[name][time]:>19.4g}" for name in COLUMNS]
         lines.append("  " + f"{iteration:>19,}{kernels['trained_task'][time]:>19}" + "".join(values))
     return "\n".join(lines)
+
+
+def _prediction_line(found: dict[str, Any]) -> str | None:
+    """Say how the predicted change of old outputs agrees with the true one; None without a prediction."""
+    numbers = zip(found.get("new_task", ()), found.get("old_cosine", ()), found.get("old_num_modes", ()), strict=True)
+    parts = [f"{cosine:.3f} (task {task}, {modes:.0f} modes)" for task, cosine, modes in numbers if isfinite(cosine)]
+    return f"  cosine of predicted and true change of old outputs: {', '.join(parts)}" if parts else None

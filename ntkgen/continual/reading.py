@@ -15,6 +15,7 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.joining import Key, joined
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
+from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 from ntkgen.continual.metrics.worst_case import WorstCase, worst_case
 from ntkgen.continual.record import read_config
@@ -33,6 +34,8 @@ MOMENT = ("iteration", "trained_task", "epoch")
 # The folder of a run in that of several.
 _MEMBER = re.compile(r"((?:width\d+/)?seed\d+)/config\.json")
 PARTS = ("train", "validation", "all")
+# Methods whose loss is a binary cross-entropy per output.
+BINARY_METHODS = ("lwf-mc", "icarl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +146,7 @@ class RunReader:
                 "without `probe_parts` both? Choose the part train."
             )
         rows = np.flatnonzero(chosen[self.kernels.row_sample.values])
-        return self.kernels.isel(row=rows, col=rows)
+        return self.kernels.isel(row=rows, col=rows, sample=np.flatnonzero(chosen), missing_dims="ignore")
 
     def kernel_metrics(
         self, dt: int | None = None, part: str = "train", rank_tolerance: float | None = None
@@ -157,6 +160,14 @@ class RunReader:
         if self.has_validation_probe:
             found["held_out_accuracy"] = ("time", held_out_accuracy(self.kernels, self._is_validation))
         return found
+
+    def predicted_forgetting(self) -> xarray.Dataset:
+        """Predict from the kernels how each task changes the outputs on the probe samples of all tasks.
+
+        See `ntkgen.continual.metrics.forgetting.predicted_forgetting`. The probe samples are training samples.
+        """
+        loss = BINARY if self.settings.method in BINARY_METHODS else self.settings.loss
+        return predicted_forgetting(self.kernels_of("train"), loss)
 
     @property
     def has_validation_probe(self) -> bool:
@@ -259,6 +270,11 @@ class RunCollection:
         for key, run in self.runs.items():
             found[key] = run.kernel_metrics(dt, part, rank_tolerance)
             dt = int(found[key].attrs["dt"])  # the same for all
+        return joined(found, "time", "trained_task")
+
+    def predicted_forgetting(self) -> xarray.Dataset:
+        """Predict from the kernels how each task changes the outputs, as `RunReader.predicted_forgetting` does."""
+        found = {key: run.predicted_forgetting() for key, run in self.runs.items()}
         return joined(found, "time", "trained_task")
 
     def metrics(self) -> xarray.Dataset:
