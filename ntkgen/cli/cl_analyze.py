@@ -82,7 +82,8 @@ def _predicted(run: "RunReader") -> dict[str, Any]:
 def _page(result: dict[str, Any]) -> str:
     lines = [result["run"]]
     for kind in ("class_incremental", "task_incremental"):
-        found = result[kind]
+        if (found := result.get(kind)) is None:  # not recorded by an imported run
+            continue
         parts = [f"average accuracy {found['average_accuracy']:.3f}"]
         parts += [
             f"{name.replace('_', ' ')} {found[name]:.3f}"

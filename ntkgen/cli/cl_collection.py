@@ -79,8 +79,9 @@ def _at_end(measured: "xarray.Dataset", task: int, name: str) -> float:
     """Take the last value of a task."""
     import numpy as np
 
-    is_last = (measured.trained_task.values == task) & ~np.isnan(measured.frobenius_norm.values)
-    return float(measured[name].values[np.flatnonzero(is_last)[-1]])
+    # Of an imported run the blocks of tasks alone are known.
+    is_recorded = ~np.isnan(measured.task_frobenius_norm.transpose("time", "task").values).all(1)
+    return float(measured[name].values[np.flatnonzero((measured.trained_task.values == task) & is_recorded)[-1]])
 
 
 def _left_out(runs: "RunCollection") -> list[str]:

@@ -77,8 +77,15 @@ class RunReader:
     @property
     def num_finished(self) -> int:
         """Number of tasks whose training has ended."""
+        run = self.evaluations.attrs.get("ntkgen_run", {})
+        if "finished_tasks" in run:  # an imported run, which has no parameters
+            return int(run["finished_tasks"])
         files = self.folder.sizes("models")
         return sum(f"models/task{task}.pt" in files for task in range(self.num_tasks))
+
+    def has(self, measure: str) -> bool:
+        """Whether a measure of the evaluations has any values. Imported runs lack some."""
+        return bool(np.isfinite(self.evaluations[measure].values).any())
 
     def matrix(self, measure: str = "accuracy") -> AccuracyMatrix:
         """Return the accuracy matrix; `measure` may also be ``task_accuracy``.
@@ -116,10 +123,11 @@ class RunReader:
         return np.asarray(data.confusion.values, np.int64) if recorded else None
 
     def metrics(self) -> dict[str, Any]:
-        """Compute all metrics of accuracy, class-incremental and task-incremental."""
+        """Compute all metrics of accuracy, class-incremental and, where it was recorded, task-incremental."""
         found: dict[str, Any] = {
             name: {**self.matrix(measure).to_json(), **self.worst_case(measure).to_json()}
             for name, measure in (("class_incremental", "accuracy"), ("task_incremental", "task_accuracy"))
+            if self.has(measure)
         }
         if (confusion := self.confusion) is not None:
             found["confusion"] = confusion[-1].tolist()
@@ -299,13 +307,14 @@ def _arrays(folder: Folder) -> xarray.Dataset:
 
 def _as_dataset(metrics: Mapping[str, Any]) -> xarray.Dataset:
     parts = []
-    for kind in SCORES:
+    kinds = [kind for kind in SCORES if kind in metrics]
+    for kind in kinds:
         found = metrics[kind]
         numbers = {name: value for name, value in found.items() if value is None or isinstance(value, int | float)}
         data: dict[str, Any] = {name: float("nan") if value is None else value for name, value in numbers.items()}
         data["accuracy_matrix"] = ("after_task", "task"), found["accuracy_matrix"]
         parts.append(xarray.Dataset(data))
-    return xarray.concat(parts, xarray.DataArray(list(SCORES), dims="scores", name="scores"), data_vars="all")
+    return xarray.concat(parts, xarray.DataArray(kinds, dims="scores", name="scores"), data_vars="all")
 
 
 def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader | RunCollection:

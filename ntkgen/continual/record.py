@@ -73,24 +73,7 @@ class Record:
         arrays = folder / "run.zarr"
         if arrays.has(ROOT):
             return cls(folder, Series.open(arrays))
-        growing = [
-            GrowingArray(
-                name,
-                "float64",
-                (len(stream),),
-                (EVALUATION, "task"),
-                {"long_name": meaning, "units": "nat" if name == "loss" else "1"},
-            )
-            for name, meaning in MEASURES.items()
-        ]
-        growing += [
-            GrowingArray(name, "int64", (), (EVALUATION,), {"long_name": meaning})
-            for name, meaning in {
-                "iteration": "iterations of training so far",
-                "trained_task": "task in training",
-            }.items()
-        ]
-        growing.append(GrowingArray("epoch", "float64", (), (EVALUATION,), {"long_name": "epochs of training so far"}))
+        growing = evaluation_arrays(len(stream))
         growing += _confusions(stream.num_targets)
         return cls(folder, Series.create(arrays, growing, _fixed(stream, probe), {"ntkgen_run": {"format_version": 1}}))
 
@@ -136,6 +119,28 @@ def plain_values(values: Any) -> Any:
     """Return numbers as plain values, and None for those that are not defined."""
     array = np.asarray(values)
     return np.where(np.isnan(array), None, array).tolist() if array.dtype.kind == "f" else array.tolist()  # type: ignore[call-overload]
+
+
+def evaluation_arrays(num_tasks: int) -> list[GrowingArray]:
+    """Describe the arrays of evaluations."""
+    measures = [
+        GrowingArray(
+            name,
+            "float64",
+            (num_tasks,),
+            (EVALUATION, "task"),
+            {"long_name": meaning, "units": "nat" if name == "loss" else "1"},
+        )
+        for name, meaning in MEASURES.items()
+    ]
+    times = {
+        "iteration": ("int64", "iterations of training so far"),
+        "trained_task": ("int64", "task in training"),
+        "epoch": ("float64", "epochs of training so far"),
+    }
+    return measures + [
+        GrowingArray(name, dtype, (), (EVALUATION,), {"long_name": meaning}) for name, (dtype, meaning) in times.items()
+    ]
 
 
 def read_config(folder: Folder) -> dict[str, Any] | None:

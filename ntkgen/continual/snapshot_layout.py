@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ntkgen.continual.axes import TIME, kernel_array, row_arrays, time_arrays
 from ntkgen.continual.series import FixedArray, GrowingArray
 from ntkgen.errors import InputError, ShapeError
 from ntkgen.fingerprints import array_fingerprint
@@ -16,8 +17,6 @@ from ntkgen.jacobian.batches import ArrayLike, checked_labels
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.jacobian.precision import policy
 
-# The time axis.
-TIME = "time"
 SEEN = "seen"
 
 
@@ -70,22 +69,16 @@ class Layout:
     def growing(self, precision: str, layers: Sequence[str]) -> list[GrowingArray]:
         """List the arrays that grow along time."""
         dtype = str(policy(precision).accumulate_dtype).removeprefix("torch.")
-        times = ("iteration", "epoch", "task", "step_size", "num_outputs")
-        named = " ".join([*times, *(f"{axis}_{note}" for axis in ("row", "col") for note in NOTES)])
-        note = {"long_name": "empirical neural tangent kernel, J Jᵀ", "units": "1", "coordinates": named}
         logits = str(policy(precision).compute_dtype).removeprefix("torch.")
         meaning = {"long_name": "outputs of the network on the probe samples", "units": "1", "coordinates": "iteration"}
         arrays = [
-            GrowingArray("kernel", dtype, self.shape, (TIME, *self.dims), note),
+            kernel_array("kernel", dtype, self.shape, self.dims),
             GrowingArray("logits", logits, (self.num_samples, self.num_outputs), (TIME, "sample", "output"), meaning),
         ]
         if layers:
             shape = (len(layers), *self.shape)
-            arrays.append(GrowingArray("kernel_by_layer", dtype, shape, (TIME, "layer", *self.dims), note))
-        for name in times:
-            kind = "float64" if name in {"epoch", "step_size"} else "int64"
-            arrays.append(GrowingArray(name, kind, (), (TIME,), {"long_name": TIMES[name]}))
-        return arrays
+            arrays.append(kernel_array("kernel_by_layer", dtype, shape, ("layer", *self.dims)))
+        return [*arrays, *time_arrays()]
 
     def placed(self, kernel: Tensor, num_outputs: int, num_seen: int | None) -> Tensor:
         """Place the kernel of a network with fewer outputs than in the end; the others are NaN.
@@ -125,23 +118,6 @@ class Layout:
         placed = logits.new_full((self.num_samples, self.num_outputs), float("nan"))
         placed[:, : logits.shape[1]] = logits
         return placed
-
-
-# What is known of each row, and of each time.
-NOTES = {
-    "sample": "position of the sample in the probe",
-    "output": "output of the network, after the output map",
-    "label": "label of the sample",
-    "task": "task of the sample",
-    "sample_id": "position of the sample in its data set",
-}
-TIMES = {
-    "iteration": "iterations of training so far",
-    "epoch": "epochs of training so far",
-    "task": "task in training",
-    "step_size": "learning rate",
-    "num_outputs": "outputs of the network",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,11 +162,7 @@ class Notes:
             "task": np.repeat(self.tasks, m),
             "sample_id": np.repeat(self.sample_ids, m),
         }
-        return [
-            FixedArray(f"{axis}_{name}", values[name].astype(np.int64), (axis,), {"long_name": meaning})
-            for axis in ("row", "col")
-            for name, meaning in NOTES.items()
-        ]
+        return row_arrays(values)
 
 
 def _integers(values: Any, name: str, unknown: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

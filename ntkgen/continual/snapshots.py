@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import ntkgen
+from ntkgen.continual.axes import ATTRIBUTE, FORMAT_VERSION, TIME
 from ntkgen.continual.series import Series
-from ntkgen.continual.snapshot_layout import SEEN, TIME, Layout, Notes
+from ntkgen.continual.snapshot_layout import SEEN, Layout, Notes
 from ntkgen.errors import FingerprintError, InputError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     import os
 
     from zarr.abc.store import Store
-
-FORMAT_VERSION = 1
-# The attribute of the group that says what the kernels are of.
-ATTRIBUTE = "ntkgen_snapshots"
 
 
 class Snapshots:

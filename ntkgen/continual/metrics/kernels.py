@@ -90,12 +90,12 @@ class Spectrum:
 def distance(K: FloatArray, L: FloatArray) -> float:
     """Kernel distance S = 1 − ⟨K, L⟩ / (‖K‖ ‖L‖), not centred (Fort et al. 2020, arXiv:2010.15110, §2).
 
-    Rows without values in one of the two are left out of both. If none are left, the distance is NaN.
+    Entries without values in one of the two are left out of both. If none are left, the distance is NaN.
     """
-    rows = ~np.isnan(np.diagonal(K)) & ~np.isnan(np.diagonal(L))
-    if not rows.all():
-        K, L = (each[np.ix_(rows, rows)] for each in (K, L))
-    return float(np.maximum(0, 1 - _cosine(K, L)))  # rounding alone makes it negative
+    known = ~(np.isnan(K) | np.isnan(L))
+    if not known.all():
+        K, L = (np.where(known, each, 0) for each in (K, L))
+    return float(np.maximum(0.0, 1 - _cosine(K, L)))  # rounding alone makes it negative
 
 
 def velocity(
@@ -156,11 +156,18 @@ def centred_kernel(K: FloatArray, num_outputs: int) -> FloatArray:
 
 
 def interference(K: FloatArray, row_tasks: IntArray) -> FloatArray:  # (tasks, tasks)
-    """Cross-task interference ‖Θ_ab‖_F / √(‖Θ_aa‖_F ‖Θ_bb‖_F) of the blocks of each two tasks."""
+    """Cross-task interference ‖Θ_ab‖_F / √(‖Θ_aa‖_F ‖Θ_bb‖_F) of the blocks of each two tasks.
+
+    Entries without values are left out; NaN for blocks without any values.
+    """
     tasks = np.unique(row_tasks)
-    K = np.nan_to_num(K)
-    norms = np.array([[np.linalg.norm(K[np.ix_(row_tasks == a, row_tasks == b)]) for b in tasks] for a in tasks])
+    norms = np.array([[_norm(K[np.ix_(row_tasks == a, row_tasks == b)]) for b in tasks] for a in tasks])
     return np.asarray(norms / np.sqrt(np.outer(np.diag(norms), np.diag(norms))))
+
+
+def _norm(block: FloatArray) -> float:
+    known = block[~np.isnan(block)]
+    return float(np.linalg.norm(known)) if len(known) else float("nan")
 
 
 def _cosine(K: FloatArray, L: FloatArray) -> float:

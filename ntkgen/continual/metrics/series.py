@@ -72,11 +72,13 @@ class _Probe:
         return measure.distance(K, L)
 
     def spectrum(self, K: FloatArray, task: int | None = None, tolerance: float | None = None) -> Spectrum:
-        """Measure a kernel, or its block of a task, without rows that have no values."""
+        """Measure a kernel, or its block of a task, without rows that have no values; NaN if others are missing."""
         kept = ~np.isnan(np.diagonal(K))
         if task is not None:
             kept &= self.tasks == task
-        return Spectrum.of(K[np.ix_(kept, kept)], self.rounding, tolerance) if kept.any() else _MISSING
+        block = K[np.ix_(kept, kept)]
+        is_known = kept.any() and not np.isnan(block).any()
+        return Spectrum.of(block, self.rounding, tolerance) if is_known else _MISSING
 
     def readout(self, K: FloatArray, labels: IntArray) -> Readout | None:
         """Say what the rows with values mean for labels; None if these labels give no targets."""
@@ -89,10 +91,10 @@ class _Probe:
         return Readout(name, outputs, None, "the run") if is_known else None
 
     def alignment(self, K: FloatArray, *, centred: bool) -> float:
-        """Align with the labels; NaN where an output or its label is missing."""
+        """Align with the labels; NaN where an entry or a label is missing."""
         labels = self.labels
         found = self.readout(K, labels)
-        if np.isnan(np.diagonal(K)).any() or (found is None and self.rows_per_sample > 1):
+        if np.isnan(K).any() or labels.min() < 0 or (found is None and self.rows_per_sample > 1):
             return float("nan")
         Y = (labels[:, None] == np.unique(labels)).astype(np.float64) if found is None else found.targets(labels)
         return measure.label_alignment(K, Y, self.rows_per_sample, centred=centred)

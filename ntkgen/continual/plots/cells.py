@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.analysis.plots.style import Picture, new_axes, styled
+from ntkgen.continual.plots.curves import SCORES
 from ntkgen.continual.reading import RunReader
 
 if TYPE_CHECKING:
@@ -21,11 +22,10 @@ MAX_TICKS = 20
 
 def draw_matrix(run: RunReader) -> Picture:
     """Draw the accuracy matrix R, class-incremental and task-incremental."""
+    shown = {name: title for name, title in SCORES.items() if run.has(name)}
     with styled():
-        figure, axes = new_axes(2, height=3.4)
-        for panel, name, title in zip(
-            axes, ("accuracy", "task_accuracy"), ("Over all outputs", "Over the outputs of the task"), strict=True
-        ):
+        figure, axes = new_axes(len(shown), height=3.4)
+        for panel, (name, title) in zip(axes, shown.items(), strict=True):
             image = _draw_cells(panel, 100 * run.matrix(name).values, (0, 100))
             panel.set(title=title, xlabel="accuracy on task")
         axes[0].set(ylabel="after task")
@@ -60,9 +60,11 @@ def draw_confusion(run: RunReader) -> Picture | None:
     return Picture("confusion", "Confusion matrix", caption, figure)
 
 
-def draw_interference(kernels: "xarray.Dataset") -> Picture:
-    """Draw the interference of each two tasks before and after the training."""
+def draw_interference(kernels: "xarray.Dataset") -> Picture | None:
+    """Draw the interference of each two tasks before and after the training; None if no blocks of two are known."""
     values = np.asarray(kernels.interference.values)
+    if np.isnan(values[-1]).sum() >= values[-1].size - len(values[-1]) > 0:
+        return None
     limits = (0.0, max(1.0, float(np.nanmax(values))))
     with styled():
         figure, axes = new_axes(2, height=3.4)
@@ -89,6 +91,8 @@ def _draw_cells(
         axes.set_xticklabels([names[at] for at in shown[1]])
     if max(values.shape) <= MAX_LABELLED:
         for (row, col), value in np.ndenumerate(values):
+            if np.isnan(value):
+                continue
             is_dark = value < (limits[0] + limits[1]) / 2
             text = f"{value:.0f}" if limits[1] > 2 else f"{value:.2f}"
             axes.text(col, row, text, ha="center", va="center", fontsize=8, color="white" if is_dark else "black")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FloatArray = npt.NDArray[np.float64]
+# Measures of the evaluations, and the titles of their panels.
+SCORES = {"accuracy": "Over all outputs", "task_accuracy": "Over the outputs of the task"}
 # Words for the parts of the probe.
 PARTS = {"train": "training", "validation": "validation"}
 
@@ -22,11 +24,10 @@ PARTS = {"train": "training", "validation": "validation"}
 def draw_accuracy(run: RunReader) -> Picture:
     """Draw the accuracy on each task, class-incremental and task-incremental."""
     data, timeline = run.evaluations, Timeline.of(run)
+    shown = {name: title for name, title in SCORES.items() if run.has(name)}
     with styled():
-        figure, axes = new_axes(2)
-        for panel, name, title in zip(
-            axes, ("accuracy", "task_accuracy"), ("Over all outputs", "Over the outputs of the task"), strict=True
-        ):
+        figure, axes = new_axes(len(shown))
+        for panel, (name, title) in zip(axes, shown.items(), strict=True):
             timeline.draw_tasks(panel, data.epoch.values, 100 * np.asarray(data[name].values))
             panel.set(title=title, ylim=(-3, 103))
         axes[0].set(ylabel="accuracy, %")
@@ -39,8 +40,10 @@ def draw_accuracy(run: RunReader) -> Picture:
     return Picture("accuracy", "Accuracy", caption, figure)
 
 
-def draw_loss(run: RunReader) -> Picture:
-    """Draw the loss on each task."""
+def draw_loss(run: RunReader) -> Picture | None:
+    """Draw the loss on each task; None if none was recorded."""
+    if not run.has("loss"):
+        return None
     data, timeline = run.evaluations, Timeline.of(run)
     with styled():
         figure, axes = new_axes()
@@ -64,10 +67,10 @@ def draw_norm(run: RunReader, parts: "Mapping[str, xarray.Dataset]") -> Picture:
         timeline.settle(axes)
         timeline.key(axes)
     norms = parts["train"].frobenius_norm.values
-    caption = (
-        "Frobenius norm of the kernel on the probe samples of each task. The norm on the whole probe changed from "
-        f"{plain(float(norms[0]))} to {plain(float(norms[-1]))}."
-    )
+    caption = "Frobenius norm of the kernel on the probe samples of each task."
+    if np.isfinite(norms[-1]):
+        first, last = (plain(float(norm)) for norm in (norms[0], norms[-1]))
+        caption += f" The norm on the whole probe changed from {first} to {last}."
     return Picture("norm", "Norm of the kernel", caption, figure)
 
 
@@ -148,12 +151,14 @@ def draw_regression(run: RunReader, kernels: "xarray.Dataset") -> Picture:
 
 def draw_progress(run: RunReader) -> Picture:
     """Draw the accuracy over all classes so far, and the accuracy on each new task."""
-    found = {
-        "class-incremental": run.matrix(),
-        "task-incremental": run.matrix("task_accuracy"),
-        "class-incremental, by the outputs": run.matrix("head_accuracy"),
+    names = {
+        "class-incremental": "accuracy",
+        "task-incremental": "task_accuracy",
+        "class-incremental, by the outputs": "head_accuracy",
     }
-    if np.array_equal(found["class-incremental, by the outputs"].values, found["class-incremental"].values):
+    found = {title: run.matrix(name) for title, name in names.items() if run.has(name)}
+    by_outputs, others = (found[name].values for name in ("class-incremental, by the outputs", "class-incremental"))
+    if np.array_equal(by_outputs, others, equal_nan=True):
         del found["class-incremental, by the outputs"]
     with styled():
         figure, axes = new_axes(2)

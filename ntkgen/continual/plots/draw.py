@@ -44,9 +44,9 @@ def draw_run(run: RunReader) -> tuple[list[Picture], dict[str, str]]:
     return [pictures[kind] for kind in KINDS if kind in pictures], left_out
 
 
-def _of_kernels(run: RunReader, parts: "dict[str, xarray.Dataset]") -> list[Picture]:
+def _of_kernels(run: RunReader, parts: "dict[str, xarray.Dataset]") -> list[Picture | None]:
     kernels = parts["train"]
-    drawn = [curves.draw_norm(run, parts)]
+    drawn: list[Picture | None] = [curves.draw_norm(run, parts)]
     drawn += [curves.draw_eigenvalues(run, found, part) for part, found in parts.items()]
     drawn += [curves.draw_motion(run, kernels), cells.draw_interference(kernels)]
     if len(kernels.start):
@@ -58,8 +58,10 @@ def _of_kernels(run: RunReader, parts: "dict[str, xarray.Dataset]") -> list[Pict
 
 # Why a picture may be missing.
 _REASONS = {
+    "loss": "no losses were recorded",
     "confusion": "the run was recorded without confusion matrices",
     "validation-eigenvalues": "the probe has no validation samples; record the run with `probe_parts` both",
+    "interference": "no blocks of the kernel between two tasks were recorded",
     "velocity": "no two kernels are a fixed number of iterations apart",
     "regression": "the rows of the kernels have no targets; record the run with the `output` trace, full or centered",
 }
