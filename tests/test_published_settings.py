@@ -83,6 +83,10 @@ def test_images_may_stay_as_they_are_and_tasks_may_be_evaluated_on_validation_sa
     plain = plan.load_data(dataclasses.replace(settings, normalise="none", evaluate_on="validation"))
     assert float(plain.train.inputs().unique()) == 1.0
     assert plain.test is None
+    monkeypatch.setattr(plan.dataset, "load", lambda *_, **__: rgb)
+    rgb = Dataset("rgb", torch.tensor([[[[0]], [[255]], [[51]]]], dtype=torch.uint8), torch.zeros(1).long(), 1)
+    symmetric = plan.load_data(dataclasses.replace(settings, normalise="symmetric", evaluate_on="validation"))
+    torch.testing.assert_close(symmetric.train.inputs().flatten(), torch.tensor([-1.0, 1.0, -0.6]))
 
 
 @pytest.fixture(scope="module")

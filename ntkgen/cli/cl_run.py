@@ -65,7 +65,7 @@ _SETTINGS = [
     _setting(
         "--normalise",
         "normalise",
-        "Normalise images by mean and standard deviation of the data set, or only scale them to [0, 1]",
+        "dataset: normalise images by mean and standard deviation; symmetric: scale to [−1, 1]; none: to [0, 1]",
         type=click.Choice(CHOICES["normalise"]),
     ),
     _setting(

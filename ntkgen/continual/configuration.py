@@ -14,7 +14,7 @@ OPTIMIZERS = ("adam", "sgd")
 # Settings that are one of a few names.
 CHOICES = {
     "optimizer": OPTIMIZERS,
-    "normalise": ("dataset", "none"),
+    "normalise": ("dataset", "symmetric", "none"),
     "evaluate_on": ("test", "validation"),
     "loss": ("cross-entropy", "binary"),
     "binary_reduction": ("sum", "mean"),
@@ -68,8 +68,8 @@ class RunSettings:
         blend_steps: Number of iterations over which samples of the previous task fade out after a switch.
         num_tasks: Number of tasks; None for all.
         compatible_split: Whether to hold out the same validation samples as the package continuum 1.2.
-        normalise: ``dataset``: images are normalised with mean and standard deviation of the data set; ``none``: they
-            are only scaled to [0, 1].
+        normalise: ``dataset``: images are normalised with mean and standard deviation of the data set;
+            ``symmetric``: they are scaled to [−1, 1]; ``none``: to [0, 1].
         evaluate_on: ``test``: tasks are evaluated on the test split, if there is one; ``validation``: on the validation
             samples.
         model: Name of a network, or ``package.module:factory``.

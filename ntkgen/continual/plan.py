@@ -21,6 +21,9 @@ from ntkgen.data import dataset
 from ntkgen.data.catalog import dataset_info
 from ntkgen.data.dataset import Dataset
 
+# Mean and standard deviation that map [0, 1] to [−1, 1], for every number of channels.
+HALF = (0.5,)
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
@@ -65,8 +68,9 @@ def load_data(settings: RunSettings, data_dir: Path | None = None) -> Data:
     splits = [dataset.load(name, data_dir=data_dir)]
     if info and info.num_test_samples and settings.evaluate_on == "test":
         splits.append(dataset.load(name, data_dir=data_dir, split="test"))
-    if settings.normalise == "none":
-        splits = [dataclasses.replace(split, mean=None, std=None) for split in splits]
+    if settings.normalise != "dataset":
+        center = HALF if settings.normalise == "symmetric" else None
+        splits = [dataclasses.replace(split, mean=center, std=center) for split in splits]
     return Data(*splits)
 
 
