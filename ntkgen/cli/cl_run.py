@@ -95,6 +95,13 @@ _SETTINGS = [
     ),
     _setting("--replay", "replay", "Samples of each earlier task per epoch, for replay-mixed and -two-pass", type=int),
     _setting("--exemplars", "exemplars", "How iCaRL chooses exemplars", type=click.Choice(["herding", "random"])),
+    _setting(
+        "--exemplar-rounding",
+        "exemplar_rounding",
+        "Whether iCaRL rounds the number of exemplars per class down or up",
+        type=click.Choice(CHOICES["exemplar_rounding"]),
+    ),
+    _setting("--mirrored", "mirrored", "Add mirror images to the means of iCaRL's exemplars", is_flag=True),
     _setting("--distillation", "distillation", "Weight of the distillation loss of LwF", type=FiniteRange(0)),
     _setting("--temperature", "temperature", "Temperature of the distillation loss of LwF", type=POSITIVE),
     _setting("--penalty", "penalty", "Weight of the penalty of EWC", type=FiniteRange(0)),

@@ -18,6 +18,7 @@ CHOICES = {
     "evaluate_on": ("test", "validation"),
     "loss": ("cross-entropy", "binary"),
     "binary_reduction": ("sum", "mean"),
+    "exemplar_rounding": ("down", "up"),
     "regime": ("feature", "lazy"),
     "head": ("fixed", "growing"),
     "probe_rule": ("balanced", "first"),
@@ -36,6 +37,8 @@ class MethodOptions:
         memory: How replay selects these samples: ``reservoir`` or ``balanced``.
         replay: Number of samples of each earlier task per epoch, for ``replay-mixed`` and ``replay-two-pass``.
         exemplars: How exemplars are chosen: ``herding`` or ``random``.
+        exemplar_rounding: Whether the number of exemplars per class, K / t, is rounded ``down`` or ``up``.
+        mirrored: Whether the mean of exemplars also has the features of their mirror images.
         distillation: Weight λ of the distillation loss of LwF.
         temperature: Temperature T of the distillation loss of LwF.
         penalty: Weight λ of the penalty of EWC.
@@ -48,6 +51,8 @@ class MethodOptions:
     memory: str = "reservoir"
     replay: int = 500
     exemplars: str = "herding"
+    exemplar_rounding: str = "down"
+    mirrored: bool = False
     distillation: float = 1.0
     temperature: float = 2.0
     penalty: float = 1000.0
@@ -82,6 +87,8 @@ class RunSettings:
         memory: How replay selects these samples: ``reservoir`` or ``balanced``.
         replay: Samples of each earlier task per epoch, for ``replay-mixed`` and ``replay-two-pass``.
         exemplars: How exemplars are chosen: ``herding`` or ``random``.
+        exemplar_rounding: Whether the number of exemplars per class is rounded ``down`` or ``up``.
+        mirrored: Whether the mean of exemplars also has the features of their mirror images.
         distillation: Weight of the distillation loss of LwF.
         temperature: Temperature of the distillation loss of LwF.
         penalty: Weight of the penalty of EWC.
@@ -136,6 +143,8 @@ class RunSettings:
     memory: str = MethodOptions.memory
     replay: int = MethodOptions.replay
     exemplars: str = MethodOptions.exemplars
+    exemplar_rounding: str = MethodOptions.exemplar_rounding
+    mirrored: bool = MethodOptions.mirrored
     distillation: float = MethodOptions.distillation
     temperature: float = MethodOptions.temperature
     penalty: float = MethodOptions.penalty

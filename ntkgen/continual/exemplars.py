@@ -47,8 +47,8 @@ def choose(
     return ids[order]
 
 
-def quota(budget: int, num_classes: int) -> int:
-    """Divide a budget among classes, budget // classes.
+def quota(budget: int, num_classes: int, rounding: str = "down") -> int:
+    """Divide a budget among classes, and round ``down`` or ``up``.
 
     Raises:
         InputError: If not every class gets one.
@@ -58,4 +58,4 @@ def quota(budget: int, num_classes: int) -> int:
             f"A budget of {budget} exemplars is too small for {num_classes} classes: expected at least one for each. "
             "Is it the number per class? Raise `buffer`."
         )
-    return budget // num_classes
+    return -(-budget // num_classes) if rounding == "up" else budget // num_classes

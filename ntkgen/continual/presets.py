@@ -117,6 +117,7 @@ _INCREMENTAL = {
     "evaluations": "1ep",
     "dense": None,
 }
+_ICARL_CODE = "srebuffi/iCaRL, iCaRL-TheanoLasagne/main_cifar_100_theano.py"
 _NOTEBOOK = "rojinakashefi/LwF-iCaRL-Incremental-Learning, Incremental-learning.ipynb"
 
 _PRESETS = (
@@ -161,6 +162,12 @@ _PRESETS = (
         "icarl-cifar100",
         "Rebuffi, Kolesnikov, Sperl, Lampert (2017), arXiv:1611.07725; srebuffi/iCaRL",
         {**_INCREMENTAL, "class_order": "icarl", "buffer": 2000, "exemplars": "herding"},
+        quirks_by_method={
+            "icarl": (
+                Quirk("exemplar_rounding", "up", f"{_ICARL_CODE}: nb_protos_cl = int(np.ceil(…))"),
+                Quirk("mirrored", value=True, source=f"{_ICARL_CODE}: class_means of D and D2, the mirror images"),
+            )
+        },
         runs=published.ICARL_CIFAR100,
         note="The learning rate of 2 belongs to the mean of the loss over all 100 outputs. The published numbers are "
         "means over ten random class orders.",
@@ -169,7 +176,11 @@ _PRESETS = (
         "resnet-incremental",
         "rojinakashefi/LwF-iCaRL-Incremental-Learning",
         {**_INCREMENTAL, "buffer": 10_000, "exemplars": "random"},
-        by_method={"finetune": {"loss": "binary"}, "lwf": {"distillation": 0.3, "temperature": 1.0}},
+        by_method={
+            "finetune": {"loss": "binary"},
+            "lwf": {"distillation": 0.3, "temperature": 1.0, "head": "growing"},
+            "icarl": {"head": "growing"},
+        },
         quirks=(Quirk("drop_last", value=True, source=f"{_NOTEBOOK}: DataLoader(drop_last=True)"),),
         quirks_by_method={"finetune": (Quirk("momentum", 0.0, f"{_NOTEBOOK}: MOMENTUM is not passed to SGD"),)},
         runs=published.RESNET_INCREMENTAL,

@@ -21,8 +21,11 @@ FEATURE_BATCH = 500
 class ICaRL(LwFMC):
     """Trains on new samples and exemplars with the loss of LwF.MC, and predicts the nearest mean of exemplars.
 
-    The memory has K // t exemplars of each of the t classes seen so far, chosen by herding or at random after each
-    task. The mean of a class is that of the normalised features of its exemplars, normalised.
+    The memory has K / t exemplars of each of the t classes seen so far, rounded down, chosen by herding or at random
+    after each task. The mean of a class is that of the normalised features of its exemplars, normalised.
+
+    The authors' code rounds up, so that the memory may have up to t − 1 samples more than K, and adds the features of
+    the mirrored exemplars to the mean. Both are options.
 
     References:
         Rebuffi, Kolesnikov, Sperl, Lampert (2017), arXiv:1611.07725.
@@ -47,7 +50,8 @@ class ICaRL(LwFMC):
     def end(self, task: Task, model: nn.Module) -> None:
         """Shorten the lists of old classes, and choose exemplars of the new ones."""
         stream, labels = self.situation.stream, self.situation.labels
-        count = quota(self.situation.options.buffer, stream.num_seen(task.number))
+        options = self.situation.options
+        count = quota(options.buffer, stream.num_seen(task.number), options.exemplar_rounding)
         self.exemplars = {target: ids[:count] for target, ids in self.exemplars.items()}
         for target in stream.task_targets(task.number):
             if target in self.exemplars:
@@ -55,14 +59,14 @@ class ICaRL(LwFMC):
             ids = task.train[stream.targets(labels[task.train]) == target]
             rng = generator_of(self.situation.seed, "memory", target)
             features = self._features(model, ids).double().cpu().numpy()
-            self.exemplars[target] = choose(self.situation.options.exemplars, ids, features, count, rng).tolist()
+            self.exemplars[target] = choose(options.exemplars, ids, features, count, rng).tolist()
 
     def before_evaluation(self, model: nn.Module) -> None:
         """Compute the means of the exemplars with the current features; before any exemplars there are none."""
         if not self.exemplars:
             self.means = None
             return
-        means = [self._features(model, np.array(self.exemplars[target])).mean(0) for target in sorted(self.exemplars)]
+        means = [self._mean(model, np.array(self.exemplars[target])) for target in sorted(self.exemplars)]
         self.means = nn.functional.normalize(torch.stack(means), dim=1)
 
     def predict(
@@ -88,7 +92,11 @@ class ICaRL(LwFMC):
         super().load_state_dict(state)
         self.exemplars = {int(target): list(ids) for target, ids in state["exemplars"].items()}
 
-    def _features(self, model: nn.Module, ids: IntArray) -> Tensor:
+    def _mean(self, model: nn.Module, ids: IntArray) -> Tensor:
+        mean = self._features(model, ids).mean(0)
+        return mean + self._features(model, ids, mirrored=True).mean(0) if self.situation.options.mirrored else mean
+
+    def _features(self, model: nn.Module, ids: IntArray, *, mirrored: bool = False) -> Tensor:
         assert self.situation.inputs is not None
-        parts = torch.from_numpy(ids).split(FEATURE_BATCH)
-        return torch.cat([in_evaluation_mode(model, self.situation.inputs(part), self.head) for part in parts])
+        parts = (self.situation.inputs(part) for part in torch.from_numpy(ids).split(FEATURE_BATCH))
+        return torch.cat([in_evaluation_mode(model, x.flip(-1) if mirrored else x, self.head) for x in parts])
