@@ -51,12 +51,12 @@ def nets(monkeypatch):
     monkeypatch.setitem(sys.modules, "nets", module)
 
 
-def blobs(per_class=30, classes=6):
+def blobs(per_class=30, classes=6, spread=0.5):
     """Well separated classes of small images."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(classes), per_class)
     means = 2 * rng.standard_normal((classes, 3, 2, 2))
-    images = means[labels] + 0.5 * rng.standard_normal((len(labels), 3, 2, 2))
+    images = means[labels] + spread * rng.standard_normal((len(labels), 3, 2, 2))
     order = rng.permutation(len(labels))
     return Data(Dataset("blobs", torch.from_numpy(images[order]).float(), torch.from_numpy(labels[order]), classes))
 
