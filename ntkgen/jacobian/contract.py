@@ -46,6 +46,8 @@ def fill_kernels(
     for row, column in block_pairs(rows, columns):
         # without names for the factors, which would keep a third block in memory
         tiles = _contract_parts(factors(row), factors(column), plan, parts)
+        if len(rows) == len(columns) == 1:
+            return tiles
         if not kernels:
             kernels = [tile.new_empty(*tile.shape[:-2], height * m, width * m) for tile in tiles]
         i = Block(row.start - rows[0].start, row.stop - rows[0].start).rows(m)
@@ -88,7 +90,18 @@ def contract(
     for one, other in zip(left.pairs, right.pairs, strict=True):
         for group in range(one.plan.shape.groups):
             _add_group(work, one.group(group), other.group(group), out)
-    return torch.triu(out) + torch.triu(out, diagonal=1).mT if left is right else out
+    return _mirrored(work, out) if left is right else out
+
+
+def _mirrored(work: "_Work", out: Tensor) -> Tensor:
+    """Copy the upper triangle of a symmetric result into the lower one, panel by panel."""
+    m = work.plan.num_outputs if work.plan.reduction == "none" else 1
+    for panel, _ in work.panels():
+        i, below = panel.rows(m), slice(panel.rows(m).stop, None)
+        square = out[..., i, i]
+        out[..., i, i] = torch.triu(square) + torch.triu(square, diagonal=1).mT
+        out[..., below, i] = out[..., i, below].mT
+    return out
 
 
 @dataclass(frozen=True)
