@@ -9,6 +9,10 @@ from torch import nn
 
 import ntkgen
 from ntkgen.errors import DivergedError, InputError, RuleError, ShapeError
+from ntkgen.jacobian.capture import cotangents, record
+from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly, pull_back_all
+from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.precision import policy
 
 pytestmark = pytest.mark.numeric
 
@@ -98,7 +102,7 @@ def test_several_blocks(monkeypatch):
     monkeypatch.setattr("ntkgen.jacobian.dense.BLOCK_BYTES", 700)
     net, later = mlp(), moved(mlp())
     function = ntkgen.KernelFunction(net, X, precision="float64", per_layer=True)
-    assert len(function._plan.rows) > 2
+    assert len(function._rows) > 2
     expected = ntkgen.reference_ntk(later, X)
     assert relative_error(sum(function(later).values()), expected) <= TOLERANCES["float64"]
 
@@ -216,3 +220,66 @@ def test_outputs_that_are_not_finite_are_refused():
         net[3].bias.fill_(float("nan"))
     with pytest.raises(DivergedError):
         function(net)
+
+
+class Doubled(torch.autograd.Function):
+    """An operation of a user's own, which `torch.vmap` does not support."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert type(grad.sum().item()) is float
+        return grad * 2
+
+
+class Double(nn.Module):
+    def forward(self, x):
+        return Doubled.apply(x)
+
+
+def test_a_network_whose_outputs_are_not_differentiated_together():
+    net = nn.Sequential(nn.Linear(4, 5), Double(), nn.Linear(5, 3))
+    function = ntkgen.KernelFunction(net, X, precision="float64")
+    assert relative_error(function(net), ntkgen.reference_ntk(net, X)) <= TOLERANCES["float64"]
+
+
+@pytest.mark.parametrize("kernel", [{"kernel_size": 3}, {"kernel_size": 3, "stride": 2, "padding": 1}])
+@pytest.mark.parametrize("num_channels", [4, 64])  # rows are kept, or products are ordered
+def test_the_bias_of_a_convolution_in_groups(kernel, num_channels):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, num_channels, bias=True, groups=2, **kernel), nn.Tanh(), nn.Flatten(), nn.LazyLinear(3)
+    )
+    x = torch.randn(5, 2, 7, 7, generator=torch.Generator().manual_seed(2))
+    net(x)
+    function = ntkgen.KernelFunction(net, x, precision="float64", per_layer=True)
+    for name, kernel_of_layer in function(net).items():
+        alone = copy.deepcopy(net).requires_grad_(False)
+        alone.get_submodule(name).requires_grad_(True)
+        assert relative_error(kernel_of_layer, ntkgen.reference_ntk(alone, x)) <= TOLERANCES["float64"]
+
+
+def joint_factors(net):
+    network = prepare(net, X, policy("float64"))
+    plan = plan_jointly(network, len(X), "float64", "none")
+    return JointFactors(join_biases(network, plan), plan, len(X))
+
+
+def test_a_wrong_bias_is_found():
+    joint = joint_factors(mlp())
+    joint(X, prove=True)
+    joint._inputs["3"][:, :, -1] = 1.1
+    with pytest.raises(RuleError) as error:
+        joint(X, prove=True)
+    assert set(error.value.params) == {"3.bias"}
+
+
+def test_one_backward_pass_for_all_outputs_equals_one_for_each():
+    net = mlp().eval()
+    recording = record(net, {"0": net[0], "3": net[3]}, X)
+    together, each = pull_back_all(recording), list(cotangents(recording))
+    for name in ("0", "3"):
+        torch.testing.assert_close(together[name][0], torch.stack([grads[name][0] for grads in each]))

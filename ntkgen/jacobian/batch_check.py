@@ -5,7 +5,7 @@ content, and then a later batch behaves differently. Every batch is therefore ch
 forward pass and one backward pass.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def require_true_factors(network: Network, recording: Recording, block: BlockFac
         return
     weights = draw_weights(recording.outputs, recording.count)
     claims = _kept_claims(network, block, batch, weights[: recording.count])
-    params = {name: param for layer in network.layers for name, param in _params(layer)}
+    params = {name: param for layer in network.layers for name, param in _params(layer, layer.params())}
     tolerance = max(TOLERANCES[network.precision.compute_dtype], TOLERANCES[network.precision.factor_dtype])
     findings = hold_against_autograd(recording.outputs, weights, params, claims, tolerance)
     if findings.disproved:
@@ -94,8 +94,8 @@ def require_same_in_other_batches(
             require_same_outputs(logits[part.to(logits.device)], outputs, batch_size)
 
 
-def _params(layer: Layer) -> list[tuple[str, nn.Parameter]]:
-    return [(layer.full_name(param), getattr(layer.module, param)) for param in layer.params()]
+def _params(layer: Layer, names: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
+    return [(layer.full_name(name), getattr(layer.module, name)) for name in names]
 
 
 def _kept_claims(
@@ -107,25 +107,37 @@ def _kept_claims(
     """Compute the weighted gradient from the stored factors of a batch, parameter by parameter."""
     pairs = {pair.plan.shape.name: pair for pair in block.pairs}
     rows = _weighted(block.rows[batch], weights).sum(0)  # (row parameters,)
-    claims, column = {}, 0
+    claims: dict[str, Claim] = {}
+    column = 0
     for layer in network.layers:
-        for name, param in _params(layer):
-            if layer.name in pairs and param is getattr(layer.module, layer.rule.matrix or "", None):
-                claims[name] = _pair_claim(pairs[layer.name], batch, weights, network.directions[layer.name])
-            else:
-                claims[name] = Claim(rows[column : column + param.numel()])
-                column += param.numel()
+        if layer.name in pairs:
+            found = _pair_claims(pairs[layer.name], batch, weights, network.directions[layer.name])
+            claims |= {name: claim for (name, _), claim in zip(_params(layer, layer.of_matrix), found, strict=False)}
+            own = _params(layer, layer.vectors)
+        elif layer.joined is not None:
+            (matrix, weight), (bias, vector) = _params(layer, layer.of_matrix)
+            size = weight.numel() + vector.numel()
+            with_bias = rows[column : column + size].view(vector.numel(), -1)
+            claims |= {matrix: Claim(with_bias[:, :-1].flatten()), bias: Claim(with_bias[:, -1])}
+            column += size
+            own = _params(layer, layer.vectors)
+        else:
+            own = _params(layer, layer.params())
+        for name, param in own:
+            claims[name] = Claim(rows[column : column + param.numel()])
+            column += param.numel()
     return claims
 
 
-def _pair_claim(pair: PairFactor, batch: slice, weights: Tensor, directions: Tensor) -> Claim:
+def _pair_claims(pair: PairFactor, batch: slice, weights: Tensor, directions: Tensor) -> list[Claim]:
+    """Compute the claims for the matrix, and for a bias that is joined to it."""
     inputs, cotangents = pair.inputs[batch].to(weights.dtype), _weighted(pair.cotangents[batch], weights)
     if pair.windows is not None:
-        projected = pair.windows.project(inputs, directions)
-    else:
-        positions_first = inputs.mT if pair.plan.order == "explicit" else inputs  # (samples, groups, positions, k)
-        projected = positions_first @ directions
-    return Claim(rows_product(cotangents, projected), directions)
+        return [Claim(rows_product(cotangents, pair.windows.project(inputs, directions)), directions)]
+    positions_first = inputs.mT if pair.plan.order == "explicit" else inputs  # (samples, groups, positions, k)
+    matrix, bias = positions_first.tensor_split([directions.shape[1]], dim=-1)
+    claims = [Claim(rows_product(cotangents, matrix @ directions), directions)]
+    return [*claims, Claim(rows_product(cotangents, bias).flatten())] if bias.shape[-1] else claims
 
 
 def _weighted(

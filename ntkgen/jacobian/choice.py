@@ -39,7 +39,7 @@ def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rat
     return grams + carried + 1000 * q * m * m * t * c // rates.finishing
 
 
-def _candidates(shape: LayerShape, num_outputs: int, reduction: Reduction) -> Iterator[LayerPlan]:
+def candidates(shape: LayerShape, num_outputs: int, reduction: Reduction) -> Iterator[LayerPlan]:
     """List the ways to contract a layer. Its rows are kept if they are not larger than its factors."""
     explicit = LayerPlan(shape, "explicit", keeps_rows=False)
     keeps_rows = num_outputs * shape.num_params <= factor_numbers(explicit, num_outputs)
@@ -67,7 +67,7 @@ def choose_layer(
     'ordered'
     """
     return min(
-        _candidates(shape, num_outputs, reduction),
+        candidates(shape, num_outputs, reduction),
         key=lambda plan: order_nanoseconds(plan, num_outputs, block_samples, rates, reduction),
     )
 
@@ -78,7 +78,7 @@ def _forced(shape: LayerShape, order: Order, num_outputs: int, reduction: Reduct
     Raises:
         InputError: If the order cannot be used with the reduction.
     """
-    ways = [plan for plan in _candidates(shape, num_outputs, reduction) if plan.order == order]
+    ways = [plan for plan in candidates(shape, num_outputs, reduction) if plan.order == order]
     if not ways:
         raise InputError(
             f"The order {order!r} cannot be forced on a kernel whose output is reduced to its {reduction}: expected "
@@ -136,7 +136,7 @@ def minimal_macs(profile: NetworkProfile, num_samples: int) -> int:
 
     def least(shape: LayerShape) -> int:
         totals = []
-        for plan in _candidates(shape, m, "none"):
+        for plan in candidates(shape, m, "none"):
             built = building_macs(shape, m) if plan.order == "explicit" else 0
             totals.append(built * num_samples + pair_macs(plan, m) * pairs)
         return min(totals)

@@ -59,7 +59,7 @@ def fill_factors(
             if prove:
                 require_true_factors(network, recording, block, part)
             del recording  # and with it the graph
-            _fill_fallback(block, network, part, samples)
+            fill_fallback(block, network, part, samples)
         if prove:
             require_same_in_other_batches(network, x, block.logits, plan.batch_size)
 
@@ -127,7 +127,7 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
     return recording
 
 
-def _fill_fallback(block: BlockFactors, network: Network, batch: slice, samples: Tensor) -> None:
+def fill_fallback(block: BlockFactors, network: Network, batch: slice, samples: Tensor) -> None:
     """Form the rows of the parameters without a rule, one sample at a time. They are the last of the kept rows."""
     if not network.fallback:
         return

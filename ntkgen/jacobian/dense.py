@@ -1,7 +1,7 @@
 """The kernel of two batches as a tensor: `ntkgen.ntk`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, Rates, factor_macs, product_macs, sizes_for
+from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, product_macs, sizes_for
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, more_excluded
@@ -118,45 +118,48 @@ def plan_ntk(
     x1: Tensor,
     x2: Tensor | None = None,
     asked: Request = Request(),
-    *,
-    rates: Rates | None = None,
-    batch_size: int | None = None,
 ) -> DensePlan:
-    """Prepare a network and plan the kernel of two batches, in the largest blocks of at most `BLOCK_BYTES`.
+    """Prepare a network, measure the device, and plan the kernel of two batches.
 
     Args:
         model: The network.
         x1: The samples of the rows.
         x2: The samples of the columns.
         asked: What is computed, and how.
-        rates: Speed of the device. By default it is measured.
-        batch_size: Maximum number of samples per forward pass. By default it depends on the size of the network.
     """
-    x = x1 if x2 is None else torch.cat([x1, x2])
-    probe = in_turns(x1, x2)
-    network, chosen = prepare_mapped(model, probe, asked.precision, asked.output, excluded=asked.excluded)
-    if rates is None:
-        with alone():  # other threads would disturb the measurement
-            rates = rates_of(network.device, asked.precision)
+    network, chosen = prepare_mapped(model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded)
+    with alone():  # other threads would disturb the measurement
+        rates = rates_of(network.device, asked.precision)
 
     def planned(block: int) -> JacobianPlan:
-        sizes = sizes_for(network.device.type, block, batch_size or batch_size_for(network.profile.activation_numbers))
+        batch_size = batch_size_for(network.profile.activation_numbers)
         return plan_jacobian(
             network.profile,
-            sizes,
+            sizes_for(network.device.type, block, batch_size),
             precision=asked.precision,
             rates=rates,
             reduction=chosen.reduction,
             orders=asked.orders,
         )
 
-    longest = max(len(x1), len(x) - len(x1))
-    jacobian = planned(longest)
-    if jacobian.factor_bytes * longest > BLOCK_BYTES:
-        jacobian = planned(max(1, BLOCK_BYTES // jacobian.factor_bytes))
+    x = x1 if x2 is None else torch.cat([x1, x2])
+    jacobian = plan_blocks(planned, max(len(x1), len(x) - len(x1)))
     size = jacobian.sizes.block_samples
     rows = Block(0, len(x1)).pieces(size)
     return DensePlan(network, jacobian, x, rows, rows if x2 is None else Block(len(x1), len(x)).pieces(size))
+
+
+def plan_blocks(planned: Callable[[int], JacobianPlan], longest: int) -> JacobianPlan:
+    """Plan with the largest blocks of at most `BLOCK_BYTES`.
+
+    Args:
+        planned: Plans for a number of samples per block.
+        longest: Number of samples of the rows or of the columns, whichever are more.
+    """
+    jacobian = planned(longest)
+    if jacobian.factor_bytes * longest <= BLOCK_BYTES:
+        return jacobian
+    return planned(max(1, BLOCK_BYTES // jacobian.factor_bytes))
 
 
 def compute_ntk(plan: DensePlan) -> Tensor:

@@ -12,19 +12,19 @@ from ntkgen.blocks import Block
 from ntkgen.errors import RuleError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.cache import BlockCache
-from ntkgen.jacobian.compute import empty_factors, fill_factors
 from ntkgen.jacobian.contract import fill_kernel, fill_kernels
-from ntkgen.jacobian.cost import USUAL_RATES, JacobianPlan
-from ntkgen.jacobian.dense import Request, plan_ntk
+from ntkgen.jacobian.cost import JacobianPlan
+from ntkgen.jacobian.dense import Request, plan_blocks
 from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly
 from ntkgen.jacobian.network import Network, more_excluded
+from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic
+from ntkgen.jacobian.probe import in_turns
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import trainable
 from ntkgen.jacobian.state import StateLoader
 
-# Maximum number of samples per forward pass.
-BATCH_SIZE = 256
 # Maximum number of blocks whose factors are held at a time. A kernel with no more blocks reuses their memory.
 NUM_BLOCKS_HELD = 2
 
@@ -80,34 +80,52 @@ class KernelFunction:
         rows, columns = checked_batches(x1, x2)
         asked = Request(output, precision)
         while True:
-            self._plan = plan_ntk(model, rows, columns, asked, rates=USUAL_RATES, batch_size=BATCH_SIZE)
-            self._kept: dict[Block, BlockFactors] = {}
-            network = self._plan.network
-            self._logits = torch.empty(
-                len(self._plan.x), self.num_logits, dtype=network.precision.compute_dtype, device=network.device
-            )
+            self._prepare(model, rows, columns, asked)
             try:
-                self._prove()
+                with exact_arithmetic(self._network.device):
+                    for block in dict.fromkeys([*self._rows, *self._columns]):
+                        self._factors(block, prove=True)
                 break
             except RuleError as error:
                 asked = dataclasses.replace(asked, excluded=more_excluded(asked.excluded, error))
-        self._loader = StateLoader(self._plan.network.module)
-        self._groups = parameter_groups(self._plan.network, self._plan.jacobian) if per_layer else None
+        self._loader = StateLoader(self._network.module)
+        self._groups = parameter_groups(self._network, self._plan) if per_layer else None
+
+    def _prepare(self, model: nn.Module, x1: Tensor, x2: Tensor | None, asked: Request) -> None:
+        """Copy the network, and plan with the largest blocks."""
+        network, chosen = prepare_mapped(
+            model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded
+        )
+
+        def planned(block: int) -> JacobianPlan:
+            return plan_jointly(network, block, asked.precision, chosen.reduction)
+
+        x = x1 if x2 is None else torch.cat([x1, x2])
+        self._x = network.input(x)
+        self._plan = plan_blocks(planned, max(len(x1), len(x) - len(x1)))
+        self._network = join_biases(network, self._plan)
+        size = self._plan.sizes.block_samples
+        self._rows = Block(0, len(x1)).pieces(size)
+        self._columns = self._rows if x2 is None else Block(len(x1), len(x)).pieces(size)
+        self._kept: dict[int, JointFactors] = {}
+        self._logits = torch.empty(
+            len(x), self.num_logits, dtype=network.precision.compute_dtype, device=network.device
+        )
 
     def __repr__(self) -> str:
         """Say the size and the precision."""
-        rows, columns = (blocks[-1].stop - blocks[0].start for blocks in (self._plan.rows, self._plan.columns))
-        return f"<KernelFunction of {rows} × {columns} samples, {self._plan.jacobian.precision}>"
+        rows, columns = (blocks[-1].stop - blocks[0].start for blocks in (self._rows, self._columns))
+        return f"<KernelFunction of {rows} × {columns} samples, {self._plan.precision}>"
 
     @property
     def num_logits(self) -> int:
         """Number of outputs of the network."""
-        return self._plan.network.profile.num_logits
+        return self._network.profile.num_logits
 
     @property
     def logits(self) -> Tensor:  # (n₁, logits)
         """Outputs of the network on the samples of the rows in the last call, f(x1)."""
-        return self._logits[: self._plan.rows[-1].stop].clone()
+        return self._logits[: self._rows[-1].stop].clone()
 
     @property
     def layers(self) -> list[str]:
@@ -133,30 +151,23 @@ class KernelFunction:
             RuleError: If a layer is called in another way than in the constructor, or if ``prove`` finds that the rule
                 of a layer is wrong.
         """
-        plan = self._plan
-        with exact_arithmetic(plan.network.device):
+        with exact_arithmetic(self._network.device):
             self._loader.load(state)
             factors = BlockCache(lambda block: self._factors(block, prove=prove), NUM_BLOCKS_HELD)
             if self._groups is None:
-                return fill_kernel(plan.rows, plan.columns, factors, plan.jacobian)
+                return fill_kernel(self._rows, self._columns, factors, self._plan)
             parts = [group.of for group in self._groups]
-            kernels = fill_kernels(plan.rows, plan.columns, factors, plan.jacobian, parts)
+            kernels = fill_kernels(self._rows, self._columns, factors, self._plan, parts)
         return {group.name: kernel for group, kernel in zip(self._groups, kernels, strict=True)}
-
-    def _prove(self) -> None:
-        with exact_arithmetic(self._plan.network.device):
-            for block in dict.fromkeys([*self._plan.rows, *self._plan.columns]):
-                self._factors(block, prove=True)
 
     def _factors(self, block: Block, *, prove: bool) -> BlockFactors:
         """Compute the factors of a block, in the memory of the last call where all blocks fit."""
-        plan = self._plan
-        factors = self._kept.get(block)
-        if factors is None:
-            factors = empty_factors(plan.network, plan.jacobian, len(block))
-            if len({*plan.rows, *plan.columns}) <= NUM_BLOCKS_HELD:
-                self._kept[block] = factors
-        fill_factors(factors, plan.network, plan.jacobian, plan.x[block.start : block.stop], prove=prove)
+        joint = self._kept.get(block.start)
+        if joint is None:
+            joint = JointFactors(self._network, self._plan, len(block))
+            if len({*self._rows, *self._columns}) <= NUM_BLOCKS_HELD:
+                self._kept[block.start] = joint
+        factors = joint(self._x[block.start : block.stop], prove=prove)
         self._logits[block.start : block.stop] = factors.logits
         return factors
 
@@ -191,8 +202,8 @@ def parameter_groups(network: Network, plan: JacobianPlan) -> list[ParameterGrou
         start += numbers
 
     for layer in network.layers:
-        matrix = layer.rule.matrix if layer.name in in_pairs else None
-        add(layer.name, sum(own[layer.full_name(name)].numel() for name in layer.params() if name != matrix))
+        names = layer.vectors if layer.name in in_pairs else layer.params()
+        add(layer.name, sum(own[layer.full_name(name)].numel() for name in names))
     for name in network.fallback:
         add(name.rpartition(".")[0], count_real_numbers([own[name]]))
     return [ParameterGroup(name, tuple(parts)) for name, parts in columns.items()]

@@ -72,6 +72,12 @@ def _convolution_inputs(module: nn.Module, x: Tensor) -> Tensor:
     to five times faster than im2col. A 1 × 1 kernel of stride 1 needs no copy.
     """
     assert isinstance(module, Convolution)
+    columns = windows_first(module, x)
+    return columns.reshape(len(x), module.groups, -1, math.prod(columns.shape[-(x.ndim - 2) :])).mT
+
+
+def windows_first(module: Convolution, x: Tensor) -> Tensor:  # (samples, channels, *kernel, *positions)
+    """View the padded input of a convolution as its windows."""
     axes = x.ndim - 2
     windows = padded(module, x)
     for axis, (size, stride, dilation) in enumerate(
@@ -80,8 +86,7 @@ def _convolution_inputs(module: nn.Module, x: Tensor) -> Tensor:
         windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     positions = range(2, axes + 2)
     kernel = range(axes + 2, 2 * axes + 2)
-    columns = windows.permute(0, 1, *kernel, *positions)
-    return columns.reshape(len(x), module.groups, -1, math.prod(windows.shape[2 : axes + 2])).mT
+    return windows.permute(0, 1, *kernel, *positions)
 
 
 def padding_of(module: Convolution) -> list[tuple[int, int]]:  # (before, after) of each axis
@@ -271,30 +276,47 @@ def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with a rule, and its trainable parameters that the rule treats."""
+    """A module with a rule, and its trainable parameters that the rule treats.
+
+    The vector ``joined`` is kept as the last column of the matrix, as if the inputs had an additional input of one.
+    """
 
     name: str
     module: nn.Module
     rule: LayerRule
     has_matrix: bool
     vectors: tuple[str, ...]
+    joined: str | None = None
 
     def full_name(self, param: str) -> str:
         """Return the name of a parameter in `nn.Module.named_parameters`."""
         return f"{self.name}.{param}" if self.name else param
 
     def params(self) -> Iterator[str]:
-        """List the names of the treated parameters within the module: the matrix first, then the vectors."""
-        if self.has_matrix:
-            assert self.rule.matrix is not None
-            yield self.rule.matrix
+        """List the names of the treated parameters within the module: those of the matrix first, then the vectors."""
+        yield from self.of_matrix
         yield from self.vectors
+
+    @property
+    def of_matrix(self) -> tuple[str, ...]:
+        """The names of the matrix and of the vector that is joined to it."""
+        names = (self.rule.matrix if self.has_matrix else None, self.joined)
+        return tuple(name for name in names if name is not None)
 
     def without(self, excluded: Collection[str]) -> "Layer":
         """Remove the parameters with these full names."""
         kept = {param for param in self.params() if self.full_name(param) not in excluded}
         vectors = tuple(vector for vector in self.vectors if vector in kept)
         return dataclasses.replace(self, has_matrix=self.rule.matrix in kept, vectors=vectors)
+
+    def with_joined_bias(self) -> "Layer":
+        """Join a bias to the matrix. Its rows are Σ_t g[t], which are the rows Σ_t g[t] ⊗ 1 of an input of one."""
+        sums = (_sum_to_channels_last, _sum_to_channels_first)
+        bias = next((vector for vector in self.vectors if self.rule.vectors[vector] in sums), None)
+        if bias is None or not self.has_matrix:
+            return self
+        vectors = tuple(vector for vector in self.vectors if vector != bias)
+        return dataclasses.replace(self, vectors=vectors, joined=bias)
 
 
 def sum_over_uses(parts: Iterable[Tensor]) -> Tensor:
