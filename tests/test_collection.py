@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from ntkgen.cli import run as command
+from ntkgen.cli.cl_preset import chosen_runs
+from ntkgen.cli.progress import progress_bars
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.joining import joined
 from ntkgen.continual.learner import learn
@@ -198,3 +200,127 @@ def test_pictures_of_several_runs_are_written(trained, tmp_path, capsys):
     made = json.loads(capsys.readouterr().out)["pictures"]
     assert [each["kind"] for each in made] == ["accuracy", "average-accuracy", "norm", "distance", "velocity"]
     assert "2 seeds" in made[0]["caption"]
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+LINE = ("cl-run", "--split", "5/5", "--epochs", "1", "--bs", "400", "--lr", "0.01", "--probe-per-class", "1")
+QUICK = ("--kernels", "task", "--evaluations", "task", "--dense", "0")
+
+
+def test_a_sweep_has_a_folder_per_width_and_seed(tmp_path, capsys):
+    place = tmp_path / "r"
+    assert command([*LINE, *QUICK, "--width", "4", "6", "--seeds", "3", "--json", "--out", str(place)]) == 0
+    *each, whole = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert [(one["width"], one["seed"]) for one in each] == [(4, 3), (6, 3)]
+    assert each[1]["settings"]["width"] == 6
+    assert (whole["widths"], whole["seeds"]) == ([4, 6], [3])
+    found = whole["summary"][1]["class_incremental"]["average_accuracy"]
+    assert found == {
+        "mean": each[1]["class_incremental"]["average_accuracy"], "standard_deviation": None, "interval_95": None,
+        "n": 1,
+    }  # fmt: skip
+    assert (place / "width4/seed3/config.json").exists()
+    before = (place / "width4/seed3/checkpoint.pt").read_bytes()
+    assert command([*LINE, *QUICK, "--width", "4", "6", "--seeds", "3", "--bs", "300", "--out", str(place)]) == 2
+    assert "batch_size 400, now 300" in capsys.readouterr().err
+    assert (place / "width4/seed3/checkpoint.pt").read_bytes() == before
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
+    from ntkgen.continual import side_by_side
+    from ntkgen.errors import DivergedError
+
+    def learned(plan, *others, learn=side_by_side.learn):
+        if plan.settings.seed == 0:
+            raise DivergedError("The training diverged: expected finite numbers.")
+        return learn(plan, *others)
+
+    monkeypatch.setattr(side_by_side, "learn", learned)
+    assert command([*LINE, *QUICK, "--width", "4", "--seeds", "0", "1", "--out", str(tmp_path / "r")]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["Error: seed0: The training diverged: expected finite numbers."]
+    assert captured.out.startswith("Settings: split 5/5; learning rate 0.01; epochs 1; batch size 400; ")
+    assert "seed1: 3 kernels" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        (["--seeds", "0", "1", "0"], "--seeds does not list the runs: expected each value once, found 0"),
+        (["--width", "4", "4"], "--width does not list the runs"),
+        (["--width", "0"], "0 is not in the range"),
+        (["--model", "lenet", "--width", "4", "6"], "--width was given for lenet"),
+        (["--workers", "0"], "0 is not in the range"),
+        (["--class-order", "1,a"], "'1,a' is no class order"),
+        (["--device", "abacus"], "no device 'abacus'"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, bad, found):
+    assert command([*LINE, *bad, "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert found in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", '{"split": "5/5", "learning_rate": 1e-2, "width": [4, 6], "seeds": [1, 2]}'),
+        ("run.toml", 'split = "5/5"\nlearning_rate = 1e-2\nwidth = [4, 6]\nseeds = [1, 2]\n'),
+        ("run.yaml", "split: 5/5\nlearning_rate: 1e-2\nwidth: [4, 6]\nseeds: [1, 2]\n"),
+        ("config.json", '{"settings": {"split": "5/5", "learning_rate": 0.01, "width": 4, "seed": 1}, "facts": {}}'),
+    ],
+)
+def test_settings_are_read_from_files(tmp_path, name, text):
+    file = tmp_path / name
+    file.write_text(text)
+    sweep, _ = chosen_runs(None, None, file, {"epochs": 2, "width": (), "seeds": ()})
+    assert sweep.settings == RunSettings(split="5/5", learning_rate=0.01, width=4, epochs=2)
+    assert list(sweep.runs) == (
+        ["seed1"] if name == "config.json" else [f"width{width}/seed{seed}" for width in (4, 6) for seed in (1, 2)]
+    )
+    assert list(chosen_runs(None, None, file, {"width": (9,), "seeds": (5,)})[0].runs) == ["seed5"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("run.json", '{"epochs": 2', "expected JSON, found an error"),
+        ("run.toml", "epochs = ", "expected TOML, found an error"),
+        ("run.yaml", "epochs: [", "expected YAML, found an error"),
+        ("run.json", "[1]", "expected names with values, found list"),
+        ("run.ini", "epochs=2", "found .ini"),
+        ("run.json", '{"epoch": 2}', "Did you mean epochs"),
+        ("run.toml", 'epochs = "2"', "expected int, found '2'"),
+        ("run.yaml", "epochs: true", "expected int, found True"),
+        ("run.json", '{"seeds": ["0"]}', "--seeds has a value of the wrong kind"),
+        ("run.json", '{"class_order": [1, "a"]}', "class_order has a value of the wrong kind"),
+    ],
+)
+def test_files_that_cannot_be_meant_are_refused_in_one_line(tmp_path, capsys, name, text, found):
+    file = tmp_path / name
+    file.write_text(text)
+    assert command(["cl-run", "--config", str(file), "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert found in error
+    assert error.count("\n") == 1
+
+
+# the progress ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_progress_is_that_of_the_whole_run(tmp_path):
+    reports = []
+    plan = Plan.of(dataclasses.replace(SETTINGS, epochs=2, batch_size=400, kernels="task"), load_data(SETTINGS))
+    learn(plan, LocalFolder(tmp_path, fsync=False), torch.device("cpu"), lambda *report: reports.append(report))
+    assert [(stage, done, total) for stage, done, total, _ in reports] == [("training", k, 12) for k in range(1, 13)]
+    assert reports[2][3].startswith("task 1/2, epoch 1/2, accuracy 0.")
+    assert reports[-1][3].startswith("task 2/2, epoch 2/2, accuracy 0.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rich.console.Console.is_terminal", True)
+        with progress_bars("seed 0", quiet=False) as report:
+            for stage in ("training", "seed1: training"):
+                for done in (1, 2, 3):
+                    report(stage, done, 3, "task 1/2")

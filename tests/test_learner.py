@@ -376,8 +376,8 @@ def test_the_command(tmp_path, capsys):
     assert "2 tasks, 52 iterations" in capsys.readouterr().out
     assert not (tmp_path / "r").exists()
     assert command([*line, "--seeds", "3", "4", "--json", "--out", str(tmp_path / "r")]) == 0
-    results = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
-    assert [result["seed"] for result in results] == [3, 4]
+    *results, whole = (json.loads(text) for text in capsys.readouterr().out.splitlines())
+    assert [result["seed"] for result in results] == whole["seeds"] == [3, 4]
     assert results[0]["class_incremental"]["accuracy_matrix"] != results[1]["class_incremental"]["accuracy_matrix"]
     kernels = zarr.open_group(tmp_path / "r/seed3/kernels.zarr", mode="r")
     assert kernels["kernel"].shape == (3, 100, 100)

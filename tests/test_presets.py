@@ -186,7 +186,7 @@ def test_a_dry_run_prints_the_configuration_of_a_preset(tmp_path, capsys):
     [
         (["--preset", "eth"], "Unknown preset 'eth'"),
         (["--compat", "published"], "--compat reproduces the published code of a preset"),
-        (["--config", "FILE"], "expected a JSON object"),
+        (["--config", "FILE"], "expected JSON"),
     ],
 )
 def test_bad_presets_are_one_line_and_code_2(tmp_path, capsys, line, match):

@@ -1,6 +1,5 @@
 """The options `--preset`, `--compat` and `--config` of `ntkgen cl-run`, and what they print."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,8 @@ import click
 from ntkgen.cli.options import Function, stacked
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.presets import PRESETS, Preset, preset_of
+from ntkgen.continual.settings_file import read_settings
+from ntkgen.continual.sweep import Sweep
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,49 +28,72 @@ preset_options: Callable[[Function], Function] = stacked(
     click.option(
         "--config",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="Read settings from FILE.json. Options override them.",
+        metavar="FILE",
+        help="Read settings from FILE.json, FILE.toml or FILE.yaml, or from the config.json of a run. "
+        "Options override them.",
     ),
 )
 
 
-def chosen_settings(
+def chosen_runs(
     preset: str | None, compat: str | None, config: Path | None, options: dict[str, Any]
-) -> tuple[RunSettings, Preset | None]:
+) -> tuple[Sweep, Preset | None]:
     """Combine preset, file and options; each overrides what is before it.
 
     Raises:
-        InputError: If a name is unknown, the file has no object, or `compat` is given without a preset.
+        InputError: If a name is unknown, the file is damaged, or `compat` is given without a preset.
     """
-    values = {} if config is None else _read(config)
-    given = {name: value for name, value in options.items() if value is not None}
-    if "," in str(given.get("class_order", "")):
-        given["class_order"] = [int(label) for label in given["class_order"].split(",")]
+    values = {} if config is None else read_settings(config)
+    given = {name: value for name, value in options.items() if value not in {None, ()}}
+    if isinstance(given.get("class_order"), str):
+        given["class_order"] = _order(given["class_order"])
     values |= given
-    if preset is None:
-        if compat is not None:
-            raise InputError(
-                "`compat` reproduces the published code of a preset: expected a `preset`, found none. Was it "
-                "forgotten? Give one, or leave `compat` out."
-            )
-        return RunSettings.from_json(values), None
-    found = preset_of(preset)
-    return RunSettings.from_json(found.values(values, compatible=compat is not None)), found
+    lists = {name: _listed(name, values.pop(name)) for name in ("width", "seeds", "seed") if name in values}
+    widths, seeds = lists.get("width"), lists.get("seeds") or lists.get("seed") or (RunSettings.seed,)
+    if widths:
+        values["width"] = widths[0]
+    if compat is not None and preset is None:
+        raise InputError(
+            "`compat` reproduces the published code of a preset: expected a `preset`, found none. Was it "
+            "forgotten? Give one, or leave `compat` out."
+        )
+    found = None if preset is None else preset_of(preset)
+    settings = RunSettings.from_json(values if found is None else found.values(values, compatible=compat is not None))
+    return Sweep(settings, widths or (settings.width,), seeds), found
 
 
-def _read(config: Path) -> dict[str, Any]:
+def _listed(name: str, value: Any) -> tuple[int, ...] | None:
+    """Read one whole number or a list of them.
+
+    Raises:
+        InputError: If it is something else.
+    """
+    if value is None and name == "width":
+        return None
+    values = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values):
+        raise InputError(
+            f"`{name}` has a value of the wrong kind: expected whole numbers that are not negative, found {value!r}. "
+            "Was a number written in quotes? Correct it."
+        )
+    return tuple(values)
+
+
+def _order(text: str) -> str | tuple[int, ...]:
+    """Read the name of an order, or labels that are separated by commas.
+
+    Raises:
+        InputError: If a label is no number.
+    """
+    if "," not in text:
+        return text
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        return tuple(int(label) for label in text.split(","))
     except ValueError as error:
         raise InputError(
-            f"The settings in {config} cannot be read: expected a JSON object, found an error ({error}). Is it another "
-            "file? Correct it."
+            f"{text!r} is no class order: expected labels, which are whole numbers, separated by commas, found "
+            f"something else ({error}). Is it a name? Give natural, random or icarl, or all labels."
         ) from error
-    if not isinstance(values, dict):
-        raise InputError(
-            f"The settings in {config} cannot be read: expected a JSON object, found {type(values).__name__}. Is it "
-            "another file? Correct it."
-        )
-    return values
 
 
 def preset_page(preset: Preset | None, settings: RunSettings) -> str:

@@ -1,15 +1,11 @@
 """`ntkgen cl-run`: continual learning, with the kernel of the network as a time series."""
 
-import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ntkgen.cli.cl_preset import chosen_settings, compared, preset_options, preset_page
-from ntkgen.cli.messages import show
+from ntkgen.cli.cl_preset import chosen_runs, preset_options
 from ntkgen.cli.options import (
     POSITIVE,
     SEED,
@@ -75,7 +71,14 @@ _SETTINGS = [
         type=click.Choice(CHOICES["evaluate_on"]),
     ),
     _setting("--model", "model", "Name from `ntkgen models`, or package.module:factory"),
-    _setting("--width", "width", "Width of the network", type=int),
+    _setting(
+        "--width",
+        "width",
+        "Width of the network; several are one run per width and seed",
+        cls=ManyOption,
+        type=click.IntRange(min=1),
+        metavar="WIDTH...",
+    ),
     _setting(
         "--parametrization", "parametrization", "Parametrization of the weights", type=click.Choice(["standard", "ntk"])
     ),
@@ -191,80 +194,40 @@ def _with_settings(command: Any) -> Any:
 @click.command("cl-run", cls=Command)
 @_with_settings
 @preset_options
+@click.option("--seeds", cls=ManyOption, type=SEED, metavar="SEED...", help="Seeds: one run per seed [0].")
 @click.option(
-    "--seeds",
-    cls=ManyOption,
-    type=SEED,
-    default=(0,),
+    "--workers",
+    type=click.IntRange(min=1),
+    default=1,
     show_default=True,
-    metavar="SEED...",
-    help="Seeds: one run per seed.",
+    help="Number of runs side by side, each in a process of its own with its share of the threads.",
 )
 @data_dir_option
 @out_option(default="runs/cl", show_default=True, metavar="FOLDER", help="Folder of the runs.")
 @device_option("auto, cpu, cuda, cuda:1, … or mps.")
 @dry_run_option
-@json_option("seed")
+@json_option("run, and one for all if there are several")
 @quiet_option
-def cl_run(*, seeds: tuple[int, ...], data_dir: Path | None, out: str, device: str, **options: Any) -> None:
+def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **options: Any) -> int:
     """Train a network on a sequence of tasks, and record its accuracy and its kernel over time.
 
-    The run of seed S is stored in the folder OUT/seedS. The same command continues an interrupted run. On a CPU, the
-    result has the same bytes as that of an uninterrupted run. `ntkgen manual continual` describes the results.
+    The run of seed S is stored in the folder OUT/seedS, or in OUT/widthW/seedS if there are several widths. The same
+    command continues an interrupted run. On a CPU, the result has the same bytes as that of an uninterrupted run.
+    `ntkgen manual continual` describes the results.
     """
     as_json, quiet, dry_run = (options.pop(name) for name in ("as_json", "quiet", "dry_run"))
-    settings, preset = chosen_settings(options.pop("preset"), options.pop("compat"), options.pop("config"), options)
+    sweep, preset = chosen_runs(options.pop("preset"), options.pop("compat"), options.pop("config"), options)
     start_process()
-    from ntkgen.cli.progress import progress_bars
-    from ntkgen.continual.learner import learn
-    from ntkgen.continual.plan import Plan, describe, load_data
-    from ntkgen.engine.machine import choose_device
-    from ntkgen.files.place import folder_of
+    from ntkgen.cli.cl_sweep import Session, show_plans, show_runs
+    from ntkgen.continual.plan import Plan, load_data
+    from ntkgen.continual.side_by_side import Job, require_possible
 
-    data = load_data(settings, data_dir)
-    for seed in dict.fromkeys(seeds):
-        plan = Plan.of(dataclasses.replace(settings, seed=seed), data)
-        if dry_run:
-            described = describe(plan)
-            show(json.dumps(described) if as_json else f"{preset_page(preset, plan.settings)}\n{_plan_page(described)}")
-            continue
-        started = time.monotonic()
-        folder = folder_of(out, fsync=False) / f"seed{seed}"
-        with progress_bars(f"seed {seed}", quiet=quiet) as report:
-            learn(plan, folder, choose_device(device), report)
-        result = {"run": str(folder), "seed": seed, "seconds": round(time.monotonic() - started, 3)}
-        result |= _metrics(folder)
-        published, lines = compared(preset, folder)
-        show(json.dumps(result | published) if as_json else _summary(result) + lines)
-
-
-def _metrics(folder: Any) -> dict[str, Any]:
-    from ntkgen.continual.reading import open_seed
-
-    run = open_seed(folder)
-    return {"kernels": int(run.kernels.sizes["time"]), **run.metrics()}
-
-
-def _plan_page(described: dict[str, Any]) -> str:
-    lines = [
-        f"{len(described['tasks'])} tasks, {described['iterations']:,} iterations, {described['evaluations']:,} "
-        f"evaluations, {described['kernels']:,} kernels of {described['probe_samples']} probe samples"
-    ]
-    for task in described["tasks"]:
-        counts = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
-        lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {counts}")
-    return "\n".join(lines)
-
-
-def _summary(result: dict[str, Any]) -> str:
-    found = result["class_incremental"]
-    lines = [f"{result['run']}: {result['kernels']:,} kernels, {result['seconds']:.1f} s"]
-    for task, row in enumerate(found["accuracy_matrix"]):
-        lines.append(f"  after task {task}: " + " ".join(f"{value:5.2f}" for value in row))
-    lines.append(
-        f"  average accuracy {found['average_accuracy']:.3f}, average incremental accuracy "
-        f"{found['average_incremental_accuracy']:.3f}"
-    )
-    if found["forgetting"] is not None:
-        lines.append(f"  forgetting {found['forgetting']:.3f}, backward transfer {found['backward_transfer']:.3f}")
-    return "\n".join(lines)
+    data = load_data(sweep.settings, data_dir)
+    plans = {name: Plan.of(settings, data) for name, settings in sweep.runs.items()}
+    jobs = [Job(name, settings, out, data_dir, device) for name, settings in sweep.runs.items()]
+    require_possible(jobs)
+    session = Session(sweep, preset, workers, as_json=as_json, quiet=quiet)
+    if dry_run:
+        show_plans(session, plans)
+        return 0
+    return show_runs(session, jobs, data)

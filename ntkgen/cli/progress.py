@@ -32,7 +32,10 @@ _UNITS = {
 
 @contextmanager
 def progress_bars(title: str, *, quiet: bool) -> Iterator[Report]:
-    """Show one bar per stage. The bar of a resumed stage starts at its earlier position; its rate counts new steps."""
+    """Show one bar per stage. The bar of a resumed stage starts at its earlier position; its rate counts new steps.
+
+    A stage may name what it belongs to, as in ``seed0: training``.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -49,7 +52,10 @@ def progress_bars(title: str, *, quiet: bool) -> Iterator[Report]:
     class RateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.3g} {_UNITS[task.fields['stage']]}/s", style="cyan")
+            return Text(
+                "" if speed is None else f"{speed:.3g} {_UNITS[task.fields['stage'].rpartition(': ')[2]]}/s",
+                style="cyan",
+            )
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
@@ -64,7 +70,9 @@ def progress_bars(title: str, *, quiet: bool) -> Iterator[Report]:
 
         def report(stage: str, done: int, total: int, note: str = "") -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(f"{title} {stage}", completed=done, total=total, stage=stage, note=note)
+                tasks[stage] = bars.add_task(
+                    f"{title} {stage}".strip(), completed=done, total=total, stage=stage, note=note
+                )
                 return
             bars.update(tasks[stage], completed=done, total=total)
             if note:

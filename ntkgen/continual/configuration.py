@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import types
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -266,18 +268,35 @@ class RunSettings:
                 close = difflib.get_close_matches(name, known, n=3)
                 hint = f" Did you mean {' or '.join(close)}?" if close else ""
                 raise InputError(f"There is no setting {name!r} of a run.{hint} Known: {', '.join(known)}.")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(
-                f"A setting of the run has a value of the wrong kind ({error}): expected numbers where numbers are "
-                "meant. Was it written in quotes? Correct it."
-            ) from error
+        kinds = typing.get_type_hints(cls)
+        for name, value in values.items():
+            if not _is_of_kind(value, kinds[name]):
+                kind = str(getattr(known[name].type, "__name__", known[name].type)).replace(" | None", " or nothing")
+                raise InputError(
+                    f"The setting {name} has a value of the wrong kind: expected {kind}, found {value!r}. Was a number "
+                    "written in quotes, or a word without them? Correct it."
+                )
+        return cls(**values)
 
     def differences(self, other: "RunSettings") -> list[str]:
         """List the settings that differ, with both values. This one is that of the record."""
         pairs = zip(self.to_json().items(), other.to_json().values(), strict=True)
         return [f"{name} {stored}, now {current}" for (name, stored), current in pairs if stored != current]
+
+
+def _is_of_kind(value: Any, kind: Any) -> bool:
+    """Say whether a value has the kind of a setting. A whole number is also a number; a truth value is not.
+
+    >>> _is_of_kind(3, float | None), _is_of_kind(True, int), _is_of_kind([1, 0], str | tuple[int, ...])
+    (True, False, True)
+    """
+    if isinstance(kind, types.UnionType):
+        return any(_is_of_kind(value, each) for each in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of_kind(each, typing.get_args(kind)[0]) for each in value)
+    if kind in {int, float}:
+        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _frozen(value: Any) -> Any:

@@ -14,7 +14,7 @@ from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.evaluation import evaluate
 from ntkgen.continual.heads import grow_head, growing_head
-from ntkgen.continual.plan import Plan
+from ntkgen.continual.plan import Plan, steps_per_epoch
 from ntkgen.continual.record import CHECKPOINT, MEASURES, Record
 from ntkgen.continual.schedule import Moment
 from ntkgen.continual.series import ROOT
@@ -52,6 +52,8 @@ class Run:
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
         self.snapshots = self._opened_snapshots(folder / "kernels.zarr")
+        self.planned = [steps * settings.epochs for steps in steps_per_epoch(plan)]  # iterations per task
+        self.accuracy: float | None = None  # mean over the tasks so far, at the last evaluation
         self._committed = time.monotonic()
 
     def _opened_snapshots(self, folder: Folder) -> Snapshots:
@@ -118,6 +120,12 @@ class Run:
         if "cuda" in state["random"] and self.stepper.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.stepper.device)
 
+    def note(self, moment: Moment) -> str:
+        """Say where the run is, for the progress."""
+        settings, epoch = self.plan.settings, math.ceil(moment.step / moment.steps_per_epoch)
+        parts = [f"task {moment.task + 1}/{len(self.plan.stream)}", f"epoch {epoch}/{settings.epochs}"]
+        return ", ".join(parts if self.accuracy is None else [*parts, f"accuracy {self.accuracy:.3f}"])
+
     # what it does ----------------------------------------------------------------------------------------------------
 
     def begin(self, task: Task) -> None:
@@ -151,6 +159,7 @@ class Run:
             test = self.data.test or self.data.train
             found = evaluate(self.model, self.method, self.plan.stream, test, self.plan.held_out)
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
+            self.accuracy = float(found.accuracy[: moment.task + 1].mean())
             self.record.evaluated({**where, **{name: getattr(found, name) for name in MEASURES}})
             if moment.ends_task:
                 self.record.ended_task(self.iteration, found.confusion[: moment.task + 1].sum(0))
@@ -230,6 +239,7 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
     settings, first = run.plan.settings, run.method.epoch_ids(task, 0)
     steps_per_epoch = len(cut(first, settings))
     num_steps = steps_per_epoch * settings.epochs
+    total = run.iteration - run.step + num_steps + sum(run.planned[task.number + 1 :])  # of the whole run
     if not run.has_begun:
         run.begin(task)
         if task.number == 0:  # the end of each task is the beginning of the next
@@ -250,7 +260,7 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
             run.task, run.step, run.has_begun = task.number + 1, 0, False
         if moment.ends_epoch or run.is_due:
             run.commit()
-        report(f"task {task.number}", moment.step, num_steps)
+        report("training", run.iteration, total, run.note(moment))
 
 
 def build_network(settings: RunSettings, num_outputs: int, task: int = 0) -> nn.Module:

@@ -116,11 +116,16 @@ class Plan:
         return {"data": self.data.train.fingerprint()}
 
 
+def steps_per_epoch(plan: Plan) -> list[int]:
+    """List the number of iterations per epoch of each task."""
+    method = plan.method()
+    return [len(cut(method.epoch_ids(task, 0), plan.settings)) for task in plan.stream.tasks]
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """List what a run will do, as plain values: tasks, iterations, evaluations, kernels and their bytes."""
     settings, stream = plan.settings, plan.stream
-    method = plan.method()
-    steps = [len(cut(method.epoch_ids(task, 0), settings)) for task in stream.tasks]
+    steps = steps_per_epoch(plan)
     numbered = list(enumerate(steps))
     kernels = sum(settings.kernel_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)
     looks = sum(settings.evaluation_schedule.count(each, settings.epochs, is_first=not task) for task, each in numbered)

@@ -66,7 +66,7 @@ class Record:
         """
         found = read_config(folder)
         if found is not None:
-            _require_same(folder, found, settings, facts)
+            require_same(folder, found, settings, facts)
         else:
             config = {"settings": settings.to_json(), "facts": dict(facts), "version": ntkgen.__version__}
             folder.write(CONFIG, json.dumps(config, indent=1).encode())
@@ -163,7 +163,12 @@ def read_config(folder: Folder) -> dict[str, Any] | None:
     return found
 
 
-def _require_same(folder: Folder, found: Mapping[str, Any], settings: RunSettings, facts: Mapping[str, Any]) -> None:
+def require_same(folder: Folder, found: Mapping[str, Any], settings: RunSettings, facts: Mapping[str, Any]) -> None:
+    """Require that a run was begun with the same settings and the same facts.
+
+    Raises:
+        FingerprintError: If one of them differs. The message names the differences.
+    """
     differing = RunSettings.from_json(found["settings"]).differences(settings)
     differing += [
         f"{name} {str(found['facts'].get(name))[:16]}, now {str(value)[:16]}"

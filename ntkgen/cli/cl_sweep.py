@@ -1,0 +1,126 @@
+"""What `ntkgen cl-run` does with its runs, and what it prints about them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ntkgen.cli.cl_collection import summary, summary_page
+from ntkgen.cli.cl_preset import compared, preset_page
+from ntkgen.cli.messages import complain, show
+from ntkgen.continual.presets import Preset
+from ntkgen.continual.sweep import Sweep
+from ntkgen.errors import NtkgenError
+
+if TYPE_CHECKING:
+    from ntkgen.continual.plan import Data, Plan
+    from ntkgen.continual.reading import RunReader
+    from ntkgen.continual.side_by_side import Job, Outcome
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the command was asked for."""
+
+    sweep: Sweep
+    preset: Preset | None
+    workers: int
+    as_json: bool
+    quiet: bool
+
+
+def show_runs(session: Session, jobs: "Sequence[Job]", data: "Data") -> int:
+    """Train all runs and print their results. Return the exit code, which is that of the first run that failed.
+
+    Raises:
+        NtkgenError: If the only run fails.
+    """
+    from ntkgen.continual.reading import RunCollection, open_seed
+    from ntkgen.files.place import folder_of
+
+    if not session.as_json:
+        show(f"Settings: {'; '.join(session.sweep.changed())}. The others have their defaults.")
+    out = folder_of(jobs[0].out, fsync=False)
+    finished: dict[tuple[int | None, int], RunReader] = {}
+    failed: list[BaseException] = []
+    for outcome in _trained(session, jobs, data):
+        if outcome.error is not None:
+            failed.append(outcome.error)
+            continue
+        settings = outcome.job.settings
+        run = finished[settings.width, settings.seed] = open_seed(out / outcome.job.name)
+        _show_run(session, run, outcome.seconds)
+    if failed and (len(jobs) == 1 or not isinstance(failed[0], NtkgenError)):
+        raise failed[0]
+    if len(finished) > 1:
+        runs = RunCollection(out, dict(sorted(finished.items(), key=lambda item: (item[0][0] or 0, item[0][1]))))
+        whole = {"run": str(out), **runs.config, "summary": summary(runs)}
+        show(json.dumps(whole) if session.as_json else "\n".join([str(out), *summary_page(runs)]))
+    return failed[0].exit_code if failed and isinstance(failed[0], NtkgenError) else 0
+
+
+def _trained(session: Session, jobs: "Sequence[Job]", data: "Data") -> "Iterator[Outcome]":
+    """Train the runs. If there are several, the message of a run that fails is printed at once."""
+    from ntkgen.cli.progress import progress_bars
+    from ntkgen.continual.side_by_side import train_in_turn, train_side_by_side
+
+    if session.workers == 1 or len(jobs) == 1:
+        outcomes = train_in_turn(jobs, data, partial(progress_bars, quiet=session.quiet))
+        for outcome in outcomes:
+            _complain(outcome, jobs)
+            yield outcome
+        return
+    done = []  # printed after the bars, which take what is printed meanwhile
+    with progress_bars("", quiet=session.quiet) as report:
+        for outcome in train_side_by_side(jobs, session.workers, report):
+            _complain(outcome, jobs)
+            done.append(outcome)
+    yield from done
+
+
+def _complain(outcome: "Outcome", jobs: "Sequence[Job]") -> None:
+    if outcome.error is not None and len(jobs) > 1:
+        complain(f"{outcome.job.name}: {outcome.error}")
+
+
+def _show_run(session: Session, run: "RunReader", seconds: float) -> None:
+    result = {"run": str(run.folder), "seed": run.settings.seed, "width": run.settings.width, "seconds": seconds}
+    result |= {"settings": run.settings.to_json(), "kernels": int(run.kernels.sizes["time"]), **run.metrics()}
+    published, lines = compared(session.preset, run.folder)
+    show(json.dumps(result | published) if session.as_json else _run_page(result) + lines)
+
+
+def _run_page(result: Mapping[str, Any]) -> str:
+    found = result["class_incremental"]
+    lines = [f"{result['run']}: {result['kernels']:,} kernels, {result['seconds']:.1f} s"]
+    for task, row in enumerate(found["accuracy_matrix"]):
+        lines.append(f"  after task {task}: " + " ".join(f"{value:5.2f}" for value in row))
+    lines.append(
+        f"  average accuracy {found['average_accuracy']:.3f}, average incremental accuracy "
+        f"{found['average_incremental_accuracy']:.3f}"
+    )
+    if found["forgetting"] is not None:
+        lines.append(f"  forgetting {found['forgetting']:.3f}, backward transfer {found['backward_transfer']:.3f}")
+    return "\n".join(lines)
+
+
+def show_plans(session: Session, plans: "Mapping[str, Plan]") -> None:
+    """Print what the runs would do."""
+    from ntkgen.continual.plan import describe
+
+    for plan in plans.values():
+        described = describe(plan)
+        page = f"{preset_page(session.preset, plan.settings)}\n{_plan_page(described)}"
+        show(json.dumps(described) if session.as_json else page)
+
+
+def _plan_page(described: dict[str, Any]) -> str:
+    lines = [
+        f"{len(described['tasks'])} tasks, {described['iterations']:,} iterations, {described['evaluations']:,} "
+        f"evaluations, {described['kernels']:,} kernels of {described['probe_samples']} probe samples"
+    ]
+    for task in described["tasks"]:
+        counts = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
+        lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {counts}")
+    return "\n".join(lines)
