@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float64]
 
-# Width of a panel in inches that the label of a tick needs.
-LABEL_INCHES = 0.55
+# Widths in inches: of the label of a tick with its gap, beside a panel, and of the colour bar of many tasks.
+LABEL, MARGIN, BAR = 0.65, 0.65, 0.9
 # The lines of the tasks, in the order of their lightness: dark for the first task.
 RAMP, RAMP_END = "cividis", 0.88
 
@@ -52,8 +52,8 @@ class Timeline:
     def settle(self, panels: "Sequence[Axes]") -> None:
         """Label the starts of the tasks, at most as many as fit, and mark the switches between tasks."""
         for axes in panels:
-            width = WIDTH / len(panels) - 0.8
-            step = -(-len(self.starts) // max(1, int(width / LABEL_INCHES)))
+            width = (WIDTH - BAR * (self.num_tasks > len(LINES))) / len(panels) - MARGIN
+            step = -(-len(self.starts) // max(1, int(width / LABEL)))
             labelled = range(0, len(self.starts), step)
             axes.set_xticks([self.starts[task] for task in labelled], [f"Task {task}" for task in labelled])
             axes.set(xlim=(-0.02 * self.end, 1.02 * self.end), xlabel=self.name)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 # Numbers are written into the cells of a matrix with at most this number of rows.
 MAX_LABELLED = 10
-MAX_TICKS = 20
+# Maximum number of ticks of an axis in a picture of one panel, and of two.
+MAX_TICKS, MAX_TICKS_OF_TWO = 20, 10
 
 
 def draw_matrix(run: RunReader) -> Picture:
@@ -85,7 +86,8 @@ def _draw_cells(
 ) -> "AxesImage":
     image = axes.imshow(values, vmin=limits[0], vmax=limits[1], aspect="auto")
     axes.grid(visible=False)
-    shown = [range(0, length, -(-length // MAX_TICKS)) for length in values.shape]
+    most = MAX_TICKS if names else MAX_TICKS_OF_TWO
+    shown = [range(0, length, -(-length // most)) for length in values.shape]
     axes.set(yticks=shown[0], xticks=shown[1])
     if names:
         axes.set_xticklabels([names[at] for at in shown[1]])

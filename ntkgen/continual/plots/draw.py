@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING
 
 from ntkgen.analysis.plots.style import Picture
 from ntkgen.continual.plots import cells, curves
+from ntkgen.continual.plots.forgetting import draw_forgetting
 from ntkgen.continual.reading import RunReader
+from ntkgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
     import xarray
@@ -23,6 +25,7 @@ KINDS = (
     "velocity",
     "regression",
     "interference",
+    "forgetting",
 )
 
 
@@ -39,8 +42,13 @@ def draw_run(run: RunReader) -> tuple[list[Picture], dict[str, str]]:
         cells.draw_confusion(run),
         *_of_kernels(run, parts),
     ]
+    reasons = dict(_REASONS)
+    try:
+        drawn.append(draw_forgetting(run))
+    except (InputError, StoreError) as error:
+        reasons["forgetting"] = str(error)
     pictures = {picture.kind: picture for picture in drawn if picture is not None}
-    left_out = {kind: why for kind, why in _REASONS.items() if kind not in pictures}
+    left_out = {kind: why for kind, why in reasons.items() if kind not in pictures}
     return [pictures[kind] for kind in KINDS if kind in pictures], left_out
 
 
@@ -63,5 +71,6 @@ _REASONS = {
     "validation-eigenvalues": "the probe has no validation samples; record the run with `probe_parts` both",
     "interference": "no blocks of the kernel between two tasks were recorded",
     "velocity": "no two kernels are a fixed number of iterations apart",
+    "forgetting": "no task is learned after another one",
     "regression": "the rows of the kernels have no targets; record the run with the `output` trace, full or centered",
 }
