@@ -161,7 +161,7 @@ def test_several_runs_are_analysed_together(trained, capsys):
     assert found["standard_deviation"] == pytest.approx(np.std(values, ddof=1))
     norms = result["kernels"]["frobenius_norm"]
     assert norms["dims"] == ["width", "seed", "time"]
-    assert np.array_equal(norms["values"], runs.kernel_metrics().frobenius_norm, equal_nan=True)
+    assert np.array_equal(np.array(norms["values"], float), runs.kernel_metrics().frobenius_norm, equal_nan=True)
     assert len(result["runs"]) == 3
     assert command(["cl-analyze", str(trained)]) == 0
     page = capsys.readouterr().out

@@ -1,12 +1,12 @@
 """`ntkgen cl-analyze`: metrics of recorded runs, from what is stored."""
 
 import json
-from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.cl_collection import as_lists, kernel_page, summary, summary_page
+from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, plain_values, summary, summary_page
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, json_option
 from ntkgen.errors import InputError, StoreError
@@ -15,9 +15,21 @@ if TYPE_CHECKING:
     import xarray
 
     from ntkgen.continual.reading import RunCollection, RunReader
+    from ntkgen.files.folder import Folder
 
-# Columns of the printed table of kernels.
-COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance", "centred_alignment")
+# Columns of the printed table of kernels, with their titles.
+COLUMNS = {
+    "frobenius_norm": "norm",
+    "largest": "largest",
+    "smallest": "smallest",
+    "condition_bound": "condition ≥",
+    "effective_rank": "eff. rank",
+    "distance": "distance",
+    "centred_alignment": "alignment",
+    "leave_one_out_accuracy": "regression",
+}
+# Those of the table of several runs.
+OF_SEVERAL = ("frobenius_norm", "largest", "effective_rank", "distance", "centred_alignment")
 
 
 @click.command("cl-analyze", cls=Command)
@@ -33,8 +45,11 @@ COLUMNS = ("frobenius_norm", "largest", "smallest", "effective_rank", "distance"
     help="Part of the largest eigenvalue above which an eigenvalue counts in the numerical rank [what the precision of "
     "the kernel resolves].",
 )
+@click.option("--csv", "tables", metavar="FOLDER", help="Also write every curve and matrix as a CSV file to FOLDER.")
 @json_option("run")
-def cl_analyze(runs: tuple[str, ...], *, dt: int | None, rank_tolerance: float | None, as_json: bool) -> None:
+def cl_analyze(
+    runs: tuple[str, ...], *, dt: int | None, rank_tolerance: float | None, tables: str | None, as_json: bool
+) -> None:
     """Compute the accuracy and kernel metrics of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0, or that of several seeds and widths, such as runs/cl. For
@@ -42,15 +57,28 @@ def cl_analyze(runs: tuple[str, ...], *, dt: int | None, rank_tolerance: float |
     loads torch.
     """
     from ntkgen.continual.reading import RunReader, open_run
+    from ntkgen.files.folder import LocalFolder
 
+    folder = None if tables is None else LocalFolder(Path(tables))
+    if folder is not None:
+        folder.require_writable()
     opened = [open_run(run) for run in runs]  # wrong input is reported before anything is computed
     for place, run in zip(runs, opened, strict=True):
+        measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
         if isinstance(run, RunReader):
-            result = _analysed(place, run, dt, rank_tolerance)
+            result = _analysed(place, run, measured)
             show(json.dumps(result) if as_json else _page(result))
         else:
-            measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
             _show_collection(place, run, measured, as_json=as_json)
+        if folder is not None:
+            _write_tables(folder, place, run, measured)
+
+
+def _write_tables(folder: "Folder", place: str, run: "RunReader | RunCollection", measured: "xarray.Dataset") -> None:
+    from ntkgen.continual.tables import csv_tables
+
+    for name, table in csv_tables(run, measured).items():
+        folder.write(f"{file_stem(place)}-{name}.csv", table)
 
 
 def _show_collection(place: str, runs: "RunCollection", measured: "xarray.Dataset", *, as_json: bool) -> None:
@@ -59,15 +87,17 @@ def _show_collection(place: str, runs: "RunCollection", measured: "xarray.Datase
         result = {"run": place, **runs.config, "runs": each, "summary": summary(runs), "kernels": as_lists(measured)}
         show(json.dumps(result))
     else:
-        show("\n".join([place, *summary_page(runs), *kernel_page(runs, measured, COLUMNS)]))
+        show("\n".join([place, *summary_page(runs), *kernel_page(runs, measured, OF_SEVERAL)]))
 
 
-def _analysed(place: str, run: "RunReader", dt: int | None, rank_tolerance: float | None) -> dict[str, Any]:
-    kernels = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
-    measured = {str(name): kernels[name].values.tolist() for name in kernels.data_vars}
-    where = {str(name): kernels[name].values.tolist() for name in kernels.coords}
-    measured |= {**where, **kernels.attrs}
-    return {"run": place, **run.metrics(), "kernels": measured, "predicted_forgetting": _predicted(run)}
+def _analysed(place: str, run: "RunReader", kernels: "xarray.Dataset") -> dict[str, Any]:
+    values = {str(name): plain_values(kernels[name].values) for name in (*kernels.coords, *kernels.data_vars)}
+    return {
+        "run": place,
+        **run.metrics(),
+        "kernels": {**values, **kernels.attrs},
+        "predicted_forgetting": _predicted(run),
+    }
 
 
 def _predicted(run: "RunReader") -> dict[str, Any]:
@@ -76,33 +106,41 @@ def _predicted(run: "RunReader") -> dict[str, Any]:
         found = run.predicted_forgetting().drop_vars(["predicted_change", "true_change"])
     except (InputError, StoreError) as error:
         return {"missing": str(error)}
-    return {**{str(name): found[name].values.tolist() for name in found.variables}, **found.attrs}
+    return {**{str(name): plain_values(found[name].values) for name in found.variables}, **found.attrs}
 
 
 def _page(result: dict[str, Any]) -> str:
-    lines = [result["run"]]
-    for kind in ("class_incremental", "task_incremental"):
-        if (found := result.get(kind)) is None:  # not recorded by an imported run
-            continue
-        parts = [f"average accuracy {found['average_accuracy']:.3f}"]
-        parts += [
-            f"{name.replace('_', ' ')} {found[name]:.3f}"
-            for name in ("average_incremental_accuracy", "backward_transfer", "forward_transfer", "forgetting")
-            if found[name] is not None
-        ]
-        lines.append(f"  {kind.replace('_', '-')}: {', '.join(parts)}")
+    from ntkgen.continual.metrics.definitions import OF_ACCURACY
+
+    kinds = [kind for kind in ("class_incremental", "task_incremental") if kind in result]  # imported runs have one
+    lines = [result["run"], " " * 34 + "".join(f"{kind.replace('_', '-'):>18}" for kind in kinds)]
+    scores = [result[kind] for kind in kinds]
+    for name, definition in OF_ACCURACY.items():
+        cells = "".join(f"{'–' if found[name] is None else format(found[name], '.3f'):>18}" for found in scores)
+        lines.append(f"  {definition.title:<32}{cells}")
+    for title, name in (("all classes so far", "seen_accuracy"), ("the new task", "new_task_accuracy")):
+        lines.append(f"  accuracy on {title} after each task: {' '.join(f'{value:.2f}' for value in scores[0][name])}")
     if line := _prediction_line(result["predicted_forgetting"]):
         lines.append(line)
-    kernels = result["kernels"]
-    lines.append("  " + "".join(f"{name.replace('_', ' '):>19}" for name in ("iteration", "task", *COLUMNS)))
-    for time, iteration in enumerate(kernels["iteration"]):
-        values = [f"{kernels[name][time]:>19.4g}" for name in COLUMNS]
-        lines.append("  " + f"{iteration:>19,}{kernels['trained_task'][time]:>19}" + "".join(values))
-    return "\n".join(lines)
+    return "\n".join([*lines, *_kernel_lines(result["kernels"], len(scores[0]["seen_accuracy"]))])
 
 
 def _prediction_line(found: dict[str, Any]) -> str | None:
     """Say how the predicted change of old outputs agrees with the true one; None without a prediction."""
     numbers = zip(found.get("new_task", ()), found.get("old_cosine", ()), found.get("old_num_modes", ()), strict=True)
-    parts = [f"{cosine:.3f} (task {task}, {modes:.0f} modes)" for task, cosine, modes in numbers if isfinite(cosine)]
+    parts = [f"{cosine:.3f} (task {task}, {modes:.0f} modes)" for task, cosine, modes in numbers if cosine is not None]
     return f"  cosine of predicted and true change of old outputs: {', '.join(parts)}" if parts else None
+
+
+def _kernel_lines(kernels: dict[str, Any], num_finished: int) -> list[str]:
+    """Write the metrics of the first kernel and of those at the ends of the finished tasks."""
+    trained = kernels["trained_task"]
+    ends = [max(time for time, task in enumerate(trained) if task == end) for end in range(num_finished)]
+    count, titles = len(trained), "".join(f"{title:>12}" for title in COLUMNS.values())
+    lines = [f"  kernels: the first one, and at the end of each task; {count:,} are recorded, and --json prints all"]
+    lines.append(f"  {'task':>4}{'iteration':>11}{titles}")
+    for task, time in enumerate([0, *ends], -1):
+        found = [kernels[name][time] for name in COLUMNS]
+        cells = "".join(f"{'–' if value is None else format(value, '.4g'):>12}" for value in found)
+        lines.append(f"  {'–' if task < 0 else task:>4}{kernels['iteration'][time]:>11,}{cells}")
+    return lines

@@ -1,9 +1,11 @@
 """Results of runs of several seeds and widths: mean and spread, as tables and as plain values."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import xarray
 
     from ntkgen.continual.metrics.spread import Spread
@@ -53,10 +55,31 @@ def kernel_page(runs: "RunCollection", measured: "xarray.Dataset", names: Sequen
     return lines
 
 
+def file_stem(place: str) -> str:
+    """Name the files about a run after its last two folders.
+
+    >>> file_stem("runs/cl/seed0/")
+    'cl-seed0'
+    """
+    return "-".join(Path(place).absolute().parts[-2:])
+
+
+def plain_values(values: "npt.NDArray[Any]") -> Any:
+    """Return numbers as lists, with None for NaN, which JSON does not have.
+
+    >>> import numpy
+    >>> plain_values(numpy.array([1.5, float("nan")]))
+    [1.5, None]
+    """
+    plain = values.astype(object)
+    plain[values != values] = None  # noqa: PLR0124 - NaN alone differs from itself
+    return plain.tolist()
+
+
 def as_lists(data: "xarray.Dataset") -> dict[str, Any]:
     """Return every variable and coordinate with its dimensions, as plain values."""
     return {
-        str(name): {"dims": list(values.dims), "values": values.values.tolist()}
+        str(name): {"dims": list(values.dims), "values": plain_values(values.values)}
         for name, values in {**data.coords, **data.data_vars}.items()
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ntkgen.cli.cl_collection import file_stem
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
@@ -33,16 +34,7 @@ def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_jso
     opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
     for place, run in zip(runs, opened, strict=True):
         pictures, left_out = draw_run(run) if isinstance(run, RunReader) else (draw_collection(run), {})
-        files: list[dict[str, Any]] = write_pictures(folder, _name(place), pictures, formats)
+        files: list[dict[str, Any]] = write_pictures(folder, file_stem(place), pictures, formats)
         result = {"run": place, "pictures": files, "left_out": left_out}
         page = [f"  {made['file']}" for made in files] + [f"  no {kind}: {why}" for kind, why in left_out.items()]
         show(json.dumps(result) if as_json else "\n".join([place, *page]))
-
-
-def _name(place: str) -> str:
-    """Name the pictures of a run after its last two folders.
-
-    >>> _name("runs/cl/seed0/")
-    'cl-seed0'
-    """
-    return "-".join(Path(place).absolute().parts[-2:])

@@ -1,0 +1,86 @@
+"""What each metric is: its title, its definition and its source, for tables that people read."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A metric in words.
+
+    Attributes:
+        title: Name in tables.
+        formula: What it is.
+        source: Who defined it; empty for common quantities.
+    """
+
+    title: str
+    formula: str
+    source: str = ""
+
+
+# R[i, j] is the accuracy on task j after task i, tasks are counted from 1, and T is the number of finished tasks.
+OF_ACCURACY = {
+    "average_accuracy": Definition("average accuracy", "1/T Σ_j R[T, j]", "Lopez-Paz, Ranzato 2017, arXiv:1706.08840"),
+    "average_incremental_accuracy": Definition(
+        "average incremental accuracy",
+        "mean over i of the mean of R[i, j] over j ≤ i",
+        "Rebuffi et al. 2017, arXiv:1611.07725",
+    ),
+    "backward_transfer": Definition(
+        "backward transfer", "1/(T−1) Σ_j<T (R[T, j] − R[j, j])", "Lopez-Paz, Ranzato 2017, arXiv:1706.08840"
+    ),
+    "forward_transfer": Definition(
+        "forward transfer",
+        "1/(T−1) Σ_j>1 (R[j−1, j] − b[j]), where b[j] is the accuracy on task j before any training",
+        "Lopez-Paz, Ranzato 2017, arXiv:1706.08840",
+    ),
+    "forgetting": Definition(
+        "forgetting", "1/(T−1) Σ_j<T (max over l<T of R[l, j] − R[T, j])", "Chaudhry et al. 2018, arXiv:1801.10112"
+    ),
+    "minimum_accuracy": Definition(
+        "min-ACC",
+        "mean over the tasks before the last one of the lowest accuracy at any evaluation after the end of the task",
+        "De Lange et al. 2023, arXiv:2205.13452",
+    ),
+    "worst_case_accuracy": Definition(
+        "WC-ACC", "1/T R[T, T] + (1 − 1/T) min-ACC", "De Lange et al. 2023, arXiv:2205.13452"
+    ),
+}
+
+# K is the kernel of the training samples of the probe, with N rows and the eigenvalues λ₁ ≥ … ≥ λ_N.
+OF_KERNELS = {
+    "frobenius_norm": Definition("norm", "‖K‖_F"),
+    "trace": Definition("trace", "tr K"),
+    "largest": Definition("λ₁", "largest eigenvalue"),
+    "smallest": Definition("λ_N", "smallest eigenvalue"),
+    "condition": Definition("condition", "λ₁ / λ_N; empty if λ_N ≤ N ε λ₁, where ε is the rounding of the kernel"),
+    "condition_bound": Definition("condition at least", "λ₁ / (λ_N + N ε λ₁)"),
+    "effective_rank": Definition("effective rank", "exp(−Σ p log p) with p = λ / Σ λ", "Roy, Vetterli 2007"),
+    "participation_ratio": Definition("participation ratio", "(tr K)² / ‖K‖_F²"),
+    "numerical_rank": Definition(
+        "numerical rank", "number of eigenvalues above τ λ₁, where τ is N ε, or the given tolerance"
+    ),
+    "num_negative": Definition("negative eigenvalues", "number of eigenvalues below zero"),
+    "distance": Definition(
+        "distance", "1 − ⟨K₀, K⟩ / (‖K₀‖ ‖K‖) from the first kernel K₀", "Fort et al. 2020, arXiv:2010.15110"
+    ),
+    "alignment": Definition("alignment", "⟨K, Y Yᵀ⟩ / (‖K‖ ‖Y Yᵀ‖) with one-hot labels Y", "Cristianini et al. 2001"),
+    "centred_alignment": Definition(
+        "centred alignment", "alignment of H K H with H Y Yᵀ H, H = I − 1 1ᵀ/n", "Cortes et al. 2012, arXiv:1203.0550"
+    ),
+    "leave_one_out_accuracy": Definition(
+        "regression, left out",
+        "accuracy on each training sample of kernel regression on the others, of the tasks so far",
+        "Rasmussen, Williams 2006, eq. 5.12",
+    ),
+    "held_out_accuracy": Definition(
+        "regression, held out", "accuracy on validation samples of kernel regression on the training samples"
+    ),
+    "velocity": Definition(
+        "velocity", "distance S of two kernels that are dt iterations apart, / dt", "Fort et al. 2020, arXiv:2010.15110"
+    ),
+    "angular_velocity": Definition("angular velocity", "arccos(1 − S) / dt, in radians"),
+    "interference": Definition(
+        "interference of tasks a and b", "‖K_ab‖ / √(‖K_aa‖ ‖K_bb‖) of the blocks of the kernel"
+    ),
+}

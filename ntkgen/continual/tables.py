@@ -1,0 +1,47 @@
+"""Everything that a run has recorded beside its kernels, and every metric, as tables in the format CSV."""
+
+import xarray
+
+from ntkgen.continual.reading import RunCollection, RunReader
+
+# Names of the tables, by the dimensions of their values. Dimensions that tell runs apart are added.
+NAMES = {
+    ("evaluation", "task"): "accuracy",
+    ("after_task", "task"): "matrix",
+    ("task_end", "target", "predicted"): "confusion",
+    ("time",): "kernels",
+    ("time", "task"): "kernels-of-tasks",
+    ("time", "task", "other_task"): "interference",
+    ("start",): "velocity",
+}
+OF_RUNS = ("width", "seed")
+
+
+def csv_tables(run: RunReader | RunCollection, kernels: xarray.Dataset) -> dict[str, bytes]:
+    """Write the tables of a run, or of several, by their names.
+
+    Args:
+        run: The run.
+        kernels: The metrics of its kernels.
+    """
+    found: dict[str, bytes] = {}
+    for data in (run.evaluations, _matrices(run), kernels):
+        for dims, name in NAMES.items():
+            chosen = [each for each in data.data_vars if _dims(data[each]) == dims]
+            if chosen:
+                found[name] = data[chosen].to_dataframe().to_csv().encode()
+    return found
+
+
+def _dims(values: xarray.DataArray) -> tuple[str, ...]:
+    return tuple(str(dim) for dim in values.dims if dim not in OF_RUNS)
+
+
+def _matrices(run: RunReader | RunCollection) -> xarray.Dataset:
+    """Take the accuracy matrices, class-incremental and task-incremental."""
+    if isinstance(run, RunCollection):
+        matrices = run.metrics()["accuracy_matrix"]
+        return xarray.Dataset({str(kind): matrices.sel(scores=kind, drop=True) for kind in matrices.scores.values})
+    names = {"class_incremental": "accuracy", "task_incremental": "task_accuracy"}
+    values = {name: (("after_task", "task"), run.matrix(measure).values) for name, measure in names.items()}
+    return xarray.Dataset(values)
