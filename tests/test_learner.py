@@ -1,5 +1,6 @@
 """Runs of continual learning: what is recorded, that looking changes nothing, and that a killed run ends the same."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -17,9 +18,12 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix
 from ntkgen.continual.metrics.confusion import class_accuracy, total_accuracy
+from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_KERNELS
 from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.plan import Data, Plan, describe
+from ntkgen.continual.plots.draw import KINDS, draw_run
 from ntkgen.continual.reading import open_run
+from ntkgen.continual.tables import NAMES
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import LocalFolder
@@ -385,13 +389,17 @@ def test_the_command(tmp_path, capsys):
 
 def test_a_run_is_analysed_from_what_is_stored(finished, capsys):
     assert command(["cl-analyze", str(finished), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    run = open_run(finished)
+    text = capsys.readouterr().out
+    found, run = json.loads(text), open_run(finished)
+    assert "NaN" not in text  # which JSON does not have
     assert found["class_incremental"]["accuracy_matrix"] == run.matrix().values.tolist()
     norms = [float(np.linalg.norm(K.astype(float))) for K in run.kernels.kernel.values]
     assert found["kernels"]["frobenius_norm"] == pytest.approx(norms)
     assert command(["cl-analyze", str(finished)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 5 + len(norms)
+    page = capsys.readouterr().out.splitlines()
+    assert f"{run.matrix().average_accuracy:.3f}" in page[2]
+    assert page[-1].split()[:3] == ["2", "24", f"{norms[-1]:.4g}"]
+    assert max(map(len, page)) <= 120
     assert command(["cl-analyze", str(finished / "models")]) == 2
     assert "There is no run at" in capsys.readouterr().err
 
@@ -424,9 +432,49 @@ def test_a_file_of_settings_is_overridden_by_options(tmp_path, capsys):
     assert describe(Plan.of(dataclasses.replace(SETTINGS, epochs=1), blobs()))["kernels"] == 10
 
 
-def test_pictures_show_what_is_stored(finished, tmp_path, capsys):
-    from ntkgen.continual.plots.draw import KINDS, draw_run
+def test_every_metric_is_defined(finished):
+    run = open_run(finished)
+    numbers = {name for name, value in run.metrics()["class_incremental"].items() if not isinstance(value, list)}
+    assert numbers == set(OF_ACCURACY)
+    measured = {str(name) for name in run.kernel_metrics().data_vars if not str(name).startswith("task_")}
+    assert measured == set(OF_KERNELS) - {"held_out_accuracy"}
 
+
+def test_tables_have_what_is_stored(finished, tmp_path):
+    assert command(["cl-analyze", str(finished), "--csv", str(tmp_path / "csv")]) == 0
+    run, stem = open_run(finished), f"{finished.parent.name}-seed0"
+    found = {path.name.removeprefix(f"{stem}-"): path for path in (tmp_path / "csv").iterdir()}
+    assert set(found) == {f"{name}.csv" for name in NAMES.values()}
+    with found["accuracy.csv"].open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["accuracy"]) for row in rows] == run.accuracy.values.ravel().tolist()
+    assert [int(row["iteration"]) for row in rows[::3]] == run.evaluations.iteration.values.tolist()
+    with found["confusion.csv"].open() as file:
+        counts = [int(row["confusion"]) for row in csv.DictReader(file)]
+    assert counts == run.confusion.ravel().tolist()
+
+
+@pytest.mark.slow
+def test_a_page_of_a_run_has_its_metrics_and_pictures(finished, tmp_path, capsys):
+    page = tmp_path / "run.html"
+    assert command(["report", str(finished), "-o", str(page), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    text, run = page.read_text(), open_run(finished)
+    assert text.count("<img ") == len(KINDS) - len(result["left_out"])
+    assert f'data-value="{run.matrix().forgetting!r}"' in text
+    assert all(definition.title in text for definition in OF_ACCURACY.values())
+    assert f"--config {finished}/config.json --seeds 0" in text
+
+
+@pytest.mark.parametrize(("others", "match"), [(["nothing.zarr"], "of one kind"), (["--dtype", "float32"], "--dtype")])
+def test_a_page_is_of_runs_or_of_kernels(finished, tmp_path, capsys, others, match):
+    assert command(["report", str(finished), *others, "-o", str(tmp_path / "run.html")]) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "run.html").exists()
+
+
+@pytest.mark.slow
+def test_pictures_show_what_is_stored(finished, tmp_path, capsys):
     run = open_run(finished)
     drawn, left_out = draw_run(run)
     assert [picture.kind for picture in drawn] == [kind for kind in KINDS if kind not in left_out]
@@ -449,6 +497,7 @@ def test_pictures_show_what_is_stored(finished, tmp_path, capsys):
     seen = pictures["progress"].axes[0].lines[0]
     assert seen.get_xdata().tolist() == [2, 4, 6]
     assert seen.get_ydata().tolist() == (100 * run.matrix().seen_accuracy).tolist()
+    assert pictures["forgetting"].axes[1].lines[0].get_ydata()[0] == run.predicted_forgetting().loss_increase[1, 0]
     assert command(["cl-plot", str(finished), "-o", str(tmp_path / "plots"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     files = [made["file"] for made in result["pictures"]]

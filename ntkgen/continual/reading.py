@@ -18,7 +18,7 @@ from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 from ntkgen.continual.metrics.worst_case import WorstCase, worst_case
-from ntkgen.continual.record import read_config
+from ntkgen.continual.record import CONFIG, read_config
 from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
@@ -326,6 +326,14 @@ def open_run(place: "str | os.PathLike[str] | Folder") -> RunReader | RunCollect
     """
     folder = folder_of(place)
     return _opened(folder) or open_collection(folder)
+
+
+def is_run(place: "str | os.PathLike[str] | Folder") -> bool:
+    """Say whether there is a run, or a folder of runs; a kernel store is none."""
+    folder = folder_of(place)
+    if folder.has("zarr.json"):
+        return False
+    return folder.has(CONFIG) or any(_MEMBER.fullmatch(key) is not None for key in folder.sizes())
 
 
 def open_seed(place: "str | os.PathLike[str] | Folder") -> RunReader:

@@ -146,15 +146,16 @@ def _imported(manifest: Manifest, source: str) -> Recipe:
     return Recipe((shlex.join(words),), (note,))
 
 
-def citation(store: KernelStore) -> list[str]:
+def citation(store: KernelStore | None = None) -> list[str]:
     """Write the citation as BibTeX: this program, and the paper that introduced the neural tangent kernel."""
     version = ntkgen.__version__
+    note = [f"  note    = {{Kernel with the fingerprint {store.manifest.fingerprint[:16]}}}"] if store else []
     return [
         "@software{ntkgen,",
         "  author  = {{The ntkgen authors}},",
         "  title   = {ntkgen: large empirical neural tangent kernels, exact, fast, resumable},",
         f"  version = {{{version}}},",
-        f"  note    = {{Kernel with the fingerprint {store.manifest.fingerprint[:16]}}}",
+        *note,
         "}",
         "@inproceedings{jacot2018neural,",
         "  author    = {Jacot, Arthur and Gabriel, Franck and Hongler, Cl{\\'e}ment},",
