@@ -17,7 +17,7 @@ from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
-from ntkgen.continual.metrics.worst_case import WorstCase, worst_case
+from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.record import CONFIG, read_config
 from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
@@ -110,11 +110,6 @@ class RunReader:
         names = ((f"test_of_{task}", f"validation_of_{task}") for task in range(self.num_tasks))
         return np.array([sizes[test] if test in sizes else sizes.get(other, 1) for test, other in names], np.int64)
 
-    def worst_case(self, measure: str = "accuracy") -> WorstCase:
-        """Find the worst accuracies during training; `measure` may also be ``task_accuracy``."""
-        data = self.evaluations
-        return worst_case(np.asarray(data[measure].values), data.trained_task.values, self.num_finished)
-
     @property
     def confusion(self) -> npt.NDArray[np.int64] | None:
         """Confusion matrix at the end of each finished task, (ends, targets, targets); None if none was recorded."""
@@ -124,11 +119,11 @@ class RunReader:
 
     def metrics(self) -> dict[str, Any]:
         """Compute all metrics of accuracy, class-incremental and, where it was recorded, task-incremental."""
-        found: dict[str, Any] = {
-            name: {**self.matrix(measure).to_json(), **self.worst_case(measure).to_json()}
-            for name, measure in (("class_incremental", "accuracy"), ("task_incremental", "task_accuracy"))
-            if self.has(measure)
-        }
+        data, found = self.evaluations, dict[str, Any]()
+        for name, measure in (("class_incremental", "accuracy"), ("task_incremental", "task_accuracy")):
+            if self.has(measure):
+                worst = worst_case(data[measure].values, data.trained_task.values, self.num_finished)
+                found[name] = {**self.matrix(measure).to_json(), **worst.to_json()}
         if (confusion := self.confusion) is not None:
             found["confusion"] = confusion[-1].tolist()
             found["class_accuracy"] = [

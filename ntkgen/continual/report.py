@@ -31,6 +31,7 @@ SCORES = (
     "measured on held-out samples."
 )
 WORST = "The lowest accuracies are those of the recorded evaluations; between two of them the accuracy may be lower."
+KINDS_OF_SCORES = ("class-incremental", "task-incremental")
 # Metrics of kernels in the table of the ends of the tasks.
 SHOWN = (
     "frobenius_norm", "largest", "smallest", "condition_bound", "effective_rank", "numerical_rank", "distance",
@@ -106,12 +107,12 @@ def _tasks(run: RunReader) -> Table:
 
 
 def _scores(run: RunReader) -> Table:
-    found = run.metrics()
+    found = {kind: run.metrics().get(kind.replace("-", "_")) for kind in KINDS_OF_SCORES}
+    shown = {kind: values for kind, values in found.items() if values is not None}  # imported runs have one
     rows = [
-        [definition.title, found["class_incremental"][name], found["task_incremental"][name]]
-        for name, definition in OF_ACCURACY.items()
+        [definition.title, *(values[name] for values in shown.values())] for name, definition in OF_ACCURACY.items()
     ]
-    return Table(("metric", "class-incremental", "task-incremental"), rows, "metrics of accuracy")
+    return Table(("metric", *shown), rows, "metrics of accuracy")
 
 
 def _matrix(run: RunReader) -> Table:
@@ -183,7 +184,7 @@ def _of_collection(runs: RunCollection) -> tuple[list[Section], dict[str, str]]:
             )
             found = spreads(metrics.sel(width=width) if "width" in metrics.dims else metrics)
             for row, (kind, name) in zip(rows, _KEYS, strict=True):
-                row.append(str(found[kind.replace("-", "_")].get(name, "–")))
+                row.append(str(found.get(kind.replace("-", "_"), {}).get(name, "–")))
     listed = [[run.settings.seed, run.settings.width, run.num_finished, _average(run)] for run in runs.runs.values()]
     words = f"{SCORES} The table has mean ± standard deviation over the seeds."
     sections = [
@@ -196,7 +197,7 @@ def _of_collection(runs: RunCollection) -> tuple[list[Section], dict[str, str]]:
     return sections, {}
 
 
-_KEYS = [(kind, name) for kind in ("class-incremental", "task-incremental") for name in OF_ACCURACY]
+_KEYS = [(kind, name) for kind in KINDS_OF_SCORES for name in OF_ACCURACY]
 
 
 def _average(run: RunReader) -> float | None:
