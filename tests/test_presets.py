@@ -59,6 +59,12 @@ def test_the_preset_of_seed_004_has_its_memory_and_its_quirk():
     assert settings_of("resnet-incremental", compatible=True, method="icarl").momentum == 0.9
 
 
+def test_heads_grow_where_the_published_ones_do():
+    heads = {method: settings_of("resnet-incremental", method=method).head for method in ("finetune", "lwf", "icarl")}
+    assert heads == {"finetune": "fixed", "lwf": "growing", "icarl": "growing"}
+    assert settings_of("icarl-cifar100").head == "fixed"
+
+
 def test_the_preset_of_the_course_project():
     settings = settings_of("eth-cifar10", compatible=True)
     found = {name: getattr(settings, name) for name in ("optimizer", "learning_rate", "epochs", "batch_size", "output")}

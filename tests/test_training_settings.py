@@ -10,7 +10,8 @@ from test_learner import SETTINGS, Killed, done, nets, require_equal  # noqa: F4
 from ntkgen.cli import run as command
 from ntkgen.continual import learner
 from ntkgen.continual.batches import cut, training_inputs
-from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.configuration import CHOICES, RunSettings
+from ntkgen.continual.plan import normalised
 from ntkgen.data.augment import Augmentation
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import InputError
@@ -56,6 +57,18 @@ def test_each_task_may_begin_with_a_new_optimizer(tmp_path):
         settings = dataclasses.replace(QUICK, reset_optimizer=reset, kernels="task")
         done(tmp_path / str(reset), settings)
         assert {int(state["step"]) for state in optimizer_of(tmp_path / str(reset))["state"].values()} == {steps}
+
+
+def test_normalisations_by_hand():
+    labels = torch.zeros(5).long()
+    train, test = (Dataset("x", torch.rand(5, 3, 4, 4), labels, 1, mean=(0.4,), std=(0.2,)) for _ in range(2))
+    found = {how: [split.inputs() for split in normalised([train, test], how)] for how in CHOICES["normalise"]}
+    for i, split in enumerate((train, test)):
+        assert torch.equal(found["dataset"][i], split.inputs())
+        assert torch.equal(found["none"][i], split.images)
+        assert torch.allclose(found["symmetric"][i], 2 * split.images - 1)
+        assert torch.equal(found["pixel-mean"][i], split.images - train.images.mean(0))
+    assert set(found) == {"dataset", "none", "symmetric", "pixel-mean"}
 
 
 def test_the_last_batch_may_be_left_out():

@@ -61,7 +61,8 @@ _SETTINGS = [
     _setting(
         "--normalise",
         "normalise",
-        "dataset: normalise images by mean and standard deviation; symmetric: scale to [−1, 1]; none: to [0, 1]",
+        "dataset: by mean and standard deviation; symmetric: to [−1, 1]; none: to [0, 1]; pixel-mean: to [0, 1], minus "
+        "the mean image",
         type=click.Choice(CHOICES["normalise"]),
     ),
     _setting(

@@ -16,7 +16,7 @@ OPTIMIZERS = ("adam", "sgd")
 # Settings that are one of a few names.
 CHOICES = {
     "optimizer": OPTIMIZERS,
-    "normalise": ("dataset", "symmetric", "none"),
+    "normalise": ("dataset", "symmetric", "none", "pixel-mean"),
     "evaluate_on": ("test", "validation"),
     "loss": ("cross-entropy", "binary"),
     "binary_reduction": ("sum", "mean"),
@@ -76,7 +76,8 @@ class RunSettings:
         num_tasks: Number of tasks; None for all.
         compatible_split: Whether to hold out the same validation samples as the package continuum 1.2.
         normalise: ``dataset``: images are normalised with mean and standard deviation of the data set;
-            ``symmetric``: they are scaled to [−1, 1]; ``none``: to [0, 1].
+            ``symmetric``: they are scaled to [−1, 1]; ``none``: to [0, 1]; ``pixel-mean``: to [0, 1], and the mean of
+            all training images is subtracted.
         evaluate_on: ``test``: tasks are evaluated on the test split, if there is one; ``validation``: on the validation
             samples.
         model: Name of a network, or ``package.module:factory``.

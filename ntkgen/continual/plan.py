@@ -68,10 +68,18 @@ def load_data(settings: RunSettings, data_dir: Path | None = None) -> Data:
     splits = [dataset.load(name, data_dir=data_dir)]
     if info and info.num_test_samples and settings.evaluate_on == "test":
         splits.append(dataset.load(name, data_dir=data_dir, split="test"))
-    if settings.normalise != "dataset":
-        center = HALF if settings.normalise == "symmetric" else None
-        splits = [dataclasses.replace(split, mean=center, std=center) for split in splits]
-    return Data(*splits)
+    return Data(*normalised(splits, settings.normalise))
+
+
+def normalised(splits: list[Dataset], how: str) -> list[Dataset]:
+    """Change how the inputs of a data set are normalised; see `RunSettings`. The first split is that of training."""
+    if how == "dataset":
+        return splits
+    if how == "pixel-mean":  # padding of a random crop is 0 after the subtraction, as in the code of iCaRL's authors
+        mean = splits[0].raw().mean(0)
+        splits = [dataclasses.replace(split, images=split.raw() - mean) for split in splits]
+    center = HALF if how == "symmetric" else None
+    return [dataclasses.replace(split, mean=center, std=center) for split in splits]
 
 
 @dataclass(frozen=True, eq=False)

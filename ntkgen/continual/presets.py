@@ -161,7 +161,13 @@ _PRESETS = (
     Preset(
         "icarl-cifar100",
         "Rebuffi, Kolesnikov, Sperl, Lampert (2017), arXiv:1611.07725; srebuffi/iCaRL",
-        {**_INCREMENTAL, "class_order": "icarl", "buffer": 2000, "exemplars": "herding"},
+        {
+            **_INCREMENTAL,
+            "class_order": "icarl",
+            "buffer": 2000,
+            "exemplars": "herding",
+            "normalise": "pixel-mean",
+        },
         quirks_by_method={
             "icarl": (
                 Quirk("exemplar_rounding", "up", f"{_ICARL_CODE}: nb_protos_cl = int(np.ceil(…))"),
@@ -175,17 +181,17 @@ _PRESETS = (
     Preset(
         "resnet-incremental",
         "rojinakashefi/LwF-iCaRL-Incremental-Learning",
-        {**_INCREMENTAL, "buffer": 10_000, "exemplars": "random"},
+        {**_INCREMENTAL, "buffer": 10_000, "exemplars": "random", "head": "growing", "normalise": "symmetric"},
         by_method={
-            "finetune": {"loss": "binary"},
-            "lwf": {"distillation": 0.3, "temperature": 1.0, "head": "growing"},
-            "icarl": {"head": "growing"},
+            "finetune": {"loss": "binary", "head": "fixed"},
+            "lwf": {"distillation": 0.3, "temperature": 1.0},
         },
         quirks=(Quirk("drop_last", value=True, source=f"{_NOTEBOOK}: DataLoader(drop_last=True)"),),
         quirks_by_method={"finetune": (Quirk("momentum", 0.0, f"{_NOTEBOOK}: MOMENTUM is not passed to SGD"),)},
         runs=published.RESNET_INCREMENTAL,
         note="Not reproduced: the best epoch was chosen on test samples, features were divided by the norm of their "
-        "whole batch, and exemplars were kept after augmentation.",
+        "whole batch, exemplars were kept after augmentation, and the distillation of lwf had teacher and student "
+        "exchanged.",
     ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}
