@@ -91,13 +91,24 @@ class _Probe:
         return Readout(name, outputs, None, "the run") if is_known else None
 
     def alignment(self, K: FloatArray, *, centred: bool) -> float:
-        """Align with the labels; NaN where an entry or a label is missing."""
-        labels = self.labels
+        """Align with the labels, on the outputs that exist and the samples of their classes.
+
+        It is NaN where another entry or a label is missing.
+        """
+        kept, labels = ~np.isnan(np.diagonal(K)), self.labels
+        num_kept = int(kept[: self.rows_per_sample].sum())
+        if self.rows_per_sample > 1:
+            has_output = labels < num_kept + (self.output == "centered")
+            kept &= np.repeat(has_output, self.rows_per_sample)
+            labels = labels[has_output]
+        block = K[np.ix_(kept, kept)]
+        if not len(labels) or len(block) != len(labels) * num_kept or np.isnan(block).any() or labels.min() < 0:
+            return float("nan")
         found = self.readout(K, labels)
-        if np.isnan(K).any() or labels.min() < 0 or (found is None and self.rows_per_sample > 1):
+        if found is None and self.rows_per_sample > 1:
             return float("nan")
         Y = (labels[:, None] == np.unique(labels)).astype(np.float64) if found is None else found.targets(labels)
-        return measure.label_alignment(K, Y, self.rows_per_sample, centred=centred)
+        return measure.label_alignment(block, Y, num_kept, centred=centred)
 
     def regression(self, time: int, is_training: BoolArray) -> Regression | None:
         """Classify the samples of the tasks so far; None if their labels give no targets."""
@@ -122,7 +133,8 @@ def kernel_metrics(
 
     Returns:
         Numbers of `Spectrum` for each time, for the whole probe and, with the prefix ``task_``, for the block of each
-        task; ``distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with the labels; the
+        task; ``distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with the labels, on
+        the outputs that exist and the samples of their classes; the
         ``interference`` of each two tasks; ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
         and ``leave_one_out_accuracy`` of kernel regression on the samples of the tasks so far.
     """
