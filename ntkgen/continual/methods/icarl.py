@@ -23,6 +23,7 @@ class ICaRL(LwFMC):
 
     The memory has K / t exemplars of each of the t classes seen so far, rounded down, chosen by herding or at random
     after each task. The mean of a class is that of the normalised features of its exemplars, normalised.
+    A new class has no exemplars while its task is in training. Its mean is then that of all its training samples.
 
     The authors' code rounds up, so that the memory may have up to t − 1 samples more than K, and adds the features of
     the mirrored exemplars to the mean. Both are options.
@@ -40,7 +41,13 @@ class ICaRL(LwFMC):
             self.head = head_of(situation.model, situation.num_outputs or situation.stream.num_targets)
         quota(situation.options.buffer, situation.stream.num_targets)  # refuses a budget that will be too small
         self.exemplars: dict[int, list[int]] = {}  # by target
-        self.means: Tensor | None = None
+        self.current = 0  # the task in training
+        self.means: dict[int, Tensor] = {}  # by target
+
+    def begin(self, task: Task, model: nn.Module) -> None:
+        """Freeze the teacher."""
+        super().begin(task, model)
+        self.current = task.number
 
     def epoch_ids(self, task: Task, epoch: int) -> IntArray:
         """List the samples of the task and all exemplars in random order."""
@@ -49,25 +56,18 @@ class ICaRL(LwFMC):
 
     def end(self, task: Task, model: nn.Module) -> None:
         """Shorten the lists of old classes, and choose exemplars of the new ones."""
-        stream, labels = self.situation.stream, self.situation.labels
         options = self.situation.options
-        count = quota(options.buffer, stream.num_seen(task.number), options.exemplar_rounding)
+        count = quota(options.buffer, self.situation.stream.num_seen(task.number), options.exemplar_rounding)
         self.exemplars = {target: ids[:count] for target, ids in self.exemplars.items()}
-        for target in stream.task_targets(task.number):
-            if target in self.exemplars:
-                continue
-            ids = task.train[stream.targets(labels[task.train]) == target]
+        for target, ids in self._new_classes(task.number).items():
             rng = generator_of(self.situation.seed, "memory", target)
             features = self._features(model, ids).double().cpu().numpy()
             self.exemplars[target] = choose(options.exemplars, ids, features, count, rng).tolist()
 
     def before_evaluation(self, model: nn.Module) -> None:
-        """Compute the means of the exemplars with the current features; before any exemplars there are none."""
-        if not self.exemplars:
-            self.means = None
-            return
-        means = [self._mean(model, np.array(self.exemplars[target])) for target in sorted(self.exemplars)]
-        self.means = nn.functional.normalize(torch.stack(means), dim=1)
+        """Compute the means of all classes so far with the current features."""
+        members = {target: np.array(ids) for target, ids in self.exemplars.items()} | self._new_classes(self.current)
+        self.means = {target: nn.functional.normalize(self._mean(model, ids), dim=0) for target, ids in members.items()}
 
     def predict(
         self,
@@ -75,22 +75,28 @@ class ICaRL(LwFMC):
         x: Tensor,  # (samples, …)
         outputs: Tensor,  # (samples, outputs)
     ) -> Tensor:  # (samples, outputs)
-        """Score a class by the negative distance of the features from its mean; without exemplars, by its output."""
-        if self.means is None:
-            return outputs
+        """Score a class by the negative distance of the features from its mean."""
         features = features_of(model, self.head, x)
         scores = features.new_full(outputs.shape, -torch.inf)
-        scores[:, sorted(self.exemplars)] = -torch.cdist(features, self.means.to(features))
+        scores[:, list(self.means)] = -torch.cdist(features, torch.stack(list(self.means.values())).to(features))
         return scores
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the teacher and the exemplars."""
-        return {**super().state_dict(), "exemplars": {str(target): ids for target, ids in self.exemplars.items()}}
+        """Return the teacher, the exemplars and the task in training."""
+        exemplars = {str(target): ids for target, ids in self.exemplars.items()}
+        return {**super().state_dict(), "exemplars": exemplars, "current": self.current}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the teacher and the exemplars."""
+        """Restore what `state_dict` has returned."""
         super().load_state_dict(state)
+        self.current = int(state["current"])
         self.exemplars = {int(target): list(ids) for target, ids in state["exemplars"].items()}
+
+    def _new_classes(self, task: int) -> dict[int, IntArray]:
+        """List the training samples of the classes of a task that have no exemplars yet."""
+        stream, ids = self.situation.stream, self.situation.stream.tasks[task].train
+        targets = stream.targets(self.situation.labels[ids])
+        return {target: ids[targets == target] for target in stream.task_targets(task) if target not in self.exemplars}
 
     def _mean(self, model: nn.Module, ids: IntArray) -> Tensor:
         mean = self._features(model, ids).mean(0)
