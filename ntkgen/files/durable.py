@@ -26,10 +26,15 @@ def write_file(path: Path, data: Any, *, fsync: bool = True, exclusive: bool = F
     Raises:
         FileExistsError: If ``exclusive`` is set and the file exists.
     """
-    changed = _make_folders(path.parent)
     draft = beside(path, f".{uuid.uuid4().hex}{PARTIAL}")
+    changed: list[Path] = []
     try:
-        with draft.open("wb") as file:
+        try:
+            file = draft.open("wb")
+        except (FileNotFoundError, NotADirectoryError):  # rare, so that most writes do not look for their folder
+            changed = _make_folders(path.parent)
+            file = draft.open("wb")
+        with file:
             file.write(data)
             if fsync:
                 file.flush()
