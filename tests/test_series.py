@@ -62,7 +62,7 @@ def test_many_times_share_a_chunk(folder):
     series = Series.create(folder, [GrowingArray("iteration", "int64", (), ("time",))], [], {})
     for time in range(TIMES_PER_CHUNK + 3):
         series.append("time", {"iteration": time})
-    assert sorted(folder.sizes("iteration/c")) == ["iteration/c/0", "iteration/c/1"]
+    assert sorted(folder.sizes("iteration")) == ["iteration/c.0", "iteration/c.1", "iteration/zarr.json"]
     assert zarr.open_group(folder.path, mode="r")["iteration"][:].tolist() == list(range(TIMES_PER_CHUNK + 3))
     reopened = Series.open(folder)
     reopened.append("time", {"iteration": -5})
@@ -126,12 +126,12 @@ def test_truncating_leaves_what_a_shorter_run_leaves(folder, tmp_path, length):
 
 def test_a_damaged_time_is_never_read(folder):
     series = filled(folder, 2)
-    data = bytearray(folder.read("kernel/c/1/0/0"))
+    data = bytearray(folder.read("kernel/c.1.0.0"))
     data[3] ^= 1
-    folder.write("kernel/c/1/0/0", bytes(data))
+    folder.write("kernel/c.1.0.0", bytes(data))
     with pytest.raises(StoreError, match="Time 1 of kernel"):
         series.read("kernel", 1)
-    folder.remove("kernel/c/0/0/0")
+    folder.remove("kernel/c.0.0.0")
     with pytest.raises(StoreError, match="found 0"):
         series.read("kernel", 0)
 
@@ -152,3 +152,37 @@ def test_what_is_no_series_is_refused(folder, content):
         folder.write(ROOT, content)
     with pytest.raises(StoreError, match="no series of kernels"):
         Series.open(folder)
+
+
+def test_values_that_stay_the_same_are_written_once(folder, monkeypatch):
+    series = Series.create(folder, [GrowingArray("task", "int64", (), ("time",))], [], {})
+    tasks, written, write = [0, 0, 0, 1, 1], [], type(folder).write
+    monkeypatch.setattr(type(folder), "write", lambda self, key, data: (written.append(key), write(self, key, data)))
+    for length, task in enumerate(tasks, 1):
+        series.append("time", {"task": task})
+        assert zarr.open_group(folder.path, mode="r")["task"][:].tolist() == tasks[:length]
+    assert [key for key in written if key.startswith("task/")] == ["task/c.0", "task/c.0"]
+
+
+def test_values_are_written_again_after_a_write_that_failed(folder, monkeypatch):
+    series = Series.create(folder, [GrowingArray("task", "int64", (), ("time",))], [], {})
+    series.append("time", {"task": 0})
+
+    def fails(*_):
+        raise OSError("no space left on the device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(folder), "write", fails)
+        with pytest.raises(OSError, match="no space"):
+            series.append("time", {"task": 1})
+    series.append("time", {"task": 1})
+    assert zarr.open_group(folder.path, mode="r")["task"][:].tolist() == [0, 1]
+
+
+def test_a_group_whose_chunks_lie_in_folders_is_continued(folder):
+    array = GrowingArray("kernel", "float32", (9, 9), ("time", "row", "col"), separator="/")
+    series = Series.create(folder, [array], [], {})
+    series.append("time", {"kernel": np.full((9, 9), 1.0)})
+    Series.open(folder).append("time", {"kernel": np.full((9, 9), 2.0)})
+    assert folder.has("kernel/c/1/0/0")
+    assert zarr.open_group(folder.path, mode="r")["kernel"][:, 0, 0].tolist() == [1, 2]

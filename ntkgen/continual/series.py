@@ -6,12 +6,14 @@ time to all arrays of an axis at once. What a kill leaves behind that write is n
 arrays are brought up to date by `Series.sync`; until then they describe fewer times.
 """
 
+import copy
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import google_crc32c
 import numpy as np
@@ -30,6 +32,8 @@ TIMES_PER_CHUNK = 512
 # An array with more numbers per time has a chunk of its own for each time.
 FEW_NUMBERS = 64
 ROOT = "zarr.json"
+# What stands for the length of a time axis until it is written.
+LENGTH_OF = "<ntkgen length of> "
 # The attribute of an array that grows.
 GROWS = "grows"
 
@@ -44,6 +48,7 @@ class GrowingArray:
         shape: Shape of the values of one time.
         dims: Names of the axes. The first is the time axis that the array grows along.
         attributes: Attributes by the CF conventions.
+        separator: What stands between the numbers in the name of a chunk. A dot needs no new folder for each time.
     """
 
     name: str
@@ -51,6 +56,7 @@ class GrowingArray:
     shape: tuple[int, ...]
     dims: tuple[str, ...]
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    separator: Literal["/", "."] = "."
 
     @property
     def times_per_chunk(self) -> int:
@@ -66,7 +72,8 @@ class GrowingArray:
 
     def file(self, time: int) -> str:
         """Name the file with the values of a time."""
-        return self.stored.file((time // self.times_per_chunk, *(0 for _ in self.shape)))
+        numbers = (time // self.times_per_chunk, *(0 for _ in self.shape))
+        return f"{self.name}/{self.separator.join(['c', *map(str, numbers)])}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +93,7 @@ class Series:
         self.folder = folder
         self._arrays = dict(arrays)
         self._root = root
+        self._text = _split_at_lengths(root, arrays)
         self._last_chunks: dict[str, tuple[int, npt.NDArray[Any]]] = {}  # by array: the first time, and the values
 
     @classmethod
@@ -109,7 +117,7 @@ class Series:
         files: dict[str, Any] = {}
         group = zarr.create_group(zarr.storage.MemoryStore(files), zarr_format=3, attributes=dict(attributes))
         for array in growing:
-            create_array(group, array.stored)
+            create_array(group, array.stored, array.separator)
         for each in fixed:
             shape = each.values.shape
             stored = StoredArray(each.name, str(each.values.dtype), shape, shape, each.dims, each.attributes)
@@ -224,14 +232,22 @@ class Series:
     def _set_length(self, dim: str, length: int) -> None:
         for array in self._along(dim):
             self._node(array.name)["shape"][0] = length
-        self.folder.write(ROOT, json.dumps(self._root).encode())
+        text = (part if index % 2 == 0 else str(self.length(part)) for index, part in enumerate(self._text))
+        self.folder.write(ROOT, "".join(text).encode())
 
     def _write(self, array: GrowingArray, time: int, values: npt.NDArray[Any]) -> None:
-        if array.times_per_chunk > 1:
-            chunk = self._chunk(array, time)
-            chunk[time % array.times_per_chunk] = values
-        else:
-            chunk = values.reshape(1, *array.shape)
+        if array.times_per_chunk == 1:
+            self._write_chunk(array, time, values.reshape(1, *array.shape))
+            return
+        index = time % array.times_per_chunk
+        chunk = self._chunk(array, time).copy()
+        if index and chunk[index].tobytes() == values.tobytes():  # as bytes, because NaN differs from itself
+            return
+        chunk[index:] = values  # not only of this time: if the values stay the same, the next times need no write
+        self._write_chunk(array, time, chunk)
+        self._last_chunks[array.name] = (time - index, chunk)
+
+    def _write_chunk(self, array: GrowingArray, time: int, chunk: npt.NDArray[Any]) -> None:
         data = np.ascontiguousarray(chunk, dtype=np.dtype(array.dtype).newbyteorder("<")).tobytes()
         self.folder.write(array.file(time), data + _checksum(data))
 
@@ -259,6 +275,14 @@ class Series:
         return np.frombuffer(values, dtype).reshape(array.stored.chunks).astype(array.dtype)
 
 
+def _split_at_lengths(root: "Metadata", arrays: Mapping[str, GrowingArray]) -> list[str]:
+    """Encode metadata once: text, and at every second place the name of the axis whose length stands there."""
+    marked = copy.deepcopy(root)
+    for name, array in arrays.items():
+        marked["consolidated_metadata"]["metadata"][name]["shape"][0] = LENGTH_OF + array.dims[0]
+    return re.split(f'"{LENGTH_OF}([^"]*)"', json.dumps(marked))
+
+
 def _checksum(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(CHECKSUM_BYTES, "little")
 
@@ -269,4 +293,5 @@ def _is_growing(node: "Metadata") -> bool:
 
 def _growing(name: str, node: "Metadata") -> GrowingArray:
     attributes, dims = node["attributes"], tuple(node["dimension_names"])
-    return GrowingArray(name, str(node["data_type"]), tuple(node["shape"][1:]), dims, attributes)
+    separator = node["chunk_key_encoding"]["configuration"]["separator"]
+    return GrowingArray(name, str(node["data_type"]), tuple(node["shape"][1:]), dims, attributes, separator)

@@ -249,8 +249,14 @@ def _with_planes(array: StoredArray, grid: TileGrid, chunk: int) -> StoredArray:
 # creation -------------------------------------------------------------------------------------------------------------
 
 
-def create_array(group: zarr.Group, array: StoredArray) -> "ZarrArray":
-    """Create an array without chunks. Every array of a store has checksums and no compressor."""
+def create_array(group: zarr.Group, array: StoredArray, separator: Literal["/", "."] = "/") -> "ZarrArray":
+    """Create an array without chunks. Every array of a store has checksums and no compressor.
+
+    Args:
+        group: The group.
+        array: The array.
+        separator: What stands between the numbers in the name of a chunk. With a slash, each is a folder.
+    """
     return group.create_array(
         array.name,
         shape=array.shape,
@@ -260,6 +266,7 @@ def create_array(group: zarr.Group, array: StoredArray) -> "ZarrArray":
         compressors=[Crc32cCodec()],
         dimension_names=array.dims,
         attributes=dict(array.attributes),
+        chunk_key_encoding={"name": "default", "separator": separator},
     )
 
 
