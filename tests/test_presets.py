@@ -160,6 +160,8 @@ def test_a_run_is_compared_with_its_published_numbers(finished):
     assert "not comparable" not in text
     other = dataclasses.replace(preset, settings={**preset.settings, "epochs": 10, "output": "sum"})
     assert compare(other, finished).differences == ("epochs 2, published 10", "output trace, published sum")
+    fewer = dataclasses.replace(preset, settings={**preset.settings, "num_tasks": 2})
+    assert compare(fewer, finished).differences == ("num_tasks not set, published 2",)
     assert "not comparable: epochs 2, published 10" in "\n".join(compare(other, finished).lines())
     accuracies = dataclasses.replace(published, numbers={"average_accuracy": 0.5})
     assert compare(dataclasses.replace(other, runs=(accuracies,)), finished).differences == ("epochs 2, published 10",)

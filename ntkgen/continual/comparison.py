@@ -92,7 +92,11 @@ def _differences(preset: Preset, settings: RunSettings, ignored: set[str]) -> tu
     chosen = {name: getattr(settings, name) for name in ("model", "width", "method")}
     published = RunSettings.from_json(preset.values(chosen, compatible=True)).to_json()
     return tuple(
-        f"{name} {value}, published {published[name]}"
+        f"{name} {_shown(value)}, published {_shown(published[name])}"
         for name, value in settings.to_json().items()
         if name not in ignored and value != published[name]
     )
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
