@@ -11,11 +11,11 @@ from ntkgen.jacobian.cost import LayerShape, Rates, Sizes
 from ntkgen.plan.tiles import TileGrid
 
 # The same examples in every run, more where there is time, as in CI; none timed, nothing written into the checkout.
-EXAMPLES = int(os.environ.get("NTKGEN_TEST_EXAMPLES", "10"))
+EXAMPLES = int(os.environ.get("NTKGEN_TEST_EXAMPLES", "6"))
 settings.register_profile("ntkgen", deadline=None, derandomize=True, database=None, max_examples=EXAMPLES)
 settings.load_profile("ntkgen")
 # Where each example is a store.
-few = settings(max_examples=max(4, EXAMPLES // 3))
+few = settings(max_examples=max(3, EXAMPLES // 3))
 
 grids = st.builds(
     lambda samples, outputs, tile: TileGrid(samples, outputs, min(tile, samples)),

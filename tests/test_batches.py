@@ -105,7 +105,6 @@ def test_a_batch_that_is_written_into_by_the_network_stays_as_it_was(tmp_path):
 # batches that are refused ---------------------------------------------------------------------------------------------
 
 
-
 def nested():
     """Make a nested tensor, for which torch imports its compiler: only where it is needed."""
     return torch.nested.nested_tensor([noise(2, 3)[0], noise(1, 3)[0]], layout=torch.jagged)

@@ -34,6 +34,8 @@ SETTINGS = RunSettings(
     dataset="blobs", model="nets:small", split="2/2", epochs=2, batch_size=16, learning_rate=0.01, probe_per_class=3,
     kernels="1ep", evaluations="3it", dense=4,
 )  # fmt: skip
+# Schedules that look only at the ends of tasks.
+RARELY = {"kernels": "task", "dense": None, "evaluations": "task"}
 
 
 def small(num_classes):
@@ -117,7 +119,7 @@ def assert_same(value, expected):
 
 
 def test_a_run_forgets_what_it_is_not_shown(tmp_path):
-    run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=20))
+    run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=20, **RARELY))
     matrix = run.matrix()
     assert matrix.values.shape == (3, 3)
     assert matrix.values.diagonal().min() >= 0.8
@@ -128,7 +130,7 @@ def test_a_run_forgets_what_it_is_not_shown(tmp_path):
 
 @pytest.mark.parametrize("method", ["joint", "replay", "replay-mixed", "replay-two-pass"])
 def test_these_methods_do_not_forget(tmp_path, method):
-    settings = dataclasses.replace(SETTINGS, method=method, epochs=20, buffer=60, replay=30, kernels="task", dense=None)
+    settings = dataclasses.replace(SETTINGS, method=method, epochs=20, buffer=60, replay=30, **RARELY)
     assert done(tmp_path / "seed0", settings).matrix().values[2].min() >= 0.8
 
 
@@ -185,7 +187,7 @@ def test_everything_that_determines_the_run_is_kept(finished):
 # nothing is disturbed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{"kernels": "task", "dense": None, "evaluations": "task"}, {"per_layer": True}])
+@pytest.mark.parametrize("change", [RARELY, {"per_layer": True}])
 def test_looking_changes_no_bit_of_training(finished, tmp_path, change):
     done(tmp_path / "seed0", dataclasses.replace(SETTINGS, **change))
     for task in range(3):
@@ -205,16 +207,19 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def num_writes(tmp_path, monkeypatch):
-    counted = []
+def counted(place, monkeypatch, settings=SETTINGS):
+    """Run without a disturbance; return the number of writes."""
+    count = 0
+
+    def write(self, key, data, plain=LocalFolder.write):
+        nonlocal count
+        count += 1
+        plain(self, key, data)
+
     with monkeypatch.context() as patch:
-        patch.setattr(
-            LocalFolder,
-            "write",
-            lambda self, key, data, plain=LocalFolder.write: (counted.append(key), plain(self, key, data)),
-        )
-        done(tmp_path / "counted")
-    return len(counted)
+        patch.setattr(LocalFolder, "write", write)
+        done(place, settings)
+    return count
 
 
 def killed_at(place, monkeypatch, moment, settings=SETTINGS):
@@ -235,29 +240,30 @@ def killed_at(place, monkeypatch, moment, settings=SETTINGS):
     return False
 
 
-@pytest.mark.parametrize("part", [0.02, 0.1, 0.3, 0.45, 0.62, 0.8, 0.97])
-def test_a_run_that_is_killed_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch, part):
-    moment = max(1, int(part * num_writes(tmp_path, monkeypatch)))
-    place = tmp_path / "seed0"
-    assert killed_at(place, monkeypatch, moment)
-    killed_at(place, monkeypatch, moment // 2 + 3)  # once more, while it resumes or later
-    done(place)
-    require_equal(place, finished)
+def test_a_run_that_is_killed_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch):
+    writes = counted(tmp_path / "counted", monkeypatch)
+    for part in (0.1, 0.45, 0.8):
+        moment, place = int(part * writes), tmp_path / f"seed{part}"
+        assert killed_at(place, monkeypatch, moment)
+        killed_at(place, monkeypatch, moment // 2 + 3)  # once more, while it resumes or later
+        done(place)
+        require_equal(place, finished)
 
 
 def test_a_killed_run_with_a_memory_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, method="replay", buffer=20)
-    done(tmp_path / "undisturbed", settings)
-    assert killed_at(tmp_path / "seed0", monkeypatch, num_writes(tmp_path, monkeypatch) * 2 // 3, settings)
+    writes = counted(tmp_path / "undisturbed", monkeypatch, settings)
+    assert killed_at(tmp_path / "seed0", monkeypatch, writes * 2 // 3, settings)
     done(tmp_path / "seed0", settings)
     require_equal(tmp_path / "seed0", tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_write_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch):
-    for moment in range(1, num_writes(tmp_path, monkeypatch) + 1):
+    for moment in range(1, counted(tmp_path / "counted", monkeypatch) + 1):
         place = tmp_path / f"killed{moment}"
         assert killed_at(place, monkeypatch, moment)
+        killed_at(place, monkeypatch, moment // 2 + 3)  # once more, while it resumes or later
         done(place)
         require_equal(place, finished)
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from test_learner import SETTINGS, blobs, done, killed_at, nets, num_writes, require_equal  # noqa: F401 - nets is a fixture
+from test_learner import RARELY, SETTINGS, blobs, counted, done, killed_at, nets, require_equal  # noqa: F401 - a fixture
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,8 +112,9 @@ def test_a_teacher_stays_as_it_was(name):
 
 
 def test_lwf_without_distillation_is_finetuning(tmp_path):
-    plain = done(tmp_path / "plain", SETTINGS)
-    lwf = done(tmp_path / "lwf", dataclasses.replace(SETTINGS, method="lwf", distillation=0.0))
+    settings = dataclasses.replace(SETTINGS, kernels="task", dense=None)
+    plain = done(tmp_path / "plain", settings)
+    lwf = done(tmp_path / "lwf", dataclasses.replace(settings, method="lwf", distillation=0.0))
     assert np.array_equal(plain.evaluations.loss.values, lwf.evaluations.loss.values)
 
 
@@ -295,8 +296,7 @@ def test_a_network_without_a_head_is_refused():
 @pytest.mark.parametrize("name", ["lwf", "icarl", "ewc"])
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch, nets, name):  # noqa: F811 - the fixture
     settings = dataclasses.replace(SETTINGS, method=name, buffer=18)
-    done(tmp_path / "undisturbed", settings)
-    moment = num_writes(tmp_path, monkeypatch) * 3 // 5
+    moment = counted(tmp_path / "undisturbed", monkeypatch, settings) * 3 // 5
     assert killed_at(tmp_path / "seed0", monkeypatch, moment, settings)
     done(tmp_path / "seed0", settings)
     require_equal(tmp_path / "seed0", tmp_path / "undisturbed")
@@ -342,7 +342,7 @@ def test_methods_are_ordered_as_published_on_digits(tmp_path):
 
 
 def test_accuracy_of_the_head_is_kept_beside_that_of_the_method(tmp_path):
-    run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, method="icarl", epochs=10, buffer=18))
+    run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, method="icarl", epochs=4, buffer=18, **RARELY))
     assert not np.array_equal(run.evaluations.accuracy.values, run.evaluations.head_accuracy.values)
-    plain = done(tmp_path / "plain", SETTINGS)
+    plain = done(tmp_path / "plain", dataclasses.replace(SETTINGS, epochs=1, **RARELY))
     assert np.array_equal(plain.evaluations.accuracy.values, plain.evaluations.head_accuracy.values)

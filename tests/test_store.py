@@ -166,13 +166,14 @@ def dying_after(monkeypatch, count, error=Killed):
     return left
 
 
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", chosen(LAYOUTS, ["full"]))
-def test_stopped_at_any_write_and_resumed_gives_equal_bytes(layout, tmp_path, monkeypatch):
-    """At every write of a tile and its mirror, of a block of the diagonal, of metadata, of the last manifest."""
+def test_stopped_at_any_write_and_resumed_gives_equal_bytes(layout, step, tmp_path, monkeypatch):
+    """At writes of a tile and its mirror, of a block of the diagonal, of metadata, of the last manifest."""
     job = make_job(num_samples=5)  # 2 × 2 tiles, the last ones ragged
     job.run(job.create(tmp_path / "k.zarr", layout=layout))
     expected = files_of(tmp_path / "k.zarr")
-    for count in range(1000):
+    for count in range(0, 1000, step):
         path = tmp_path / f"{count}.zarr"
         store = job.create(path, layout=layout)
         with monkeypatch.context() as patch:
@@ -527,8 +528,9 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 # creation -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_creation_is_no_store_and_is_begun_again(job, finished, tmp_path, monkeypatch):
-    for count in range(1000):
+@pytest.mark.parametrize("step", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_interrupted_creation_is_no_store_and_is_begun_again(step, job, finished, tmp_path, monkeypatch):
+    for count in range(0, 1000, step):
         path = tmp_path / str(count) / "k.zarr"
         with monkeypatch.context() as patch:
             left = dying_after(patch, count)
