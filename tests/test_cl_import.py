@@ -139,6 +139,10 @@ def test_the_commands_read_imported_runs(imported, capsys):
     page = capsys.readouterr().out
     assert "class-incremental" in page
     assert "task-incremental" not in page  # which was not recorded
+
+
+@pytest.mark.slow
+def test_several_widths_are_read_together(imported, capsys):
     assert command(["cl-analyze", str(imported / "cifar10-mlp-finetune")]) == 0
     page = capsys.readouterr().out
     assert "100" in page

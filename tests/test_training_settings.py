@@ -53,8 +53,8 @@ def test_milestones_are_separated_by_commas(capsys, tmp_path):
 
 
 def test_each_task_may_begin_with_a_new_optimizer(tmp_path):
-    for reset, steps in ((False, 16), (True, 8)):
-        settings = dataclasses.replace(QUICK, reset_optimizer=reset, kernels="task")
+    for reset, steps in ((False, 8), (True, 4)):
+        settings = dataclasses.replace(QUICK, reset_optimizer=reset, kernels="task", epochs=1)
         done(tmp_path / str(reset), settings)
         assert {int(state["step"]) for state in optimizer_of(tmp_path / str(reset))["state"].values()} == {steps}
 
