@@ -214,3 +214,28 @@ def test_ways_to_multiply_compute_the_same():
         expected[:, :5] = expected[:, :5] @ np.linalg.inv(operands.lower).T
         bench.operations(way, operands)["division"]()
         np.testing.assert_allclose(operands.target, expected, atol=1e-12)
+
+
+def test_times_of_kernel_functions_are_compared_trial_by_trial():
+    script = importlib.import_module("kernel_function")
+    assert script.ratio([1.0, 2.0, 9.0], [4.0, 4.0]) == {
+        "of_medians": 0.5,
+        "of_least": 0.25,
+        "least": 0.25,
+        "most": 0.5,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["full", "trace"])
+def test_kernel_functions_are_compared(output):
+    script = importlib.import_module("kernel_function")
+    subject = script.Subject("linear", torch.nn.Linear(3, 2), torch.randn(4, 3))
+    found = script.measure(subject, output, trials=1, torch_func_trials=1)
+    assert found["relative_error"] <= TOLERANCES["float32"]
+    assert set(found["ratios"]) == {"ntk", "torch.func"}
+    assert "call / ntk" in script.line(found)
+    expected = ntkgen.ntk(subject.model, subject.x, output=output)
+    assert relative_error(script.torch_func(subject.model, subject.x, output).detach(), expected) <= 1e-5
+    append = script.measure_append(subject, output, 1, folder=None, fsync=False)
+    assert append["append_seconds"]["least"] > 0
