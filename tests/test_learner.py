@@ -187,7 +187,7 @@ def test_everything_that_determines_the_run_is_kept(finished):
 # nothing is disturbed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [RARELY, {"per_layer": True}])
+@pytest.mark.parametrize("change", [RARELY, {"per_layer": True, "lazy_error": False}])
 def test_looking_changes_no_bit_of_training(finished, tmp_path, change):
     done(tmp_path / "seed0", dataclasses.replace(SETTINGS, **change))
     for task in range(3):
@@ -418,6 +418,15 @@ def test_the_predicted_forgetting_of_a_run_is_analysed(finished, capsys):
     listed = json.loads(capsys.readouterr().out)["predicted_forgetting"]
     assert listed["old_cosine"][1:] == found.old_cosine.values[1:].tolist()
     assert listed["new_task"] == [0, 1, 2]
+
+
+def test_the_lazy_error_of_a_run_is_analysed(finished, capsys):
+    kernels = open_run(finished).kernels
+    assert command(["cl-analyze", str(finished), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["kernels"]
+    for name in ("lazy_error", "lazy_error_from_start", "buffer_drift"):
+        assert found[name][1:] == kernels[name].values[1:].tolist()
+        assert min(found[name][1:]) > 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,6 +123,8 @@ def _page(result: dict[str, Any]) -> str:
         lines.append(f"  accuracy on {title} after each task: {' '.join(f'{value:.2f}' for value in scores[0][name])}")
     if line := _prediction_line(result["predicted_forgetting"]):
         lines.append(line)
+    if line := _lazy_line(result["kernels"]):
+        lines.append(line)
     return "\n".join([*lines, *_kernel_lines(result["kernels"], len(scores[0]["seen_accuracy"]))])
 
 
@@ -144,3 +147,12 @@ def _kernel_lines(kernels: dict[str, Any], num_finished: int) -> list[str]:
         cells = "".join(f"{'–' if value is None else format(value, '.4g'):>12}" for value in found)
         lines.append(f"  {'–' if task < 0 else task:>4}{kernels['iteration'][time]:>11,}{cells}")
     return lines
+
+
+def _lazy_line(kernels: dict[str, Any]) -> str | None:
+    """Say how lazy the training is; None if it was not recorded."""
+    found = [value for value in kernels.get("lazy_error", ()) if value is not None]
+    if not found:
+        return None
+    last = kernels["lazy_error_from_start"][-1]
+    return f"  lazy error: median {median(found):.3g} between two kernels, {last:.3g} from the first kernel to the last"

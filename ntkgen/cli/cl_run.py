@@ -172,6 +172,12 @@ _SETTINGS = [
     _setting("--precision", "precision", "Precision of the kernels"),
     _setting("--per-layer", "per_layer", "Also store one kernel per layer", is_flag=True),
     _setting(
+        "--lazy-error/--no-lazy-error",
+        "lazy_error",
+        "Record how far the outputs move from those of the linearised network",
+        is_flag=True,
+    ),
+    _setting(
         "--kernels",
         "kernels",
         "Compute kernels every 10 iterations (10it), every epoch (1ep) or per task (task)",

@@ -121,6 +121,7 @@ class RunSettings:
         output: Output map of the kernels.
         precision: Precision of the kernels.
         per_layer: Whether to store also one kernel per module.
+        lazy_error: Whether to record how far the outputs move from those of the linearised network.
         kernels: Schedule of the kernels; see `Schedule`.
         evaluations: Schedule of the evaluations.
         dense: Last of the iterations 1, 2, 4, … of each task after which kernels are also computed; None for none.
@@ -172,6 +173,7 @@ class RunSettings:
     output: str = "trace"
     precision: str = "float32"
     per_layer: bool = False
+    lazy_error: bool = True
     kernels: str = "1ep"
     evaluations: str = "1ep"
     dense: int | None = 64

@@ -72,6 +72,7 @@ class Run:
             precision=settings.precision,
             per_layer=settings.per_layer,
             num_outputs=plan.stream.num_targets,
+            lazy_error=settings.lazy_error,
         )
 
     # where it is -----------------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "stepper": self.stepper.state_dict(),
             "method": self.method.state_dict(),
+            "snapshots": self.snapshots.state_dict(),
             "random": random,
             "threads": torch.get_num_threads(),
         }
@@ -116,6 +118,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.stepper.load_state_dict(state["stepper"])
         self.method.load_state_dict(state["method"])
+        self.snapshots.load_state_dict(state.get("snapshots", {}))
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and self.stepper.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.stepper.device)

@@ -1,6 +1,6 @@
 """How the kernels and outputs of a probe are placed in the arrays of `Snapshots`, and what is known of each row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,8 @@ class Layout:
         square = (self.num_rows, self.num_rows)
         return (self.num_outputs, *square) if self.output == "diagonal" else square
 
-    def growing(self, precision: str, layers: Sequence[str]) -> list[GrowingArray]:
-        """List the arrays that grow along time."""
+    def growing(self, precision: str, layers: Sequence[str], measures: Mapping[str, str]) -> list[GrowingArray]:
+        """List the arrays that grow along time; of `measures`, there is one number for each time."""
         dtype = str(policy(precision).accumulate_dtype).removeprefix("torch.")
         logits = str(policy(precision).compute_dtype).removeprefix("torch.")
         meaning = {"long_name": "outputs of the network on the probe samples", "units": "1", "coordinates": "iteration"}
@@ -78,7 +78,11 @@ class Layout:
         if layers:
             shape = (len(layers), *self.shape)
             arrays.append(kernel_array("kernel_by_layer", dtype, shape, ("layer", *self.dims)))
-        return [*arrays, *time_arrays()]
+        numbers = [
+            GrowingArray(name, "float64", (), (TIME,), {"long_name": long_name, "units": "1"})
+            for name, long_name in measures.items()
+        ]
+        return [*arrays, *time_arrays(), *numbers]
 
     def placed(self, kernel: Tensor, num_outputs: int, num_seen: int | None) -> Tensor:
         """Place the kernel of a network with fewer outputs than in the end; the others are NaN.

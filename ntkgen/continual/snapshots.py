@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ntkgen
 from ntkgen.continual.axes import ATTRIBUTE, FORMAT_VERSION, TIME
+from ntkgen.continual.linearization import MEASURES, LazyError
 from ntkgen.continual.series import Series
 from ntkgen.continual.snapshot_layout import SEEN, Layout, Notes
 from ntkgen.errors import FingerprintError, InputError
@@ -19,6 +20,7 @@ from ntkgen.files.place import folder_of
 from ntkgen.fingerprints import array_fingerprint
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.kernel_function import KernelFunction
+from ntkgen.jacobian.precision import policy
 
 if TYPE_CHECKING:
     import os
@@ -54,6 +56,9 @@ class Snapshots:
         num_outputs: The final number of outputs, if the last layer gets more outputs during training. None means the
             present number. Entries of outputs that do not exist yet are NaN. ``trace`` and ``sum`` add the outputs
             that exist; such kernels of different numbers of outputs cannot be compared.
+        lazy_error: Whether to record also how far the outputs move from those of the linearised network; see
+            `LazyError`. The arrays are ``lazy_error``, ``lazy_error_from_start`` and ``buffer_drift`` (time). If the
+            training is resumed in another process, restore the last parameters with `load_state_dict`.
         fsync: Whether every file is forced to the disk. If not, a loss of power may damage the last kernels.
 
     Raises:
@@ -75,12 +80,14 @@ class Snapshots:
         precision: str = "float32",
         per_layer: bool = False,
         num_outputs: int | None = None,
+        lazy_error: bool = False,
         fsync: bool = False,
     ) -> None:
         self._probe, _ = checked_batches(probe)
         self._output, self._precision, self._per_layer = output, precision, per_layer
         self._function = self._prepared(model)
         self._signature = _signature(model)
+        self._lazy_error = LazyError(model, self._probe, policy(precision).compute_dtype) if lazy_error else None
         notes = Notes.of(len(self._probe), labels, tasks, sample_ids)
         layout = Layout.of(output, len(self._probe), num_outputs or self._function.num_logits)
         self._layout = layout
@@ -144,7 +151,10 @@ class Snapshots:
         }
         if self._per_layer:
             values["kernel_by_layer"] = torch.stack(shown).cpu().numpy()
-        # a group that an earlier version has begun has no logits
+        values |= dict.fromkeys(MEASURES, float("nan"))
+        if self._lazy_error is not None:
+            values |= self._lazy_error.measure(model, self._function.logits, is_first=not len(self))
+        # a group that was begun in another way has fewer arrays
         self.series.append(TIME, {name: values[name] for name in self.series.names(TIME)})
         return kernel
 
@@ -152,6 +162,15 @@ class Snapshots:
         """Remove the kernels after an iteration, for a run that is resumed from an earlier checkpoint."""
         kept = sum(int(self.series.read("iteration", time)) <= iteration for time in range(len(self)))
         self.series.truncate(TIME, kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next call depends on beside the group, for a checkpoint of the training."""
+        return {} if self._lazy_error is None else self._lazy_error.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` has returned."""
+        if self._lazy_error is not None and state:
+            self._lazy_error.load_state_dict(state)
 
     def __enter__(self) -> Self:
         """Return the snapshots, whose metadata are completed at the end of the block."""
@@ -184,7 +203,8 @@ class Snapshots:
         }
         if not folder.has("zarr.json"):
             attributes = {ATTRIBUTE: {**identity, "version": ntkgen.__version__}}
-            return Series.create(folder, layout.growing(self._precision, layers), notes.rows(layout), attributes)
+            growing = layout.growing(self._precision, layers, MEASURES if self._lazy_error else {})
+            return Series.create(folder, growing, notes.rows(layout), attributes)
         series = Series.open(folder)
         theirs = series.attributes.get(ATTRIBUTE, {})
         if differing := [name for name, value in identity.items() if theirs.get(name) != value]:

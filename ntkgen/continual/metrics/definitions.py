@@ -83,4 +83,13 @@ OF_KERNELS = {
     "interference": Definition(
         "interference of tasks a and b", "‖K_ab‖ / √(‖K_aa‖ ‖K_bb‖) of the blocks of the kernel"
     ),
+    "lazy_error": Definition(
+        "lazy error",
+        "‖Δf − J Δθ‖ / ‖Δf‖ of the outputs on the probe since the last kernel, at fixed buffers",
+        "Chizat, Oyallon, Bach 2019, arXiv:1812.07956",
+    ),
+    "lazy_error_from_start": Definition("lazy error from start", "the same since the first kernel"),
+    "buffer_drift": Definition(
+        "drift of buffers", "‖f(θ', b') − f(θ', b)‖ / ‖f(θ', b') − f(θ, b)‖ with the buffers b since the last kernel"
+    ),
 }

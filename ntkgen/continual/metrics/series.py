@@ -136,7 +136,8 @@ def kernel_metrics(
         task; ``distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with the labels, on
         the outputs that exist and the samples of their classes; the
         ``interference`` of each two tasks; ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
-        and ``leave_one_out_accuracy`` of kernel regression on the samples of the tasks so far.
+        ``leave_one_out_accuracy`` of kernel regression on the samples of the tasks so far; and ``lazy_error``,
+        ``lazy_error_from_start`` and ``buffer_drift``, if they are recorded.
     """
     import xarray
 
@@ -155,6 +156,9 @@ def kernel_metrics(
     everything = np.ones(len(probe.labels), np.bool_)
     fits = [probe.regression(time, everything) for time in range(len(values))]
     data["leave_one_out_accuracy"] = ("time",), [np.nan if fit is None else fit.left_out.mean() for fit in fits]
+    for name in ("lazy_error", "lazy_error_from_start", "buffer_drift"):
+        if name in kernels:
+            data[name] = ("time",), kernels[name].values
     step = dt or measure.usual_step(iterations)
     starts, speed, angular = measure.velocity(probe.distance, iterations, step)
     data |= {"velocity": (("start",), speed), "angular_velocity": (("start",), angular)}
