@@ -68,6 +68,8 @@ def cl_analyze(
         measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
         if isinstance(run, RunReader):
             result = _analysed(place, run, measured)
+            if run.has_validation_probe:
+                result["validation_kernels"] = _kernels(run.kernel_metrics(dt, "validation", rank_tolerance))
             show(json.dumps(result) if as_json else _page(result))
         else:
             _show_collection(place, run, measured, as_json=as_json)
@@ -92,13 +94,17 @@ def _show_collection(place: str, runs: "RunCollection", measured: "xarray.Datase
 
 
 def _analysed(place: str, run: "RunReader", kernels: "xarray.Dataset") -> dict[str, Any]:
-    values = {str(name): plain_values(kernels[name].values) for name in (*kernels.coords, *kernels.data_vars)}
     return {
         "run": place,
         **run.metrics(),
-        "kernels": {**values, **kernels.attrs},
+        "kernels": _kernels(kernels),
         "predicted_forgetting": _predicted(run),
     }
+
+
+def _kernels(kernels: "xarray.Dataset") -> dict[str, Any]:
+    values = {str(name): plain_values(kernels[name].values) for name in (*kernels.coords, *kernels.data_vars)}
+    return {**values, **kernels.attrs}
 
 
 def _predicted(run: "RunReader") -> dict[str, Any]:

@@ -65,7 +65,10 @@ class Timeline:
     def name(self) -> str:
         """Title of the axis."""
         lengths = np.unique(np.diff([*self.starts, self.end]).round(6))
-        return f"training ({lengths[0]:g} epochs per task)" if len(lengths) == 1 else "training"
+        if len(lengths) > 1:
+            return "training"
+        unit = "epoch" if lengths[0] == 1 else "epochs"
+        return f"training ({lengths[0]:g} {unit} per task)"
 
     def draw_tasks(self, axes: "Axes", epochs: FloatArray, values: FloatArray) -> None:
         """Draw one line per task, from its first time on.

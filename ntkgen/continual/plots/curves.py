@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FloatArray = npt.NDArray[np.float64]
 # Measures of the evaluations, and the titles of their panels.
 SCORES = {"accuracy": "Over all outputs", "task_accuracy": "Over the outputs of the task"}
+EXTREMES = {"Largest": "task_largest", "Smallest": "task_smallest"}
+# Ratio of the largest and the smallest value above which an axis is logarithmic.
+WIDE = 4
 # Words for the parts of the probe.
 PARTS = {"train": "training", "validation": "validation"}
 
@@ -48,7 +51,8 @@ def draw_loss(run: RunReader) -> Picture | None:
     with styled():
         figure, axes = new_axes()
         timeline.draw_tasks(axes[0], data.epoch.values, np.asarray(data.loss.values))
-        axes[0].set(ylabel="cross-entropy, nats", yscale="log")
+        axes[0].set(ylabel="cross-entropy, nats")
+        _scale(axes[0])
         timeline.settle(axes)
         timeline.key(axes)
     caption = "Mean cross-entropy on the held-out samples of each task, over all outputs."
@@ -62,7 +66,8 @@ def draw_norm(run: RunReader, parts: "Mapping[str, xarray.Dataset]") -> Picture:
         figure, axes = new_axes(len(parts))
         for panel, (part, kernels) in zip(axes, parts.items(), strict=True):
             timeline.draw_tasks(panel, kernels.epoch.values, np.asarray(kernels.task_frobenius_norm.values))
-            panel.set(yscale="log", title=f"On {PARTS[part]} samples" if len(parts) > 1 else "")
+            panel.set(title=f"On {PARTS[part]} samples" if len(parts) > 1 else "")
+            _scale(panel)
         axes[0].set(ylabel="‖K‖ of the task's probe")
         timeline.settle(axes)
         timeline.key(axes)
@@ -77,12 +82,14 @@ def draw_norm(run: RunReader, parts: "Mapping[str, xarray.Dataset]") -> Picture:
 def draw_eigenvalues(run: RunReader, kernels: "xarray.Dataset", part: str) -> Picture:
     """Draw the extreme eigenvalues of the kernel of each task, for one part of the probe."""
     timeline = Timeline.of(run)
+    shown = {title: kernels[name].where(kernels[name] > 0) for title, name in EXTREMES.items()}
+    shown = {title: values for title, values in shown.items() if values.notnull().any()}
     with styled():
-        figure, axes = new_axes(2)
-        for panel, name, title in zip(axes, ("task_largest", "task_smallest"), ("Largest", "Smallest"), strict=True):
-            values = np.asarray(kernels[name].values, np.float64)
-            timeline.draw_tasks(panel, kernels.epoch.values, np.where(values > 0, values, np.nan))
-            panel.set(title=title, yscale="log")
+        figure, axes = new_axes(len(shown))
+        for panel, (title, values) in zip(axes, shown.items(), strict=True):
+            timeline.draw_tasks(panel, kernels.epoch.values, np.asarray(values.values, np.float64))
+            panel.set(title=title)
+            _scale(panel)
         axes[0].set(ylabel="eigenvalue")
         timeline.settle(axes)
         timeline.key(axes)
@@ -123,7 +130,8 @@ def draw_velocity(run: RunReader, kernels: "xarray.Dataset") -> Picture:
         ):
             epochs, values = _broken(kernels, np.asarray(kernels[name].values, np.float64))
             panel.plot(epochs, values, color=DARK, marker=".")
-            panel.set(title=title, ylabel=unit, yscale="log")
+            panel.set(title=title, ylabel=unit)
+            _scale(panel)
         Timeline.of(run).settle(axes)
     caption = (
         f"Velocity of the kernel of the whole probe between two kernels that are {kernels.attrs['dt']:,} iterations "
@@ -176,6 +184,13 @@ def draw_progress(run: RunReader) -> Picture:
         f"The mean over the tasks of the left curve is {100 * np.mean(run.matrix().seen_accuracy):.1f} %."
     )
     return Picture("progress", "Incremental accuracy", caption, figure)
+
+
+def _scale(axes: "Axes") -> None:
+    """Make the vertical axis logarithmic if the drawn values, which are positive, differ by more than a few times."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), np.float64) for line in axes.lines])
+    if np.nanmax(drawn) > WIDE * np.nanmin(drawn):
+        axes.set_yscale("log")
 
 
 def _broken(kernels: "xarray.Dataset", values: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -57,7 +57,7 @@ def _of_kernels(run: RunReader, parts: "dict[str, xarray.Dataset]") -> list[Pict
     drawn: list[Picture | None] = [curves.draw_norm(run, parts)]
     drawn += [curves.draw_eigenvalues(run, found, part) for part, found in parts.items()]
     drawn += [curves.draw_motion(run, kernels), cells.draw_interference(kernels)]
-    if len(kernels.start):
+    if (kernels.velocity > 0).any():
         drawn.append(curves.draw_velocity(run, kernels))
     if not kernels.leave_one_out_accuracy.isnull().all():
         drawn.append(curves.draw_regression(run, kernels))
@@ -70,7 +70,7 @@ _REASONS = {
     "confusion": "the run was recorded without confusion matrices",
     "validation-eigenvalues": "the probe has no validation samples; record the run with `probe_parts` both",
     "interference": "no blocks of the kernel between two tasks were recorded",
-    "velocity": "no two kernels are a fixed number of iterations apart",
+    "velocity": "the kernel does not change, or no two are a fixed number of iterations apart",
     "forgetting": "no task is learned after another one",
     "regression": "the rows of the kernels have no targets; record the run with the `output` trace, full or centered",
 }
