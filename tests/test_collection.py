@@ -2,9 +2,15 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -12,13 +18,15 @@ from ntkgen.cli import run as command
 from ntkgen.cli.cl_preset import chosen_runs
 from ntkgen.cli.progress import progress_bars
 from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.forecast import Forecast, forecast
 from ntkgen.continual.joining import joined
 from ntkgen.continual.learner import learn
 from ntkgen.continual.metrics.spread import Spread
-from ntkgen.continual.plan import Plan, load_data
+from ntkgen.continual.plan import Plan, describe, load_data
 from ntkgen.continual.plots.overlay import draw_collection
 from ntkgen.continual.reading import RunCollection, RunReader, open_run
-from ntkgen.errors import FingerprintError, StoreError
+from ntkgen.continual.side_by_side import Job, train_side_by_side
+from ntkgen.errors import DivergedError, FingerprintError, StoreError
 from ntkgen.files.folder import LocalFolder
 
 SETTINGS = RunSettings(
@@ -229,7 +237,6 @@ def test_a_sweep_has_a_folder_per_width_and_seed(tmp_path, capsys):
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     from ntkgen.continual import side_by_side
-    from ntkgen.errors import DivergedError
 
     def learned(plan, *others, learn=side_by_side.learn):
         if plan.settings.seed == 0:
@@ -324,3 +331,94 @@ def test_the_progress_is_that_of_the_whole_run(tmp_path):
             for stage in ("training", "seed1: training"):
                 for done in (1, 2, 3):
                     report(stage, done, 3, "task 1/2")
+
+
+# what a run will take -------------------------------------------------------------------------------------------------
+
+
+def test_bytes_and_time_are_projected(trained, tmp_path, capsys):
+    plan = Plan.of(dataclasses.replace(SETTINGS, width=8, probe_per_class=2), load_data(SETTINGS))
+    random = torch.get_rng_state()
+    found = forecast(plan, torch.device("cpu"), seconds=0.1)
+    assert torch.equal(torch.get_rng_state(), random)
+    described = describe(plan)
+    result = found.to_json(described)
+    assert result["bytes"]["kernels"] == described["kernels"] * 20 * 20 * 4  # float32
+    sizes = LocalFolder(trained / "width8/seed0").sizes()
+    stored = sum(size for key, size in sizes.items() if key.endswith(".pt"))
+    assert abs(found.checkpoint_bytes - stored) < 0.02 * stored
+    assert found.measured_probe in {8, 20}
+    seconds = result["projected_seconds"]
+    assert min(found.step_seconds, found.evaluation_seconds, found.kernel_seconds) > 0
+    assert seconds["training"] == found.step_seconds * described["iterations"]
+    assert seconds["total"] == pytest.approx(seconds["training"] + seconds["evaluations"] + seconds["kernels"])
+
+
+def test_a_dry_run_says_that_its_numbers_are_projected(tmp_path, capsys, monkeypatch):
+    made = Forecast(
+        step_seconds=2.0, evaluation_seconds=0.5, kernel_seconds=1.0, measured_probe=8, kernel_bytes=10**6,
+        checkpoint_bytes=5000,
+    )  # fmt: skip
+    monkeypatch.setattr("ntkgen.continual.forecast.forecast", lambda *_: made)
+    line = [*LINE, *QUICK, "--seeds", "0", "1", "--dry-run", "--out", str(tmp_path / "r")]
+    assert command(line) == 0
+    out = capsys.readouterr().out
+    assert "2 tasks, 6 iterations, 2 evaluations, 3 kernels of 10 probe samples" in out
+    assert out.count("projected: 16 s on this machine (training 12 s, evaluations 1.0 s, kernels 3.0 s)") == 2
+    assert "on the disk: kernels 3.0 MB, parameters and state 5.0 kB" in out
+    assert out.splitlines()[-1] == "2 runs, one after another: projected 32 s"
+    assert not (tmp_path / "r").exists()
+
+
+# side by side ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_have_the_bytes_of_runs_in_turn(trained, tmp_path):
+    jobs = [
+        Job(
+            f"width{width}/seed{seed}",
+            dataclasses.replace(SETTINGS, width=width, seed=seed),
+            str(tmp_path),
+            None,
+            "cpu",
+        )
+        for width, seed in RUNS
+    ]
+    reports = []
+    outcomes = list(train_side_by_side(jobs, 2, lambda *report: reports.append(report)))
+    assert sorted(outcome.job.name for outcome in outcomes) == sorted(job.name for job in jobs)
+    assert [outcome.error for outcome in outcomes] == [None] * 3
+    files, expected = LocalFolder(tmp_path), LocalFolder(trained)
+    keys = [key for key in expected.sizes() if not key.endswith(".pt")]
+    assert [key for key in keys if files.read(key) != expected.read(key)] == []
+    assert {stage for stage, *_ in reports} == {f"{job.name}: training" for job in jobs}
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_in_its_process_does_not_stop_the_others(tmp_path):
+    bad = dataclasses.replace(SETTINGS, optimizer="sgd", learning_rate=3e38)
+    jobs = [Job("bad", bad, str(tmp_path), None, "cpu"), Job("good", SETTINGS, str(tmp_path), None, "cpu")]
+    outcomes = {outcome.job.name: outcome for outcome in train_side_by_side(jobs, 2)}
+    assert isinstance(outcomes["bad"].error, DivergedError)
+    assert outcomes["good"].error is None
+
+
+@pytest.mark.slow
+def test_an_interrupt_stops_all_processes_and_keeps_what_is_recorded(tmp_path):
+    line = [*LINE, "--kernels", "task", "--dense", "0", "--epochs", "5000", "--seeds", "0", "1", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ntkgen", *line, "--out", str(tmp_path / "r")],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    files = [tmp_path / f"r/seed{seed}/checkpoint.pt" for seed in (0, 1)]
+    while not all(file.exists() for file in files):
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert error.strip() == "Interrupted. Finished work is kept. The same command continues from there."
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    assert open_run(tmp_path / "r").evaluations.sizes["evaluation"] > 1

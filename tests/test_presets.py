@@ -12,11 +12,23 @@ from test_learner import SETTINGS, blobs, done, nets  # noqa: F401 - nets is a f
 from ntkgen.cli import run as command
 from ntkgen.continual.comparison import compare, published_run
 from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.forecast import Forecast
 from ntkgen.continual.metrics.kernels import distance
 from ntkgen.continual.metrics.switches import Switches, switches_of
 from ntkgen.continual.presets import PRESETS, Preset, preset_of
 from ntkgen.continual.published import QUANTITIES, PublishedRun
 from ntkgen.errors import UnknownNameError
+
+
+@pytest.fixture(autouse=True)
+def unmeasured(monkeypatch):
+    """Print plans without the projected time, which another file tests."""
+    nothing = Forecast(
+        step_seconds=0.0, evaluation_seconds=0.0, kernel_seconds=0.0, measured_probe=1, kernel_bytes=0,
+        checkpoint_bytes=0,
+    )  # fmt: skip
+    monkeypatch.setattr("ntkgen.continual.forecast.forecast", lambda *_: nothing)
+
 
 SUBSET = Path(__file__).parents[2] / "shared/data/cifar100-subset.npz"
 

@@ -232,9 +232,9 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     data = load_data(sweep.settings, data_dir)
     plans = {name: Plan.of(settings, data) for name, settings in sweep.runs.items()}
     jobs = [Job(name, settings, out, data_dir, device) for name, settings in sweep.runs.items()]
-    require_possible(jobs)
     session = Session(sweep, preset, workers, as_json=as_json, quiet=quiet)
     if dry_run:
-        show_plans(session, plans)
+        show_plans(session, plans, device)
         return 0
+    require_possible(jobs)
     return show_runs(session, jobs, data)

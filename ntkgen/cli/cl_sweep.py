@@ -12,11 +12,15 @@ from ntkgen.cli.messages import complain, show
 from ntkgen.continual.presets import Preset
 from ntkgen.continual.sweep import Sweep
 from ntkgen.errors import NtkgenError
+from ntkgen.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from ntkgen.continual.plan import Data, Plan
     from ntkgen.continual.reading import RunReader
     from ntkgen.continual.side_by_side import Job, Outcome
+
+# Seconds for which --dry-run measures, over all widths.
+MEASURING_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,25 @@ def _run_page(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def show_plans(session: Session, plans: "Mapping[str, Plan]") -> None:
-    """Print what the runs would do."""
+def show_plans(session: Session, plans: "Mapping[str, Plan]", device: str) -> None:
+    """Print what the runs would do, and what they are projected to take. Each width is measured once."""
+    from ntkgen.continual.forecast import Forecast, forecast
     from ntkgen.continual.plan import describe
+    from ntkgen.engine.machine import choose_device
 
+    measured: dict[int | None, Forecast] = {}
+    total = 0.0
     for plan in plans.values():
+        width = plan.settings.width
+        if width not in measured:
+            measured[width] = forecast(plan, choose_device(device), MEASURING_SECONDS / len(session.sweep.widths))
         described = describe(plan)
+        described |= measured[width].to_json(described)
+        total += described["projected_seconds"]["total"]
         page = f"{preset_page(session.preset, plan.settings)}\n{_plan_page(described)}"
         show(json.dumps(described) if session.as_json else page)
+    if len(plans) > 1 and not session.as_json:
+        show(f"{len(plans)} runs, one after another: projected {human_seconds(total)}")
 
 
 def _plan_page(described: dict[str, Any]) -> str:
@@ -123,4 +138,13 @@ def _plan_page(described: dict[str, Any]) -> str:
     for task in described["tasks"]:
         counts = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
         lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {counts}")
+    seconds = {name: human_seconds(value) for name, value in described["projected_seconds"].items()}
+    sizes = {name: human_bytes(value) for name, value in described["bytes"].items()}
+    probe = f"{described['measured']['measured_probe']:,} of {described['probe_samples']:,}"
+    lines += [
+        f"  projected: {seconds['total']} on this machine (training {seconds['training']}, evaluations "
+        f"{seconds['evaluations']}, kernels {seconds['kernels']})",
+        f"    from iterations, an evaluation and a kernel of {probe} probe samples, measured now",
+        f"  on the disk: kernels {sizes['kernels']}, parameters and state {sizes['checkpoints']}",
+    ]
     return "\n".join(lines)
