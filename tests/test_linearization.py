@@ -11,6 +11,8 @@ from torch.func import functional_call, jvp
 
 import ntkgen
 from ntkgen.continual.linearization import LazyError
+from ntkgen.continual.metrics.kernels import distance
+from ntkgen.training import zoo
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 NAMES = ("lazy_error", "lazy_error_from_start", "buffer_drift")
@@ -137,3 +139,24 @@ def test_a_group_that_was_begun_without_it_is_continued_without_it(tmp_path):
     ntkgen.Snapshots(tmp_path / "b", net, X)(moved(net), iteration=1)
     ntkgen.Snapshots(tmp_path / "b", net, X, lazy_error=True)(moved(net), iteration=2)  # the first time is not known
     assert np.isnan(xarray.open_zarr(tmp_path / "b").lazy_error_from_start.values).all()
+
+
+@pytest.mark.slow
+def test_wide_networks_in_ntk_parametrization_are_lazy():
+    x, y = torch.randn(12, 48, generator=torch.Generator().manual_seed(2)), torch.arange(12) % 4
+    motion = []
+    for width in (32, 128, 512):
+        net = zoo.build("mlp", 4, seed=0, width=width, parametrization="ntk", inputs=48)
+        kernel, lazy = ntkgen.KernelFunction(net, x, output="trace"), LazyError(net, x, torch.float64)
+        before = kernel(net).double().numpy()
+        lazy.measure(net, outputs_of(net, x), is_first=True)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        for _ in range(30):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x), y).backward()
+            optimizer.step()
+        error = lazy.measure(net, outputs_of(net, x), is_first=False)["lazy_error_from_start"]
+        motion.append((distance(before, kernel(net).double().numpy()), error))
+    distances, errors = zip(*motion, strict=True)
+    assert distances[0] > 2 * distances[1] > 4 * distances[2] > 0
+    assert errors[0] > 1.4 * errors[1] > 1.4**2 * errors[2] > 0

@@ -33,6 +33,20 @@ def test_a_kernel_of_mapped_outputs_is_the_mapped_kernel(name, output):
     assert relative_error(ntk(case.module, case.x, output=output, precision="float64"), expected(name, output)) < 1e-10
 
 
+def test_reductions_of_the_blocks_of_a_pair_of_samples_are_consistent():
+    case = CASES["residual_with_shortcut"]()
+    n = len(case.x)
+    full, trace, total, centered = (
+        ntk(case.module, case.x, output=output, precision="float64") for output in ("full", "trace", "sum", "centered")
+    )
+    m = len(full) // n
+    blocks = full.reshape(n, m, n, m)
+    assert relative_error(trace, torch.einsum("iaja->ij", blocks)) < 1e-12
+    assert relative_error(total, blocks.sum((1, 3))) < 1e-12
+    contrasts = centered.reshape(n, m - 1, n, m - 1)
+    assert relative_error(torch.einsum("iaja->ij", contrasts), trace - total / m) < 1e-12
+
+
 @pytest.mark.parametrize("output", NAMES)
 def test_rectangular_kernels_are_the_blocks_of_the_square_one(output):
     case = CASES["residual_with_shortcut"]()
