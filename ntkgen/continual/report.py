@@ -35,7 +35,7 @@ KINDS_OF_SCORES = ("class-incremental", "task-incremental")
 # Metrics of kernels in the table of the ends of the tasks.
 SHOWN = (
     "frobenius_norm", "largest", "smallest", "condition_bound", "effective_rank", "numerical_rank", "distance",
-    "centred_alignment", "leave_one_out_accuracy", "held_out_accuracy",
+    "centred_alignment", "lazy_error_from_start", "leave_one_out_accuracy", "held_out_accuracy",
 )  # fmt: skip
 # Pictures by the section in which they stand.
 OF_MATRIX, OF_COURSES = ("matrix", "confusion"), ("accuracy", "loss", "progress")

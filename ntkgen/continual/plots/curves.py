@@ -140,6 +140,24 @@ def draw_velocity(run: RunReader, kernels: "xarray.Dataset") -> Picture:
     return Picture("velocity", "Velocity of the kernel", caption, figure)
 
 
+def draw_lazy_error(run: RunReader, kernels: "xarray.Dataset") -> Picture:
+    """Draw how far the outputs move from those of the linearised network."""
+    names = {"lazy_error": "since the last kernel", "lazy_error_from_start": "since the first kernel"}
+    lines = {title: kernels[name].where(kernels[name] > 0).values for name, title in names.items()}
+    with styled():
+        figure, axes = new_axes()
+        _draw_lines(axes[0], kernels.epoch.values, lines)
+        axes[0].set(ylabel="‖Δf − J Δθ‖ / ‖Δf‖")
+        _scale(axes[0])
+        Timeline.of(run).settle(axes)
+        legend(axes[0])
+    caption = (
+        "Lazy error: the part of the change of the outputs on the probe that the network linearised at an earlier time "
+        "does not have. It is 0 for a network that moves like its linearisation."
+    )
+    return Picture("lazy-error", "Lazy error", caption, figure)
+
+
 def draw_regression(run: RunReader, kernels: "xarray.Dataset") -> Picture:
     """Draw the accuracy of kernel regression on the probe samples of the tasks so far."""
     names = {"leave_one_out_accuracy": "training samples, each left out", "held_out_accuracy": "validation samples"}

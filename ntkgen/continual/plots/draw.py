@@ -23,6 +23,7 @@ KINDS = (
     "validation-eigenvalues",
     "motion",
     "velocity",
+    "lazy-error",
     "regression",
     "interference",
     "forgetting",
@@ -59,6 +60,8 @@ def _of_kernels(run: RunReader, parts: "dict[str, xarray.Dataset]") -> list[Pict
     drawn += [curves.draw_motion(run, kernels), cells.draw_interference(kernels)]
     if (kernels.velocity > 0).any():
         drawn.append(curves.draw_velocity(run, kernels))
+    if "lazy_error" in kernels and (kernels.lazy_error > 0).any():
+        drawn.append(curves.draw_lazy_error(run, kernels))
     if not kernels.leave_one_out_accuracy.isnull().all():
         drawn.append(curves.draw_regression(run, kernels))
     return drawn
@@ -71,6 +74,7 @@ _REASONS = {
     "validation-eigenvalues": "the probe has no validation samples; record the run with `probe_parts` both",
     "interference": "no blocks of the kernel between two tasks were recorded",
     "velocity": "the kernel does not change, or no two are a fixed number of iterations apart",
+    "lazy-error": "no lazy errors were recorded, or the network is linear in its parameters",
     "forgetting": "no task is learned after another one",
     "regression": "the rows of the kernels have no targets; record the run with the `output` trace, full or centered",
 }
