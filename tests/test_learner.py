@@ -418,6 +418,14 @@ def test_the_predicted_forgetting_of_a_run_is_analysed(finished, capsys):
     listed = json.loads(capsys.readouterr().out)["predicted_forgetting"]
     assert listed["old_cosine"][1:] == found.old_cosine.values[1:].tolist()
     assert listed["new_task"] == [0, 1, 2]
+    assert command(["cl-analyze", str(finished)]) == 0
+    cosines = " ".join(f"{cosine:.2f}" for cosine in found.old_cosine.values[1:])
+    assert f"change of old outputs: {cosines}\n" in capsys.readouterr().out
+
+
+def test_the_lazy_error_can_be_left_out(capsys):
+    assert command(["cl-run", "--model", "logistic", "--no-lazy-error", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["lazy_error"] is False
 
 
 def test_the_lazy_error_of_a_run_is_analysed(finished, capsys):

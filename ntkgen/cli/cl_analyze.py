@@ -136,9 +136,8 @@ def _page(result: dict[str, Any]) -> str:
 
 def _prediction_line(found: dict[str, Any]) -> str | None:
     """Say how the predicted change of old outputs agrees with the true one; None without a prediction."""
-    numbers = zip(found.get("new_task", ()), found.get("old_cosine", ()), found.get("old_num_modes", ()), strict=True)
-    parts = [f"{cosine:.3f} (task {task}, {modes:.0f} modes)" for task, cosine, modes in numbers if cosine is not None]
-    return f"  cosine of predicted and true change of old outputs: {', '.join(parts)}" if parts else None
+    cosines = [f"{cosine:.2f}" for cosine in found.get("old_cosine", ()) if cosine is not None]
+    return f"  cosine of predicted and true change of old outputs: {' '.join(cosines)}" if cosines else None
 
 
 def _kernel_lines(kernels: dict[str, Any], num_finished: int) -> list[str]:

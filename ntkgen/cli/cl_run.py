@@ -172,9 +172,9 @@ _SETTINGS = [
     _setting("--precision", "precision", "Precision of the kernels"),
     _setting("--per-layer", "per_layer", "Also store one kernel per layer", is_flag=True),
     _setting(
-        "--lazy-error/--no-lazy-error",
+        "--lazy-error",
         "lazy_error",
-        "Record how far the outputs move from those of the linearised network",
+        "Record how far the outputs move from those of the linearised network; this is the default",
         is_flag=True,
     ),
     _setting(
