@@ -120,6 +120,8 @@ def assert_same(value, expected):
 
 def test_a_run_forgets_what_it_is_not_shown(tmp_path):
     run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=20, **RARELY))
+    losses = run.evaluations.loss.values  # at the ends of tasks, of each task
+    assert all(losses[task, task] < 0.5 * losses[task - 1, task] for task in (1, 2))
     matrix = run.matrix()
     assert matrix.values.shape == (3, 3)
     assert matrix.values.diagonal().min() >= 0.8
@@ -179,6 +181,7 @@ def test_everything_that_determines_the_run_is_kept(finished):
     assert data.class_order.values.tolist() == list(range(6))
     assert len(data.train_0) + len(data.validation_0) == 60
     assert sorted(np.bincount(data.probe_task.values)) == [6, 6, 6]
+    assert np.bincount(blobs().labels[data.probe_id.values]).tolist() == [3] * 6
     lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == data.iteration.values.tolist()
     assert lines[-1]["accuracy"] == data.accuracy.values[-1].tolist()
