@@ -7,6 +7,7 @@ import xarray
 from ntkgen.analysis.targets import Readout
 from ntkgen.continual.metrics.kernels import (
     Spectrum,
+    centred_distance,
     centred_kernel,
     distance,
     interference,
@@ -62,6 +63,18 @@ def test_distance_ignores_scale_and_is_one_for_orthogonal_kernels():
     assert distance(K, 7 * K) == pytest.approx(0, abs=1e-12)
     assert distance(np.diag([1.0, 0.0]), np.diag([0.0, 1.0])) == 1
     assert 0 < distance(K, kernel(seed=1)) < 1
+
+
+def test_the_centred_distance_ignores_scale_and_what_is_common_to_all_samples():
+    K, shift = kernel(), np.arange(len(kernel()), dtype=np.float64)
+    shifted = 3 * K + shift[:, None] + shift[None, :]
+    assert centred_distance(K, shifted, 1) == pytest.approx(0, abs=1e-10)
+    assert distance(K, shifted) > 0.01
+    assert 0 < centred_distance(K, kernel(seed=1), 1) <= 1
+    H = np.eye(len(K)) - 1 / len(K)
+    other = kernel(seed=1)
+    hsic = [float(np.trace(a @ H @ b @ H)) for a, b in ((K, other), (K, K), (other, other))]
+    assert centred_distance(K, other, 1) == pytest.approx(1 - hsic[0] / np.sqrt(hsic[1] * hsic[2]))
 
 
 def test_velocity_times_dt_is_distance_and_pairs_have_one_dt():

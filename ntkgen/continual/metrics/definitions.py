@@ -56,6 +56,11 @@ OF_KERNELS = {
     "condition": Definition("condition", "λ₁ / λ_N; empty if λ_N ≤ N ε λ₁, where ε is the rounding of the kernel"),
     "condition_bound": Definition("condition at least", "λ₁ / (λ_N + N ε λ₁)"),
     "effective_rank": Definition("effective rank", "exp(−Σ p log p) with p = λ / Σ λ", "Roy, Vetterli 2007"),
+    "centred_distance": Definition(
+        "centred distance",
+        "1 − CKA(K₀, K), the distance of the kernels centred over the samples",
+        "Kornblith et al. 2019",
+    ),
     "participation_ratio": Definition("participation ratio", "(tr K)² / ‖K‖_F²"),
     "numerical_rank": Definition(
         "numerical rank", "number of eigenvalues above τ λ₁, where τ is N ε, or the given tolerance"

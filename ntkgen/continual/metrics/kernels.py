@@ -98,6 +98,19 @@ def distance(K: FloatArray, L: FloatArray) -> float:
     return float(np.maximum(0.0, 1 - _cosine(K, L)))  # rounding alone makes it negative
 
 
+def centred_distance(K: FloatArray, L: FloatArray, num_outputs: int) -> float:
+    """Centred kernel distance 1 − CKA(K, L), that of the centred kernels (Kornblith et al. 2019, arXiv:1905.00414).
+
+    Rows without values in one of the two are left out of both. If other entries are missing, it is NaN.
+    """
+    kept = ~(np.isnan(np.diagonal(K)) | np.isnan(np.diagonal(L)))
+    blocks = [each[np.ix_(kept, kept)] for each in (K, L)]
+    num_kept = int(kept[:num_outputs].sum())
+    if not num_kept or any(np.isnan(block).any() for block in blocks):
+        return float("nan")
+    return distance(*(centred_kernel(block, num_kept) for block in blocks))
+
+
 def velocity(
     distance_of: Callable[[int, int], float], iterations: IntArray, dt: int
 ) -> tuple[IntArray, FloatArray, FloatArray]:

@@ -56,8 +56,8 @@ class _Probe:
         K = np.asarray(self.kernels.kernel[time].values, np.float64)
         return np.asarray(np.nansum(K, axis=0)) if K.ndim == 3 else K
 
-    def distance(self, time: int, other: int) -> float:
-        """Kernel distance of two times, on the outputs that both have.
+    def distance(self, time: int, other: int, *, centred: bool = False) -> float:
+        """Kernel distance of two times, on the outputs that both have; 1 − CKA if centred.
 
         Kernels of ``trace`` and ``sum`` add the outputs that exist, so those of different numbers of outputs cannot be
         compared: their distance is NaN.
@@ -65,11 +65,14 @@ class _Probe:
         K, L = (np.asarray(self.kernels.kernel[each].values, np.float64) for each in (time, other))
         if K.ndim == 3:
             common = ~(np.isnan(K[:, 0, 0]) | np.isnan(L[:, 0, 0]))
-            return measure.distance(K[common].sum(0), L[common].sum(0))
-        numbers = self.kernels.get("num_outputs")
-        if self.output in {"trace", "sum"} and numbers is not None and numbers[time] != numbers[other]:
+            K, L = K[common].sum(0), L[common].sum(0)
+        elif self.output in {"trace", "sum"} and self._num_outputs(time) != self._num_outputs(other):
             return float("nan")
-        return measure.distance(K, L)
+        return measure.centred_distance(K, L, len(K) // len(self.labels)) if centred else measure.distance(K, L)
+
+    def _num_outputs(self, time: int) -> int | None:
+        numbers = self.kernels.get("num_outputs")
+        return None if numbers is None else int(numbers[time])
 
     def spectrum(self, K: FloatArray, task: int | None = None, tolerance: float | None = None) -> Spectrum:
         """Measure a kernel, or its block of a task, without rows that have no values; NaN if others are missing."""
@@ -133,9 +136,9 @@ def kernel_metrics(
 
     Returns:
         Numbers of `Spectrum` for each time, for the whole probe and, with the prefix ``task_``, for the block of each
-        task; ``distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with the labels, on
-        the outputs that exist and the samples of their classes; the
-        ``interference`` of each two tasks; ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
+        task; ``distance`` and ``centred_distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with
+        the labels, on the outputs that exist and the samples of their classes; the ``interference`` of each two tasks;
+        ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
         ``leave_one_out_accuracy`` of kernel regression on the samples of the tasks so far; and ``lazy_error``,
         ``lazy_error_from_start`` and ``buffer_drift``, if they are recorded.
     """
@@ -150,6 +153,7 @@ def kernel_metrics(
         for name in OF_TASKS
     }
     data["distance"] = ("time",), [probe.distance(0, time) for time in range(len(values))]
+    data["centred_distance"] = ("time",), [probe.distance(0, time, centred=True) for time in range(len(values))]
     data["alignment"] = ("time",), [probe.alignment(K, centred=False) for K in values]
     data["centred_alignment"] = ("time",), [probe.alignment(K, centred=True) for K in values]
     data["interference"] = ("time", "task", "other_task"), [measure.interference(K, probe.tasks) for K in values]
