@@ -88,7 +88,7 @@ def test_the_settings_are_those_of_the_published_code(imported):
     run = open_run(imported / "cifar10-mlp-finetune/width100/seed0")
     settings = run.settings
     assert (settings.dataset, settings.split, settings.width, settings.epochs) == ("cifar10", "2/2", 100, EPOCHS)
-    assert (settings.output, settings.evaluate_on, settings.normalise) == ("sum", "validation", "symmetric")
+    assert (settings.output, settings.evaluate_on, settings.normalise) == ("sum", "validation", "dataset")
     found = compare(preset_of("eth-cifar10"), run)
     assert found.differences == (f"epochs {EPOCHS}, published 10",)
     assert found.numbers["norm_first"] == pytest.approx(np.linalg.norm(published(100)[TRAIN][0][0]))

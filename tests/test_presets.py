@@ -85,13 +85,12 @@ def test_the_preset_of_the_course_project():
     assert 10 * settings_of("eth-cifar100").probe_per_class == 10
     assert settings_of("eth-cifar10", method="replay-mixed").replay == 2000
     assert settings_of("eth-cifar100", method="replay-two-pass").replay == 500
-    replay = settings_of("eth-cifar10", compatible=True, method="replay-mixed")
-    assert (settings.normalise, replay.normalise) == ("symmetric", "none")
+    assert settings.normalise == "dataset"
 
 
 def test_given_settings_override_a_preset_and_its_quirks():
     settings = settings_of("eth-cifar10", compatible=True, epochs=3, output="trace")
-    assert (settings.epochs, settings.output, settings.normalise) == (3, "trace", "symmetric")
+    assert (settings.epochs, settings.output, settings.normalise) == (3, "trace", "dataset")
 
 
 def test_unknown_presets_are_refused():
@@ -193,7 +192,7 @@ def test_a_dry_run_prints_the_configuration_of_a_preset(tmp_path, capsys):
     line = ["--preset", "eth-cifar10", "--config", str(file), "--bs", "8", "--out", str(tmp_path)]
     assert dry(*line, "--json") == 0
     settings = json.loads(capsys.readouterr().out)["settings"]
-    assert [settings[name] for name in ("epochs", "batch_size", "normalise", "width")] == [4, 8, "symmetric", 1000]
+    assert [settings[name] for name in ("epochs", "batch_size", "normalise", "width")] == [4, 8, "dataset", 1000]
     assert dry(*line, "--compat", "published", "--no-freeze-batch-norm") == 0
     page = capsys.readouterr().out
     assert "probe_rule first (on)" in page
