@@ -150,8 +150,8 @@ _PRESETS = (
         },
         note="Tasks, widths (64 to 2048) and the distance of kernels, 10 iterations, are those of the paper. Optimizer "
         "and epochs are those of the course project before it. The paper has curves and no table: the velocity peaks "
-        "and the norm falls at each switch, at every width, also with --regime lazy, and less with --overlap; with "
-        "--frequency-shift there is no peak.",
+        "and the norm falls at each switch, at every width, also in the lazy regime, and less where classes overlap; "
+        "with a frequency shift there is no peak.",
     ),
     Preset(
         "icarl-cifar100",
