@@ -202,6 +202,7 @@ def test_pictures_show_means_with_bands(trained):
     assert average[1] == pytest.approx(accuracy[:, 1, 0].mean())  # only the first task is seen
 
 
+@pytest.mark.slow
 def test_pictures_of_several_runs_are_written(trained, tmp_path, capsys):
     place = str(trained / "width8")
     assert command(["cl-plot", place, "-o", str(tmp_path), "--json"]) == 0

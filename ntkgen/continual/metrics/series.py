@@ -51,9 +51,14 @@ class _Probe:
         precision = self.kernels.attrs.get("ntkgen_snapshots", {}).get("precision", str(self.kernels.kernel.dtype))
         return measure.ROUNDING[precision]
 
+    @cached_property
+    def stored(self) -> FloatArray:  # (times, rows, rows), or (times, outputs, samples, samples)
+        """All kernels in the type of the store. They are read once, because each is needed several times."""
+        return np.asarray(self.kernels.kernel.values)
+
     def kernel(self, time: int) -> FloatArray:
-        """Read one kernel. Rows of outputs that do not exist yet are NaN."""
-        K = np.asarray(self.kernels.kernel[time].values, np.float64)
+        """Return one kernel. Rows of outputs that do not exist yet are NaN."""
+        K = np.asarray(self.stored[time], np.float64)
         return np.asarray(np.nansum(K, axis=0)) if K.ndim == 3 else K
 
     def distance(self, time: int, other: int, *, centred: bool = False) -> float:
@@ -62,7 +67,7 @@ class _Probe:
         Kernels of ``trace`` and ``sum`` add the outputs that exist, so those of different numbers of outputs cannot be
         compared: their distance is NaN.
         """
-        K, L = (np.asarray(self.kernels.kernel[each].values, np.float64) for each in (time, other))
+        K, L = (np.asarray(self.stored[each], np.float64) for each in (time, other))
         if K.ndim == 3:
             common = ~(np.isnan(K[:, 0, 0]) | np.isnan(L[:, 0, 0]))
             K, L = K[common].sum(0), L[common].sum(0)
