@@ -9,6 +9,7 @@ kernels are those of the training probe of the first task, with the sum of the o
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,22 @@ import numpy as np
 import ntkgen
 from ntkgen.continual.comparison import compare
 from ntkgen.continual.presets import PRESETS
-from ntkgen.continual.published import QUANTITIES
+
+TABLES = (
+    {
+        "average_accuracy": "average accuracy",
+        "average_incremental_accuracy": "incremental",
+        "backward_transfer": "BWT",
+        "distance_ratio": "S at switch / within",
+        "norm_ratio": "‖K‖ after / before",
+    },
+    {
+        "norm_first": "‖K‖ epoch 1",
+        "norm_before": "end of task 0",
+        "norm_after": "one epoch later",
+        "norm_last": "last epoch",
+    },
+)
 
 
 def main() -> None:
@@ -30,11 +46,18 @@ def main() -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    print(f"| run | {' | '.join(QUANTITIES.values())} |")
-    print("|---|" + "---:|" * len(QUANTITIES))
+    for headings in TABLES:
+        print(f"| run | {' | '.join(headings.values())} |")
+        print("|---|" + "---:|" * len(headings))
+        for row in rows:
+            published = {name: [value] for name, value in row["published"].items()}
+            for title, numbers in (
+                (f"{row['run']}, n = {len(row['seeds'])}", row["numbers"]),
+                ("published", published),
+            ):
+                print(f"| {title} | {' | '.join(cell(numbers.get(name, [])) for name in headings)} |")
+        print()
     for row in rows:
-        print(f"| {row['run']}, {len(row['seeds'])} seeds | {' | '.join(shown(row, name) for name in QUANTITIES)} |")
-        print(f"| published | {' | '.join(plain(row['published'].get(name)) for name in QUANTITIES)} |")
         for difference in row["differences"]:
             print(f"Not comparable: {row['run']} has {difference}.")
 
@@ -47,7 +70,7 @@ def measured(folder: Path) -> Iterator[dict[str, Any]]:
         compared = [each for each in found if each is not None]
         if compared:
             yield {
-                "run": place.name,
+                "run": place.name.replace("-", " "),
                 "seeds": [run.settings.seed for run in runs if run.num_finished == run.num_tasks],
                 "numbers": {name: [each.numbers[name] for each in compared] for name in compared[0].numbers},
                 "published": dict(compared[0].published.numbers),
@@ -55,22 +78,20 @@ def measured(folder: Path) -> Iterator[dict[str, Any]]:
             }
 
 
-def shown(row: dict[str, Any], name: str) -> str:
-    """Write the mean over seeds, and the standard deviation if there are several."""
-    values = row["numbers"][name]
-    spread = f" ± {plain(np.std(values, ddof=1))}" if len(values) > 1 else ""
-    return plain(np.mean(values)) + spread
+def cell(values: list[float]) -> str:
+    """Write the mean over seeds, and the standard deviation if there are several.
 
-
-def plain(value: Any) -> str:
-    """Write a number with three digits.
-
-    >>> plain(54321.0), plain(0.1234), plain(None)
-    ('5.4e+04', '0.123', '')
+    >>> cell([54321.0]), cell([1.0e5, 1.2e5]), cell([0.17, 0.18]), cell([])
+    ('5.4e4', '(1.1 ± 0.1)e5', '0.175 ± 0.007', '')
     """
-    if value is None:
+    if not values:
         return ""
-    return f"{value:.1e}" if abs(value) >= 1000 else f"{value:.3g}"
+    mean = float(np.mean(values))
+    power = math.floor(math.log10(abs(mean))) if abs(mean) >= 1000 else 0
+    digits = 3 if abs(mean) < 1 else 1
+    numbers = [mean, *([float(np.std(values, ddof=1))] if len(values) > 1 else [])]
+    text = " ± ".join(f"{number / 10**power:.{digits}f}" for number in numbers)
+    return (f"({text})" if len(values) > 1 else text) + f"e{power}" if power else text
 
 
 if __name__ == "__main__":
