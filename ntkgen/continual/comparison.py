@@ -74,7 +74,7 @@ def compare(preset: Preset, run: RunReader) -> Comparison | None:
         training = None if is_validation is None else ~np.asarray(is_validation.values, bool)
         found = switches_of(run.kernels, 0, training)
         numbers |= {} if found is None else vars(found)
-    seen = tuple(float(matrix.values[task, : task + 1].mean()) for task in range(matrix.num_tasks))
+    seen = tuple(matrix.seen_accuracy.tolist())
     differences = _differences(preset, settings, IRRELEVANT if has_kernels else IRRELEVANT | OF_KERNELS)
     return Comparison(published, numbers, seen, differences)
 
