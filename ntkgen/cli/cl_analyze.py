@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, plain_values, summary, summary_page
+from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, json_option
 from ntkgen.errors import InputError, StoreError
@@ -103,12 +103,16 @@ def _analysed(place: str, run: "RunReader", kernels: "xarray.Dataset") -> dict[s
 
 
 def _kernels(kernels: "xarray.Dataset") -> dict[str, Any]:
+    from ntkgen.continual.record import plain_values
+
     values = {str(name): plain_values(kernels[name].values) for name in (*kernels.coords, *kernels.data_vars)}
     return {**values, **kernels.attrs}
 
 
 def _predicted(run: "RunReader") -> dict[str, Any]:
     """List the predictions task by task; without them, say why they are missing."""
+    from ntkgen.continual.record import plain_values
+
     try:
         found = run.predicted_forgetting().drop_vars(["predicted_change", "true_change"])
     except (InputError, StoreError) as error:

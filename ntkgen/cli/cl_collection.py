@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     import xarray
 
     from ntkgen.continual.metrics.spread import Spread
@@ -18,16 +17,20 @@ COLUMN = 32
 
 def summary(runs: "RunCollection") -> list[dict[str, Any]]:
     """Compute mean and spread of every metric over the seeds of each width, as plain values."""
+    from ntkgen.continual.metrics.spread import spreads_by_width
+
     return [
         {"width": width, "seeds": seeds}
         | {kind: {name: spread.to_json() for name, spread in found.items()} for kind, found in spreads.items()}
-        for width, seeds, spreads in _by_width(runs)
+        for width, seeds, spreads in spreads_by_width(runs)
     ]
 
 
 def summary_page(runs: "RunCollection") -> list[str]:
     """Write a table with a row per metric and a column per width."""
-    found = _by_width(runs)
+    from ntkgen.continual.metrics.spread import spreads_by_width
+
+    found = spreads_by_width(runs)
     heads = [f"{_named(width)}, {_counted(seeds)}" for width, seeds, _ in found]
     lines = [LEGEND, " " * 34 + "".join(f"{head:<{COLUMN}}" for head in heads)]
     for kind in found[0][2]:
@@ -41,11 +44,11 @@ def summary_page(runs: "RunCollection") -> list[str]:
 
 def kernel_page(runs: "RunCollection", measured: "xarray.Dataset", names: Sequence[str]) -> list[str]:
     """Write a table of kernel metrics at the end of each task, with a row per width and task."""
-    from ntkgen.continual.metrics.spread import Spread
+    from ntkgen.continual.metrics.spread import Spread, spreads_by_width
 
     lines = ["  kernels at the end of each task, mean ± standard deviation"]
     lines.append(f"    {'width':<10}{'task':<6}" + "".join(f"{name.replace('_', ' '):<22}" for name in names))
-    for width, seeds, _ in _by_width(runs):
+    for width, seeds, _ in spreads_by_width(runs):
         several = {"width": width} if "width" in measured.dims else {}
         members = [measured.sel({**several, "seed": seed}) for seed in seeds]
         for task in range(runs.complete[width, seeds[0]].num_finished):
@@ -64,38 +67,14 @@ def file_stem(place: str) -> str:
     return "-".join(Path(place).absolute().parts[-2:])
 
 
-def plain_values(values: "npt.NDArray[Any]") -> Any:
-    """Return numbers as lists, with None for NaN, which JSON does not have.
-
-    >>> import numpy
-    >>> plain_values(numpy.array([1.5, float("nan")]))
-    [1.5, None]
-    """
-    plain = values.astype(object)
-    plain[values != values] = None  # noqa: PLR0124 - NaN alone differs from itself
-    return plain.tolist()
-
-
 def as_lists(data: "xarray.Dataset") -> dict[str, Any]:
     """Return every variable and coordinate with its dimensions, as plain values."""
+    from ntkgen.continual.record import plain_values
+
     return {
         str(name): {"dims": list(values.dims), "values": plain_values(values.values)}
         for name, values in {**data.coords, **data.data_vars}.items()
     }
-
-
-def _by_width(runs: "RunCollection") -> list[tuple[int | None, list[int], dict[str, Any]]]:
-    """List the widths with the seeds of the complete runs, and mean and spread over them."""
-    from ntkgen.continual.metrics.spread import spreads
-
-    metrics = runs.metrics()
-    result = []
-    for width in runs.widths:
-        seeds = [seed for of, seed in runs.complete if of == width]
-        own = metrics.sel(width=width) if "width" in metrics.dims else metrics
-        if seeds:
-            result.append((width, seeds, spreads(own)))
-    return result
 
 
 def _at_end(measured: "xarray.Dataset", task: int, name: str) -> float:

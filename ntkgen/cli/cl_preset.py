@@ -14,7 +14,7 @@ from ntkgen.continual.sweep import Sweep
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
-    from ntkgen.files.folder import Folder
+    from ntkgen.continual.reading import RunReader
 
 preset_options: Callable[[Function], Function] = stacked(
     click.option(
@@ -108,14 +108,12 @@ def preset_page(preset: Preset | None, settings: RunSettings) -> str:
     return "\n".join(lines)
 
 
-def compared(preset: Preset | None, place: "str | Folder") -> tuple[dict[str, Any], str]:
+def compared(preset: Preset | None, run: "RunReader") -> tuple[dict[str, Any], str]:
     """Compare a finished run with the published numbers, as JSON and as lines; both are empty without a preset."""
     if preset is None:
         return {}, ""
     from ntkgen.continual.comparison import compare
-    from ntkgen.continual.reading import open_seed
 
-    run = open_seed(place)
     found = compare(preset, run)
     if found is not None:
         return {"published": found.to_json()}, "".join(f"\n  {line}" for line in found.lines())

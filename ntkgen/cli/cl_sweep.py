@@ -91,7 +91,7 @@ def _complain(outcome: "Outcome", jobs: "Sequence[Job]") -> None:
 def _show_run(session: Session, run: "RunReader", seconds: float) -> None:
     result = {"run": str(run.folder), "seed": run.settings.seed, "width": run.settings.width, "seconds": seconds}
     result |= {"settings": run.settings.to_json(), "kernels": int(run.kernels.sizes["time"]), **run.metrics()}
-    published, lines = compared(session.preset, run.folder)
+    published, lines = compared(session.preset, run)
     show(json.dumps(result | published) if session.as_json else _run_page(result) + lines)
 
 

@@ -26,7 +26,7 @@ from ntkgen.training.loop import training_mode
 
 # Samples of a task on which the short run is evaluated.
 HELD_OUT = 64
-# Numbers of probe samples of which kernels are measured, as far as there is time.
+# Kernels of these numbers of probe samples are measured while there is time.
 PROBES = (8, 32, 128, 512, 2048)
 # Power of the number of samples with which the time of a kernel is assumed to grow, before it is measured.
 USUAL_POWER = 1.5
@@ -124,7 +124,7 @@ def _step_seconds(run: Run, seconds: float) -> float:
 
 def _evaluation_seconds(run: Run, num_held_out: int) -> float:
     """Measure an evaluation, whose time is proportional to the number of held-out samples."""
-    plan, data = run.plan, run.data.test or run.data.train
+    plan, data = run.plan, run.data.held_out
     measured = sum(len(ids) for ids in plan.held_out)
     each = _median_seconds(
         lambda: evaluate(run.model, run.method, plan.stream, data, plan.held_out), run.stepper.device, 0.0

@@ -8,7 +8,6 @@ NaN. Iterations, labels, positions of samples, and losses were not recorded eith
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from ntkgen.continual.axes import ATTRIBUTE, FORMAT_VERSION, TIME, kernel_array,
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.pickles import read_pickle
 from ntkgen.continual.presets import preset_of
-from ntkgen.continual.record import CONFIG, EVALUATION, evaluation_arrays
+from ntkgen.continual.record import CONFIG, EVALUATION, evaluation_arrays, write_config
 from ntkgen.continual.series import FixedArray, Series
 from ntkgen.errors import InputError
 from ntkgen.files.folder import Folder
@@ -166,8 +165,7 @@ def write_run(run: ImportedRun, folder: Folder, source: Path) -> None:
         for epoch in times:
             series.append(TIME, run.snapshot(epoch))
     facts = {"imported": source.name, "sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
-    config = {"settings": run.settings.to_json(), "facts": facts, "version": ntkgen.__version__}
-    folder.write(CONFIG, json.dumps(config, indent=1).encode())
+    write_config(folder, run.settings, facts)
 
 
 def _method(file: Path) -> str:

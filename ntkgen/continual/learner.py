@@ -159,8 +159,7 @@ class Run:
         """
         settings = self.plan.settings
         if settings.evaluation_schedule.contains(moment):
-            test = self.data.test or self.data.train
-            found = evaluate(self.model, self.method, self.plan.stream, test, self.plan.held_out)
+            found = evaluate(self.model, self.method, self.plan.stream, self.data.held_out, self.plan.held_out)
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
             self.accuracy = float(found.accuracy[: moment.task + 1].mean())
             self.record.evaluated({**where, **{name: getattr(found, name) for name in MEASURES}})

@@ -51,6 +51,11 @@ class Data:
         found: IntArray = self.test.labels.cpu().numpy()
         return found
 
+    @property
+    def held_out(self) -> Dataset:
+        """The split with the samples on which tasks are evaluated."""
+        return self.test or self.train
+
     def to(self, device: torch.device) -> "Data":
         """Move the samples to a device."""
         return Data(self.train.to(device), None if self.test is None else self.test.to(device))

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import os
 
 
-# Metrics of the two kinds of scores: over all outputs, and over the outputs of the task.
-SCORES = ("class_incremental", "task_incremental")
+# The two kinds of scores, over all outputs and over the outputs of the task, with their measures in evaluations.
+SCORES = {"class_incremental": "accuracy", "task_incremental": "task_accuracy"}
 # What is known of each evaluation.
 MOMENT = ("iteration", "trained_task", "epoch")
 # The folder of a run in that of several.
@@ -120,7 +120,7 @@ class RunReader:
     def metrics(self) -> dict[str, Any]:
         """Compute all metrics of accuracy, class-incremental and, where it was recorded, task-incremental."""
         data, found = self.evaluations, dict[str, Any]()
-        for name, measure in (("class_incremental", "accuracy"), ("task_incremental", "task_accuracy")):
+        for name, measure in SCORES.items():
             if self.has(measure):
                 worst = worst_case(data[measure].values, data.trained_task.values, self.num_finished)
                 found[name] = {**self.matrix(measure).to_json(), **worst.to_json()}

@@ -68,8 +68,7 @@ class Record:
         if found is not None:
             require_same(folder, found, settings, facts)
         else:
-            config = {"settings": settings.to_json(), "facts": dict(facts), "version": ntkgen.__version__}
-            folder.write(CONFIG, json.dumps(config, indent=1).encode())
+            write_config(folder, settings, facts)
         arrays = folder / "run.zarr"
         if arrays.has(ROOT):
             return cls(folder, Series.open(arrays))
@@ -116,7 +115,11 @@ class Record:
 
 
 def plain_values(values: Any) -> Any:
-    """Return numbers as plain values, and None for those that are not defined."""
+    """Return numbers as plain values, with None for NaN, which JSON does not have.
+
+    >>> plain_values([1.5, float("nan")])
+    [1.5, None]
+    """
     array = np.asarray(values)
     return np.where(np.isnan(array), None, array).tolist() if array.dtype.kind == "f" else array.tolist()  # type: ignore[call-overload]
 
@@ -141,6 +144,12 @@ def evaluation_arrays(num_tasks: int) -> list[GrowingArray]:
     return measures + [
         GrowingArray(name, dtype, (), (EVALUATION,), {"long_name": meaning}) for name, (dtype, meaning) in times.items()
     ]
+
+
+def write_config(folder: Folder, settings: RunSettings, facts: Mapping[str, Any]) -> None:
+    """Write the settings of a run, and what it depends on beside them."""
+    config = {"settings": settings.to_json(), "facts": dict(facts), "version": ntkgen.__version__}
+    folder.write(CONFIG, json.dumps(config, indent=1).encode())
 
 
 def read_config(folder: Folder) -> dict[str, Any] | None:

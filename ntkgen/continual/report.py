@@ -14,7 +14,7 @@ from ntkgen.analysis.report.reproduce import citation
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_KERNELS, Definition
-from ntkgen.continual.metrics.spread import spreads
+from ntkgen.continual.metrics.spread import spreads_by_width
 from ntkgen.continual.plots.draw import draw_run
 from ntkgen.continual.plots.overlay import draw_collection
 from ntkgen.continual.reading import RunCollection, RunReader
@@ -174,17 +174,11 @@ def _others(pictures: dict[str, Picture]) -> list[Figure]:
 
 
 def _of_collection(runs: RunCollection) -> tuple[list[Section], dict[str, str]]:
-    metrics = runs.metrics()
     columns, rows = ["metric", "scores"], [[OF_ACCURACY[name].title, kind] for kind, name in _KEYS]
-    for width in runs.widths:
-        seeds = [seed for of, seed in runs.complete if of == width]
-        if seeds:
-            columns.append(
-                f"{'default width' if width is None else f'width {width}'}, seeds {', '.join(map(str, seeds))}"
-            )
-            found = spreads(metrics.sel(width=width) if "width" in metrics.dims else metrics)
-            for row, (kind, name) in zip(rows, _KEYS, strict=True):
-                row.append(str(found.get(kind.replace("-", "_"), {}).get(name, "–")))
+    for width, seeds, found in spreads_by_width(runs):
+        columns.append(f"{'default width' if width is None else f'width {width}'}, seeds {', '.join(map(str, seeds))}")
+        for row, (kind, name) in zip(rows, _KEYS, strict=True):
+            row.append(str(found.get(kind.replace("-", "_"), {}).get(name, "–")))
     listed = [[run.settings.seed, run.settings.width, run.num_finished, _average(run)] for run in runs.runs.values()]
     words = f"{SCORES} The table has mean ± standard deviation over the seeds."
     sections = [

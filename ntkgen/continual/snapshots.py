@@ -220,9 +220,3 @@ def _signature(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
     """Say what a prepared kernel function depends on beside values: shapes, and what is trained."""
     params = ((name, value.shape, value.requires_grad) for name, value in model.named_parameters())
     return (*params, *((name, value.shape) for name, value in model.named_buffers()))
-
-
-def settings_of(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Read what the kernels of a group are of."""
-    found: Mapping[str, Any] = attributes.get(ATTRIBUTE, {})
-    return found

@@ -2,7 +2,7 @@
 
 import xarray
 
-from ntkgen.continual.reading import RunCollection, RunReader
+from ntkgen.continual.reading import SCORES, RunCollection, RunReader
 
 # Names of the tables, by the dimensions of their values. Dimensions that tell runs apart are added.
 NAMES = {
@@ -42,6 +42,5 @@ def _matrices(run: RunReader | RunCollection) -> xarray.Dataset:
     if isinstance(run, RunCollection):
         matrices = run.metrics()["accuracy_matrix"]
         return xarray.Dataset({str(kind): matrices.sel(scores=kind, drop=True) for kind in matrices.scores.values})
-    names = {"class_incremental": "accuracy", "task_incremental": "task_accuracy"}
-    values = {name: (("after_task", "task"), run.matrix(measure).values) for name, measure in names.items()}
+    values = {name: (("after_task", "task"), run.matrix(measure).values) for name, measure in SCORES.items()}
     return xarray.Dataset(values)

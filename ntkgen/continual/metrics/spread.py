@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import xarray
+
+if TYPE_CHECKING:
+    from ntkgen.continual.reading import RunCollection
 
 LEVEL = 0.95
 
@@ -74,4 +77,16 @@ def spreads(metrics: xarray.Dataset) -> dict[str, Any]:
     for kind in metrics.scores.values.tolist():
         found = {name: Spread.of(metrics[name].sel(scores=kind).values) for name in names}
         result[kind] = {name: spread for name, spread in found.items() if spread is not None}
+    return result
+
+
+def spreads_by_width(runs: "RunCollection") -> list[tuple[int | None, list[int], dict[str, Any]]]:
+    """List the widths with the seeds of the complete runs, and the `spreads` over these seeds."""
+    metrics = runs.metrics()
+    result = []
+    for width in runs.widths:
+        seeds = [seed for of, seed in runs.complete if of == width]
+        if seeds:
+            own = metrics.sel(width=width) if "width" in metrics.dims else metrics
+            result.append((width, seeds, spreads(own)))
     return result
