@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-import ntkgen
 from ntkgen.continual.comparison import compare
 from ntkgen.continual.presets import PRESETS
+from ntkgen.continual.reading import open_seed
 
 TABLES = (
     {
@@ -65,7 +65,7 @@ def main() -> None:
 def measured(folder: Path) -> Iterator[dict[str, Any]]:
     """Compare every network whose runs are finished with the published run."""
     for place in sorted(folder.iterdir()):
-        runs = [ntkgen.open_run(config.parent) for config in sorted(place.glob("seed*/config.json"))]
+        runs = [open_seed(config.parent) for config in sorted(place.glob("seed*/config.json"))]
         found = [compare(PRESETS["eth-cifar10"], run) for run in runs if run.num_finished == run.num_tasks]
         compared = [each for each in found if each is not None]
         if compared:
