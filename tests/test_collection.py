@@ -272,6 +272,17 @@ def test_runs_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, bad, foun
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize(("layout", "widths"), [("width8/seed0", ["4"]), ("seed0", ["4", "6"])])
+def test_runs_that_could_not_be_read_together_are_refused_in_one_line(tmp_path, capsys, layout, widths):
+    (tmp_path / layout).mkdir(parents=True)
+    (tmp_path / layout / "config.json").write_text("{}")
+    assert command([*LINE, "--width", *widths, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"found {layout}" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

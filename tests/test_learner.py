@@ -303,6 +303,7 @@ def test_a_run_with_other_data_is_refused(finished):
         ({"optimizer": "lion"}, InputError, "`optimizer` 'lion'"),
         ({"epochs": 0}, InputError, "`epochs` 0"),
         ({"method": "replya"}, UnknownNameError, "Unknown method"),
+        ({"output": "index:6"}, InputError, "no logit 6"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(tmp_path, change, error, match):

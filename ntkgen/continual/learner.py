@@ -18,11 +18,13 @@ from ntkgen.continual.plan import Plan, steps_per_epoch
 from ntkgen.continual.record import CHECKPOINT, MEASURES, Record
 from ntkgen.continual.schedule import Moment
 from ntkgen.continual.series import ROOT
+from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import write_lock
+from ntkgen.jacobian.outputs import output_map
 from ntkgen.progress import Report, ignore_report
 from ntkgen.training import zoo
 from ntkgen.training.loop import Stepper, training_mode
@@ -44,6 +46,8 @@ class Run:
         self.model = build_network(settings, self.num_outputs)
         if self.num_outputs < plan.stream.num_targets:  # refuses a head that cannot grow, before anything is written
             growing_head(self.model, self.num_outputs, build_network(settings, plan.stream.num_targets))
+        if settings.output != SEEN:
+            output_map(settings.output, self.num_outputs)  # refuses an output that the network does not have
         self.model.to(device)
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)

@@ -328,7 +328,12 @@ def is_run(place: "str | os.PathLike[str] | Folder") -> bool:
     folder = folder_of(place)
     if folder.has("zarr.json"):
         return False
-    return folder.has(CONFIG) or any(_MEMBER.fullmatch(key) is not None for key in folder.sizes())
+    return folder.has(CONFIG) or bool(run_names(folder))
+
+
+def run_names(folder: Folder) -> list[str]:
+    """List the folders of the runs in a folder of several seeds and widths, such as ``width8/seed0``."""
+    return [found[1] for key in folder.sizes() if (found := _MEMBER.fullmatch(key))]
 
 
 def open_seed(place: "str | os.PathLike[str] | Folder") -> RunReader:
@@ -356,8 +361,7 @@ def open_collection(place: "str | os.PathLike[str] | Folder") -> RunCollection:
     """
     folder = folder_of(place)
     alone = _opened(folder)
-    names = [found[1] for key in folder.sizes() if (found := _MEMBER.fullmatch(key))]
-    readers = [alone] if alone else [run for name in names if (run := _opened(folder / name))]
+    readers = [alone] if alone else [run for name in run_names(folder) if (run := _opened(folder / name))]
     if not readers:
         raise StoreError(
             f"There is no run at {folder}: expected a folder with config.json, or a folder of seeds as `ntkgen cl-run` "

@@ -20,6 +20,7 @@ import torch
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import build_network, learn
 from ntkgen.continual.plan import Data, Plan, load_data
+from ntkgen.continual.reading import run_names
 from ntkgen.continual.record import read_config, require_same
 from ntkgen.engine.machine import choose_device
 from ntkgen.engine.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
@@ -69,8 +70,18 @@ def require_possible(jobs: Sequence[Job]) -> None:
 
     Raises:
         FingerprintError: If a run was begun with other settings.
-        InputError: If there is no such device, or a network has no width.
+        InputError: If there is no such device, a network has no width, or the folder has runs that could not be read
+            together with these.
     """
+    have_widths = {"/" in job.name for job in jobs}
+    for out in {job.out for job in jobs}:
+        other = [name for name in run_names(folder_of(out, fsync=False)) if ("/" in name) not in have_widths]
+        if other:
+            raise InputError(
+                f"The run {jobs[0].name} does not fit the folder {out}: expected runs that are named alike, found "
+                f"{other[0]}. Was the command repeated with one width instead of several, or the reverse? Give all "
+                "widths in one command, or another `out`."
+            )
     for job in jobs:
         choose_device(job.device)
         folder = folder_of(job.out, fsync=False) / job.name
