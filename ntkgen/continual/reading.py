@@ -26,7 +26,6 @@ from ntkgen.files.place import folder_of
 if TYPE_CHECKING:
     import os
 
-
 # The two kinds of scores, over all outputs and over the outputs of the task, with their measures in evaluations.
 SCORES = {"class_incremental": "accuracy", "task_incremental": "task_accuracy"}
 # What is known of each evaluation.
