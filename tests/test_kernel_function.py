@@ -283,3 +283,53 @@ def test_one_backward_pass_for_all_outputs_equals_one_for_each():
     together, each = pull_back_all(recording), list(cotangents(recording))
     for name in ("0", "3"):
         torch.testing.assert_close(together[name][0], torch.stack([grads[name][0] for grads in each]))
+
+
+# attributes -----------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """A network with one head per task, which counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.task, self.slope, self.num_calls = nn.Linear(4, 6), 0, 1.0, 0
+        self.heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+
+    def forward(self, x):
+        self.num_calls += 1
+        return self.heads[self.task](torch.tanh(self.slope * self.body(x)))
+
+
+@pytest.mark.parametrize(("attribute", "value", "shown"), [("task", 1, "task 0, found 1"), ("slope", 2.0, "slope 1.0")])
+def test_a_network_with_another_attribute_is_refused(attribute, value, shown):
+    torch.manual_seed(0)
+    net = Heads()
+    function = ntkgen.KernelFunction(net, X)
+    net(X)  # counts, which changes nothing
+    assert relative_error(function(net), ntkgen.ntk(net, X)) <= TOLERANCES["float32"]
+    setattr(net, attribute, value)
+    with pytest.raises(InputError, match=shown):
+        function(net)
+
+
+def test_a_network_with_other_modules_is_refused():
+    function = ntkgen.KernelFunction(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), X)
+    with pytest.raises(InputError, match=r"expected 1\.__class__ torch.*Tanh, found torch.*ReLU"):
+        function(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"a": 1}, torch.ones(2), torch.tanh, nn.ReLU, {1, 2}, slice(3)])
+def test_a_second_network_of_one_factory_is_the_same(value):
+    nets = []
+    for _ in range(2):
+        net = nn.Linear(4, 3)
+        net.extra = copy.deepcopy(value)
+        net.act = lambda x: x
+        nets.append(net)
+    function = ntkgen.KernelFunction(nets[0], X)
+    assert relative_error(function(nets[1]), ntkgen.ntk(nets[1], X)) <= TOLERANCES["float32"]
+    if isinstance(value, list | dict | torch.Tensor):
+        nets[1].extra = type(value)() if not isinstance(value, torch.Tensor) else torch.zeros(2)
+        with pytest.raises(InputError, match="extra"):
+            function(nets[1])

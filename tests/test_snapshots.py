@@ -210,3 +210,16 @@ def test_notes_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match="`tasks` must have one integer for each of the 5"):
         ntkgen.Snapshots(tmp_path / "run.zarr", network(), X[:5], tasks=[0, 1])
     assert not (tmp_path / "run.zarr").exists()
+
+
+def test_another_head_is_followed(tmp_path):
+    from test_kernel_function import Heads
+
+    torch.manual_seed(0)
+    net, x = Heads(), torch.randn(5, 4)
+    with ntkgen.Snapshots(tmp_path / "heads.zarr", net, x, output="trace") as snapshots:
+        for task in range(2):
+            net.task = task
+            found = snapshots(net, iteration=task)
+            expected = ntkgen.ntk(net, x, output="trace")
+            assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -18,6 +18,7 @@ from ntkgen.errors import FingerprintError, InputError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 from ntkgen.fingerprints import array_fingerprint
+from ntkgen.jacobian.attributes import attributes_of
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.kernel_function import KernelFunction
 from ntkgen.jacobian.precision import policy
@@ -134,7 +135,7 @@ class Snapshots:
                 "which is the last recorded one. Is it a run that was begun anew? Record it in another place, or "
                 "drop the later times with `truncate`."
             )
-        if (signature := _signature(model)) != self._signature:  # a head has grown
+        if (signature := _signature(model)) != self._signature:  # a head has grown, or another one is in use
             self._function, self._signature = self._prepared(model), signature
         found = self._function(model)
         kernels = found if isinstance(found, dict) else {"": found}
@@ -216,7 +217,7 @@ class Snapshots:
         return series
 
 
-def _signature(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
-    """Say what a prepared kernel function depends on beside values: shapes, and what is trained."""
+def _signature(model: nn.Module) -> tuple[Any, ...]:
+    """Say what a prepared kernel function depends on beside values: shapes, what is trained, and attributes."""
     params = ((name, value.shape, value.requires_grad) for name, value in model.named_parameters())
-    return (*params, *((name, value.shape) for name, value in model.named_buffers()))
+    return (*params, *((name, value.shape) for name, value in model.named_buffers()), attributes_of(model))

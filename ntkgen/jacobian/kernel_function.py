@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.blocks import Block
-from ntkgen.errors import RuleError
+from ntkgen.errors import InputError, RuleError
+from ntkgen.jacobian.attributes import attributes_of, first_difference, without
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.contract import fill_kernel, fill_kernels
@@ -39,10 +40,11 @@ class KernelFunction:
     computes the kernel. The given network, its mode, its gradients and all random states are not changed.
 
     A call does not repeat the comparison with autograd. It raises an error if a layer is called in another way than in
-    the constructor, or if outputs are not finite. If the parameters decide how a sample is treated, as in a network
-    that routes samples to experts, call the function with ``prove=True``. The block sizes and the order of
-    multiplication depend only on the sizes of the network. Equal parameters therefore give equal bits in every process
-    on one machine.
+    the constructor, if outputs are not finite, or if the class or a plain attribute of a module has changed, such as
+    the number of the head in use. It cannot see what else a forward pass may depend on, such as a global variable. If
+    the parameters decide how a sample is treated, as in a network that routes samples to experts, call the function
+    with ``prove=True``. The block sizes and the order of multiplication depend only on the sizes of the network. Equal
+    parameters therefore give equal bits in every process on one machine.
 
     Args:
         model: The network. It must map (samples, …) to (samples, outputs) and treat samples one by one.
@@ -78,6 +80,7 @@ class KernelFunction:
         per_layer: bool = False,
     ) -> None:
         rows, columns = checked_batches(x1, x2)
+        before = attributes_of(model)
         asked = Request(output, precision)
         while True:
             self._prepare(model, rows, columns, asked)
@@ -89,6 +92,10 @@ class KernelFunction:
             except RuleError as error:
                 asked = dataclasses.replace(asked, excluded=more_excluded(asked.excluded, error))
         self._loader = StateLoader(self._network.module)
+        # What a forward pass itself changes, such as a counter, is no part of the architecture.
+        after = attributes_of(self._network.module)
+        self._changing = {key: value for key, value in before.items() if after.get(key) != value}
+        self._attributes = without(before, self._changing)
         self._groups = parameter_groups(self._network, self._plan) if per_layer else None
 
     def _prepare(self, model: nn.Module, x1: Tensor, x2: Tensor | None, asked: Request) -> None:
@@ -145,7 +152,7 @@ class KernelFunction:
             The kernel. With ``per_layer``, a dictionary with the kernel of each module that has trainable parameters.
 
         Raises:
-            InputError: If the state is that of another architecture.
+            InputError: If the state is that of another architecture, or an attribute of a module has changed.
             ShapeError: If a tensor has another shape.
             DivergedError: If outputs of the network are not finite.
             RuleError: If a layer is called in another way than in the constructor, or if ``prove`` finds that the rule
@@ -153,12 +160,33 @@ class KernelFunction:
         """
         with exact_arithmetic(self._network.device):
             self._loader.load(state)
+            if isinstance(state, nn.Module):
+                self._require_same_attributes(state)
             factors = BlockCache(lambda block: self._factors(block, prove=prove), NUM_BLOCKS_HELD)
             if self._groups is None:
                 return fill_kernel(self._rows, self._columns, factors, self._plan)
             parts = [group.of for group in self._groups]
             kernels = fill_kernels(self._rows, self._columns, factors, self._plan, parts)
         return {group.name: kernel for group, kernel in zip(self._groups, kernels, strict=True)}
+
+    def _require_same_attributes(self, model: nn.Module) -> None:
+        """Refuse a network whose forward pass may be another one than that of our copy.
+
+        Raises:
+            InputError: If the class or an attribute of a module differs.
+        """
+        known, now = self._attributes, without(attributes_of(model), self._changing)
+        if self._loader.has_extra_state:  # which may hold attributes, and is loaded
+            ours = attributes_of(self._network.module)
+            known = {key: ours[key] for key in [*known, *now] if key in ours}
+        found = first_difference(known, now)
+        if found is not None:
+            name, expected, other = found
+            raise InputError(
+                f"The network is another one than this kernel function was prepared with: expected {name} {expected}, "
+                f"found {other}. The forward pass may depend on it, and the kernel would be that of the old one. Was "
+                "another head or another mode chosen? Prepare a new KernelFunction."
+            )
 
     def _factors(self, block: Block, *, prove: bool) -> BlockFactors:
         """Compute the factors of a block, in the memory of the last call where all blocks fit."""

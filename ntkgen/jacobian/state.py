@@ -30,6 +30,11 @@ class StateLoader:
         self._parts_with_extra_state = dict(_parts_with_extra_state(module))
         self._persistent = set(module.state_dict(keep_vars=True))
 
+    @property
+    def has_extra_state(self) -> bool:
+        """Whether a module has extra state."""
+        return bool(self._parts_with_extra_state)
+
     def load(self, source: nn.Module | Mapping[str, Any]) -> None:
         """Copy all parameters and buffers.
 
