@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from ntkgen.cli import run as command
 from ntkgen.continual.configuration import MethodOptions, RunSettings
 from ntkgen.continual.heads import grow_head, growing_head, head_of
-from ntkgen.continual.learner import build_network
 from ntkgen.continual.methods import METHODS, make_method
 from ntkgen.continual.methods.method import Situation
+from ntkgen.continual.network import build_network
 from ntkgen.errors import ModelError
 from ntkgen.files.folder import LocalFolder
 
@@ -29,8 +29,8 @@ GROWING = dataclasses.replace(SETTINGS, head="growing", output="full")
 def shared(num_classes):
     """The head's weight is that of another layer, too."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.Linear(12, num_classes, bias=False))
-    net.again = nn.Linear(12, num_classes, bias=False)
-    net.again.weight = net[2].weight
+    net[1].again = nn.Linear(12, num_classes, bias=False)
+    net[1].again.weight = net[2].weight
     return net
 
 
@@ -44,6 +44,11 @@ def two():
     return nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
 
 
+def six():
+    """A factory that has the outputs of all classes from the beginning."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 6))
+
+
 def headless(num_classes):
     return nn.Sequential(nn.Unflatten(1, (3, 1)), nn.Flatten(3), nn.Conv2d(3, num_classes, (1, 4)), nn.Flatten())
 
@@ -51,7 +56,7 @@ def headless(num_classes):
 @pytest.fixture(scope="module", autouse=True)
 def nets():
     """Make the networks importable by a name."""
-    functions = {function.__name__: function for function in (small, shared, normed, two, headless)}
+    functions = {function.__name__: function for function in (small, shared, normed, two, six, headless)}
     sys.modules["nets"] = types.SimpleNamespace(**functions)
     yield
     del sys.modules["nets"]
@@ -136,9 +141,10 @@ def test_new_rows_come_from_the_seed_and_the_task_and_are_drawn_as_the_first():
 @pytest.mark.parametrize(
     ("factory", "match"),
     [
-        (shared, "2.weight does so too"),
+        (shared, "1.again.weight does so too"),
         (normed, "does so too"),
         (two, "more than 2 outputs"),
+        (six, "has 6 outputs: expected 2, one for each class of the first task, since the head grows"),
         (headless, "no head"),
     ],
 )

@@ -20,12 +20,13 @@ from ntkgen.continual.metrics.accuracy import AccuracyMatrix
 from ntkgen.continual.metrics.confusion import class_accuracy, total_accuracy
 from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_KERNELS
 from ntkgen.continual.metrics.worst_case import worst_case
+from ntkgen.continual.network import fitting_network, require_fitting
 from ntkgen.continual.plan import Data, Plan, describe
 from ntkgen.continual.plots.draw import KINDS, draw_run
 from ntkgen.continual.reading import open_run
 from ntkgen.continual.tables import NAMES
 from ntkgen.data.dataset import Dataset
-from ntkgen.errors import DivergedError, FingerprintError, InputError, StoreError, UnknownNameError
+from ntkgen.errors import DivergedError, FingerprintError, InputError, ModelError, StoreError, UnknownNameError
 from ntkgen.files.folder import LocalFolder
 from ntkgen.training.loop import EVALUATION_BATCH
 
@@ -46,15 +47,48 @@ def small(num_classes):
     )  # fmt: skip
 
 
+def linear(num_outputs, *, after=None):
+    """A linear network, and a function of its outputs."""
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            outputs = super().forward(x.flatten(1))
+            return outputs if after is None else after(outputs)
+
+    return lambda: Net(12, num_outputs)
+
+
+def crashing(num_classes):
+    raise OSError("no such file")
+
+
+def no_way(outputs):
+    raise RuntimeError("no way")
+
+
+def drawn(outputs):
+    return outputs + 0 * torch.rand(1)
+
+
+NETS = {
+    "small": small,
+    "few": linear(5),
+    "many": linear(9),
+    "crashing": crashing,
+    "failing": linear(6, after=no_way),
+    "flat": linear(6, after=torch.flatten),
+    "mixing": linear(6, after=lambda outputs: outputs - outputs.mean(0)),
+    "drawing": linear(6, after=drawn),
+}
+
+
 @pytest.fixture(autouse=True)
 def nets(monkeypatch):
-    """Make the network importable by a name."""
+    """Make the networks importable by a name."""
     import sys
     import types
 
-    module = types.ModuleType("nets")
-    module.small = small
-    monkeypatch.setitem(sys.modules, "nets", module)
+    monkeypatch.setitem(sys.modules, "nets", types.SimpleNamespace(**NETS))
 
 
 def blobs(per_class=30, classes=6, spread=0.5):
@@ -304,12 +338,36 @@ def test_a_run_with_other_data_is_refused(finished):
         ({"epochs": 0}, InputError, "`epochs` 0"),
         ({"method": "replya"}, UnknownNameError, "Unknown method"),
         ({"output": "index:6"}, InputError, "no logit 6"),
+        ({"output": "tracee"}, UnknownNameError, "Did you mean trace.*, seen"),
+        ({"output": "index:"}, UnknownNameError, "Unknown output 'index:'"),
+        ({"precision": "float16"}, UnknownNameError, "Unknown precision"),
+        ({"precision": "tf32"}, InputError, "`device` cuda, found cpu"),
+        ({"model": "nets:few"}, ModelError, "nets:few has 5 outputs: expected 6, one for each class of the tasks"),
+        ({"model": "nets:many"}, ModelError, "has 9 outputs: expected 6.*ignore the argument num_classes"),
+        ({"model": "nets:crashing"}, ModelError, "The factory nets:crashing failed.*no such file"),
+        (
+            {"model": "nets:failing"},
+            ModelError,
+            r"nets:failing was tried on 2 samples of the shape \(3, 2, 2\).*no way",
+        ),
+        ({"model": "nets:flat"}, ModelError, r"found a tensor of the shape \(12,\)"),
+        ({"model": "nets:mixing"}, ModelError, "mix"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_anything_is_written(tmp_path, change, error, match):
     with pytest.raises(error, match=match):
         done(tmp_path / "seed0", dataclasses.replace(SETTINGS, **change))
-    assert not (tmp_path / "seed0" / "config.json").exists()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_trial_of_the_network_changes_nothing():
+    plan = Plan.of(dataclasses.replace(SETTINGS, model="nets:drawing"), blobs())
+    random = torch.get_rng_state()
+    model = fitting_network(plan, CPU)
+    require_fitting(plan, CPU)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert all(param.grad is None for param in model.parameters())
 
 
 def test_a_setting_that_is_misspelt_is_refused():
@@ -442,12 +500,24 @@ def test_the_lazy_error_of_a_run_is_analysed(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    "bad", [["--split", "9/9"], ["--method", "none"], ["--kernels", "never"], ["--dataset", "nothing"], ["--lr", "0"]]
+    "bad",
+    [
+        ["--split", "9/9"],
+        ["--method", "none"],
+        ["--kernels", "never"],
+        ["--dataset", "nothing"],
+        ["--lr", "0"],
+        ["--precision", "float16"],
+        ["--output", "index:"],
+        ["--model", "nets:few"],
+        ["--model", "nets:crashing"],
+    ],
 )
 def test_bad_input_is_one_line_and_code_2(tmp_path, capsys, bad):
-    assert command(["cl-run", "--model", "logistic", *bad, "--out", str(tmp_path / "r")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "r" / "seed0" / "config.json").exists()
+    for more in ([], ["--dry-run"], ["--seeds", "0", "1"]):
+        assert command(["cl-run", "--model", "logistic", *bad, *more, "--out", str(tmp_path / "r")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "r").exists()
 
 
 def test_a_file_of_settings_is_overridden_by_options(tmp_path, capsys):

@@ -236,5 +236,5 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     if dry_run:
         show_plans(session, plans, device)
         return 0
-    require_possible(jobs)
+    require_possible(jobs, data)
     return show_runs(session, jobs, data)

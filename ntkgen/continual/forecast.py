@@ -14,7 +14,8 @@ import torch
 
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.evaluation import evaluate
-from ntkgen.continual.learner import Run, build_network, learn
+from ntkgen.continual.learner import Run, learn
+from ntkgen.continual.network import build_network
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.probe import choose_probe
 from ntkgen.continual.reading import open_seed

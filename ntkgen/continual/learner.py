@@ -14,19 +14,17 @@ from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.evaluation import evaluate
 from ntkgen.continual.heads import grow_head, growing_head
+from ntkgen.continual.network import build_network, fitting_network
 from ntkgen.continual.plan import Plan, steps_per_epoch
-from ntkgen.continual.record import CHECKPOINT, MEASURES, Record
+from ntkgen.continual.record import CHECKPOINT, MEASURES, Record, is_begun
 from ntkgen.continual.schedule import Moment
 from ntkgen.continual.series import ROOT
-from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import write_lock
-from ntkgen.jacobian.outputs import output_map
 from ntkgen.progress import Report, ignore_report
-from ntkgen.training import zoo
 from ntkgen.training.loop import Stepper, training_mode
 
 # Seconds after which a checkpoint is written within an epoch. One is also written at the end of each epoch.
@@ -42,20 +40,17 @@ class Run:
         settings = plan.settings
         self.plan = plan
         self.data = plan.data.to(device)
+        facts = plan.facts
+        is_begun(folder, settings, facts)  # refuses other settings; what follows refuses a network that does not fit
         self.num_outputs = plan.num_outputs(0)
-        self.model = build_network(settings, self.num_outputs)
-        if self.num_outputs < plan.stream.num_targets:  # refuses a head that cannot grow, before anything is written
-            growing_head(self.model, self.num_outputs, build_network(settings, plan.stream.num_targets))
-        if settings.output != SEEN:
-            output_map(settings.output, self.num_outputs)  # refuses an output that the network does not have
-        self.model.to(device)
+        self.model = fitting_network(plan, device)
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
-        self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
+        self.snapshots = self._opened_snapshots(folder / "kernels.zarr")  # refuses a kernel that is not defined
+        self.record = Record.open(folder, settings, plan.stream, plan.probe, facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
-        self.snapshots = self._opened_snapshots(folder / "kernels.zarr")
         self.planned = [steps * settings.epochs for steps in steps_per_epoch(plan)]  # iterations per task
         self.accuracy: float | None = None  # mean over the tasks so far, at the last evaluation
         self._committed = time.monotonic()
@@ -267,13 +262,6 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
         if moment.ends_epoch or run.is_due:
             run.commit()
         report("training", run.iteration, total, run.note(moment))
-
-
-def build_network(settings: RunSettings, num_outputs: int, task: int = 0) -> nn.Module:
-    """Build the network of a run, with parameters from the run's seed, or those whose last rows a later task adds."""
-    options = {} if settings.parametrization == "standard" else {"parametrization": settings.parametrization}
-    seed = seed_of(settings.seed, "init", *[task] * (task > 0))
-    return zoo.build(settings.model, num_outputs, seed=seed, width=settings.width, **options)
 
 
 def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:

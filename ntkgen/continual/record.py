@@ -64,10 +64,7 @@ class Record:
             FingerprintError: If there is a run with other settings or other data.
             StoreError: If its files are damaged.
         """
-        found = read_config(folder)
-        if found is not None:
-            require_same(folder, found, settings, facts)
-        else:
+        if not is_begun(folder, settings, facts):
             write_config(folder, settings, facts)
         arrays = folder / "run.zarr"
         if arrays.has(ROOT):
@@ -172,12 +169,16 @@ def read_config(folder: Folder) -> dict[str, Any] | None:
     return found
 
 
-def require_same(folder: Folder, found: Mapping[str, Any], settings: RunSettings, facts: Mapping[str, Any]) -> None:
-    """Require that a run was begun with the same settings and the same facts.
+def is_begun(folder: Folder, settings: RunSettings, facts: Mapping[str, Any]) -> bool:
+    """Say whether there is a run already, and require that it has the same settings and the same facts.
 
     Raises:
         FingerprintError: If one of them differs. The message names the differences.
+        StoreError: If its settings cannot be read.
     """
+    found = read_config(folder)
+    if found is None:
+        return False
     differing = RunSettings.from_json(found["settings"]).differences(settings)
     differing += [
         f"{name} {str(found['facts'].get(name))[:16]}, now {str(value)[:16]}"
@@ -189,6 +190,7 @@ def require_same(folder: Folder, found: Mapping[str, Any], settings: RunSettings
             f"The run at {folder} was begun with other settings ({'; '.join(differing[:3])}). Two runs would be mixed. "
             "Use another `out`, or the original settings."
         )
+    return True
 
 
 def _confusions(num_targets: int) -> list[GrowingArray]:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.learner import build_network, learn
+from ntkgen.continual.learner import learn
+from ntkgen.continual.network import require_fitting
 from ntkgen.continual.plan import Data, Plan, load_data
 from ntkgen.continual.reading import run_names
-from ntkgen.continual.record import read_config, require_same
+from ntkgen.continual.record import is_begun
 from ntkgen.engine.machine import choose_device
 from ntkgen.engine.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
 from ntkgen.errors import InputError, NtkgenError, WorkerError
@@ -65,13 +66,17 @@ class Outcome:
     error: BaseException | None = None
 
 
-def require_possible(jobs: Sequence[Job]) -> None:
-    """Check all runs before one begins: the device, the widths, and the settings of runs that are there already.
+def require_possible(jobs: Sequence[Job], data: Data) -> None:
+    """Check all runs before one begins: the device, the networks, and the runs that are there already.
+
+    Args:
+        jobs: The runs.
+        data: Their samples.
 
     Raises:
         FingerprintError: If a run was begun with other settings.
-        InputError: If there is no such device, a network has no width, or the folder has runs that could not be read
-            together with these.
+        InputError: If there is no such device, a network does not fit the tasks, or the folder has runs that could not
+            be read together with these.
     """
     have_widths = {"/" in job.name for job in jobs}
     for out in {job.out for job in jobs}:
@@ -82,14 +87,13 @@ def require_possible(jobs: Sequence[Job]) -> None:
                 f"{other[0]}. Was the command repeated with one width instead of several, or the reverse? Give all "
                 "widths in one command, or another `out`."
             )
+    tried = set()
     for job in jobs:
-        choose_device(job.device)
+        device = choose_device(job.device)
         folder = folder_of(job.out, fsync=False) / job.name
-        if (found := read_config(folder)) is not None:
-            require_same(folder, found, job.settings, {})
-        if job.settings.width is not None and ":" not in job.settings.model:
-            with torch.device("meta"):
-                build_network(job.settings, 1)
+        if not is_begun(folder, job.settings, {}) and job.settings.width not in tried:
+            tried.add(job.settings.width)  # the seeds of a width have the same network, task by task
+            require_fitting(Plan.of(job.settings, data), device)
 
 
 def train_in_turn(jobs: Sequence[Job], data: Data, report_of: Callable[[str], Any]) -> Iterator[Outcome]:
