@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -470,6 +471,17 @@ def test_a_run_is_analysed_from_what_is_stored(finished, capsys):
     assert max(map(len, page)) <= 120
     assert command(["cl-analyze", str(finished / "models")]) == 2
     assert "There is no run at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["kernels.zarr", "run.zarr"])
+def test_a_run_that_lacks_a_part_is_told_in_one_line(finished, tmp_path, capsys, part):
+    place = shutil.copytree(finished, tmp_path / "seed0")
+    shutil.rmtree(place / part)
+    for line in ("cl-analyze", "cl-plot", "report"):
+        assert command([line, str(place)]) == 2
+        error = capsys.readouterr().err
+        assert f"There is nothing at {place / part}: expected the Zarr group" in error
+        assert error.count("\n") == 1
 
 
 def test_the_predicted_forgetting_of_a_run_is_analysed(finished, capsys):

@@ -19,6 +19,7 @@ from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.record import CONFIG, read_config
+from ntkgen.continual.series import read_arrays
 from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
@@ -54,7 +55,7 @@ class RunReader:
     @cached_property
     def evaluations(self) -> xarray.Dataset:
         """Accuracy and loss of every task at every evaluation, with class order, splits and probe."""
-        found = _arrays(self.folder / "run.zarr")
+        found = read_arrays(self.folder / "run.zarr")
         return found.set_coords([name for name in MOMENT if name in found])
 
     @property
@@ -65,7 +66,7 @@ class RunReader:
     @cached_property
     def kernels(self) -> xarray.Dataset:
         """Kernels of the probe at every recorded time."""
-        found = _arrays(self.folder / "kernels.zarr")
+        found = read_arrays(self.folder / "kernels.zarr")
         return found.assign({name: values.chunk({"time": 1}) for name, values in found.data_vars.items()})
 
     @property
@@ -291,12 +292,6 @@ class RunCollection:
         found = {key: _as_dataset(run.metrics()) for key, run in self.complete.items()}
         reindexed = joined(found).reindex(seed=self.seeds)
         return reindexed.reindex(width=self.widths) if len(self.widths) > 1 and "width" in reindexed.dims else reindexed
-
-
-def _arrays(folder: Folder) -> xarray.Dataset:
-    """Open a group. Arrays are read when they are used, without dask, which is slow for many small arrays."""
-    found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
-    return found
 
 
 def _as_dataset(metrics: Mapping[str, Any]) -> xarray.Dataset:

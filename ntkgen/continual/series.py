@@ -25,6 +25,8 @@ from ntkgen.files.folder import Folder
 from ntkgen.store.schema import CHECKSUM_BYTES, StoredArray, create_array, writable
 
 if TYPE_CHECKING:
+    import xarray
+
     Metadata = dict[str, Any]
 
 # Times in a chunk of an array that holds a few numbers per time.
@@ -273,6 +275,23 @@ class Series:
             )
         dtype = np.dtype(array.dtype).newbyteorder("<")
         return np.frombuffer(values, dtype).reshape(array.stored.chunks).astype(array.dtype)
+
+
+def read_arrays(folder: Folder) -> "xarray.Dataset":
+    """Open a group to read it. Arrays are read when they are used, without dask, which is slow for many small arrays.
+
+    Raises:
+        StoreError: If it is not there.
+    """
+    import xarray
+
+    if not folder.has(ROOT):
+        raise StoreError(
+            f"There is nothing at {folder}: expected the Zarr group of a run of `ntkgen cl-run`, found none. Was the "
+            "run stopped at its beginning, or copied in part? Run the same command again, or copy the whole folder."
+        )
+    found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
+    return found
 
 
 def _split_at_lengths(root: "Metadata", arrays: Mapping[str, GrowingArray]) -> list[str]:
