@@ -284,6 +284,26 @@ def test_runs_that_could_not_be_read_together_are_refused_in_one_line(tmp_path, 
 
 
 @pytest.mark.parametrize(
+    ("layout", "line", "found"),
+    [
+        ("seed0", ["--width", "4", "--lr", "0.02"], "those of seed0 (learning_rate 0.01, now 0.02)"),
+        ("seed0", ["--width", "6"], "those of seed0 (width 4, now 6)"),
+        ("width4/seed0", ["--width", "4", "6", "--lr", "0.02"], "those of width4/seed0 (learning_rate 0.01, now 0.02)"),
+    ],
+)
+def test_another_seed_with_other_settings_is_refused_in_one_line(tmp_path, capsys, layout, line, found):
+    settings = RunSettings(split="5/5", width=4, epochs=1, batch_size=400, learning_rate=0.01, probe_per_class=1)
+    (tmp_path / layout).mkdir(parents=True)
+    (tmp_path / layout / "config.json").write_text(json.dumps({"settings": settings.to_json(), "facts": {}}))
+    assert command([*LINE, *line, "--seeds", "1", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert found in error
+    assert "Use another --out" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
         ("run.json", '{"split": "5/5", "learning_rate": 1e-2, "width": [4, 6], "seeds": [1, 2]}'),

@@ -286,6 +286,16 @@ class RunSettings:
         pairs = zip(self.to_json().items(), other.to_json().values(), strict=True)
         return [f"{name} {stored}, now {current}" for (name, stored), current in pairs if stored != current]
 
+    def differences_beside_seed(self, other: "RunSettings") -> list[str]:
+        """List what keeps two runs from being read together: settings that differ, but not the seed and the width.
+
+        A default width, which is not stated, cannot be compared with another one.
+        """
+        differing = self.differences(dataclasses.replace(other, seed=self.seed, width=self.width))
+        if (self.width is None) != (other.width is None):
+            differing.append(f"width {self.width}, now {other.width}")
+        return differing
+
 
 def _is_of_kind(value: Any, kind: Any) -> bool:
     """Say whether a value has the kind of a setting. A whole number is also a number; a truth value is not.

@@ -1,6 +1,5 @@
 """Recorded runs as arrays, without torch: `ntkgen.open_run`."""
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -381,10 +380,7 @@ def _opened(folder: Folder) -> RunReader | None:
 
 
 def _require_comparable(first: RunReader, other: RunReader) -> None:
-    one, two = first.settings, other.settings
-    differing = one.differences(dataclasses.replace(two, seed=one.seed, width=one.width))
-    if (one.width is None) != (two.width is None):
-        differing.append(f"width {one.width}, now {two.width}")
+    differing = first.settings.differences_beside_seed(other.settings)
     if first.config["facts"].get("data") != other.config["facts"].get("data"):
         differing.append("other data")
     if differing:

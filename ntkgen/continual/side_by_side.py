@@ -1,5 +1,6 @@
 """Several runs: one after another in this process, or side by side in processes of their own."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -22,10 +23,11 @@ from ntkgen.continual.learner import learn
 from ntkgen.continual.network import require_fitting
 from ntkgen.continual.plan import Data, Plan, load_data
 from ntkgen.continual.reading import run_names
-from ntkgen.continual.record import is_begun
+from ntkgen.continual.record import is_begun, read_config
 from ntkgen.engine.machine import choose_device
 from ntkgen.engine.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
-from ntkgen.errors import InputError, NtkgenError, WorkerError
+from ntkgen.errors import FingerprintError, InputError, NtkgenError, WorkerError
+from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 from ntkgen.progress import Report, ignore_report
 
@@ -78,15 +80,8 @@ def require_possible(jobs: Sequence[Job], data: Data) -> None:
         InputError: If there is no such device, a network does not fit the tasks, or the folder has runs that could not
             be read together with these.
     """
-    have_widths = {"/" in job.name for job in jobs}
     for out in {job.out for job in jobs}:
-        other = [name for name in run_names(folder_of(out, fsync=False)) if ("/" in name) not in have_widths]
-        if other:
-            raise InputError(
-                f"The run {jobs[0].name} does not fit the folder {out}: expected runs that are named alike, found "
-                f"{other[0]}. Was the command repeated with one width instead of several, or the reverse? Give all "
-                "widths in one command, or another `out`."
-            )
+        _require_alike(jobs, folder_of(out, fsync=False))
     tried = set()
     for job in jobs:
         device = choose_device(job.device)
@@ -94,6 +89,37 @@ def require_possible(jobs: Sequence[Job], data: Data) -> None:
         if not is_begun(folder, job.settings, {}) and job.settings.width not in tried:
             tried.add(job.settings.width)  # the seeds of a width have the same network, task by task
             require_fitting(Plan.of(job.settings, data), device)
+
+
+def _require_alike(jobs: Sequence[Job], out: Folder) -> None:
+    """Require that the runs of a folder could be read together with those that are asked for.
+
+    Raises:
+        InputError: If their folders are named in another way.
+        FingerprintError: If they have other settings.
+    """
+    asked, names = {job.name for job in jobs}, run_names(out)
+    have_widths = any("/" in name for name in asked)
+    if other := [name for name in names if ("/" in name) != have_widths]:
+        raise InputError(
+            f"The run {jobs[0].name} does not fit the folder {out}: expected runs that are named alike, found "
+            f"{other[0]}. Was the command repeated with one width instead of several, or the reverse? Give all "
+            "widths in one command, or another `out`."
+        )
+    for name in names:
+        found = read_config(out / name)
+        if name in asked or found is None:
+            continue
+        settings, new = RunSettings.from_json(found["settings"]), jobs[0].settings
+        differing = settings.differences_beside_seed(new)
+        if not have_widths:  # the folder is of one width
+            differing = settings.differences(dataclasses.replace(new, seed=settings.seed))
+        if differing:
+            raise FingerprintError(
+                f"The run {jobs[0].name} does not fit the folder {out}: expected the settings of the runs that are "
+                f"there, found others than those of {name} ({'; '.join(differing[:3])}). Runs of one folder differ in "
+                "seed and width alone. Use another `out`, or the same settings."
+            )
 
 
 def train_in_turn(jobs: Sequence[Job], data: Data, report_of: Callable[[str], Any]) -> Iterator[Outcome]:
