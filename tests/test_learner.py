@@ -155,13 +155,16 @@ def assert_same(value, expected):
 
 def test_a_run_forgets_what_it_is_not_shown(tmp_path):
     run = done(tmp_path / "seed0", dataclasses.replace(SETTINGS, epochs=20, **RARELY))
-    losses = run.evaluations.loss.values  # at the ends of tasks, of each task
+    losses = run.evaluations.loss.values[1:]  # at the ends of tasks, of each task
     assert all(losses[task, task] < 0.5 * losses[task - 1, task] for task in (1, 2))
     matrix = run.matrix()
     assert matrix.values.shape == (3, 3)
     assert matrix.values.diagonal().min() >= 0.8
     assert matrix.values[2, 0] <= 0.2
     assert matrix.forgetting >= 0.6
+    assert np.array_equal(matrix.chance, run.accuracy.values[0])  # before the training
+    transfers = [matrix.values[task - 1, task] - matrix.chance[task] for task in (1, 2)]
+    assert matrix.forward_transfer == pytest.approx(np.mean(transfers))
     assert run.matrix("task_accuracy").values[2].min() >= 0.5
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.schedule import Moment, Schedule
 from ntkgen.errors import InputError
 
@@ -35,3 +36,12 @@ def test_moments(text, dense, expected):
 def test_what_is_no_schedule_is_refused(text):
     with pytest.raises(InputError, match="no schedule"):
         Schedule.parse(text)
+
+
+@pytest.mark.parametrize("evaluations", ["task", "1ep", "2it"])
+def test_a_run_is_evaluated_once_before_its_training(evaluations):
+    schedule = RunSettings(evaluations=evaluations).evaluation_schedule
+    assert schedule.contains(Moment(0, 0, 4, 12))
+    counts = [schedule.count(4, 3, is_first=is_first) for is_first in (True, False)]
+    assert counts[0] == counts[1] + 1
+    assert counts[1] == {"task": 1, "1ep": 3, "2it": 6}[evaluations]

@@ -184,7 +184,10 @@ _SETTINGS = [
         metavar="SCHEDULE",
     ),
     _setting(
-        "--evaluations", "evaluations", "When the network is evaluated, written as for --kernels", metavar="SCHEDULE"
+        "--evaluations",
+        "evaluations",
+        "When the network is evaluated, written as for --kernels; it is always evaluated before the training",
+        metavar="SCHEDULE",
     ),
     _setting(
         "--dense", "dense", "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number", type=int

@@ -123,7 +123,7 @@ class RunSettings:
         per_layer: Whether to store also one kernel per module.
         lazy_error: Whether to record how far the outputs move from those of the linearised network.
         kernels: Schedule of the kernels; see `Schedule`.
-        evaluations: Schedule of the evaluations.
+        evaluations: Schedule of the evaluations; there is always one before the training.
         dense: Last of the iterations 1, 2, 4, … of each task after which kernels are also computed; None for none.
         seed: Seed of all random numbers.
     """
@@ -251,8 +251,8 @@ class RunSettings:
 
     @property
     def evaluation_schedule(self) -> Schedule:
-        """When the network is evaluated."""
-        return Schedule.parse(self.evaluations)
+        """When the network is evaluated, also before the training, which forward transfer needs."""
+        return Schedule.parse(self.evaluations, dense=0)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, defaults included."""
