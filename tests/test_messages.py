@@ -9,6 +9,7 @@ import click
 import numpy as np
 import pytest
 import torch
+import xarray
 from filled import Content, filled, gram
 
 import ntkgen
@@ -16,6 +17,8 @@ from ntkgen import analysis, cli, origin
 from ntkgen.analysis.matrix import open_matrix
 from ntkgen.cli.messages import in_options
 from ntkgen.cli.options import Command
+from ntkgen.continual.metrics.forgetting import predicted_forgetting
+from ntkgen.continual.plots.draw import _REASONS
 from ntkgen.engine.jobs import Job
 from ntkgen.engine.scheduler import MAX_ERRORS, Scheduler, SchedulerSettings
 from ntkgen.errors import BudgetError, InputError, NtkgenError, WorkerError
@@ -206,6 +209,17 @@ def test_a_reason_that_a_page_is_incomplete_is_told_in_options(run, tmp_path, mo
     monkeypatch.setattr("ntkgen.analysis.answers.is_small", lambda *_: False)
     reasons = json.loads(run("report", "k.zarr", "--json")[1])["lacking"]
     assert reasons["spectrum"].endswith("Run that command first, or raise --memory.")
+
+
+@pytest.mark.parametrize("name", ["cl-analyze", "cl-plot", "report"])
+def test_what_a_run_was_recorded_without_is_told_in_options_of_the_command_that_records_it(name):
+    sums = xarray.Dataset(attrs={"ntkgen_snapshots": {"output": "sum"}})
+    with pytest.raises(InputError) as raised:
+        predicted_forgetting(sums)
+    texts = [*_REASONS.values(), str(raised.value)]
+    assert [in_options(text, cli.cli.commands[name]) for text in texts] == texts
+    named = re.findall(r"`ntkgen cl-run (--[a-z-]+)", " ".join(texts))
+    assert named == ["--probe-parts", "--output", "--output"]
 
 
 def leaves(group, ctx):

@@ -145,7 +145,7 @@ class RunReader:
         if not chosen.any():
             raise InputError(
                 f"The probe of the run at {self.folder} has no {part} samples: expected some, found none. Was it begun "
-                "without `probe_parts` both? Choose the part train."
+                "without `ntkgen cl-run --probe-parts both`? Choose the part train."
             )
         rows = np.flatnonzero(chosen[self.kernels.row_sample.values])
         return self.kernels.isel(row=rows, col=rows, sample=np.flatnonzero(chosen), missing_dims="ignore")
@@ -386,6 +386,6 @@ def _require_comparable(first: RunReader, other: RunReader) -> None:
     if differing:
         raise FingerprintError(
             f"The runs {first.folder} and {other.folder} cannot be read together: expected that they differ only in "
-            f"seed and width, found other settings ({'; '.join(differing[:3])}). Were two commands given the same "
-            "`out`? Name the folder of one run."
+            f"seed and width, found other settings ({'; '.join(differing[:3])}). Did two commands of "
+            "`ntkgen cl-run` have the same folder? Name the folder of one run."
         )

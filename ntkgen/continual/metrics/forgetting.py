@@ -144,8 +144,8 @@ class _History:
         if output not in KERNELS:
             raise InputError(
                 f"Kernels of the output {output!r} do not predict changes of outputs: expected one of "
-                f"{', '.join(KERNELS)}. A sum over outputs loses which output changes. Record the run with `output` "
-                "full, centered or trace."
+                f"{', '.join(KERNELS)}. A sum over outputs loses which output changes. Record the run with "
+                "`ntkgen cl-run --output full`, centered or trace."
             )
         if "logits" not in data:
             raise StoreError(

@@ -71,10 +71,11 @@ def _of_kernels(run: RunReader, parts: "dict[str, xarray.Dataset]") -> list[Pict
 _REASONS = {
     "loss": "no losses were recorded",
     "confusion": "the run was recorded without confusion matrices",
-    "validation-eigenvalues": "the probe has no validation samples; record the run with `probe_parts` both",
+    "validation-eigenvalues": "the probe has no validation samples; `ntkgen cl-run --probe-parts both` adds them",
     "interference": "no blocks of the kernel between two tasks were recorded",
     "velocity": "the kernel does not change, or no two are a fixed number of iterations apart",
     "lazy-error": "no lazy errors were recorded, or the network is linear in its parameters",
     "forgetting": "no task is learned after another one",
-    "regression": "the rows of the kernels have no targets; record the run with the `output` trace, full or centered",
+    "regression": "the rows of the kernels have no targets; those of `ntkgen cl-run --output trace`, full or centered "
+    "have some",
 }
