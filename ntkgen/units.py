@@ -1,4 +1,4 @@
-"""Conversion of bytes and seconds to readable text, and of text to bytes."""
+"""Conversion of bytes, seconds and counts to readable text, and of text to bytes."""
 
 import re
 
@@ -16,6 +16,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def counted(count: int, thing: str) -> str:
+    """Write a number of things.
+
+    >>> counted(1, "task"), counted(2000, "task")
+    ('1 task', '2,000 tasks')
+    """
+    return f"{count:,} {thing}{'s' * (count != 1)}"
 
 
 def parse_bytes(text: str) -> int | None:

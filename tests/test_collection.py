@@ -141,8 +141,11 @@ def test_runs_of_other_settings_are_not_read_together(copied):
 def test_a_folder_without_runs_is_refused(tmp_path, capsys):
     with pytest.raises(StoreError, match="There is no run at"):
         open_run(tmp_path)
-    assert command(["cl-analyze", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    for line, found in (("cl-analyze", "There is no run at"), ("report", "or a run of `ntkgen cl-run`, found no file")):
+        assert command([line, str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert found in error
+        assert error.count("\n") == 1
 
 
 # mean and spread ------------------------------------------------------------------------------------------------------
@@ -240,14 +243,16 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch
     from ntkgen.continual import side_by_side
 
     def learned(plan, *others, learn=side_by_side.learn):
-        if plan.settings.seed == 0:
+        if plan.settings.seed != 1:
             raise DivergedError("The training diverged: expected finite numbers.")
         return learn(plan, *others)
 
     monkeypatch.setattr(side_by_side, "learn", learned)
-    assert command([*LINE, *QUICK, "--width", "4", "--seeds", "0", "1", "--out", str(tmp_path / "r")]) == 1
+    assert command([*LINE, *QUICK, "--width", "4", "--seeds", "0", "1", "2", "--out", str(tmp_path / "r")]) == 1
     captured = capsys.readouterr()
-    assert captured.err.splitlines() == ["Error: seed0: The training diverged: expected finite numbers."]
+    reason, same = captured.err.splitlines()
+    assert reason == "Error: seed0: The training diverged: expected finite numbers."
+    assert same == "Error: seed2: the same as seed0."
     assert captured.out.startswith("Settings: split 5/5; learning rate 0.01; epochs 1; batch size 400; ")
     assert "seed1: 3 kernels" in captured.out
 
@@ -260,6 +265,11 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch
         (["--width", "0"], "0 is not in the range"),
         (["--model", "lenet", "--width", "4", "6"], "--width was given for lenet"),
         (["--workers", "0"], "0 is not in the range"),
+        (["--seeds", "a"], "'a' is not a whole number. Is it a name or a fraction? Write digits alone"),
+        (["--blend-steps", "-1"], "--blend-steps is -1: expected 0 or more iterations. Is the sign wrong?"),
+        (["--tasks", "0"], "--tasks is 0: expected 1 or more"),
+        (["--dense", "-1"], "--dense is -1: expected 0 or more"),
+        (["--config", "nothere.json"], "There is no file nothere.json: expected settings, found nothing"),
         (["--class-order", "1,a"], "'1,a' is no class order"),
         (["--device", "abacus"], "no device 'abacus'"),
     ],
@@ -270,6 +280,18 @@ def test_runs_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, bad, foun
     assert found in error
     assert error.count("\n") == 1
     assert not (tmp_path / "r").exists()
+
+
+def test_an_interval_and_milestones_that_never_occur_are_noted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ntkgen.cli.cl_sweep.show_runs", lambda *_: 0)
+    line = [*LINE, "--width", "4", "6", "--out", str(tmp_path / "r")]
+    assert command([*line, "--kernels", "9it", "--evaluations", "2ep", "--lr-milestones", "1,5"]) == 0
+    kernels, evaluations, rate = capsys.readouterr().err.splitlines()
+    assert kernels.startswith("Note: The interval of --kernels 9it never ends within a task: the longest task has 3 ")
+    assert "--evaluations 2ep" in evaluations
+    assert rate.startswith("Note: The learning rate never changes at --lr-milestones 1, 5: a task has 1 epoch,")
+    assert command([*line, "--kernels", "3it", "--evaluations", "1ep"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("layout", "widths"), [("width8/seed0", ["4"]), ("seed0", ["4", "6"])])

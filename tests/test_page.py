@@ -486,7 +486,7 @@ def test_the_command_takes_several_kernels(run, stored, without_pictures):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["nowhere.zarr"], "There is no kernel store at"),
+        (["nowhere.zarr"], "There is nothing at nowhere.zarr: expected a kernel"),
         (["STORE", "-o", "file/r.html"], "Nothing can be written below"),
         (["STORE", "--dtype", "float16"], "has no float16 kernel"),
         ([], "Missing argument 'PATHS...'"),

@@ -180,11 +180,17 @@ def test_a_gradual_switch_fades_the_last_task_out():
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"overlap": 1.5}, {"overlap": float("nan")}, {"frequency_shift": -0.1}, {"blend_steps": -1}, {"num_tasks": 0}],
+    ("settings", "match"),
+    [
+        ({"overlap": 1.5}, "`overlap` is 1.5: expected a fraction from 0 to 1. Is a percentage given"),
+        ({"overlap": float("nan")}, "`overlap` is nan"),
+        ({"frequency_shift": -0.1}, "`frequency_shift` is -0.1: expected a fraction from 0 to 1. Is the sign wrong"),
+        ({"blend_steps": -1}, "`blend_steps` is -1: expected 0 or more iterations. Is the sign wrong"),
+        ({"num_tasks": 0}, "`num_tasks` is 0: expected 1 or more. Are all tasks"),
+    ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings):
-    with pytest.raises(InputError, match="no such stream"):
+def test_settings_that_cannot_be_meant_are_refused(settings, match):
+    with pytest.raises(InputError, match=match):
         stream_of(**settings)
 
 

@@ -27,7 +27,7 @@ preset_options: Callable[[Function], Function] = stacked(
     ),
     click.option(
         "--config",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),
         metavar="FILE",
         help="Read settings from FILE.json, FILE.toml or FILE.yaml, or from the config.json of a run. "
         "Options override them.",

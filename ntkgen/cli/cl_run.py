@@ -6,12 +6,14 @@ from typing import Any
 import click
 
 from ntkgen.cli.cl_preset import chosen_runs, preset_options
+from ntkgen.cli.messages import note
 from ntkgen.cli.options import (
     POSITIVE,
     SEED,
     Command,
     FiniteRange,
     ManyOption,
+    WholeNumber,
     data_dir_option,
     device_option,
     dry_run_option,
@@ -53,8 +55,13 @@ _SETTINGS = [
     _setting("--class-order", "class_order", "natural, random, icarl, or labels separated by commas", metavar="ORDER"),
     _setting("--overlap", "overlap", "Fraction of each later task's classes that belong to the first task", type=float),
     _setting("--frequency-shift", "frequency_shift", "Change of the class proportions, 0 to 1", type=float),
-    _setting("--blend-steps", "blend_steps", "Iterations over which samples of the previous task fade out", type=int),
-    _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=int),
+    _setting(
+        "--blend-steps",
+        "blend_steps",
+        "Iterations over which samples of the previous task fade out",
+        type=WholeNumber(),
+    ),
+    _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=WholeNumber()),
     _setting(
         "--compatible-split", "compatible_split", "Hold out the same validation samples as continuum 1.2", is_flag=True
     ),
@@ -77,7 +84,7 @@ _SETTINGS = [
         "width",
         "Width of the network; several are one run per width and seed",
         cls=ManyOption,
-        type=click.IntRange(min=1),
+        type=WholeNumber(min=1),
         metavar="WIDTH...",
     ),
     _setting(
@@ -90,14 +97,19 @@ _SETTINGS = [
         type=click.Choice(CHOICES["head"]),
     ),
     _setting("--method", "method", "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc"),
-    _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=int),
+    _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=WholeNumber()),
     _setting(
         "--memory-kind",
         "memory",
         "How replay selects the samples that it keeps",
         type=click.Choice(["reservoir", "balanced"]),
     ),
-    _setting("--replay", "replay", "Samples of each earlier task per epoch, for replay-mixed and -two-pass", type=int),
+    _setting(
+        "--replay",
+        "replay",
+        "Samples of each earlier task per epoch, for replay-mixed and -two-pass",
+        type=WholeNumber(),
+    ),
     _setting("--exemplars", "exemplars", "How iCaRL chooses exemplars", type=click.Choice(["herding", "random"])),
     _setting(
         "--exemplar-rounding",
@@ -146,11 +158,11 @@ _SETTINGS = [
         "Keep the statistics of batch norm from the second epoch of each task on",
         is_flag=True,
     ),
-    _setting("--epochs", "epochs", "Epochs per task", type=int),
-    _setting("--bs", "batch_size", "Samples per iteration", type=int),
+    _setting("--epochs", "epochs", "Epochs per task", type=WholeNumber()),
+    _setting("--bs", "batch_size", "Samples per iteration", type=WholeNumber()),
     _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
     _setting("--augment", "augment", "Augment training images: for photographs a random crop and flip", is_flag=True),
-    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
+    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=WholeNumber()),
     _setting(
         "--probe-rule",
         "probe_rule",
@@ -190,7 +202,10 @@ _SETTINGS = [
         metavar="SCHEDULE",
     ),
     _setting(
-        "--dense", "dense", "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number", type=int
+        "--dense",
+        "dense",
+        "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number",
+        type=WholeNumber(),
     ),
 ]
 
@@ -207,7 +222,7 @@ def _with_settings(command: Any) -> Any:
 @click.option("--seeds", cls=ManyOption, type=SEED, metavar="SEED...", help="Seeds: one run per seed [0].")
 @click.option(
     "--workers",
-    type=click.IntRange(min=1),
+    type=WholeNumber(min=1),
     default=1,
     show_default=True,
     help="Number of runs side by side, each in a process of its own with its share of the threads.",
@@ -229,12 +244,14 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     sweep, preset = chosen_runs(options.pop("preset"), options.pop("compat"), options.pop("config"), options)
     start_process()
     from ntkgen.cli.cl_sweep import Session, show_plans, show_runs
-    from ntkgen.continual.plan import Plan, load_data
+    from ntkgen.continual.plan import Plan, load_data, remarks
     from ntkgen.continual.side_by_side import Job, require_possible
 
     data = load_data(sweep.settings, data_dir)
     plans = {name: Plan.of(settings, data) for name, settings in sweep.runs.items()}
     jobs = [Job(name, settings, out, data_dir, device) for name, settings in sweep.runs.items()]
+    for remark in dict.fromkeys(remark for plan in plans.values() for remark in remarks(plan)):
+        note(f"Note: {remark}")
     session = Session(sweep, preset, workers, as_json=as_json, quiet=quiet)
     if dry_run:
         show_plans(session, plans, device)

@@ -69,23 +69,34 @@ def _trained(session: Session, jobs: "Sequence[Job]", data: "Data") -> "Iterator
     from ntkgen.cli.progress import progress_bars
     from ntkgen.continual.side_by_side import train_in_turn, train_side_by_side
 
+    told: dict[str, str] = {}
     if session.workers == 1 or len(jobs) == 1:
         outcomes = train_in_turn(jobs, data, partial(progress_bars, quiet=session.quiet))
         for outcome in outcomes:
-            _complain(outcome, jobs)
+            _complain(outcome, jobs, told)
             yield outcome
         return
     done = []  # printed after the bars, which take what is printed meanwhile
     with progress_bars("", quiet=session.quiet) as report:
         for outcome in train_side_by_side(jobs, session.workers, report):
-            _complain(outcome, jobs)
+            _complain(outcome, jobs, told)
             done.append(outcome)
     yield from done
 
 
-def _complain(outcome: "Outcome", jobs: "Sequence[Job]") -> None:
-    if outcome.error is not None and len(jobs) > 1:
-        complain(f"{outcome.job.name}: {outcome.error}")
+def _complain(outcome: "Outcome", jobs: "Sequence[Job]", told: dict[str, str]) -> None:
+    """Print why a run failed. A reason that another run had before is not repeated.
+
+    Args:
+        outcome: The run.
+        jobs: All runs.
+        told: The first run of each reason.
+    """
+    if outcome.error is None or len(jobs) == 1:
+        return
+    name, reason = outcome.job.name, str(outcome.error)
+    complain(f"{name}: {reason}" if reason not in told else f"{name}: the same as {told[reason]}.")
+    told.setdefault(reason, name)
 
 
 def _show_run(session: Session, run: "RunReader", seconds: float) -> None:

@@ -109,7 +109,18 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-SEED = click.IntRange(0, 2**62)
+class WholeNumber(click.IntRange):
+    """A range of whole numbers."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read the number."""
+        try:
+            return int(super().convert(int(value), param, ctx))
+        except ValueError:
+            self.fail(f"{value!r} is not a whole number. Is it a name or a fraction? Write digits alone.", param, ctx)
+
+
+SEED = WholeNumber(0, 2**62)
 
 
 def aligned(lines: dict[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ import click
 
 from ntkgen.cli.analyze import Asked, shared_options
 from ntkgen.cli.options import Command, out_option
-from ntkgen.errors import InputError
+from ntkgen.errors import InputError, StoreError
 from ntkgen.units import human_bytes
 
 if TYPE_CHECKING:
@@ -63,11 +63,13 @@ def _are_runs(paths: Sequence[str], asked: Asked) -> bool:
 
     Raises:
         InputError: If only some are, or an option has no meaning for runs.
+        StoreError: If there is nothing at a path.
     """
     from ntkgen.continual.reading import is_run
 
     runs = [path for path in paths if is_run(path)]
     if not runs:
+        _require_content(paths)
         return False
     if len(runs) < len(paths):
         other = next(path for path in paths if path not in runs)
@@ -82,6 +84,23 @@ def _are_runs(paths: Sequence[str], asked: Asked) -> bool:
             "the path another one? Leave the option out."
         )
     return True
+
+
+def _require_content(paths: Sequence[str]) -> None:
+    """Require that there is something at each path: a kernel, or what the next error describes.
+
+    Raises:
+        StoreError: If there is nothing.
+    """
+    from ntkgen.files.place import folder_of
+
+    for path in paths:
+        folder = folder_of(path)
+        if not folder.has("zarr.json") and not folder.sizes():
+            raise StoreError(
+                f"There is nothing at {path}: expected a kernel that `ntkgen compute` has stored, or a run of `ntkgen "
+                "cl-run`, found no file. Is the path misspelt, or relative to another folder? Correct it."
+            )
 
 
 def _report_runs(paths: Sequence[str], file: "File", asked: Asked) -> None:

@@ -26,6 +26,11 @@ CHOICES = {
     "probe_rule": ("balanced", "first"),
     "probe_parts": ("train", "both"),
 }
+# Numbers that must be positive, and numbers that may also be 0.
+POSITIVE = (
+    "buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size", "probe_per_class",
+)  # fmt: skip
+NOT_NEGATIVE = ("weight_decay", "seed", "distillation", "penalty", "dense")
 # The width at which the lazy regime has the learning rate that was asked for.
 LAZY_WIDTH = 64
 
@@ -183,24 +188,12 @@ class RunSettings:
         """Check the settings.
 
         Raises:
-            InputError: If a number is not positive, or the lazy regime has no width.
+            InputError: If a number is too small, or the lazy regime has no width.
             UnknownNameError: If a name is unknown.
         """
         for name in ("class_order", "lr_milestones"):
             object.__setattr__(self, name, _frozen(getattr(self, name)))
-        positive = ["buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size"]
-        positive += ["probe_per_class"]
-        wrong = [f"`{name}` {getattr(self, name):g}" for name in positive if not getattr(self, name) > 0]
-        wrong += [
-            f"`{name}` {getattr(self, name):g}"
-            for name in ("weight_decay", "seed", "distillation", "penalty")
-            if getattr(self, name) < 0
-        ]
-        wrong += [f"`lr_milestones` {epoch}" for epoch in self.lr_milestones if not epoch > 0]
-        if wrong:
-            raise InputError(
-                f"There is no such run: found {wrong[0]}, expected positive numbers. Is a sign wrong? Correct it."
-            )
+        _require_numbers(self)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise UnknownNameError(f"`{name}`", getattr(self, name), known)
@@ -295,6 +288,29 @@ class RunSettings:
         if (self.width is None) != (other.width is None):
             differing.append(f"width {self.width}, now {other.width}")
         return differing
+
+
+def _require_numbers(settings: RunSettings) -> None:
+    """Require that no number is too small.
+
+    Raises:
+        InputError: If one is.
+    """
+    for name in (*POSITIVE, *NOT_NEGATIVE):
+        value = getattr(settings, name)
+        if value is None or value > 0 or (value == 0 and name in NOT_NEGATIVE):
+            continue
+        expected = "a number above 0" if name in POSITIVE else "0 or more"
+        question = "Was it meant to switch something off?" if value == 0 else "Is the sign wrong?"
+        raise InputError(
+            f"`{name}` is {value:g}: expected {expected}. {question} Give another number, or leave it out for the "
+            f"default, {getattr(RunSettings, name)}."
+        )
+    if early := [epoch for epoch in settings.lr_milestones if epoch < 1]:
+        raise InputError(
+            f"`lr_milestones` has the epoch {early[0]}: expected epochs after the first one, which is epoch 0. Was a "
+            "lower rate meant from the beginning? Give it as `learning_rate`."
+        )
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

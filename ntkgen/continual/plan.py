@@ -20,6 +20,7 @@ from ntkgen.continual.streams.tasks import IntArray, Stream
 from ntkgen.data import dataset
 from ntkgen.data.catalog import dataset_info
 from ntkgen.data.dataset import Dataset
+from ntkgen.units import counted
 
 # Mean and standard deviation that map [0, 1] to [−1, 1], for every number of channels.
 HALF = (0.5,)
@@ -133,6 +134,25 @@ def steps_per_epoch(plan: Plan) -> list[int]:
     """List the number of iterations per epoch of each task."""
     method = plan.method()
     return [len(cut(method.epoch_ids(task, 0), plan.settings)) for task in plan.stream.tasks]
+
+
+def remarks(plan: Plan) -> list[str]:
+    """List settings that never take effect, because the tasks are too short."""
+    settings, steps = plan.settings, max(steps_per_epoch(plan))
+    found, num_steps = [], settings.epochs * steps
+    length = f"{counted(num_steps, 'iteration')} in {counted(settings.epochs, 'epoch')}"
+    for name, schedule in (("kernels", settings.kernel_schedule), ("evaluations", settings.evaluation_schedule)):
+        if max(schedule.iterations or 0, (schedule.epochs or 0) * steps) > num_steps:
+            found.append(
+                f"The interval of `{name}` {schedule} never ends within a task: the longest task has {length}. Only "
+                "the ends of tasks are left of it. Was a shorter one meant?"
+            )
+    if late := [str(epoch) for epoch in settings.lr_milestones if epoch >= settings.epochs]:
+        found.append(
+            f"The learning rate never changes at `lr_milestones` {', '.join(late)}: a task has "
+            f"{counted(settings.epochs, 'epoch')}, counted from 0."
+        )
+    return found
 
 
 def describe(plan: Plan) -> dict[str, Any]:

@@ -17,8 +17,13 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Read names and values from a file. The ending of its name says how it is written.
 
     Raises:
-        InputError: If the file is damaged, or its name has another ending.
+        InputError: If the file is missing or damaged, or its name has another ending.
     """
+    if not file.is_file():
+        raise InputError(
+            f"There is no file {file}: expected settings, found {'a folder' if file.is_dir() else 'nothing'}. Is the "
+            "path misspelt, or relative to another folder? Correct it. A run has its settings in config.json."
+        )
     if file.suffix.lower() not in FORMATS:
         raise InputError(
             f"The settings in {file} cannot be read: expected a file whose name ends with one of {', '.join(FORMATS)}, "
