@@ -283,6 +283,13 @@ def changed(**change):
     return metrics
 
 
+def twice():
+    """The same width under the names of two splits."""
+    metrics = metrics_of(100)
+    metrics["MLP"]["CIFAR10"]["10-10-10"] = {"100": published()}
+    return metrics
+
+
 @pytest.mark.parametrize(
     ("value", "match"),
     [
@@ -291,7 +298,11 @@ def changed(**change):
         ({"MLP": {"CIFAR10": {"2-2-10": {"100": {"losses": []}}}}}, "expected the lists train_ntk_matrices"),
         (metrics_of(100, model="GPT"), "expected a model of mlp, nn, rnn, cnn, found GPT"),
         (metrics_of(100, dataset="SVHN"), "expected a data set of cifar10, cifar100, found SVHN"),
-        (metrics_of("wide"), "expected a width, found wide"),
+        (metrics_of("wide"), "expected a positive width, found wide"),
+        (metrics_of("0"), "expected a positive width, found 0"),
+        (twice(), "expected one run of each network, data set and width, found several that would be cifar10-mlp-fine"),
+        (changed(task_accuracies=[[50.0]]), "expected fractions from 0 to 1 at MLP"),
+        (changed(task_accuracies=[[-0.5]]), "expected fractions from 0 to 1 at MLP"),
         (changed(task_accuracies=[[0.5, 0.5]]), r"expected E \(T − t\) values"),
         (changed(task_accuracies=[]), r"expected E \(T − t\) values"),
         (changed(train_ntk_matrices=published()[TRAIN][:-1]), r"expected E \(T − t\) values"),
@@ -305,16 +316,19 @@ def test_other_contents_are_refused(tmp_path, value, match):
         read_published(written(tmp_path / "file.pkl", value))
 
 
-def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys):
-    assert command(["cl-import", str(tmp_path / "file.pkl"), "--out", str(tmp_path / "runs")]) == 2
+@pytest.mark.parametrize(("name", "found"), [("file.pkl", "found nothing"), ("", "found a folder")])
+def test_a_file_that_is_not_there_is_one_line(tmp_path, capsys, name, found):
+    assert command(["cl-import", str(tmp_path / name), "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: There is no file")
+    assert found in error
     assert error.count("\n") == 1
 
 
 def test_nothing_is_overwritten(imported, tmp_path, capsys):
-    file = written(tmp_path / "again.pkl", metrics_of(100))
+    file = written(tmp_path / "again.pkl", metrics_of(50, 100))
     before = (imported / "cifar10-mlp-finetune/width100/seed0/config.json").read_bytes()
     assert command(["cl-import", str(file), "--out", str(imported)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+    assert not (imported / "cifar10-mlp-finetune/width50").exists()
     assert (imported / "cifar10-mlp-finetune/width100/seed0/config.json").read_bytes() == before

@@ -32,12 +32,13 @@ def cl_import(file: Path, *, out: str, method: str | None, iterations_per_epoch:
     can run programs. This command reads numbers alone: a file that names anything else is refused, and nothing in it is
     run.
     """
-    from ntkgen.continual.importing import read_published, write_run
+    from ntkgen.continual.importing import read_published, require_empty, write_run
     from ntkgen.files.place import folder_of
 
     runs = read_published(file, method, iterations_per_epoch)
-    for run in runs:
-        folder = folder_of(out, fsync=False) / run.name
+    folders = [folder_of(out, fsync=False) / run.name for run in runs]
+    require_empty(folders)  # before the first run is written
+    for run, folder in zip(runs, folders, strict=True):
         write_run(run, folder, file)
         result: dict[str, Any] = {"run": str(folder), "tasks": run.num_tasks, "epochs": run.num_epochs}
         result |= {"kernels": run.num_tasks * run.num_epochs}

@@ -9,7 +9,8 @@ NaN. Iterations, labels, positions of samples, and losses were not recorded eith
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -112,7 +113,11 @@ def read_published(file: Path, method: str | None = None, iterations_per_epoch: 
         InputError: If it is not there, or holds something else.
     """
     if not file.is_file():
-        raise InputError(f"There is no file {file}: expected a pickle of published metrics. Is it misspelt? Check it.")
+        found = "a folder" if file.is_dir() else "nothing"
+        raise InputError(
+            f"There is no file {file}: expected a pickle of published metrics, found {found}. Is the path misspelt, or "
+            "that of the folder with the file? Give the path of the file."
+        )
     with file.open("rb") as opened:
         found = read_pickle(opened, str(file))
     check, runs = _Check(str(file)), []
@@ -126,7 +131,24 @@ def read_published(file: Path, method: str | None = None, iterations_per_epoch: 
                     runs.append(ImportedRun(settings, settings.epochs, *checked, iterations_per_epoch))
     if not runs:
         check.refuse("a run", "none")
+    if repeated := [name for name, count in Counter(run.name for run in runs).items() if count > 1]:
+        check.refuse("one run of each network, data set and width", f"several that would be {repeated[0]}")
     return runs
+
+
+def require_empty(folders: Iterable[Folder]) -> None:
+    """Require that there is no run at any of some places.
+
+    Raises:
+        InputError: If there is one.
+    """
+    for folder in folders:
+        if folder.has(CONFIG):
+            raise InputError(
+                f"There is a run at {folder}: expected an empty place, because nothing is overwritten. Was the file "
+                "imported before? Remove the folder, or choose another `out`."
+            )
+        folder.require_writable()
 
 
 def write_run(run: ImportedRun, folder: Folder, source: Path) -> None:
@@ -135,12 +157,7 @@ def write_run(run: ImportedRun, folder: Folder, source: Path) -> None:
     Raises:
         InputError: If there is a run already.
     """
-    if folder.has(CONFIG):
-        raise InputError(
-            f"There is a run at {folder}: expected an empty place, because nothing is overwritten. Was the file "
-            "imported before? Remove the folder, or choose another `out`."
-        )
-    folder.require_writable()
+    require_empty([folder])
     for name in ("run.zarr", "kernels.zarr"):
         (folder / name).clear()  # an import that was interrupted
     times = range(1, run.num_tasks * run.num_epochs + 1)
@@ -181,8 +198,8 @@ def _settings(
         check.refuse(f"a data set of {', '.join(DATASETS)}", names[1])
     if model not in MODELS:
         check.refuse(f"a model of {', '.join(MODELS)}", names[0])
-    if not width.isdecimal():
-        check.refuse("a width", width)
+    if not width.isdecimal() or not int(width):
+        check.refuse("a positive width", width)
     num_classes, preset, replay = DATASETS[dataset]
     num_tasks = len(checked[1])
     if num_classes % num_tasks:
@@ -226,6 +243,8 @@ class _Check:
         if not isinstance(value, Mapping) or any(not isinstance(value.get(name), list) for name in _LISTS):
             self.refuse(f"the lists {', '.join(_LISTS)} at {where}", str(list(value))[:80])
         accuracies = [self.numbers(each, 1, f"{where}, {ACCURACIES}") for each in value[ACCURACIES]]
+        if any((each < 0).any() or (each > 1).any() for each in accuracies):
+            self.refuse(f"fractions from 0 to 1 at {where}, {ACCURACIES}", "numbers outside")
         num_tasks = len(accuracies)
         num_epochs = len(accuracies[-1]) if accuracies else 0
         expected = [num_epochs * (num_tasks - task) for task in range(num_tasks)]
