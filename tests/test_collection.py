@@ -345,6 +345,15 @@ def test_settings_are_read_from_files(tmp_path, name, text):
     assert list(chosen_runs(None, None, file, {"width": (9,), "seeds": (5,)})[0].runs) == ["seed5"]
 
 
+def test_settings_may_have_the_names_of_their_options(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('lr = 0.1\nbs = 8\ntasks = 2\nmemory_kind = "balanced"\nlr-milestones = [1, 2]\nseeds = [3, 4]\n')
+    sweep, _ = chosen_runs(None, None, file, {"learning_rate": 0.2})
+    expected = RunSettings(learning_rate=0.2, batch_size=8, num_tasks=2, memory="balanced", lr_milestones=(1, 2))
+    assert sweep.settings == expected
+    assert sweep.seeds == (3, 4)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "found"),
     [
@@ -354,10 +363,14 @@ def test_settings_are_read_from_files(tmp_path, name, text):
         ("run.json", "[1]", "expected names with values, found list"),
         ("run.ini", "epochs=2", "found .ini"),
         ("run.json", '{"epoch": 2}', "Did you mean epochs"),
-        ("run.toml", 'epochs = "2"', "expected int, found '2'"),
-        ("run.yaml", "epochs: true", "expected int, found True"),
+        ("run.toml", 'epochs = "2"', 'expected a whole number, found "2"'),
+        ("run.yaml", "epochs: true", "expected a whole number, found true"),
         ("run.json", '{"seeds": ["0"]}', "--seeds has a value of the wrong kind"),
-        ("run.json", '{"class_order": [1, "a"]}', "class_order has a value of the wrong kind"),
+        ("run.json", '{"class_order": [1, "a"]}', 'expected a word or a list of whole numbers, found [1, "a"]'),
+        ("run.json", '{"lr_milestones": 3}', "expected a list of whole numbers, found 3"),
+        ("run.json", '{"task": 3}', "Did you mean tasks"),
+        ("run.json", '{"memory_kin": "balanced"}', "Did you mean memory_kind"),
+        ("run.json", '{"lr": 0.1, "learning_rate": 0.2}', "have learning_rate twice"),
     ],
 )
 def test_files_that_cannot_be_meant_are_refused_in_one_line(tmp_path, capsys, name, text, found):

@@ -1,5 +1,6 @@
 """The options `--preset`, `--compat` and `--config` of `ntkgen cl-run`, and what they print."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,8 +74,8 @@ def _listed(name: str, value: Any) -> tuple[int, ...] | None:
     values = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in values):
         raise InputError(
-            f"`{name}` has a value of the wrong kind: expected whole numbers that are not negative, found {value!r}. "
-            "Was a number written in quotes? Correct it."
+            f"`{name}` has a value of the wrong kind: expected whole numbers that are not negative, found "
+            f"{json.dumps(value, default=str)}. Was a number written in quotes? Correct it."
         )
     return tuple(values)
 

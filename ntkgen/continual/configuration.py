@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ CHOICES = {
     "probe_rule": ("balanced", "first"),
     "probe_parts": ("train", "both"),
 }
+# Settings whose options have other names, as they may also be written in a file.
+ALIASES = {"lr": "learning_rate", "bs": "batch_size", "memory_kind": "memory", "tasks": "num_tasks"}
 # Numbers that must be positive, and numbers that may also be 0.
 POSITIVE = (
     "buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size", "probe_per_class",
@@ -261,16 +264,16 @@ class RunSettings:
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=3)
+                close = difflib.get_close_matches(name, [*known, *ALIASES], n=3)
                 hint = f" Did you mean {' or '.join(close)}?" if close else ""
                 raise InputError(f"There is no setting {name!r} of a run.{hint} Known: {', '.join(known)}.")
         kinds = typing.get_type_hints(cls)
         for name, value in values.items():
             if not _is_of_kind(value, kinds[name]):
-                kind = str(getattr(known[name].type, "__name__", known[name].type)).replace(" | None", " or nothing")
                 raise InputError(
-                    f"The setting {name} has a value of the wrong kind: expected {kind}, found {value!r}. Was a number "
-                    "written in quotes, or a word without them? Correct it."
+                    f"The setting {name} has a value of the wrong kind: expected {_named(kinds[name])}, found "
+                    f"{json.dumps(value, default=str)}. Was a number written in quotes, or a word without them? "
+                    "Correct it."
                 )
         return cls(**values)
 
@@ -311,6 +314,19 @@ def _require_numbers(settings: RunSettings) -> None:
             f"`lr_milestones` has the epoch {early[0]}: expected epochs after the first one, which is epoch 0. Was a "
             "lower rate meant from the beginning? Give it as `learning_rate`."
         )
+
+
+def _named(kind: Any) -> str:
+    """Say in words which values a setting has.
+
+    >>> _named(int | None), _named(str | tuple[int, ...])
+    ('a whole number', 'a word or a list of whole numbers')
+    """
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_named(each) for each in typing.get_args(kind) if each is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return "a list of whole numbers"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from ntkgen.continual.configuration import ALIASES
 from ntkgen.errors import InputError
 
 # A number that YAML 1.2 reads as one, and the library, which follows YAML 1.1, as text.
@@ -43,7 +44,26 @@ def read_settings(file: Path) -> dict[str, Any]:
             "another file? Correct it."
         )
     is_of_run = {"settings", "facts"} <= values.keys() and isinstance(values["settings"], dict)
-    return values["settings"] if is_of_run else values
+    return values["settings"] if is_of_run else _renamed(values, file)
+
+
+def _renamed(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Give settings their own names. They may also be named as their options, such as ``lr`` or ``lr-milestones``.
+
+    Raises:
+        InputError: If a setting occurs under two names.
+    """
+    found: dict[str, Any] = {}
+    for written, value in values.items():
+        name = written.replace("-", "_")
+        name = ALIASES.get(name, name)
+        if name in found:
+            raise InputError(
+                f"The settings in {file} have {name} twice: expected one value, found {written} beside another name "
+                "of it. Are they parts of two files? Remove one of the two."
+            )
+        found[name] = value
+    return found
 
 
 def _parsed(text: str, suffix: str) -> Any:
