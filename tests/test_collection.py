@@ -21,6 +21,7 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.forecast import Forecast, forecast
 from ntkgen.continual.joining import joined
 from ntkgen.continual.learner import learn
+from ntkgen.continual.metrics.definitions import OF_ACCURACY
 from ntkgen.continual.metrics.spread import Spread
 from ntkgen.continual.plan import Plan, describe, load_data
 from ntkgen.continual.plots.overlay import draw_collection
@@ -177,6 +178,9 @@ def test_several_runs_are_analysed_together(trained, capsys):
     assert command(["cl-analyze", str(trained)]) == 0
     page = capsys.readouterr().out
     assert "width 8, 2 seeds" in page
+    titles = [line.strip() for line in page.splitlines()]
+    assert all(any(line.startswith(each.title) for line in titles) for each in OF_ACCURACY.values())
+    assert "centred alignment" in page
     assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f} [" in page
     last = [float(norms["values"][0][seed][-1]) for seed in SEEDS]
     (line,) = (line for line in page.splitlines() if line.split()[:2] == ["8", "1"])
@@ -192,7 +196,8 @@ def test_pictures_show_means_with_bands(trained):
     assert list(pictures) == ["accuracy-width8", "accuracy-width16", "average-accuracy", "norm", "distance", "velocity"]
     accuracy = 100 * runs.accuracy.sel(width=8).values
     (line,) = (line for line in pictures["accuracy-width8"].axes[0].lines if line.get_label() == "task 0")
-    assert line.get_ydata() == pytest.approx(accuracy[:, :, 0].mean(0))
+    assert line.get_ydata() == pytest.approx(accuracy[:, 1:, 0].mean(0))  # the first evaluation is before its training
+    assert pictures["norm"].axes[0].get_ylabel() == "‖K‖$_F$ of the whole probe"
     norms = runs.kernel_metrics().frobenius_norm.values
     lines = {line.get_label(): line for line in pictures["norm"].axes[0].lines}
     assert lines["width 8"].get_ydata() == pytest.approx(norms[0].mean(0))

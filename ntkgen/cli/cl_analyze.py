@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 # Columns of the printed table of kernels, with their titles.
 COLUMNS = {
     "frobenius_norm": "norm",
-    "largest": "largest",
-    "smallest": "smallest",
+    "largest": "λ₁",
+    "smallest": "λ_N",
     "condition_bound": "condition ≥",
     "effective_rank": "eff. rank",
     "distance": "distance",
-    "centred_alignment": "alignment",
+    "centred_alignment": "centred alignment",
     "leave_one_out_accuracy": "regression",
 }
 # Those of the table of several runs.
@@ -148,14 +148,19 @@ def _kernel_lines(kernels: dict[str, Any], num_finished: int) -> list[str]:
     """Write the metrics of the first kernel and of those at the ends of the finished tasks."""
     trained = kernels["trained_task"]
     ends = [max(time for time, task in enumerate(trained) if task == end) for end in range(num_finished)]
-    count, titles = len(trained), "".join(f"{title:>12}" for title in COLUMNS.values())
+    widths = [max(11, len(title) + 2) for title in COLUMNS.values()]
+    count, titles = len(trained), _cells(list(COLUMNS.values()), widths)
     lines = [f"  kernels: the first one, and at the end of each task; {count:,} are recorded, and --json prints all"]
     lines.append(f"  {'task':>4}{'iteration':>11}{titles}")
     for task, time in enumerate([0, *ends], -1):
         found = [kernels[name][time] for name in COLUMNS]
-        cells = "".join(f"{'–' if value is None else format(value, '.4g'):>12}" for value in found)
+        cells = _cells(["–" if value is None else format(value, ".4g") for value in found], widths)
         lines.append(f"  {'–' if task < 0 else task:>4}{kernels['iteration'][time]:>11,}{cells}")
     return lines
+
+
+def _cells(texts: list[str], widths: list[int]) -> str:
+    return "".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
 
 
 def _lazy_line(kernels: dict[str, Any]) -> str | None:

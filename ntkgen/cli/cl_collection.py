@@ -28,6 +28,7 @@ def summary(runs: "RunCollection") -> list[dict[str, Any]]:
 
 def summary_page(runs: "RunCollection") -> list[str]:
     """Write a table with a row per metric and a column per width."""
+    from ntkgen.continual.metrics.definitions import OF_ACCURACY
     from ntkgen.continual.metrics.spread import spreads_by_width
 
     found = spreads_by_width(runs)
@@ -38,16 +39,17 @@ def summary_page(runs: "RunCollection") -> list[str]:
         names = dict.fromkeys(name for _, _, spreads in found for name in spreads[kind])
         for name in names:
             cells = [_cell(spreads[kind].get(name)) for _, _, spreads in found]
-            lines.append(f"    {name.replace('_', ' '):<30}" + "".join(f"{cell:<{COLUMN}}" for cell in cells))
+            lines.append(f"    {OF_ACCURACY[name].title:<30}" + "".join(f"{cell:<{COLUMN}}" for cell in cells))
     return [line.rstrip() for line in lines + _left_out(runs)]
 
 
 def kernel_page(runs: "RunCollection", measured: "xarray.Dataset", names: Sequence[str]) -> list[str]:
     """Write a table of kernel metrics at the end of each task, with a row per width and task."""
+    from ntkgen.continual.metrics.definitions import OF_KERNELS
     from ntkgen.continual.metrics.spread import Spread, spreads_by_width
 
     lines = ["  kernels at the end of each task, mean ± standard deviation"]
-    lines.append(f"    {'width':<10}{'task':<6}" + "".join(f"{name.replace('_', ' '):<22}" for name in names))
+    lines.append(f"    {'width':<10}{'task':<6}" + "".join(f"{OF_KERNELS[name].title:<22}" for name in names))
     for width, seeds, _ in spreads_by_width(runs):
         several = {"width": width} if "width" in measured.dims else {}
         members = [measured.sel({**several, "seed": seed}) for seed in seeds]

@@ -46,7 +46,7 @@ class Timeline:
         return cls(np.array([0.0, *ends[:-1]]), ends[-1], run.num_tasks)
 
     def since(self, epochs: FloatArray, task: int) -> npt.NDArray[np.bool_]:
-        """Select the times after the beginning of a task. Its first point is that of its first evaluation."""
+        """Select the times after the beginning of the training on a task, at which it has learned nothing yet."""
         return epochs > self.starts[task] if task < len(self.starts) else np.zeros(len(epochs), np.bool_)
 
     def settle(self, panels: "Sequence[Axes]") -> None:

@@ -68,7 +68,7 @@ def draw_norm(run: RunReader, parts: "Mapping[str, xarray.Dataset]") -> Picture:
             timeline.draw_tasks(panel, kernels.epoch.values, np.asarray(kernels.task_frobenius_norm.values))
             panel.set(title=f"On {PARTS[part]} samples" if len(parts) > 1 else "")
             _scale(panel)
-        axes[0].set(ylabel="‖K‖ of the task's probe")
+        axes[0].set(ylabel="‖K‖$_F$ of the task's probe")
         timeline.settle(axes)
         timeline.key(axes)
     norms = parts["train"].frobenius_norm.values

@@ -1,4 +1,4 @@
-"""The pictures of several runs: means over seeds with their spread as bands, and widths in one picture."""
+"""The pictures of several runs: means over seeds with their spread as bands, most of them for all widths."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +20,12 @@ OPACITY = 0.22
 
 
 def draw_collection(runs: RunCollection) -> list[Picture]:
-    """Draw all pictures of runs of several seeds and widths: the accuracy per task, and all widths in one picture."""
+    """Draw all pictures of several runs: the accuracy per task for each width, and the others with all widths."""
     kernels = runs.kernel_metrics()
     return [
         *(draw_tasks(runs, width) for width in runs.widths if _seeds(runs, width)),
         draw_average(runs),
-        draw_overlay(runs, kernels, ("norm", "Norm of the kernel", "‖K‖_F of the whole probe", "frobenius_norm")),
+        draw_overlay(runs, kernels, ("norm", "Norm of the kernel", "‖K‖$_F$ of the whole probe", "frobenius_norm")),
         draw_overlay(runs, kernels, ("distance", "Distance from the first kernel", "1 − cosine", "distance")),
         draw_overlay(runs, kernels, ("velocity", "Velocity of the kernel", "distance per iteration", "velocity")),
     ]
@@ -43,7 +43,7 @@ def draw_tasks(runs: RunCollection, width: int | None) -> Picture:
         ):
             values = 100 * np.asarray(data[name].transpose("seed", "evaluation", "task").values)
             for task, start in enumerate(starts):
-                since = iterations >= start
+                since = iterations > start  # as the pictures of one run: what a task has learned
                 style = _style(task, len(starts), int(since.sum()))
                 _draw_band(panel, iterations[since], values[:, since, task], f"task {task}", style)
             _mark(panel, starts)
