@@ -19,7 +19,7 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix
 from ntkgen.continual.metrics.confusion import class_accuracy, total_accuracy
-from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_KERNELS
+from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_COURSES, OF_KERNELS, OF_PREDICTIONS
 from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.network import fitting_network, require_fitting
 from ntkgen.continual.plan import Data, Plan, describe
@@ -451,7 +451,9 @@ def test_a_run_that_was_begun_without_confusion_matrices_goes_on(finished, tmp_p
 def test_the_command(tmp_path, capsys):
     line = ["cl-run", "--split", "5/5", "--model", "logistic", "--epochs", "1", "--kernels", "task", "--dense", "0"]
     assert command([*line, "--dry-run", "--out", str(tmp_path / "r")]) == 0
-    assert "2 tasks, 52 iterations" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 tasks, 52 iterations" in out
+    assert "  evaluated on validation samples, because the data set has no test split\n" in out
     assert not (tmp_path / "r").exists()
     assert command([*line, "--seeds", "3", "4", "--json", "--out", str(tmp_path / "r")]) == 0
     *results, whole = (json.loads(text) for text in capsys.readouterr().out.splitlines())
@@ -474,6 +476,8 @@ def test_a_run_is_analysed_from_what_is_stored(finished, capsys):
     assert f"{run.matrix().average_accuracy:.3f}" in page[2]
     assert page[-1].split()[:3] == ["2", "24", f"{norms[-1]:.4g}"]
     assert max(map(len, page)) <= 120
+    assert "  evaluated on validation samples, because the data set has no test split" in page
+    assert "  seen accuracy after each task: " in "\n".join(page)
     assert command(["cl-analyze", str(finished / "models")]) == 2
     assert "There is no run at" in capsys.readouterr().err
 
@@ -550,6 +554,9 @@ def test_every_metric_is_defined(finished):
     run = open_run(finished)
     numbers = {name for name, value in run.metrics()["class_incremental"].items() if not isinstance(value, list)}
     assert numbers == set(OF_ACCURACY)
+    courses = {name for name in run.metrics()["class_incremental"] if name in OF_COURSES}
+    assert courses | {"class_accuracy"} == set(OF_COURSES) <= courses | set(run.metrics())
+    assert set(OF_PREDICTIONS) <= {str(name) for name in run.predicted_forgetting().data_vars}
     measured = {str(name) for name in run.kernel_metrics().data_vars if not str(name).startswith("task_")}
     assert measured == set(OF_KERNELS) - {"held_out_accuracy"}
 
@@ -576,7 +583,9 @@ def test_a_page_of_a_run_has_its_metrics_and_pictures(finished, tmp_path, capsys
     text, run = page.read_text(), open_run(finished)
     assert text.count("<img ") == len(KINDS) - len(result["left_out"])
     assert f'data-value="{run.matrix().forgetting!r}"' in text
-    assert all(definition.title in text for definition in OF_ACCURACY.values())
+    shown = (OF_ACCURACY, OF_COURSES, OF_PREDICTIONS)
+    assert [name for found in shown for name, definition in found.items() if definition.title not in text] == []
+    assert "All are measured on validation samples, because the data set has no test split." in text
     assert f"--config {finished}/config.json --seeds 0" in text
 
 
@@ -611,6 +620,10 @@ def test_pictures_show_what_is_stored(finished, tmp_path, capsys):
     seen = pictures["progress"].axes[0].lines[0]
     assert seen.get_xdata().tolist() == [2, 4, 6]
     assert seen.get_ydata().tolist() == (100 * run.matrix().seen_accuracy).tolist()
+    assert [axes.get_xlabel() for axes in pictures["forgetting"].axes] == [
+        "predicted × scale",
+        "of the predicted change × scale, nats",
+    ]
     assert pictures["forgetting"].axes[1].lines[0].get_ydata()[0] == run.predicted_forgetting().loss_increase[1, 0]
     assert command(["cl-plot", str(finished), "-o", str(tmp_path / "plots"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

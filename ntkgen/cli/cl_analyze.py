@@ -96,6 +96,7 @@ def _show_collection(place: str, runs: "RunCollection", measured: "xarray.Datase
 def _analysed(place: str, run: "RunReader", kernels: "xarray.Dataset") -> dict[str, Any]:
     return {
         "run": place,
+        "evaluated_on": run.evaluated_on,
         **run.metrics(),
         "kernels": _kernels(kernels),
         "predicted_forgetting": _predicted(run),
@@ -121,7 +122,7 @@ def _predicted(run: "RunReader") -> dict[str, Any]:
 
 
 def _page(result: dict[str, Any]) -> str:
-    from ntkgen.continual.metrics.definitions import OF_ACCURACY
+    from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_COURSES
 
     kinds = [kind for kind in ("class_incremental", "task_incremental") if kind in result]  # imported runs have one
     lines = [result["run"], " " * 34 + "".join(f"{kind.replace('_', '-'):>18}" for kind in kinds)]
@@ -129,8 +130,10 @@ def _page(result: dict[str, Any]) -> str:
     for name, definition in OF_ACCURACY.items():
         cells = "".join(f"{'–' if found[name] is None else format(found[name], '.3f'):>18}" for found in scores)
         lines.append(f"  {definition.title:<32}{cells}")
-    for title, name in (("all classes so far", "seen_accuracy"), ("the new task", "new_task_accuracy")):
-        lines.append(f"  accuracy on {title} after each task: {' '.join(f'{value:.2f}' for value in scores[0][name])}")
+    for name in ("seen_accuracy", "new_task_accuracy"):
+        values = " ".join(f"{value:.2f}" for value in scores[0][name])
+        lines.append(f"  {OF_COURSES[name].title} after each task: {values}")
+    lines.append(f"  evaluated on {result['evaluated_on']}")
     if line := _prediction_line(result["predicted_forgetting"]):
         lines.append(line)
     if line := _lazy_line(result["kernels"]):

@@ -40,6 +40,7 @@ def summary_page(runs: "RunCollection") -> list[str]:
         for name in names:
             cells = [_cell(spreads[kind].get(name)) for _, _, spreads in found]
             lines.append(f"    {OF_ACCURACY[name].title:<30}" + "".join(f"{cell:<{COLUMN}}" for cell in cells))
+    lines.append(f"  evaluated on {next(iter(runs.runs.values())).evaluated_on}")
     return [line.rstrip() for line in lines + _left_out(runs)]
 
 

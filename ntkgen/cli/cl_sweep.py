@@ -149,6 +149,7 @@ def _plan_page(described: dict[str, Any]) -> str:
     for task in described["tasks"]:
         counts = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
         lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {counts}")
+    lines.append(f"  evaluated on {described['evaluated_on']}")
     seconds = {name: human_seconds(value) for name, value in described["projected_seconds"].items()}
     sizes = {name: human_bytes(value) for name, value in described["bytes"].items()}
     probe = f"{described['measured']['measured_probe']:,} of {described['probe_samples']:,}"

@@ -54,7 +54,7 @@ class Comparison:
         for title, values in (("this run", self.seen), ("published", self.published.seen)):
             if self.published.seen:
                 found = " ".join(f"{value:.3f}" for value in values)
-                lines.append(f"  accuracy on classes seen so far, {title}: {found}")
+                lines.append(f"  seen accuracy after each task, {title}: {found}")
         if self.differences:
             lines.append(f"  not comparable: {'; '.join(self.differences)}")
         return lines

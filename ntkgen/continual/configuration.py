@@ -214,6 +214,12 @@ class RunSettings:
         others = {name: getattr(self, name) for name in names}
         return StreamSettings(Split.parse(self.split), self.class_order, **others)
 
+    def evaluated_on(self, *, has_test_split: bool) -> str:
+        """Say on which samples the tasks are evaluated."""
+        if has_test_split and self.evaluate_on == "test":
+            return "test samples"
+        return "validation samples" + ", because the data set has no test split" * (self.evaluate_on == "test")
+
     @property
     def step_size(self) -> float:
         """The learning rate of the optimizer at the beginning.

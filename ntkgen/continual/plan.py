@@ -167,6 +167,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "tasks": stream.describe(),
         "iterations": settings.epochs * sum(steps),
         "evaluations": looks,
+        "evaluated_on": settings.evaluated_on(has_test_split=plan.data.test is not None),
         "kernels": kernels,
         "probe_samples": len(plan.probe.ids),
     }

@@ -110,6 +110,11 @@ class RunReader:
         return np.array([sizes[test] if test in sizes else sizes.get(other, 1) for test, other in names], np.int64)
 
     @property
+    def evaluated_on(self) -> str:
+        """The samples on which the tasks are evaluated, in words."""
+        return self.settings.evaluated_on(has_test_split="test_of_0" in self.evaluations.sizes)
+
+    @property
     def confusion(self) -> npt.NDArray[np.int64] | None:
         """Confusion matrix at the end of each finished task, (ends, targets, targets); None if none was recorded."""
         data = self.evaluations

@@ -13,7 +13,7 @@ from ntkgen.analysis.report.page import write_page
 from ntkgen.analysis.report.reproduce import citation
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.metrics.confusion import class_accuracy
-from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_KERNELS, Definition
+from ntkgen.continual.metrics.definitions import OF_ACCURACY, OF_COURSES, OF_KERNELS, OF_PREDICTIONS, Definition
 from ntkgen.continual.metrics.spread import spreads_by_width
 from ntkgen.continual.plots.draw import draw_run
 from ntkgen.continual.plots.overlay import draw_collection
@@ -26,10 +26,7 @@ LEAD = (
     "training on fixed samples, the probe. The Jacobian J has the derivatives of the network’s outputs on these "
     "samples with respect to its parameters."
 )
-SCORES = (
-    "Class-incremental scores choose among all outputs, task-incremental scores among the outputs of the task. All are "
-    "measured on held-out samples."
-)
+SCORES = "Class-incremental scores choose among all outputs, task-incremental scores among the outputs of the task."
 WORST = "The lowest accuracies are those of the recorded evaluations; between two of them the accuracy may be lower."
 KINDS_OF_SCORES = ("class-incremental", "task-incremental")
 # Metrics of kernels in the table of the ends of the tasks.
@@ -38,7 +35,7 @@ SHOWN = (
     "centred_alignment", "lazy_error_from_start", "leave_one_out_accuracy", "held_out_accuracy",
 )  # fmt: skip
 # Pictures by the section in which they stand.
-OF_MATRIX, OF_COURSES = ("matrix", "confusion"), ("accuracy", "loss", "progress")
+WITH_MATRIX, WITH_ACCURACY = ("matrix", "confusion"), ("accuracy", "loss", "progress")
 
 
 @dataclass(frozen=True)
@@ -82,14 +79,20 @@ def _of_run(run: RunReader) -> tuple[list[Section], dict[str, str]]:
     sections = [
         Section("Tasks", [_tasks(run)]),
         Section(
-            "Accuracy", [Paragraph(SCORES), _scores(run), Paragraph(WORST, "soft"), *_figures(pictures, OF_COURSES)]
+            "Accuracy",
+            [Paragraph(_about_scores(run)), _scores(run), Paragraph(WORST, "soft"), *_figures(pictures, WITH_ACCURACY)],
         ),
-        Section("Accuracy matrix", [_matrix(run), *_figures(pictures, OF_MATRIX), *_classes(run)]),
+        Section("Accuracy matrix", [_matrix(run), *_figures(pictures, WITH_MATRIX), *_classes(run)]),
         Section("Kernel", [*_kernels(run), *_others(pictures), *missing]),
         Section("Settings", [Facts(run.settings.to_json(), "settings")]),
         _repeat([run], run),
     ]
     return sections, left_out
+
+
+def _about_scores(run: Run) -> str:
+    first = run if isinstance(run, RunReader) else next(iter(run.runs.values()))
+    return f"{SCORES} All are measured on {first.evaluated_on}."
 
 
 def _tasks(run: RunReader) -> Table:
@@ -117,7 +120,7 @@ def _scores(run: RunReader) -> Table:
 
 def _matrix(run: RunReader) -> Table:
     found = run.matrix()
-    columns = ("after task", *(f"task {task}" for task in range(run.num_tasks)), "all classes so far")
+    columns = ("after task", *(f"task {task}" for task in range(run.num_tasks)), OF_COURSES["seen_accuracy"].title)
     rows = [
         [task, *(float(value) for value in row), float(seen)]
         for task, (row, seen) in enumerate(zip(found.values, found.seen_accuracy, strict=True))
@@ -167,7 +170,7 @@ def _figures(pictures: dict[str, Picture], kinds: Sequence[str]) -> list[Figure]
 
 
 def _others(pictures: dict[str, Picture]) -> list[Figure]:
-    return [Figure(picture) for kind, picture in pictures.items() if kind not in {*OF_MATRIX, *OF_COURSES}]
+    return [Figure(picture) for kind, picture in pictures.items() if kind not in {*WITH_MATRIX, *WITH_ACCURACY}]
 
 
 # several runs ---------------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def _of_collection(runs: RunCollection) -> tuple[list[Section], dict[str, str]]:
         for row, (kind, name) in zip(rows, _KEYS, strict=True):
             row.append(str(found.get(kind.replace("-", "_"), {}).get(name, "–")))
     listed = [[run.settings.seed, run.settings.width, run.num_finished, _average(run)] for run in runs.runs.values()]
-    words = f"{SCORES} The table has mean ± standard deviation over the seeds."
+    words = f"{_about_scores(runs)} The table has mean ± standard deviation over the seeds."
     sections = [
         Section("Accuracy", [Paragraph(words), Table(columns, rows, "metrics of accuracy")]),
         Section("Pictures", [Figure(picture) for picture in draw_collection(runs)]),
@@ -208,7 +211,9 @@ def _overview(runs: Sequence[Run], names: Sequence[str]) -> Section:
         means = [None if None in column else float(np.mean(column)) for column in values]
         rows.append([name, len(members), *means])
     columns = ("run", "seeds and widths", *(definition.title for definition in OF_ACCURACY.values()))
-    return Section("Overview", [Paragraph(SCORES), Table(columns, rows, "runs")])
+    return Section(
+        "Overview", [Paragraph(f"{SCORES} All are measured on held-out samples."), Table(columns, rows, "runs")]
+    )
 
 
 # the end of each page -------------------------------------------------------------------------------------------------
@@ -222,7 +227,11 @@ def _definitions() -> Section:
     )
     tables = [
         Table.of(found.values(), _COLUMNS, title)
-        for title, found in (("metrics of accuracy", OF_ACCURACY), ("metrics of kernels", OF_KERNELS))
+        for title, found in (
+            ("metrics of accuracy", {**OF_ACCURACY, **OF_COURSES}),
+            ("metrics of kernels", OF_KERNELS),
+            ("predicted forgetting", OF_PREDICTIONS),
+        )
     ]
     return Section("Definitions", [Paragraph(words), *tables])
 

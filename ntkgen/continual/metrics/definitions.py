@@ -47,6 +47,40 @@ OF_ACCURACY = {
     ),
 }
 
+# Accuracies after each task.
+OF_COURSES = {
+    "seen_accuracy": Definition(
+        "seen accuracy", "accuracy on the held-out samples of all tasks so far, class-incremental, after each task"
+    ),
+    "new_task_accuracy": Definition("new-task accuracy", "R[i, i] after each task i"),
+    "class_accuracy": Definition(
+        "accuracy of a class", "part of its held-out samples that are predicted as this class"
+    ),
+}
+
+# f are the outputs on the probe samples of the tasks before a new task, and Δf is their change while it is trained.
+OF_PREDICTIONS = {
+    "predicted_change": Definition(
+        "predicted change",
+        "Δf̂, the integral of −K_ab g_b over the recorded times of the new task b, where g_b is the gradient of the "
+        "mean loss on the probe samples of b with respect to their outputs",
+        "Jacot, Gabriel, Hongler 2018, arXiv:1806.07572",
+    ),
+    "cosine": Definition("cosine", "⟨Δf̂, Δf⟩ / (‖Δf̂‖ ‖Δf‖) of the predicted and the true change"),
+    "norm_ratio": Definition("ratio of norms", "‖Δf̂‖ / ‖Δf‖"),
+    "scale": Definition("scale", "⟨Δf̂, Δf⟩ / ‖Δf̂‖², the factor with which the predicted change fits best"),
+    "num_modes": Definition(
+        "number of modes",
+        "leading eigenvectors of K_bb that give the predicted change up to a tenth of its squared norm",
+    ),
+    "loss_increase": Definition(
+        "increase of the loss", "that of the mean loss on the probe samples of a task, in nats"
+    ),
+    "predicted_loss_increase": Definition(
+        "predicted increase of the loss", "the same if the outputs change by scale × predicted change"
+    ),
+}
+
 # K is the kernel of the training samples of the probe, with N rows and the eigenvalues λ₁ ≥ … ≥ λ_N.
 OF_KERNELS = {
     "frobenius_norm": Definition("norm", "‖K‖_F"),

@@ -197,9 +197,10 @@ def draw_progress(run: RunReader) -> Picture:
         for panel, ticks in zip(axes, (classes, tasks), strict=True):
             panel.set(ylim=(-3, 103), xticks=ticks[:: -(-len(ticks) // 10)])
         legend(axes[0])
+    mean = 100 * np.mean(run.matrix().seen_accuracy)
     caption = (
-        "Accuracy on the held-out samples after each task: on those of all tasks so far, and on those of the new task. "
-        f"The mean over the tasks of the left curve is {100 * np.mean(run.matrix().seen_accuracy):.1f} %."
+        "Accuracy on the held-out samples after each task: on those of all tasks so far (seen accuracy), and on those "
+        f"of the new task (new-task accuracy). The mean over the tasks of the left curve is {mean:.1f} %."
     )
     return Picture("progress", "Incremental accuracy", caption, figure)
 

@@ -40,8 +40,8 @@ def draw_forgetting(run: RunReader) -> Picture | None:
             if not np.isnan(row).all():
                 style = {**(LINES[new] if are_few else LINES[0]).style(1), "linestyle": ""}
                 axes[1].plot(column, row, label=f"task {found.new_task.values[new]}", **style)
-        axes[0].set(title="Change of outputs", xlabel="predicted × fitted scale", ylabel="true")
-        axes[1].set(title="Increase of the loss", xlabel="predicted, nats", ylabel="true, nats")
+        axes[0].set(title="Change of outputs", xlabel="predicted × scale", ylabel="true")
+        axes[1].set(title="Increase of the loss", xlabel="of the predicted change × scale, nats", ylabel="true, nats")
         for panel in axes:
             _draw_equality(panel)
         if are_few:
@@ -49,8 +49,9 @@ def draw_forgetting(run: RunReader) -> Picture | None:
     cosines = ", ".join(f"{cosine:.2f}" for cosine in found.old_cosine.values if np.isfinite(cosine))
     caption = (
         "What the kernel predicts to first order for the probe samples of old tasks while a new task is learned, and "
-        f"what has happened. On the dashed line both are equal. The cosines for the new tasks are {cosines}. The "
-        f"kernel is {found.attrs['kernel']}."
+        "what has happened. In both panels the predicted change is multiplied by the scale that fits best, one number "
+        "for each new task; the increase of the loss follows from it. On the dashed line both are equal. The cosines "
+        f"for the new tasks are {cosines}. The kernel is {found.attrs['kernel']}."
     )
     return Picture("forgetting", "Predicted forgetting", caption, figure)
 
