@@ -4,7 +4,7 @@
 #
 #     scripts/reproduce_reactivation.sh [FOLDER]      # default: runs/reactivation
 #
-# Without a GPU it takes about two hours on two quiet cores: 20 minutes without the convolutional network. It may be
+# Without a GPU it takes about an hour and a half on two cores: half an hour without the convolutional network. It may be
 # interrupted at any time; the same command continues. THREADS sets the threads of each run.
 # RUNS selects lines of the list below, for example RUNS="mlp-100 ntk-rnn-100".
 set -euo pipefail
