@@ -457,6 +457,12 @@ def test_kernels_made_elsewhere_say_how_far_they_are_known(tmp_path):
     assert reproduce.recipe_of(imported).commands[0].startswith("ntkgen import k.bin --samples 7 --outputs 1")
 
 
+def test_the_readme_has_the_citation_of_the_pages():
+    lines = reproduce.citation()
+    program = "\n".join(lines[: lines.index("}") + 1])
+    assert f"\n{program}\n" in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
 def test_a_citation_names_the_kernel_and_the_paper(stored):
     lines = "\n".join(reproduce.citation(stored[0]))
     assert stored[0].manifest.fingerprint[:16] in lines

@@ -195,9 +195,10 @@ def test_a_dry_run_prints_the_configuration_of_a_preset(tmp_path, capsys):
     assert [settings[name] for name in ("epochs", "batch_size", "normalise", "width")] == [4, 8, "dataset", 1000]
     assert dry(*line, "--compat", "published", "--no-freeze-batch-norm") == 0
     page = capsys.readouterr().out
-    assert "probe_rule first (on)" in page
-    assert "freeze_batch_norm True (off)" in page
-    assert "learning_rate 0.001" in page
+    assert "probe rule first (as published)" in page
+    assert "freeze batch norm yes (published, not used)" in page
+    assert "Settings: " in page
+    assert "; learning rate 0.001; " in page
 
 
 @pytest.mark.parametrize(

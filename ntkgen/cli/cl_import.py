@@ -8,6 +8,7 @@ import click
 
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, json_option, out_option
+from ntkgen.units import counted
 
 
 @click.command("cl-import", cls=Command)
@@ -42,5 +43,6 @@ def cl_import(file: Path, *, out: str, method: str | None, iterations_per_epoch:
         write_run(run, folder, file)
         result: dict[str, Any] = {"run": str(folder), "tasks": run.num_tasks, "epochs": run.num_epochs}
         result |= {"kernels": run.num_tasks * run.num_epochs}
-        page = "{run}: {tasks} tasks of {epochs} epochs, {kernels} kernels".format_map(result)
+        tasks = f"{counted(run.num_tasks, 'task')} of {counted(run.num_epochs, 'epoch')}"
+        page = f"{folder}: {tasks}, {counted(result['kernels'], 'kernel')}"
         show(json.dumps(result) if as_json else page)

@@ -11,7 +11,7 @@ from ntkgen.cli.options import Function, stacked
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.presets import PRESETS, Preset, preset_of
 from ntkgen.continual.settings_file import read_settings
-from ntkgen.continual.sweep import Sweep
+from ntkgen.continual.sweep import Sweep, in_words
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,15 +97,16 @@ def _order(text: str) -> str | tuple[int, ...]:
         ) from error
 
 
-def preset_page(preset: Preset | None, settings: RunSettings) -> str:
-    """List all settings, and describe the preset and which of its quirks they have."""
-    lines = ["settings: " + ", ".join(f"{name} {value}" for name, value in settings.to_json().items())]
+def settings_page(sweep: Sweep, preset: Preset | None) -> str:
+    """List the settings that differ from the defaults, and describe the preset and which of its quirks are on."""
+    lines = [f"Settings: {'; '.join(sweep.changed())}. The others have their defaults."]
     if preset is None:
         return lines[0]
-    lines += [f"preset {preset.name}: {preset.source}. {preset.note}"]
-    for quirk in preset.quirks_of(settings.method):
-        is_on = "on" if getattr(settings, quirk.setting) == quirk.value else "off"
-        lines.append(f"  {quirk.setting} {quirk.value} ({is_on}): {quirk.source}")
+    lines.append(f"Preset {preset.name}: {preset.source}. {preset.note}")
+    for quirk in preset.quirks_of(sweep.settings.method):
+        is_on = getattr(sweep.settings, quirk.setting) == quirk.value
+        name = f"{quirk.setting.replace('_', ' ')} {in_words(quirk.value)}"
+        lines.append(f"  {name} ({'as published' if is_on else 'published, not used'}): {quirk.source}")
     return "\n".join(lines)
 
 

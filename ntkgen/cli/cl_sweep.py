@@ -7,12 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ntkgen.cli.cl_collection import summary, summary_page
-from ntkgen.cli.cl_preset import compared, preset_page
+from ntkgen.cli.cl_preset import compared, settings_page
 from ntkgen.cli.messages import complain, show
 from ntkgen.continual.presets import Preset
 from ntkgen.continual.sweep import Sweep
 from ntkgen.errors import NtkgenError
-from ntkgen.units import human_bytes, human_seconds
+from ntkgen.units import counted, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from ntkgen.continual.plan import Data, Plan
@@ -44,7 +44,7 @@ def show_runs(session: Session, jobs: "Sequence[Job]", data: "Data") -> int:
     from ntkgen.files.place import folder_of
 
     if not session.as_json:
-        show(f"Settings: {'; '.join(session.sweep.changed())}. The others have their defaults.")
+        show(settings_page(session.sweep, None))
     out = folder_of(jobs[0].out, fsync=False)
     finished: dict[tuple[int | None, int], RunReader] = {}
     failed: list[BaseException] = []
@@ -108,7 +108,7 @@ def _show_run(session: Session, run: "RunReader", seconds: float) -> None:
 
 def _run_page(result: Mapping[str, Any]) -> str:
     found = result["class_incremental"]
-    lines = [f"{result['run']}: {result['kernels']:,} kernels, {result['seconds']:.1f} s"]
+    lines = [f"{result['run']}: {counted(result['kernels'], 'kernel')}, {result['seconds']:.1f} s"]
     for task, row in enumerate(found["accuracy_matrix"]):
         lines.append(f"  after task {task}: " + " ".join(f"{value:5.2f}" for value in row))
     lines.append(
@@ -128,35 +128,37 @@ def show_plans(session: Session, plans: "Mapping[str, Plan]", device: str) -> No
 
     measured: dict[int | None, Forecast] = {}
     total = 0.0
-    for plan in plans.values():
+    if not session.as_json:
+        show(settings_page(session.sweep, session.preset))
+    for name, plan in plans.items():
         width = plan.settings.width
         if width not in measured:
             measured[width] = forecast(plan, choose_device(device), MEASURING_SECONDS / len(session.sweep.widths))
         described = describe(plan)
         described |= measured[width].to_json(described)
         total += described["projected_seconds"]["total"]
-        page = f"{preset_page(session.preset, plan.settings)}\n{_plan_page(described)}"
-        show(json.dumps(described) if session.as_json else page)
+        show(json.dumps(described) if session.as_json else f"{name}: {_plan_page(described)}")
     if len(plans) > 1 and not session.as_json:
         show(f"{len(plans)} runs, one after another: projected {human_seconds(total)}")
 
 
 def _plan_page(described: dict[str, Any]) -> str:
-    lines = [
-        f"{len(described['tasks'])} tasks, {described['iterations']:,} iterations, {described['evaluations']:,} "
-        f"evaluations, {described['kernels']:,} kernels of {described['probe_samples']} probe samples"
-    ]
+    counts = [counted(len(described["tasks"]), "task")]
+    counts += [counted(described[name], name.removesuffix("s")) for name in ("iterations", "evaluations")]
+    kernels = f"{counted(described['kernels'], 'kernel')} of {counted(described['probe_samples'], 'probe sample')}"
+    lines = [", ".join([*counts, kernels])]
     for task in described["tasks"]:
-        counts = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
-        lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {counts}")
+        sizes = ", ".join(f"{task[part]:,} {part}" for part in ("train", "validation", "test"))
+        lines.append(f"  task {task['task']}: classes {', '.join(map(str, task['classes']))}; {sizes}")
     lines.append(f"  evaluated on {described['evaluated_on']}")
     seconds = {name: human_seconds(value) for name, value in described["projected_seconds"].items()}
-    sizes = {name: human_bytes(value) for name, value in described["bytes"].items()}
+    stored = {name: human_bytes(value) for name, value in described["bytes"].items()}
     probe = f"{described['measured']['measured_probe']:,} of {described['probe_samples']:,}"
     lines += [
         f"  projected: {seconds['total']} on this machine (training {seconds['training']}, evaluations "
         f"{seconds['evaluations']}, kernels {seconds['kernels']})",
-        f"    from iterations, an evaluation and a kernel of {probe} probe samples, measured now",
-        f"  on the disk: kernels {sizes['kernels']}, parameters and state {sizes['checkpoints']}",
+        f"    from iterations, an evaluation and a kernel of {probe} probe samples, measured now;",
+        "    without the start of the program, which takes some seconds",
+        f"  on the disk: kernels {stored['kernels']}, parameters and state {stored['checkpoints']}",
     ]
     return "\n".join(lines)

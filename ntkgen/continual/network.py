@@ -16,6 +16,7 @@ from ntkgen.jacobian.precision import check_device, policy
 from ntkgen.jacobian.probe import in_turns
 from ntkgen.training import zoo
 from ntkgen.training.loop import evaluation_mode
+from ntkgen.units import counted
 
 # Number of samples on which a network is tried.
 TRIED = 2
@@ -89,7 +90,9 @@ def _outputs(plan: Plan, model: nn.Module, device: torch.device) -> Tensor:  # (
         ModelError: If it fails, or does not return one tensor.
     """
     x = plan.data.train.inputs(torch.from_numpy(plan.probe.ids[:TRIED])).to(device)
-    where = f"The network {plan.settings.model} was tried on {len(x)} samples of the shape {tuple(x.shape[1:])}"
+    where = (
+        f"The network {plan.settings.model} was tried on {counted(len(x), 'sample')} of the shape {tuple(x.shape[1:])}"
+    )
     try:
         with evaluation_mode(model), torch.no_grad(), _kept_random_state(device):
             outputs = model(x)

@@ -9,6 +9,7 @@ from ntkgen.continual.chance import generator_of
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.streams.tasks import IntArray, Stream, Task
 from ntkgen.errors import InputError
+from ntkgen.units import counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ def _first(task: Task, ids: IntArray, part: str, settings: RunSettings) -> IntAr
     """
     count = settings.probe_per_class * len(task.classes)
     if len(ids) < count:
-        raise InputError(_too_few(task, f"{count} {part} samples", len(ids)))
+        raise InputError(_too_few(task, counted(count, f"{part} sample"), len(ids)))
     return ids[:count]
 
 
@@ -73,7 +74,7 @@ def _balanced(task: Task, ids_and_labels: tuple[IntArray, IntArray], part: str, 
         members = ids[labels[ids] == label]
         if len(members) < settings.probe_per_class:
             raise InputError(
-                _too_few(task, f"{settings.probe_per_class} {part} samples of class {label}", len(members))
+                _too_few(task, f"{counted(settings.probe_per_class, f'{part} sample')} of class {label}", len(members))
             )
         order = generator_of(settings.seed, "probe", label).permutation(np.flatnonzero(labels == label))
         chosen.append(np.sort(order[np.isin(order, members)][: settings.probe_per_class]))

@@ -179,15 +179,16 @@ def _others(pictures: dict[str, Picture]) -> list[Figure]:
 def _of_collection(runs: RunCollection) -> tuple[list[Section], dict[str, str]]:
     columns, rows = ["metric", "scores"], [[OF_ACCURACY[name].title, kind] for kind, name in _KEYS]
     for width, seeds, found in spreads_by_width(runs):
-        columns.append(f"{'default width' if width is None else f'width {width}'}, seeds {', '.join(map(str, seeds))}")
+        listed = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+        columns.append(f"{'default width' if width is None else f'width {width}'}, {listed}")
         for row, (kind, name) in zip(rows, _KEYS, strict=True):
             row.append(str(found.get(kind.replace("-", "_"), {}).get(name, "–")))
-    listed = [[run.settings.seed, run.settings.width, run.num_finished, _average(run)] for run in runs.runs.values()]
+    members = [[run.settings.seed, run.settings.width, run.num_finished, _average(run)] for run in runs.runs.values()]
     words = f"{_about_scores(runs)} The table has mean ± standard deviation over the seeds."
     sections = [
         Section("Accuracy", [Paragraph(words), Table(columns, rows, "metrics of accuracy")]),
         Section("Pictures", [Figure(picture) for picture in draw_collection(runs)]),
-        Section("Runs", [Table(("seed", "width", "finished tasks", "average accuracy"), listed, "runs")]),
+        Section("Runs", [Table(("seed", "width", "finished tasks", "average accuracy"), members, "runs")]),
         Section("Settings", [Facts(runs.config["settings"], "settings")]),
         _repeat(list(runs.runs.values()), runs),
     ]

@@ -3,6 +3,7 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.errors import InputError
@@ -58,9 +59,22 @@ class Sweep:
         """List what differs from the defaults, as ``name value``."""
         defaults = RunSettings().to_json()
         listed = [
-            f"{name.replace('_', ' ')} {value}"
+            f"{name.replace('_', ' ')} {in_words(value)}"
             for name, value in self.settings.to_json().items()
             if value != defaults[name] and name not in {"width", "seed"}
         ]
         named = {"width": [width for width in self.widths if width is not None], "seed": self.seeds}
         return listed + [f"{name} {', '.join(map(str, values))}" for name, values in named.items() if values]
+
+
+def in_words(value: Any) -> str:
+    """Write the value of a setting, as a person would.
+
+    >>> [in_words(value) for value in ("5/5", True, None, [49, 63], 1e-5)]
+    ['5/5', 'yes', 'none', '49,63', '1e-05']
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

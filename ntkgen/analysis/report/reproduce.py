@@ -153,7 +153,8 @@ def citation(store: KernelStore | None = None) -> list[str]:
     return [
         "@software{ntkgen,",
         "  author  = {{The ntkgen authors}},",
-        "  title   = {ntkgen: large empirical neural tangent kernels, exact, fast, resumable},",
+        "  title   = {ntkgen: large empirical neural tangent kernels},",
+        "  year    = {2026},",
         f"  version = {{{version}}},",
         *note,
         "}",

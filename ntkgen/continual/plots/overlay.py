@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from ntkgen.analysis.plots.style import LINES, Picture, legend, new_axes, styled
 from ntkgen.continual.reading import RunCollection
+from ntkgen.units import counted
 
 if TYPE_CHECKING:
     import xarray
@@ -166,4 +167,4 @@ def _counts(runs: RunCollection, widths: list[int | None]) -> str:
     if len(set(counts.values())) == 1:
         number = next(iter(counts.values()))
         return f"{number} seeds" if number > 1 else "one seed, without a band"
-    return "; ".join(f"width {width}: {number} seeds" for width, number in counts.items())
+    return "; ".join(f"width {width}: {counted(number, 'seed')}" for width, number in counts.items())
