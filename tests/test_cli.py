@@ -45,6 +45,32 @@ def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
 
 
+def test_an_interrupt_while_the_command_line_is_imported_is_one_line():
+    script = """if True:
+        import sys
+        class Interrupt:
+            def find_spec(self, name, *_):
+                if name == "ntkgen.cli":
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupt())
+        from ntkgen.__main__ import main
+        main()
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_an_interrupt_promises_nothing_that_is_not_there(run, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ntkgen.continual.plan.load_data", interrupted)
+    code, out, err = run("cl-run")
+    assert (code, out) == (130, "")
+    assert err.strip() == "Interrupted. What was finished before is kept. The same command continues from there."
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_names_every_command_and_loads_no_torch():
     script = "import sys; from ntkgen import cli; code = cli.run(['--help']); sys.exit('torch' in sys.modules or code)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -495,6 +495,6 @@ def test_an_interrupt_stops_all_processes_and_keeps_what_is_recorded(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert error.strip() == "Interrupted. Finished work is kept. The same command continues from there."
+    assert error.strip() == "Interrupted. What was finished before is kept. The same command continues from there."
     assert psutil.wait_procs(children, timeout=10)[1] == []
     assert open_run(tmp_path / "r").evaluations.sizes["evaluation"] > 1

@@ -401,7 +401,7 @@ def test_ctrl_c_ends_the_workers_too_and_is_one_line(tmp_path):
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert [line for line in err.splitlines() if line] == [
-        "Interrupted. Finished work is kept. The same command continues from there."
+        "Interrupted. What was finished before is kept. The same command continues from there."
     ]
 
 

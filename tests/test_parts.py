@@ -216,7 +216,7 @@ def test_sigterm_ends_as_ctrl_c_does_and_the_same_command_goes_on(undisturbed, t
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate()
     assert process.returncode == 143
-    assert err.startswith("Terminated. Finished work is kept")
+    assert err.startswith("Terminated. What was finished before is kept")
     assert err.count("\n") == 1
     assert 10 <= num_chunks(tmp_path) < 100
     assert run_here(tmp_path) == 0

@@ -94,7 +94,7 @@ def _run(args: Sequence[str] | None) -> int:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, Terminated) as error:
         word, exit_code = ("Terminated", TERMINATED) if isinstance(error, Terminated) else ("Interrupted", INTERRUPTED)
-        click.echo(f"{word}. Finished work is kept. The same command continues from there.", err=True)
+        click.echo(f"{word}. What was finished before is kept. The same command continues from there.", err=True)
         return exit_code
     except Exception as error:
         from ntkgen.files.bucket import first_lines, is_remote_error
