@@ -220,7 +220,8 @@ def test_everything_that_determines_the_run_is_kept(finished):
     assert len(data.train_0) + len(data.validation_0) == 60
     assert sorted(np.bincount(data.probe_task.values)) == [6, 6, 6]
     assert np.bincount(blobs().labels[data.probe_id.values]).tolist() == [3] * 6
-    lines = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    logged = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in logged if line["event"] == "evaluation"]
     assert [line["iteration"] for line in lines] == data.iteration.values.tolist()
     assert lines[-1]["accuracy"] == data.accuracy.values[-1].tolist()
 

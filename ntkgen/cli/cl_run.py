@@ -51,8 +51,16 @@ def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
 
 _SETTINGS = [
     _setting("--dataset", "dataset", "Name of a data set, or FILE.npz"),
+    _setting(
+        "--stream",
+        "stream",
+        "disjoint: a task trains on its own classes; cumulative: on all classes so far",
+        type=click.Choice(CHOICES["stream"]),
+    ),
     _setting("--split", "split", "Classes of the first task / of each later one", metavar="FIRST/LATER"),
-    _setting("--class-order", "class_order", "natural, random, icarl, or labels separated by commas", metavar="ORDER"),
+    _setting(
+        "--class-order", "class_order", "natural, random, icarl, numpy, or labels separated by commas", metavar="ORDER"
+    ),
     _setting("--overlap", "overlap", "Fraction of each later task's classes that belong to the first task", type=float),
     _setting("--frequency-shift", "frequency_shift", "Change of the class proportions, 0 to 1", type=float),
     _setting(
@@ -64,6 +72,15 @@ _SETTINGS = [
     _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=WholeNumber()),
     _setting(
         "--compatible-split", "compatible_split", "Hold out the same validation samples as continuum 1.2", is_flag=True
+    ),
+    _setting(
+        "--validation-per-class", "validation_per_class", "Validation samples of each class [a tenth of it]", type=int
+    ),
+    _setting(
+        "--validation-rule",
+        "validation_rule",
+        "Which samples of a class are held out: random ones, or the first of the data set",
+        type=click.Choice(CHOICES["validation_rule"]),
     ),
     _setting(
         "--normalise",
@@ -93,7 +110,8 @@ _SETTINGS = [
     _setting(
         "--head",
         "head",
-        "Outputs of the network: of all classes (fixed), or of the classes seen so far (growing)",
+        "Outputs of the network: of all classes (fixed); of the classes seen so far (growing); of all classes, but the "
+        "loss and predictions use those of the classes seen so far (masked)",
         type=click.Choice(CHOICES["head"]),
     ),
     _setting("--method", "method", "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc"),
@@ -158,8 +176,14 @@ _SETTINGS = [
         "Keep the statistics of batch norm from the second epoch of each task on",
         is_flag=True,
     ),
-    _setting("--epochs", "epochs", "Epochs per task", type=WholeNumber()),
-    _setting("--bs", "batch_size", "Samples per iteration", type=WholeNumber()),
+    _setting("--epochs", "epochs", "Epochs per task", type=int),
+    _setting(
+        "--select",
+        "select",
+        "End each task with the parameters of its last epoch, or of the best one on the validation samples",
+        type=click.Choice(CHOICES["select"]),
+    ),
+    _setting("--bs", "batch_size", "Samples per iteration", type=int),
     _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
     _setting("--augment", "augment", "Augment training images: for photographs a random crop and flip", is_flag=True),
     _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=WholeNumber()),

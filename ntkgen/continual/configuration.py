@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ntkgen.continual.schedule import Schedule
-from ntkgen.continual.streams.incremental import Split, StreamSettings
+from ntkgen.continual.streams.incremental import STREAMS, Split, StreamSettings
 from ntkgen.errors import InputError, UnknownNameError
 
 OPTIMIZERS = ("adam", "sgd")
@@ -23,7 +23,10 @@ CHOICES = {
     "binary_reduction": ("sum", "mean"),
     "exemplar_rounding": ("down", "up"),
     "regime": ("feature", "lazy"),
-    "head": ("fixed", "growing"),
+    "head": ("fixed", "growing", "masked"),
+    "stream": STREAMS,
+    "validation_rule": ("random", "first"),
+    "select": ("last", "best"),
     "probe_rule": ("balanced", "first"),
     "probe_parts": ("train", "both"),
 }
@@ -76,13 +79,17 @@ class RunSettings:
 
     Attributes:
         dataset: Name of a data set.
+        stream: ``disjoint``: a task trains on the samples of its own classes; ``cumulative``: on those of all classes
+            so far.
         split: Number of classes of the first task and of each later one, such as ``2/2``.
-        class_order: ``natural``, ``random``, ``icarl``, or a list.
+        class_order: ``natural``, ``random``, ``icarl``, ``numpy``, or a list; see `class_order`.
         overlap: Fraction of the classes of each later task that are classes of the first task.
         frequency_shift: Change of the class proportions, or None; see `StreamSettings`.
         blend_steps: Number of iterations over which samples of the previous task fade out after a switch.
         num_tasks: Number of tasks; None for all.
         compatible_split: Whether to hold out the same validation samples as the package continuum 1.2.
+        validation_per_class: Number of validation samples of each class; None for a tenth of the class.
+        validation_rule: Which samples of a class are held out: ``random`` ones, or the ``first`` of the data set.
         normalise: ``dataset``: images are normalised with mean and standard deviation of the data set;
             ``symmetric``: they are scaled to [−1, 1]; ``none``: to [0, 1]; ``pixel-mean``: to [0, 1], and the mean of
             all training images is subtracted.
@@ -91,8 +98,8 @@ class RunSettings:
         model: Name of a network, or ``package.module:factory``.
         width: Width of the network; None for its default.
         parametrization: ``standard`` or ``ntk``, for networks that have both.
-        head: ``fixed``, with the outputs of all classes from the beginning, or ``growing``, with those of the classes
-            seen so far.
+        head: ``fixed``, with the outputs of all classes from the beginning; ``growing``, with those of the classes seen
+            so far; ``masked``, as fixed, and loss and predictions use only the outputs of the classes seen so far.
         method: Name of a method.
         buffer: Maximum number of samples of earlier tasks that the method keeps.
         memory: How replay selects these samples: ``reservoir`` or ``balanced``.
@@ -118,6 +125,8 @@ class RunSettings:
         freeze_batch_norm: Whether batch norm uses its running statistics, and keeps them, from the second epoch of each
             task on. Dropout is off in these epochs too.
         epochs: Epochs per task.
+        select: ``last``: each task ends with the parameters of its last epoch; ``best``: with those of the epoch that
+            has the largest accuracy on the validation samples of the classes so far, the first of several.
         batch_size: Samples per iteration.
         drop_last: Whether the last batch of an epoch is left out if it is not full.
         augment: Whether training images are augmented as their data set says; by a random crop after padding with four
@@ -137,6 +146,7 @@ class RunSettings:
     """
 
     dataset: str = "digits"
+    stream: str = "disjoint"
     split: str = "2/2"
     class_order: str | tuple[int, ...] = "natural"
     overlap: float = 0.0
@@ -144,6 +154,8 @@ class RunSettings:
     blend_steps: int = 0
     num_tasks: int | None = None
     compatible_split: bool = False
+    validation_per_class: int | None = None
+    validation_rule: str = "random"
     normalise: str = "dataset"
     evaluate_on: str = "test"
     model: str = "mlp"
@@ -172,6 +184,7 @@ class RunSettings:
     regime: str = "feature"
     freeze_batch_norm: bool = False
     epochs: int = 5
+    select: str = "last"
     batch_size: int = 32
     drop_last: bool = False
     augment: bool = False
@@ -205,10 +218,10 @@ class RunSettings:
                 "The lazy regime divides the learning rate by the width: expected a `width`, found none. Is the "
                 "network one without widths? Give a `width`, or use the regime feature."
             )
-        _ = self.stream, self.kernel_schedule, self.evaluation_schedule
+        _ = self.stream_settings, self.kernel_schedule, self.evaluation_schedule
 
     @property
-    def stream(self) -> StreamSettings:
+    def stream_settings(self) -> StreamSettings:
         """The settings of the stream."""
         names = [field.name for field in dataclasses.fields(StreamSettings) if field.name not in {"split", "order"}]
         others = {name: getattr(self, name) for name in names}

@@ -22,8 +22,8 @@ FloatArray = npt.NDArray[np.float64]
 class Evaluation:
     """What a network achieves on the held-out samples of each task, (tasks,) each.
 
-    A class that has no output yet, because the head grows, is never predicted: its samples count as errors. The
-    task-incremental accuracy and the loss of its task are not defined, and are NaN.
+    A class that has no output yet, because the head grows or is masked, is never predicted: its samples count as
+    errors. The task-incremental accuracy and the loss of its task are not defined, and are NaN.
 
     Attributes:
         accuracy: Fraction of samples whose class has the largest score of all outputs (class-incremental).
@@ -41,33 +41,36 @@ class Evaluation:
     confusion: IntArray
 
 
-def evaluate(model: nn.Module, method: Method, stream: Stream, data: Dataset, ids: list[IntArray]) -> Evaluation:
+def evaluate(
+    model: nn.Module, method: Method, stream: Stream, held_out: tuple[Dataset, list[IntArray]], num_used: int
+) -> Evaluation:
     """Evaluate a network in evaluation mode, and leave its mode as it was.
 
     Args:
         model: The network.
         method: Computes the scores.
         stream: The tasks.
-        data: The data set, or its test split.
-        ids: The held-out samples of each task.
+        held_out: The data set, or its test split, and the held-out samples of each task.
+        num_used: Number of outputs that predictions use, the first of the network; see `Evaluation` for the others.
     """
+    data, ids = held_out
     with evaluation_mode(model):
         method.before_evaluation(model)
         with torch.no_grad():
-            rows = [_evaluate_task(model, method, stream, task, (data, held_out)) for task, held_out in enumerate(ids)]
+            rows = [_evaluate_task(model, method, stream, task, (data, own, num_used)) for task, own in enumerate(ids)]
     return Evaluation(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
 def _evaluate_task(
-    model: nn.Module, method: Method, stream: Stream, task: int, held_out: tuple[Dataset, IntArray]
+    model: nn.Module, method: Method, stream: Stream, task: int, held_out: tuple[Dataset, IntArray, int]
 ) -> tuple[float, float, float, float, IntArray]:
-    data, ids = held_out
+    data, ids, num_used = held_out
     own = torch.tensor(stream.task_targets(task))
     totals, confusion = np.zeros(4), np.zeros((stream.num_targets, stream.num_targets), np.int64)
     for part in torch.from_numpy(ids).split(EVALUATION_BATCH):
         labels = data.labels[part.to(data.labels.device)].cpu().numpy()
         targets, x = torch.from_numpy(stream.targets(labels)), data.inputs(part)
-        on_device: Tensor = model(x)
+        on_device: Tensor = model(x)[:, :num_used]
         outputs, scores = on_device.cpu(), method.predict(model, x, on_device).cpu()
         predictions = scores.argmax(1)
         confusion += count_confusions(targets.numpy(), predictions.numpy(), stream.num_targets)

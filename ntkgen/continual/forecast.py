@@ -126,9 +126,9 @@ def _step_seconds(run: Run, seconds: float) -> float:
 def _evaluation_seconds(run: Run, num_held_out: int) -> float:
     """Measure an evaluation, whose time is proportional to the number of held-out samples."""
     plan, data = run.plan, run.data.held_out
-    measured = sum(len(ids) for ids in plan.held_out)
+    measured, outputs = sum(len(ids) for ids in plan.held_out), plan.stream.num_targets
     each = _median_seconds(
-        lambda: evaluate(run.model, run.method, plan.stream, data, plan.held_out), run.stepper.device, 0.0
+        lambda: evaluate(run.model, run.method, plan.stream, (data, plan.held_out), outputs), run.stepper.device, 0.0
     )
     return each * num_held_out / measured
 

@@ -5,22 +5,26 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ntkgen.continual.batches import blended, cut, remaining_batches, training_inputs
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.evaluation import evaluate
+from ntkgen.continual.evaluation import Evaluation, evaluate
 from ntkgen.continual.heads import grow_head, growing_head
 from ntkgen.continual.network import build_network, fitting_network
 from ntkgen.continual.plan import Plan, steps_per_epoch
-from ntkgen.continual.record import CHECKPOINT, MEASURES, Record, is_begun
+from ntkgen.continual.record import CHECKPOINT, MEASURES, Record, plain_values
 from ntkgen.continual.schedule import Moment
+from ntkgen.continual.selection import BestEpoch
 from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
+from ntkgen.continual.training_log import TrainingLog
+from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import write_lock
@@ -47,8 +51,8 @@ class Run:
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
-        self.snapshots = self._opened_snapshots(folder / "kernels.zarr")  # refuses a kernel that is not defined
-        self.record = Record.open(folder, settings, plan.stream, plan.probe, facts)
+        self.training, self.best = TrainingLog(), BestEpoch()
+        self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
         self.planned = [steps * settings.epochs for steps in steps_per_epoch(plan)]  # iterations per task
@@ -105,6 +109,8 @@ class Run:
             "stepper": self.stepper.state_dict(),
             "method": self.method.state_dict(),
             "snapshots": self.snapshots.state_dict(),
+            "training": self.training.state_dict(),
+            "best": self.best.state_dict(),
             "random": random,
             "threads": torch.get_num_threads(),
         }
@@ -118,6 +124,8 @@ class Run:
         self.stepper.load_state_dict(state["stepper"])
         self.method.load_state_dict(state["method"])
         self.snapshots.load_state_dict(state.get("snapshots", {}))
+        self.training.load_state_dict(state["training"])
+        self.best.load_state_dict(state["best"])
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and self.stepper.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.stepper.device)
@@ -158,7 +166,7 @@ class Run:
         """
         settings = self.plan.settings
         if settings.evaluation_schedule.contains(moment):
-            found = evaluate(self.model, self.method, self.plan.stream, self.data.held_out, self.plan.held_out)
+            found = self._evaluated(moment.task, self.data.held_out, self.plan.held_out)
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
             self.accuracy = float(found.accuracy[: moment.task + 1].mean())
             self.record.evaluated({**where, **{name: getattr(found, name) for name in MEASURES}})
@@ -166,6 +174,13 @@ class Run:
                 self.record.ended_task(self.iteration, found.confusion[: moment.task + 1].sum(0))
         if settings.kernel_schedule.contains(moment):
             self._take_snapshot(moment.task)
+
+    def num_used(self, task: int) -> int:
+        """Count the outputs that the loss and the predictions use."""
+        return min(self.plan.num_used(task), self.num_outputs)
+
+    def _evaluated(self, task: int, data: Dataset, ids: list[IntArray]) -> Evaluation:
+        return evaluate(self.model, self.method, self.plan.stream, (data, ids), self.num_used(task))
 
     def _take_snapshot(self, task: int) -> None:
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -202,10 +217,49 @@ class Run:
         targets = torch.from_numpy(self.plan.stream.targets(self.plan.data.labels[ids])).to(self.stepper.device)
         self.model.train(not frozen)
         x = training_inputs(self.data.train, ids, self.plan.settings, self.task, self.step)
-        loss = self.stepper.step(x, lambda outputs: self.method.loss(outputs, targets, x))
+        used = self.num_used(self.task)
+        is_correct: list[Tensor] = []
+
+        def loss_of(outputs: Tensor) -> Tensor:
+            visible = outputs if outputs.shape[1] == used else outputs[:, :used]
+            is_correct.append(visible.detach().argmax(1) == targets)
+            return self.method.loss(visible, targets, x)
+
+        loss = self.stepper.step(x, loss_of)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}")
+        self.training.add(loss, float(is_correct[0].double().mean()))
         return loss
+
+    def end_epoch(self, moment: Moment) -> None:
+        """Log the training of an epoch, and keep its parameters if it is the best one so far."""
+        stream, number = self.plan.stream, moment.step // moment.steps_per_epoch
+        line = {"iteration": self.iteration, "task": moment.task, "epoch": self.epochs_done, **self.training.finish()}
+        if self.plan.settings.select == "best":
+            ids = [task.validation for task in stream.tasks[: moment.task + 1]]
+            found, counts = self._evaluated(moment.task, self.data.train, ids), [len(each) for each in ids]
+            line["validation_accuracy"] = float(np.average(found.accuracy, weights=counts))
+            line["validation_loss"] = float(np.average(found.loss, weights=counts))
+            self.best.offer(number, line["validation_accuracy"], self.model)
+        self.record.log("epoch", line)
+
+    def end(self, task: Task) -> None:
+        """End a task: choose its epoch, finish the method, and write the parameters."""
+        if self.plan.settings.select == "best":
+            self._select(task)
+        self.method.end(task, self.model)
+        self._write_parameters(f"task{task.number}")
+
+    def _select(self, task: Task) -> None:
+        """Restore the best epoch, and record what the last one achieves on the held-out samples."""
+        last = self._evaluated(task.number, self.data.held_out, self.plan.held_out)
+        self._write_parameters(f"task{task.number}-last")
+        epoch = self.best.restore(self.model)
+        values = {name: plain_values(getattr(last, name)) for name in ("accuracy", "loss")}
+        self.record.log("epoch selected", {"iteration": self.iteration, "task": task.number, "epoch": epoch, **values})
+
+    def _write_parameters(self, name: str) -> None:
+        self.record.folder.write(f"models/{name}.pt", saved(self.model.state_dict()))
 
 
 def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ignore_report) -> Run:
@@ -253,9 +307,10 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
         run.step, run.iteration = run.step + 1, run.iteration + 1
         run.epochs_done = task.number * settings.epochs + run.step / steps_per_epoch
         moment = Moment(task.number, run.step, steps_per_epoch, num_steps)
+        if moment.ends_epoch:
+            run.end_epoch(moment)
         if moment.ends_task:
-            run.method.end(task, run.model)
-            run.record.folder.write(f"models/task{task.number}.pt", saved(run.model.state_dict()))
+            run.end(task)
         run.look(moment)
         if moment.ends_task:  # before the commit: the end of a task may change what `epoch_ids` lists
             run.task, run.step, run.has_begun = task.number + 1, 0, False

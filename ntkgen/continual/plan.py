@@ -104,7 +104,9 @@ class Plan:
         Raises:
             InputError: If the settings do not fit the data.
         """
-        stream = make_stream(settings.stream, data.labels, data.test_labels, data.train.num_classes, settings.seed)
+        stream = make_stream(
+            settings.stream_settings, data.labels, data.test_labels, data.train.num_classes, settings.seed
+        )
         return cls(settings, data, stream, choose_probe(stream, data.labels, settings))
 
     def method(self, model: nn.Module | None = None, inputs: Callable[[Tensor], Tensor] | None = None) -> Method:
@@ -118,6 +120,10 @@ class Plan:
     def num_outputs(self, task: int) -> int:
         """Count the outputs of the network during a task."""
         return self.stream.num_seen(task) if self.settings.head == "growing" else self.stream.num_targets
+
+    def num_used(self, task: int) -> int:
+        """Count the outputs that the loss and the predictions use during a task."""
+        return self.stream.num_targets if self.settings.head == "fixed" else self.stream.num_seen(task)
 
     @property
     def held_out(self) -> list[IntArray]:

@@ -187,7 +187,7 @@ class RunReader:
         data = self.evaluations
         if "num_seen" in data:
             return np.asarray(data.num_seen.values, np.int64)
-        return np.cumsum(self.settings.stream.split.sizes(data.sizes["target"]))[: self.num_tasks]
+        return np.cumsum(self.settings.stream_settings.split.sizes(data.sizes["target"]))[: self.num_tasks]
 
     @property
     def _is_validation(self) -> npt.NDArray[np.bool_]:  # (probe samples,)

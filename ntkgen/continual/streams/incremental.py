@@ -1,4 +1,4 @@
-"""Class-incremental streams: disjoint or overlapping classes, or the same classes in changing proportions."""
+"""Streams in which new classes arrive: disjoint, overlapping or cumulative, or the same in changing proportions."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,9 @@ from ntkgen.continual.streams.order import class_order
 from ntkgen.continual.streams.tasks import IntArray, Stream, Task
 from ntkgen.errors import InputError
 
-# Part of a task's training samples that is held out for validation.
+# What a task trains on: the samples of its own classes, or those of all classes so far.
+STREAMS = ("disjoint", "cumulative")
+# Part of the training samples of a class that is held out for validation.
 VALIDATION = 0.1
 # The seed with which continuum 1.2 shuffles each task before it splits it.
 CONTINUUM_SEED = 1
@@ -74,6 +76,9 @@ class StreamSettings:
 
     Attributes:
         split: Number of classes per task.
+        stream: ``disjoint``: a task trains on the samples of its own classes; ``cumulative``: on those of all classes
+            so far. In both, its validation and test samples are those of its own classes, so that the accuracy matrix
+            has one column for each group of classes.
         order: Order of the classes; see `class_order`.
         overlap: Fraction of the classes of each later task that are classes of the first task, from 0 to 1.
         frequency_shift: A number α from 0 to 1, or None. If it is given, every task has all classes, in different
@@ -83,40 +88,56 @@ class StreamSettings:
         num_tasks: Number of tasks; None for as many as the split gives.
         compatible_split: Whether to hold out the same validation samples as the package continuum 1.2. It shuffles the
             samples of each task with ``RandomState(1)`` and holds out the first tenth.
+        validation_per_class: Number of validation samples of each class; None for a tenth of the class.
+        validation_rule: Which samples of a class are held out: ``random`` ones, or the ``first`` of the data set.
     """
 
     split: Split
     order: str | tuple[int, ...] = "natural"
+    stream: str = "disjoint"
     overlap: float = 0.0
     frequency_shift: float | None = None
     blend_steps: int = 0
     num_tasks: int | None = None
     compatible_split: bool = False
+    validation_per_class: int | None = None
+    validation_rule: str = "random"
 
     def __post_init__(self) -> None:
         """Check the settings.
 
         Raises:
-            InputError: If a fraction is outside of 0 to 1, a number is negative, or two kinds of shift are combined.
+            InputError: If a fraction is outside of 0 to 1, a number is negative, or two kinds of shift or of validation
+                samples are combined.
         """
-        for name in ("overlap", "frequency_shift"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                question = "Is a percentage given? Divide it by 100." if value > 1 else "Is the sign wrong? Correct it."
-                raise InputError(f"`{name}` is {value:g}: expected a fraction from 0 to 1. {question}")
-        if self.blend_steps < 0:
+        wrong = [f"an overlap of {self.overlap:g}"] * (not 0 <= self.overlap <= 1)
+        if self.frequency_shift is not None and not 0 <= self.frequency_shift <= 1:
+            wrong.append(f"a frequency shift of {self.frequency_shift:g}")
+        wrong += [f"{self.blend_steps} iterations of a gradual switch"] * (self.blend_steps < 0)
+        wrong += [f"{self.num_tasks} tasks"] * (self.num_tasks is not None and self.num_tasks < 1)
+        held_out = self.validation_per_class
+        wrong += [f"{held_out} validation samples of a class"] * (held_out is not None and held_out < 1)
+        if wrong:
             raise InputError(
-                f"`blend_steps` is {self.blend_steps}: expected 0 or more iterations. Is the sign wrong? Give 0, or "
-                "leave it out, for switches at once."
-            )
-        if self.num_tasks is not None and self.num_tasks < 1:
-            raise InputError(
-                f"`num_tasks` is {self.num_tasks}: expected 1 or more. Are all tasks of the split meant? Leave it out."
+                f"There is no such stream: found {wrong[0]}, expected fractions from 0 to 1, at least one task and one "
+                "validation sample, and no negative number. Is a percentage given? Divide it by 100."
             )
         if self.overlap and self.frequency_shift is not None:
             raise InputError(
                 "A stream has overlapping classes or a frequency shift, and both were asked for: with a frequency "
                 "shift every task has all classes. Leave out `overlap` or `frequency_shift`."
+            )
+        shifts = {"overlap": self.overlap, "blend_steps": self.blend_steps, "frequency_shift": self.frequency_shift}
+        shifted = [name for name, value in shifts.items() if value not in {0, None}]
+        if self.stream == "cumulative" and shifted:
+            raise InputError(
+                f"A cumulative stream has no `{shifted[0]}`: expected new classes that join all earlier ones, found "
+                f"`{shifted[0]}` {shifts[shifted[0]]:g}. Is it meant for disjoint tasks? Leave one of the two out."
+            )
+        if self.compatible_split and (self.validation_per_class is not None or self.validation_rule != "random"):
+            raise InputError(
+                "`compatible_split` says which samples are held out: expected no `validation_per_class` and no "
+                "`validation_rule` beside it, found one. Was another preset meant? Leave one of the two out."
             )
 
 
@@ -138,6 +159,8 @@ def make_stream(
     for number, classes in enumerate(groups):
         members = _members(settings, classes, labels, (number, seed))
         train, validation = _split(members, labels, settings, seed)
+        if settings.stream == "cumulative" and tasks:
+            train = np.union1d(tasks[-1].train, train)
         tasks.append(Task(number, classes, train, validation, np.flatnonzero(np.isin(test_labels, classes))))
     seen = dict.fromkeys(label for classes in groups for label in classes)
     return Stream(tuple(tasks), tuple(seen), settings.blend_steps)
@@ -236,7 +259,7 @@ def _shares(num_classes: int, shift: float) -> "np.typing.NDArray[np.float64]":
 def _split(members: IntArray, labels: IntArray, settings: StreamSettings, seed: int) -> tuple[IntArray, IntArray]:
     """Divide the samples of a task into training and validation.
 
-    By default a tenth of each class is held out: the same samples in every task that has the class, so that no task
+    By default a part of each class is held out: the same samples in every task that has the class, so that no task
     trains on what another one validates on. Both parts keep the order of the data set.
     """
     if settings.compatible_split:
@@ -244,11 +267,23 @@ def _split(members: IntArray, labels: IntArray, settings: StreamSettings, seed: 
         np.random.RandomState(CONTINUUM_SEED).shuffle(shuffled)
         held = int(VALIDATION * len(members))
         return members[shuffled[held:]], members[shuffled[:held]]
-    held_out = np.concatenate([_held_out(labels, int(label), seed) for label in np.unique(labels[members])])
+    held_out = np.concatenate([_held_out(labels, int(label), settings, seed) for label in np.unique(labels[members])])
     is_held_out = np.isin(members, held_out)
     return members[~is_held_out], members[is_held_out]
 
 
-def _held_out(labels: IntArray, label: int, seed: int) -> IntArray:
-    members = np.flatnonzero(labels == label)
-    return generator_of(seed, "split", label).permutation(members)[: int(VALIDATION * len(members))]
+def _held_out(labels: IntArray, label: int, settings: StreamSettings, seed: int) -> IntArray:
+    """Choose the validation samples of a class.
+
+    Raises:
+        InputError: If no sample is left for training.
+    """
+    members, count = np.flatnonzero(labels == label), settings.validation_per_class
+    if count is not None and count >= len(members):
+        raise InputError(
+            f"The validation samples do not fit class {label}: expected fewer than its {len(members)} samples, found "
+            f"{count}. Is it meant for a larger data set? Lower `validation_per_class`."
+        )
+    if settings.validation_rule == "random":
+        members = generator_of(seed, "split", label).permutation(members)
+    return members[: int(VALIDATION * len(members)) if count is None else count]

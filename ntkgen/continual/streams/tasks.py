@@ -16,8 +16,9 @@ class Task:
 
     Attributes:
         number: Position in the stream, from 0.
-        classes: Labels of the data set that occur in it, in the order of the stream.
-        train: Positions of the training samples in the split ``train`` of the data set.
+        classes: Labels of the data set that are its own, in the order of the stream.
+        train: Positions of the training samples in the split ``train`` of the data set. In a cumulative stream they are
+            those of all classes so far.
         validation: Positions of the validation samples in the same split.
         test: Positions of the test samples in the split ``test``; empty if the data set has none.
     """

@@ -1,0 +1,56 @@
+"""Loss and accuracy of the batches of an epoch, while it is trained."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+# Iterations of which one mean is kept, as in the published logs of Dohare et al. (2024, Nature 632).
+WINDOW = 25
+
+
+class TrainingLog:
+    """The loss and the accuracy of every batch of the epoch in training, before its step.
+
+    They are those of the network in training mode: augmented samples, batch norm with the statistics of the batch.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.accuracies: list[float] = []
+
+    def add(self, loss: float, accuracy: float) -> None:
+        """Add a batch."""
+        self.losses.append(loss)
+        self.accuracies.append(accuracy)
+
+    def finish(self) -> dict[str, Any]:
+        """Return the means over the epoch and over each `WINDOW` of its iterations, and begin the next one.
+
+        >>> log = TrainingLog()
+        >>> for loss in (1.0, 3.0):
+        ...     log.add(loss, 0.5)
+        >>> log.finish()
+        {'loss': 2.0, 'accuracy': 0.5, 'window_loss': [2.0], 'window_accuracy': [0.5]}
+        """
+        found = {"loss": _mean(self.losses), "accuracy": _mean(self.accuracies)}
+        windows = {"window_loss": _windows(self.losses), "window_accuracy": _windows(self.accuracies)}
+        self.losses, self.accuracies = [], []
+        return found | windows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the batches of the epoch so far."""
+        return {"losses": list(self.losses), "accuracies": list(self.accuracies)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` has returned."""
+        self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values))
+
+
+def _windows(values: list[float]) -> list[float]:
+    """Compute the mean of each `WINDOW` of values; the last one may be shorter."""
+    return [_mean(values[start : start + WINDOW]) for start in range(0, len(values), WINDOW)]
