@@ -164,3 +164,24 @@ def test_a_cpu_generator_makes_the_same_draws_for_images_on_the_gpu():
     result = augment(images.cuda(), ALL, seeded())
     assert result.is_cuda
     torch.testing.assert_close(result.cpu(), augment(images, ALL, seeded()), rtol=0, atol=1e-4)
+
+
+def test_a_border_can_be_mirrored():
+    images = numbered(2)
+    offsets = torch.tensor([[0, 2], [2, 4]])
+    expected = F.pad(images, (2, 2, 2, 2), "reflect")
+    found = crop(images, offsets, 2, "reflect")
+    assert torch.equal(found[0], expected[0, :, 0:5, 2:8])
+    assert torch.equal(found[1], expected[1, :, 2:7, 4:10])
+    reflected = augment(images + 1, Augmentation(crop_padding=2, reflect=True), seeded())
+    assert (reflected > 0).all()  # no black
+
+
+def test_a_rotation_can_have_one_direction(monkeypatch):
+    angles = []
+    monkeypatch.setattr("ntkgen.data.augment.rotate", lambda images, degrees: angles.append(degrees) or images)
+    augment(numbered(200), Augmentation(rotation_degrees=15, one_direction=True), seeded())
+    augment(numbered(200), Augmentation(rotation_degrees=15), seeded())
+    assert 0 <= angles[0].min() < 1
+    assert 14 < angles[0].max() <= 15
+    assert angles[1].min() < -14

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ntkgen.continual import learner
+from ntkgen.continual.batches import augmented, training_inputs
 from ntkgen.continual.chance import generator_of
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import Run, learn
@@ -19,6 +20,7 @@ from ntkgen.continual.selection import BestEpoch
 from ntkgen.continual.streams.incremental import Split, StreamSettings, make_stream
 from ntkgen.continual.streams.order import class_order
 from ntkgen.continual.training_log import WINDOW, TrainingLog
+from ntkgen.data.augment import Augmentation
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import InputError
 from ntkgen.files.folder import LocalFolder
@@ -45,7 +47,7 @@ def incremental(seed=0, settings=INCREMENTAL):
 
 def small(num_classes):
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes)
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes)
     )  # fmt: skip
 
 
@@ -69,6 +71,15 @@ def blobs(per_class=40, classes=6):
         labels = np.repeat(np.arange(classes), each)
         images = torch.from_numpy(means[labels] + rng.standard_normal((len(labels), 3, 2, 2))).float()
         splits.append(Dataset("blobs", images, torch.from_numpy(labels), classes))
+    return Data(*splits)
+
+
+def images():
+    """Images that are large enough for a crop."""
+    splits = []
+    for split in (blobs().train, blobs().test):
+        large = torch.nn.functional.interpolate(split.images, size=(8, 8))
+        splits.append(dataclasses.replace(split, images=large))
     return Data(*splits)
 
 
@@ -184,6 +195,33 @@ def test_every_method_learns_with_a_masked_head(tmp_path, method):
     assert not np.isnan(run.evaluations.loss.values[-1]).any()
 
 
+# augmentation ---------------------------------------------------------------------------------------------------------
+
+
+def inputs_at(run):
+    """The inputs of the first evaluated samples."""
+    ids = torch.arange(4)
+    return run._held_out().inputs(ids)
+
+
+@pytest.mark.parametrize("is_augmented", [False, True])
+def test_held_out_samples_are_augmented_only_on_demand(tmp_path, is_augmented):
+    settings = dataclasses.replace(SETTINGS, augment=True, augment_evaluation=is_augmented)
+    run = Run(Plan.of(settings, images()), LocalFolder(tmp_path), CPU)
+    plain = run.data.test.inputs(torch.arange(4))
+    assert torch.equal(inputs_at(run), plain) != is_augmented
+    assert torch.equal(inputs_at(run), inputs_at(run))  # the same again at the same iteration
+    batches = [training_inputs(run.data.train, np.arange(4), settings, 0, step) for step in (0, 0, 1)]
+    assert torch.equal(batches[0], batches[1])
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_the_augmentation_of_incremental_cifar(tmp_path):
+    settings = dataclasses.replace(SETTINGS, augment=True, augmentation="crop-flip-rotation")
+    found = augmented(blobs().train, settings).augmentation
+    assert found == Augmentation(4, flip=True, rotation_degrees=15, reflect=True, one_direction=True)
+
+
 # the best epoch -------------------------------------------------------------------------------------------------------
 
 
@@ -209,7 +247,7 @@ def test_a_task_ends_with_its_best_epoch(tmp_path, monkeypatch):
 
     def evaluated(model, method, stream, held_out, num_used, real=learner.evaluate):
         found = real(model, method, stream, held_out, num_used)
-        is_validation = held_out[0] is not data.test
+        is_validation = held_out.data is not data.test
         return dataclasses.replace(found, accuracy=np.array([scripted[len(kept) - 1]])) if is_validation else found
 
     data = blobs()

@@ -185,8 +185,20 @@ _SETTINGS = [
     ),
     _setting("--bs", "batch_size", "Samples per iteration", type=int),
     _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
-    _setting("--augment", "augment", "Augment training images: for photographs a random crop and flip", is_flag=True),
-    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=WholeNumber()),
+    _setting("--augment", "augment", "Augment training images", is_flag=True),
+    _setting(
+        "--augmentation",
+        "augmentation",
+        "dataset: that of the data set, for photographs a random crop and flip; or crop, flip and a rotation up to 15°",
+        type=click.Choice(CHOICES["augmentation"]),
+    ),
+    _setting(
+        "--augment-evaluation",
+        "augment_evaluation",
+        "Also augment the images of the test split, as in one published code",
+        is_flag=True,
+    ),
+    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
     _setting(
         "--probe-rule",
         "probe_rule",

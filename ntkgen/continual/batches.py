@@ -15,8 +15,14 @@ from ntkgen.data.augment import Augmentation
 from ntkgen.data.dataset import Dataset
 from ntkgen.training.loop import batches
 
-# The augmentation of a data set that states none: the usual one for small photographs.
-AUGMENTATION = Augmentation(crop_padding=4, flip=True)
+# The augmentations by name. That of the data set is the usual one for small photographs if the data set states none.
+AUGMENTATIONS = {
+    "dataset": Augmentation(crop_padding=4, flip=True),
+    # of incremental CIFAR-100 (Dohare et al. 2024, Nature 632)
+    "crop-flip-rotation": Augmentation(
+        crop_padding=4, flip=True, rotation_degrees=15, reflect=True, one_direction=True
+    ),
+}
 
 
 def cut(ids: IntArray, settings: RunSettings) -> list[IntArray]:
@@ -57,7 +63,7 @@ def training_inputs(
     Random numbers depend only on the seed, the task and the iteration. A resumed run therefore draws the same ones.
 
     Args:
-        data: The data set, whose own augmentation is used. `AUGMENTATION` is used if it has none.
+        data: The data set.
         ids: The samples.
         settings: The settings.
         task: The task in training.
@@ -66,6 +72,13 @@ def training_inputs(
     chosen = torch.from_numpy(ids)
     if not settings.augment:
         return data.inputs(chosen)
-    if data.augmentation == Augmentation():
-        data = dataclasses.replace(data, augmentation=AUGMENTATION)
-    return data.batch(chosen, torch.Generator("cpu").manual_seed(seed_of(settings.seed, "augment", task, step)))
+    return augmented(data, settings).batch(
+        chosen, torch.Generator("cpu").manual_seed(seed_of(settings.seed, "augment", task, step))
+    )
+
+
+def augmented(data: Dataset, settings: RunSettings) -> Dataset:
+    """Give a data set the augmentation of the settings: its own if they say so and it has one."""
+    if settings.augmentation == "dataset" and data.augmentation != Augmentation():
+        return data
+    return dataclasses.replace(data, augmentation=AUGMENTATIONS[settings.augmentation])

@@ -27,6 +27,7 @@ CHOICES = {
     "stream": STREAMS,
     "validation_rule": ("random", "first"),
     "select": ("last", "best"),
+    "augmentation": ("dataset", "crop-flip-rotation"),
     "probe_rule": ("balanced", "first"),
     "probe_parts": ("train", "both"),
 }
@@ -129,8 +130,11 @@ class RunSettings:
             has the largest accuracy on the validation samples of the classes so far, the first of several.
         batch_size: Samples per iteration.
         drop_last: Whether the last batch of an epoch is left out if it is not full.
-        augment: Whether training images are augmented as their data set says; by a random crop after padding with four
-            pixels, and a random flip, if it says nothing.
+        augment: Whether training images are augmented.
+        augmentation: ``dataset``: as the data set says, or by a random crop after padding with four pixels and a random
+            flip if it says nothing; ``crop-flip-rotation``: by these, with mirrored pixels at the border, and by a
+            rotation of 0 to 15 degrees.
+        augment_evaluation: Whether the images of the test split are augmented too, as in one published code.
         probe_per_class: Probe samples of each class of each task, for kernels.
         probe_rule: ``balanced``: as many random samples of each class; ``first``: the first samples of each task, as
             many in all.
@@ -188,6 +192,8 @@ class RunSettings:
     batch_size: int = 32
     drop_last: bool = False
     augment: bool = False
+    augmentation: str = "dataset"
+    augment_evaluation: bool = False
     probe_per_class: int = 10
     probe_rule: str = "balanced"
     probe_parts: str = "train"

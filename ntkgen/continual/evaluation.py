@@ -41,35 +41,54 @@ class Evaluation:
     confusion: IntArray
 
 
-def evaluate(
-    model: nn.Module, method: Method, stream: Stream, held_out: tuple[Dataset, list[IntArray]], num_used: int
-) -> Evaluation:
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Samples on which a network is evaluated.
+
+    Attributes:
+        data: Their data set.
+        ids: The samples of each task.
+        generator: Draws the augmentation of the samples; None if they are not augmented.
+    """
+
+    data: Dataset
+    ids: list[IntArray]
+    generator: torch.Generator | None = None
+
+    def inputs(self, ids: Tensor) -> Tensor:
+        """Compute the inputs of some samples."""
+        return self.data.inputs(ids) if self.generator is None else self.data.batch(ids, self.generator)
+
+
+def evaluate(model: nn.Module, method: Method, stream: Stream, held_out: HeldOut, num_used: int) -> Evaluation:
     """Evaluate a network in evaluation mode, and leave its mode as it was.
 
     Args:
         model: The network.
         method: Computes the scores.
         stream: The tasks.
-        held_out: The data set, or its test split, and the held-out samples of each task.
+        held_out: The held-out samples of each task.
         num_used: Number of outputs that predictions use, the first of the network; see `Evaluation` for the others.
     """
-    data, ids = held_out
     with evaluation_mode(model):
         method.before_evaluation(model)
         with torch.no_grad():
-            rows = [_evaluate_task(model, method, stream, task, (data, own, num_used)) for task, own in enumerate(ids)]
+            rows = [
+                _evaluate_task(model, method, stream, task, (held_out, num_used)) for task in range(len(held_out.ids))
+            ]
     return Evaluation(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
 def _evaluate_task(
-    model: nn.Module, method: Method, stream: Stream, task: int, held_out: tuple[Dataset, IntArray, int]
+    model: nn.Module, method: Method, stream: Stream, task: int, samples_and_outputs: tuple[HeldOut, int]
 ) -> tuple[float, float, float, float, IntArray]:
-    data, ids, num_used = held_out
+    held_out, num_used = samples_and_outputs
+    labels_of, ids = held_out.data.labels, held_out.ids[task]
     own = torch.tensor(stream.task_targets(task))
     totals, confusion = np.zeros(4), np.zeros((stream.num_targets, stream.num_targets), np.int64)
     for part in torch.from_numpy(ids).split(EVALUATION_BATCH):
-        labels = data.labels[part.to(data.labels.device)].cpu().numpy()
-        targets, x = torch.from_numpy(stream.targets(labels)), data.inputs(part)
+        labels = labels_of[part.to(labels_of.device)].cpu().numpy()
+        targets, x = torch.from_numpy(stream.targets(labels)), held_out.inputs(part)
         on_device: Tensor = model(x)[:, :num_used]
         outputs, scores = on_device.cpu(), method.predict(model, x, on_device).cpu()
         predictions = scores.argmax(1)

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from ntkgen.continual.chance import seed_of
-from ntkgen.continual.evaluation import evaluate
-from ntkgen.continual.learner import Run, learn
-from ntkgen.continual.network import build_network
+from ntkgen.continual.evaluation import HeldOut, evaluate
+from ntkgen.continual.learner import Run, build_network, learn
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.probe import choose_probe
 from ntkgen.continual.reading import open_seed
@@ -128,7 +127,9 @@ def _evaluation_seconds(run: Run, num_held_out: int) -> float:
     plan, data = run.plan, run.data.held_out
     measured, outputs = sum(len(ids) for ids in plan.held_out), plan.stream.num_targets
     each = _median_seconds(
-        lambda: evaluate(run.model, run.method, plan.stream, (data, plan.held_out), outputs), run.stepper.device, 0.0
+        lambda: evaluate(run.model, run.method, plan.stream, HeldOut(data, plan.held_out), outputs),
+        run.stepper.device,
+        0.0,
     )
     return each * num_held_out / measured
 

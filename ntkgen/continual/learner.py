@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ntkgen.continual.batches import blended, cut, remaining_batches, training_inputs
+from ntkgen.continual.batches import augmented, blended, cut, remaining_batches, training_inputs
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.evaluation import Evaluation, evaluate
+from ntkgen.continual.evaluation import Evaluation, HeldOut, evaluate
 from ntkgen.continual.heads import grow_head, growing_head
 from ntkgen.continual.network import build_network, fitting_network
 from ntkgen.continual.plan import Plan, steps_per_epoch
@@ -24,7 +24,6 @@ from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
 from ntkgen.continual.training_log import TrainingLog
-from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import write_lock
@@ -166,7 +165,7 @@ class Run:
         """
         settings = self.plan.settings
         if settings.evaluation_schedule.contains(moment):
-            found = self._evaluated(moment.task, self.data.held_out, self.plan.held_out)
+            found = self._evaluated(moment.task, self._held_out())
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
             self.accuracy = float(found.accuracy[: moment.task + 1].mean())
             self.record.evaluated({**where, **{name: getattr(found, name) for name in MEASURES}})
@@ -179,8 +178,15 @@ class Run:
         """Count the outputs that the loss and the predictions use."""
         return min(self.plan.num_used(task), self.num_outputs)
 
-    def _evaluated(self, task: int, data: Dataset, ids: list[IntArray]) -> Evaluation:
-        return evaluate(self.model, self.method, self.plan.stream, (data, ids), self.num_used(task))
+    def _evaluated(self, task: int, held_out: HeldOut) -> Evaluation:
+        return evaluate(self.model, self.method, self.plan.stream, held_out, self.num_used(task))
+
+    def _held_out(self) -> HeldOut:
+        settings, data = self.plan.settings, self.data.held_out
+        if not settings.augment_evaluation:
+            return HeldOut(data, self.plan.held_out)
+        seed = seed_of(settings.seed, "augment", self.iteration)  # a resumed run draws the same
+        return HeldOut(augmented(data, settings), self.plan.held_out, torch.Generator("cpu").manual_seed(seed))
 
     def _take_snapshot(self, task: int) -> None:
         rate = float(self.optimizer.param_groups[0]["lr"])
@@ -237,7 +243,7 @@ class Run:
         line = {"iteration": self.iteration, "task": moment.task, "epoch": self.epochs_done, **self.training.finish()}
         if self.plan.settings.select == "best":
             ids = [task.validation for task in stream.tasks[: moment.task + 1]]
-            found, counts = self._evaluated(moment.task, self.data.train, ids), [len(each) for each in ids]
+            found, counts = self._evaluated(moment.task, HeldOut(self.data.train, ids)), [len(each) for each in ids]
             line["validation_accuracy"] = float(np.average(found.accuracy, weights=counts))
             line["validation_loss"] = float(np.average(found.loss, weights=counts))
             self.best.offer(number, line["validation_accuracy"], self.model)
@@ -252,7 +258,7 @@ class Run:
 
     def _select(self, task: Task) -> None:
         """Restore the best epoch, and record what the last one achieves on the held-out samples."""
-        last = self._evaluated(task.number, self.data.held_out, self.plan.held_out)
+        last = self._evaluated(task.number, self._held_out())
         self._write_parameters(f"task{task.number}-last")
         epoch = self.best.restore(self.model)
         values = {name: plain_values(getattr(last, name)) for name in ("accuracy", "loss")}

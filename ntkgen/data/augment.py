@@ -19,7 +19,7 @@ class Augmentation:
     """The random transformations of an image in training. By default there are none.
 
     >>> Augmentation(crop_padding=4, flip=True)
-    Augmentation(crop_padding=4, flip=True, rotation_degrees=0.0)
+    Augmentation(crop_padding=4, flip=True, rotation_degrees=0.0, reflect=False, one_direction=False)
     """
 
     crop_padding: int = 0
@@ -28,6 +28,10 @@ class Augmentation:
     """Whether each image is mirrored (left and right) with probability 1/2. Not suitable for digits and letters."""
     rotation_degrees: float = 0.0
     """Maximum angle of a random rotation about the centre, in degrees and in both directions."""
+    reflect: bool = False
+    """Whether the pixels that are added on every side are the mirrored ones of the image, and not black."""
+    one_direction: bool = False
+    """Whether a rotation is always counter-clockwise."""
 
     def __post_init__(self) -> None:
         if self.crop_padding < 0:
@@ -52,11 +56,11 @@ def augment(
     If all three are disabled, the result is ``images`` itself, not a copy.
     """
     if augmentation.rotation_degrees > 0:
-        images = rotate(images, _draw_angles(len(images), augmentation.rotation_degrees, generator))
-    if augmentation.crop_padding > 0:
-        images = crop(
-            images, _draw_offsets(len(images), augmentation.crop_padding, generator), augmentation.crop_padding
-        )
+        angles = _draw_angles(len(images), augmentation.rotation_degrees, generator)
+        images = rotate(images, angles.abs() if augmentation.one_direction else angles)
+    if (padding := augmentation.crop_padding) > 0:
+        mode = "reflect" if augmentation.reflect else "constant"
+        images = crop(images, _draw_offsets(len(images), padding, generator), padding, mode)
     if augmentation.flip:
         images = flip(images, _draw_choices(len(images), generator))
     return images
@@ -81,10 +85,18 @@ def crop(
     images: Tensor,  # (samples, channels, height, width)
     offsets: Tensor,  # (samples, 2), int64: top and left edge of each window, 0..2 · padding
     padding: int,
+    mode: str = "constant",
 ) -> Tensor:  # (samples, channels, height, width)
-    """Pad each image with black, and cut out the window at its offset. The offset ``padding`` is no shift."""
+    """Pad each image, and cut out the window at its offset. The offset ``padding`` is no shift.
+
+    Args:
+        images: The images.
+        offsets: The offsets of the windows.
+        padding: Pixels added on every side.
+        mode: ``constant``: they are black; ``reflect``: they are the mirrored ones of the image.
+    """
     height, width = images.shape[2:]
-    padded = F.pad(images, (padding, padding, padding, padding))
+    padded = F.pad(images, (padding, padding, padding, padding), mode)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: (samples, channels, top, left, height, width)
     top, left = offsets.to(images.device).unbind(dim=1)
     return windows[torch.arange(len(images), device=images.device), :, top, left]

@@ -155,7 +155,7 @@ def make_stream(
     """
     order = class_order(settings.order, num_classes, seed)
     groups = _groups(settings, order)
-    tasks = []
+    tasks: list[Task] = []
     for number, classes in enumerate(groups):
         members = _members(settings, classes, labels, (number, seed))
         train, validation = _split(members, labels, settings, seed)
