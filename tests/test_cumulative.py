@@ -47,7 +47,8 @@ def incremental(seed=0, settings=INCREMENTAL):
 
 def small(num_classes):
     return nn.Sequential(
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, num_classes)
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(),
+        nn.Linear(16, num_classes),
     )  # fmt: skip
 
 
