@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from ntkgen.continual import learner
+from ntkgen.continual import run as at_work
 from ntkgen.continual.batches import augmented, training_inputs
 from ntkgen.continual.chance import generator_of
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.learner import Run, learn
+from ntkgen.continual.learner import learn
 from ntkgen.continual.plan import Data, Plan, steps_per_epoch
 from ntkgen.continual.reading import open_run
+from ntkgen.continual.run import Run
 from ntkgen.continual.selection import BestEpoch
 from ntkgen.continual.streams.incremental import Split, StreamSettings, make_stream
 from ntkgen.continual.streams.order import class_order
@@ -246,7 +247,7 @@ def test_a_task_ends_with_its_best_epoch(tmp_path, monkeypatch):
         kept.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
         plain(run, moment)
 
-    def evaluated(model, method, stream, held_out, num_used, real=learner.evaluate):
+    def evaluated(model, method, stream, held_out, num_used, real=at_work.evaluate):
         found = real(model, method, stream, held_out, num_used)
         is_validation = held_out.data is not data.test
         return dataclasses.replace(found, accuracy=np.array([scripted[len(kept) - 1]])) if is_validation else found
@@ -254,7 +255,7 @@ def test_a_task_ends_with_its_best_epoch(tmp_path, monkeypatch):
     data = blobs()
     monkeypatch.setattr(Run, "end_epoch", end_epoch)
     monkeypatch.setattr(Data, "to", lambda self, _: self)
-    monkeypatch.setattr(learner, "evaluate", evaluated)
+    monkeypatch.setattr(at_work, "evaluate", evaluated)
     learn(Plan.of(settings, data), LocalFolder(tmp_path, fsync=False), CPU)
     found, last = (torch.load(tmp_path / f"models/{name}.pt", weights_only=True) for name in ("task0", "task0-last"))
     assert all(torch.equal(found[name], kept[1][name]) for name in found)
@@ -313,7 +314,7 @@ class Killed(BaseException):
 
 def test_a_killed_run_with_a_best_epoch_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, select="best")
-    monkeypatch.setattr(learner, "COMMIT_SECONDS", 0.0)  # a checkpoint after every iteration
+    monkeypatch.setattr(at_work, "COMMIT_SECONDS", 0.0)  # a checkpoint after every iteration
     learn(Plan.of(settings, blobs()), LocalFolder(tmp_path / "straight", fsync=False), CPU)
     moments = sorted(generator_of(0, "noise").choice(np.arange(2, 60), size=4, replace=False).tolist())
     for moment in moments:

@@ -14,10 +14,12 @@ import torch
 
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.evaluation import HeldOut, evaluate
-from ntkgen.continual.learner import Run, build_network, learn
+from ntkgen.continual.learner import learn
+from ntkgen.continual.networks import build_network
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.probe import choose_probe
 from ntkgen.continual.reading import open_seed
+from ntkgen.continual.run import Run
 from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.streams.tasks import IntArray, Task
 from ntkgen.files.folder import LocalFolder

@@ -20,7 +20,7 @@ import torch
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
-from ntkgen.continual.network import require_fitting
+from ntkgen.continual.networks import build_network
 from ntkgen.continual.plan import Data, Plan, load_data
 from ntkgen.continual.reading import run_names
 from ntkgen.continual.record import is_begun, read_config

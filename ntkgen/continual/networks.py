@@ -1,0 +1,40 @@
+"""The network of a run, and its optimizer."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ntkgen.continual.chance import seed_of
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.training import zoo
+
+
+def build_network(settings: RunSettings, num_outputs: int, task: int = 0) -> nn.Module:
+    """Build the network of a run, with parameters from the run's seed, or those whose last rows a later task adds."""
+    options = {} if settings.parametrization == "standard" else {"parametrization": settings.parametrization}
+    seed = seed_of(settings.seed, "init", *[task] * (task > 0))
+    return zoo.build(settings.model, num_outputs, seed=seed, width=settings.width, **options)
+
+
+def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """Make the optimizer of a run. Its step is one fused kernel where torch has it."""
+    params = list(model.parameters())
+    common: dict[str, Any] = {
+        "lr": settings.step_size,
+        "weight_decay": settings.weight_decay,
+        "fused": _can_fuse(params),
+    }
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(params, **common)
+    return torch.optim.SGD(params, momentum=settings.momentum, **common)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next steps."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _can_fuse(params: list[nn.Parameter]) -> bool:
+    return all(param.is_floating_point() and param.device.type in {"cpu", "cuda"} for param in params)
