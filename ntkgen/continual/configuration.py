@@ -1,17 +1,12 @@
 """The settings of a run of continual learning, read from a file or from options, and checked."""
 
 import dataclasses
-import difflib
-import json
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ntkgen.continual.schedule import Schedule
+from ntkgen.continual.settings import Settings, freeze_lists, require_known_names, require_none_wrong, wrong_signs
 from ntkgen.continual.streams.incremental import STREAMS, Split, StreamSettings
-from ntkgen.errors import InputError, UnknownNameError
+from ntkgen.errors import InputError
 
 OPTIMIZERS = ("adam", "sgd")
 # Settings that are one of a few names.
@@ -75,7 +70,7 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Settings):
     """All settings of a run, with their defaults.
 
     Attributes:
@@ -213,12 +208,12 @@ class RunSettings:
             InputError: If a number is too small, or the lazy regime has no width.
             UnknownNameError: If a name is unknown.
         """
-        for name in ("class_order", "lr_milestones"):
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
-        _require_numbers(self)
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise UnknownNameError(f"`{name}`", getattr(self, name), known)
+        freeze_lists(self)
+        positive = ["buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size"]
+        positive += ["probe_per_class"]
+        wrong = wrong_signs(self, positive, ("weight_decay", "seed", "distillation", "penalty"))
+        require_none_wrong(wrong + [f"`lr_milestones` {epoch}" for epoch in self.lr_milestones if not epoch > 0])
+        require_known_names(self, CHOICES)
         if self.regime == "lazy" and self.width is None:
             raise InputError(
                 "The lazy regime divides the learning rate by the width: expected a `width`, found none. Is the "
@@ -272,102 +267,5 @@ class RunSettings:
 
     @property
     def evaluation_schedule(self) -> Schedule:
-        """When the network is evaluated, also before the training, which forward transfer needs."""
-        return Schedule.parse(self.evaluations, dense=0)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, defaults included."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "RunSettings":
-        """Read what `to_json` or a user has written.
-
-        Raises:
-            InputError: If a key is unknown, or a value has the wrong kind.
-        """
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in values:
-            if name not in known:
-                close = difflib.get_close_matches(name, [*known, *ALIASES], n=3)
-                hint = f" Did you mean {' or '.join(close)}?" if close else ""
-                raise InputError(f"There is no setting {name!r} of a run.{hint} Known: {', '.join(known)}.")
-        kinds = typing.get_type_hints(cls)
-        for name, value in values.items():
-            if not _is_of_kind(value, kinds[name]):
-                raise InputError(
-                    f"The setting {name} has a value of the wrong kind: expected {_named(kinds[name])}, found "
-                    f"{json.dumps(value, default=str)}. Was a number written in quotes, or a word without them? "
-                    "Correct it."
-                )
-        return cls(**values)
-
-    def differences(self, other: "RunSettings") -> list[str]:
-        """List the settings that differ, with both values. This one is that of the record."""
-        pairs = zip(self.to_json().items(), other.to_json().values(), strict=True)
-        return [f"{name} {stored}, now {current}" for (name, stored), current in pairs if stored != current]
-
-    def differences_beside_seed(self, other: "RunSettings") -> list[str]:
-        """List what keeps two runs from being read together: settings that differ, but not the seed and the width.
-
-        A default width, which is not stated, cannot be compared with another one.
-        """
-        differing = self.differences(dataclasses.replace(other, seed=self.seed, width=self.width))
-        if (self.width is None) != (other.width is None):
-            differing.append(f"width {self.width}, now {other.width}")
-        return differing
-
-
-def _require_numbers(settings: RunSettings) -> None:
-    """Require that no number is too small.
-
-    Raises:
-        InputError: If one is.
-    """
-    for name in (*POSITIVE, *NOT_NEGATIVE):
-        value = getattr(settings, name)
-        if value is None or value > 0 or (value == 0 and name in NOT_NEGATIVE):
-            continue
-        expected = "a number above 0" if name in POSITIVE else "0 or more"
-        question = "Was it meant to switch something off?" if value == 0 else "Is the sign wrong?"
-        raise InputError(
-            f"`{name}` is {value:g}: expected {expected}. {question} Give another number, or leave it out for the "
-            f"default, {getattr(RunSettings, name)}."
-        )
-    if early := [epoch for epoch in settings.lr_milestones if epoch < 1]:
-        raise InputError(
-            f"`lr_milestones` has the epoch {early[0]}: expected epochs after the first one, which is epoch 0. Was a "
-            "lower rate meant from the beginning? Give it as `learning_rate`."
-        )
-
-
-def _named(kind: Any) -> str:
-    """Say in words which values a setting has.
-
-    >>> _named(int | None), _named(str | tuple[int, ...])
-    ('a whole number', 'a word or a list of whole numbers')
-    """
-    if isinstance(kind, types.UnionType):
-        return " or ".join(_named(each) for each in typing.get_args(kind) if each is not type(None))
-    if typing.get_origin(kind) is tuple:
-        return "a list of whole numbers"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
-
-
-def _is_of_kind(value: Any, kind: Any) -> bool:
-    """Say whether a value has the kind of a setting. A whole number is also a number; a truth value is not.
-
-    >>> _is_of_kind(3, float | None), _is_of_kind(True, int), _is_of_kind([1, 0], str | tuple[int, ...])
-    (True, False, True)
-    """
-    if isinstance(kind, types.UnionType):
-        return any(_is_of_kind(value, each) for each in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, list | tuple) and all(_is_of_kind(each, typing.get_args(kind)[0]) for each in value)
-    if kind in {int, float}:
-        return isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+        """When the network is evaluated."""
+        return Schedule.parse(self.evaluations)

@@ -23,6 +23,7 @@ import ntkgen
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.probe import Probe
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
+from ntkgen.continual.settings import Settings
 from ntkgen.continual.streams.tasks import Stream
 from ntkgen.errors import FingerprintError, StoreError
 from ntkgen.files.folder import Folder
@@ -143,7 +144,7 @@ def evaluation_arrays(num_tasks: int) -> list[GrowingArray]:
     ]
 
 
-def write_config(folder: Folder, settings: RunSettings, facts: Mapping[str, Any]) -> None:
+def write_config(folder: Folder, settings: Settings, facts: Mapping[str, Any]) -> None:
     """Write the settings of a run, and what it depends on beside them."""
     config = {"settings": settings.to_json(), "facts": dict(facts), "version": ntkgen.__version__}
     folder.write(CONFIG, json.dumps(config, indent=1).encode())
@@ -169,17 +170,14 @@ def read_config(folder: Folder) -> dict[str, Any] | None:
     return found
 
 
-def is_begun(folder: Folder, settings: RunSettings, facts: Mapping[str, Any]) -> bool:
-    """Say whether there is a run already, and require that it has the same settings and the same facts.
+def require_same(folder: Folder, found: Mapping[str, Any], settings: Settings, facts: Mapping[str, Any]) -> None:
+    """Require that a run was begun with the same settings and the same facts.
 
     Raises:
         FingerprintError: If one of them differs. The message names the differences.
         StoreError: If its settings cannot be read.
     """
-    found = read_config(folder)
-    if found is None:
-        return False
-    differing = RunSettings.from_json(found["settings"]).differences(settings)
+    differing = type(settings).from_json(found["settings"]).differences(settings)
     differing += [
         f"{name} {str(found['facts'].get(name))[:16]}, now {str(value)[:16]}"
         for name, value in facts.items()
