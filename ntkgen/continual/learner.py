@@ -8,7 +8,7 @@ from ntkgen.continual.checkpoint import read_checkpoint
 from ntkgen.continual.networks import set_learning_rate
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.record import CHECKPOINT
-from ntkgen.continual.run import Run
+from ntkgen.continual.run import Announce, Run, say_nothing
 from ntkgen.continual.schedule import Moment
 from ntkgen.continual.streams.tasks import Task
 from ntkgen.files.folder import Folder
@@ -17,10 +17,23 @@ from ntkgen.progress import Report, ignore_report
 from ntkgen.training.loop import training_mode
 
 
-def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ignore_report) -> Run:
+def learn(
+    plan: Plan,
+    folder: Folder,
+    device: torch.device,
+    report: Report = ignore_report,
+    announce: Announce = say_nothing,
+) -> Run:
     """Train a network on all tasks, from the beginning or from the newest checkpoint.
 
     Everything is recorded below the folder. A run that was killed ends with the same bytes on a CPU.
+
+    Args:
+        plan: What the run will do.
+        folder: The folder of the run.
+        device: The device of the network.
+        report: Gets the progress.
+        announce: Gets a line for every epoch, every evaluation and every window of iterations.
 
     Raises:
         FingerprintError: If there is a run with other settings or other data.
@@ -34,7 +47,7 @@ def learn(plan: Plan, folder: Folder, device: torch.device, report: Report = ign
         # The last bits of products depend on the number of threads: a run keeps the one that it has begun with.
         threads = torch.get_num_threads() if checkpoint is None else int(checkpoint["threads"])
         with training_mode(device, seed_of(plan.settings.seed, "noise"), threads):
-            run = Run(plan, folder, device)
+            run = Run(plan, folder, device, announce)
             run.resume(checkpoint)
             del data, checkpoint  # the run has copied them
             for task in plan.stream.tasks[run.task :]:
@@ -53,7 +66,9 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
     if not run.has_begun:
         run.begin(task)
         if task.number == 0:  # the end of each task is the beginning of the next
+            run.write_parameters("start")
             run.look(Moment(0, 0, steps_per_epoch, num_steps))
+    run.watch.begin_epoch()
     for ids in remaining_batches(run.method, task, settings, run.step):
         set_learning_rate(run.optimizer, settings.step_size_at(run.step // steps_per_epoch))
         frozen = settings.freeze_batch_norm and run.step >= steps_per_epoch
@@ -71,4 +86,6 @@ def learn_task(run: Run, task: Task, report: Report = ignore_report) -> None:
             run.task, run.step, run.has_begun = task.number + 1, 0, False
         if moment.ends_epoch or run.is_due:
             run.commit()
+        if moment.ends_epoch:
+            run.watch.begin_epoch()
         report("training", run.iteration, total, run.note(moment))

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import xarray
 
 from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.epochs import Epochs
 from ntkgen.continual.joining import Key, joined
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
 from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
 from ntkgen.continual.metrics.worst_case import worst_case
-from ntkgen.continual.record import CONFIG, read_config
-from ntkgen.continual.series import read_arrays
+from ntkgen.continual.record import CONFIG, LOG, read_config
 from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
@@ -81,6 +81,11 @@ class RunReader:
             return int(run["finished_tasks"])
         files = self.folder.sizes("models")
         return sum(f"models/task{task}.pt" in files for task in range(self.num_tasks))
+
+    @cached_property
+    def epochs(self) -> Epochs:
+        """What is logged of each epoch. Imported runs, and those of earlier versions, have none."""
+        return Epochs.of((self.folder.read(LOG) or b"").decode().splitlines())
 
     def has(self, measure: str) -> bool:
         """Whether a measure of the evaluations has any values. Imported runs lack some."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
-from ntkgen.continual.training_log import TrainingLog
+from ntkgen.continual.training_log import Stopwatch, TrainingLog
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.jacobian.outputs import output_map
@@ -35,12 +35,20 @@ COMMIT_SECONDS = 30.0
 POSITION = ("task", "step", "iteration", "epochs_done", "has_begun", "num_outputs")
 
 
+Announce = Callable[[str], None]
+"""Called with a line of text for each epoch and for each window of iterations."""
+
+
+def say_nothing(line: str) -> None:
+    """Announce nothing."""
+
+
 class Run:
     """A run at work: its network, its method, its record, and where it is."""
 
-    def __init__(self, plan: Plan, folder: Folder, device: torch.device) -> None:
+    def __init__(self, plan: Plan, folder: Folder, device: torch.device, announce: Announce = say_nothing) -> None:
         settings = plan.settings
-        self.plan = plan
+        self.plan, self.announce = plan, announce
         self.data = plan.data.to(device)
         self.num_outputs = plan.num_outputs(0)
         self.model = build_network(settings, self.num_outputs)
@@ -52,7 +60,7 @@ class Run:
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
-        self.training, self.best = TrainingLog(), BestEpoch()
+        self.training, self.best, self.watch = TrainingLog(), BestEpoch(), Stopwatch()
         self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
@@ -113,6 +121,7 @@ class Run:
             "snapshots": self.snapshots.state_dict(),
             "training": self.training.state_dict(),
             "best": self.best.state_dict(),
+            "watch": self.watch.state_dict(),
             "random": random,
             "threads": torch.get_num_threads(),
         }
@@ -126,8 +135,8 @@ class Run:
         self.stepper.load_state_dict(state["stepper"])
         self.method.load_state_dict(state["method"])
         self.snapshots.load_state_dict(state.get("snapshots", {}))
-        self.training.load_state_dict(state["training"])
-        self.best.load_state_dict(state["best"])
+        for name in ("training", "best", "watch"):  # a checkpoint of an earlier version has none of them
+            getattr(self, name).load_state_dict(state.get(name, getattr(self, name).state_dict()))
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and self.stepper.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.stepper.device)
@@ -168,9 +177,11 @@ class Run:
         """
         settings = self.plan.settings
         if settings.evaluation_schedule.contains(moment):
-            found = self._evaluated(moment.task, self._held_out())
+            with self.watch.measured("evaluation"):
+                found = self._evaluated(moment.task, self._held_out())
             where = {"iteration": self.iteration, "trained_task": moment.task, "epoch": self.epochs_done}
             self.accuracy = float(found.accuracy[: moment.task + 1].mean())
+            self.announce(f"task {moment.task + 1}, iteration {self.iteration}: held-out accuracy {self.accuracy:.3f}")
             self.record.evaluated({**where, **{name: getattr(found, name) for name in MEASURES}})
             if moment.ends_task:
                 self.record.ended_task(self.iteration, found.confusion[: moment.task + 1].sum(0))
@@ -238,34 +249,45 @@ class Run:
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}")
         self.training.add(loss, float(is_correct[0].double().mean()))
+        if (mean := self.training.last_window) is not None:
+            self.announce(f"task {self.task + 1}, iteration {self.iteration + 1}: training accuracy {mean:.3f}")
         return loss
 
     def end_epoch(self, moment: Moment) -> None:
         """Log the training of an epoch, and keep its parameters if it is the best one so far."""
         stream, number = self.plan.stream, moment.step // moment.steps_per_epoch
+        self.watch.end_epoch()
         line = {"iteration": self.iteration, "task": moment.task, "epoch": self.epochs_done, **self.training.finish()}
         if self.plan.settings.select == "best":
             ids = [task.validation for task in stream.tasks[: moment.task + 1]]
-            found, counts = self._evaluated(moment.task, HeldOut(self.data.train, ids)), [len(each) for each in ids]
+            counts = [len(each) for each in ids]
+            with self.watch.measured("validation"):
+                found = self._evaluated(moment.task, HeldOut(self.data.train, ids))
             line["validation_accuracy"] = float(np.average(found.accuracy, weights=counts))
             line["validation_loss"] = float(np.average(found.loss, weights=counts))
             self.best.offer(number, line["validation_accuracy"], self.model)
         self.record.log("epoch", line)
+        validation = f", validation {line['validation_accuracy']:.3f}" * ("validation_accuracy" in line)
+        self.announce(
+            f"task {moment.task + 1}/{len(stream)}, epoch {number}/{self.plan.settings.epochs}: training loss "
+            f"{line['loss']:.4f}, accuracy {line['accuracy']:.3f}{validation}; {self.watch.seconds['epoch'][-1]:.1f} s"
+        )
 
     def end(self, task: Task) -> None:
         """End a task: choose its epoch, finish the method, and write the parameters."""
         if self.plan.settings.select == "best":
             self._select(task)
         self.method.end(task, self.model)
-        self._write_parameters(f"task{task.number}")
+        self.write_parameters(f"task{task.number}")
 
     def _select(self, task: Task) -> None:
         """Restore the best epoch, and record what the last one achieves on the held-out samples."""
         last = self._evaluated(task.number, self._held_out())
-        self._write_parameters(f"task{task.number}-last")
+        self.write_parameters(f"task{task.number}-last")
         epoch = self.best.restore(self.model)
         values = {name: plain_values(getattr(last, name)) for name in ("accuracy", "loss")}
         self.record.log("epoch selected", {"iteration": self.iteration, "task": task.number, "epoch": epoch, **values})
 
-    def _write_parameters(self, name: str) -> None:
+    def write_parameters(self, name: str) -> None:
+        """Write the present parameters and buffers below ``models``."""
         self.record.folder.write(f"models/{name}.pt", saved(self.model.state_dict()))

@@ -1,12 +1,46 @@
-"""Loss and accuracy of the batches of an epoch, while it is trained."""
+"""Loss and accuracy of the batches of an epoch, while it is trained, and the time that it takes."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 # Iterations of which one mean is kept, as in the published logs of Dohare et al. (2024, Nature 632).
 WINDOW = 25
+
+
+class Stopwatch:
+    """The seconds that each epoch and each evaluation took. They are no part of what a resumed run reproduces."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("epoch", "evaluation", "validation")}
+
+        self._began = time.monotonic()
+
+    def begin_epoch(self) -> None:
+        """Begin to measure an epoch, or what is left of it."""
+        self._began = time.monotonic()
+
+    def end_epoch(self) -> None:
+        """End the measurement of an epoch."""
+        self.seconds["epoch"].append(round(time.monotonic() - self._began, 6))
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Measure a block."""
+        began = time.monotonic()
+        yield
+        self.seconds[name].append(round(time.monotonic() - began, 6))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all seconds so far."""
+        return {name: list(values) for name, values in self.seconds.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` has returned."""
+        self.seconds = {name: list(values) for name, values in state.items()}
 
 
 class TrainingLog:
@@ -23,6 +57,11 @@ class TrainingLog:
         """Add a batch."""
         self.losses.append(loss)
         self.accuracies.append(accuracy)
+
+    @property
+    def last_window(self) -> float | None:
+        """The mean accuracy over the window that has just ended; None if none has."""
+        return None if len(self.accuracies) % WINDOW else _mean(self.accuracies[-WINDOW:])
 
     def finish(self) -> dict[str, Any]:
         """Return the means over the epoch and over each `WINDOW` of its iterations, and begin the next one.

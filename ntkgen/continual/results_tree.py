@@ -1,0 +1,111 @@
+"""Results as a tree of metric directories, as the code of incremental CIFAR-100 writes them.
+
+    EXPERIMENT/
+      experiment_indices.npy               indices of all runs, sorted
+      config_files/index-N.json            settings
+      class_order/index-N.npy              classes in the order in which they arrive
+      model_parameters/index-N_epoch-E.pt  parameters at the end of each task, before a reset
+      train_loss_per_checkpoint/, train_accuracy_per_checkpoint/          means over 25 iterations
+      test_loss_per_epoch/, test_accuracy_per_epoch/, validation_…/       on the classes seen so far
+      epoch_runtime/, test_evaluation_runtime/, validation_evaluation_runtime/   seconds
+
+All numbers are float32, one array per run. The layout is that of Dohare et al. (2024, Nature 632), so that scripts for
+its results read ours. What resumes a run stays in its own folder.
+"""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ntkgen.continual.reading import RunReader
+from ntkgen.errors import StoreError
+from ntkgen.files.folder import Folder
+
+INDICES = "experiment_indices.npy"
+# The measured seconds of a run, and their names in the tree.
+RUNTIMES = {
+    "epoch": "epoch_runtime",
+    "evaluation": "test_evaluation_runtime",
+    "validation": "validation_evaluation_runtime",
+}
+
+
+def write_results_tree(folder: Folder, run: RunReader, index: int, seconds: Mapping[str, Sequence[float]]) -> None:
+    """Write the results of a finished run.
+
+    Args:
+        folder: The folder of the experiment.
+        run: The run.
+        index: Its experiment index.
+        seconds: The seconds of each epoch and evaluation; see `RUNTIMES`.
+
+    Raises:
+        StoreError: If the run is not finished, or was not evaluated after every epoch.
+    """
+    for name, values in {**curves(run), **_runtimes(run, seconds)}.items():
+        folder.write(f"{name}/index-{index}.npy", _npy(values.astype(np.float32)))
+    folder.write(f"class_order/index-{index}.npy", _npy(np.asarray(run.evaluations.class_order.values, np.int64)))
+    folder.write(f"config_files/index-{index}.json", json.dumps(run.config["settings"], indent=1).encode())
+    for epoch, name in enumerate(["start", *(f"task{task}" for task in range(run.num_tasks))]):
+        parameters = run.folder.read(f"models/{name}.pt")
+        assert parameters is not None
+        folder.write(f"model_parameters/index-{index}_epoch-{epoch * run.settings.epochs}.pt", parameters)
+    known = indices(folder)
+    folder.write(INDICES, _npy(np.unique([*known, index])))
+
+
+def indices(folder: Folder) -> list[int]:
+    """List the indices of the runs in a tree. The published code writes a single one without an axis."""
+    found = folder.read(INDICES)
+    return [] if found is None else np.atleast_1d(np.load(io.BytesIO(found))).tolist()
+
+
+def curves(run: RunReader) -> dict[str, npt.NDArray[np.float64]]:
+    """Compute the curves of training, test and validation of a finished run, (epochs,) or (windows,) each.
+
+    Raises:
+        StoreError: If the run is not finished, or was not evaluated after every epoch.
+    """
+    epochs, ends = run.epochs, run.epochs.values("iteration")
+    data = run.evaluations
+    places = np.searchsorted(data.iteration.values, ends)
+    is_complete = len(ends) == run.num_tasks * run.settings.epochs and run.num_finished == run.num_tasks
+    if not is_complete or not np.isin(ends, data.iteration.values).all():
+        raise StoreError(
+            f"The run at {run.folder} has no curves: expected {run.num_tasks} finished tasks with an evaluation after "
+            f"each of {run.settings.epochs} epochs, found {run.num_finished} tasks and {len(ends)} epochs. Is it still "
+            "at work, or has it rarer `evaluations`? Finish it, or evaluate after each epoch."
+        )
+    found = {f"train_{name}_per_checkpoint": epochs.windows(name) for name in ("loss", "accuracy")}
+    counts, tasks = run.num_held_out, epochs.values("task").astype(int)
+    for name in ("loss", "accuracy"):
+        rows = np.asarray(data[name].values)[places]
+        for line in epochs.selected:  # the evaluation at the end of a task is that of its best epoch
+            rows[(line["task"] + 1) * run.settings.epochs - 1] = _numbers(line[name])
+        means = [np.average(row[: task + 1], weights=counts[: task + 1]) for row, task in zip(rows, tasks, strict=True)]
+        found[f"test_{name}_per_epoch"] = np.array(means)
+        found[f"validation_{name}_per_epoch"] = epochs.values(f"validation_{name}")
+    return found
+
+
+def _runtimes(run: RunReader, seconds: Mapping[str, Sequence[float]]) -> dict[str, npt.NDArray[np.float64]]:
+    count = len(run.epochs.lines)
+    found = {}
+    for name, title in RUNTIMES.items():
+        values = np.array(seconds.get(name, ()), np.float64)[-count:]  # the first evaluation is that before training
+        found[title] = np.concatenate([np.full(count - len(values), np.nan), values])
+    return found
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    return [np.nan if value is None else value for value in values]
+
+
+def _npy(values: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
