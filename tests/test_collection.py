@@ -342,12 +342,12 @@ def test_another_seed_with_other_settings_is_refused_in_one_line(tmp_path, capsy
 def test_settings_are_read_from_files(tmp_path, name, text):
     file = tmp_path / name
     file.write_text(text)
-    sweep, _ = chosen_runs(None, None, file, {"epochs": 2, "width": (), "seeds": ()})
+    sweep = chosen_runs(None, None, file, {"epochs": 2, "width": (), "seeds": ()}).sweep
     assert sweep.settings == RunSettings(split="5/5", learning_rate=0.01, width=4, epochs=2)
     assert list(sweep.runs) == (
         ["seed1"] if name == "config.json" else [f"width{width}/seed{seed}" for width in (4, 6) for seed in (1, 2)]
     )
-    assert list(chosen_runs(None, None, file, {"width": (9,), "seeds": (5,)})[0].runs) == ["seed5"]
+    assert list(chosen_runs(None, None, file, {"width": (9,), "seeds": (5,)}).sweep.runs) == ["seed5"]
 
 
 def test_settings_may_have_the_names_of_their_options(tmp_path):

@@ -1,7 +1,8 @@
-"""The options `--preset`, `--compat` and `--config` of `ntkgen cl-run`, and what they print."""
+"""The options of `ntkgen cl-run` that choose many settings at once, and what they print."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,35 @@ import click
 
 from ntkgen.cli.options import Function, stacked
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.presets import PRESETS, Preset, preset_of
+from ntkgen.continual.presets import PRESETS, Preset, expanded, preset_of
+from ntkgen.continual.published_config import (
+    NAMES,
+    PRESET,
+    PublishedConfig,
+    is_published,
+    seed_of_index,
+    shipped,
+    translated,
+)
 from ntkgen.continual.settings_file import read_settings
 from ntkgen.continual.sweep import Sweep, in_words
 from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
     from ntkgen.continual.reading import RunReader
+
+
+class ConfigFile(click.Path):
+    """A file of settings, or the name of a published one."""
+
+    def __init__(self) -> None:
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path of the file. A file in the current folder precedes a published name."""
+        found = None if Path(value).exists() else shipped(str(value))
+        return super().convert(found or value, param, ctx)
+
 
 preset_options: Callable[[Function], Function] = stacked(
     click.option(
@@ -28,29 +51,63 @@ preset_options: Callable[[Function], Function] = stacked(
     ),
     click.option(
         "--config",
-        type=click.Path(path_type=Path),
+        type=ConfigFile(),
         metavar="FILE",
-        help="Read settings from FILE.json, FILE.toml or FILE.yaml, or from the config.json of a run. "
-        "Options override them.",
+        help="Read settings from FILE.json, FILE.toml or FILE.yaml, from the config.json of a run, or from a published "
+        f"configuration of incremental CIFAR-100: {', '.join(NAMES)}. Options override them.",
+    ),
+    click.option(
+        "--experiment-index",
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="Take the seed of the N-th run of incremental CIFAR-100, and also write its results as the published code "
+        "does: one folder per metric with a file index-N.npy.",
     ),
 )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The runs that were asked for.
+
+    Attributes:
+        sweep: Their settings.
+        preset: Their preset, if they have one.
+        published: The published configuration, if one was read.
+        index: The experiment index, if one was given.
+    """
+
+    sweep: Sweep
+    preset: Preset | None
+    published: PublishedConfig | None = None
+    index: int | None = None
+
+
 def chosen_runs(
-    preset: str | None, compat: str | None, config: Path | None, options: dict[str, Any]
-) -> tuple[Sweep, Preset | None]:
+    preset: str | None, compat: str | None, config: Path | None, options: dict[str, Any], index: int | None = None
+) -> Chosen:
     """Combine preset, file and options; each overrides what is before it.
 
     Raises:
-        InputError: If a name is unknown, the file is damaged, or `compat` is given without a preset.
+        InputError: If a name is unknown, the file is damaged, `compat` is given without a preset, or a seed beside an
+            experiment index.
     """
-    values = {} if config is None else read_settings(config)
+    values, published = ({}, None) if config is None else _read(config)
+    if published is not None:
+        preset = preset or PRESET
     given = {name: value for name, value in options.items() if value not in {None, ()}}
     if isinstance(given.get("class_order"), str):
         given["class_order"] = _order(given["class_order"])
     values |= given
     lists = {name: _listed(name, values.pop(name)) for name in ("width", "seeds", "seed") if name in values}
-    widths, seeds = lists.get("width"), lists.get("seeds") or lists.get("seed") or (RunSettings.seed,)
+    widths, seeds = lists.get("width"), lists.get("seeds") or lists.get("seed")
+    if index is not None:
+        if seeds:
+            raise InputError(
+                f"`experiment_index` chooses the seed: expected no other, found {', '.join(map(str, seeds))}. Was one "
+                "of the two left over? Leave it out."
+            )
+        seeds = (seed_of_index(index),)
     if widths:
         values["width"] = widths[0]
     if compat is not None and preset is None:
@@ -59,8 +116,37 @@ def chosen_runs(
             "forgotten? Give one, or leave `compat` out."
         )
     found = None if preset is None else preset_of(preset)
-    settings = RunSettings.from_json(values if found is None else found.values(values, compatible=compat is not None))
-    return Sweep(settings, widths or (settings.width,), seeds), found
+    whole = expanded(values) if found is None else found.values(values, compatible=compat is not None)
+    settings = RunSettings.from_json(whole)
+    sweep = Sweep(settings, widths or (settings.width,), seeds or (RunSettings.seed,))
+    if index is not None and len(sweep.runs) > 1:
+        raise InputError(
+            f"`experiment_index` belongs to one run: expected one width, found {len(sweep.widths)}. Is it a sweep? "
+            "Give `seeds` instead."
+        )
+    return Chosen(sweep, found, published, index)
+
+
+def require_one_worker(workers: int) -> None:
+    """Refuse to print the lines of several runs at once.
+
+    Raises:
+        InputError: If there are several workers.
+    """
+    if workers > 1:
+        raise InputError(
+            f"`verbose` prints what one run does: expected one worker, found {workers}. Were both copied from other "
+            "commands? Leave one of the two out."
+        )
+
+
+def _read(file: Path) -> tuple[dict[str, Any], PublishedConfig | None]:
+    """Read a file of settings, and translate it if it is a published one."""
+    values = read_settings(file)
+    if not is_published(values):
+        return values, None
+    published = translated(values, file.stem)
+    return dict(published.settings), published
 
 
 def _listed(name: str, value: Any) -> tuple[int, ...] | None:

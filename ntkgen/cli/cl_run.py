@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from ntkgen.cli.cl_preset import chosen_runs, preset_options
-from ntkgen.cli.messages import note
+from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
+from ntkgen.cli.messages import complain
 from ntkgen.cli.options import (
     POSITIVE,
     SEED,
@@ -23,8 +24,11 @@ from ntkgen.cli.options import (
 )
 from ntkgen.cli.session import start_process
 from ntkgen.continual.configuration import CHOICES, RunSettings
+from ntkgen.continual.published_config import PublishedConfig
 
 _DEFAULTS = RunSettings()
+# The folder of the experiments of published configurations that name none.
+RESULTS = Path("runs")
 
 
 class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -268,6 +272,12 @@ def _with_settings(command: Any) -> Any:
 @device_option("auto, cpu, cuda, cuda:1, … or mps.")
 @dry_run_option
 @json_option("run, and one for all if there are several")
+@click.option(
+    "--verbose",
+    is_flag=True,
+    help="Print the training accuracy of every 25 iterations, and the accuracies and the time of each epoch, in place "
+    "of progress bars.",
+)
 @quiet_option
 def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **options: Any) -> int:
     """Train a network on a sequence of tasks, and record its accuracy and its kernel over time.
@@ -276,21 +286,34 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     command continues an interrupted run. On a CPU, the result has the same bytes as that of an uninterrupted run.
     `ntkgen manual continual` describes the results.
     """
-    as_json, quiet, dry_run = (options.pop(name) for name in ("as_json", "quiet", "dry_run"))
-    sweep, preset = chosen_runs(options.pop("preset"), options.pop("compat"), options.pop("config"), options)
+    as_json, quiet, dry_run, verbose = (options.pop(name) for name in ("as_json", "quiet", "dry_run", "verbose"))
+    preset, compat, config, index = (options.pop(name) for name in ("preset", "compat", "config", "experiment_index"))
+    chosen = chosen_runs(preset, compat, config, options, index)
+    if verbose:
+        require_one_worker(workers)
+    if chosen.published is not None:
+        data_dir, out = _published_places(chosen.published, data_dir, out)
     start_process()
     from ntkgen.cli.cl_sweep import Session, show_plans, show_runs
     from ntkgen.continual.plan import Plan, load_data, remarks
     from ntkgen.continual.side_by_side import Job, require_possible
 
-    data = load_data(sweep.settings, data_dir)
-    plans = {name: Plan.of(settings, data) for name, settings in sweep.runs.items()}
-    jobs = [Job(name, settings, out, data_dir, device) for name, settings in sweep.runs.items()]
-    for remark in dict.fromkeys(remark for plan in plans.values() for remark in remarks(plan)):
-        note(f"Note: {remark}")
-    session = Session(sweep, preset, workers, as_json=as_json, quiet=quiet)
+    runs = chosen.sweep.runs
+    data = load_data(chosen.sweep.settings, data_dir)
+    plans = {name: Plan.of(settings, data) for name, settings in runs.items()}
+    jobs = [Job(name, settings, out, data_dir, device, chosen.index) for name, settings in runs.items()]
+    session = Session(chosen, workers, as_json=as_json, quiet=quiet, verbose=verbose)
     if dry_run:
         show_plans(session, plans, device)
         return 0
     require_possible(jobs, data)
     return show_runs(session, jobs, data)
+
+
+def _published_places(config: PublishedConfig, data_dir: Path | None, out: str) -> tuple[Path | None, str]:
+    """Choose the folders of the data and of the runs. Those of a published configuration precede the defaults."""
+    for line in config.ignored:
+        complain(f"ignored in the configuration: {line}")
+    if click.get_current_context().get_parameter_source("out") is ParameterSource.DEFAULT:
+        out = str((config.results or RESULTS) / config.name)
+    return data_dir or config.data_path, out

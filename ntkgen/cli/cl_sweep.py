@@ -7,10 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ntkgen.cli.cl_collection import summary, summary_page
-from ntkgen.cli.cl_preset import compared, settings_page
+from ntkgen.cli.cl_preset import Chosen, compared, preset_page
 from ntkgen.cli.messages import complain, show
-from ntkgen.continual.presets import Preset
-from ntkgen.continual.sweep import Sweep
 from ntkgen.errors import NtkgenError
 from ntkgen.units import counted, human_bytes, human_seconds
 
@@ -27,11 +25,11 @@ MEASURING_SECONDS = 4.0
 class Session:
     """What the command was asked for."""
 
-    sweep: Sweep
-    preset: Preset | None
+    chosen: Chosen
     workers: int
     as_json: bool
     quiet: bool
+    verbose: bool = False
 
 
 def show_runs(session: Session, jobs: "Sequence[Job]", data: "Data") -> int:
@@ -44,7 +42,7 @@ def show_runs(session: Session, jobs: "Sequence[Job]", data: "Data") -> int:
     from ntkgen.files.place import folder_of
 
     if not session.as_json:
-        show(settings_page(session.sweep, None))
+        show(f"Settings: {'; '.join(session.chosen.sweep.changed())}. The others have their defaults.")
     out = folder_of(jobs[0].out, fsync=False)
     finished: dict[tuple[int | None, int], RunReader] = {}
     failed: list[BaseException] = []
@@ -67,11 +65,13 @@ def show_runs(session: Session, jobs: "Sequence[Job]", data: "Data") -> int:
 def _trained(session: Session, jobs: "Sequence[Job]", data: "Data") -> "Iterator[Outcome]":
     """Train the runs. If there are several, the message of a run that fails is printed at once."""
     from ntkgen.cli.progress import progress_bars
+    from ntkgen.continual.run import say_nothing
     from ntkgen.continual.side_by_side import train_in_turn, train_side_by_side
 
     told: dict[str, str] = {}
     if session.workers == 1 or len(jobs) == 1:
-        outcomes = train_in_turn(jobs, data, partial(progress_bars, quiet=session.quiet))
+        bars = partial(progress_bars, quiet=session.quiet or session.verbose)
+        outcomes = train_in_turn(jobs, data, bars, show if session.verbose else say_nothing)
         for outcome in outcomes:
             _complain(outcome, jobs, told)
             yield outcome
@@ -102,7 +102,7 @@ def _complain(outcome: "Outcome", jobs: "Sequence[Job]", told: dict[str, str]) -
 def _show_run(session: Session, run: "RunReader", seconds: float) -> None:
     result = {"run": str(run.folder), "seed": run.settings.seed, "width": run.settings.width, "seconds": seconds}
     result |= {"settings": run.settings.to_json(), "kernels": int(run.kernels.sizes["time"]), **run.metrics()}
-    published, lines = compared(session.preset, run)
+    published, lines = compared(session.chosen.preset, run)
     show(json.dumps(result | published) if session.as_json else _run_page(result) + lines)
 
 
@@ -133,11 +133,14 @@ def show_plans(session: Session, plans: "Mapping[str, Plan]", device: str) -> No
     for name, plan in plans.items():
         width = plan.settings.width
         if width not in measured:
-            measured[width] = forecast(plan, choose_device(device), MEASURING_SECONDS / len(session.sweep.widths))
+            measured[width] = forecast(
+                plan, choose_device(device), MEASURING_SECONDS / len(session.chosen.sweep.widths)
+            )
         described = describe(plan)
         described |= measured[width].to_json(described)
         total += described["projected_seconds"]["total"]
-        show(json.dumps(described) if session.as_json else f"{name}: {_plan_page(described)}")
+        page = f"{preset_page(session.chosen.preset, plan.settings)}\n{_plan_page(described)}"
+        show(json.dumps(described) if session.as_json else page)
     if len(plans) > 1 and not session.as_json:
         show(f"{len(plans)} runs, one after another: projected {human_seconds(total)}")
 

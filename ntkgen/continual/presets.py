@@ -64,9 +64,32 @@ class Preset:
             given: The given settings.
             compatible: Whether to use the quirks.
         """
+        given = expanded(given)
         method = str(given.get("method", self.settings.get("method", "finetune")))
         quirks = {quirk.setting: quirk.value for quirk in self.quirks_of(method)} if compatible else {}
         return {**self.settings, **self.by_method.get(method, {}), **quirks, **given}
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "base": {"method": "finetune"},
+    "l2": {"method": "finetune", "weight_decay": 1e-3},
+    "continual-backprop": {"method": "finetune", "surgery": ("continual-backprop",)},
+    "redo": {"method": "finetune", "surgery": ("redo",)},
+    "shrink-and-perturb": {"method": "finetune", "surgery": ("perturb",), "weight_decay": 5e-4},
+    "reset-head": {"method": "finetune", "surgery": ("reset-head",)},
+    "reset-network": {"method": "finetune", "surgery": ("reset-network",)},
+}
+"""Names that `--method` accepts beside those of the methods: a method and what else belongs to an algorithm."""
+
+
+def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the name of an algorithm by its settings. Given settings override them.
+
+    >>> expanded({"method": "redo", "epochs": 2})
+    {'method': 'finetune', 'surgery': ('redo',), 'epochs': 2}
+    """
+    algorithm = ALGORITHMS.get(given.get("method", ""))
+    return dict(given) if algorithm is None else {**algorithm, **{k: v for k, v in given.items() if k != "method"}}
 
 
 _ETH_CODE = "yufei118liu/ntk_continual, experiment-cifar10-epoch10_replay.ipynb, cell 0"
@@ -115,6 +138,8 @@ _INCREMENTAL = {
     "dense": None,
 }
 _ICARL_CODE = "srebuffi/iCaRL, iCaRL-TheanoLasagne/main_cifar_100_theano.py"
+_LOP_CODE = "shibhansh/loss-of-plasticity, lop/incremental_cifar/incremental_cifar_experiment.py"
+_RES_GNT = "shibhansh/loss-of-plasticity, lop/algos/res_gnt.py"
 _NOTEBOOK = "rojinakashefi/LwF-iCaRL-Incremental-Learning, Incremental-learning.ipynb"
 
 _PRESETS = (
@@ -187,6 +212,50 @@ _PRESETS = (
         note="Not reproduced: the best epoch was chosen on test samples, features were divided by the norm of their "
         "whole batch, exemplars were kept after augmentation, and the distillation of lwf had teacher and student "
         "exchanged.",
+    ),
+    Preset(
+        "incremental-cifar100",
+        "Dohare, Hernandez-Garcia, Lan, Rahman, Mahmood, Sutton (2024), Nature 632; shibhansh/loss-of-plasticity",
+        {
+            "dataset": "cifar100",
+            "stream": "cumulative",
+            "split": "5/5",
+            "class_order": "numpy",
+            "validation_per_class": 50,
+            "validation_rule": "first",
+            "model": "resnet18-bias",
+            "head": "masked",
+            "method": "finetune",
+            "optimizer": "sgd",
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "lr_milestones": (60, 120, 160),
+            "lr_factor": 0.2,
+            "epochs": 200,
+            "select": "best",
+            "batch_size": 90,
+            "augment": True,
+            "augmentation": "crop-flip-rotation",
+            "replacement_rate": 1e-5,
+            "replacement_count": "all",
+            "maturity": 1000,
+            "noise_std": 1e-5,
+            "probe_per_class": 1,
+            "kernels": "task",
+            "evaluations": "1ep",
+            "dense": None,
+            "lazy_error": False,
+        },
+        quirks=(
+            Quirk("augment_evaluation", value=True, source=f"{_LOP_CODE}: get_data, transformations if not validation"),
+            Quirk("activation_mean", "sum", f"{_RES_GNT}: test_features adds (1 − η) |h| and never decays"),
+            Quirk("full_reset", value=False, source=f"{_LOP_CODE}: extend_classes keeps batch norm and momentum"),
+            Quirk("reset_unit_optimizer", value=False, source=f"{_RES_GNT}: the optimizer's state stays"),
+        ),
+        note="Rotations are bilinear and precede crop and flip, and their border is black; the published ones follow "
+        "them, take the nearest pixel, and have the mean colour as border. Published: curves of relative accuracy, "
+        "dormant units and rank, and no table.",
     ),
 )
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _PRESETS}

@@ -22,8 +22,10 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
 from ntkgen.continual.networks import build_network
 from ntkgen.continual.plan import Data, Plan, load_data
-from ntkgen.continual.reading import run_names
-from ntkgen.continual.record import is_begun, read_config
+from ntkgen.continual.reading import open_seed, run_names
+from ntkgen.continual.record import read_config, require_same
+from ntkgen.continual.results_tree import write_results_tree
+from ntkgen.continual.run import Announce, say_nothing
 from ntkgen.engine.machine import choose_device
 from ntkgen.engine.spawning import require_main_guard, starting_processes, unguarded, without_missing_script
 from ntkgen.errors import FingerprintError, InputError, NtkgenError, WorkerError
@@ -50,6 +52,7 @@ class Job:
         out: The folder of all runs.
         data_dir: The folder of the data sets.
         device: Name of the device.
+        index: Experiment index, if the results are also written as a tree; see `write_results_tree`.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Job:
     out: str
     data_dir: Path | None
     device: str
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,17 +126,20 @@ def _require_alike(jobs: Sequence[Job], out: Folder) -> None:
             )
 
 
-def train_in_turn(jobs: Sequence[Job], data: Data, report_of: Callable[[str], Any]) -> Iterator[Outcome]:
+def train_in_turn(
+    jobs: Sequence[Job], data: Data, report_of: Callable[[str], Any], announce: Announce = say_nothing
+) -> Iterator[Outcome]:
     """Train one run after another in this process. A run that fails does not stop the others.
 
     Args:
         jobs: The runs.
         data: Their samples.
         report_of: Gives a context manager of the progress report of a run, by its name.
+        announce: Gets lines about each run; see `learn`.
     """
     for job in jobs:
         with report_of(job.name) as report:
-            outcome = _trained(job, data, report)
+            outcome = _trained(job, data, report, announce)
         yield outcome
 
 
@@ -261,11 +268,13 @@ def _train(job: Job) -> Outcome:
     return _trained(job, _Worker.data, report)
 
 
-def _trained(job: Job, data: Data, report: Report) -> Outcome:
+def _trained(job: Job, data: Data, report: Report, announce: Announce = say_nothing) -> Outcome:
     started = time.monotonic()
     try:
-        folder = folder_of(job.out, fsync=False) / job.name
-        learn(Plan.of(job.settings, data), folder, choose_device(job.device), report)
+        out = folder_of(job.out, fsync=False)
+        run = learn(Plan.of(job.settings, data), out / job.name, choose_device(job.device), report, announce)
+        if job.index is not None:
+            write_results_tree(out, open_seed(out / job.name), job.index, run.watch.seconds)
     except NtkgenError as error:
         return Outcome(job, error=error)
     return Outcome(job, round(time.monotonic() - started, 3))
