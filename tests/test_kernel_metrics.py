@@ -38,6 +38,14 @@ def test_the_spectrum_by_hand():
     assert (found.numerical_rank, found.num_negative) == (4, 0)
 
 
+def test_the_rank_of_99_per_cent_by_hand():
+    assert Spectrum.of(np.eye(50)).rank_99 == 50
+    assert Spectrum.of(np.diag([0.9, 0.08, 0.02])).rank_99 == 3
+    assert Spectrum.of(np.diag([0.005, 0.9, 0.095])).rank_99 == 2
+    assert Spectrum.of(np.diag([1.0, -0.5])).rank_99 == 1
+    assert Spectrum.of(np.zeros((2, 2))).rank_99 == 0
+
+
 def test_negative_eigenvalues_are_clamped_and_counted():
     found = Spectrum.of(np.diag([1.0, 1.0, -0.5]))
     assert found.effective_rank == pytest.approx(2)
@@ -162,6 +170,21 @@ def test_metrics_of_a_series_are_those_of_its_kernels():
     assert found.attrs["dt"] == 10
     expected = classify(kernels[1][:3, :3], LABELS[:3], np.ones(3, bool), Readout("trace", 3, None, ""))
     assert found.leave_one_out_accuracy.values[1] == expected.left_out.mean()  # of the task in training
+
+
+def test_distances_from_the_previous_kernel_are_those_of_consecutive_ones_at_any_pace():
+    kernels = np.stack([kernel(seed=0), 2 * kernel(seed=0), kernel(seed=1), kernel(seed=2)])
+    data = data_of(kernels).assign(iteration=("time", [0, 5, 30, 130]))
+    found = kernel_metrics(data)
+    last = np.vdot(kernels[2], kernels[3]) / np.linalg.norm(kernels[2]) / np.linalg.norm(kernels[3])
+    assert np.isnan([found[name].values[0] for name in ("previous_distance", "mean_velocity")]).all()
+    assert found.previous_distance.values[1] == pytest.approx(0, abs=1e-12)
+    assert found.previous_centred_distance.values[1] == pytest.approx(0, abs=1e-12)
+    assert found.previous_distance.values[3] == pytest.approx(1 - last)
+    assert found.previous_centred_distance.values[3] == pytest.approx(centred_distance(*kernels[2:], 1))
+    assert found.mean_velocity.values[1:] == pytest.approx(found.previous_distance.values[1:] / [5, 25, 100])
+    one = kernel_metrics(data.isel(time=[0]))
+    assert np.isnan(one.mean_velocity.values).tolist() == [True]
 
 
 def test_kernel_regression_is_measured_on_held_out_samples_of_the_tasks_so_far():

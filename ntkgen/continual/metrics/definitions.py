@@ -90,6 +90,9 @@ OF_KERNELS = {
     "condition": Definition("condition", "λ₁ / λ_N; empty if λ_N ≤ N ε λ₁, where ε is the rounding of the kernel"),
     "condition_bound": Definition("condition at least", "λ₁ / (λ_N + N ε λ₁)"),
     "effective_rank": Definition("effective rank", "exp(−Σ p log p) with p = λ / Σ λ", "Roy, Vetterli 2007"),
+    "rank_99": Definition(
+        "rank of 99 %", "smallest k with Σ_{j≤k} λ_j ≥ 0.99 Σ λ", "Kumar et al. 2021, arXiv:2010.14498"
+    ),
     "centred_distance": Definition(
         "centred distance",
         "1 − CKA(K₀, K), the distance of the kernels centred over the samples",
@@ -102,6 +105,15 @@ OF_KERNELS = {
     "num_negative": Definition("negative eigenvalues", "number of eigenvalues below zero"),
     "distance": Definition(
         "distance", "1 − ⟨K₀, K⟩ / (‖K₀‖ ‖K‖) from the first kernel K₀", "Fort et al. 2020, arXiv:2010.15110"
+    ),
+    "previous_distance": Definition(
+        "distance from the previous kernel", "1 − ⟨K', K⟩ / (‖K'‖ ‖K‖)", "Fort et al. 2020"
+    ),
+    "previous_centred_distance": Definition(
+        "centred distance from the previous kernel", "1 − CKA(K', K)", "Kornblith et al. 2019"
+    ),
+    "mean_velocity": Definition(
+        "mean velocity", "distance from the previous kernel / the number of iterations in between"
     ),
     "alignment": Definition("alignment", "⟨K, Y Yᵀ⟩ / (‖K‖ ‖Y Yᵀ‖) with one-hot labels Y", "Cristianini et al. 2001"),
     "centred_alignment": Definition(

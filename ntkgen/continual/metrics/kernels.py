@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ntkgen.analysis.linalg.quadrature import effective_rank
+from ntkgen.continual.metrics.ranks import numerical_rank, rank_99
+
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -40,6 +43,8 @@ class Spectrum:
         condition: λ₁ / λ_N; NaN if λ_N is not resolved.
         condition_bound: λ₁ / (λ_N + N ε λ₁), the smallest condition number within the rounding of the kernel.
         effective_rank: exp(−Σ p log p) with p = λ / Σ λ (Roy, Vetterli 2007). Negative eigenvalues count as zero.
+        rank_99: Smallest k with Σ_{j≤k} λ_j ≥ 0.99 Σ λ; see `ntkgen.continual.metrics.ranks`. Negative eigenvalues
+            count as zero.
         participation_ratio: (tr K)² / ‖K‖_F².
         numerical_rank: Number of eigenvalues above τ λ₁ with the tolerance τ.
         num_negative: Number of eigenvalues below zero.
@@ -52,6 +57,7 @@ class Spectrum:
     condition: float
     condition_bound: float
     effective_rank: float
+    rank_99: int
     participation_ratio: float
     numerical_rank: int
     num_negative: int
@@ -65,11 +71,8 @@ class Spectrum:
             rounding: Relative rounding ε of its entries.
             tolerance: τ of the numerical rank; None for N ε.
         """
-        values = np.linalg.eigvalsh(K)[::-1]
+        values = np.asarray(np.linalg.eigvalsh(K)[::-1], np.float64)
         resolution = len(K) * rounding
-        clamped = np.maximum(values, 0)
-        total = clamped.sum()
-        p = clamped[clamped > 0] / total if total > 0 else np.zeros(0)
         squares = float(np.sum(K**2))
         return cls(
             frobenius_norm=squares**0.5,
@@ -77,12 +80,13 @@ class Spectrum:
             largest=float(values[0]),
             smallest=float(values[-1]),
             condition=float(values[0] / values[-1]) if values[-1] > resolution * values[0] else float("nan"),
-            condition_bound=float(values[0] / (clamped[-1] + resolution * values[0]))
+            condition_bound=float(values[0] / (max(values[-1], 0) + resolution * values[0]))
             if values[0] > 0
             else float("nan"),
-            effective_rank=float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0,
+            effective_rank=effective_rank(values),
+            rank_99=rank_99(values),
             participation_ratio=float(np.trace(K)) ** 2 / squares if squares else 0.0,
-            numerical_rank=int((values > (resolution if tolerance is None else tolerance) * values[0]).sum()),
+            numerical_rank=numerical_rank(values, resolution if tolerance is None else tolerance),
             num_negative=int((values < 0).sum()),
         )
 

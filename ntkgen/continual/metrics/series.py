@@ -141,9 +141,10 @@ def kernel_metrics(
 
     Returns:
         Numbers of `Spectrum` for each time, for the whole probe and, with the prefix ``task_``, for the block of each
-        task; ``distance`` and ``centred_distance`` from the first kernel; ``alignment`` and ``centred_alignment`` with
-        the labels, on the outputs that exist and the samples of their classes; the ``interference`` of each two tasks;
-        ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
+        task; ``distance`` and ``centred_distance`` from the first kernel; ``previous_distance``,
+        ``previous_centred_distance`` and ``mean_velocity`` from the kernel before; ``alignment`` and
+        ``centred_alignment`` with the labels, on the outputs that exist and the samples of their classes; the
+        ``interference`` of each two tasks; ``velocity`` and ``angular_velocity`` at the iterations where a pair begins;
         ``leave_one_out_accuracy`` of kernel regression on the samples of the tasks so far; and ``lazy_error``,
         ``lazy_error_from_start`` and ``buffer_drift``, if they are recorded.
     """
@@ -157,8 +158,7 @@ def kernel_metrics(
         f"task_{name}": (("time", "task"), [[getattr(each, name) for each in row] for row in blocks])
         for name in OF_TASKS
     }
-    data["distance"] = ("time",), [probe.distance(0, time) for time in range(len(values))]
-    data["centred_distance"] = ("time",), [probe.distance(0, time, centred=True) for time in range(len(values))]
+    data |= _distances(probe, iterations)
     data["alignment"] = ("time",), [probe.alignment(K, centred=False) for K in values]
     data["centred_alignment"] = ("time",), [probe.alignment(K, centred=True) for K in values]
     data["interference"] = ("time", "task", "other_task"), [measure.interference(K, probe.tasks) for K in values]
@@ -192,6 +192,19 @@ def held_out_accuracy(kernels: "xarray.Dataset", is_validation: BoolArray) -> Fl
     probe = _Probe(kernels)
     fits = [probe.regression(time, ~is_validation) for time in range(len(kernels.iteration))]
     return np.array([np.nan if fit is None else fit.held_out.mean() for fit in fits])
+
+
+def _distances(probe: _Probe, iterations: IntArray) -> dict[str, Any]:
+    """Measure how far each kernel is from the first one, and from the one before."""
+    times = range(len(iterations))
+    found = {
+        "distance": [probe.distance(0, time) for time in times],
+        "centred_distance": [probe.distance(0, time, centred=True) for time in times],
+        "previous_distance": [np.nan, *(probe.distance(time - 1, time) for time in times[1:])],
+        "previous_centred_distance": [np.nan, *(probe.distance(time - 1, time, centred=True) for time in times[1:])],
+    }
+    found["mean_velocity"] = [np.nan, *(np.array(found["previous_distance"][1:]) / np.diff(iterations))]
+    return {name: (("time",), values) for name, values in found.items()}
 
 
 def _columns(spectra: list[Spectrum]) -> dict[str, Any]:
