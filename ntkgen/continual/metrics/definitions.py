@@ -144,3 +144,32 @@ OF_KERNELS = {
         "drift of buffers", "‖f(θ', b') − f(θ', b)‖ / ‖f(θ', b') − f(θ, b)‖ with the buffers b since the last kernel"
     ),
 }
+
+# F has the activations of the last hidden layer on n samples as rows, averaged over positions, with the singular values
+# σ₁ ≥ σ₂ ≥ …
+OF_PLASTICITY = {
+    "dormant_units": Definition(
+        "dormant units",
+        "fraction of the hidden units that are not zero on less than 1 % of samples and positions",
+        "Dohare et al. 2024, Nature 632",
+    ),
+    "effective_rank": Definition("effective rank", "exp(−Σ p log p) with p = σ / Σ σ", "Roy, Vetterli 2007"),
+    "rank_99": Definition(
+        "rank of 99 %", "smallest k with Σ_{j≤k} σ_j ≥ 0.99 Σ σ", "Kumar et al. 2021, arXiv:2010.14498"
+    ),
+    "rank_99_squared": Definition(
+        "rank of 99 % of squares", "smallest k with Σ_{j≤k} σ_j² ≥ 0.99 Σ σ²", "Yang et al. 2020, arXiv:1909.12255"
+    ),
+    "stable_rank": Definition("stable rank", "‖F‖_F² / σ₁²", "Rudelson, Vershynin 2007"),
+    "numerical_rank": Definition(
+        "numerical rank",
+        "number of singular values above τ σ₁, where τ is what the type resolves, or the given tolerance",
+    ),
+    "weight_magnitude": Definition("weight magnitude", "mean of |p| over all parameters", "Dohare et al. 2024"),
+    "class_accuracy": Definition("accuracy by class", "accuracy at the end on each class, in the order of arrival"),
+    "relative_accuracy": Definition(
+        "relative accuracy",
+        "accuracy minus that of a network of the same seed that is retrained for each task",
+        "Dohare et al. 2024",
+    ),
+}

@@ -49,6 +49,15 @@ class Spread:
         half = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * deviation / n**0.5
         return cls(mean, deviation, (mean - half, mean + half), n)
 
+    @property
+    def standard_error(self) -> float | None:
+        """The standard error of the mean, s / √n; None for one value.
+
+        >>> Spread.of([1.0, 3.0]).standard_error
+        1.0
+        """
+        return None if self.deviation is None else self.deviation / self.n**0.5
+
     def __str__(self) -> str:
         """Write the mean, and the standard deviation after ±."""
         return f"{self.mean:.3f}" if self.deviation is None else f"{self.mean:.3f} ± {self.deviation:.3f}"
