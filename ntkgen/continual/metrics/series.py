@@ -10,7 +10,9 @@ import numpy as np
 from ntkgen.analysis.targets import Readout
 from ntkgen.continual.metrics import kernels as measure
 from ntkgen.continual.metrics.kernels import BoolArray, FloatArray, IntArray, Spectrum
+from ntkgen.continual.metrics.loss_weighted import weighted_contrasts
 from ntkgen.continual.metrics.regression import MAPS, Regression, classify
+from ntkgen.errors import StoreError
 
 if TYPE_CHECKING:
     import xarray
@@ -192,6 +194,50 @@ def held_out_accuracy(kernels: "xarray.Dataset", is_validation: BoolArray) -> Fl
     probe = _Probe(kernels)
     fits = [probe.regression(time, ~is_validation) for time in range(len(kernels.iteration))]
     return np.array([np.nan if fit is None else fit.held_out.mean() for fit in fits])
+
+
+def loss_weighted_metrics(
+    kernels: "xarray.Dataset", num_outputs: IntArray | None = None, rank_tolerance: float | None = None
+) -> "xarray.Dataset":
+    """Measure the spectrum of the loss-weighted kernel of every time; see `weighted_kernel`.
+
+    It is measured on contrasts of the outputs. These leave out the zeros that H has for a common shift of the outputs.
+
+    Args:
+        kernels: The recorded kernels of all outputs, as `RunReader.kernels_of` gives them.
+        num_outputs: Number of outputs that the loss is over at each time, (times,); None for all that have values.
+        rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
+
+    Returns:
+        The numbers of `Spectrum` for each time; NaN where there are fewer than two outputs. ε is the rounding of the
+        kernel before it is weighted: if a common shift of the outputs dominates the kernel, less than that is resolved.
+
+    Raises:
+        InputError: If the kernels are sums over outputs.
+        StoreError: If the logits are not recorded.
+    """
+    import xarray
+
+    if "logits" not in kernels:
+        raise StoreError(
+            "The outputs on the probe are not recorded: expected the array logits beside the kernels, found none. Was "
+            "the run made by an earlier version? Run it again."
+        )
+    probe = _Probe(kernels)
+    output = str(kernels.attrs.get("ntkgen_snapshots", {}).get("output", "trace"))
+    logits, spectra = np.asarray(kernels.logits.values, np.float64), []
+    if num_outputs is not None:
+        logits = np.where(np.arange(logits.shape[2]) < num_outputs[:, None, None], logits, np.nan)
+    for time, shown in enumerate(logits):
+        block = weighted_contrasts(probe.kernel(time), shown, output)
+        spectra.append(Spectrum.of(block, probe.rounding, rank_tolerance) if len(block) else _MISSING)
+    coordinates = {
+        "iteration": ("time", kernels.iteration.values),
+        "epoch": ("time", kernels.epoch.values),
+        "trained_task": ("time", kernels.task.values),
+    }
+    noted = {"rank_tolerance": rank_tolerance, "rounding": probe.rounding}
+    return xarray.Dataset(_columns(spectra), coordinates, noted)
 
 
 def _distances(probe: _Probe, iterations: IntArray) -> dict[str, Any]:
