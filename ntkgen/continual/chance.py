@@ -10,7 +10,17 @@ from typing import Literal, get_args
 import numpy as np
 
 Purpose = Literal[
-    "class_order", "split", "shift", "batches", "augment", "permutation", "probe", "init", "memory", "noise"
+    "class_order",
+    "split",
+    "shift",
+    "batches",
+    "augment",
+    "permutation",
+    "probe",
+    "init",
+    "memory",
+    "noise",
+    "bootstrap",
 ]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
