@@ -54,6 +54,8 @@ MODELS: dict[str, Entry] = {
     "resnet68": Entry(resnet.resnet68, resnet.PAPER),
     "resnet101": Entry(resnet.resnet101, resnet.PAPER),
     "resnet152": Entry(resnet.resnet152, resnet.PAPER),
+    "resnet10-bias": Entry(resnet.resnet10_bias, resnet.PAPER_WITH_BIAS),
+    "resnet18-bias": Entry(resnet.resnet18_bias, resnet.PAPER_WITH_BIAS),
     "mobilenet": Entry(mobilenet.mobilenet, mobilenet.PAPER),
     "mobilenetv2": Entry(mobilenetv2.mobilenetv2, mobilenetv2.PAPER),
     "vgg11": Entry(vgg.vgg11, vgg.PAPER),

@@ -32,3 +32,17 @@ def he_normal(network: nn.Sequential) -> nn.Sequential:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return network
+
+
+def fan_in_normal(network: nn.Sequential) -> nn.Sequential:
+    """Draw convolutions from N(0, 2 / fan in), linear layers from N(0, 1 / fan in), zero biases, return the network.
+
+    The network of Dohare et al. (2024), Nature 632, is drawn so.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            gain = 2 if isinstance(module, nn.Conv2d) else 1
+            nn.init.normal_(module.weight, std=math.sqrt(gain / module.weight[0].numel()))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    return network

@@ -6,34 +6,44 @@ class-incremental learning uses. ResNet-56 has nine bottlenecks in each stage.
 Depths 18, 34, 50, 101 and 152 are those of Table 1 in the paper. Depths 9 and 68 stack its basic block 1, 1, 1, 1 and
 3, 4, 23, 3 times. If the shape changes, the shortcut is a 1×1 convolution with batch norm (option B of the paper).
 Convolutions have He initialisation, and the last layer has PyTorch's default.
+
+ResNet-10 and -18 with bias are those of the experiments on loss of plasticity (Dohare et al. 2024): every convolution
+has a bias, also that of a shortcut, and weights are drawn by fan in, see `fan_in_normal`.
+
+Every network declares its hidden layers, see `models.hidden`.
 """
 
 from collections import OrderedDict
+from functools import partial
 
 from torch import nn
 
-from models.conv import conv_bn, he_normal
+from models.conv import conv_bn, fan_in_normal, he_normal
+from models.hidden import main_path
 from models.residual import Block, Residual, stage
 
 PAPER = "He, Zhang, Ren, Sun (2016), CVPR, arXiv:1512.03385"
+PAPER_WITH_BIAS = "Dohare, Hernandez-Garcia, Lan, Rahman, Mahmood, Sutton (2024), Nature 632, arXiv:2306.13812"
 
 _EXPANSION = 4  # output channels of a bottleneck per channel of its 3×3 convolution
 
 
-def _with_shortcut(branch: nn.Module, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _with_shortcut(
+    branch: nn.Module, in_channels: int, out_channels: int, stride: int, *, bias: bool = False
+) -> nn.Sequential:
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential(Residual(branch), nn.ReLU())
-    shortcut = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride))
+    shortcut = nn.Sequential(*conv_bn(in_channels, out_channels, 1, stride, bias=bias))
     return nn.Sequential(Residual(branch, shortcut), nn.ReLU())
 
 
-def _basic(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _basic(in_channels: int, out_channels: int, stride: int, *, bias: bool = False) -> nn.Sequential:
     branch = nn.Sequential(
-        *conv_bn(in_channels, out_channels, 3, stride),
+        *conv_bn(in_channels, out_channels, 3, stride, bias=bias),
         nn.ReLU(),
-        *conv_bn(out_channels, out_channels, 3),
+        *conv_bn(out_channels, out_channels, 3, bias=bias),
     )
-    return _with_shortcut(branch, in_channels, out_channels, stride)
+    return _with_shortcut(branch, in_channels, out_channels, stride, bias=bias)
 
 
 def _bottleneck(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
@@ -48,19 +58,23 @@ def _bottleneck(in_channels: int, out_channels: int, stride: int) -> nn.Sequenti
     return _with_shortcut(branch, in_channels, out_channels, stride)
 
 
-def _resnet(block: Block, depths: tuple[int, ...], num_classes: int, width: int, expansion: int = 1) -> nn.Sequential:
+def _resnet(
+    block: Block, depths: tuple[int, ...], num_classes: int, width: int, expansion: int = 1, *, bias: bool = False
+) -> nn.Sequential:
     channels = [width, *(expansion * width * 2**k for k in range(len(depths)))]
     stages = (
         stage(block, depth, channels[k], channels[k + 1], stride=1 if k == 0 else 2) for k, depth in enumerate(depths)
     )
     layers = OrderedDict[str, nn.Module](
-        stem=nn.Sequential(*conv_bn(3, width, 3), nn.ReLU()),
+        stem=nn.Sequential(*conv_bn(3, width, 3, bias=bias), nn.ReLU()),
         stages=nn.Sequential(*stages),
         pool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(),
         head=nn.Linear(channels[-1], num_classes),
     )
-    return he_normal(nn.Sequential(layers))
+    network = nn.Sequential(layers)
+    network.hidden_layers = main_path(network)  # type: ignore[assignment] # for torch, only a tensor or a module
+    return fan_in_normal(network) if bias else he_normal(network)
 
 
 def resnet9(num_classes: int = 10, width: int = 64) -> nn.Sequential:
@@ -111,3 +125,17 @@ def resnet32(num_classes: int = 10, width: int = 16) -> nn.Sequential:
 def resnet56(num_classes: int = 10, width: int = 16) -> nn.Sequential:
     """Build ResNet-56: bottlenecks 9, 9, 9, the first stage with 4 · ``width`` channels."""
     return _resnet(_bottleneck, (9, 9, 9), num_classes, width, _EXPANSION)
+
+
+def resnet10_bias(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-10 with bias: basic blocks 1, 1, 1, 1, the first stage with ``width`` channels."""
+    return _resnet(partial(_basic, bias=True), (1, 1, 1, 1), num_classes, width, bias=True)
+
+
+def resnet18_bias(num_classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Build ResNet-18 with bias: basic blocks 2, 2, 2, 2, the first stage with ``width`` channels.
+
+    It is the network of incremental CIFAR-100 in Dohare et al. (2024), Nature 632: with 100 classes it has 11,224,932
+    parameters and 3,904 hidden units in 17 layers.
+    """
+    return _resnet(partial(_basic, bias=True), (2, 2, 2, 2), num_classes, width, bias=True)

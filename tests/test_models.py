@@ -18,6 +18,8 @@ NUM_PARAMS = {
     "resnet68": 41_353_546,
     "resnet101": 42_512_970,
     "resnet152": 58_156_618,
+    "resnet10-bias": 4_906_122,
+    "resnet18-bias": 11_178_762,
     "mobilenet": 3_217_226,
     "mobilenetv2": 2_296_922,
     "vgg11": 9_231_114,
