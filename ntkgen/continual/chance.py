@@ -21,6 +21,7 @@ Purpose = Literal[
     "memory",
     "noise",
     "bootstrap",
+    "target",
 ]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
