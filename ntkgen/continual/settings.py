@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -80,6 +81,26 @@ def require_known_names(settings: Settings, choices: Mapping[str, Sequence[str]]
     for name, known in choices.items():
         if getattr(settings, name) not in known:
             raise UnknownNameError(f"`{name}`", getattr(settings, name), known)
+
+
+def require_each_once(name: str, values: Sequence[Any], reason: str) -> None:
+    """Refuse a list that is empty, or has something twice.
+
+    Args:
+        name: Name of the list.
+        values: The list.
+        reason: Why each value must occur once, for the error.
+
+    Raises:
+        InputError: If a value occurs twice, or there is none.
+    """
+    repeated = [value for value, count in Counter(values).items() if count > 1]
+    if repeated or not values:
+        found = f"{repeated[0]} more than once" if repeated else "none"
+        raise InputError(
+            f"`{name}` does not list the runs: expected each value once, found {found}. {reason} Is it a mistake in "
+            "typing? Give different values."
+        )
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

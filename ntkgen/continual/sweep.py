@@ -1,12 +1,11 @@
 """Runs that differ in seed and width: their settings and the names of their folders."""
 
 import dataclasses
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.errors import InputError
+from ntkgen.continual.settings import require_each_once
 
 
 @dataclass(frozen=True)
@@ -30,15 +29,8 @@ class Sweep:
             InputError: If a width or a seed occurs twice, or there is none.
         """
         for name in ("widths", "seeds"):
-            values = getattr(self, name)
-            repeated = [value for value, count in Counter(values).items() if count > 1]
-            if repeated or not values:
-                found = f"{repeated[0]} more than once" if repeated else "none"
-                option = "width" if name == "widths" else name
-                raise InputError(
-                    f"`{option}` does not list the runs: expected each value once, found {found}. Each run has a "
-                    "folder of its own. Is it a mistake in typing? Give different values."
-                )
+            option = "width" if name == "widths" else name
+            require_each_once(option, getattr(self, name), "Each run has a folder of its own.")
 
     @property
     def runs(self) -> dict[str, RunSettings]:

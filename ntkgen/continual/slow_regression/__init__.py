@@ -1,0 +1,1 @@
+"""Small networks on slowly changing regression: many seeds and algorithms as one computation."""
