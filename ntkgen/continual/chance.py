@@ -22,6 +22,8 @@ Purpose = Literal[
     "noise",
     "bootstrap",
     "target",
+    "replacement",
+    "perturbation",
 ]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 
