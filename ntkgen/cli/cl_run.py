@@ -7,12 +7,11 @@ import click
 from click.core import ParameterSource
 
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
+from ntkgen.cli.cl_settings import with_settings
 from ntkgen.cli.messages import complain
 from ntkgen.cli.options import (
-    POSITIVE,
     SEED,
     Command,
-    FiniteRange,
     ManyOption,
     WholeNumber,
     data_dir_option,
@@ -23,241 +22,14 @@ from ntkgen.cli.options import (
     quiet_option,
 )
 from ntkgen.cli.session import start_process
-from ntkgen.continual.configuration import CHOICES, RunSettings
 from ntkgen.continual.published_config import PublishedConfig
 
-_DEFAULTS = RunSettings()
 # The folder of the experiments of published configurations that name none.
 RESULTS = Path("runs")
 
 
-class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
-    """Integers that are separated by commas, such as ``49,63``."""
-
-    name = "integers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        """Read the integers."""
-        try:
-            return tuple(int(number) for number in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of integers. Write for example 49,63.", param, ctx)
-
-
-def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
-    """Make an option of a setting. Its default is shown, and stands in `RunSettings`."""
-    default = getattr(_DEFAULTS, name)
-    if attributes.get("is_flag"):
-        flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    shown = "" if default in (None, ()) or "is_flag" in attributes else f" [{default}]"
-    return click.option(flag, name, default=None, help=f"{meaning}{shown}.", **attributes)
-
-
-_SETTINGS = [
-    _setting("--dataset", "dataset", "Name of a data set, or FILE.npz"),
-    _setting(
-        "--stream",
-        "stream",
-        "disjoint: a task trains on its own classes; cumulative: on all classes so far",
-        type=click.Choice(CHOICES["stream"]),
-    ),
-    _setting("--split", "split", "Classes of the first task / of each later one", metavar="FIRST/LATER"),
-    _setting(
-        "--class-order", "class_order", "natural, random, icarl, numpy, or labels separated by commas", metavar="ORDER"
-    ),
-    _setting("--overlap", "overlap", "Fraction of each later task's classes that belong to the first task", type=float),
-    _setting("--frequency-shift", "frequency_shift", "Change of the class proportions, 0 to 1", type=float),
-    _setting(
-        "--blend-steps",
-        "blend_steps",
-        "Iterations over which samples of the previous task fade out",
-        type=WholeNumber(),
-    ),
-    _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=WholeNumber()),
-    _setting(
-        "--compatible-split", "compatible_split", "Hold out the same validation samples as continuum 1.2", is_flag=True
-    ),
-    _setting(
-        "--validation-per-class", "validation_per_class", "Validation samples of each class [a tenth of it]", type=int
-    ),
-    _setting(
-        "--validation-rule",
-        "validation_rule",
-        "Which samples of a class are held out: random ones, or the first of the data set",
-        type=click.Choice(CHOICES["validation_rule"]),
-    ),
-    _setting(
-        "--normalise",
-        "normalise",
-        "dataset: by mean and standard deviation; symmetric: to [−1, 1]; none: to [0, 1]; pixel-mean: to [0, 1], minus "
-        "the mean image",
-        type=click.Choice(CHOICES["normalise"]),
-    ),
-    _setting(
-        "--evaluate-on",
-        "evaluate_on",
-        "Samples on which tasks are evaluated",
-        type=click.Choice(CHOICES["evaluate_on"]),
-    ),
-    _setting("--model", "model", "Name from `ntkgen models`, or package.module:factory"),
-    _setting(
-        "--width",
-        "width",
-        "Width of the network; several are one run per width and seed",
-        cls=ManyOption,
-        type=WholeNumber(min=1),
-        metavar="WIDTH...",
-    ),
-    _setting(
-        "--parametrization", "parametrization", "Parametrization of the weights", type=click.Choice(["standard", "ntk"])
-    ),
-    _setting(
-        "--head",
-        "head",
-        "Outputs of the network: of all classes (fixed); of the classes seen so far (growing); of all classes, but the "
-        "loss and predictions use those of the classes seen so far (masked)",
-        type=click.Choice(CHOICES["head"]),
-    ),
-    _setting("--method", "method", "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc"),
-    _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=WholeNumber()),
-    _setting(
-        "--memory-kind",
-        "memory",
-        "How replay selects the samples that it keeps",
-        type=click.Choice(["reservoir", "balanced"]),
-    ),
-    _setting(
-        "--replay",
-        "replay",
-        "Samples of each earlier task per epoch, for replay-mixed and -two-pass",
-        type=WholeNumber(),
-    ),
-    _setting("--exemplars", "exemplars", "How iCaRL chooses exemplars", type=click.Choice(["herding", "random"])),
-    _setting(
-        "--exemplar-rounding",
-        "exemplar_rounding",
-        "Whether iCaRL rounds the number of exemplars per class down or up",
-        type=click.Choice(CHOICES["exemplar_rounding"]),
-    ),
-    _setting("--mirrored", "mirrored", "Add mirror images to the means of iCaRL's exemplars", is_flag=True),
-    _setting("--distillation", "distillation", "Weight of the distillation loss of LwF", type=FiniteRange(0)),
-    _setting("--temperature", "temperature", "Temperature of the distillation loss of LwF", type=POSITIVE),
-    _setting("--penalty", "penalty", "Weight of the penalty of EWC", type=FiniteRange(0)),
-    _setting(
-        "--loss",
-        "loss",
-        "Loss of finetune, joint, replay and ewc; binary is the binary cross-entropy of each output",
-        type=click.Choice(CHOICES["loss"]),
-    ),
-    _setting(
-        "--binary-reduction",
-        "binary_reduction",
-        "Sum or mean of the binary cross-entropy over the outputs",
-        type=click.Choice(CHOICES["binary_reduction"]),
-    ),
-    _setting("--optimizer", "optimizer", "Optimizer", type=click.Choice(CHOICES["optimizer"])),
-    _setting("--lr", "learning_rate", "Learning rate", type=POSITIVE),
-    _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),
-    _setting("--weight-decay", "weight_decay", "Weight decay", type=FiniteRange(0)),
-    _setting(
-        "--lr-milestones",
-        "lr_milestones",
-        "Epochs of each task, from 0 and separated by commas, at which the learning rate is multiplied by --lr-factor",
-        type=Integers(),
-        metavar="EPOCHS",
-    ),
-    _setting("--lr-factor", "lr_factor", "Factor of the learning rate at each of --lr-milestones", type=POSITIVE),
-    _setting("--reset-optimizer", "reset_optimizer", "Begin each task with a new optimizer", is_flag=True),
-    _setting(
-        "--regime",
-        "regime",
-        "feature: use --lr as it is; lazy: multiply it by 64 / width",
-        type=click.Choice(CHOICES["regime"]),
-    ),
-    _setting(
-        "--freeze-batch-norm",
-        "freeze_batch_norm",
-        "Keep the statistics of batch norm from the second epoch of each task on",
-        is_flag=True,
-    ),
-    _setting("--epochs", "epochs", "Epochs per task", type=int),
-    _setting(
-        "--select",
-        "select",
-        "End each task with the parameters of its last epoch, or of the best one on the validation samples",
-        type=click.Choice(CHOICES["select"]),
-    ),
-    _setting("--bs", "batch_size", "Samples per iteration", type=int),
-    _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
-    _setting("--augment", "augment", "Augment training images", is_flag=True),
-    _setting(
-        "--augmentation",
-        "augmentation",
-        "dataset: that of the data set, for photographs a random crop and flip; or crop, flip and a rotation up to 15°",
-        type=click.Choice(CHOICES["augmentation"]),
-    ),
-    _setting(
-        "--augment-evaluation",
-        "augment_evaluation",
-        "Also augment the images of the test split, as in one published code",
-        is_flag=True,
-    ),
-    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
-    _setting(
-        "--probe-rule",
-        "probe_rule",
-        "balanced: the same number of random samples of each class; first: the first samples of each task",
-        type=click.Choice(CHOICES["probe_rule"]),
-    ),
-    _setting(
-        "--probe-parts",
-        "probe_parts",
-        "train: probe samples are training samples; both: as many validation samples are added",
-        type=click.Choice(CHOICES["probe_parts"]),
-    ),
-    _setting(
-        "--output",
-        "output",
-        "Output map of the kernels: trace, full, sum, centered, seen (classes seen so far), …",
-        metavar="MAP",
-    ),
-    _setting("--precision", "precision", "Precision of the kernels"),
-    _setting("--per-layer", "per_layer", "Also store one kernel per layer", is_flag=True),
-    _setting(
-        "--lazy-error",
-        "lazy_error",
-        "Record how far the outputs move from those of the linearised network; this is the default",
-        is_flag=True,
-    ),
-    _setting(
-        "--kernels",
-        "kernels",
-        "Compute kernels every 10 iterations (10it), every epoch (1ep) or per task (task)",
-        metavar="SCHEDULE",
-    ),
-    _setting(
-        "--evaluations",
-        "evaluations",
-        "When the network is evaluated, written as for --kernels; it is always evaluated before the training",
-        metavar="SCHEDULE",
-    ),
-    _setting(
-        "--dense",
-        "dense",
-        "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number",
-        type=WholeNumber(),
-    ),
-]
-
-
-def _with_settings(command: Any) -> Any:
-    for option in reversed(_SETTINGS):
-        command = option(command)
-    return command
-
-
 @click.command("cl-run", cls=Command)
-@_with_settings
+@with_settings
 @preset_options
 @click.option("--seeds", cls=ManyOption, type=SEED, metavar="SEED...", help="Seeds: one run per seed [0].")
 @click.option(

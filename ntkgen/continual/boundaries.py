@@ -5,7 +5,7 @@ import io
 import torch
 from torch import nn
 
-from ntkgen.continual.learner import build_network
+from ntkgen.continual.networks import build_network
 from ntkgen.continual.plan import Data, Plan
 from ntkgen.continual.reading import RunReader
 from ntkgen.errors import FingerprintError, StoreError
@@ -37,8 +37,8 @@ def plan_of(run: RunReader, data: Data) -> Plan:
 def network_at(run: RunReader, plan: Plan, boundary: int) -> nn.Module:
     """Build the network as it was after some number of finished tasks.
 
-    The initial network is built again from the seed of the run. It has the same parameters if torch draws the same
-    random numbers.
+    Runs of earlier versions have no initial parameters. They are drawn again from the seed of the run, and are the same
+    if torch draws the same random numbers.
 
     Args:
         run: The run.
@@ -49,11 +49,11 @@ def network_at(run: RunReader, plan: Plan, boundary: int) -> nn.Module:
         StoreError: If the parameters are missing or damaged.
     """
     model = build_network(run.settings, plan.num_outputs(max(boundary - 1, 0)))
-    if not boundary:
-        return model
-    key = f"models/task{boundary - 1}.pt"
+    key = f"models/task{boundary - 1}.pt" if boundary else "models/start.pt"
     data = run.folder.read(key)
     if data is None:
+        if not boundary:  # a run of an earlier version
+            return model
         raise StoreError(
             f"The run at {run.folder} has no parameters at the end of task {boundary - 1}: expected {key}, found none. "
             "Is it still at work? Wait, or run the same `ntkgen cl-run` again."

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from ntkgen.continual.schedule import Schedule
 from ntkgen.continual.settings import Settings, freeze_lists, require_known_names, require_none_wrong, wrong_signs
 from ntkgen.continual.streams.incremental import STREAMS, Split, StreamSettings
-from ntkgen.errors import InputError
+from ntkgen.continual.surgery.options import SURGERY_NAMES, SurgeryOptions
+from ntkgen.errors import InputError, UnknownNameError
 
 OPTIMIZERS = ("adam", "sgd")
 # Settings that are one of a few names.
@@ -70,7 +71,7 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class RunSettings(Settings):
+class RunSettings(SurgeryOptions, Settings):
     """All settings of a run, with their defaults.
 
     Attributes:
@@ -110,6 +111,8 @@ class RunSettings(Settings):
             cross-entropy of each output.
         binary_reduction: Whether a binary cross-entropy, also that of LwF.MC and iCaRL, is the ``sum`` or the ``mean``
             over outputs.
+        surgery: Names of what acts on units after a step, or on parameters at a boundary, of `SURGERY_NAMES`. The
+            options of `SurgeryOptions` are settings too.
         optimizer: ``adam`` or ``sgd``.
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
@@ -173,6 +176,7 @@ class RunSettings(Settings):
     penalty: float = MethodOptions.penalty
     loss: str = MethodOptions.loss
     binary_reduction: str = MethodOptions.binary_reduction
+    surgery: tuple[str, ...] = ()
     optimizer: str = "adam"
     learning_rate: float = 3e-4
     momentum: float = 0.9
@@ -209,6 +213,10 @@ class RunSettings(Settings):
             UnknownNameError: If a name is unknown.
         """
         freeze_lists(self)
+        super().__post_init__()
+        for name in self.surgery:
+            if name not in SURGERY_NAMES:
+                raise UnknownNameError("surgery", name, SURGERY_NAMES)
         positive = ["buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size"]
         positive += ["probe_per_class"]
         wrong = wrong_signs(self, positive, ("weight_decay", "seed", "distillation", "penalty"))
@@ -253,6 +261,12 @@ class RunSettings(Settings):
         [2.0, 2.0, 0.4, 0.08]
         """
         return self.step_size * self.lr_factor ** sum(epoch >= milestone for milestone in self.lr_milestones)
+
+    @property
+    def surgery_options(self) -> SurgeryOptions:
+        """The options of the surgeries."""
+        names = [field.name for field in dataclasses.fields(SurgeryOptions)]
+        return SurgeryOptions(**{name: getattr(self, name) for name in names})
 
     @property
     def method_options(self) -> MethodOptions:

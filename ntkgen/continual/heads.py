@@ -28,6 +28,17 @@ def head_of(model: nn.Module, num_outputs: int) -> nn.Linear:
     )
 
 
+def head_name(model: nn.Module, num_outputs: int) -> str:
+    """Find the name of the last linear layer.
+
+    Raises:
+        ModelError: If there is no linear layer with as many outputs.
+    """
+    head = head_of(model, num_outputs)
+    names: list[str] = [name for name, module in model.named_modules() if module is head]
+    return names[0]
+
+
 def features_of(
     model: nn.Module,
     head: nn.Linear,
@@ -60,8 +71,7 @@ def growing_head(model: nn.Module, num_outputs: int, larger: nn.Module) -> tuple
     Raises:
         ModelError: If there is no head, if it does not get more outputs, or if other tensors depend on their number.
     """
-    head = head_of(model, num_outputs)
-    name = next(name for name, module in model.named_modules() if module is head)
+    head, name = head_of(model, num_outputs), head_name(model, num_outputs)
     found = larger.get_submodule(name) if name in dict(larger.named_modules()) else None
     if not isinstance(found, nn.Linear) or found.out_features <= num_outputs:
         raise ModelError(

@@ -13,8 +13,8 @@ from ntkgen.continual.batches import augmented, training_inputs
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import saved
 from ntkgen.continual.evaluation import Evaluation, HeldOut, evaluate
-from ntkgen.continual.heads import grow_head, growing_head
-from ntkgen.continual.networks import build_network, make_optimizer
+from ntkgen.continual.heads import grow_head, growing_head, head_name
+from ntkgen.continual.networks import build_network, fresh_network, make_optimizer
 from ntkgen.continual.plan import Plan, steps_per_epoch
 from ntkgen.continual.record import MEASURES, Record, plain_values
 from ntkgen.continual.schedule import Moment
@@ -23,7 +23,10 @@ from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
+from ntkgen.continual.surgery import Subject, Surgery, make_surgeries
+from ntkgen.continual.surgery.registry import RESETS, need_features
 from ntkgen.continual.training_log import Stopwatch, TrainingLog
+from ntkgen.continual.units import hidden_layers, recorded
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.jacobian.outputs import output_map
@@ -60,6 +63,8 @@ class Run:
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
+        self.layers = hidden_layers(self.model) if need_features(settings.surgery) else ()
+        self.surgeries = self._made_surgeries()
         self.training, self.best, self.watch = TrainingLog(), BestEpoch(), Stopwatch()
         self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
@@ -68,6 +73,19 @@ class Run:
         self.planned = [steps * settings.epochs for steps in steps_per_epoch(plan)]  # iterations per task
         self.accuracy: float | None = None  # mean over the tasks so far, at the last evaluation
         self._committed = time.monotonic()
+
+    def _made_surgeries(self) -> dict[str, Surgery]:
+        settings, is_needed = self.plan.settings, "reset-head" in self.plan.settings.surgery
+        subject = Subject(
+            self.model,
+            self.optimizer,
+            self.layers,
+            head_name(self.model, self.num_outputs) if is_needed else "",
+            settings.seed,
+            settings.surgery_options,
+            lambda seed: fresh_network(settings, self.num_outputs, seed),
+        )
+        return make_surgeries(settings.surgery, subject)
 
     def _opened_snapshots(self, folder: Folder) -> Snapshots:
         plan, settings = self.plan, self.plan.settings
@@ -122,6 +140,7 @@ class Run:
             "training": self.training.state_dict(),
             "best": self.best.state_dict(),
             "watch": self.watch.state_dict(),
+            "surgery": {name: surgery.state_dict() for name, surgery in self.surgeries.items()},
             "random": random,
             "threads": torch.get_num_threads(),
         }
@@ -135,6 +154,8 @@ class Run:
         self.stepper.load_state_dict(state["stepper"])
         self.method.load_state_dict(state["method"])
         self.snapshots.load_state_dict(state.get("snapshots", {}))
+        for name, surgery in self.surgeries.items():
+            surgery.load_state_dict(state["surgery"][name])
         for name in ("training", "best", "watch"):  # a checkpoint of an earlier version has none of them
             getattr(self, name).load_state_dict(state.get(name, getattr(self, name).state_dict()))
         torch.set_rng_state(state["random"]["cpu"])
@@ -157,9 +178,18 @@ class Run:
             found = {"iteration": self.iteration, "step": 0, "task": task.number, "num_outputs": self.num_outputs}
             self.record.log("head grown", found)
         self.method.begin(task, self.model)
+        if task.number and self.surgeries:
+            self._operate(task)
         if self.plan.settings.reset_optimizer:
             self.optimizer.state.clear()  # what a new optimizer has
         self.has_begun = True
+
+    def _operate(self, task: Task) -> None:
+        """Let the surgeries act before a later task, and keep the parameters after a reset."""
+        for surgery in self.surgeries.values():
+            surgery.at_boundary(task)
+        if any(name in RESETS for name in self.surgeries):
+            self.write_parameters(f"task{task.number - 1}-reset")
 
     def grow(self, num_outputs: int, task: int = 0) -> None:
         """Give the head more outputs, with rows that are drawn for a task."""
@@ -245,10 +275,12 @@ class Run:
             is_correct.append(visible.detach().argmax(1) == targets)
             return self.method.loss(visible, targets, x)
 
-        loss = self.stepper.step(x, loss_of)
+        with recorded(self.model, self.layers) as features:
+            loss = self.stepper.step(x, loss_of)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss became {loss}")
-        self.training.add(loss, float(is_correct[0].double().mean()))
+        replaced = sum(surgery.after_step(features) for surgery in self.surgeries.values())
+        self.training.add(loss, float(is_correct[0].double().mean()), replaced)
         if (mean := self.training.last_window) is not None:
             self.announce(f"task {self.task + 1}, iteration {self.iteration + 1}: training accuracy {mean:.3f}")
         return loss

@@ -52,11 +52,13 @@ class TrainingLog:
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.accuracies: list[float] = []
+        self.replaced = 0
 
-    def add(self, loss: float, accuracy: float) -> None:
-        """Add a batch."""
+    def add(self, loss: float, accuracy: float, replaced: int = 0) -> None:
+        """Add a batch, and the number of units that were replaced after its step."""
         self.losses.append(loss)
         self.accuracies.append(accuracy)
+        self.replaced += replaced
 
     @property
     def last_window(self) -> float | None:
@@ -70,20 +72,21 @@ class TrainingLog:
         >>> for loss in (1.0, 3.0):
         ...     log.add(loss, 0.5)
         >>> log.finish()
-        {'loss': 2.0, 'accuracy': 0.5, 'window_loss': [2.0], 'window_accuracy': [0.5]}
+        {'loss': 2.0, 'accuracy': 0.5, 'replaced': 0, 'window_loss': [2.0], 'window_accuracy': [0.5]}
         """
-        found = {"loss": _mean(self.losses), "accuracy": _mean(self.accuracies)}
+        found = {"loss": _mean(self.losses), "accuracy": _mean(self.accuracies), "replaced": self.replaced}
         windows = {"window_loss": _windows(self.losses), "window_accuracy": _windows(self.accuracies)}
-        self.losses, self.accuracies = [], []
+        self.losses, self.accuracies, self.replaced = [], [], 0
         return found | windows
 
     def state_dict(self) -> dict[str, Any]:
         """Return the batches of the epoch so far."""
-        return {"losses": list(self.losses), "accuracies": list(self.accuracies)}
+        return {"losses": list(self.losses), "accuracies": list(self.accuracies), "replaced": self.replaced}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` has returned."""
         self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])
+        self.replaced = int(state["replaced"])
 
 
 def _mean(values: list[float]) -> float:

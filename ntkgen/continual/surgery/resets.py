@@ -79,7 +79,10 @@ def reset(subject: Subject, task: Task, prefix: str = "") -> None:
             )
         tensor.copy_(new[name])
         if subject.options.full_reset:
-            subject.optimizer.state.pop(tensor, None)  # as in a new optimizer
+            # A new optimizer begins with zeros. A fused step needs them for all parameters, or for none.
+            for value in subject.optimizer.state.get(tensor, {}).values():
+                if isinstance(value, Tensor):
+                    value.zero_()
 
 
 def _tensors(model: nn.Module, subject: Subject) -> dict[str, Tensor]:
