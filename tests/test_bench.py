@@ -239,3 +239,15 @@ def test_kernel_functions_are_compared(output):
     assert relative_error(script.torch_func(subject.model, subject.x, output).detach(), expected) <= 1e-5
     append = script.measure_append(subject, output, 1, folder=None, fsync=False)
     assert append["append_seconds"]["least"] > 0
+
+
+def test_slow_regression_is_timed_for_each_algorithm_and_number_of_seeds(run):
+    code, captured = run("slow_regression", "--samples", "20", "--trials", "1", "--seeds", "3", "--json")
+    assert code == 0
+    found = [json.loads(each) for each in captured.out.splitlines()]
+    assert len({(each["algorithm"], each["optimizer"]) for each in found}) == len(found) == 8
+    for each in found:
+        for speed in each["samples_per_second"].values():
+            assert 0 < speed["least"] <= speed["median"] <= speed["most"]
+        per_step = 1e6 * each["seeds"] / each["samples_per_second"]["stack"]["median"]
+        assert each["microseconds_per_step"] == pytest.approx(per_step)
