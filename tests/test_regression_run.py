@@ -16,6 +16,8 @@ import torch
 import xarray
 from test_learner import Killed, assert_same
 
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.record import write_config
 from ntkgen.continual.slow_regression import run
 from ntkgen.continual.slow_regression.record import DEAD_SLOPE, MEASURES, read_bins
 from ntkgen.continual.slow_regression.run import run_regression
@@ -177,6 +179,13 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     done(tmp_path / "run")
     with pytest.raises(FingerprintError, match="optimizer sgd, now adam"):
         done(tmp_path / "run", ADAM)
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    write_config(folder_at(tmp_path / "run"), RunSettings(), {})
+    for use in (done, read_bins):
+        with pytest.raises(StoreError, match="none of slowly changing regression: found the setting augment"):
+            use(tmp_path / "run")
 
 
 def test_a_run_that_another_process_writes_is_refused(tmp_path):

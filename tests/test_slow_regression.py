@@ -28,7 +28,7 @@ TORCH = {
     "swish": torch.nn.functional.silu,
 }
 # Replacements are frequent, and the slow bits change often.
-QUICK = {"period": 150, "replacement_rate": 5e-3, "maturity": 20, "noise": 1e-2, "weight_decay": 1e-2}
+QUICK = {"period": 150, "replacement_rate": 5e-3, "maturity": 20, "noise_std": 1e-2, "weight_decay": 1e-2}
 
 
 def settings_of(**changes):
@@ -36,7 +36,7 @@ def settings_of(**changes):
 
 
 def learnt(settings, stop=400):
-    """Learn some samples in two parts, with denormal numbers flushed or not as the process does."""
+    """Learn some samples in two parts."""
     stack = Stack(settings)
     errors = [stack.learn(start, end).errors for start, end in ((0, 130), (130, stop))]
     return stack, np.concatenate(errors)
@@ -149,7 +149,7 @@ def rows_of(stack, algorithm):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_an_algorithm_without_its_effect_is_backpropagation_bitwise(optimizer):
-    off = {"replacement_rate": 0.0, "noise": 0.0, "weight_decay": 0.0}
+    off = {"replacement_rate": 0.0, "noise_std": 0.0, "weight_decay": 0.0}
     stack, errors = learnt(settings_of(**off, optimizer=optimizer))
     for algorithm in ALGORITHMS:
         np.testing.assert_array_equal(rows_of(stack, algorithm), rows_of(stack, "base"))
@@ -199,7 +199,7 @@ def test_samples_may_be_learnt_in_any_parts():
 
 
 def test_noise_has_its_standard_deviation_in_every_parameter():
-    off = {"learning_rate": 1e-30, "weight_decay": 0.0, "noise": 0.5, "algorithms": ("shrink-and-perturb",)}
+    off = {"learning_rate": 1e-30, "weight_decay": 0.0, "noise_std": 0.5, "algorithms": ("shrink-and-perturb",)}
     stack = Stack(settings_of(**off, seeds=(0, 1)))
     before = stack.network.parameters.copy()
     stack.learn(0, BLOCK)
@@ -322,9 +322,9 @@ def test_replacing_a_unit_of_constant_activation_changes_no_output():
     assert output() == pytest.approx(before, abs=1e-6)
 
 
-def test_without_reset_moments_adam_keeps_its_averages():
+def test_adam_keeps_its_averages_unless_they_are_reset():
     for reset in (True, False):
-        settings = settings_of(algorithms=("continual-backprop",), optimizer="adam", reset_moments=reset)
+        settings = settings_of(algorithms=("continual-backprop",), optimizer="adam", reset_unit_optimizer=reset)
         stack, _ = learnt(settings, 300)
         steps = np.log(1 - stack.optimizer.corrections[1, :-1]) / math.log(0.999)
         assert (stack.replacement.replaced > 0).all()
@@ -341,7 +341,7 @@ def test_without_reset_moments_adam_keeps_its_averages():
         ({"unit": 5}, "Did you mean units"),
         ({"units": "5"}, "`?units`? has a value of the wrong kind"),
         ({"units": 0}, "`units` 0"),
-        ({"noise": -1.0}, "`noise` -1"),
+        ({"noise_std": -1.0}, "`noise_std` -1"),
         ({"seeds": [0, 0]}, "found 0 more than once"),
         ({"seeds": []}, "`seeds` does not list the runs: expected each value once, found none"),
         ({"seeds": [-1]}, "`seeds` -1"),

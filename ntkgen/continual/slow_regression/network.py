@@ -2,7 +2,7 @@
 
 The last axis of every array runs over the networks, the rows of a stack. All sums are over the first axis, and add its
 entries in their order. A network therefore has the same bits in every stack, up to the exponential functions of NumPy
-and, with more than eight units, the sums of a stack of one row.
+and, with more than six units, the sums of a stack of one row.
 """
 
 import math

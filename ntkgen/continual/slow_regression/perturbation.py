@@ -32,7 +32,7 @@ class Perturbation:
             # of torch, whose normal numbers take a quarter of the time of NumPy's
             generator = torch.Generator("cpu").manual_seed(seed_of(seed, "noise", block))
             of_block = torch.randn(BLOCK, count, generator=generator).numpy()
-            np.multiply(of_block[start - first : stop - first], self.settings.noise, out=values)
+            np.multiply(of_block[start - first : stop - first], self.settings.noise_std, out=values)
         self._noise = drawn.transpose(1, 2, 0)
 
     def after_step(self, step: int) -> None:

@@ -9,7 +9,8 @@ Bins are written before the checkpoint. A resumed run drops the bins that are la
 the same bytes as an undisturbed one on a CPU. Reading never imports torch.
 """
 
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray
@@ -27,16 +28,12 @@ if TYPE_CHECKING:
 BIN, ARRAYS = "bin", "run.zarr"
 # A unit is dead in a bin if the derivative of its activation is smaller than this at each of its samples.
 DEAD_SLOPE = 1e-3
-# What is measured in each bin, for every algorithm and seed: dtype, unit, meaning.
+# What is measured in each bin, for every algorithm and seed: dtype and meaning.
 MEASURES = {
-    "error": ("float64", "1", "mean of the squared errors over the samples of the bin, each before its step"),
-    "dead_units": (
-        "int64",
-        "1",
-        f"hidden units whose activation has a derivative below {DEAD_SLOPE:g} at each sample of the bin",
-    ),
-    "weight_magnitude": ("float64", "1", "mean magnitude of all parameters, biases included, at the end of the bin"),
-    "replaced_units": ("int64", "1", "hidden units that were replaced in the bin"),
+    "error": ("float64", "mean of the squared errors over the samples of the bin, each before its step"),
+    "dead_units": ("int64", f"hidden units whose derivative is below {DEAD_SLOPE:g} at each sample of the bin"),
+    "weight_magnitude": ("float64", "mean magnitude of all parameters, biases included, at the end of the bin"),
+    "replaced_units": ("int64", "hidden units that were replaced in the bin"),
 }
 
 
@@ -47,7 +44,7 @@ def open_bins(folder: Folder, settings: RegressionSettings) -> Series:
         FingerprintError: If there is a run with other settings.
         StoreError: If its files are damaged.
     """
-    found = read_config(folder)
+    found = _config(folder)
     if found is None:
         write_config(folder, settings, {})
     else:
@@ -57,8 +54,8 @@ def open_bins(folder: Folder, settings: RegressionSettings) -> Series:
         return Series.open(arrays)
     shape = (len(settings.algorithms), len(settings.seeds))
     growing = [
-        GrowingArray(name, dtype, shape, (BIN, "algorithm", "seed"), {"long_name": meaning, "units": unit})
-        for name, (dtype, unit, meaning) in MEASURES.items()
+        GrowingArray(name, dtype, shape, (BIN, "algorithm", "seed"), {"long_name": meaning, "units": "1"})
+        for name, (dtype, meaning) in MEASURES.items()
     ]
     growing.append(GrowingArray("samples", "int64", (), (BIN,), {"long_name": "samples up to the end of the bin"}))
     seeds = FixedArray("seed", np.array(settings.seeds), ("seed",), {"long_name": "seed"})
@@ -72,7 +69,7 @@ def read_bins(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
         StoreError: If there is no run, or it is damaged.
     """
     folder = folder_of(place)
-    config = read_config(folder)
+    config = _config(folder)
     if config is None or not (folder / ARRAYS).has(ROOT):
         raise StoreError(
             f"There is no run of slowly changing regression at {folder}: expected a folder with {ARRAYS}, found "
@@ -82,3 +79,19 @@ def read_bins(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
     store = (folder / ARRAYS).zarr_store(read_only=True)
     found: xarray.Dataset = xarray.open_zarr(store, consolidated=True, chunks=None)
     return found.set_coords("samples").assign_coords(algorithm=list(settings.algorithms)).assign_attrs(config)
+
+
+def _config(folder: Folder) -> dict[str, Any] | None:
+    """Read the settings of a run; None if there is no run.
+
+    Raises:
+        StoreError: If it is a run of another kind, or damaged.
+    """
+    found = read_config(folder)
+    known = {field.name for field in dataclasses.fields(RegressionSettings)}
+    if found is not None and (others := found["settings"].keys() - known):
+        raise StoreError(
+            f"The run at {folder} is none of slowly changing regression: found the setting {min(others)}, expected "
+            f"those of {RegressionSettings.__name__}. Is it another run, or one of a newer version? Use another path."
+        )
+    return found

@@ -76,7 +76,7 @@ class Replacement:
         network.outgoing[unit, row] = 0
         self.averages[:, unit, index] = 0
         self.age[unit, index] = 0
-        if self.settings.reset_moments:
+        if self.settings.reset_unit_optimizer:
             self.optimizer.forget(unit, row)
 
     def state(self) -> State:

@@ -47,6 +47,11 @@ class RegressionRun:
         """Whether the last checkpoint was written some time ago."""
         return time.monotonic() - self._committed > COMMIT_SECONDS
 
+    @property
+    def note(self) -> str:
+        """Where the run is, for the progress."""
+        return f"bin {self.sample // self.settings.bin_size}/{self.settings.num_bins}"
+
     def resume(self, checkpoint: Mapping[str, Any] | None) -> None:
         """Continue from the newest checkpoint, and drop later bins; without one begin anew."""
         if checkpoint is not None:
@@ -135,12 +140,7 @@ def run_regression(settings: RegressionSettings, folder: Folder, report: Report 
             run.learn_block()
             if run.is_due or run.sample == settings.num_samples:
                 run.commit()
-            report(
-                "training",
-                run.sample,
-                settings.num_samples,
-                f"bin {run.sample // settings.bin_size}/{settings.num_bins}",
-            )
+            report("training", run.sample, settings.num_samples, run.note)
         run.bins.sync()
     return read_bins(folder)
 

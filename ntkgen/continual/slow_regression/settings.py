@@ -46,11 +46,11 @@ class RegressionSettings(Settings):
         learning_rate: Learning rate.
         weight_decay: Weight λ of the penalty λ |w|² / 2 of ``l2`` and ``shrink-and-perturb``. It is a part of the
             gradient, also for ``adam``.
-        noise: Standard deviation of what ``shrink-and-perturb`` adds to every parameter after each step.
+        noise_std: Standard deviation of what ``shrink-and-perturb`` adds to every parameter after each step.
         replacement_rate: The part of the mature units that ``continual-backprop`` replaces in each step.
         maturity: Number of steps for which a new unit is not replaced.
         utility_decay: Decay η of the running averages of activation and utility.
-        reset_moments: Whether ``adam`` forgets what it has averaged for the weights of a unit that is replaced.
+        reset_unit_optimizer: Whether ``adam`` forgets what it has averaged for the weights of a unit that is replaced.
     """
 
     algorithms: tuple[str, ...] = ALGORITHMS
@@ -69,11 +69,11 @@ class RegressionSettings(Settings):
     optimizer: str = "sgd"
     learning_rate: float = 0.01
     weight_decay: float = 1e-3
-    noise: float = 1e-3
+    noise_std: float = 1e-3
     replacement_rate: float = 1e-4
     maturity: int = 100
     utility_decay: float = 0.99
-    reset_moments: bool = True
+    reset_unit_optimizer: bool = True
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -84,7 +84,7 @@ class RegressionSettings(Settings):
         """
         freeze_lists(self)
         positive = ("num_samples", "bin_size", "num_inputs", "period", "target_units", "units", "learning_rate")
-        not_negative = ("slow_bits", "weight_decay", "noise", "replacement_rate", "maturity", "utility_decay")
+        not_negative = ("slow_bits", "weight_decay", "noise_std", "replacement_rate", "maturity", "utility_decay")
         wrong = wrong_signs(self, positive, not_negative)
         require_none_wrong(wrong + [f"`seeds` {seed}" for seed in self.seeds if seed < 0])
         require_known_names(self, CHOICES)

@@ -61,7 +61,7 @@ class RegressionStreamSettings:
             raise InputError(
                 f"There is no such stream: found `slow_bits` {self.slow_bits} of `num_inputs` {self.num_inputs}, and "
                 f"`agreement` {self.agreement:g}; expected at most as many slow bits as inputs, and a part between 0 "
-                "and 1. Is one the other? Correct them."
+                "and 1. Is a percentage given? Divide it by 100, or choose fewer slow bits."
             )
         for name, known in (("change", CHANGES), ("thresholds", THRESHOLDS)):
             if getattr(self, name) not in known:
