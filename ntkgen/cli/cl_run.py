@@ -7,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
+from ntkgen.cli.cl_regression import run_slow_regression, show_slow_regression_plan, slow_regression_settings
 from ntkgen.cli.cl_settings import with_settings
 from ntkgen.cli.messages import complain
 from ntkgen.cli.options import (
@@ -31,6 +32,9 @@ RESULTS = Path("runs")
 @click.command("cl-run", cls=Command)
 @with_settings
 @preset_options
+@click.option(
+    "--samples", "num_samples", type=click.IntRange(min=1), help="Samples of --stream slow-regression [1,000,000]."
+)
 @click.option("--seeds", cls=ManyOption, type=SEED, metavar="SEED...", help="Seeds: one run per seed [0].")
 @click.option(
     "--workers",
@@ -59,6 +63,11 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     `ntkgen manual continual` describes the results.
     """
     as_json, quiet, dry_run, verbose = (options.pop(name) for name in ("as_json", "quiet", "dry_run", "verbose"))
+    if (slow := slow_regression_settings(options)) is not None:
+        if dry_run:
+            return show_slow_regression_plan(slow, as_json=as_json)
+        start_process()
+        return run_slow_regression(slow, out, as_json=as_json, quiet=quiet)
     preset, compat, config, index = (options.pop(name) for name in ("preset", "compat", "config", "experiment_index"))
     chosen = chosen_runs(preset, compat, config, options, index)
     if verbose:

@@ -39,8 +39,9 @@ _SETTINGS = [
     _setting(
         "--stream",
         "stream",
-        "disjoint: a task trains on its own classes; cumulative: on all classes so far",
-        type=click.Choice(CHOICES["stream"]),
+        "disjoint: a task trains on its own classes; cumulative: on all classes so far; slow-regression: slowly "
+        "changing regression, whose other settings are read from --config",
+        type=click.Choice([*CHOICES["stream"], "slow-regression"]),
     ),
     _setting("--split", "split", "Classes of the first task / of each later one", metavar="FIRST/LATER"),
     _setting(

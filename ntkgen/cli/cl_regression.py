@@ -1,0 +1,95 @@
+"""`ntkgen cl-run --stream slow-regression`: many seeds and algorithms as one computation."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntkgen.cli.messages import show
+from ntkgen.continual.settings_file import read_settings
+from ntkgen.continual.slow_regression.settings import ALGORITHMS, RegressionSettings
+from ntkgen.errors import InputError, UnknownNameError
+from ntkgen.files.place import folder_of
+
+if TYPE_CHECKING:
+    import xarray
+
+STREAM = "slow-regression"
+# Options whose setting has another name.
+RENAMED = {"method": "algorithms", "width": "units"}
+
+
+def slow_regression_settings(options: Mapping[str, Any]) -> RegressionSettings | None:
+    """Combine a file of settings and options, if one of them asks for slowly changing regression; else None.
+
+    Raises:
+        InputError: If an option belongs to other streams, or has a wrong value.
+        UnknownNameError: If there is no such algorithm.
+    """
+    config = options["config"]
+    values = {} if config is None else read_settings(config)
+    values |= {name: value for name, value in options.items() if value not in {None, ()} and name != "config"}
+    if values.pop("stream", None) != STREAM:
+        return None
+    given = {RENAMED.get(name, name): value for name, value in values.items()}
+    method, units = given.get("algorithms"), given.get("units")
+    if isinstance(method, str):
+        if method not in ALGORITHMS:
+            raise UnknownNameError("algorithm of slowly changing regression", method, ALGORITHMS)
+        given["algorithms"] = (method,)
+    if isinstance(units, tuple):
+        if len(units) > 1:
+            raise InputError(
+                f"Slowly changing regression has networks of one width: expected one number, found {len(units)}. Is it "
+                "a sweep of another stream? Give one `width`."
+            )
+        given["units"] = units[0]
+    return RegressionSettings.from_json(given)
+
+
+def run_slow_regression(settings: RegressionSettings, out: str, *, as_json: bool, quiet: bool) -> int:
+    """Run it, and print what became of each algorithm."""
+    from ntkgen.cli.progress import progress_bars
+    from ntkgen.continual.slow_regression.run import run_regression
+
+    began = time.monotonic()
+    with progress_bars("", quiet=quiet) as report:
+        bins = run_regression(settings, folder_of(out, fsync=False), report)
+    show_outcomes(out, bins, as_json=as_json, seconds=round(time.monotonic() - began, 3))
+    return 0
+
+
+def show_slow_regression_plan(settings: RegressionSettings, *, as_json: bool) -> int:
+    """Print what a run would do."""
+    networks = len(settings.algorithms) * len(settings.seeds)
+    if as_json:
+        show(json.dumps({"settings": settings.to_json(), "networks": networks, "bins": settings.num_bins}))
+        return 0
+    show(
+        f"{networks} networks ({', '.join(settings.algorithms)}; {len(settings.seeds)} seeds), "
+        f"{settings.num_samples:,} samples each, in {settings.num_bins} bins"
+    )
+    show("settings: " + ", ".join(f"{name} {value}" for name, value in settings.to_json().items()))
+    return 0
+
+
+def show_outcomes(place: str, bins: "xarray.Dataset", *, as_json: bool, seconds: float | None = None) -> None:
+    """Print the table of a run, or its numbers as JSON."""
+    from ntkgen.continual.slow_regression.summary import outcomes, page
+
+    if as_json:
+        found = {"run": place, "seconds": seconds, "settings": bins.attrs["settings"]}
+        show(json.dumps(found | {"algorithms": [each.to_json() for each in outcomes(bins)]}))
+        return
+    title, *lines = page(bins)
+    took = "" if seconds is None else f" ({seconds:.1f} s)"
+    show("\n".join([f"{place}: {title}{took}", *lines]))
+
+
+def is_slow_regression(place: str | Path) -> bool:
+    """Say whether there is a run of slowly changing regression."""
+    from ntkgen.continual.record import read_config
+
+    config = read_config(folder_of(place))
+    return config is not None and "algorithms" in config["settings"]

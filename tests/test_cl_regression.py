@@ -1,0 +1,92 @@
+"""Slowly changing regression from the command line, its table and its picture."""
+
+import json
+
+import numpy as np
+import pytest
+import xarray
+
+from ntkgen.analysis.plots.style import render
+from ntkgen.cli import run as command
+from ntkgen.continual.plots.slow_regression import draw_slow_regression
+from ntkgen.continual.slow_regression.record import read_bins
+from ntkgen.continual.slow_regression.summary import LAST_BINS, outcomes
+
+LINE = ("cl-run", "--stream", "slow-regression", "-q")
+
+
+def bins_of(errors):  # (bin, algorithm, seed)
+    errors = np.array(errors, np.float64)
+    sizes = dict(zip(("bin", "algorithm", "seed"), errors.shape, strict=True))
+    names = [f"algorithm {index}" for index in range(sizes["algorithm"])]
+    zeros = np.zeros(errors.shape)
+    data = {"error": errors, "dead_units": zeros + np.arange(sizes["bin"])[:, None, None], "weight_magnitude": zeros}
+    found = xarray.Dataset({name: (("bin", "algorithm", "seed"), value) for name, value in data.items()})
+    return found.assign_coords(algorithm=names, samples=("bin", 10 * np.arange(1, sizes["bin"] + 1)))
+
+
+def test_outcomes_by_hand():
+    assert LAST_BINS == 3
+    (found,) = outcomes(bins_of([[[4.0, 2.0]], [[1.0, 1.0]], [[2.0, 3.0]], [[3.0, 5.0]]]))
+    assert (found.first.mean, found.last.mean) == (3.0, 2.5)
+    assert found.last.deviation == pytest.approx(2**-0.5)  # of 2 and 3
+    assert found.increase.mean == 1.5  # from 1 to 2, and from 1 to 3
+    assert (found.dead_units.mean, found.dead_units.n) == (3.0, 2)
+
+
+def test_the_picture_says_what_it_shows():
+    picture = draw_slow_regression(bins_of(np.random.default_rng(0).random((5, 2, 3))))
+    assert "means over 3 seeds, bands are ± one standard error" in picture.caption
+    left, right = picture.figure.axes
+    assert [line.get_label() for line in left.get_lines()] == ["algorithm 0", "algorithm 1"]
+    assert left.get_lines()[0].get_xdata().tolist() == [10, 20, 30, 40, 50]
+    assert right.get_lines()[0].get_ydata().tolist() == [0, 1, 2, 3, 4]
+    assert render(picture, "png").startswith(b"\x89PNG")
+
+
+def test_a_run_continues_where_it_was(tmp_path, capsys):
+    place = str(tmp_path / "r")
+    options = ["--samples", "40000", "--seeds", "3", "5", "--method", "base", "--lr", "0.02", "--width", "4"]
+    assert command([*LINE, *options, "--json", "--out", place]) == 0
+    found = json.loads(capsys.readouterr().out)
+    settings = found["settings"]
+    assert (settings["algorithms"], settings["seeds"], settings["units"]) == (["base"], [3, 5], 4)
+    assert (settings["learning_rate"], settings["num_samples"]) == (0.02, 40_000)
+    bins = read_bins(place)
+    assert found["algorithms"][0]["first"]["mean"] == pytest.approx(float(bins.error.isel(bin=0).mean()))
+    assert command([*LINE, *options, "--out", place]) == 0
+    shown = capsys.readouterr().out
+    assert f"{place}: 40,000 samples, 2 seeds" in shown
+    assert "base" in shown
+
+
+def test_settings_are_read_from_a_file(tmp_path, capsys):
+    (tmp_path / "slow.toml").write_text('stream = "slow-regression"\nnum_samples = 20000\nactivation = "tanh"\n')
+    assert command(["cl-run", "--config", str(tmp_path / "slow.toml"), "--seeds", "1", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["networks"], found["bins"], found["settings"]["activation"]) == (4, 1, "tanh")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "found"),
+    [
+        (["--split", "2/2"], "no setting 'split'"),
+        (["--method", "lwf"], "Unknown algorithm of slowly changing regression 'lwf'"),
+        (["--width", "4", "5"], "networks of one width: expected one number, found 2"),
+        (["--samples", "30000"], "The last bin would not be full"),
+        (["--preset", "eth-cifar10"], "no setting 'preset'"),
+        (["--seeds", "1", "1"], "each value once"),
+    ],
+)
+def test_runs_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, bad, found):
+    assert command([*LINE, *bad, "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert found in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+def test_samples_belong_to_a_stream_of_samples(tmp_path, capsys):
+    assert command(["cl-run", "--samples", "10", "--out", str(tmp_path / "r")]) == 2
+    assert "no setting 'num_samples'" in capsys.readouterr().err
