@@ -299,7 +299,7 @@ class Run:
             line["validation_loss"] = float(np.average(found.loss, weights=counts))
             self.best.offer(number, line["validation_accuracy"], self.model)
         self.record.log("epoch", line)
-        validation = f", validation {line['validation_accuracy']:.3f}" * ("validation_accuracy" in line)
+        validation = f", validation {line['validation_accuracy']:.3f}" if "validation_accuracy" in line else ""
         self.announce(
             f"task {moment.task + 1}/{len(stream)}, epoch {number}/{self.plan.settings.epochs}: training loss "
             f"{line['loss']:.4f}, accuracy {line['accuracy']:.3f}{validation}; {self.watch.seconds['epoch'][-1]:.1f} s"
