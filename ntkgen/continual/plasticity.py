@@ -80,12 +80,14 @@ class Plasticity:
         weight_magnitude: Mean magnitude of all parameters, (boundaries,).
         class_accuracy: Accuracy at the end on each class in the order of arrival, (classes,); None if the run has not
             recorded it.
+        num_features: Units of the last hidden layer, the largest possible rank.
     """
 
     next_task: Mapping[str, FloatArray]
     previous_tasks: Mapping[str, FloatArray]
     weight_magnitude: FloatArray
     class_accuracy: FloatArray | None
+    num_features: int
 
     def arrays(self) -> dict[str, FloatArray]:
         """Return all arrays by name, such as ``next_task_dormant_units``."""
@@ -132,7 +134,8 @@ def measure_plasticity(
     }
     confusion = run.confusion
     accuracy = None if confusion is None else class_accuracy(confusion[-1])
-    return Plasticity(columns[NEXT], columns[PREVIOUS], np.array(magnitudes), accuracy)
+    num_features = int(rows[NEXT][0]["num_features"])
+    return Plasticity(columns[NEXT], columns[PREVIOUS], np.array(magnitudes), accuracy, num_features)
 
 
 def _measured(model: nn.Module, x: Tensor, settings: PlasticitySettings) -> dict[str, float]:
@@ -149,7 +152,11 @@ def _measured(model: nn.Module, x: Tensor, settings: PlasticitySettings) -> dict
             "training diverge? Measure a run with a lower `learning_rate`."
         )
     ranks = Ranks.of(features, settings.rank_tolerance)
-    return {"dormant_units": dormant_units(active, settings.threshold), **dataclasses.asdict(ranks)}
+    return {
+        "dormant_units": dormant_units(active, settings.threshold),
+        "num_features": features.shape[1],
+        **dataclasses.asdict(ranks),
+    }
 
 
 def _activations(

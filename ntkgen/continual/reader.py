@@ -13,9 +13,16 @@ from ntkgen.continual.epochs import Epochs
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
-from ntkgen.continual.metrics.series import held_out_accuracy, kernel_metrics
+from ntkgen.continual.metrics.series import (
+    boundary_metrics,
+    held_out_accuracy,
+    kernel_metrics,
+    loss_weighted_metrics,
+)
 from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.record import LOG, read_config
+from ntkgen.continual.series import ROOT
+from ntkgen.continual.streams.views import VIEWS
 from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
 
@@ -26,6 +33,8 @@ MOMENT = ("iteration", "trained_task", "epoch")
 PARTS = ("train", "validation", "all")
 # Methods whose loss is a binary cross-entropy per output.
 BINARY_METHODS = ("lwf-mc", "icarl")
+# The group with the plasticity of a run, and its attribute that says how it was measured.
+PLASTICITY, MEASURED = "plasticity.zarr", "ntkgen_plasticity"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +176,97 @@ class RunReader:
         loss = BINARY if self.settings.method in BINARY_METHODS else self.settings.loss
         return predicted_forgetting(self.kernels_of("train"), loss)
 
+    def loss_weighted_metrics(self, rank_tolerance: float | None = None) -> xarray.Dataset:
+        """Measure the loss-weighted kernel of the training samples of the probe at every recorded time.
+
+        It is weighted over the outputs that the loss uses, so with a masked head over those of the classes so far. See
+        `ntkgen.continual.metrics.series.loss_weighted_metrics`.
+        """
+        kernels = self.kernels_of("train")
+        return loss_weighted_metrics(kernels, self._num_used(kernels.task.values), rank_tolerance)
+
+    @property
+    def plasticity(self) -> xarray.Dataset:
+        """What the network shows at each boundary between tasks, as `ntkgen cl-analyze --units` has measured it.
+
+        The dimension ``boundary`` is the number of finished tasks. See `ntkgen.continual.plasticity.Plasticity`.
+
+        Raises:
+            StoreError: If it was not measured.
+        """
+        if not self.has_plasticity:
+            raise StoreError(
+                f"The plasticity of the run at {self.folder} is not measured: expected {PLASTICITY}, found none. It is "
+                "measured after the run, from stored parameters. Run `ntkgen cl-analyze --units` with this run."
+            )
+        found = _arrays(self.folder / PLASTICITY)
+        return found.set_coords([name for name in ("num_classes", "class_label") if name in found])
+
+    @property
+    def has_plasticity(self) -> bool:
+        """Whether the plasticity was measured."""
+        return self.folder.has(f"{PLASTICITY}/{ROOT}")
+
+    def boundary_kernels(self, view: str) -> xarray.Dataset:
+        """Kernels of a view at each boundary, as `ntkgen cl-analyze --boundary-kernels` has computed them.
+
+        They are as `kernels`, and the rows of each time are other samples: their coordinates, such as ``row_label``,
+        have the dimensions (time, row). Rows without a sample are NaN, with the sample id −1.
+
+        Args:
+            view: ``next_task`` or ``previous_tasks``.
+
+        Raises:
+            UnknownNameError: If there is no such view.
+            StoreError: If they were not computed.
+        """
+        if not self.has_boundary_kernels(view):
+            raise StoreError(
+                f"The run at {self.folder} has no kernels of the {view.replace('_', ' ')}: expected "
+                f"{kernels_of_view(view)}, found none. They are computed after the run, from stored parameters. Run "
+                "`ntkgen cl-analyze --boundary-kernels` with this run."
+            )
+        found = _arrays(self.folder / kernels_of_view(view)).set_coords("boundary")
+        return found.assign({name: values.chunk({"time": 1}) for name, values in found.data_vars.items()})
+
+    def has_boundary_kernels(self, view: str) -> bool:
+        """Whether the kernels of a view were computed.
+
+        Raises:
+            UnknownNameError: If there is no such view.
+        """
+        if view not in VIEWS:
+            raise UnknownNameError("view", view, VIEWS)
+        return self.folder.has(f"{kernels_of_view(view)}/{ROOT}")
+
+    def boundary_kernel_metrics(
+        self, view: str, rank_tolerance: float | None = None, *, weighted: bool = False
+    ) -> xarray.Dataset:
+        """Measure the kernels of a view; see `ntkgen.continual.metrics.series.boundary_metrics`.
+
+        Args:
+            view: ``next_task`` or ``previous_tasks``.
+            rank_tolerance: Tolerance of the numerical rank.
+            weighted: Whether to measure the spectrum of the loss-weighted kernel instead.
+        """
+        kernels = self.boundary_kernels(view)
+        tasks = kernels.boundary.values - (view != VIEWS[0])
+        return boundary_metrics(kernels, rank_tolerance, self._num_used(tasks) if weighted else None)
+
+    @property
+    def boundary_iterations(self) -> npt.NDArray[np.int64]:
+        """Number of iterations at the beginning and at the end of each finished task, (boundaries,)."""
+        data = self.evaluations
+        trained, iterations = data.trained_task.values, data.iteration.values
+        ends = [int(iterations[trained == task].max()) for task in range(self.num_finished)]
+        return np.array([0, *ends], np.int64)
+
+    def _num_used(self, tasks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Count the outputs that the loss of each of some tasks is over."""
+        if self.settings.head == "fixed":
+            return np.full(len(tasks), self.evaluations.sizes["target"])
+        return self.num_seen_classes[tasks]
+
     @property
     def has_validation_probe(self) -> bool:
         """Whether the probe has validation samples."""
@@ -186,6 +286,15 @@ class RunReader:
         if "probe_is_validation" not in data:
             return np.zeros(data.sizes["probe"], np.bool_)
         return np.asarray(data.probe_is_validation.values, np.bool_)
+
+
+def kernels_of_view(view: str) -> str:
+    """Name the group with the kernels of a view at each boundary.
+
+    >>> kernels_of_view("next_task")
+    'next_task_kernels.zarr'
+    """
+    return f"{view}_kernels.zarr"
 
 
 def _arrays(folder: Folder) -> xarray.Dataset:

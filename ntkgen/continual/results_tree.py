@@ -9,29 +9,42 @@
       test_loss_per_epoch/, test_accuracy_per_epoch/, validation_…/       on the classes seen so far
       epoch_runtime/, test_evaluation_runtime/, validation_evaluation_runtime/   seconds
 
+and, if the plasticity of the runs was measured, one number for each task, from before its training:
+
+      weight_magnitude_analysis/
+      {next_task,previous_tasks}_{dormant_units,effective_rank,stable_rank}_analysis/
+      accuracy_per_class_in_order/         of the final network, on each class
+
 All numbers are float32, one array per run. The layout is that of Dohare et al. (2024, Nature 632), so that scripts for
 its results read ours. What resumes a run stays in its own folder.
 """
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xarray
 
-from ntkgen.continual.reading import RunReader
+from ntkgen.continual.reader import RunReader
+from ntkgen.continual.streams.views import PREVIOUS, VIEWS
 from ntkgen.errors import StoreError
 from ntkgen.files.folder import Folder
 
 INDICES = "experiment_indices.npy"
+_CONFIG, _ARRAY = re.compile(r"config_files/index-(\d+)\.json"), re.compile(r"/index-(\d+)\.npy$")
 # The measured seconds of a run, and their names in the tree.
 RUNTIMES = {
     "epoch": "epoch_runtime",
     "evaluation": "test_evaluation_runtime",
     "validation": "validation_evaluation_runtime",
 }
+# What is measured of the units, by its name in the tree. The published "stable rank" is the rank of 99 %.
+OF_UNITS = {"dormant_units": "dormant_units", "effective_rank": "effective_rank", "stable_rank": "rank_99"}
+WEIGHTS, BY_CLASS = "weight_magnitude_analysis", "accuracy_per_class_in_order"
 
 
 def write_results_tree(folder: Folder, run: RunReader, index: int, seconds: Mapping[str, Sequence[float]]) -> None:
@@ -56,6 +69,63 @@ def write_results_tree(folder: Folder, run: RunReader, index: int, seconds: Mapp
         folder.write(f"model_parameters/index-{index}_epoch-{epoch * run.settings.epochs}.pt", parameters)
     known = indices(folder)
     folder.write(INDICES, _npy(np.unique([*known, index])))
+
+
+def write_analysis(folder: Folder, index: int, plasticity: xarray.Dataset) -> None:
+    """Write the measured plasticity of a finished run.
+
+    Args:
+        folder: The folder of the experiment.
+        index: The experiment index of the run.
+        plasticity: What `RunReader.plasticity` gives.
+    """
+    for name, values in published_arrays(plasticity).items():
+        folder.write(f"{name}/index-{index}.npy", _npy(values.astype(np.float32)))
+
+
+def published_arrays(plasticity: xarray.Dataset) -> dict[str, npt.NDArray[np.float64]]:
+    """Name the measured plasticity as the published analysis does, and take its entries.
+
+    An entry is of the network before a task, so the last boundary has none. The first entry of the previous tasks is 0.
+    """
+    before = plasticity.isel(boundary=slice(None, -1))
+    found = {WEIGHTS: np.asarray(before.weight_magnitude.values)}
+    for view in VIEWS:
+        for published, name in OF_UNITS.items():
+            values = np.array(before[f"{view}_{name}"].values)
+            if view == PREVIOUS:
+                values[0] = 0
+            found[f"{view}_{published}_analysis"] = values
+    if "class_accuracy" in plasticity:
+        found[BY_CLASS] = np.asarray(plasticity.class_accuracy.values)
+    return found
+
+
+def index_of(run: RunReader) -> tuple[Folder, int] | None:
+    """Find the tree that a run belongs to, and its experiment index there; None if there is none.
+
+    The folder of the run is in that of the tree, and a file of settings in the tree has the seed of the run.
+    """
+    folder = run.folder.parent
+    for key, settings in configurations(folder).items():
+        if settings.get("seed") == run.settings.seed:
+            return folder, key
+    return None
+
+
+def configurations(folder: Folder) -> dict[int, dict[str, Any]]:
+    """Read the settings of the runs in a tree, by their experiment indices."""
+    names = {key: found for key in folder.sizes("config_files") if (found := _CONFIG.fullmatch(key))}
+    return {int(found[1]): json.loads(folder.read(key) or b"{}") for key, found in names.items()}
+
+
+def read_arrays(folder: Folder, name: str) -> dict[int, npt.NDArray[np.float64]]:
+    """Read the arrays of a metric directory, by their experiment indices."""
+    names = {key: found for key in folder.sizes(name) if (found := _ARRAY.search(key))}
+    return {
+        int(found[1]): np.asarray(np.load(io.BytesIO(folder.read(key) or b"")), np.float64)
+        for key, found in names.items()
+    }
 
 
 def indices(folder: Folder) -> list[int]:

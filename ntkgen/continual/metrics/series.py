@@ -240,6 +240,51 @@ def loss_weighted_metrics(
     return xarray.Dataset(_columns(spectra), coordinates, noted)
 
 
+def boundary_metrics(
+    kernels: "xarray.Dataset", rank_tolerance: float | None = None, num_outputs: IntArray | None = None
+) -> "xarray.Dataset":
+    """Measure the kernels of a view at each boundary between tasks; the samples differ from boundary to boundary.
+
+    Args:
+        kernels: The kernels, as `RunReader.boundary_kernels` gives them.
+        rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
+        num_outputs: For the loss-weighted kernels, the number of outputs that the loss is over at each time, (times,).
+            None for the kernels themselves.
+
+    Returns:
+        Numbers of `Spectrum`. Of the kernels themselves also ``alignment`` and ``centred_alignment``, and
+        ``previous_distance`` and ``previous_centred_distance`` from the kernel of the same samples for the network at
+        the boundary before, with ``mean_velocity``, the distance per iteration.
+    """
+    import xarray
+
+    parts = [_of_one_time(kernels, time) for time in range(kernels.sizes["time"])]
+    if num_outputs is not None:
+        counts = num_outputs[:, None]
+        found = [loss_weighted_metrics(*each, rank_tolerance) for each in zip(parts, counts, strict=True)]
+        data: dict[str, Any] = dict(xarray.concat(found, "time").data_vars)
+    else:
+        probes = [_Probe(part) for part in parts]
+        data = _columns([probe.spectrum(probe.kernel(0), tolerance=rank_tolerance) for probe in probes])
+        data["alignment"] = ("time",), [probe.alignment(probe.kernel(0), centred=False) for probe in probes]
+        data["centred_alignment"] = ("time",), [probe.alignment(probe.kernel(0), centred=True) for probe in probes]
+        for name in ("previous_distance", "previous_centred_distance"):
+            data[name] = ("time",), np.asarray(kernels[name].values)
+        steps = np.diff(kernels.iteration.values, prepend=0)  # the boundary before the first one is the beginning
+        data["mean_velocity"] = ("time",), kernels.previous_distance.values / np.where(steps, steps, np.nan)
+    coordinates = {name: ("time", kernels[name].values) for name in ("iteration", "epoch", "boundary")}
+    return xarray.Dataset(data, coordinates, {"rank_tolerance": rank_tolerance, "rounding": _Probe(kernels).rounding})
+
+
+def _of_one_time(kernels: "xarray.Dataset", time: int) -> "xarray.Dataset":
+    """Take the kernel of one time, whose rows have coordinates of their own, without rows that have no sample."""
+    part = kernels.isel(time=[time])
+    own = [str(name) for name, values in part.coords.items() if set(values.dims) - {"time"} and "time" in values.dims]
+    part = part.assign_coords({name: part[name].isel(time=0, drop=True).variable for name in own})
+    rows = np.flatnonzero(part.row_sample_id.values >= 0)
+    return part.isel(row=rows, col=rows, sample=np.unique(part.row_sample.values[rows]))
+
+
 def _distances(probe: _Probe, iterations: IntArray) -> dict[str, Any]:
     """Measure how far each kernel is from the first one, and from the one before."""
     times = range(len(iterations))
