@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page
 from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, json_option
@@ -47,15 +48,23 @@ OF_SEVERAL = ("frobenius_norm", "largest", "effective_rank", "distance", "centre
     "the kernel resolves].",
 )
 @click.option("--csv", "tables", metavar="FOLDER", help="Also write every curve and matrix as a CSV file to FOLDER.")
+@boundary_options
 @json_option("run")
 def cl_analyze(
-    runs: tuple[str, ...], *, dt: int | None, rank_tolerance: float | None, tables: str | None, as_json: bool
+    runs: tuple[str, ...],
+    *,
+    dt: int | None,
+    rank_tolerance: float | None,
+    tables: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Compute the accuracy and kernel metrics of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0, or that of several seeds and widths, such as runs/cl. For
-    several seeds, the command prints mean and spread. It reads what `ntkgen cl-run` has stored. It neither trains nor
-    loads torch.
+    several seeds, the command prints mean and spread. It reads what `ntkgen cl-run` has stored. It does not train.
+    Only --units and --boundary-kernels load torch: they compute from the stored parameters, and keep the results in the
+    folder of the run.
     """
     from ntkgen.continual.reading import RunReader, open_run
     from ntkgen.files.folder import LocalFolder
@@ -63,16 +72,19 @@ def cl_analyze(
     folder = None if tables is None else LocalFolder(Path(tables))
     if folder is not None:
         folder.require_writable()
+    asked = Asked(rank_tolerance=rank_tolerance, **options)
     opened = [open_run(run) for run in runs]  # wrong input is reported before anything is computed
     for place, run in zip(runs, opened, strict=True):
         measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
         if isinstance(run, RunReader):
+            looks = asked.measure({place: run}, place)[place]
             result = _analysed(place, run, measured)
             if run.has_validation_probe:
                 result["validation_kernels"] = _kernels(run.kernel_metrics(dt, "validation", rank_tolerance))
-            show(json.dumps(result) if as_json else _page(result))
+            result |= {name: _kernels(found) for name, found in looks.items()}
+            show(json.dumps(result) if as_json else "\n".join([_page(result), *boundary_page([looks])]))
         else:
-            _show_collection(place, run, measured, as_json=as_json)
+            _show_collection(place, run, measured, asked, as_json=as_json)
         if folder is not None:
             _write_tables(folder, place, run, measured)
 
@@ -84,13 +96,28 @@ def _write_tables(folder: "Folder", place: str, run: "RunReader | RunCollection"
         folder.write(f"{file_stem(place)}-{name}.csv", table)
 
 
-def _show_collection(place: str, runs: "RunCollection", measured: "xarray.Dataset", *, as_json: bool) -> None:
+def _show_collection(
+    place: str, runs: "RunCollection", measured: "xarray.Dataset", asked: Asked, *, as_json: bool
+) -> None:
+    looks = asked.measure(runs.complete, place)
     if as_json:
-        each = [{"run": str(run.folder), **run.metrics()} for run in runs.complete.values()]
+        each = [
+            {
+                "run": str(run.folder),
+                **run.metrics(),
+                **{name: _kernels(found) for name, found in looks[key].items()},
+            }
+            for key, run in runs.complete.items()
+        ]
         result = {"run": place, **runs.config, "runs": each, "summary": summary(runs), "kernels": as_lists(measured)}
         show(json.dumps(result))
-    else:
-        show("\n".join([place, *summary_page(runs), *kernel_page(runs, measured, OF_SEVERAL)]))
+        return
+    lines = [place, *summary_page(runs), *kernel_page(runs, measured, OF_SEVERAL)]
+    for width in runs.widths:
+        if of_width := [found for (of, _), found in looks.items() if of == width]:
+            page = boundary_page(of_width)
+            lines += [f"  width {width}"] * (len(runs.widths) > 1 and bool(page)) + page
+    show("\n".join(lines))
 
 
 def _analysed(place: str, run: "RunReader", kernels: "xarray.Dataset") -> dict[str, Any]:
@@ -130,10 +157,11 @@ def _page(result: dict[str, Any]) -> str:
     for name, definition in OF_ACCURACY.items():
         cells = "".join(f"{'–' if found[name] is None else format(found[name], '.3f'):>18}" for found in scores)
         lines.append(f"  {definition.title:<32}{cells}")
-    for name in ("seen_accuracy", "new_task_accuracy"):
-        values = " ".join(f"{value:.2f}" for value in scores[0][name])
-        lines.append(f"  {OF_COURSES[name].title} after each task: {values}")
-    lines.append(f"  evaluated on {result['evaluated_on']}")
+    for title, name in (("all classes so far", "seen_accuracy"), ("the new task", "new_task_accuracy")):
+        lines.append(f"  accuracy on {title} after each task: {' '.join(f'{value:.2f}' for value in scores[0][name])}")
+    if found := result.get("class_accuracy"):
+        cells = " ".join("–" if value is None else f"{value:.2f}" for value in found)
+        lines.append(f"  accuracy on each class at the end, in the order of arrival: {cells}")
     if line := _prediction_line(result["predicted_forgetting"]):
         lines.append(line)
     if line := _lazy_line(result["kernels"]):
