@@ -13,6 +13,7 @@ import xarray
 from test_cumulative import SETTINGS, blobs, small
 
 import ntkgen
+from ntkgen.cli import run as command
 from ntkgen.continual import boundary_kernels
 from ntkgen.continual.boundary_kernels import BoundaryKernelSettings, record_boundary_kernels
 from ntkgen.continual.learner import learn
@@ -290,3 +291,61 @@ def test_what_is_not_there_is_said(run):
         BoundaryKernelSettings(num_samples=0)
     with pytest.raises(InputError, match="full, seen"):
         run.loss_weighted_metrics()  # the run has kernels of `trace`
+
+
+# the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_digits(tmp_path_factory):
+    """Runs of two seeds of a data set that the command can load."""
+    place = tmp_path_factory.mktemp("digits")
+    line = ["cl-run", "--stream", "cumulative", "--split", "5/5", "--head", "masked", "--width", "4", "--epochs", "1"]
+    line += ["--bs", "300", "--kernels", "task", "--output", "full", "--probe-per-class", "1", "--out", str(place)]
+    assert command([*line, "--seeds", "0", "1", "-q"]) == 0
+    return place
+
+
+LOOKS = ("--units", "--boundary-kernels", "--loss-weighted", "--samples", "6", "-q")
+
+
+def test_the_command_prints_a_table_for_each_view(of_digits, capsys):
+    assert command(["cl-analyze", str(of_digits / "seed0"), *LOOKS]) == 0
+    out = capsys.readouterr().out
+    for title in ("units on the next task", "units on the previous tasks", "kernels of the next task",
+                  "loss-weighted kernels of the probe", "loss-weighted kernels of the previous tasks",
+                  "accuracy on each class at the end, in the order of arrival"):  # fmt: skip
+        assert title in out, title
+    lines = out.splitlines()
+    place = lines.index(next(line for line in lines if "units on the next task" in line))
+    row = lines[place + 2].split()
+    stored = open_run(of_digits / "seed0").plasticity
+    assert row[:2] == ["0", "0"]
+    assert float(row[3]) == pytest.approx(float(stored.next_task_effective_rank[0]), rel=1e-3)
+
+
+def test_the_command_gives_the_same_as_json(of_digits, capsys):
+    assert command(["cl-analyze", str(of_digits / "seed0"), *LOOKS, "--json"]) == 0
+    found, run = json.loads(capsys.readouterr().out), open_run(of_digits / "seed0")
+    values = run.plasticity.previous_tasks_dormant_units.values
+    assert found["plasticity"]["previous_tasks_dormant_units"] == [None, *values[1:]]
+    assert found["plasticity"]["ntkgen_plasticity"]["num_samples"] == 6
+    assert found["next_task_kernels"]["boundary"] == [0, 1]
+    assert found["loss_weighted_previous_tasks_kernels"]["boundary"] == [1, 2]
+    assert len(found["loss_weighted_kernels"]["effective_rank"]) == run.kernels.sizes["time"]
+
+
+def test_several_seeds_are_shown_together(of_digits, capsys):
+    assert command(["cl-analyze", str(of_digits), "--units", "--samples", "6", "-q"]) == 0
+    out = capsys.readouterr().out
+    runs = open_run(of_digits)
+    means = runs.plasticity.weight_magnitude.mean("seed").values
+    assert f"{means[1]:.4g} ± " in out
+    assert runs.plasticity.sizes["seed"] == 2
+    assert command(["cl-analyze", str(of_digits), "--units", "--samples", "6", "-q", "--json"]) == 0
+    assert all("plasticity" in each for each in json.loads(capsys.readouterr().out)["runs"])
+
+
+def test_the_command_without_these_options_says_nothing_of_them(of_digits, capsys):
+    assert command(["cl-analyze", str(of_digits / "seed1")]) == 0
+    assert "units on" not in capsys.readouterr().out

@@ -181,7 +181,8 @@ class Asked:
         if self.boundary_kernels:
             found |= {f"{view}_kernels": run.boundary_kernel_metrics(view, tolerance) for view in VIEWS}
         if self.loss_weighted:
-            found["loss_weighted_kernels"] = run.loss_weighted_metrics(tolerance)
+            ends = {"boundary_iterations": run.boundary_iterations.tolist()}
+            found["loss_weighted_kernels"] = run.loss_weighted_metrics(tolerance).assign_attrs(ends)
             for view in VIEWS if self.boundary_kernels else ():
                 found[f"loss_weighted_{view}_kernels"] = run.boundary_kernel_metrics(view, tolerance, weighted=True)
         return found
@@ -199,9 +200,9 @@ def boundary_page(measured: "Sequence[Mapping[str, xarray.Dataset]]") -> list[st
         if name == "plasticity":
             lines += _unit_lines(data)
         elif name == "loss_weighted_kernels":
-            ends = [each.isel(time=_ends(each)) for each in data]
-            title = "loss-weighted kernels: the first one, and at the end of each task"
-            lines += _table(title, ends, {"finished": range(ends[0].sizes["time"])}, WEIGHTED)
+            ends = _ends(data[0])
+            parts = [each.isel(time=list(_ends(each).values())) for each in data]
+            lines += _table("loss-weighted kernels of the probe", parts, {"finished": list(ends)}, WEIGHTED)
         else:
             title = name.removesuffix("_kernels").replace("loss_weighted_", "").replace("_", " ")
             of = "loss-weighted kernels" if name.startswith("loss_weighted") else "kernels"
@@ -252,7 +253,8 @@ def short(spread: Any) -> str:
     return f"{spread.mean:.4g}" if spread.deviation is None else f"{spread.mean:.4g} ± {spread.deviation:.2g}"
 
 
-def _ends(data: "xarray.Dataset") -> list[int]:
-    """Find the first time, and the last one of each task."""
-    tasks = data.trained_task.values.tolist()
-    return [0, *(time for time, task in enumerate(tasks) if time and task not in tasks[time + 1 :])]
+def _ends(data: "xarray.Dataset") -> dict[int, int]:
+    """Find the recorded time of each boundary that has one, by its number of finished tasks."""
+    times = {iteration: time for time, iteration in enumerate(data.iteration.values.tolist())}
+    iterations = data.attrs["boundary_iterations"]
+    return {finished: times[each] for finished, each in enumerate(iterations) if each in times}

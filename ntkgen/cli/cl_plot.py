@@ -2,40 +2,75 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.cli.cl_algorithms import pictures_of_algorithms, stem_of
 from ntkgen.cli.cl_collection import file_stem
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, format_option, json_option, out_option
+from ntkgen.cli.options import Command, ManyOption, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ntkgen.analysis.plots.style import Picture
 
 
 @click.command("cl-plot", cls=Command)
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option(
+    "--algorithms",
+    metavar="NAME,NAME,...",
+    help="Compare algorithms: each RUN is a folder of results with one folder per algorithm, which has the runs of "
+    "several seeds, or published metric directories [all, if --metric or --baseline is given].",
+)
+@click.option(
+    "--metric",
+    "metrics",
+    cls=ManyOption,
+    metavar="NAME...",
+    help="Metrics of the comparison, such as relative_accuracy_per_epoch [all].",
+)
+@click.option(
+    "--baseline",
+    metavar="NAME",
+    help="Algorithm that relative accuracies are relative to, paired by seed [retrained_network].",
+)
 @format_option
 @out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @json_option("run")
-def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_json: bool) -> None:
+def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_json: bool, **compared: Any) -> None:
     """Draw the accuracy and the kernels of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0. The pictures show the accuracy, the loss and the kernels
     over time, the accuracy matrix, and the interference of each pair of tasks. If RUN is the folder of several seeds
-    and widths, such as runs/cl, fewer pictures show means over seeds with bands: the accuracy on each task for each
-    width, and with all widths in one picture the average accuracy, and the norm, distance and velocity of the kernel.
+    and widths, such as runs/cl, the pictures show means over seeds with bands, and all widths in one picture. With
+    --algorithms they compare algorithms over the tasks: accuracy, dormant units, ranks, weights and kernels.
     """
-    from ntkgen.continual.plots.draw import draw_run
-    from ntkgen.continual.plots.overlay import draw_collection
-    from ntkgen.continual.reading import RunReader, open_run
     from ntkgen.files.folder import LocalFolder
 
     folder = LocalFolder(Path(out))
     folder.require_writable()
-    opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
-    for place, run in zip(runs, opened, strict=True):
-        pictures, left_out = draw_run(run) if isinstance(run, RunReader) else (draw_collection(run), {})
-        files: list[dict[str, Any]] = write_pictures(folder, file_stem(place), pictures, formats)
+    if any(compared.values()):
+        drawn = ((place, stem_of(place), pictures_of_algorithms(place, **compared)) for place in runs)
+    else:
+        drawn = _of_runs(runs)
+    for place, stem, (pictures, left_out) in drawn:
+        files: list[dict[str, Any]] = write_pictures(folder, stem, pictures, formats)
         result = {"run": place, "pictures": files, "left_out": left_out}
         page = [f"  {made['file']}" for made in files] + [f"  no {kind}: {why}" for kind, why in left_out.items()]
         show(json.dumps(result) if as_json else "\n".join([place, *page]))
+
+
+def _of_runs(runs: tuple[str, ...]) -> "Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]]":
+    """Draw each run, or the runs of several seeds and widths."""
+    from ntkgen.continual.plots.draw import draw_run
+    from ntkgen.continual.plots.overlay import draw_collection
+    from ntkgen.continual.reading import RunReader, open_run
+
+    opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
+    for place, run in zip(runs, opened, strict=True):
+        drawn = draw_run(run) if isinstance(run, RunReader) else (draw_collection(run), {})
+        yield place, file_stem(place), drawn

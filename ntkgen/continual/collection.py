@@ -101,6 +101,15 @@ class RunCollection:
         found = {key: run.predicted_forgetting() for key, run in self.runs.items()}
         return joined(found, "time", "trained_task")
 
+    @property
+    def plasticity(self) -> xarray.Dataset:
+        """What the networks show at each boundary between tasks, as `RunReader.plasticity`, ([width,] seed, boundary).
+
+        Raises:
+            StoreError: If it was not measured for one of the runs.
+        """
+        return joined({key: run.plasticity for key, run in self.runs.items()})
+
     def metrics(self) -> xarray.Dataset:
         """Compute all metrics of the accuracy matrix, with the dimensions ``scores``, [``width``,] ``seed``.
 

@@ -107,14 +107,14 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_axes(columns: int = 1, *, height: float = HEIGHT) -> "tuple[Figure, list[Axes]]":
-    """Create a figure with panels side by side, and a layout in which their texts do not overlap."""
+def new_axes(columns: int = 1, *, rows: int = 1, height: float = HEIGHT) -> "tuple[Figure, list[Axes]]":
+    """Create a figure with panels in rows and columns, and a layout in which their texts do not overlap."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
 def render(picture: Picture, form: str) -> bytes:

@@ -1,0 +1,256 @@
+"""Pictures of algorithms over tasks: accuracy, units, weights and kernels, as means over seeds with standard errors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ntkgen.analysis.plots.style import BLACK, DARK, GREY, LIGHT, LINES, WARM, Line, Picture, legend, new_axes, styled
+from ntkgen.continual import algorithms as of
+from ntkgen.continual.algorithms import METRICS, Results, are_divided, curves_of
+from ntkgen.continual.metrics.over_tasks import Curve
+from ntkgen.continual.streams.views import NEXT, PREVIOUS
+from ntkgen.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Opacity of a band.
+OPACITY = 0.22
+# Further lines, beside the five of the other pictures.
+GREEN, PINK, OCHRE = (
+    Line("#009e73", (0, (1, 1)), "P"),
+    Line("#cc79a7", (0, (3, 1, 1, 1)), "X"),
+    Line("#8a6d00", "-", "*"),
+)  # type: ignore[arg-type]  # patterns of dashes
+_BY_COLOUR = {line.color: line for line in LINES}
+# The line of each algorithm, under its published name and under that of `ntkgen cl-run --method`.
+FIXED = {
+    "continual_backpropagation": _BY_COLOUR[DARK],
+    "continual-backprop": _BY_COLOUR[DARK],
+    "base_deep_learning_system": _BY_COLOUR[WARM],
+    "base": _BY_COLOUR[WARM],
+    "shrink_and_perturb": _BY_COLOUR[LIGHT],
+    "shrink-and-perturb": _BY_COLOUR[LIGHT],
+    "head_resetting": _BY_COLOUR[GREY],
+    "reset-head": _BY_COLOUR[GREY],
+    "retrained_network": _BY_COLOUR[BLACK],
+    "reset-network": _BY_COLOUR[BLACK],
+    "l2": GREEN,
+    "redo": PINK,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How a metric is drawn.
+
+    Attributes:
+        title: Title of the picture.
+        short: Title of its panel in the overview.
+        label: Label of the axis of values.
+        meaning: What it is, for the caption.
+        factor: What the values are multiplied by.
+    """
+
+    title: str
+    short: str
+    label: str
+    meaning: str
+    factor: float = 1.0
+
+
+def _panels() -> dict[str, Panel]:
+    accuracy = "the accuracy on the held-out samples of all classes so far, at the end of each task"
+    found = {
+        of.RELATIVE: Panel(
+            "Relative accuracy",
+            "Relative accuracy",
+            "percentage points",
+            f"{accuracy}, minus that of {{baseline}}",
+            100,
+        ),
+        of.ACCURACY: Panel("Test accuracy", "Test accuracy", "accuracy, %", accuracy, 100),
+        of.LOSS: Panel(
+            "Test loss",
+            "Test loss",
+            "cross-entropy, nats",
+            "the mean cross-entropy on the same samples as the accuracy",
+        ),
+        of.WEIGHTS: Panel(
+            "Weight magnitude", "Weights", "mean |p|", "the mean magnitude of all parameters at each boundary"
+        ),
+        of.KERNEL_RANK: Panel(
+            "Effective rank of the kernel",
+            "Kernel: eff. rank",
+            "effective rank",
+            "the effective rank of the kernel of the whole probe at each boundary",
+        ),
+        of.KERNEL_DISTANCE: Panel(
+            "Distance of the kernel",
+            "Kernel: distance",
+            "1 − cosine",
+            "the distance of the kernel of the whole probe from that at the boundary before",
+        ),
+    }
+    units = {
+        "dormant_units": ("Dormant units", "% of the units", "the hidden units that are active on few samples", 100),
+        "effective_rank": ("Effective rank", "{rank}", "the effective rank of the last hidden layer's activations", 1),
+        "stable_rank": ("Rank of 99 %", "{rank}", "the number of singular values that have 99 % of their sum, of the "
+                        "last hidden layer's activations", 1),
+    }  # fmt: skip
+    samples = {
+        NEXT: ("next task", "on samples of the next task, before it is learned"),
+        PREVIOUS: ("previous tasks", "on samples of all tasks so far"),
+    }
+    for view, (name, where) in samples.items():
+        for measure, (title, label, meaning, factor) in units.items():
+            panel = Panel(f"{title}, {name}", title, label, f"{meaning}, {where}", factor)
+            found[f"{view}_{measure}_analysis"] = panel
+    return found
+
+
+PANELS = _panels()
+# The panels of the overview: those of the publication, weights, and the kernel beside them.
+OVERVIEW = (
+    of.RELATIVE,
+    "next_task_dormant_units_analysis",
+    "next_task_stable_rank_analysis",
+    of.WEIGHTS,
+    of.KERNEL_RANK,
+    of.KERNEL_DISTANCE,
+)
+
+
+def draw_algorithms(
+    results: Sequence[Results], metrics: Sequence[str] = (), baseline: Results | None = None
+) -> tuple[list[Picture], dict[str, str]]:
+    """Draw results of algorithms.
+
+    Args:
+        results: The algorithms.
+        metrics: Names of metrics; none for all, and an overview of the most important ones.
+        baseline: The algorithm that relative accuracies are relative to.
+
+    Returns:
+        The pictures, and the reason for each that is left out.
+
+    Raises:
+        UnknownNameError: If there is no such metric.
+        InputError: If a metric that is named cannot be drawn.
+    """
+    curves, left_out = dict[str, Mapping[str, Curve]](), dict[str, str]()
+    for metric in metrics or METRICS:
+        try:
+            curves[metric] = _curves(results, metric, baseline)
+        except InputError as error:
+            if metrics:
+                raise
+            left_out[metric] = str(error)
+    lines = _lines(results)
+    drawn = [_draw_metric(metric, found, results, lines, baseline) for metric, found in curves.items()]
+    if not metrics and len(shown := {name: curves[name] for name in OVERVIEW if name in curves}) > 1:
+        drawn.insert(0, _draw_overview(shown, results, lines, baseline))
+    return drawn, left_out
+
+
+def _curves(results: Sequence[Results], metric: str, baseline: Results | None) -> dict[str, Curve]:
+    """Compute the curves of a metric.
+
+    Raises:
+        UnknownNameError: If there is no such metric.
+        InputError: If no algorithm has values, or a relative accuracy has no baseline.
+    """
+    found = curves_of(results, metric, baseline)
+    if not found:
+        remedy = (
+            "Record the runs with `kernels` at the end of each task."
+            if metric in {of.KERNEL_RANK, of.KERNEL_DISTANCE}
+            else "Run `ntkgen cl-analyze --units` with them."
+        )
+        raise InputError(
+            f"No algorithm has values of {metric}: expected some of {', '.join(each.name for each in results)}, found "
+            f"none. Are the runs not finished, or not analysed? {remedy}"
+        )
+    return found
+
+
+def _lines(results: Sequence[Results]) -> dict[str, Line]:
+    """Choose the line of each algorithm: a fixed one by its name, otherwise one that is left."""
+    used = {FIXED[each.name] for each in results if each.name in FIXED}
+    left = [line for line in (OCHRE, PINK, GREEN, *LINES) if line not in used] or [OCHRE]
+    others = [each.name for each in results if each.name not in FIXED]
+    chosen = {name: left[index % len(left)] for index, name in enumerate(others)}
+    return {each.name: FIXED.get(each.name) or chosen[each.name] for each in results}
+
+
+def _draw_metric(
+    metric: str,
+    curves: Mapping[str, Curve],
+    results: Sequence[Results],
+    lines: Mapping[str, Line],
+    baseline: Results | None,
+) -> Picture:
+    panel = PANELS[metric]
+    with styled():
+        figure, (axes,) = new_axes()
+        _draw(axes, metric, curves, lines, results)
+        axes.set(ylabel=_label(panel, results))
+        legend(axes)
+    meaning = panel.meaning.format(baseline=baseline.name if baseline else "")
+    caption = f"{meaning[0].upper()}{meaning[1:]}. {_bands(curves)}"
+    return Picture(metric.replace("_", "-"), panel.title, caption, figure)
+
+
+def _draw_overview(
+    shown: Mapping[str, Mapping[str, Curve]],
+    results: Sequence[Results],
+    lines: Mapping[str, Line],
+    baseline: Results | None,
+) -> Picture:
+    columns = 2 if len(shown) in {2, 4} else 3
+    rows = -(-len(shown) // columns)
+    with styled():
+        figure, panels = new_axes(columns, rows=rows, height=1.1 + 2.3 * rows)
+        for axes, (metric, curves) in zip(panels, shown.items(), strict=False):
+            _draw(axes, metric, curves, lines, results)
+            for line in axes.lines:
+                line.set_markersize(3)
+            axes.set(title=PANELS[metric].short, ylabel=_label(PANELS[metric], results))
+        for axes in panels[len(shown) :]:
+            axes.set_visible(False)
+        most = max(range(len(shown)), key=lambda place: len(list(shown.values())[place]))
+        legend(panels[most])
+    told = [PANELS[metric].meaning.format(baseline=baseline.name if baseline else "") for metric in shown]
+    caption = f"Over the number of classes: {'; '.join(told)}. {_bands(next(iter(shown.values())))}"
+    return Picture("plasticity", "Loss of plasticity", caption, figure)
+
+
+def _draw(
+    axes: "Axes", metric: str, curves: Mapping[str, Curve], lines: Mapping[str, Line], results: Sequence[Results]
+) -> None:
+    """Draw the mean of each algorithm with a band of one standard error on each side."""
+    factor = PANELS[metric].factor * (100 if metric in of.RANKS and are_divided(results) else 1)
+    if metric == of.RELATIVE:
+        axes.axhline(0, color="0.45", linewidth=0.9, zorder=0)
+    for name, curve in curves.items():
+        style = lines[name].style(len(curve.classes))
+        mean, error = factor * curve.mean, factor * curve.standard_error
+        axes.plot(curve.classes, mean, label=name, **style)
+        axes.fill_between(curve.classes, mean - error, mean + error, color=style["color"], alpha=OPACITY, linewidth=0)
+    if "dormant" in metric:
+        top = max(axes.get_ylim()[1], 1.0)  # where no unit is dormant too
+        axes.set_ylim(-0.03 * top, top)
+    axes.set(xlabel="number of classes")
+
+
+def _label(panel: Panel, results: Sequence[Results]) -> str:
+    return panel.label.format(rank="% of the features" if are_divided(results) else "rank")
+
+
+def _bands(curves: Mapping[str, Curve]) -> str:
+    counts = {name: curve.num_seeds for name, curve in curves.items()}
+    shared = set(counts.values())
+    if shared == {1}:
+        return "One seed each."
+    told = f"{shared.pop()}" if len(shared) == 1 else ", ".join(f"{name} {count}" for name, count in counts.items())
+    return f"Lines are means over seeds ({told}), bands are ± one standard error."
