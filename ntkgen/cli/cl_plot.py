@@ -53,10 +53,9 @@ def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_jso
 
     folder = LocalFolder(Path(out))
     folder.require_writable()
+    drawn: Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]] = _of_runs(runs)
     if any(compared.values()):
         drawn = ((place, stem_of(place), pictures_of_algorithms(place, **compared)) for place in runs)
-    else:
-        drawn = _of_runs(runs)
     for place, stem, (pictures, left_out) in drawn:
         files: list[dict[str, Any]] = write_pictures(folder, stem, pictures, formats)
         result = {"run": place, "pictures": files, "left_out": left_out}

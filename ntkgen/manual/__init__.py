@@ -16,6 +16,7 @@ NAMES = (
     "reading",
     "questions",
     "continual",
+    "plasticity",
     "accuracy",
     "speed",
     "extending",

@@ -258,11 +258,12 @@ def boundary_metrics(
     """
     import xarray
 
+    data: dict[str, Any]
     parts = [_of_one_time(kernels, time) for time in range(kernels.sizes["time"])]
     if num_outputs is not None:
         counts = num_outputs[:, None]
         found = [loss_weighted_metrics(*each, rank_tolerance) for each in zip(parts, counts, strict=True)]
-        data: dict[str, Any] = dict(xarray.concat(found, "time").data_vars)
+        data = {str(name): values for name, values in xarray.concat(found, "time").data_vars.items()}
     else:
         probes = [_Probe(part) for part in parts]
         data = _columns([probe.spectrum(probe.kernel(0), tolerance=rank_tolerance) for probe in probes])

@@ -8,6 +8,7 @@ from ntkgen.analysis.plots.style import BLACK, DARK, GREY, LIGHT, LINES, WARM, L
 from ntkgen.continual import algorithms as of
 from ntkgen.continual.algorithms import METRICS, Results, are_divided, curves_of
 from ntkgen.continual.metrics.over_tasks import Curve
+from ntkgen.continual.results_tree import WEIGHTS
 from ntkgen.continual.streams.views import NEXT, PREVIOUS
 from ntkgen.errors import InputError
 
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
 # Opacity of a band.
 OPACITY = 0.22
 # Further lines, beside the five of the other pictures.
-GREEN, PINK, OCHRE = (
-    Line("#009e73", (0, (1, 1)), "P"),
-    Line("#cc79a7", (0, (3, 1, 1, 1)), "X"),
-    Line("#8a6d00", "-", "*"),
-)  # type: ignore[arg-type]  # patterns of dashes
+GREEN = Line("#009e73", (0, (1, 1)), "P")  # type: ignore[arg-type]  # a pattern of dashes
+PINK = Line("#cc79a7", (0, (3, 1, 1, 1)), "X")  # type: ignore[arg-type]
+OCHRE = Line("#8a6d00", "-", "*")
 _BY_COLOUR = {line.color: line for line in LINES}
 # The line of each algorithm, under its published name and under that of `ntkgen cl-run --method`.
 FIXED = {
@@ -76,7 +75,7 @@ def _panels() -> dict[str, Panel]:
             "cross-entropy, nats",
             "the mean cross-entropy on the same samples as the accuracy",
         ),
-        of.WEIGHTS: Panel(
+        WEIGHTS: Panel(
             "Weight magnitude", "Weights", "mean |p|", "the mean magnitude of all parameters at each boundary"
         ),
         of.KERNEL_RANK: Panel(
@@ -115,7 +114,7 @@ OVERVIEW = (
     of.RELATIVE,
     "next_task_dormant_units_analysis",
     "next_task_stable_rank_analysis",
-    of.WEIGHTS,
+    WEIGHTS,
     of.KERNEL_RANK,
     of.KERNEL_DISTANCE,
 )
