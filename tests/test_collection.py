@@ -353,7 +353,7 @@ def test_settings_are_read_from_files(tmp_path, name, text):
 def test_settings_may_have_the_names_of_their_options(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text('lr = 0.1\nbs = 8\ntasks = 2\nmemory_kind = "balanced"\nlr-milestones = [1, 2]\nseeds = [3, 4]\n')
-    sweep, _ = chosen_runs(None, None, file, {"learning_rate": 0.2})
+    sweep = chosen_runs(None, None, file, {"learning_rate": 0.2}).sweep
     expected = RunSettings(learning_rate=0.2, batch_size=8, num_tasks=2, memory="balanced", lr_milestones=(1, 2))
     assert sweep.settings == expected
     assert sweep.seeds == (3, 4)

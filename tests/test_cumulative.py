@@ -149,7 +149,7 @@ def test_the_learning_rate_begins_anew_in_each_task():
     [
         ({"overlap": 0.5}, "cumulative stream has no `overlap`"),
         ({"blend_steps": 3}, "cumulative stream has no `blend_steps`"),
-        ({"validation_per_class": 0}, "0 validation samples of a class"),
+        ({"validation_per_class": 0}, "`validation_per_class` is 0: expected 1 or more"),
         ({"compatible_split": True}, "`compatible_split` says which samples"),
     ],
 )

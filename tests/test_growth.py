@@ -19,7 +19,7 @@ from ntkgen.continual.configuration import MethodOptions, RunSettings
 from ntkgen.continual.heads import grow_head, growing_head, head_of
 from ntkgen.continual.methods import METHODS, make_method
 from ntkgen.continual.methods.method import Situation
-from ntkgen.continual.networks import build_network
+from ntkgen.continual.network import build_network
 from ntkgen.errors import ModelError
 from ntkgen.files.folder import LocalFolder
 

@@ -54,8 +54,9 @@ def test_a_kernel_is_computed_with_the_defaults_of_its_settings(cls, at_least):
     require_defaults(cli.cli.commands["compute"], ["--models", "lenet"], cls, at_least)
 
 
-# Of a regression and of a run; processes of one kernel, and runs side by side.
-WITH_TWO_MEANINGS = {"--method": 2, "--workers": 2}
+# Of a regression and of a run; of an imported kernel and of a stream; details of a computation and lines of a run;
+# processes of one kernel, and runs side by side.
+WITH_TWO_MEANINGS = {"--method": 2, "--samples": 2, "--verbose": 2, "--workers": 2}
 
 
 def test_an_option_is_defined_once():

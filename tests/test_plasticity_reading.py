@@ -22,7 +22,7 @@ from ntkgen.continual.metrics.loss_weighted import weighted_contrasts
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.plasticity import PlasticitySettings, measure_plasticity
 from ntkgen.continual.reading import open_run
-from ntkgen.continual.results_tree import index_of, published_arrays, read_arrays, write_analysis, write_results_tree
+from ntkgen.continual.results_tree import index_of, published_arrays, read_metric, write_analysis, write_results_tree
 from ntkgen.continual.stored_plasticity import plasticity_of
 from ntkgen.continual.streams.views import NEXT, PREVIOUS, VIEWS, samples_of
 from ntkgen.errors import FingerprintError, InputError, StoreError, UnknownNameError
@@ -134,7 +134,7 @@ def test_the_tree_gets_the_published_arrays(finished, run):
     assert analysis["next_task_stable_rank_analysis"].tolist() == found[f"{NEXT}_rank_99"].values[:3].tolist()
     assert np.array_equal(arrays["accuracy_per_class_in_order"], np.float32(found.class_accuracy.values))
     assert (
-        read_arrays(tree, "next_task_stable_rank_analysis")[7].tolist() == found[f"{NEXT}_rank_99"].values[:3].tolist()
+        read_metric(tree, "next_task_stable_rank_analysis")[7].tolist() == found[f"{NEXT}_rank_99"].values[:3].tolist()
     )
 
 
@@ -306,7 +306,7 @@ def of_digits(tmp_path_factory):
     return place
 
 
-LOOKS = ("--units", "--boundary-kernels", "--loss-weighted", "--samples", "6", "-q")
+LOOKS = ("--units", "--boundary-kernels", "--loss-weighted", "--view-samples", "6", "-q")
 
 
 def test_the_command_prints_a_table_for_each_view(of_digits, capsys):
@@ -336,13 +336,13 @@ def test_the_command_gives_the_same_as_json(of_digits, capsys):
 
 
 def test_several_seeds_are_shown_together(of_digits, capsys):
-    assert command(["cl-analyze", str(of_digits), "--units", "--samples", "6", "-q"]) == 0
+    assert command(["cl-analyze", str(of_digits), "--units", "--view-samples", "6", "-q"]) == 0
     out = capsys.readouterr().out
     runs = open_run(of_digits)
     means = runs.plasticity.weight_magnitude.mean("seed").values
     assert f"{means[1]:.4g} ± " in out
     assert runs.plasticity.sizes["seed"] == 2
-    assert command(["cl-analyze", str(of_digits), "--units", "--samples", "6", "-q", "--json"]) == 0
+    assert command(["cl-analyze", str(of_digits), "--units", "--view-samples", "6", "-q", "--json"]) == 0
     assert all("plasticity" in each for each in json.loads(capsys.readouterr().out)["runs"])
 
 

@@ -28,7 +28,7 @@ def labels():
 
 def chosen(labels, **changes):
     settings = dataclasses.replace(SETTINGS, split="2/2", **changes)
-    stream = make_stream(settings.stream, labels, np.zeros(0, np.int64), 6, settings.seed)
+    stream = make_stream(settings.stream_settings, labels, np.zeros(0, np.int64), 6, settings.seed)
     return stream, choose_probe(stream, labels, settings)
 
 

@@ -157,11 +157,13 @@ def _page(result: dict[str, Any]) -> str:
     for name, definition in OF_ACCURACY.items():
         cells = "".join(f"{'–' if found[name] is None else format(found[name], '.3f'):>18}" for found in scores)
         lines.append(f"  {definition.title:<32}{cells}")
-    for title, name in (("all classes so far", "seen_accuracy"), ("the new task", "new_task_accuracy")):
-        lines.append(f"  accuracy on {title} after each task: {' '.join(f'{value:.2f}' for value in scores[0][name])}")
+    for name in ("seen_accuracy", "new_task_accuracy"):
+        values = " ".join(f"{value:.2f}" for value in scores[0][name])
+        lines.append(f"  {OF_COURSES[name].title} after each task: {values}")
     if found := result.get("class_accuracy"):
         cells = " ".join("–" if value is None else f"{value:.2f}" for value in found)
         lines.append(f"  accuracy on each class at the end, in the order of arrival: {cells}")
+    lines.append(f"  evaluated on {result['evaluated_on']}")
     if line := _prediction_line(result["predicted_forgetting"]):
         lines.append(line)
     if line := _lazy_line(result["kernels"]):

@@ -76,10 +76,11 @@ boundary_options: Callable[[Function], Function] = stacked(
         "Needs torch and the data.",
     ),
     click.option(
-        "--output", help="For --boundary-kernels: output map, as for cl-run; seen for the classes so far [that of RUN]."
+        "--view-output",
+        help="For --boundary-kernels: output map, as for cl-run; seen for the classes so far [that of RUN].",
     ),
     click.option(
-        "--samples",
+        "--view-samples",
         type=click.IntRange(min=1),
         help="Maximum number of samples of a view [1000 for --units, 100 for --boundary-kernels].",
     ),
@@ -103,8 +104,8 @@ class Asked:
         threshold: Threshold of dormant units.
         batch_norm: Where the statistics of batch norm come from.
         boundary_kernels: Whether kernels at boundaries are computed.
-        output: Their output map; None for that of the run.
-        samples: Maximum number of samples of a view; None for the defaults.
+        view_output: Their output map; None for that of the run.
+        view_samples: Maximum number of samples of a view; None for the defaults.
         loss_weighted: Whether loss-weighted kernels are measured.
         rank_tolerance: Tolerance of numerical ranks; None for what the precision resolves.
         data_dir: Folder of the data sets.
@@ -116,8 +117,8 @@ class Asked:
     threshold: float
     batch_norm: str
     boundary_kernels: bool
-    output: str | None
-    samples: int | None
+    view_output: str | None
+    view_samples: int | None
     loss_weighted: bool
     rank_tolerance: float | None
     data_dir: Path | None
@@ -164,14 +165,16 @@ class Asked:
             from ntkgen.continual.results_tree import index_of, write_analysis
             from ntkgen.continual.stored_plasticity import plasticity_of
 
-            settings = PlasticitySettings(self.threshold, self.samples or 1000, self.batch_norm, self.rank_tolerance)
+            settings = PlasticitySettings(
+                self.threshold, self.view_samples or 1000, self.batch_norm, self.rank_tolerance
+            )
             found = plasticity_of(run, load, settings, device)
             if (tree := index_of(run)) is not None:
                 write_analysis(*tree, found)
         if self.boundary_kernels:
             from ntkgen.continual.boundary_kernels import BoundaryKernelSettings, record_boundary_kernels
 
-            chosen = BoundaryKernelSettings(self.samples or 100, self.output)
+            chosen = BoundaryKernelSettings(self.view_samples or 100, self.view_output)
             record_boundary_kernels(run, load(), chosen, device)
 
     def _read(self, run: "RunReader") -> "dict[str, xarray.Dataset]":

@@ -46,8 +46,9 @@ def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_jso
 
     Each RUN is the folder of one seed, such as runs/cl/seed0. The pictures show the accuracy, the loss and the kernels
     over time, the accuracy matrix, and the interference of each pair of tasks. If RUN is the folder of several seeds
-    and widths, such as runs/cl, the pictures show means over seeds with bands, and all widths in one picture. With
-    --algorithms they compare algorithms over the tasks: accuracy, dormant units, ranks, weights and kernels.
+    and widths, such as runs/cl, fewer pictures show means over seeds with bands: the accuracy on each task for each
+    width, and with all widths in one picture the average accuracy, and the norm, distance and velocity of the kernel.
+    With --algorithms they compare algorithms over the tasks: accuracy, dormant units, ranks, weights and kernels.
     """
     from ntkgen.files.folder import LocalFolder
 

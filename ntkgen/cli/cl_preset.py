@@ -32,7 +32,7 @@ class ConfigFile(click.Path):
     """A file of settings, or the name of a published one."""
 
     def __init__(self) -> None:
-        super().__init__(exists=True, dir_okay=False, path_type=Path)
+        super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path of the file. A file in the current folder precedes a published name."""

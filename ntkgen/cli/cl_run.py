@@ -9,7 +9,7 @@ from click.core import ParameterSource
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
 from ntkgen.cli.cl_regression import run_slow_regression, show_slow_regression_plan, slow_regression_settings
 from ntkgen.cli.cl_settings import with_settings
-from ntkgen.cli.messages import complain
+from ntkgen.cli.messages import note
 from ntkgen.cli.options import (
     SEED,
     Command,
@@ -33,7 +33,7 @@ RESULTS = Path("runs")
 @with_settings
 @preset_options
 @click.option(
-    "--samples", "num_samples", type=click.IntRange(min=1), help="Samples of --stream slow-regression [1,000,000]."
+    "--samples", "num_samples", type=WholeNumber(min=1), help="Samples of --stream slow-regression [1,000,000]."
 )
 @click.option("--seeds", cls=ManyOption, type=SEED, metavar="SEED...", help="Seeds: one run per seed [0].")
 @click.option(
@@ -83,6 +83,8 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     data = load_data(chosen.sweep.settings, data_dir)
     plans = {name: Plan.of(settings, data) for name, settings in runs.items()}
     jobs = [Job(name, settings, out, data_dir, device, chosen.index) for name, settings in runs.items()]
+    for remark in dict.fromkeys(remark for plan in plans.values() for remark in remarks(plan)):
+        note(f"Note: {remark}")
     session = Session(chosen, workers, as_json=as_json, quiet=quiet, verbose=verbose)
     if dry_run:
         show_plans(session, plans, device)
@@ -94,7 +96,7 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
 def _published_places(config: PublishedConfig, data_dir: Path | None, out: str) -> tuple[Path | None, str]:
     """Choose the folders of the data and of the runs. Those of a published configuration precede the defaults."""
     for line in config.ignored:
-        complain(f"ignored in the configuration: {line}")
+        note(f"Note: ignored in the configuration: {line}")
     if click.get_current_context().get_parameter_source("out") is ParameterSource.DEFAULT:
         out = str((config.results or RESULTS) / config.name)
     return data_dir or config.data_path, out

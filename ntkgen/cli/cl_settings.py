@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from ntkgen.cli.options import POSITIVE, FiniteRange, Function, ManyOption
+from ntkgen.cli.options import POSITIVE, FiniteRange, Function, ManyOption, WholeNumber
 from ntkgen.continual.configuration import CHOICES, RunSettings
 from ntkgen.continual.presets import ALGORITHMS
 from ntkgen.continual.surgery.options import SURGERY_CHOICES, SURGERY_NAMES
@@ -49,13 +49,21 @@ _SETTINGS = [
     ),
     _setting("--overlap", "overlap", "Fraction of each later task's classes that belong to the first task", type=float),
     _setting("--frequency-shift", "frequency_shift", "Change of the class proportions, 0 to 1", type=float),
-    _setting("--blend-steps", "blend_steps", "Iterations over which samples of the previous task fade out", type=int),
-    _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=int),
+    _setting(
+        "--blend-steps",
+        "blend_steps",
+        "Iterations over which samples of the previous task fade out",
+        type=WholeNumber(),
+    ),
+    _setting("--tasks", "num_tasks", "Number of tasks [all that the split gives]", type=WholeNumber()),
     _setting(
         "--compatible-split", "compatible_split", "Hold out the same validation samples as continuum 1.2", is_flag=True
     ),
     _setting(
-        "--validation-per-class", "validation_per_class", "Validation samples of each class [a tenth of it]", type=int
+        "--validation-per-class",
+        "validation_per_class",
+        "Validation samples of each class [a tenth of it]",
+        type=WholeNumber(),
     ),
     _setting(
         "--validation-rule",
@@ -82,7 +90,7 @@ _SETTINGS = [
         "width",
         "Width of the network; several are one run per width and seed",
         cls=ManyOption,
-        type=click.IntRange(min=1),
+        type=WholeNumber(min=1),
         metavar="WIDTH...",
     ),
     _setting(
@@ -101,14 +109,19 @@ _SETTINGS = [
         "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc; or an algorithm, which is "
         f"finetune with other settings: {', '.join(ALGORITHMS)}",
     ),
-    _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=int),
+    _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=WholeNumber()),
     _setting(
         "--memory-kind",
         "memory",
         "How replay selects the samples that it keeps",
         type=click.Choice(["reservoir", "balanced"]),
     ),
-    _setting("--replay", "replay", "Samples of each earlier task per epoch, for replay-mixed and -two-pass", type=int),
+    _setting(
+        "--replay",
+        "replay",
+        "Samples of each earlier task per epoch, for replay-mixed and -two-pass",
+        type=WholeNumber(),
+    ),
     _setting("--exemplars", "exemplars", "How iCaRL chooses exemplars", type=click.Choice(["herding", "random"])),
     _setting(
         "--exemplar-rounding",
@@ -157,7 +170,7 @@ _SETTINGS = [
         "How a fraction of a unit becomes a whole number",
         type=click.Choice(SURGERY_CHOICES["replacement_draw"]),
     ),
-    _setting("--maturity", "maturity", "Steps after which a new unit may be replaced", type=int),
+    _setting("--maturity", "maturity", "Steps after which a new unit may be replaced", type=WholeNumber()),
     _setting(
         "--unit-utility",
         "unit_utility",
@@ -195,7 +208,7 @@ _SETTINGS = [
         "Set the optimizer's state of a replaced unit to zero; this is the default",
         is_flag=True,
     ),
-    _setting("--redo-period", "redo_period", "Steps between two resets of dormant units by redo", type=int),
+    _setting("--redo-period", "redo_period", "Steps between two resets of dormant units by redo", type=WholeNumber()),
     _setting(
         "--redo-threshold",
         "redo_threshold",
@@ -234,14 +247,14 @@ _SETTINGS = [
         "Keep the statistics of batch norm from the second epoch of each task on",
         is_flag=True,
     ),
-    _setting("--epochs", "epochs", "Epochs per task", type=int),
+    _setting("--epochs", "epochs", "Epochs per task", type=WholeNumber()),
     _setting(
         "--select",
         "select",
         "End each task with the parameters of its last epoch, or of the best one on the validation samples",
         type=click.Choice(CHOICES["select"]),
     ),
-    _setting("--bs", "batch_size", "Samples per iteration", type=int),
+    _setting("--bs", "batch_size", "Samples per iteration", type=WholeNumber()),
     _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
     _setting("--augment", "augment", "Augment training images", is_flag=True),
     _setting(
@@ -256,7 +269,7 @@ _SETTINGS = [
         "Also augment the images of the test split, as in one published code",
         is_flag=True,
     ),
-    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=int),
+    _setting("--probe-per-class", "probe_per_class", "Probe samples of each class of each task", type=WholeNumber()),
     _setting(
         "--probe-rule",
         "probe_rule",
@@ -290,10 +303,16 @@ _SETTINGS = [
         metavar="SCHEDULE",
     ),
     _setting(
-        "--evaluations", "evaluations", "When the network is evaluated, written as for --kernels", metavar="SCHEDULE"
+        "--evaluations",
+        "evaluations",
+        "When the network is evaluated, written as for --kernels; it is always evaluated before the training",
+        metavar="SCHEDULE",
     ),
     _setting(
-        "--dense", "dense", "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number", type=int
+        "--dense",
+        "dense",
+        "Also compute kernels after 1, 2, 4, … iterations of each task, up to this number",
+        type=WholeNumber(),
     ),
 ]
 

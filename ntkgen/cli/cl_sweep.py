@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ntkgen.cli.cl_collection import summary, summary_page
-from ntkgen.cli.cl_preset import Chosen, compared, preset_page
+from ntkgen.cli.cl_preset import Chosen, compared, settings_page
 from ntkgen.cli.messages import complain, show
 from ntkgen.errors import NtkgenError
 from ntkgen.units import counted, human_bytes, human_seconds
@@ -42,7 +42,7 @@ def show_runs(session: Session, jobs: "Sequence[Job]", data: "Data") -> int:
     from ntkgen.files.place import folder_of
 
     if not session.as_json:
-        show(f"Settings: {'; '.join(session.chosen.sweep.changed())}. The others have their defaults.")
+        show(settings_page(session.chosen.sweep, None))
     out = folder_of(jobs[0].out, fsync=False)
     finished: dict[tuple[int | None, int], RunReader] = {}
     failed: list[BaseException] = []
@@ -129,7 +129,7 @@ def show_plans(session: Session, plans: "Mapping[str, Plan]", device: str) -> No
     measured: dict[int | None, Forecast] = {}
     total = 0.0
     if not session.as_json:
-        show(settings_page(session.sweep, session.preset))
+        show(settings_page(session.chosen.sweep, session.chosen.preset))
     for name, plan in plans.items():
         width = plan.settings.width
         if width not in measured:
@@ -139,8 +139,7 @@ def show_plans(session: Session, plans: "Mapping[str, Plan]", device: str) -> No
         described = describe(plan)
         described |= measured[width].to_json(described)
         total += described["projected_seconds"]["total"]
-        page = f"{preset_page(session.chosen.preset, plan.settings)}\n{_plan_page(described)}"
-        show(json.dumps(described) if session.as_json else page)
+        show(json.dumps(described) if session.as_json else f"{name}: {_plan_page(described)}")
     if len(plans) > 1 and not session.as_json:
         show(f"{len(plans)} runs, one after another: projected {human_seconds(total)}")
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from ntkgen.continual.metrics.over_tasks import Curve, of_selected_epochs
 from ntkgen.continual.metrics.series import kernel_metrics
 from ntkgen.continual.reading import RunReader, open_collection, run_names
-from ntkgen.continual.results_tree import OF_UNITS, WEIGHTS, configurations, published_arrays, read_arrays
+from ntkgen.continual.results_tree import OF_UNITS, WEIGHTS, configurations, published_arrays, read_metric
 from ntkgen.continual.streams.incremental import Split
 from ntkgen.continual.streams.views import NEXT, PREVIOUS, VIEWS
 from ntkgen.errors import InputError, StoreError, UnknownNameError
@@ -201,16 +201,16 @@ def _of_tree(folder: Folder, name: str) -> Results:
     shared = next(iter(settings.values()), {})
     epochs = int(shared.get("epochs", PUBLISHED["epochs"]))
     is_selected = shared.get("select") == "best" or bool(shared.get("early_stopping"))
-    validation = read_arrays(folder, "validation_accuracy_per_epoch") if is_selected else {}
+    validation = read_metric(folder, "validation_accuracy_per_epoch") if is_selected else {}
     values: dict[str, dict[int, FloatArray]] = {}
     for metric in METRICS:
-        rows = read_arrays(folder, metric)
+        rows = read_metric(folder, metric)
         if metric in {ACCURACY, LOSS}:
             rows = {index: of_selected_epochs(row, epochs, validation.get(index)) for index, row in rows.items()}
         elif metric in UNITS[PREVIOUS]:
             rows = {index: row[1:] for index, row in rows.items()}  # before the first task there are none
         values[metric] = {int(settings.get(index, {}).get("seed", index)): row for index, row in rows.items()}
-    orders = read_arrays(folder, "class_order")
+    orders = read_metric(folder, "class_order")
     classes = len(next(iter(orders.values()))) if orders else PUBLISHED["classes"]
     sizes = Split.parse(str(shared.get("split", PUBLISHED["split"]))).sizes(classes)
     features = None if "model" in shared else PUBLISHED["features"]

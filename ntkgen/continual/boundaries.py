@@ -5,7 +5,7 @@ import io
 import torch
 from torch import nn
 
-from ntkgen.continual.networks import build_network
+from ntkgen.continual.network import build_network
 from ntkgen.continual.plan import Data, Plan
 from ntkgen.continual.reading import RunReader
 from ntkgen.errors import FingerprintError, StoreError

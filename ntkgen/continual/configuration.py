@@ -2,9 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ntkgen.continual.schedule import Schedule
-from ntkgen.continual.settings import Settings, freeze_lists, require_known_names, require_none_wrong, wrong_signs
+from ntkgen.continual.settings import Settings, freeze_lists, require_known_names, require_numbers
 from ntkgen.continual.streams.incremental import STREAMS, Split, StreamSettings
 from ntkgen.continual.surgery.options import SURGERY_NAMES, SurgeryOptions
 from ntkgen.errors import InputError, UnknownNameError
@@ -147,6 +148,8 @@ class RunSettings(SurgeryOptions, Settings):
         seed: Seed of all random numbers.
     """
 
+    other_names: ClassVar[tuple[str, ...]] = tuple(ALIASES)
+
     dataset: str = "digits"
     stream: str = "disjoint"
     split: str = "2/2"
@@ -217,10 +220,12 @@ class RunSettings(SurgeryOptions, Settings):
         for name in self.surgery:
             if name not in SURGERY_NAMES:
                 raise UnknownNameError("surgery", name, SURGERY_NAMES)
-        positive = ["buffer", "replay", "temperature", "learning_rate", "lr_factor", "epochs", "batch_size"]
-        positive += ["probe_per_class"]
-        wrong = wrong_signs(self, positive, ("weight_decay", "seed", "distillation", "penalty"))
-        require_none_wrong(wrong + [f"`lr_milestones` {epoch}" for epoch in self.lr_milestones if not epoch > 0])
+        require_numbers(self, POSITIVE, NOT_NEGATIVE)
+        if early := [epoch for epoch in self.lr_milestones if epoch < 1]:
+            raise InputError(
+                f"`lr_milestones` has the epoch {early[0]}: expected epochs after the first one, which is epoch 0. Was "
+                "a lower rate meant from the beginning? Give it as `learning_rate`."
+            )
         require_known_names(self, CHOICES)
         if self.regime == "lazy" and self.width is None:
             raise InputError(
@@ -281,5 +286,15 @@ class RunSettings(SurgeryOptions, Settings):
 
     @property
     def evaluation_schedule(self) -> Schedule:
-        """When the network is evaluated."""
-        return Schedule.parse(self.evaluations)
+        """When the network is evaluated, also before the training, which forward transfer needs."""
+        return Schedule.parse(self.evaluations, dense=0)
+
+    def differences_beside_seed(self, other: "RunSettings") -> list[str]:
+        """List what keeps two runs from being read together: settings that differ, but not the seed and the width.
+
+        A default width, which is not stated, cannot be compared with another one.
+        """
+        differing = self.differences(dataclasses.replace(other, seed=self.seed, width=self.width))
+        if (self.width is None) != (other.width is None):
+            differing.append(f"width {self.width}, now {other.width}")
+        return differing

@@ -15,13 +15,14 @@ import torch
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.evaluation import HeldOut, evaluate
 from ntkgen.continual.learner import learn
-from ntkgen.continual.networks import build_network
+from ntkgen.continual.network import build_network
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.probe import choose_probe
 from ntkgen.continual.reading import open_seed
 from ntkgen.continual.run import Run
 from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.streams.tasks import IntArray, Task
+from ntkgen.continual.surgery.registry import RESETS
 from ntkgen.files.folder import LocalFolder
 from ntkgen.jacobian.kernel_function import KernelFunction
 from ntkgen.training.loop import training_mode
@@ -91,8 +92,18 @@ def forecast(plan: Plan, device: torch.device, seconds: float) -> Forecast:
         kernel_seconds=kernel,
         measured_probe=measured,
         kernel_bytes=round(per_kernel * (len(plan.probe.ids) / rows) ** 2),
-        checkpoint_bytes=sizes["checkpoint.pt"] + max(models) * len(plan.stream),
+        checkpoint_bytes=sizes["checkpoint.pt"] + max(models) * _num_written(plan),
     )
+
+
+def _num_written(plan: Plan) -> int:
+    """Count the files of parameters: one before the training, and those of each task.
+
+    They are the parameters of the end, those of the last epoch if it is not the end, and those after a reset.
+    """
+    settings, num_tasks = plan.settings, len(plan.stream)
+    of_resets = (num_tasks - 1) * any(name in RESETS for name in settings.surgery)
+    return 1 + num_tasks * (1 + (settings.select == "best")) + of_resets
 
 
 def _shortened(plan: Plan) -> Plan:

@@ -5,7 +5,7 @@ import torch
 from ntkgen.continual.batches import blended, cut, remaining_batches
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import read_checkpoint
-from ntkgen.continual.networks import set_learning_rate
+from ntkgen.continual.optimizer import set_learning_rate
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.record import CHECKPOINT
 from ntkgen.continual.run import Announce, Run, say_nothing

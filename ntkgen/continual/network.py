@@ -10,6 +10,8 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.heads import growing_head
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.snapshot_layout import SEEN
+from ntkgen.continual.surgery.registry import need_features
+from ntkgen.continual.units import hidden_layers
 from ntkgen.errors import ModelError, UnknownNameError
 from ntkgen.jacobian.outputs import OUTPUTS, output_map, prepare_mapped
 from ntkgen.jacobian.precision import check_device, policy
@@ -24,8 +26,12 @@ TRIED = 2
 
 def build_network(settings: RunSettings, num_outputs: int, task: int = 0) -> nn.Module:
     """Build the network of a run, with parameters from the run's seed, or those whose last rows a later task adds."""
+    return fresh_network(settings, num_outputs, seed_of(settings.seed, "init", *[task] * (task > 0)))
+
+
+def fresh_network(settings: RunSettings, num_outputs: int, seed: int) -> nn.Module:
+    """Build the network of a run with parameters from some seed."""
     options = {} if settings.parametrization == "standard" else {"parametrization": settings.parametrization}
-    seed = seed_of(settings.seed, "init", *[task] * (task > 0))
     return zoo.build(settings.model, num_outputs, seed=seed, width=settings.width, **options)
 
 
@@ -57,6 +63,8 @@ def require_fitting(plan: Plan, device: torch.device) -> None:
     """
     settings, model = plan.settings, fitting_network(plan, device)
     plan.method(model, plan.data.train.inputs)
+    if need_features(settings.surgery):
+        hidden_layers(model)
     output = "full" if settings.output == SEEN else settings.output
     x = plan.data.train.inputs(torch.from_numpy(plan.probe.ids))
     with _kept_random_state(device):

@@ -21,7 +21,7 @@ from ntkgen.continual.metrics.series import (
 )
 from ntkgen.continual.metrics.worst_case import worst_case
 from ntkgen.continual.record import LOG, read_config
-from ntkgen.continual.series import ROOT
+from ntkgen.continual.series import ROOT, read_arrays
 from ntkgen.continual.streams.views import VIEWS
 from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder
@@ -54,7 +54,7 @@ class RunReader:
     @cached_property
     def evaluations(self) -> xarray.Dataset:
         """Accuracy and loss of every task at every evaluation, with class order, splits and probe."""
-        found = _arrays(self.folder / "run.zarr")
+        found = read_arrays(self.folder / "run.zarr")
         return found.set_coords([name for name in MOMENT if name in found])
 
     @property
@@ -65,7 +65,7 @@ class RunReader:
     @cached_property
     def kernels(self) -> xarray.Dataset:
         """Kernels of the probe at every recorded time."""
-        found = _arrays(self.folder / "kernels.zarr")
+        found = read_arrays(self.folder / "kernels.zarr")
         return found.assign({name: values.chunk({"time": 1}) for name, values in found.data_vars.items()})
 
     @property
@@ -115,6 +115,11 @@ class RunReader:
         return np.array([sizes[test] if test in sizes else sizes.get(other, 1) for test, other in names], np.int64)
 
     @property
+    def evaluated_on(self) -> str:
+        """The samples on which the tasks are evaluated, in words."""
+        return self.settings.evaluated_on(has_test_split="test_of_0" in self.evaluations.sizes)
+
+    @property
     def confusion(self) -> npt.NDArray[np.int64] | None:
         """Confusion matrix at the end of each finished task, (ends, targets, targets); None if none was recorded."""
         data = self.evaluations
@@ -150,7 +155,7 @@ class RunReader:
         if not chosen.any():
             raise InputError(
                 f"The probe of the run at {self.folder} has no {part} samples: expected some, found none. Was it begun "
-                "without `probe_parts` both? Choose the part train."
+                "without `ntkgen cl-run --probe-parts both`? Choose the part train."
             )
         rows = np.flatnonzero(chosen[self.kernels.row_sample.values])
         return self.kernels.isel(row=rows, col=rows, sample=np.flatnonzero(chosen), missing_dims="ignore")
@@ -199,7 +204,7 @@ class RunReader:
                 f"The plasticity of the run at {self.folder} is not measured: expected {PLASTICITY}, found none. It is "
                 "measured after the run, from stored parameters. Run `ntkgen cl-analyze --units` with this run."
             )
-        found = _arrays(self.folder / PLASTICITY)
+        found = read_arrays(self.folder / PLASTICITY)
         return found.set_coords([name for name in ("num_classes", "class_label") if name in found])
 
     @property
@@ -226,7 +231,7 @@ class RunReader:
                 f"{kernels_of_view(view)}, found none. They are computed after the run, from stored parameters. Run "
                 "`ntkgen cl-analyze --boundary-kernels` with this run."
             )
-        found = _arrays(self.folder / kernels_of_view(view)).set_coords("boundary")
+        found = read_arrays(self.folder / kernels_of_view(view)).set_coords("boundary")
         return found.assign({name: values.chunk({"time": 1}) for name, values in found.data_vars.items()})
 
     def has_boundary_kernels(self, view: str) -> bool:
@@ -295,9 +300,3 @@ def kernels_of_view(view: str) -> str:
     'next_task_kernels.zarr'
     """
     return f"{view}_kernels.zarr"
-
-
-def _arrays(folder: Folder) -> xarray.Dataset:
-    """Open a group. Arrays are read when they are used, without dask, which is slow for many small arrays."""
-    found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
-    return found

@@ -170,13 +170,16 @@ def read_config(folder: Folder) -> dict[str, Any] | None:
     return found
 
 
-def require_same(folder: Folder, found: Mapping[str, Any], settings: Settings, facts: Mapping[str, Any]) -> None:
-    """Require that a run was begun with the same settings and the same facts.
+def is_begun(folder: Folder, settings: Settings, facts: Mapping[str, Any]) -> bool:
+    """Say whether there is a run already, and require that it has the same settings and the same facts.
 
     Raises:
         FingerprintError: If one of them differs. The message names the differences.
         StoreError: If its settings cannot be read.
     """
+    found = read_config(folder)
+    if found is None:
+        return False
     differing = type(settings).from_json(found["settings"]).differences(settings)
     differing += [
         f"{name} {str(found['facts'].get(name))[:16]}, now {str(value)[:16]}"

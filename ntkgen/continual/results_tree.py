@@ -119,7 +119,7 @@ def configurations(folder: Folder) -> dict[int, dict[str, Any]]:
     return {int(found[1]): json.loads(folder.read(key) or b"{}") for key, found in names.items()}
 
 
-def read_arrays(folder: Folder, name: str) -> dict[int, npt.NDArray[np.float64]]:
+def read_metric(folder: Folder, name: str) -> dict[int, npt.NDArray[np.float64]]:
     """Read the arrays of a metric directory, by their experiment indices."""
     names = {key: found for key in folder.sizes(name) if (found := _ARRAY.search(key))}
     return {

@@ -14,13 +14,13 @@ from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import saved
 from ntkgen.continual.evaluation import Evaluation, HeldOut, evaluate
 from ntkgen.continual.heads import grow_head, growing_head, head_name
-from ntkgen.continual.networks import build_network, fresh_network, make_optimizer
+from ntkgen.continual.network import build_network, fitting_network, fresh_network
+from ntkgen.continual.optimizer import make_optimizer
 from ntkgen.continual.plan import Plan, steps_per_epoch
-from ntkgen.continual.record import MEASURES, Record, plain_values
+from ntkgen.continual.record import MEASURES, Record, is_begun, plain_values
 from ntkgen.continual.schedule import Moment
 from ntkgen.continual.selection import BestEpoch
 from ntkgen.continual.series import ROOT
-from ntkgen.continual.snapshot_layout import SEEN
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
 from ntkgen.continual.surgery import Subject, Surgery, make_surgeries
@@ -29,7 +29,6 @@ from ntkgen.continual.training_log import Stopwatch, TrainingLog
 from ntkgen.continual.units import hidden_layers, recorded
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
-from ntkgen.jacobian.outputs import output_map
 from ntkgen.training.loop import Stepper
 
 # Seconds after which a checkpoint is written within an epoch. One is also written at the end of each epoch.
@@ -53,23 +52,20 @@ class Run:
         settings = plan.settings
         self.plan, self.announce = plan, announce
         self.data = plan.data.to(device)
+        facts = plan.facts
+        is_begun(folder, settings, facts)  # refuses other settings; what follows refuses a network that does not fit
         self.num_outputs = plan.num_outputs(0)
-        self.model = build_network(settings, self.num_outputs)
-        if self.num_outputs < plan.stream.num_targets:  # refuses a head that cannot grow, before anything is written
-            growing_head(self.model, self.num_outputs, build_network(settings, plan.stream.num_targets))
-        if settings.output != SEEN:
-            output_map(settings.output, self.num_outputs)  # refuses an output that the network does not have
-        self.model.to(device)
+        self.model = fitting_network(plan, device)
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
         self.layers = hidden_layers(self.model) if need_features(settings.surgery) else ()
         self.surgeries = self._made_surgeries()
         self.training, self.best, self.watch = TrainingLog(), BestEpoch(), Stopwatch()
-        self.record = Record.open(folder, settings, plan.stream, plan.probe, plan.facts)
+        self.snapshots = self._opened_snapshots(folder / "kernels.zarr")  # refuses a kernel that is not defined
+        self.record = Record.open(folder, settings, plan.stream, plan.probe, facts)
         self.task, self.step, self.iteration, self.epochs_done = 0, 0, 0, 0.0
         self.has_begun = False  # whether the method has prepared the task
-        self.snapshots = self._opened_snapshots(folder / "kernels.zarr")
         self.planned = [steps * settings.epochs for steps in steps_per_epoch(plan)]  # iterations per task
         self.accuracy: float | None = None  # mean over the tasks so far, at the last evaluation
         self._committed = time.monotonic()

@@ -2,17 +2,21 @@
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from ntkgen.errors import InputError, UnknownNameError
 
 
 class Settings:
     """The base of the settings of a run, each a frozen dataclass of plain values and tuples of them."""
+
+    other_names: ClassVar[tuple[str, ...]] = ()
+    """Names that a file may use in place of those of the settings."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, defaults included."""
@@ -28,16 +32,16 @@ class Settings:
         known = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for name in values:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=3)
+                close = difflib.get_close_matches(name, [*known, *cls.other_names], n=3)
                 hint = f" Did you mean {' or '.join(close)}?" if close else ""
                 raise InputError(f"There is no setting {name!r} of a run.{hint} Known: {', '.join(known)}.")
         kinds = typing.get_type_hints(cls)
         for name, value in values.items():
             if not _is_of_kind(value, kinds[name]):
-                kind = str(getattr(known[name].type, "__name__", known[name].type)).replace(" | None", " or nothing")
                 raise InputError(
-                    f"The setting {name} has a value of the wrong kind: expected {kind}, found {value!r}. Was a number "
-                    "written in quotes, or a word without them? Correct it."
+                    f"The setting {name} has a value of the wrong kind: expected {_named(kinds[name])}, found "
+                    f"{json.dumps(value, default=str)}. Was a number written in quotes, or a word without them? "
+                    "Correct it."
                 )
         return cls(**values)
 
@@ -54,22 +58,27 @@ def freeze_lists(settings: Settings) -> None:
             object.__setattr__(settings, name, tuple(value))
 
 
-def wrong_signs(settings: Settings, positive: Iterable[str], not_negative: Iterable[str]) -> list[str]:
-    """List the settings that must be positive, or not negative, and are not, as ``name value``."""
-    wrong = [f"`{name}` {getattr(settings, name):g}" for name in positive if not getattr(settings, name) > 0]
-    return wrong + [f"`{name}` {getattr(settings, name):g}" for name in not_negative if getattr(settings, name) < 0]
+def require_numbers(settings: Settings, positive: Iterable[str], not_negative: Iterable[str]) -> None:
+    """Require that no number is too small.
 
-
-def require_none_wrong(wrong: Sequence[str]) -> None:
-    """Refuse settings if any have a wrong sign.
+    Args:
+        settings: The settings.
+        positive: Names of those that must be above 0.
+        not_negative: Names of those that may also be 0.
 
     Raises:
-        InputError: If there are any.
+        InputError: If one is.
     """
-    if wrong:
-        raise InputError(
-            f"There is no such run: found {wrong[0]}, expected positive numbers. Is a sign wrong? Correct it."
-        )
+    for names, expected in ((positive, "a number above 0"), (not_negative, "0 or more")):
+        for name in names:
+            value = getattr(settings, name)
+            if value is None or value > 0 or (value == 0 and expected == "0 or more"):
+                continue
+            question = "Was it meant to switch something off?" if value == 0 else "Is the sign wrong?"
+            raise InputError(
+                f"`{name}` is {value:g}: expected {expected}. {question} Give another number, or leave it out for the "
+                f"default, {getattr(type(settings), name)}."
+            )
 
 
 def require_known_names(settings: Settings, choices: Mapping[str, Sequence[str]]) -> None:
@@ -101,6 +110,19 @@ def require_each_once(name: str, values: Sequence[Any], reason: str) -> None:
             f"`{name}` does not list the runs: expected each value once, found {found}. {reason} Is it a mistake in "
             "typing? Give different values."
         )
+
+
+def _named(kind: Any) -> str:
+    """Say in words which values a setting has.
+
+    >>> _named(int | None), _named(str | tuple[int, ...]), _named(tuple[str, ...])
+    ('a whole number', 'a word or a list of whole numbers', 'a list of words')
+    """
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_named(each) for each in typing.get_args(kind) if each is not type(None))
+    if typing.get_origin(kind) is tuple:
+        return {int: "a list of whole numbers", str: "a list of words"}[typing.get_args(kind)[0]]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
 
 
 def _is_of_kind(value: Any, kind: Any) -> bool:

@@ -20,10 +20,10 @@ import torch
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
-from ntkgen.continual.networks import build_network
+from ntkgen.continual.network import require_fitting
 from ntkgen.continual.plan import Data, Plan, load_data
 from ntkgen.continual.reading import open_seed, run_names
-from ntkgen.continual.record import read_config, require_same
+from ntkgen.continual.record import is_begun, read_config
 from ntkgen.continual.results_tree import write_results_tree
 from ntkgen.continual.run import Announce, say_nothing
 from ntkgen.engine.machine import choose_device

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray
 
-from ntkgen.continual.record import read_config, require_same, write_config
+from ntkgen.continual.record import is_begun, read_config, write_config
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
 from ntkgen.continual.slow_regression.settings import RegressionSettings
 from ntkgen.errors import StoreError
@@ -44,11 +44,9 @@ def open_bins(folder: Folder, settings: RegressionSettings) -> Series:
         FingerprintError: If there is a run with other settings.
         StoreError: If its files are damaged.
     """
-    found = _config(folder)
-    if found is None:
+    _config(folder)  # refuses a run of another kind
+    if not is_begun(folder, settings, {}):
         write_config(folder, settings, {})
-    else:
-        require_same(folder, found, settings, {})
     arrays = folder / ARRAYS
     if arrays.has(ROOT):
         return Series.open(arrays)

@@ -8,8 +8,7 @@ from ntkgen.continual.settings import (
     freeze_lists,
     require_each_once,
     require_known_names,
-    require_none_wrong,
-    wrong_signs,
+    require_numbers,
 )
 from ntkgen.continual.slow_regression.activations import ACTIVATIONS
 from ntkgen.continual.streams.regression import RegressionStreamSettings
@@ -85,8 +84,9 @@ class RegressionSettings(Settings):
         freeze_lists(self)
         positive = ("num_samples", "bin_size", "num_inputs", "period", "target_units", "units", "learning_rate")
         not_negative = ("slow_bits", "weight_decay", "noise_std", "replacement_rate", "maturity", "utility_decay")
-        wrong = wrong_signs(self, positive, not_negative)
-        require_none_wrong(wrong + [f"`seeds` {seed}" for seed in self.seeds if seed < 0])
+        require_numbers(self, positive, not_negative)
+        if negative := [seed for seed in self.seeds if seed < 0]:
+            raise InputError(f"`seeds` has {negative[0]}: expected numbers from 0 on. Is the sign wrong? Correct it.")
         require_known_names(self, CHOICES)
         for name in self.algorithms:
             if name not in ALGORITHMS:

@@ -110,17 +110,24 @@ class StreamSettings:
             InputError: If a fraction is outside of 0 to 1, a number is negative, or two kinds of shift or of validation
                 samples are combined.
         """
-        wrong = [f"an overlap of {self.overlap:g}"] * (not 0 <= self.overlap <= 1)
-        if self.frequency_shift is not None and not 0 <= self.frequency_shift <= 1:
-            wrong.append(f"a frequency shift of {self.frequency_shift:g}")
-        wrong += [f"{self.blend_steps} iterations of a gradual switch"] * (self.blend_steps < 0)
-        wrong += [f"{self.num_tasks} tasks"] * (self.num_tasks is not None and self.num_tasks < 1)
-        held_out = self.validation_per_class
-        wrong += [f"{held_out} validation samples of a class"] * (held_out is not None and held_out < 1)
-        if wrong:
+        for name in ("overlap", "frequency_shift"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                question = "Is a percentage given? Divide it by 100." if value > 1 else "Is the sign wrong? Correct it."
+                raise InputError(f"`{name}` is {value:g}: expected a fraction from 0 to 1. {question}")
+        if self.blend_steps < 0:
             raise InputError(
-                f"There is no such stream: found {wrong[0]}, expected fractions from 0 to 1, at least one task and one "
-                "validation sample, and no negative number. Is a percentage given? Divide it by 100."
+                f"`blend_steps` is {self.blend_steps}: expected 0 or more iterations. Is the sign wrong? Give 0, or "
+                "leave it out, for switches at once."
+            )
+        if self.num_tasks is not None and self.num_tasks < 1:
+            raise InputError(
+                f"`num_tasks` is {self.num_tasks}: expected 1 or more. Are all tasks of the split meant? Leave it out."
+            )
+        if self.validation_per_class is not None and self.validation_per_class < 1:
+            raise InputError(
+                f"`validation_per_class` is {self.validation_per_class}: expected 1 or more. Is a tenth of each class "
+                "meant? Leave it out."
             )
         if self.overlap and self.frequency_shift is not None:
             raise InputError(

@@ -1,24 +1,11 @@
-"""The network of a run, and its optimizer."""
+"""The optimizer of a run."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from ntkgen.continual.chance import seed_of
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.training import zoo
-
-
-def build_network(settings: RunSettings, num_outputs: int, task: int = 0) -> nn.Module:
-    """Build the network of a run, with parameters from the run's seed, or those whose last rows a later task adds."""
-    return fresh_network(settings, num_outputs, seed_of(settings.seed, "init", *[task] * (task > 0)))
-
-
-def fresh_network(settings: RunSettings, num_outputs: int, seed: int) -> nn.Module:
-    """Build the network of a run with parameters from some seed."""
-    options = {} if settings.parametrization == "standard" else {"parametrization": settings.parametrization}
-    return zoo.build(settings.model, num_outputs, seed=seed, width=settings.width, **options)
 
 
 def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
