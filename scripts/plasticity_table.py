@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ntkgen.continual.collection import open_collection
 from ntkgen.continual.metrics.correlation import correlate
 from ntkgen.continual.metrics.plasticity import RelativeAccuracy
 from ntkgen.continual.metrics.spread import Spread
 from ntkgen.continual.reader import RunReader
+from ntkgen.continual.reading import open_collection
 from ntkgen.continual.slow_regression.record import read_bins
 from ntkgen.continual.slow_regression.summary import outcomes
 
@@ -130,7 +130,7 @@ def page(found: dict[str, Any]) -> Iterator[str]:
         yield "| slowly changing regression | first error | last error | dead units of 5 |"
         yield "|---|---:|---:|---:|"
         for each in found["slow_regression"]:
-            columns = (cell(each[name], 2) for name in ("first", "last", "dead_units"))
+            columns = [cell(each[name], 2) for name in ("first", "last", "dead_units")]
             yield f"| {each['algorithm']} | {' | '.join(columns)} |"
         yield ""
     columns = ["accuracy, %", "relative accuracy, %", "dormant units, %", "rank of 99 %", "mean \\|w\\|"]
