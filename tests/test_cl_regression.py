@@ -58,6 +58,10 @@ def test_a_run_continues_where_it_was(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{place}: 40,000 samples, 2 seeds" in shown
     assert "base" in shown
+    assert command(["cl-analyze", place]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == shown.splitlines()[1:]
+    assert command(["cl-plot", place, "--out", str(tmp_path / "plots")]) == 0
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == [f"{tmp_path.name}-r-slow-regression.png"]
 
 
 def test_settings_are_read_from_a_file(tmp_path, capsys):

@@ -8,6 +8,7 @@ import click
 
 from ntkgen.cli.cl_algorithms import pictures_of_algorithms, stem_of
 from ntkgen.cli.cl_collection import file_stem
+from ntkgen.cli.cl_regression import is_slow_regression
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, ManyOption, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
@@ -68,9 +69,17 @@ def _of_runs(runs: tuple[str, ...]) -> "Iterator[tuple[str, str, tuple[list[Pict
     """Draw each run, or the runs of several seeds and widths."""
     from ntkgen.continual.plots.draw import draw_run
     from ntkgen.continual.plots.overlay import draw_collection
-    from ntkgen.continual.reading import RunReader, open_run
+    from ntkgen.continual.plots.slow_regression import draw_slow_regression
+    from ntkgen.continual.reading import RunCollection, RunReader, open_run
+    from ntkgen.continual.slow_regression.record import read_bins
 
-    opened = [open_run(run) for run in runs]  # wrong input is reported before anything is drawn
+    # wrong input is reported before anything is drawn
+    opened = [read_bins(run) if is_slow_regression(run) else open_run(run) for run in runs]
     for place, run in zip(runs, opened, strict=True):
-        drawn = draw_run(run) if isinstance(run, RunReader) else (draw_collection(run), {})
+        if isinstance(run, RunReader):
+            drawn = draw_run(run)
+        elif isinstance(run, RunCollection):
+            drawn = draw_collection(run), {}
+        else:
+            drawn = [draw_slow_regression(run)], {}
         yield place, file_stem(place), drawn
