@@ -8,7 +8,7 @@ import torch
 from test_learner import SETTINGS, Killed, done, nets, require_equal  # noqa: F401 - nets is a fixture
 
 from ntkgen.cli import run as command
-from ntkgen.continual import learner
+from ntkgen.continual import run as at_work
 from ntkgen.continual.batches import cut, training_inputs
 from ntkgen.continual.configuration import CHOICES, RunSettings
 from ntkgen.continual.plan import normalised
@@ -104,7 +104,7 @@ def test_a_killed_run_with_all_of_it_ends_like_an_undisturbed_one(tmp_path, monk
         SETTINGS, num_tasks=2, kernels="task", evaluations="1ep", dense=None, optimizer="sgd", lr_milestones=(1,),
         reset_optimizer=True, augment=True, drop_last=True,
     )  # fmt: skip
-    monkeypatch.setattr(learner, "COMMIT_SECONDS", 0.0)  # a checkpoint after each iteration
+    monkeypatch.setattr(at_work, "COMMIT_SECONDS", 0.0)  # a checkpoint after each iteration
     done(tmp_path / "undisturbed", settings)
     with monkeypatch.context() as patch:
         count = iter(range(1, 100))
