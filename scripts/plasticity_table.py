@@ -60,9 +60,9 @@ def main() -> None:
 
 
 def finished(folder: Path) -> Iterator[RunReader]:
-    """List the finished runs of an algorithm."""
+    """List the finished runs of an algorithm whose units are measured."""
     for run in open_collection(folder).runs.values():
-        if run.num_finished == run.num_tasks:
+        if run.num_finished == run.num_tasks and run.has_plasticity:
             yield run
 
 
@@ -133,6 +133,8 @@ def page(found: dict[str, Any]) -> Iterator[str]:
             columns = [cell(each[name], 2) for name in ("first", "last", "dead_units")]
             yield f"| {each['algorithm']} | {' | '.join(columns)} |"
         yield ""
+    if not found["incremental_cifar100"]:
+        return
     columns = ["accuracy, %", "relative accuracy, %", "dormant units, %", "rank of 99 %", "mean \\|w\\|"]
     yield f"| incremental CIFAR-100 | {' | '.join(columns)} |"
     yield "|---|---:|---:|---:|---:|---:|"
