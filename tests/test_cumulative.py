@@ -11,7 +11,6 @@ from torch import nn
 
 from ntkgen.continual import run as at_work
 from ntkgen.continual.batches import augmented, training_inputs
-from ntkgen.continual.chance import generator_of
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
 from ntkgen.continual.plan import Data, Plan, steps_per_epoch
@@ -303,36 +302,3 @@ def test_every_epoch_is_logged(tmp_path):
     assert [(line["task"], line["epoch"]) for line in lines] == [(epoch // 3, epoch + 1.0) for epoch in range(9)]
     assert [line["loss"] for line in lines[:3]] == sorted((line["loss"] for line in lines[:3]), reverse=True)
     assert all(0 <= line["accuracy"] <= 1 for line in lines)
-
-
-# killed ---------------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-def test_a_killed_run_with_a_best_epoch_ends_like_an_undisturbed_one(tmp_path, monkeypatch):
-    settings = dataclasses.replace(SETTINGS, select="best")
-    monkeypatch.setattr(at_work, "COMMIT_SECONDS", 0.0)  # a checkpoint after every iteration
-    learn(Plan.of(settings, blobs()), LocalFolder(tmp_path / "straight", fsync=False), CPU)
-    moments = sorted(generator_of(0, "noise").choice(np.arange(2, 60), size=4, replace=False).tolist())
-    for moment in moments:
-        count = iter(range(10**6))
-
-        def step(run, ids, *, frozen=False, real=Run.train_on, count=count, moment=moment):
-            if next(count) == moment:
-                raise Killed
-            return real(run, ids, frozen=frozen)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Run, "train_on", step)
-            with pytest.raises(Killed):
-                learn(Plan.of(settings, blobs()), LocalFolder(tmp_path / "killed", fsync=False), CPU)
-        if moment > 20:
-            break
-    learn(Plan.of(settings, blobs()), LocalFolder(tmp_path / "killed", fsync=False), CPU)
-    assert (tmp_path / "killed/log.jsonl").read_bytes() == (tmp_path / "straight/log.jsonl").read_bytes()
-    for name in ("models/task2.pt", "models/task1-last.pt"):
-        found, expected = (torch.load(tmp_path / run / name, weights_only=True) for run in ("killed", "straight"))
-        assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from test_cumulative import SETTINGS as CUMULATIVE
-from test_cumulative import Killed, blobs, logged, nets  # noqa: F401 - nets is a fixture
+from test_cumulative import blobs, logged, nets  # noqa: F401 - nets is a fixture
+from test_learner import Killed
 
 from ntkgen.cli import run as command
 from ntkgen.continual import run as at_work
@@ -174,12 +175,12 @@ def test_a_reset_is_kept_beside_the_parameters_before_it(tmp_path, name, changed
     assert not (tmp_path / "models/task2-reset.pt").exists()
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_killed_run_of_every_algorithm_ends_like_an_undisturbed_one(tmp_path, monkeypatch, algorithm):
+def require_same_when_killed(folder, monkeypatch, algorithm, moments):
+    """Kill a run after some iterations of each process, and compare its end with that of an undisturbed one."""
     settings = of_algorithm(algorithm)
-    done(tmp_path / "straight", settings)
+    done(folder / "straight", settings)
     monkeypatch.setattr(at_work, "COMMIT_SECONDS", 0.0)  # a checkpoint after every iteration
-    for moment in (5, 14, 3):  # iterations of each process
+    for moment in moments:
         count = iter(range(10**6))
 
         def step(run, ids, *, frozen=False, real=Run.train_on, count=count, moment=moment):
@@ -190,12 +191,25 @@ def test_a_killed_run_of_every_algorithm_ends_like_an_undisturbed_one(tmp_path, 
         with monkeypatch.context() as patch:
             patch.setattr(Run, "train_on", step)
             with pytest.raises(Killed):
-                done(tmp_path / "killed", settings)
-    done(tmp_path / "killed", settings)
-    assert (tmp_path / "killed/log.jsonl").read_bytes() == (tmp_path / "straight/log.jsonl").read_bytes()
+                done(folder / "killed", settings)
+    done(folder / "killed", settings)
+    assert (folder / "killed/log.jsonl").read_bytes() == (folder / "straight/log.jsonl").read_bytes()
     for name in ("models/task2.pt", "models/task1-last.pt"):
-        found, expected = (torch.load(tmp_path / run / name, weights_only=True) for run in ("killed", "straight"))
+        found, expected = (torch.load(folder / run / name, weights_only=True) for run in ("killed", "straight"))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_killed_run_of_every_algorithm_ends_like_an_undisturbed_one(tmp_path, monkeypatch, algorithm):
+    require_same_when_killed(tmp_path, monkeypatch, algorithm, (5, 14, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_run_of_every_algorithm_may_be_killed_ten_times(tmp_path, monkeypatch, algorithm):
+    seed = list(ALGORITHMS).index(algorithm)
+    moments = np.random.default_rng(seed).integers(1, 8, size=10).tolist()  # 84 iterations in all
+    require_same_when_killed(tmp_path, monkeypatch, algorithm, moments)
 
 
 def test_every_surgery_has_a_short_name():
