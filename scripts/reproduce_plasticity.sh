@@ -22,14 +22,14 @@ fi
 
 run() {
     if ! is_chosen "$1"; then return; fi
-    # The learning rate falls at the published fractions of the epochs. The table is of the validation samples, so no epoch
-    # is chosen on them. Kernels of all outputs are those at the boundaries; 100 outputs are dear.
+    # The learning rate falls at the published fractions of the epochs. The table is of the validation samples, so no
+    # epoch is chosen on them. Kernels of all outputs are those at the boundaries; 100 outputs are dear.
     # shellcheck disable=SC2086 - the seeds are several arguments
     uv run ntkgen cl-run --preset incremental-cifar100 --method "$2" --dataset "$data" --validation-per-class 10 \
         --select last --model resnet10-bias --width "${WIDTH:-8}" --epochs "$epochs" --bs 45 --lr 0.05 \
         --lr-milestones "$((epochs * 3 / 10)),$((epochs * 6 / 10)),$((epochs * 8 / 10))" --normalise symmetric \
-        --replacement-rate 1e-4 --maturity 100 --output sum --evaluations task --seeds ${SEEDS:-0 1 2} --workers "${WORKERS:-2}" \
-        --out "$images/$1"
+        --replacement-rate 1e-4 --maturity 100 --output sum --evaluations task --seeds ${SEEDS:-0 1 2} \
+        --workers "${WORKERS:-2}" --out "$images/$1"
     uv run ntkgen cl-analyze "$images/$1" --units --boundary-kernels --view-samples 10 --view-output seen > /dev/null
 }
 

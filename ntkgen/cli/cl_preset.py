@@ -205,6 +205,8 @@ def compared(preset: Preset | None, run: "RunReader") -> tuple[dict[str, Any], s
     found = compare(preset, run)
     if found is not None:
         return {"published": found.to_json()}, "".join(f"\n  {line}" for line in found.lines())
+    if not preset.runs:  # its source has curves alone
+        return {"published": None}, ""
     known = sorted({f"{each.model} {each.width or ''} {each.method}".replace("  ", " ") for each in preset.runs})
-    line = f"published by {preset.source}: no numbers of this network and method, but of {', '.join(known) or 'none'}"
+    line = f"published by {preset.source}: no numbers of this network and method, but of {', '.join(known)}"
     return {"published": None}, f"\n  {line}"
