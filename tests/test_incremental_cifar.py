@@ -12,6 +12,7 @@ from test_cumulative import blobs, logged, nets  # noqa: F401 - nets is a fixtur
 from test_learner import Killed
 
 from ntkgen.cli import run as command
+from ntkgen.cli.cl_preset import chosen_runs
 from ntkgen.continual import run as at_work
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
@@ -301,6 +302,24 @@ def test_a_published_configuration_runs_under_its_name(tmp_path, capsys, monkeyp
     assert "ignored in the configuration: num_workers" in captured.err
     settings = json.loads((place / "config_files/index-1.json").read_text())
     assert (settings["surgery"], settings["select"]) == (["continual-backprop"], "best")
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "surgery", "weight_decay"),
+    [
+        ("base_deep_learning_system", {"method": "reset-network"}, ("reset-network",), 5e-4),
+        ("base_deep_learning_system", {"method": "continual-backprop"}, ("continual-backprop",), 5e-4),
+        ("retrained_network", {"method": "base"}, (), 5e-4),
+        ("retrained_network", {"method": "l2"}, (), 1e-3),
+        ("retrained_network", {"method": "l2", "weight_decay": 0.5}, (), 0.5),
+        ("retrained_network", {"method": "base", "surgery": ("redo",)}, ("redo",), 5e-4),
+        ("retrained_network", {"epochs": 3}, ("reset-network",), 5e-4),
+        ("retrained_network", {}, ("reset-network",), 5e-4),
+    ],
+)
+def test_an_algorithm_of_the_options_replaces_that_of_the_file(file, options, surgery, weight_decay):
+    settings = chosen_runs(None, None, FOLDER / f"{file}.json", options).sweep.settings
+    assert (settings.method, settings.surgery, settings.weight_decay) == ("finetune", surgery, weight_decay)
 
 
 @pytest.mark.parametrize(

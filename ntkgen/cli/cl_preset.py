@@ -96,6 +96,9 @@ def chosen_runs(
     if published is not None:
         preset = preset or PRESET
     given = {name: value for name, value in options.items() if value not in {None, ()}}
+    if "method" in given:  # the algorithm of the options takes the place of that of the file
+        given = expanded(given)
+        values.pop("surgery", None)
     if isinstance(given.get("class_order"), str):
         given["class_order"] = _order(given["class_order"])
     values |= given
