@@ -1,4 +1,4 @@
-"""Slowly changing regression: a fixed function of binary inputs, some of which change slowly (Dohare et al. 2024).
+"""Slowly changing regression: a fixed function of binary inputs. Some inputs change slowly (Dohare et al. 2024).
 
 The inputs are slow bits, then bits that are drawn anew for each sample, then a constant one. Every few thousand samples
 one slow bit is flipped, or all of them are drawn anew. A small network must track the part of the function that it sees

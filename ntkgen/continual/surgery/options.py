@@ -37,8 +37,8 @@ class SurgeryOptions:
         replacement_draw: How a fraction of a unit becomes a whole number: ``accumulate``: fractions add up until they
             are one; ``bernoulli``: the fraction is the probability of one more unit.
         maturity: A unit is eligible for replacement if its age in steps is more than this.
-        unit_utility: The utility of which the replaced units have the least: ``contribution``, ``weight``,
-            ``adaptation``, ``zero-contribution``, ``adaptable-contribution``, or ``random``. Formulas: `UTILITIES`.
+        unit_utility: Utility of a unit: ``contribution``, ``weight``, ``adaptation``, ``zero-contribution``,
+            ``adaptable-contribution``, or ``random``. Units with the smallest one are replaced. Formulas: `UTILITIES`.
         utility_decay: Decay rate η of the running means, per step.
         activation_mean: ``ema``: the utility is a running mean, without the bias of its beginning; ``sum``: it is
             computed from the sum of all mean activations since the beginning of the run, which a replacement does not
