@@ -10,6 +10,7 @@ from ntkgen.continual.presets import ALGORITHMS
 from ntkgen.continual.surgery.options import SURGERY_CHOICES, SURGERY_NAMES
 
 _DEFAULTS = RunSettings()
+_NAMES = {**CHOICES, **SURGERY_CHOICES}
 
 
 class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -26,8 +27,10 @@ class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click
 
 
 def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
-    """Make an option of a setting. Its default is shown, and stands in `RunSettings`."""
+    """Make an option of a setting. Its default is shown. It stands in `RunSettings`, and the names of a choice too."""
     default = getattr(_DEFAULTS, name)
+    if name in _NAMES:
+        attributes.setdefault("type", click.Choice(_NAMES[name]))
     if attributes.get("is_flag"):
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     shown = "" if default in (None, ()) or "is_flag" in attributes else f" [{default}]"
@@ -69,20 +72,17 @@ _SETTINGS = [
         "--validation-rule",
         "validation_rule",
         "Which samples of a class are held out: random ones, or the first of the data set",
-        type=click.Choice(CHOICES["validation_rule"]),
     ),
     _setting(
         "--normalise",
         "normalise",
         "dataset: by mean and standard deviation; symmetric: to [−1, 1]; none: to [0, 1]; pixel-mean: to [0, 1], minus "
         "the mean image",
-        type=click.Choice(CHOICES["normalise"]),
     ),
     _setting(
         "--evaluate-on",
         "evaluate_on",
         "Samples on which tasks are evaluated",
-        type=click.Choice(CHOICES["evaluate_on"]),
     ),
     _setting("--model", "model", "Name from `ntkgen models`, or package.module:factory"),
     _setting(
@@ -101,7 +101,6 @@ _SETTINGS = [
         "head",
         "Outputs of the network: of all classes (fixed); of the classes seen so far (growing); of all classes, but the "
         "loss and predictions use those of the classes seen so far (masked)",
-        type=click.Choice(CHOICES["head"]),
     ),
     _setting(
         "--method",
@@ -127,7 +126,6 @@ _SETTINGS = [
         "--exemplar-rounding",
         "exemplar_rounding",
         "Whether iCaRL rounds the number of exemplars per class down or up",
-        type=click.Choice(CHOICES["exemplar_rounding"]),
     ),
     _setting("--mirrored", "mirrored", "Add mirror images to the means of iCaRL's exemplars", is_flag=True),
     _setting("--distillation", "distillation", "Weight of the distillation loss of LwF", type=FiniteRange(0)),
@@ -137,13 +135,11 @@ _SETTINGS = [
         "--loss",
         "loss",
         "Loss of finetune, joint, replay and ewc; binary is the binary cross-entropy of each output",
-        type=click.Choice(CHOICES["loss"]),
     ),
     _setting(
         "--binary-reduction",
         "binary_reduction",
         "Sum or mean of the binary cross-entropy over the outputs",
-        type=click.Choice(CHOICES["binary_reduction"]),
     ),
     _setting(
         "--surgery",
@@ -161,28 +157,24 @@ _SETTINGS = [
     _setting(
         "--replacement-count",
         "replacement_count",
-        "Of which units this is the fraction: the eligible ones, or all",
-        type=click.Choice(SURGERY_CHOICES["replacement_count"]),
+        "Units that --replacement-rate is a fraction of: the eligible ones, or all",
     ),
     _setting(
         "--replacement-draw",
         "replacement_draw",
         "How a fraction of a unit becomes a whole number",
-        type=click.Choice(SURGERY_CHOICES["replacement_draw"]),
     ),
     _setting("--maturity", "maturity", "Steps after which a new unit may be replaced", type=WholeNumber()),
     _setting(
         "--unit-utility",
         "unit_utility",
         "Utility of units; those with the smallest one are replaced",
-        type=click.Choice(SURGERY_CHOICES["unit_utility"]),
     ),
     _setting("--utility-decay", "utility_decay", "Decay rate of the running means of a unit", type=float),
     _setting(
         "--activation-mean",
         "activation_mean",
         "Running mean of the activations (ema), or their sum as in one published code",
-        type=click.Choice(SURGERY_CHOICES["activation_mean"]),
     ),
     _setting(
         "--transfer-bias",
@@ -194,13 +186,11 @@ _SETTINGS = [
         "--unit-init",
         "unit_init",
         "Size of the incoming weights of a new unit",
-        type=click.Choice(SURGERY_CHOICES["unit_init"]),
     ),
     _setting(
         "--unit-distribution",
         "unit_distribution",
         "Their distribution",
-        type=click.Choice(SURGERY_CHOICES["unit_distribution"]),
     ),
     _setting(
         "--reset-unit-optimizer",
@@ -222,7 +212,7 @@ _SETTINGS = [
         "A reset also concerns batch norm and the optimizer; this is the default",
         is_flag=True,
     ),
-    _setting("--optimizer", "optimizer", "Optimizer", type=click.Choice(CHOICES["optimizer"])),
+    _setting("--optimizer", "optimizer", "Optimizer"),
     _setting("--lr", "learning_rate", "Learning rate", type=POSITIVE),
     _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),
     _setting("--weight-decay", "weight_decay", "Weight decay", type=FiniteRange(0)),
@@ -239,7 +229,6 @@ _SETTINGS = [
         "--regime",
         "regime",
         "feature: use --lr as it is; lazy: multiply it by 64 / width",
-        type=click.Choice(CHOICES["regime"]),
     ),
     _setting(
         "--freeze-batch-norm",
@@ -252,7 +241,6 @@ _SETTINGS = [
         "--select",
         "select",
         "End each task with the parameters of its last epoch, or of the best one on the validation samples",
-        type=click.Choice(CHOICES["select"]),
     ),
     _setting("--bs", "batch_size", "Samples per iteration", type=WholeNumber()),
     _setting("--drop-last", "drop_last", "Leave out the last batch of an epoch if it is not full", is_flag=True),
@@ -261,7 +249,6 @@ _SETTINGS = [
         "--augmentation",
         "augmentation",
         "dataset: that of the data set, for photographs a random crop and flip; or crop, flip and a rotation up to 15°",
-        type=click.Choice(CHOICES["augmentation"]),
     ),
     _setting(
         "--augment-evaluation",
@@ -274,13 +261,11 @@ _SETTINGS = [
         "--probe-rule",
         "probe_rule",
         "balanced: the same number of random samples of each class; first: the first samples of each task",
-        type=click.Choice(CHOICES["probe_rule"]),
     ),
     _setting(
         "--probe-parts",
         "probe_parts",
         "train: probe samples are training samples; both: as many validation samples are added",
-        type=click.Choice(CHOICES["probe_parts"]),
     ),
     _setting(
         "--output",
