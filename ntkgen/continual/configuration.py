@@ -237,9 +237,7 @@ class RunSettings(SurgeryOptions, Settings):
     @property
     def stream_settings(self) -> StreamSettings:
         """The settings of the stream."""
-        names = [field.name for field in dataclasses.fields(StreamSettings) if field.name not in {"split", "order"}]
-        others = {name: getattr(self, name) for name in names}
-        return StreamSettings(Split.parse(self.split), self.class_order, **others)
+        return self.part(StreamSettings, split=Split.parse(self.split), order=self.class_order)
 
     def evaluated_on(self, *, has_test_split: bool) -> str:
         """Say on which samples the tasks are evaluated."""
@@ -270,14 +268,12 @@ class RunSettings(SurgeryOptions, Settings):
     @property
     def surgery_options(self) -> SurgeryOptions:
         """The options of the surgeries."""
-        names = [field.name for field in dataclasses.fields(SurgeryOptions)]
-        return SurgeryOptions(**{name: getattr(self, name) for name in names})
+        return self.part(SurgeryOptions)
 
     @property
     def method_options(self) -> MethodOptions:
         """The options of the method."""
-        names = [field.name for field in dataclasses.fields(MethodOptions)]
-        return MethodOptions(**{name: getattr(self, name) for name in names})
+        return self.part(MethodOptions)
 
     @property
     def kernel_schedule(self) -> Schedule:

@@ -7,9 +7,11 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from ntkgen.errors import InputError, UnknownNameError
+
+Part = TypeVar("Part")
 
 
 class Settings:
@@ -44,6 +46,16 @@ class Settings:
                     "Correct it."
                 )
         return cls(**values)
+
+    def part(self, kind: type[Part], **others: Any) -> Part:
+        """Make settings of a part from the settings that have the same names.
+
+        Args:
+            kind: The dataclass of the part.
+            others: Values of the fields that have other names here.
+        """
+        names = [field.name for field in dataclasses.fields(kind) if field.name not in others]  # type: ignore[arg-type]
+        return kind(**{name: getattr(self, name) for name in names}, **others)
 
     def differences(self, other: "Settings") -> list[str]:
         """List the settings that differ, with both values. This one is that of the record."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-# Iterations of which one mean is kept, as in the published logs of Dohare et al. (2024, Nature 632).
+# One mean is kept for as many iterations, as in the published logs of Dohare et al. (2024, Nature 632).
 WINDOW = 25
 
 
@@ -16,7 +16,6 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in ("epoch", "evaluation", "validation")}
-
         self._began = time.monotonic()
 
     def begin_epoch(self) -> None:

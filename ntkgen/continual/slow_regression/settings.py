@@ -1,6 +1,5 @@
 """The settings of a run of slowly changing regression."""
 
-import dataclasses
 from dataclasses import dataclass
 
 from ntkgen.continual.settings import (
@@ -100,8 +99,7 @@ class RegressionSettings(Settings):
     @property
     def stream(self) -> RegressionStreamSettings:
         """The settings of the stream."""
-        names = [field.name for field in dataclasses.fields(RegressionStreamSettings)]
-        return RegressionStreamSettings(**{name: getattr(self, name) for name in names})
+        return self.part(RegressionStreamSettings)
 
     @property
     def num_bins(self) -> int:
