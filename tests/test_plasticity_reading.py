@@ -349,3 +349,35 @@ def test_several_seeds_are_shown_together(of_digits, capsys):
 def test_the_command_without_these_options_says_nothing_of_them(of_digits, capsys):
     assert command(["cl-analyze", str(of_digits / "seed1")]) == 0
     assert "units on" not in capsys.readouterr().out
+
+
+def test_views_are_loss_weighted_although_the_kernels_of_the_run_are_not(run, monkeypatch, capsys):
+    monkeypatch.setattr("ntkgen.continual.plan.load_data", lambda *_: blobs())
+    line = ["cl-analyze", str(run.folder.path), "--loss-weighted", "--view-samples", "6", "-q", "--json"]
+    assert command([*line, "--boundary-kernels", "--view-output", "seen"]) == 0
+    found, told = capsys.readouterr()
+    assert "'trace'" in told
+    assert told.count("\n") == 1
+    assert "loss_weighted_kernels" not in (result := json.loads(found))
+    expected = run.boundary_kernel_metrics(NEXT, weighted=True).effective_rank.values
+    assert result["loss_weighted_next_task_kernels"]["effective_rank"] == expected.tolist()
+
+
+def test_a_loss_weighted_kernel_that_nothing_has_is_refused_before_anything_is_computed(run, monkeypatch, capsys):
+    monkeypatch.setattr("ntkgen.continual.plan.load_data", refuse)
+    for options in ([], ["--units"], ["--boundary-kernels"], ["--boundary-kernels", "--view-output", "sum"]):
+        assert command(["cl-analyze", str(run.folder.path), "--loss-weighted", "-q", *options]) == 2
+        out, error = capsys.readouterr()
+        assert not out
+        assert "--view-output" in error
+        assert error.count("\n") == 1
+
+
+def test_the_probe_is_loss_weighted_although_the_views_are_not(of_digits, tmp_path, capsys):
+    shutil.copytree(of_digits / "seed0", tmp_path / "seed0")
+    line = ["cl-analyze", str(tmp_path / "seed0"), "--loss-weighted", "--boundary-kernels", "--view-output", "trace"]
+    assert command([*line, "--view-samples", "6", "-q", "--json"]) == 0
+    found, told = capsys.readouterr()
+    assert "views" in told
+    names = [name for name in json.loads(found) if name.startswith("loss_weighted")]
+    assert names == ["loss_weighted_kernels"]

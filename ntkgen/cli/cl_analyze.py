@@ -77,6 +77,9 @@ def cl_analyze(
     asked = Asked(rank_tolerance=rank_tolerance, **options)
     # wrong input is reported before anything is computed
     opened = [(run, None if is_slow_regression(run) else open_run(run)) for run in runs]
+    for _, run in opened:
+        if run is not None:
+            asked.check(run.settings)
     for place, run in opened:
         if run is None:
             show_outcomes(place, read_bins(place), as_json=as_json)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.cli.messages import note
 from ntkgen.cli.options import (
     FiniteRange,
     Function,
@@ -18,10 +19,12 @@ from ntkgen.cli.options import (
     stacked,
 )
 from ntkgen.continual.streams.views import PREVIOUS, VIEWS
+from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
     import xarray
 
+    from ntkgen.continual.configuration import RunSettings
     from ntkgen.continual.plan import Data
     from ntkgen.continual.reading import RunReader
 
@@ -47,6 +50,9 @@ WEIGHTED = {name: title for name, title in KERNELS.items() if "rank" in name or 
     "largest": "largest",
     "trace": "trace",
 }
+
+# Whose kernels may be loss-weighted.
+OF_PROBE, OF_VIEWS = "the probe", "the views"
 
 boundary_options: Callable[[Function], Function] = stacked(
     click.option(
@@ -125,6 +131,42 @@ class Asked:
     device: str
     quiet: bool
 
+    def check(self, settings: "RunSettings") -> None:
+        """Check what is asked for before anything is computed, and say what is left out.
+
+        Args:
+            settings: The settings of a run.
+
+        Raises:
+            InputError: If no kernel has a loss-weighted form.
+        """
+        if not self.loss_weighted:
+            return
+        from ntkgen.continual.metrics.loss_weighted import OUTPUTS
+
+        known, outputs, weighted = ", ".join(OUTPUTS), self._outputs(settings), self._weighted(settings)
+        if not weighted:
+            raise InputError(
+                f"No kernel here has a loss-weighted form: expected one of the outputs {known}, found "
+                f"{list(outputs.values())[-1]!r}. Is it a sum over outputs, which the loss mixes? Give "
+                "`boundary_kernels` with `view_output` seen, or record the run with the output full."
+            )
+        for part in outputs.keys() - weighted:
+            note(f"Note: no loss-weighted kernels of {part}: their output is {outputs[part]!r}, not one of {known}.")
+
+    def _outputs(self, settings: "RunSettings") -> dict[str, str]:
+        """Name the output maps of the kernels of the probe and, if they are computed, of the views."""
+        views = {OF_VIEWS: self.view_output or settings.output} if self.boundary_kernels else {}
+        return {OF_PROBE: settings.output, **views}
+
+    def _weighted(self, settings: "RunSettings") -> list[str]:
+        """List whose loss-weighted kernels are measured."""
+        if not self.loss_weighted:
+            return []
+        from ntkgen.continual.metrics.loss_weighted import OUTPUTS
+
+        return [part for part, output in self._outputs(settings).items() if output in OUTPUTS]
+
     def measure(self, runs: "Mapping[Any, RunReader]", name: str) -> "dict[Any, dict[str, xarray.Dataset]]":
         """Measure runs of the same data.
 
@@ -183,10 +225,12 @@ class Asked:
             found["plasticity"] = run.plasticity
         if self.boundary_kernels:
             found |= {f"{view}_kernels": run.boundary_kernel_metrics(view, tolerance) for view in VIEWS}
-        if self.loss_weighted:
+        weighted = self._weighted(run.settings)
+        if OF_PROBE in weighted:
             ends = {"boundary_iterations": run.boundary_iterations.tolist()}
             found["loss_weighted_kernels"] = run.loss_weighted_metrics(tolerance).assign_attrs(ends)
-            for view in VIEWS if self.boundary_kernels else ():
+        if OF_VIEWS in weighted:
+            for view in VIEWS:
                 found[f"loss_weighted_{view}_kernels"] = run.boundary_kernel_metrics(view, tolerance, weighted=True)
         return found
 
