@@ -11,11 +11,12 @@ from test_learner import SETTINGS, blobs, done, nets  # noqa: F401 - nets is a f
 
 from ntkgen.cli import run as command
 from ntkgen.continual.comparison import compare, published_run
-from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.configuration import METHOD_NAMES, RunSettings
 from ntkgen.continual.forecast import Forecast
+from ntkgen.continual.methods import METHODS
 from ntkgen.continual.metrics.kernels import distance
 from ntkgen.continual.metrics.switches import Switches, switches_of
-from ntkgen.continual.presets import PRESETS, Preset, preset_of
+from ntkgen.continual.presets import ALGORITHMS, PRESETS, Preset, preset_of
 from ntkgen.continual.published import QUANTITIES, PublishedRun
 from ntkgen.errors import UnknownNameError
 
@@ -38,6 +39,28 @@ def settings_of(name, compatible=False, **given):
 
 
 # settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_listed_by_their_names():
+    assert list(METHODS) == list(METHOD_NAMES)
+    assert not set(METHOD_NAMES) & set(ALGORITHMS)
+
+
+@pytest.mark.parametrize("line", [["--method", "continual-backprob"], ["--config", "mine.json"]])
+def test_a_misspelt_algorithm_is_told_with_all_methods_and_algorithms(run, tmp_path, line):
+    (tmp_path / "mine.json").write_text('{"method": "continual-backprob"}')
+    code, _, error = run("cl-run", *line, "--out", "r")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "Did you mean continual-backprop?" in error
+    assert all(name in error for name in (*METHOD_NAMES, *ALGORITHMS))
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_list_of_methods_is_no_method(run, tmp_path):
+    (tmp_path / "mine.json").write_text('{"method": ["base", "l2"]}')
+    code, _, error = run("cl-run", "--config", "mine.json")
+    assert code == 2
+    assert "method has a value of the wrong kind" in error
 
 
 @pytest.mark.parametrize("name", PRESETS)

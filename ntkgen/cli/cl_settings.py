@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from ntkgen.cli.options import POSITIVE, FiniteRange, Function, ManyOption, WholeNumber
-from ntkgen.continual.configuration import CHOICES, RunSettings
+from ntkgen.continual.configuration import CHOICES, METHOD_NAMES, RunSettings
 from ntkgen.continual.presets import ALGORITHMS
 from ntkgen.continual.surgery.options import SURGERY_CHOICES, SURGERY_NAMES
 
@@ -105,8 +105,7 @@ _SETTINGS = [
     _setting(
         "--method",
         "method",
-        "finetune, joint, replay, replay-mixed, replay-two-pass, lwf, lwf-mc, icarl or ewc; or an algorithm, which is "
-        f"finetune with other settings: {', '.join(ALGORITHMS)}",
+        f"{', '.join(METHOD_NAMES)}; or an algorithm, which is finetune with other settings: {', '.join(ALGORITHMS)}",
     ),
     _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=WholeNumber()),
     _setting(

@@ -11,6 +11,7 @@ from ntkgen.continual.surgery.options import SURGERY_NAMES, SurgeryOptions
 from ntkgen.errors import InputError, UnknownNameError
 
 OPTIMIZERS = ("adam", "sgd")
+METHOD_NAMES = ("finetune", "joint", "replay", "replay-mixed", "replay-two-pass", "lwf", "lwf-mc", "icarl", "ewc")
 # Settings that are one of a few names.
 CHOICES = {
     "optimizer": OPTIMIZERS,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ntkgen.continual import published
+from ntkgen.continual.configuration import METHOD_NAMES
 from ntkgen.continual.published import PublishedRun
 from ntkgen.errors import UnknownNameError
 
@@ -85,11 +86,18 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
     """Replace the name of an algorithm by its settings. Given settings override them.
 
+    Raises:
+        UnknownNameError: If there is no such method or algorithm.
+
     >>> expanded({"method": "redo", "epochs": 2})
     {'method': 'finetune', 'surgery': ('redo',), 'epochs': 2}
     """
-    algorithm = ALGORITHMS.get(given.get("method", ""))
-    return dict(given) if algorithm is None else {**algorithm, **{k: v for k, v in given.items() if k != "method"}}
+    name = given.get("method")
+    if not isinstance(name, str) or name in METHOD_NAMES:  # another kind of value is refused with the other settings
+        return dict(given)
+    if name not in ALGORITHMS:
+        raise UnknownNameError("method or algorithm", name, [*METHOD_NAMES, *ALGORITHMS])
+    return {**ALGORITHMS[name], **{k: v for k, v in given.items() if k != "method"}}
 
 
 _ETH_CODE = "yufei118liu/ntk_continual, experiment-cifar10-epoch10_replay.ipynb, cell 0"
