@@ -176,6 +176,16 @@ def test_runs_are_read(runs):
     assert not other.values["weight_magnitude_analysis"]
 
 
+def test_samples_of_the_evaluation_are_read(trees, runs, tmp_path):
+    assert read_results(LocalFolder(runs), "base").evaluated_on == "test samples"
+    assert read_results(LocalFolder(trees), FIVE[0]).evaluated_on == "test samples"  # of the published code
+    tree(tmp_path / "mine", 0.2)
+    (tmp_path / "mine/evaluated_on").mkdir()
+    for seed in range(3):
+        (tmp_path / f"mine/evaluated_on/index-{seed}.txt").write_text("validation samples, because\n")
+    assert read_results(LocalFolder(tmp_path), "mine").evaluated_on == "validation samples, because"
+
+
 def test_what_has_no_results_is_refused(trees, runs, tmp_path):
     with pytest.raises(StoreError, match="no results of algorithms"):
         list_algorithms(LocalFolder(tmp_path))
@@ -218,6 +228,21 @@ def test_lines_are_the_curves_in_fixed_colours(trees):
     assert len({line.get_color() for line in picture.figure.axes[0].lines}) == 5
 
 
+def test_accuracies_on_validation_samples_are_not_called_test_accuracies(trees):
+    test = read_results(LocalFolder(trees), FIVE[0])
+    validation = dataclasses.replace(test, name="mine", evaluated_on="validation samples, because")
+    for results, title, told in (
+        ([test], "Test accuracy", "on the test samples of all classes"),
+        ([validation], "Validation accuracy", "on the validation samples of all classes"),
+        ([test, validation], "Held-out accuracy", f"({FIVE[0]}: test samples; mine: validation samples, because)"),
+    ):
+        (picture,), _ = draw_algorithms(results, [algorithms.ACCURACY])
+        assert picture.title == title
+        assert told in picture.caption
+        (picture,), _ = draw_algorithms(results, [algorithms.LOSS])
+        assert picture.title == title.replace("accuracy", "loss")
+
+
 def test_the_command_draws_as_the_predecessor_did(trees, tmp_path, capsys):
     line = ["cl-plot", str(trees), "--algorithms", ",".join(FIVE), "--metric", "relative_accuracy_per_epoch"]
     assert command([*line, "-o", str(tmp_path), "--format", "svg", "png", "--json"]) == 0
@@ -225,7 +250,10 @@ def test_the_command_draws_as_the_predecessor_did(trees, tmp_path, capsys):
     files = [made["file"] for made in found["pictures"]]
     assert [file.rsplit(".", 1)[1] for file in files] == ["svg", "png"]
     assert (tmp_path / f"{trees.name}-relative-accuracy-per-epoch.svg").read_bytes().startswith(b"<?xml")
-    assert "minus that of retrained_network" in found["pictures"][0]["caption"]
+    assert (
+        "on the test samples of all classes so far, at the end of each task, minus that of retrained_network"
+        in found["pictures"][0]["caption"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -259,6 +259,7 @@ def test_the_tree_is_the_published_one(finished, tmp_path):
     own = torch.load(place / "models/task2.pt", weights_only=True)
     assert all(torch.equal(last[name], own[name]) for name in own)
     assert json.loads((tmp_path / "config_files/index-3.json").read_text()) == SETTINGS.to_json()
+    assert (tmp_path / "evaluated_on/index-3.txt").read_text() == "test samples\n"
 
 
 def test_accuracies_of_the_tree_are_those_of_the_classes_so_far(finished):
@@ -302,6 +303,11 @@ def test_a_published_configuration_runs_under_its_name(tmp_path, capsys, monkeyp
     assert "ignored in the configuration: num_workers" in captured.err
     settings = json.loads((place / "config_files/index-1.json").read_text())
     assert (settings["surgery"], settings["select"]) == (["continual-backprop"], "best")
+    told = (place / "evaluated_on/index-1.txt").read_text()
+    assert told == (
+        "validation samples, because the data set has no test split; best epochs are chosen on the same samples\n"
+    )
+    assert f"  evaluated on {told}" in captured.out
 
 
 @pytest.mark.parametrize(

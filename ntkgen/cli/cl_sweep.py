@@ -101,7 +101,8 @@ def _complain(outcome: "Outcome", jobs: "Sequence[Job]", told: dict[str, str]) -
 
 def _show_run(session: Session, run: "RunReader", seconds: float) -> None:
     result = {"run": str(run.folder), "seed": run.settings.seed, "width": run.settings.width, "seconds": seconds}
-    result |= {"settings": run.settings.to_json(), "kernels": int(run.kernels.sizes["time"]), **run.metrics()}
+    result |= {"settings": run.settings.to_json(), "kernels": int(run.kernels.sizes["time"])}
+    result |= {"evaluated_on": run.evaluated_on, **run.metrics()}
     published, lines = compared(session.chosen.preset, run)
     show(json.dumps(result | published) if session.as_json else _run_page(result) + lines)
 
@@ -117,6 +118,7 @@ def _run_page(result: Mapping[str, Any]) -> str:
     )
     if found["forgetting"] is not None:
         lines.append(f"  forgetting {found['forgetting']:.3f}, backward transfer {found['backward_transfer']:.3f}")
+    lines.append(f"  evaluated on {result['evaluated_on']}")
     return "\n".join(lines)
 
 

@@ -18,7 +18,15 @@ import numpy.typing as npt
 from ntkgen.continual.metrics.over_tasks import Curve, of_selected_epochs
 from ntkgen.continual.metrics.series import kernel_metrics
 from ntkgen.continual.reading import RunReader, open_collection, run_names
-from ntkgen.continual.results_tree import OF_UNITS, WEIGHTS, configurations, published_arrays, read_metric
+from ntkgen.continual.results_tree import (
+    OF_UNITS,
+    TEST,
+    WEIGHTS,
+    configurations,
+    evaluated_on,
+    published_arrays,
+    read_metric,
+)
 from ntkgen.continual.streams.incremental import Split
 from ntkgen.continual.streams.views import NEXT, PREVIOUS, VIEWS
 from ntkgen.errors import InputError, StoreError, UnknownNameError
@@ -52,12 +60,14 @@ class Results:
             each boundary, from the beginning on, for weights and kernels.
         num_seen: Number of classes after each task, (tasks,).
         num_features: Units of the last hidden layer; None if it is not known.
+        evaluated_on: The samples of the metrics of the test, in words.
     """
 
     name: str
     values: Mapping[str, Mapping[int, FloatArray]]
     num_seen: IntArray
     num_features: int | None
+    evaluated_on: str = TEST
 
     def classes(self, metric: str) -> IntArray:
         """Number of classes at each point of a metric. A point of a next task has the classes of this task too."""
@@ -160,7 +170,7 @@ def _of_runs(folder: Folder, name: str) -> Results:
         if run.has_plasticity:
             features.add(int(run.plasticity.attrs["ntkgen_plasticity"]["num_features"]))
     first = next(iter(runs.runs.values()))
-    return Results(name, values, first.num_seen_classes, features.pop() if features else None)
+    return Results(name, values, first.num_seen_classes, features.pop() if features else None, first.evaluated_on)
 
 
 def _of_run(run: RunReader) -> dict[str, FloatArray]:
@@ -214,4 +224,4 @@ def _of_tree(folder: Folder, name: str) -> Results:
     classes = len(next(iter(orders.values()))) if orders else PUBLISHED["classes"]
     sizes = Split.parse(str(shared.get("split", PUBLISHED["split"]))).sizes(classes)
     features = None if "model" in shared else PUBLISHED["features"]
-    return Results(name, values, np.cumsum(sizes), features)
+    return Results(name, values, np.cumsum(sizes), features, evaluated_on(folder))

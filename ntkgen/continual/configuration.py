@@ -244,7 +244,9 @@ class RunSettings(SurgeryOptions, Settings):
         """Say on which samples the tasks are evaluated."""
         if has_test_split and self.evaluate_on == "test":
             return "test samples"
-        return "validation samples" + ", because the data set has no test split" * (self.evaluate_on == "test")
+        reason = ", because the data set has no test split" * (self.evaluate_on == "test")
+        caveat = "; best epochs are chosen on the same samples" * (self.select == "best")
+        return f"validation samples{reason}{caveat}"
 
     @property
     def step_size(self) -> float:

@@ -7,6 +7,7 @@
       model_parameters/index-N_epoch-E.pt  parameters at the end of each task, before a reset
       train_loss_per_checkpoint/, train_accuracy_per_checkpoint/          means over 25 iterations
       test_loss_per_epoch/, test_accuracy_per_epoch/, validation_…/       on the classes seen so far
+      evaluated_on/index-N.txt             the samples of test_…: without a test split, the validation samples
       epoch_runtime/, test_evaluation_runtime/, validation_evaluation_runtime/   seconds
 
 and, if the plasticity of the runs was measured, one number for each task, from before its training:
@@ -45,6 +46,7 @@ RUNTIMES = {
 # What is measured of the units, by its name in the tree. The published "stable rank" is the rank of 99 %.
 OF_UNITS = {"dormant_units": "dormant_units", "effective_rank": "effective_rank", "stable_rank": "rank_99"}
 WEIGHTS, BY_CLASS = "weight_magnitude_analysis", "accuracy_per_class_in_order"
+EVALUATED_ON, TEST = "evaluated_on", "test samples"
 
 
 def write_results_tree(folder: Folder, run: RunReader, index: int, seconds: Mapping[str, Sequence[float]]) -> None:
@@ -62,6 +64,7 @@ def write_results_tree(folder: Folder, run: RunReader, index: int, seconds: Mapp
     for name, values in {**curves(run), **_runtimes(run, seconds)}.items():
         folder.write(f"{name}/index-{index}.npy", _npy(values.astype(np.float32)))
     folder.write(f"class_order/index-{index}.npy", _npy(np.asarray(run.evaluations.class_order.values, np.int64)))
+    folder.write(f"{EVALUATED_ON}/index-{index}.txt", f"{run.evaluated_on}\n".encode())
     folder.write(f"config_files/index-{index}.json", json.dumps(run.config["settings"], indent=1).encode())
     for epoch, name in enumerate(["start", *(f"task{task}" for task in range(run.num_tasks))]):
         parameters = run.folder.read(f"models/{name}.pt")
@@ -126,6 +129,12 @@ def read_metric(folder: Folder, name: str) -> dict[int, npt.NDArray[np.float64]]
         int(found[1]): np.asarray(np.load(io.BytesIO(folder.read(key) or b"")), np.float64)
         for key, found in names.items()
     }
+
+
+def evaluated_on(folder: Folder) -> str:
+    """Say on which samples the runs in a tree are evaluated. The published code has a test split."""
+    found = {(folder.read(key) or b"").decode().strip() for key in folder.sizes(EVALUATED_ON)}
+    return "; ".join(sorted(found)) or TEST
 
 
 def indices(folder: Folder) -> list[int]:

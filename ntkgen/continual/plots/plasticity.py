@@ -41,7 +41,7 @@ FIXED = {
 
 @dataclass(frozen=True)
 class Panel:
-    """How a metric is drawn.
+    """How a metric is drawn. The texts have the places of `_words`, such as ``{samples}``.
 
     Attributes:
         title: Title of the picture.
@@ -57,9 +57,14 @@ class Panel:
     meaning: str
     factor: float = 1.0
 
+    def filled(self, words: Mapping[str, str]) -> "Panel":
+        """Fill the places in the texts."""
+        texts = {name: getattr(self, name).format(**words) for name in ("title", "short", "label", "meaning")}
+        return Panel(**texts, factor=self.factor)
+
 
 def _panels() -> dict[str, Panel]:
-    accuracy = "the accuracy on the held-out samples of all classes so far, at the end of each task"
+    accuracy = "the accuracy on the {samples} samples of all classes so far{why}, at the end of each task"
     found = {
         of.RELATIVE: Panel(
             "Relative accuracy",
@@ -68,12 +73,12 @@ def _panels() -> dict[str, Panel]:
             f"{accuracy}, minus that of {{baseline}}",
             100,
         ),
-        of.ACCURACY: Panel("Test accuracy", "Test accuracy", "accuracy, %", accuracy, 100),
+        of.ACCURACY: Panel("{Samples} accuracy", "{Samples} accuracy", "accuracy, %", accuracy, 100),
         of.LOSS: Panel(
-            "Test loss",
-            "Test loss",
+            "{Samples} loss",
+            "{Samples} loss",
             "cross-entropy, nats",
-            "the mean cross-entropy on the same samples as the accuracy",
+            "the mean cross-entropy on the {samples} samples of all classes so far{why}, at the end of each task",
         ),
         WEIGHTS: Panel(
             "Weight magnitude", "Weights", "mean |p|", "the mean magnitude of all parameters at each boundary"
@@ -145,11 +150,29 @@ def draw_algorithms(
             if metrics:
                 raise
             left_out[metric] = str(error)
-    lines = _lines(results)
-    drawn = [_draw_metric(metric, found, results, lines, baseline) for metric, found in curves.items()]
+    lines, words = _lines(results), _words(results, baseline)
+    panels = {metric: PANELS[metric].filled(words) for metric in curves}
+    drawn = [_draw_metric(metric, panels[metric], found, lines) for metric, found in curves.items()]
     if not metrics and len(shown := {name: curves[name] for name in OVERVIEW if name in curves}) > 1:
-        drawn.insert(0, _draw_overview(shown, results, lines, baseline))
+        drawn.insert(0, _draw_overview(shown, panels, lines))
     return drawn, left_out
+
+
+def _words(results: Sequence[Results], baseline: Results | None) -> dict[str, str]:
+    """Choose the words that depend on the results: which samples the accuracies are of, ranks, and the baseline."""
+    compared = [*results] if baseline is None else [*results, baseline]
+    places = {each.name: each.evaluated_on for each in compared}
+    kinds = {place.split()[0] for place in places.values()}
+    samples = kinds.pop() if len(kinds) == 1 else "held-out"
+    told = set(places.values())
+    why = told.pop() if len(told) == 1 else "; ".join(f"{name}: {place}" for name, place in places.items())
+    return {
+        "samples": samples,
+        "Samples": samples.capitalize(),
+        "why": "" if samples == "test" else f" ({why})",
+        "rank": "rank / features" if are_divided(results) else "rank",
+        "baseline": baseline.name if baseline else "",
+    }
 
 
 def _curves(results: Sequence[Results], metric: str, baseline: Results | None) -> dict[str, Curve]:
@@ -182,68 +205,49 @@ def _lines(results: Sequence[Results]) -> dict[str, Line]:
     return {each.name: FIXED.get(each.name) or chosen[each.name] for each in results}
 
 
-def _draw_metric(
-    metric: str,
-    curves: Mapping[str, Curve],
-    results: Sequence[Results],
-    lines: Mapping[str, Line],
-    baseline: Results | None,
-) -> Picture:
-    panel = PANELS[metric]
+def _draw_metric(metric: str, panel: Panel, curves: Mapping[str, Curve], lines: Mapping[str, Line]) -> Picture:
     with styled():
         figure, (axes,) = new_axes()
-        _draw(axes, metric, curves, lines, results)
-        axes.set(ylabel=_label(panel, results))
+        _draw(axes, metric, panel, curves, lines)
         legend(axes)
-    meaning = panel.meaning.format(baseline=baseline.name if baseline else "")
-    caption = f"{meaning[0].upper()}{meaning[1:]}. {_bands(curves)}"
+    caption = f"{panel.meaning[0].upper()}{panel.meaning[1:]}. {_bands(curves)}"
     return Picture(metric.replace("_", "-"), panel.title, caption, figure)
 
 
 def _draw_overview(
-    shown: Mapping[str, Mapping[str, Curve]],
-    results: Sequence[Results],
-    lines: Mapping[str, Line],
-    baseline: Results | None,
+    shown: Mapping[str, Mapping[str, Curve]], of_metric: Mapping[str, Panel], lines: Mapping[str, Line]
 ) -> Picture:
     columns = 2 if len(shown) in {2, 4} else 3
     rows = -(-len(shown) // columns)
     with styled():
         figure, panels = new_axes(columns, rows=rows, height=1.1 + 2.3 * rows)
         for axes, (metric, curves) in zip(panels, shown.items(), strict=False):
-            _draw(axes, metric, curves, lines, results)
+            _draw(axes, metric, of_metric[metric], curves, lines)
             for line in axes.lines:
                 line.set_markersize(3)
-            axes.set(title=PANELS[metric].short, ylabel=_label(PANELS[metric], results))
+            axes.set(title=of_metric[metric].short)
         for axes in panels[len(shown) :]:
             axes.set_visible(False)
         most = max(range(len(shown)), key=lambda place: len(list(shown.values())[place]))
         legend(panels[most])
-    told = [PANELS[metric].meaning.format(baseline=baseline.name if baseline else "") for metric in shown]
-    caption = f"Over the number of classes: {'; '.join(told)}. {_bands(next(iter(shown.values())))}"
+    told = "; ".join(of_metric[metric].meaning for metric in shown)
+    caption = f"Over the number of classes: {told}. {_bands(next(iter(shown.values())))}"
     return Picture("plasticity", "Loss of plasticity", caption, figure)
 
 
-def _draw(
-    axes: "Axes", metric: str, curves: Mapping[str, Curve], lines: Mapping[str, Line], results: Sequence[Results]
-) -> None:
+def _draw(axes: "Axes", metric: str, panel: Panel, curves: Mapping[str, Curve], lines: Mapping[str, Line]) -> None:
     """Draw the mean of each algorithm with a band of one standard error on each side."""
-    factor = PANELS[metric].factor * (100 if metric in of.RANKS and are_divided(results) else 1)
     if metric == of.RELATIVE:
         axes.axhline(0, color="0.45", linewidth=0.9, zorder=0)
     for name, curve in curves.items():
         style = lines[name].style(len(curve.classes))
-        mean, error = factor * curve.mean, factor * curve.standard_error
+        mean, error = panel.factor * curve.mean, panel.factor * curve.standard_error
         axes.plot(curve.classes, mean, label=name, **style)
         axes.fill_between(curve.classes, mean - error, mean + error, color=style["color"], alpha=OPACITY, linewidth=0)
     if "dormant" in metric:
         top = max(axes.get_ylim()[1], 1.0)  # where no unit is dormant too
         axes.set_ylim(-0.03 * top, top)
-    axes.set(xlabel="number of classes")
-
-
-def _label(panel: Panel, results: Sequence[Results]) -> str:
-    return panel.label.format(rank="% of the features" if are_divided(results) else "rank")
+    axes.set(xlabel="number of classes", ylabel=panel.label)
 
 
 def _bands(curves: Mapping[str, Curve]) -> str:
