@@ -1,5 +1,6 @@
 """The network of a run: built from its settings, and tried on a few samples before anything is written."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -7,9 +8,11 @@ from torch import Tensor, nn
 
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.configuration import RunSettings
-from ntkgen.continual.heads import growing_head
+from ntkgen.continual.heads import growing_head, head_name
+from ntkgen.continual.optimizer import make_optimizer
 from ntkgen.continual.plan import Plan
 from ntkgen.continual.snapshot_layout import SEEN
+from ntkgen.continual.surgery import Subject, make_surgeries
 from ntkgen.continual.surgery.registry import need_features
 from ntkgen.continual.units import hidden_layers
 from ntkgen.errors import ModelError, UnknownNameError
@@ -54,21 +57,47 @@ def fitting_network(plan: Plan, device: torch.device) -> nn.Module:
 
 
 def require_fitting(plan: Plan, device: torch.device) -> None:
-    """Require that a run can begin: its network fits, its method can use it, and its kernel is defined.
+    """Require that a run can begin: its network fits, its method and surgeries can use it, and its kernel is defined.
 
     Raises:
-        ModelError: If the network does not fit the tasks or the method, or its kernel is not defined.
+        ModelError: If the network does not fit the tasks, the method or a surgery, or its kernel is not defined.
         UnknownNameError: If there is no such network, method, output map or precision.
         InputError: If a setting does not fit the network or the device.
     """
     settings, model = plan.settings, fitting_network(plan, device)
     plan.method(model, plan.data.train.inputs)
-    if need_features(settings.surgery):
-        hidden_layers(model)
+    num_outputs = plan.num_outputs(0)
+    subject = subject_of(settings, model, make_optimizer(settings, model), lambda: num_outputs)
+    make_surgeries(settings.surgery, subject)
     output = "full" if settings.output == SEEN else settings.output
     x = plan.data.train.inputs(torch.from_numpy(plan.probe.ids))
     with _kept_random_state(device):
         prepare_mapped(model, in_turns(x, None).to(device), settings.precision, output)
+
+
+def subject_of(
+    settings: RunSettings, model: nn.Module, optimizer: torch.optim.Optimizer, num_outputs: Callable[[], int]
+) -> Subject:
+    """Say what the surgeries of a run act on.
+
+    Args:
+        settings: The settings of the run.
+        model: Its network.
+        optimizer: Its optimizer.
+        num_outputs: Gives the present number of outputs, which may grow.
+
+    Raises:
+        ModelError: If a surgery needs hidden layers that are not known, or a last linear layer that is missing.
+    """
+    return Subject(
+        model,
+        optimizer,
+        hidden_layers(model) if need_features(settings.surgery) else (),
+        head_name(model, num_outputs()) if "reset-head" in settings.surgery else "",
+        settings.seed,
+        settings.surgery_options,
+        lambda seed: fresh_network(settings, num_outputs(), seed),
+    )
 
 
 def _kept_random_state(device: torch.device) -> AbstractContextManager[None]:

@@ -13,8 +13,8 @@ from ntkgen.continual.batches import augmented, training_inputs
 from ntkgen.continual.chance import seed_of
 from ntkgen.continual.checkpoint import saved
 from ntkgen.continual.evaluation import Evaluation, HeldOut, evaluate
-from ntkgen.continual.heads import grow_head, growing_head, head_name
-from ntkgen.continual.network import build_network, fitting_network, fresh_network
+from ntkgen.continual.heads import grow_head, growing_head
+from ntkgen.continual.network import build_network, fitting_network, subject_of
 from ntkgen.continual.optimizer import make_optimizer
 from ntkgen.continual.plan import Plan, steps_per_epoch
 from ntkgen.continual.record import MEASURES, Record, is_begun, plain_values
@@ -23,10 +23,10 @@ from ntkgen.continual.selection import BestEpoch
 from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streams.tasks import IntArray, Task
-from ntkgen.continual.surgery import Subject, Surgery, make_surgeries
-from ntkgen.continual.surgery.registry import RESETS, need_features
+from ntkgen.continual.surgery import make_surgeries
+from ntkgen.continual.surgery.registry import RESETS
 from ntkgen.continual.training_log import Stopwatch, TrainingLog
-from ntkgen.continual.units import hidden_layers, recorded
+from ntkgen.continual.units import recorded
 from ntkgen.errors import DivergedError
 from ntkgen.files.folder import Folder
 from ntkgen.training.loop import Stepper
@@ -59,8 +59,8 @@ class Run:
         self.optimizer = make_optimizer(settings, self.model)
         self.stepper = Stepper(self.model, self.optimizer, device)
         self.method = plan.method(self.model, self.data.train.inputs)
-        self.layers = hidden_layers(self.model) if need_features(settings.surgery) else ()
-        self.surgeries = self._made_surgeries()
+        subject = subject_of(settings, self.model, self.optimizer, lambda: self.num_outputs)
+        self.layers, self.surgeries = subject.layers, make_surgeries(settings.surgery, subject)
         self.training, self.best, self.watch = TrainingLog(), BestEpoch(), Stopwatch()
         self.snapshots = self._opened_snapshots(folder / "kernels.zarr")  # refuses a kernel that is not defined
         self.record = Record.open(folder, settings, plan.stream, plan.probe, facts)
@@ -69,19 +69,6 @@ class Run:
         self.planned = [steps * settings.epochs for steps in steps_per_epoch(plan)]  # iterations per task
         self.accuracy: float | None = None  # mean over the tasks so far, at the last evaluation
         self._committed = time.monotonic()
-
-    def _made_surgeries(self) -> dict[str, Surgery]:
-        settings, is_needed = self.plan.settings, "reset-head" in self.plan.settings.surgery
-        subject = Subject(
-            self.model,
-            self.optimizer,
-            self.layers,
-            head_name(self.model, self.num_outputs) if is_needed else "",
-            settings.seed,
-            settings.surgery_options,
-            lambda seed: fresh_network(settings, self.num_outputs, seed),
-        )
-        return make_surgeries(settings.surgery, subject)
 
     def _opened_snapshots(self, folder: Folder) -> Snapshots:
         plan, settings = self.plan, self.plan.settings
