@@ -58,6 +58,12 @@ def test_a_run_continues_where_it_was(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"{place}: 40,000 samples, 2 seeds" in shown
     assert "base" in shown
+    for option in (["--units"], ["--boundary-kernels"], ["--dt", "3"], ["--rank-tolerance", "0"], ["--loss-weighted"]):
+        assert command(["cl-analyze", place, *option]) == 2
+        refused = capsys.readouterr()
+        assert not refused.out
+        assert f"{option[0]} does not apply" in refused.err
+        assert refused.err.count("\n") == 1
     assert command(["cl-analyze", place]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == shown.splitlines()[1:]
     assert command(["cl-plot", place, "--out", str(tmp_path / "plots")]) == 0

@@ -381,3 +381,20 @@ def test_the_probe_is_loss_weighted_although_the_views_are_not(of_digits, tmp_pa
     assert "views" in told
     names = [name for name in json.loads(found) if name.startswith("loss_weighted")]
     assert names == ["loss_weighted_kernels"]
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        (["--threshold", "0.01"], "--units"),
+        (["--batch-norm", "batch", "--boundary-kernels"], "--units"),
+        (["--view-output", "seen", "--units"], "--boundary-kernels"),
+        (["--view-samples", "9", "--loss-weighted"], "--units or --boundary-kernels"),
+    ],
+)
+def test_options_without_effect_are_refused(of_digits, capsys, options, needed):
+    assert command(["cl-analyze", str(of_digits / "seed0"), *options]) == 2
+    out, error = capsys.readouterr()
+    assert not out
+    assert f"{options[0]} has no effect: expected {needed} beside it" in error
+    assert error.count("\n") == 1

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page
+from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page, require_effect
 from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
-from ntkgen.cli.cl_regression import is_slow_regression, show_outcomes
+from ntkgen.cli.cl_regression import is_slow_regression, require_for_regression, show_outcomes
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, FiniteRange, json_option
+from ntkgen.cli.options import Command, FiniteRange, given_options, json_option
 from ntkgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -74,11 +74,15 @@ def cl_analyze(
     folder = None if tables is None else LocalFolder(Path(tables))
     if folder is not None:
         folder.require_writable()
+    given = given_options()
+    require_effect(given)
     asked = Asked(rank_tolerance=rank_tolerance, **options)
     # wrong input is reported before anything is computed
     opened = [(run, None if is_slow_regression(run) else open_run(run)) for run in runs]
-    for _, run in opened:
-        if run is not None:
+    for place, run in opened:
+        if run is None:
+            require_for_regression(place, given)
+        else:
             asked.check(run.settings)
     for place, run in opened:
         if run is None:

@@ -1,6 +1,6 @@
 """What `ntkgen cl-analyze` computes from the stored parameters of a run, beside what the run has recorded."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -99,6 +99,33 @@ boundary_options: Callable[[Function], Function] = stacked(
     device_option("For --units and --boundary-kernels: auto, cpu, cuda, cuda:1, … or mps."),
     quiet_option,
 )
+
+
+# Options that have an effect only beside one of others.
+NEEDED = {
+    "threshold": ("units",),
+    "batch_norm": ("units",),
+    "view_output": ("boundary_kernels",),
+    "view_samples": ("units", "boundary_kernels"),
+}
+
+
+def require_effect(given: Collection[str]) -> None:
+    """Refuse options that have no effect.
+
+    Args:
+        given: The names of all options that are given.
+
+    Raises:
+        InputError: If one of them needs another one that is missing.
+    """
+    for name, others in NEEDED.items():
+        if name in given and not any(other in given for other in others):
+            needed = " or ".join(f"`{other}`" for other in others)
+            raise InputError(
+                f"`{name}` has no effect: expected {needed} beside it, found none. Was it forgotten? Add it, or leave "
+                f"`{name}` out."
+            )
 
 
 @dataclass(frozen=True)

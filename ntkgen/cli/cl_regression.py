@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 STREAM = "slow-regression"
 # Options whose setting has another name.
 RENAMED = {"method": "algorithms", "width": "units"}
+# Parameters of `ntkgen cl-analyze` that a run of this stream may have.
+APPLICABLE = ("runs", "tables", "as_json", "data_dir", "device", "quiet")
 
 
 def slow_regression_settings(options: Mapping[str, Any]) -> RegressionSettings | None:
@@ -85,6 +87,24 @@ def show_outcomes(place: str, bins: "xarray.Dataset", *, as_json: bool, seconds:
     title, *lines = page(bins)
     took = "" if seconds is None else f" ({seconds:.1f} s)"
     show("\n".join([f"{place}: {title}{took}", *lines]))
+
+
+def require_for_regression(place: str, given: Collection[str]) -> None:
+    """Refuse options of `ntkgen cl-analyze` that do not apply to a run of slowly changing regression.
+
+    Args:
+        place: The folder of the run.
+        given: The names of all options that are given.
+
+    Raises:
+        InputError: If one of them is about tasks and kernels.
+    """
+    if others := [name for name in given if name not in APPLICABLE]:
+        raise InputError(
+            f"`{others[0]}` does not apply to {place}: expected a run with tasks, found one of slowly changing "
+            "regression, which has neither tasks nor kernels. Is it another folder? Leave the option out, or name "
+            "another run."
+        )
 
 
 def is_slow_regression(place: str | Path) -> bool:

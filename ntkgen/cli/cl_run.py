@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
 from ntkgen.cli.cl_regression import run_slow_regression, show_slow_regression_plan, slow_regression_settings
@@ -18,6 +17,7 @@ from ntkgen.cli.options import (
     data_dir_option,
     device_option,
     dry_run_option,
+    given_options,
     json_option,
     out_option,
     quiet_option,
@@ -97,6 +97,6 @@ def _published_places(config: PublishedConfig, data_dir: Path | None, out: str) 
     """Choose the folders of the data and of the runs. Those of a published configuration precede the defaults."""
     for line in config.ignored:
         note(f"Note: ignored in the configuration: {line}")
-    if click.get_current_context().get_parameter_source("out") is ParameterSource.DEFAULT:
+    if "out" not in given_options():
         out = str((config.results or RESULTS) / config.name)
     return data_dir or config.data_path, out

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ntkgen.analysis import defaults
 from ntkgen.cli.messages import CommandError
@@ -42,6 +43,12 @@ class Command(click.Command):
             return super().invoke(ctx)
         except NtkgenError as error:
             raise CommandError(error, self) from error
+
+
+def given_options() -> list[str]:
+    """List the parameters of the running command that its line gives. The others have their defaults."""
+    ctx = click.get_current_context()
+    return [name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
 
 
 # The beginning of a negative number, which is a value and not an option.
