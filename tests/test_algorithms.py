@@ -243,6 +243,36 @@ def test_accuracies_on_validation_samples_are_not_called_test_accuracies(trees):
         assert picture.title == title.replace("accuracy", "loss")
 
 
+def test_a_picture_names_its_metric_and_its_baseline(trees):
+    results = [read_results(LocalFolder(trees), name) for name in FIVE]
+    (picture,), _ = draw_algorithms(results[:2], [algorithms.RELATIVE], results[3])
+    (axes,) = picture.figure.axes
+    assert axes.get_title(loc="left") == picture.title == "Test accuracy relative to retrained_network"
+    assert axes.get_ylabel() == "percentage points"
+    (picture,), _ = draw_algorithms(results, ["next_task_stable_rank_analysis"])
+    (axes,) = picture.figure.axes
+    assert axes.get_title(loc="left") == picture.title == "Rank of 99 %, next task"
+    assert axes.get_ylabel() == "rank / features"
+    assert axes.lines[0].get_ydata() == pytest.approx(np.array([1, 257, 513, 769]) / 512)
+
+
+def test_ranks_are_named_by_the_algorithms_that_are_drawn(runs):
+    results = [read_results(LocalFolder(runs), name) for name in ("base", "retrained_network")]
+    (picture,), _ = draw_algorithms(results, ["next_task_stable_rank_analysis"])
+    (axes,) = picture.figure.axes
+    assert [line.get_label() for line in axes.lines] == ["base"]  # the other one is not analysed
+    assert axes.get_ylabel() == "rank / features"
+    assert axes.lines[0].get_ydata().max() <= 1
+
+
+def test_numbers_of_classes_are_whole(runs):
+    results = [read_results(LocalFolder(runs), "base")]
+    (picture,), _ = draw_algorithms(results, [algorithms.ACCURACY])
+    ticks = picture.figure.axes[0].get_xticks()
+    assert len(ticks) > 1
+    assert ticks.tolist() == np.round(ticks).tolist()
+
+
 def test_the_command_draws_as_the_predecessor_did(trees, tmp_path, capsys):
     line = ["cl-plot", str(trees), "--algorithms", ",".join(FIVE), "--metric", "relative_accuracy_per_epoch"]
     assert command([*line, "-o", str(tmp_path), "--format", "svg", "png", "--json"]) == 0

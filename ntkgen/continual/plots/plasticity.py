@@ -67,7 +67,7 @@ def _panels() -> dict[str, Panel]:
     accuracy = "the accuracy on the {samples} samples of all classes so far{why}, at the end of each task"
     found = {
         of.RELATIVE: Panel(
-            "Relative accuracy",
+            "{Samples} accuracy relative to {baseline}",
             "Relative accuracy",
             "percentage points",
             f"{accuracy}, minus that of {{baseline}}",
@@ -150,16 +150,18 @@ def draw_algorithms(
             if metrics:
                 raise
             left_out[metric] = str(error)
-    lines, words = _lines(results), _words(results, baseline)
-    panels = {metric: PANELS[metric].filled(words) for metric in curves}
+    lines, panels = _lines(results), {}
+    for metric, found in curves.items():
+        shown = [each for each in results if each.name in found]
+        panels[metric] = PANELS[metric].filled(_words(shown, baseline if metric == of.RELATIVE else None))
     drawn = [_draw_metric(metric, panels[metric], found, lines) for metric, found in curves.items()]
-    if not metrics and len(shown := {name: curves[name] for name in OVERVIEW if name in curves}) > 1:
-        drawn.insert(0, _draw_overview(shown, panels, lines))
+    if not metrics and len(overview := {name: curves[name] for name in OVERVIEW if name in curves}) > 1:
+        drawn.insert(0, _draw_overview(overview, panels, lines))
     return drawn, left_out
 
 
 def _words(results: Sequence[Results], baseline: Results | None) -> dict[str, str]:
-    """Choose the words that depend on the results: which samples the accuracies are of, ranks, and the baseline."""
+    """Choose the words that depend on the results of a picture: the samples of accuracies, ranks, the baseline."""
     compared = [*results] if baseline is None else [*results, baseline]
     places = {each.name: each.evaluated_on for each in compared}
     kinds = {place.split()[0] for place in places.values()}
@@ -209,6 +211,7 @@ def _draw_metric(metric: str, panel: Panel, curves: Mapping[str, Curve], lines: 
     with styled():
         figure, (axes,) = new_axes()
         _draw(axes, metric, panel, curves, lines)
+        axes.set(title=panel.title)
         legend(axes)
     caption = f"{panel.meaning[0].upper()}{panel.meaning[1:]}. {_bands(curves)}"
     return Picture(metric.replace("_", "-"), panel.title, caption, figure)
@@ -248,6 +251,7 @@ def _draw(axes: "Axes", metric: str, panel: Panel, curves: Mapping[str, Curve], 
         top = max(axes.get_ylim()[1], 1.0)  # where no unit is dormant too
         axes.set_ylim(-0.03 * top, top)
     axes.set(xlabel="number of classes", ylabel=panel.label)
+    axes.locator_params(axis="x", integer=True)
 
 
 def _bands(curves: Mapping[str, Curve]) -> str:
