@@ -303,6 +303,8 @@ def test_a_published_configuration_runs_under_its_name(tmp_path, capsys, monkeyp
     assert "ignored in the configuration: num_workers" in captured.err
     settings = json.loads((place / "config_files/index-1.json").read_text())
     assert (settings["surgery"], settings["select"]) == (["continual-backprop"], "best")
+    kernels = open_run(place / f"seed{seed_of_index(1)}").kernels  # before the first task, and after each
+    assert kernels.iteration.values.tolist() == [0, 3, 8]
     told = (place / "evaluated_on/index-1.txt").read_text()
     assert told == (
         "validation samples, because the data set has no test split; best epochs are chosen on the same samples\n"

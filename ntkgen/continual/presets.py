@@ -252,7 +252,7 @@ _PRESETS = (
             "probe_per_class": 1,
             "kernels": "task",
             "evaluations": "1ep",
-            "dense": None,
+            "dense": 0,  # a kernel before the first task
             "lazy_error": False,
         },
         quirks=(
