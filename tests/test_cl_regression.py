@@ -81,11 +81,15 @@ def test_settings_are_read_from_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("bad", "found"),
     [
-        (["--split", "2/2"], "no setting 'split'"),
+        (["--split", "2/2"], "--split does not apply to --stream slow-regression"),
+        (["--experiment-index", "1"], "--experiment-index does not apply to --stream slow-regression"),
+        (["--verbose"], "--verbose does not apply to --stream slow-regression"),
+        (["--workers", "2"], "--workers does not apply to --stream slow-regression"),
+        (["--device", "cuda"], "--device does not apply to --stream slow-regression"),
         (["--method", "lwf"], "Unknown algorithm of slowly changing regression 'lwf'"),
         (["--width", "4", "5"], "networks of one width: expected one number, found 2"),
         (["--samples", "30000"], "The last bin would not be full"),
-        (["--preset", "eth-cifar10"], "no setting 'preset'"),
+        (["--preset", "eth-cifar10"], "--preset does not apply to --stream slow-regression"),
         (["--seeds", "1", "1"], "each value once"),
     ],
 )
@@ -99,4 +103,27 @@ def test_runs_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, bad, foun
 
 def test_samples_belong_to_a_stream_of_samples(tmp_path, capsys):
     assert command(["cl-run", "--samples", "10", "--out", str(tmp_path / "r")]) == 2
-    assert "no setting 'num_samples'" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "--samples applies to --stream slow-regression alone" in error
+    assert error.count("\n") == 1
+
+
+def test_a_setting_of_a_file_that_is_none_of_this_stream(tmp_path, capsys):
+    (tmp_path / "slow.json").write_text('{"stream": "slow-regression", "utility": 0.9}')
+    assert command(["cl-run", "--config", str(tmp_path / "slow.json"), "--out", str(tmp_path / "r")]) == 2
+    error = capsys.readouterr().err
+    assert "There is no setting 'utility' of slowly changing regression. Did you mean" in error
+
+
+def test_a_run_of_one_bin_has_one_error(tmp_path, capsys):
+    (found,) = outcomes(bins_of([[[4.0, 2.0]]]))
+    assert (found.first, found.increase, found.last.mean) == (None, None, 3.0)
+    (found,) = outcomes(bins_of([[[4.0, 2.0]], [[1.0, 2.0]]]))  # the first bin is none of the last ones
+    assert (found.first.mean, found.last.mean) == (3.0, 1.5)
+    options = ["--samples", "20000", "--seeds", "0", "--method", "base", "--out", str(tmp_path / "r")]
+    assert command([*LINE, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "one bin" in shown
+    assert "first error" not in shown
+    assert command([*LINE, *options, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["algorithms"][0]["first"] is None

@@ -1,5 +1,6 @@
 """`ntkgen cl-run --stream slow-regression`: many seeds and algorithms as one computation."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Collection, Mapping
@@ -18,36 +19,66 @@ if TYPE_CHECKING:
 STREAM = "slow-regression"
 # Options whose setting has another name.
 RENAMED = {"method": "algorithms", "width": "units"}
+SAMPLES = "num_samples"
+# Parameters of `ntkgen cl-run` that are no settings of a run.
+OF_COMMAND = ("stream", "config", "out", "as_json", "quiet", "dry_run")
 # Parameters of `ntkgen cl-analyze` that a run of this stream may have.
 APPLICABLE = ("runs", "tables", "as_json", "data_dir", "device", "quiet")
 
 
-def slow_regression_settings(options: Mapping[str, Any]) -> RegressionSettings | None:
+def slow_regression_settings(options: Mapping[str, Any], given: Collection[str]) -> RegressionSettings | None:
     """Combine a file of settings and options, if one of them asks for slowly changing regression; else None.
 
+    Args:
+        options: The settings, and the file.
+        given: The names of all options that are given.
+
     Raises:
-        InputError: If an option belongs to other streams, or has a wrong value.
+        InputError: If an option does not apply to the stream, or has a wrong value.
         UnknownNameError: If there is no such algorithm.
     """
     config = options["config"]
     values = {} if config is None else read_settings(config)
     values |= {name: value for name, value in options.items() if value not in {None, ()} and name != "config"}
-    if values.pop("stream", None) != STREAM:
+    is_chosen = values.pop("stream", None) == STREAM
+    _require_applicable(given, is_chosen=is_chosen)
+    if not is_chosen:
         return None
-    given = {RENAMED.get(name, name): value for name, value in values.items()}
-    method, units = given.get("algorithms"), given.get("units")
+    named = {RENAMED.get(name, name): value for name, value in values.items()}
+    method, units = named.get("algorithms"), named.get("units")
     if isinstance(method, str):
         if method not in ALGORITHMS:
             raise UnknownNameError("algorithm of slowly changing regression", method, ALGORITHMS)
-        given["algorithms"] = (method,)
+        named["algorithms"] = (method,)
     if isinstance(units, tuple):
         if len(units) > 1:
             raise InputError(
                 f"Slowly changing regression has networks of one width: expected one number, found {len(units)}. Is it "
                 "a sweep of another stream? Give one `width`."
             )
-        given["units"] = units[0]
-    return RegressionSettings.from_json(given)
+        named["units"] = units[0]
+    return RegressionSettings.from_json(named)
+
+
+def _require_applicable(given: Collection[str], *, is_chosen: bool) -> None:
+    """Refuse options of another stream.
+
+    Raises:
+        InputError: If there is one.
+    """
+    if not is_chosen:
+        if SAMPLES in given:
+            raise InputError(
+                f"`{SAMPLES}` applies to `stream` {STREAM} alone: expected epochs of a data set, found a number of "
+                f"samples. Was `stream` {STREAM} forgotten? Give it, or leave `{SAMPLES}` out."
+            )
+        return
+    settings = [field.name for field in dataclasses.fields(RegressionSettings)]
+    if others := [name for name in given if RENAMED.get(name, name) not in settings and name not in OF_COMMAND]:
+        raise InputError(
+            f"`{others[0]}` does not apply to `stream` {STREAM}: expected its settings, found one of the streams with "
+            f"tasks. Was it copied from another command? Leave it out. Settings of this stream: {', '.join(settings)}."
+        )
 
 
 def run_slow_regression(settings: RegressionSettings, out: str, *, as_json: bool, quiet: bool) -> int:

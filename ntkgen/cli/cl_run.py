@@ -63,7 +63,8 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     `ntkgen manual continual` describes the results.
     """
     as_json, quiet, dry_run, verbose = (options.pop(name) for name in ("as_json", "quiet", "dry_run", "verbose"))
-    if (slow := slow_regression_settings(options)) is not None:
+    given = [name for name in given_options() if name != "device" or device not in {"auto", "cpu"}]
+    if (slow := slow_regression_settings(options, given)) is not None:
         if dry_run:
             return show_slow_regression_plan(slow, as_json=as_json)
         start_process()

@@ -19,6 +19,8 @@ class Settings:
 
     other_names: ClassVar[tuple[str, ...]] = ()
     """Names that a file may use in place of those of the settings."""
+    subject: ClassVar[str] = "a run"
+    """What the settings are of, for errors."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, defaults included."""
@@ -36,7 +38,7 @@ class Settings:
             if name not in known:
                 close = difflib.get_close_matches(name, [*known, *cls.other_names], n=3)
                 hint = f" Did you mean {' or '.join(close)}?" if close else ""
-                raise InputError(f"There is no setting {name!r} of a run.{hint} Known: {', '.join(known)}.")
+                raise InputError(f"There is no setting {name!r} of {cls.subject}.{hint} Known: {', '.join(known)}.")
         kinds = typing.get_type_hints(cls)
         for name, value in values.items():
             if not _is_of_kind(value, kinds[name]):

@@ -1,6 +1,7 @@
 """The settings of a run of slowly changing regression."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ntkgen.continual.settings import (
     Settings,
@@ -50,6 +51,8 @@ class RegressionSettings(Settings):
         utility_decay: Decay η of the running averages of activation and utility.
         reset_unit_optimizer: Whether ``adam`` forgets what it has averaged for the weights of a unit that is replaced.
     """
+
+    subject: ClassVar[str] = "slowly changing regression"
 
     algorithms: tuple[str, ...] = ALGORITHMS
     seeds: tuple[int, ...] = tuple(range(10))

@@ -23,17 +23,18 @@ class Outcome:
 
     Attributes:
         algorithm: Its name.
-        first: Error in the first bin.
-        last: Error averaged over the last `LAST_BINS` bins.
-        increase: Paired by seed, the last error minus the smallest error of any bin: the loss of plasticity.
+        first: Error in the first bin; None if it is the only one.
+        last: Error averaged over the last `LAST_BINS` bins, without the first one.
+        increase: Paired by seed, the last error minus the smallest error of any bin: the loss of plasticity. None if
+            there is one bin.
         dead_units: Dead hidden units in the last bin.
         weight_magnitude: Mean magnitude of the parameters at the end.
     """
 
     algorithm: str
-    first: Spread
+    first: Spread | None
     last: Spread
-    increase: Spread
+    increase: Spread | None
     dead_units: Spread
     weight_magnitude: Spread
 
@@ -48,23 +49,24 @@ def outcomes(bins: "xarray.Dataset") -> list[Outcome]:
     for algorithm in bins.algorithm.values.tolist():
         own = bins.sel(algorithm=algorithm)
         error = np.asarray(own.error.transpose("bin", "seed").values)
-        last = error[-LAST_BINS:].mean(0)
+        last = error[-min(LAST_BINS, max(1, len(error) - 1)) :].mean(0)
         final = {name: _spread(np.asarray(own[name].isel(bin=-1).values, np.float64)) for name in FINAL}
-        found.append(Outcome(algorithm, _spread(error[0]), _spread(last), _spread(last - error.min(0)), **final))
+        first, increase = (_spread(error[0]), _spread(last - error.min(0))) if len(error) > 1 else (None, None)
+        found.append(Outcome(algorithm, first, _spread(last), increase, **final))
     return found
 
 
 def page(bins: "xarray.Dataset") -> list[str]:
     """Write the outcomes as a table, with means and standard deviations over seeds."""
     samples, seeds = int(bins.samples.values[-1]), bins.sizes["seed"]
-    lines = [
-        f"{samples:,} samples, {seeds} seed{'s' * (seeds > 1)}; mean ± standard deviation over seeds",
-        f"  {'':<20}{'first error':>18}{'last error':>18}{'dead units':>16}{'mean |weight|':>18}",
-    ]
+    is_one = bins.sizes["bin"] == 1
+    of_bin = " in one bin" * is_one
+    titles = {"last": "error"} if is_one else {"first": "first error", "last": "last error"}
+    titles |= {"dead_units": "dead units", "weight_magnitude": "mean |weight|"}
+    lines = [f"{samples:,} samples{of_bin}, {seeds} seed{'s' * (seeds > 1)}; mean ± standard deviation over seeds"]
+    lines.append(f"  {'':<20}" + "".join(f"{title:>18}" for title in titles.values()))
     for each in outcomes(bins):
-        columns = (each.first, each.last, each.dead_units, each.weight_magnitude)
-        widths = (18, 18, 16, 18)
-        cells = "".join(f"{spread!s:>{width}}" for spread, width in zip(columns, widths, strict=True))
+        cells = "".join(f"{getattr(each, name)!s:>18}" for name in titles)
         lines.append(f"  {each.algorithm:<20}{cells}")
     return lines
 
