@@ -1,5 +1,6 @@
 """Slowly changing regression from the command line, its table and its picture."""
 
+import csv
 import json
 
 import numpy as np
@@ -66,6 +67,15 @@ def test_a_run_continues_where_it_was(tmp_path, capsys):
         assert refused.err.count("\n") == 1
     assert command(["cl-analyze", place]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == shown.splitlines()[1:]
+    assert command(["cl-analyze", place, "--csv", str(tmp_path / "csv")]) == 0
+    (table,) = (tmp_path / "csv").iterdir()
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert table.name == f"{tmp_path.name}-r-bins.csv"
+    assert [(row["samples"], row["algorithm"], row["seed"]) for row in rows] == [
+        (samples, "base", seed) for samples in ("20000", "40000") for seed in ("3", "5")
+    ]
+    assert [float(row["error"]) for row in rows] == bins.error.values.ravel().tolist()
     assert command(["cl-plot", place, "--out", str(tmp_path / "plots")]) == 0
     assert [path.name for path in (tmp_path / "plots").iterdir()] == [f"{tmp_path.name}-r-slow-regression.png"]
 

@@ -1,5 +1,6 @@
 """What `cl-analyze` computes from stored parameters: plasticity and kernels at the boundaries of a run."""
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -14,6 +15,7 @@ from test_cumulative import SETTINGS, blobs, small
 
 import ntkgen
 from ntkgen.cli import run as command
+from ntkgen.cli.cl_collection import file_stem
 from ntkgen.continual import boundary_kernels
 from ntkgen.continual.boundary_kernels import BoundaryKernelSettings, record_boundary_kernels
 from ntkgen.continual.learner import learn
@@ -398,3 +400,40 @@ def test_options_without_effect_are_refused(of_digits, capsys, options, needed):
     assert not out
     assert f"{options[0]} has no effect: expected {needed} beside it" in error
     assert error.count("\n") == 1
+
+
+def rows_of(place, folder, name):
+    with (folder / f"{file_stem(place)}-{name}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_tables_have_what_is_measured_at_boundaries(of_digits, tmp_path):
+    assert command(["cl-analyze", str(of_digits / "seed0"), *LOOKS, "--csv", str(tmp_path)]) == 0
+    run = open_run(of_digits / "seed0")
+    units = rows_of(of_digits / "seed0", tmp_path, "plasticity")
+    assert [row["boundary"] for row in units] == ["0", "1", "2"]
+    assert [row["num_classes"] for row in units] == ["0", "5", "10"]
+    assert [float(row["next_task_stable_rank"]) for row in units[:2]] == run.plasticity.next_task_stable_rank.values[
+        :2
+    ].tolist()
+    assert units[0]["previous_tasks_rank_99"] == ""  # there are none
+    assert [row["class_label"] for row in rows_of(of_digits / "seed0", tmp_path, "plasticity-of-classes")] == [
+        str(k) for k in range(10)
+    ]
+    kernels = rows_of(of_digits / "seed0", tmp_path, "previous-tasks-kernels")
+    assert [row["boundary"] for row in kernels] == ["1", "2"]
+    expected = run.boundary_kernel_metrics(PREVIOUS)
+    assert [float(row["effective_rank"]) for row in kernels] == expected.effective_rank.values.tolist()
+    assert len(rows_of(of_digits / "seed0", tmp_path, "loss-weighted-kernels")) == run.kernels.sizes["time"]
+    assert len(rows_of(of_digits / "seed0", tmp_path, "loss-weighted-next-task-kernels")) == 2
+
+
+def test_tables_of_several_seeds_have_a_row_for_each(of_digits, tmp_path):
+    assert command(["cl-analyze", str(of_digits), *LOOKS, "--csv", str(tmp_path)]) == 0
+    for name in ("plasticity", "next-task-kernels", "loss-weighted-kernels", "loss-weighted-previous-tasks-kernels"):
+        seeds = [row["seed"] for row in rows_of(of_digits, tmp_path, name)]
+        assert sorted(set(seeds)) == ["0", "1"]
+        assert seeds.count("0") == seeds.count("1")
+    rows = [row for row in rows_of(of_digits, tmp_path, "plasticity") if row["seed"] == "1"]
+    magnitudes = open_run(of_digits / "seed1").plasticity.weight_magnitude.values
+    assert [float(row["weight_magnitude"]) for row in rows] == magnitudes.tolist()

@@ -15,10 +15,11 @@ from ntkgen.cli.options import Command, FiniteRange, given_options, json_option
 from ntkgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import xarray
 
     from ntkgen.continual.reading import RunCollection, RunReader
-    from ntkgen.files.folder import Folder
 
 # Columns of the printed table of kernels, with their titles.
 COLUMNS = {
@@ -69,6 +70,7 @@ def cl_analyze(
     """
     from ntkgen.continual.reading import RunReader, open_run
     from ntkgen.continual.slow_regression.record import read_bins
+    from ntkgen.continual.tables import as_csv, csv_tables, of_several
     from ntkgen.files.folder import LocalFolder
 
     folder = None if tables is None else LocalFolder(Path(tables))
@@ -86,7 +88,10 @@ def cl_analyze(
             asked.check(run.settings)
     for place, run in opened:
         if run is None:
-            show_outcomes(place, read_bins(place), as_json=as_json)
+            bins = read_bins(place)
+            show_outcomes(place, bins, as_json=as_json)
+            if folder is not None:
+                folder.write(f"{file_stem(place)}-bins.csv", as_csv(bins))
             continue
         measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
         if isinstance(run, RunReader):
@@ -97,22 +102,21 @@ def cl_analyze(
             result |= {name: _kernels(found) for name, found in looks.items()}
             show(json.dumps(result) if as_json else "\n".join([_page(result), *boundary_page([looks])]))
         else:
-            _show_collection(place, run, measured, asked, as_json=as_json)
-        if folder is not None:
-            _write_tables(folder, place, run, measured)
-
-
-def _write_tables(folder: "Folder", place: str, run: "RunReader | RunCollection", measured: "xarray.Dataset") -> None:
-    from ntkgen.continual.tables import csv_tables
-
-    for name, table in csv_tables(run, measured).items():
-        folder.write(f"{file_stem(place)}-{name}.csv", table)
+            of_runs = asked.measure(run.complete, place)
+            _show_collection(place, run, measured, of_runs, as_json=as_json)
+            looks = of_several(of_runs)
+        for name, table in csv_tables(run, measured, looks).items() if folder is not None else ():
+            folder.write(f"{file_stem(place)}-{name}.csv", table)
 
 
 def _show_collection(
-    place: str, runs: "RunCollection", measured: "xarray.Dataset", asked: Asked, *, as_json: bool
+    place: str,
+    runs: "RunCollection",
+    measured: "xarray.Dataset",
+    looks: "Mapping[Any, Mapping[str, xarray.Dataset]]",
+    *,
+    as_json: bool,
 ) -> None:
-    looks = asked.measure(runs.complete, place)
     if as_json:
         each = [
             {
