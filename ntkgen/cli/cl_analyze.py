@@ -15,7 +15,7 @@ from ntkgen.cli.options import Command, FiniteRange, given_options, json_option
 from ntkgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     import xarray
 
@@ -68,9 +68,8 @@ def cl_analyze(
     Only --units and --boundary-kernels load torch: they compute from the stored parameters, and keep the results in the
     folder of the run.
     """
-    from ntkgen.continual.reading import RunReader, open_run
     from ntkgen.continual.slow_regression.record import read_bins
-    from ntkgen.continual.tables import as_csv, csv_tables, of_several
+    from ntkgen.continual.tables import as_csv, csv_tables
     from ntkgen.files.folder import LocalFolder
 
     folder = None if tables is None else LocalFolder(Path(tables))
@@ -79,34 +78,53 @@ def cl_analyze(
     given = given_options()
     require_effect(given)
     asked = Asked(rank_tolerance=rank_tolerance, **options)
-    # wrong input is reported before anything is computed
+    for place, run in _opened(runs, asked, given):
+        if run is None:
+            bins = read_bins(place)
+            show_outcomes(place, bins, as_json=as_json)
+            found = {"bins": as_csv(bins)} if folder is not None else {}
+        else:
+            measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
+            looks = _show(place, run, measured, asked, as_json=as_json)
+            found = csv_tables(run, measured, looks) if folder is not None else {}
+        for name, table in found.items():
+            assert folder is not None
+            folder.write(f"{file_stem(place)}-{name}.csv", table)
+
+
+def _opened(
+    runs: tuple[str, ...], asked: Asked, given: "Collection[str]"
+) -> "list[tuple[str, RunReader | RunCollection | None]]":
+    """Open all runs; None for slowly changing regression. Wrong input is reported before anything is computed."""
+    from ntkgen.continual.reading import open_run
+
     opened = [(run, None if is_slow_regression(run) else open_run(run)) for run in runs]
     for place, run in opened:
         if run is None:
             require_for_regression(place, given)
         else:
             asked.check(run.settings)
-    for place, run in opened:
-        if run is None:
-            bins = read_bins(place)
-            show_outcomes(place, bins, as_json=as_json)
-            if folder is not None:
-                folder.write(f"{file_stem(place)}-bins.csv", as_csv(bins))
-            continue
-        measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
-        if isinstance(run, RunReader):
-            looks = asked.measure({place: run}, place)[place]
-            result = _analysed(place, run, measured)
-            if run.has_validation_probe:
-                result["validation_kernels"] = _kernels(run.kernel_metrics(dt, "validation", rank_tolerance))
-            result |= {name: _kernels(found) for name, found in looks.items()}
-            show(json.dumps(result) if as_json else "\n".join([_page(result), *boundary_page([looks])]))
-        else:
-            of_runs = asked.measure(run.complete, place)
-            _show_collection(place, run, measured, of_runs, as_json=as_json)
-            looks = of_several(of_runs)
-        for name, table in csv_tables(run, measured, looks).items() if folder is not None else ():
-            folder.write(f"{file_stem(place)}-{name}.csv", table)
+    return opened
+
+
+def _show(
+    place: str, run: "RunReader | RunCollection", measured: "xarray.Dataset", asked: Asked, *, as_json: bool
+) -> "Mapping[str, xarray.Dataset]":
+    """Print the metrics of a run, or of several. Return what is measured at the boundaries."""
+    from ntkgen.continual.reading import RunCollection
+    from ntkgen.continual.tables import of_several
+
+    if isinstance(run, RunCollection):
+        of_runs = asked.measure(run.complete, place)
+        _show_collection(place, run, measured, of_runs, as_json=as_json)
+        return of_several(of_runs)
+    looks = asked.measure({place: run}, place)[place]
+    result = _analysed(place, run, measured)
+    if run.has_validation_probe:
+        result["validation_kernels"] = _kernels(run.kernel_metrics(measured.dt, "validation", asked.rank_tolerance))
+    result |= {name: _kernels(found) for name, found in looks.items()}
+    show(json.dumps(result) if as_json else "\n".join([_page(result), *boundary_page([looks])]))
+    return looks
 
 
 def _show_collection(

@@ -56,7 +56,7 @@ def of_several(measured: Mapping[Key, Mapping[str, xarray.Dataset]]) -> dict[str
 
 def as_csv(data: xarray.Dataset) -> bytes:
     """Write a data set as one table with a row for each entry of its arrays, and its coordinates as columns."""
-    return data.to_dataframe().to_csv().encode()
+    return str(data.to_dataframe().to_csv()).encode()
 
 
 def _dims(values: xarray.DataArray) -> tuple[str, ...]:
