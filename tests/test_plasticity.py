@@ -152,6 +152,23 @@ def test_statistics_of_the_batch_change_what_is_found(run):
 
 
 @pytest.mark.numeric
+def test_the_accuracy_of_classes_may_have_the_statistics_of_batches_too(run):
+    """As in the published analysis, which does not leave the training mode."""
+    settings = PlasticitySettings(num_samples=1000, batch_norm="batch")
+    found = measure_plasticity(run, blobs(), settings).class_accuracy
+    net, stream, data = network_after(run, 2).eval(), stream_of((3, 0), (5, 1), (4, 2)), blobs()
+    net[2].train()  # batch norm
+    ids = np.concatenate([run.evaluations[f"validation_{task}"].values for task in range(3)])
+    with torch.no_grad():  # all samples are one batch, and their order does not matter
+        predictions = net(data.train.inputs(torch.from_numpy(ids))).argmax(1).numpy()
+    targets = stream.targets(data.labels[ids])
+    assert found.tolist() == [float((predictions[targets == each] == each).mean()) for each in range(6)]
+    few = measure_plasticity(run, blobs(), dataclasses.replace(settings, num_samples=4)).class_accuracy
+    assert few.tolist() != found.tolist()
+    assert measure_plasticity(run, blobs(), FEW).class_accuracy.tolist() == class_accuracy(run.confusion[-1]).tolist()
+
+
+@pytest.mark.numeric
 def test_the_magnitude_is_that_of_parameters_and_not_of_buffers(run):
     found = measure_plasticity(run, blobs(), FEW).weight_magnitude
     net = network_after(run, 2)

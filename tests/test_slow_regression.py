@@ -289,7 +289,7 @@ def trained_by_the_surgery(settings, seed, num_samples, monkeypatch):
 
 
 def test_continual_backpropagation_is_that_of_the_surgery_of_runs(monkeypatch):
-    # a rate that float32 and float64 add up without rounding
+    # the multiples of this rate add up without rounding
     settings = settings_of(algorithms=("continual-backprop",), activation="tanh", replacement_rate=2**-6, maturity=5)
     stack, errors = learnt(settings, 100)
     for row, seed in enumerate(settings.seeds):
@@ -316,9 +316,9 @@ def test_continual_backpropagation_is_that_of_plain_loops(rate):
         assert stack.replacement.age[:, index].tolist() == [unit["age"] for unit in units]
         # float32 against float64 over 600 steps. Measured: 2e-7 to 8e-7.
         found = stack.network.incoming[:, :, row].T
-        np.testing.assert_allclose(found, [unit["in"] for unit in units], atol=2e-5)
+        np.testing.assert_allclose(found, [unit["in"] for unit in units], atol=1e-4)
         outgoing = [unit["out"] for unit in units] + [bias]
-        np.testing.assert_allclose(stack.network.outgoing[:, row], outgoing, atol=2e-5)
+        np.testing.assert_allclose(stack.network.outgoing[:, row], outgoing, atol=1e-4)
 
 
 def replacement_of(network, **changes):

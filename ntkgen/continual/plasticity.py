@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ntkgen.continual.boundaries import network_at, plan_of
-from ntkgen.continual.metrics.confusion import class_accuracy
+from ntkgen.continual.chance import generator_of
+from ntkgen.continual.metrics.confusion import class_accuracy, count_confusions
 from ntkgen.continual.metrics.plasticity import THRESHOLD, active_fraction, dormant_units, weight_magnitude
 from ntkgen.continual.metrics.ranks import Ranks
-from ntkgen.continual.plan import Data
+from ntkgen.continual.plan import Data, Plan
 from ntkgen.continual.reading import RunReader
+from ntkgen.continual.streams.tasks import IntArray
 from ntkgen.continual.streams.views import NEXT, PREVIOUS, VIEWS, samples_of
 from ntkgen.continual.units import hidden_layers, recorded
 from ntkgen.errors import DivergedError, InputError, ModelError, UnknownNameError
@@ -39,7 +41,8 @@ class PlasticitySettings:
         threshold: A unit is dormant if it is not zero on a smaller fraction of samples and positions.
         num_samples: Maximum number of samples of a view.
         batch_norm: ``running``: batch norm uses its running statistics, as in every evaluation; ``batch``: it uses
-            those of the samples of the view, as in the published analysis, which does not leave the training mode.
+            those of the samples of the view, as in the published analysis, which does not leave the training mode. The
+            accuracy on classes then has the statistics of batches of as many held-out samples.
         rank_tolerance: Tolerance τ of the numerical rank; None for what the type of the activations resolves.
     """
 
@@ -78,8 +81,8 @@ class Plasticity:
         next_task: For each of `MEASURES` an array (boundaries,).
         previous_tasks: The same.
         weight_magnitude: Mean magnitude of all parameters, (boundaries,).
-        class_accuracy: Accuracy at the end on each class in the order of arrival, (classes,); None if the run has not
-            recorded it.
+        class_accuracy: Accuracy at the end on each class in the order of arrival, (classes,): the recorded one, or None
+            without one; with the statistics of batches it is measured, by the outputs of the network.
         num_features: Units of the last hidden layer, the largest possible rank.
     """
 
@@ -132,10 +135,33 @@ def measure_plasticity(
         view: {name: np.array([row.get(name, np.nan) for row in each], np.float64) for name in MEASURES}
         for view, each in rows.items()
     }
-    confusion = run.confusion
-    accuracy = None if confusion is None else class_accuracy(confusion[-1])
+    confusion = None if run.confusion is None else run.confusion[-1]
+    if settings.batch_norm == "batch" and run.num_finished:
+        confusion = _confusion_of_batches(model, plan, run.num_finished, settings.num_samples)
+    accuracy = None if confusion is None else class_accuracy(confusion)
     num_features = int(rows[NEXT][0]["num_features"])
     return Plasticity(columns[NEXT], columns[PREVIOUS], np.array(magnitudes), accuracy, num_features)
+
+
+def _confusion_of_batches(model: nn.Module, plan: Plan, num_finished: int, batch_size: int) -> IntArray:
+    """Count what the network makes of the held-out samples with the statistics of batches of all their classes."""
+    data, used = plan.data.held_out, plan.num_used(num_finished - 1)
+    device = next(model.parameters()).device
+    ids = generator_of(plan.settings.seed, "batches").permutation(np.concatenate(plan.held_out[:num_finished]))
+    confusion = np.zeros((plan.stream.num_targets,) * 2, np.int64)
+    with evaluation_mode(model), torch.no_grad():
+        _choose_statistics(model, "batch")
+        for part in np.array_split(ids, -(-len(ids) // batch_size)):  # of nearly the same size: one sample has none
+            outputs = model(data.inputs(torch.from_numpy(part)).to(device))[:, :used]
+            targets = plan.stream.targets(data.labels.cpu().numpy()[part])
+            confusion += count_confusions(targets, outputs.argmax(1).cpu().numpy(), len(confusion))
+    return confusion
+
+
+def _choose_statistics(model: nn.Module, batch_norm: str) -> None:
+    """Let batch norm use the statistics of each batch, or its running ones."""
+    for module in model.modules():
+        module.training = batch_norm == "batch" and isinstance(module, _BatchNorm)
 
 
 def _measured(model: nn.Module, x: Tensor, settings: PlasticitySettings) -> dict[str, float]:
@@ -175,8 +201,7 @@ def _activations(
         )
     counts, features = [], []
     with evaluation_mode(model), torch.no_grad():
-        for module in model.modules():
-            module.training = batch_norm == "batch" and isinstance(module, _BatchNorm)
+        _choose_statistics(model, batch_norm)
         for part in x.split(len(x) if batch_norm == "batch" else BATCH):
             with recorded(model, layers) as activations:
                 model(part)
