@@ -196,3 +196,35 @@ ORACLES = {
     "SI": Si,
     "RWalk": Rwalk,
 }
+
+
+def feature_step(names, weights, grads, curvature, t, state, options):
+    """Take a step of feature UPGD. ``state`` has the traces of the gates, and the source of noise."""
+    traces, generator = state
+    beta, lr, decay = options["beta_utility"], options["lr"], options["weight_decay"]
+    gates = [index for index, name in enumerate(names) if name.endswith("gate")]
+    corrected = {}
+    for index in gates:
+        utility = -grads[index] * weights[index]
+        if options["order"] == "second":
+            utility = utility + 0.5 * curvature[index] * weights[index] ** 2
+        traces[index] = beta * traces.get(index, 0 * utility) + (1 - beta) * utility
+        corrected[index] = traces[index] / (1 - beta**t)
+    eta = max((traces if options["largest"] == "raw" else corrected)[index].max() for index in gates)
+    noise = draw(generator, [w.shape for w in weights])
+    new = list(weights)
+    for index, (w, g) in enumerate(zip(weights, grads, strict=True)):
+        if index in gates:
+            continue
+        gate = next((other for other in gates if other in {index + 1, index + 2}), None)
+        direction = g
+        if gate is not None:
+            u = corrected[gate]
+            scaled = u / eta if options["normalisation"] == "global" and eta > 0 else 0 * u
+            if options["normalisation"] == "local":
+                scaled = u / max(np.linalg.norm(u), 1e-12)
+            free = (1 - sigmoid(scaled)).reshape(-1, *[1] * (w.ndim - 1))
+            xi = options["sigma"] * noise[index]
+            direction = (g + xi) * free if options["protecting"] else g + xi * free
+        new[index] = (1 - lr * decay) * w - lr * direction
+    return new

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ntkgen.continual.optim.feature_upgd import FeatureUPGD as FeatureUPGD
     from ntkgen.continual.optim.feature_upgd import Gate as Gate
     from ntkgen.continual.optim.feature_upgd import gated as gated
+    from ntkgen.continual.optim.hesscale import hessian_diagonal as hessian_diagonal
     from ntkgen.continual.optim.names import NAMES as NAMES
     from ntkgen.continual.optim.names import OPTIONS as OPTIONS
     from ntkgen.continual.optim.names import checked_options as checked_options
@@ -35,6 +36,7 @@ _EXPORTS = {
     "consolidation": ("MAS", "OnlineEWC", "RWalk", "SI"),
     "descent": ("PGD", "SGD", "Adam", "ShrinkAndPerturb"),
     "feature_upgd": ("FeatureUPGD", "Gate", "gated"),
+    "hesscale": ("hessian_diagonal",),
     "names": ("NAMES", "OPTIONS", "checked_options"),
     "registry": ("LEARNERS", "Learner", "make_optimizer"),
     "stacked": ("StackedOptimizer",),
@@ -61,6 +63,7 @@ __all__ = [
     "StackedOptimizer",
     "checked_options",
     "gated",
+    "hessian_diagonal",
     "make_optimizer",
 ]
 

@@ -129,6 +129,10 @@ class Segment:
             tuple(matrix[:, own] for matrix in self.scratch),
         )
 
+    def parts(self, matrix: Tensor) -> tuple[Tensor, ...]:  # (rows, numbers) → (rows, numbers of a parameter) each
+        """View a matrix as one matrix per parameter."""
+        return matrix.split([slot.shape.numel() for slot in self.slots], 1)
+
     def tensors(self, matrix: Tensor) -> Iterator[Tensor]:  # (rows, numbers) → (rows, *shape of a parameter) each
         """View a matrix as one tensor per parameter."""
         return (self.tensor(matrix, slot) for slot in self.slots)

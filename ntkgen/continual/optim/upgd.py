@@ -121,13 +121,16 @@ def scale_noise(segment: Segment, by: str) -> None:
     """Multiply the noise of each parameter by ‖w‖ (``weight``), ‖g‖ (``grad``) or ‖g‖ / ‖w‖ (``ratio``)."""
     if segment.noise is None or by == "none":
         return
-    parts = zip(*(map(flat, segment.tensors(matrix)) for matrix in (segment.w, segment.g, segment.noise)), strict=True)
-    for w, g, noise in parts:
-        if by in {"grad", "ratio"}:
-            noise.mul_(torch.linalg.vector_norm(g, dim=1, keepdim=True).add_(NORM_EPSILON))
-        if by in {"weight", "ratio"}:
-            norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(NORM_EPSILON)
-            noise.mul_(norm) if by == "weight" else noise.div_(norm)
+    factor = norms(segment, segment.w if by == "weight" else segment.g)
+    if by == "ratio":
+        factor.div_(norms(segment, segment.w))
+    torch._foreach_mul_(segment.parts(segment.noise), factor.split(1, 1))
+
+
+def norms(segment: Segment, matrix: Tensor) -> Tensor:  # (rows, numbers) → (rows, parameters)
+    """Compute the L2 norm of each parameter, plus 1e-8."""
+    found = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in segment.parts(matrix)]
+    return torch.cat(found, 1).add_(NORM_EPSILON)
 
 
 def gated_direction(segment: Segment, gate: Tensor, *, protecting: bool, gate_noise: bool) -> Tensor:
@@ -142,8 +145,3 @@ def gated_direction(segment: Segment, gate: Tensor, *, protecting: bool, gate_no
         if gate_noise and protecting:
             g.mul_(gate)
     return g
-
-
-def flat(tensor: Tensor) -> Tensor:  # (rows, *shape) → (rows, numbers)
-    """View the numbers of each row as a vector."""
-    return tensor.view(len(tensor), -1)
