@@ -17,7 +17,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from models import cnn, densenet, lenet, logistic, mlp, mobilenet, mobilenetv2, ntk_rnn, resnet, vgg, wide_resnet
+from models import (
+    cnn,
+    densenet,
+    lenet,
+    logistic,
+    mlp,
+    mobilenet,
+    mobilenetv2,
+    ntk_rnn,
+    resnet,
+    stream,
+    vgg,
+    wide_resnet,
+)
 
 __all__ = ["MODELS", "Entry"]
 
@@ -71,6 +84,8 @@ MODELS: dict[str, Entry] = {
     "ntk-rnn": Entry(ntk_rnn.ntk_rnn, ntk_rnn.PAPER),
     "cnn": Entry(cnn.cnn, cnn.PAPER),
     "logistic": Entry(logistic.logistic, logistic.PAPER),
+    "lenet-stream": Entry(stream.lenet_stream, stream.PAPER),
+    "mlp-stream": Entry(stream.mlp_stream, stream.PAPER),
     "densenet121": Entry(densenet.densenet121, densenet.PAPER),
 }
 """All networks by name."""

@@ -7,6 +7,7 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import math
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ ZOO_NAME = "models"
 ZOO = Path(__file__).resolve().parents[2] / ZOO_NAME
 
 
-def build(name: str, num_classes: int, *, seed: int, width: int | None = None, **others: str) -> nn.Module:
+def build(name: str, num_classes: int, *, seed: int, width: int | None = None, **others: str | int) -> nn.Module:
     """Build a network by name, with random parameters from a seed.
 
     Args:
@@ -76,6 +77,17 @@ def build(name: str, num_classes: int, *, seed: int, width: int | None = None, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _call(name, factory, num_classes, options)
+
+
+def image_options(name: str, shape: tuple[int, ...]) -> dict[str, int]:
+    """Give the options by which a network of the zoo fits images of another shape; none if it has no such options.
+
+    >>> [image_options(name, (1, 28, 28)) for name in ("lenet-stream", "mlp-stream", "vgg11")]
+    [{'channels': 1, 'size': 28}, {'inputs': 784}, {}]
+    """
+    entry = None if ":" in name else _zoo().get(name)
+    values = {"channels": shape[0], "size": shape[-1], "inputs": math.prod(shape)}
+    return {} if entry is None else {option: values[option] for option in entry.options if option in values}
 
 
 def file_name(model: str) -> str:

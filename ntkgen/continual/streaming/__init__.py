@@ -1,0 +1,1 @@
+"""Learning from a stream, one sample at a time: many networks as one computation."""

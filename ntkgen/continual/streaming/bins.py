@@ -1,0 +1,56 @@
+"""Bins of a stream: the samples over which measures are averaged."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TASKS, PUBLISHED = "tasks", "published"
+KINDS = (TASKS, PUBLISHED)
+
+
+def bin_ends(num_samples: int, period: int, kind: str = TASKS) -> list[int]:
+    """List the position in the stream after the last sample of each bin. Every sample is in one bin.
+
+    Args:
+        num_samples: Number of samples of the stream.
+        period: Number of samples of a task.
+        kind: ``tasks``: a bin is a task; ``published``: as in published code, the first bin is the first sample, each
+            later one ends one sample after a task begins, and what is left at the end is in no bin.
+
+    >>> bin_ends(10, 4), bin_ends(8, 4), bin_ends(10, 4, "published"), bin_ends(9, 4, "published")
+    ([4, 8, 10], [4, 8], [1, 5, 9], [1, 5, 9])
+    """
+    if kind == PUBLISHED:
+        return list(range(1, num_samples + 1, period))
+    return [*range(period, num_samples, period), num_samples]
+
+
+class Sums:
+    """Sums of measures since the last bin has ended, added up one step after the other.
+
+    The order of additions does not depend on when blocks end, so a resumed run has the same bytes.
+
+    Attributes:
+        sums: Sum of each measure, (members,).
+        counts: Number of steps in which each measure was taken.
+    """
+
+    def __init__(self, names: list[str], num_members: int) -> None:
+        self.sums = {name: np.zeros(num_members) for name in names}
+        self.counts = dict.fromkeys(names, 0)
+
+    def add(self, name: str, values: npt.NDArray[Any]) -> None:  # (steps, members)
+        """Add the values of some steps."""
+        for row in np.asarray(values, np.float64):
+            self.sums[name] += row
+        self.counts[name] += len(values)
+
+    def means(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Compute the mean of each measure, and begin anew. A measure that was not taken has NaN."""
+        found = {}
+        for name, total in self.sums.items():
+            count = self.counts[name]
+            found[name] = total / count if count else np.full_like(total, np.nan)
+            self.sums[name], self.counts[name] = np.zeros_like(total), 0
+        return found
