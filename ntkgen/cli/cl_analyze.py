@@ -10,6 +10,7 @@ import click
 from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page, require_effect
 from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
 from ntkgen.cli.cl_regression import is_slow_regression, require_for_regression, show_outcomes
+from ntkgen.cli.cl_streaming import show_all_scores, some_are_streaming
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, given_options, json_option
 from ntkgen.errors import InputError, StoreError
@@ -77,6 +78,10 @@ def cl_analyze(
         folder.require_writable()
     given = given_options()
     require_effect(given)
+    if some_are_streaming(runs):
+        require_for_regression(runs[0], given)
+        show_all_scores(runs, folder, as_json=as_json)
+        return
     asked = Asked(rank_tolerance=rank_tolerance, **options)
     for place, run in _opened(runs, asked, given):
         if run is None:

@@ -9,8 +9,9 @@ import click
 from ntkgen.cli.cl_algorithms import pictures_of_algorithms, stem_of
 from ntkgen.cli.cl_collection import file_stem
 from ntkgen.cli.cl_regression import is_slow_regression
+from ntkgen.cli.cl_streaming import pictures_of_streams, some_are_streaming
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, ManyOption, format_option, json_option, out_option
+from ntkgen.cli.options import Command, ManyOption, WholeNumber, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
 
 if TYPE_CHECKING:
@@ -39,24 +40,30 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Algorithm that relative accuracies are relative to, paired by seed [retrained_network].",
 )
+@click.option("--last", type=WholeNumber(min=1), help="Also draw the last so many tasks of permuted streams.")
 @format_option
 @out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @json_option("run")
-def cl_plot(runs: tuple[str, ...], *, formats: tuple[str, ...], out: str, as_json: bool, **compared: Any) -> None:
+def cl_plot(
+    runs: tuple[str, ...], *, last: int | None, formats: tuple[str, ...], out: str, as_json: bool, **compared: Any
+) -> None:
     """Draw the accuracy and the kernels of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0. The pictures show the accuracy, the loss and the kernels
     over time, the accuracy matrix, and the interference of each pair of tasks. If RUN is the folder of several seeds
     and widths, such as runs/cl, fewer pictures show means over seeds with bands: the accuracy on each task for each
     width, and with all widths in one picture the average accuracy, and the norm, distance and velocity of the kernel.
+    Runs that learn permuted streams are drawn together, so that learners can be compared.
     With --algorithms they compare algorithms over the tasks: accuracy, dormant units, ranks, weights and kernels.
     """
     from ntkgen.files.folder import LocalFolder
 
     folder = LocalFolder(Path(out))
     folder.require_writable()
-    drawn: Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]] = _of_runs(runs)
-    if any(compared.values()):
+    drawn: Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]] = _of_runs(runs)  # none is drawn yet
+    if some_are_streaming(runs):
+        drawn = iter([(", ".join(runs), stem_of(runs[0]), (pictures_of_streams(runs, last), {}))])
+    elif any(compared.values()):
         drawn = ((place, stem_of(place), pictures_of_algorithms(place, **compared)) for place in runs)
     for place, stem, (pictures, left_out) in drawn:
         files: list[dict[str, Any]] = write_pictures(folder, stem, pictures, formats)

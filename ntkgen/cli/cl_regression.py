@@ -69,8 +69,8 @@ def _require_applicable(given: Collection[str], *, is_chosen: bool) -> None:
     if not is_chosen:
         if SAMPLES in given:
             raise InputError(
-                f"`{SAMPLES}` applies to `stream` {STREAM} alone: expected epochs of a data set, found a number of "
-                f"samples. Was `stream` {STREAM} forgotten? Give it, or leave `{SAMPLES}` out."
+                f"`{SAMPLES}` applies to streams of single samples alone, such as {STREAM}: expected epochs of a data "
+                f"set, found a number of samples. Was `stream` forgotten? Give it, or leave `{SAMPLES}` out."
             )
         return
     settings = [field.name for field in dataclasses.fields(RegressionSettings)]

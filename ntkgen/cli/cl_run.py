@@ -5,9 +5,16 @@ from typing import Any
 
 import click
 
+from ntkgen.cli.cl_learners import with_learner_options
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
 from ntkgen.cli.cl_regression import run_slow_regression, show_slow_regression_plan, slow_regression_settings
 from ntkgen.cli.cl_settings import with_settings
+from ntkgen.cli.cl_streaming import (
+    require_no_stream_options,
+    run_streaming,
+    show_streaming_plan,
+    streaming_settings,
+)
 from ntkgen.cli.messages import note
 from ntkgen.cli.options import (
     SEED,
@@ -31,9 +38,13 @@ RESULTS = Path("runs")
 
 @click.command("cl-run", cls=Command)
 @with_settings
+@with_learner_options
 @preset_options
 @click.option(
-    "--samples", "num_samples", type=WholeNumber(min=1), help="Samples of --stream slow-regression [1,000,000]."
+    "--samples",
+    "num_samples",
+    type=WholeNumber(min=1),
+    help="Samples of a stream of single samples [1,000,000].",
 )
 @click.option("--seeds", cls=ManyOption, type=SEED, metavar="SEED...", help="Seeds: one run per seed [0].")
 @click.option(
@@ -64,11 +75,18 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     """
     as_json, quiet, dry_run, verbose = (options.pop(name) for name in ("as_json", "quiet", "dry_run", "verbose"))
     given = [name for name in given_options() if name != "device" or device not in {"auto", "cpu"}]
+    if (streaming := streaming_settings(options)) is not None:
+        if dry_run:
+            return show_streaming_plan(streaming, as_json=as_json)
+        start_process()
+        return run_streaming(streaming, data_dir, out, device, as_json=as_json, quiet=quiet)
     if (slow := slow_regression_settings(options, given)) is not None:
         if dry_run:
             return show_slow_regression_plan(slow, as_json=as_json)
         start_process()
         return run_slow_regression(slow, out, as_json=as_json, quiet=quiet)
+    require_no_stream_options(given)
+    options.pop("grid")
     preset, compat, config, index = (options.pop(name) for name in ("preset", "compat", "config", "experiment_index"))
     chosen = chosen_runs(preset, compat, config, options, index)
     if verbose:

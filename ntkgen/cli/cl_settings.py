@@ -7,6 +7,8 @@ import click
 from ntkgen.cli.options import POSITIVE, FiniteRange, Function, ManyOption, WholeNumber
 from ntkgen.continual.configuration import CHOICES, METHOD_NAMES, RunSettings
 from ntkgen.continual.presets import ALGORITHMS
+from ntkgen.continual.streaming.aliases import STREAM_ALIASES
+from ntkgen.continual.streams.permuted import STREAMS as PERMUTED
 from ntkgen.continual.surgery.options import SURGERY_CHOICES, SURGERY_NAMES
 
 _DEFAULTS = RunSettings()
@@ -26,6 +28,14 @@ class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click
             self.fail(f"{value!r} is not a list of integers. Write for example 49,63.", param, ctx)
 
 
+class StreamName(click.Choice[str]):
+    """A stream by its name, or by one of the names of published programs, which the help does not list."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name."""
+        return str(value) if value in STREAM_ALIASES else super().convert(value, param, ctx)
+
+
 def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
     """Make an option of a setting. Its default is shown. It stands in `RunSettings`, and the names of a choice too."""
     default = getattr(_DEFAULTS, name)
@@ -42,9 +52,10 @@ _SETTINGS = [
     _setting(
         "--stream",
         "stream",
-        "disjoint: a task trains on its own classes; cumulative: on all classes so far; slow-regression: slowly "
-        "changing regression, whose other settings are read from --config",
-        type=click.Choice([*CHOICES["stream"], "slow-regression"]),
+        "disjoint: a task trains on its own classes; cumulative: on all classes so far; label-permuted and "
+        "input-permuted: single samples whose labels or pixels are permuted anew for every task; slow-regression: "
+        "slowly changing regression, whose other settings are read from --config",
+        type=StreamName([*CHOICES["stream"], *PERMUTED, "slow-regression"]),
     ),
     _setting("--split", "split", "Classes of the first task / of each later one", metavar="FIRST/LATER"),
     _setting(

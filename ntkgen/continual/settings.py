@@ -135,7 +135,9 @@ def _named(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return " or ".join(_named(each) for each in typing.get_args(kind) if each is not type(None))
     if typing.get_origin(kind) is tuple:
-        return {int: "a list of whole numbers", str: "a list of words"}[typing.get_args(kind)[0]]
+        return {int: "a list of whole numbers", float: "a list of numbers", str: "a list of words"}[
+            typing.get_args(kind)[0]
+        ]
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}[kind]
 
 

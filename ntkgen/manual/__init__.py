@@ -17,6 +17,7 @@ NAMES = (
     "questions",
     "continual",
     "plasticity",
+    "streams",
     "accuracy",
     "speed",
     "extending",

@@ -1,0 +1,242 @@
+"""`ntkgen cl-run --stream label-permuted` or `input-permuted`: learners of single samples, many networks at once."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ntkgen.cli.cl_regression import SAMPLES
+from ntkgen.cli.messages import show
+from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.optim.names import OPTIONS
+from ntkgen.continual.settings_file import read_settings
+from ntkgen.continual.streaming.aliases import STREAM_ALIASES, without_aliases
+from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, OPTION_NAMES, StreamingSettings
+from ntkgen.continual.streams.permuted import STREAMS
+from ntkgen.errors import InputError, UnknownNameError
+from ntkgen.files.place import folder_of
+
+if TYPE_CHECKING:
+    import xarray
+
+    from ntkgen.analysis.plots.style import Picture
+    from ntkgen.continual.streaming.run import StreamData
+    from ntkgen.files.folder import Folder
+
+ERRORS = "mean ± standard error over seeds"
+
+
+def streaming_settings(options: Mapping[str, Any]) -> StreamingSettings | None:
+    """Combine a file of settings and options, if one of them asks for a permuted stream; else None.
+
+    Raises:
+        InputError: If an option belongs to other streams, or has a wrong value.
+        UnknownNameError: If there is no such learner, data set or option.
+    """
+    config = options["config"]
+    values = {} if config is None else read_settings(config)
+    empty: tuple[Any, ...] = (None, ())
+    values |= {name: value for name, value in options.items() if value not in empty and name != "config"}
+    if values.get("stream") not in {*STREAMS, *STREAM_ALIASES}:
+        return None
+    values = without_aliases(values)
+    _require_applicable(values)
+    if values.pop("compat", None) is not None:
+        values["compat"] = True
+    values |= grid_of(values.pop("grid", ()))
+    width = values.get("width")
+    if isinstance(width, list | tuple):
+        if len(width) > 1:
+            raise InputError(
+                f"A permuted stream has networks of one width: expected one number, found {len(width)}. Is it a sweep "
+                "of another stream? Give one `width`."
+            )
+        values["width"] = width[0]
+    return StreamingSettings.from_json(values)
+
+
+def grid_of(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Read values of options, such as ``sigma=0.001,0.01``.
+
+    >>> grid_of(["lr=0.01,0.1", "sigma=1"])
+    {'learning_rate': (0.01, 0.1), 'sigma': (1.0,)}
+
+    Raises:
+        InputError: If a text is not of this form.
+        UnknownNameError: If there is no such option.
+    """
+    settings = {OPTION_NAMES.get(name, name): name for name in LEARNER_SETTINGS}
+    numbers = [name for name in settings if OPTIONS[name].kind is float and not OPTIONS[name].choices]
+    found = {}
+    for text in texts:
+        name, _, values = text.partition("=")
+        if name not in numbers:
+            raise UnknownNameError("option of a grid", name, numbers)
+        try:
+            found[settings[name]] = tuple(float(value) for value in values.split(","))
+        except ValueError as error:
+            raise InputError(
+                f"`grid` has {text!r}: expected NAME=VALUE,VALUE with numbers, such as sigma=0.001,0.01. Is a comma or "
+                "an equals sign missing? Correct it."
+            ) from error
+    return found
+
+
+def run_streaming(
+    settings: StreamingSettings, data_dir: Path | None, out: str, device: str, *, as_json: bool, quiet: bool
+) -> int:
+    """Run it, and print the scores."""
+    from ntkgen.cli.progress import progress_bars
+    from ntkgen.continual.streaming.run import run_stream
+    from ntkgen.engine.machine import choose_device
+
+    began = time.monotonic()
+    data = load_stream_data(settings, data_dir)
+    with progress_bars("", quiet=quiet) as report:
+        found = run_stream(settings, data, folder_of(out, fsync=False), choose_device(device), report)
+    show_scores(out, found, as_json=as_json, seconds=round(time.monotonic() - began, 3))
+    return 0
+
+
+def load_stream_data(settings: StreamingSettings, data_dir: Path | None) -> "StreamData":
+    """Load the data of a run. Images keep their own size for networks of the zoo that fit it.
+
+    Raises:
+        UnknownNameError: If there is no such data set.
+        DataError: If its files are missing.
+        InputError: If tasks are to be evaluated on test samples, and there are none.
+    """
+    from ntkgen.continual.plan import normalised
+    from ntkgen.continual.streaming.run import StreamData
+    from ntkgen.data import dataset
+    from ntkgen.training import zoo
+
+    splits = [dataset.load(settings.dataset, data_dir=data_dir)]
+    if settings.held_out:
+        splits.append(dataset.load(settings.dataset, data_dir=data_dir, split="test"))
+    if zoo.image_options(settings.model, tuple(splits[0].images.shape[1:])):
+        splits = [dataclasses.replace(split, zoo_sized=False) for split in splits]
+    return StreamData(*normalised(splits, settings.normalise))
+
+
+def show_streaming_plan(settings: StreamingSettings, *, as_json: bool) -> int:
+    """Print what a run would do."""
+    plan = {
+        "settings": settings.to_json(),
+        "networks": settings.num_members,
+        "tasks": settings.num_tasks,
+        "combinations": settings.combinations,
+    }
+    if as_json:
+        show(json.dumps(plan))
+        return 0
+    show(
+        f"{settings.num_members} networks ({settings.method}; {len(settings.combinations)} combinations of options, "
+        f"{len(settings.seeds)} seeds), {settings.num_samples:,} samples each, in {settings.num_tasks} tasks"
+    )
+    given = {name: value for name, value in settings.to_json().items() if value is not None}
+    show("settings: " + ", ".join(f"{name} {value}" for name, value in given.items()))
+    return 0
+
+
+def show_scores(place: str, found: "xarray.Dataset", *, as_json: bool, seconds: float | None = None) -> None:
+    """Print the table of a run, or its numbers as JSON."""
+    from ntkgen.continual.streaming.summary import rows_of, table
+
+    rows = rows_of(found)
+    if as_json:
+        values = {"run": place, "seconds": seconds, "settings": found.attrs["settings"]}
+        show(json.dumps(values | {"learners": [row.to_json() for row in rows]}))
+        return
+    took = "" if seconds is None else f" ({seconds:.1f} s)"
+    seeds, bins = found.sizes["seed"], found.sizes["bin"]
+    title = f"{place}: {int(found.samples[-1]):,} samples in {bins} bins, {seeds} seed{'s' * (seeds > 1)}{took}"
+    show("\n".join([title, f"  {ERRORS}", *table(rows)]))
+
+
+def show_all_scores(runs: Sequence[str], folder: "Folder | None", *, as_json: bool) -> None:
+    """Print one table of several runs, or their numbers as JSON, and write it as CSV and Markdown to a folder."""
+    from ntkgen.continual.streaming.record import read_stream
+    from ntkgen.continual.streaming.summary import rows_of, table
+
+    found = {place: read_stream(place) for place in runs}
+    rows = [row for each in found.values() for row in rows_of(each)]
+    if as_json:
+        for place, each in found.items():
+            show_scores(place, each, as_json=True)
+    else:
+        show("\n".join([f"{', '.join(runs)}: {ERRORS}", *table(rows)]))
+    if folder is not None:
+        for form, end in (("csv", "csv"), ("markdown", "md")):
+            folder.write(f"stream-scores.{end}", "\n".join([*table(rows, form), ""]).encode())
+
+
+def pictures_of_streams(runs: Sequence[str], last: int | None) -> "list[Picture]":
+    """Draw the runs together, the last tasks again if that is asked for, and the kernels of each run that has them."""
+    from ntkgen.continual.metrics.series import kernel_metrics
+    from ntkgen.continual.plots.streaming import draw_kernels, draw_streams
+    from ntkgen.continual.series import read_arrays
+    from ntkgen.continual.streaming.record import member_folder, read_stream
+
+    found = [read_stream(run) for run in runs]
+    pictures = [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
+    for place, each in zip(runs, found, strict=True):
+        settings = StreamingSettings.from_json(each.attrs["settings"])
+        if not settings.kernels_every:
+            continue
+        folders = [folder_of(place) / member_folder(settings, 0, seed) for seed in settings.seeds]
+        pictures.append(draw_kernels(each, [kernel_metrics(read_arrays(own / "kernels.zarr")) for own in folders]))
+    return pictures
+
+
+def some_are_streaming(runs: Sequence[str]) -> bool:
+    """Say whether the runs learn permuted streams.
+
+    Raises:
+        InputError: If only some of them do.
+    """
+    kinds = [is_streaming(run) for run in runs]
+    if any(kinds) and not all(kinds):
+        other = runs[kinds.index(False)]
+        raise InputError(
+            f"The runs are of two kinds: expected permuted streams alone, as {runs[kinds.index(True)]} is, found "
+            f"{other}. Were two folders mixed? Give the runs of each kind in a command of its own."
+        )
+    return any(kinds)
+
+
+def is_streaming(place: str | Path) -> bool:
+    """Say whether there is a run that learns a permuted stream."""
+    from ntkgen.continual.record import read_config
+
+    config = read_config(folder_of(place))
+    return config is not None and config["settings"].get("stream") in STREAMS
+
+
+def require_no_stream_options(given: Collection[str]) -> None:
+    """Refuse options that only streams of single samples have, for another stream.
+
+    Raises:
+        InputError: If there is one.
+    """
+    own = {field.name for field in dataclasses.fields(StreamingSettings)} | {"grid"}
+    others = {field.name for field in dataclasses.fields(RunSettings)} | {SAMPLES, "seeds", "compat"}
+    if wrong := [name for name in given if name in own - others]:
+        raise InputError(
+            f"`{wrong[0]}` applies to streams of single samples alone: expected `stream` {' or '.join(STREAMS)}, found "
+            "another one. Was `stream` forgotten? Give it, or leave the option out."
+        )
+
+
+def _require_applicable(values: Mapping[str, Any]) -> None:
+    """Refuse options that belong to other streams.
+
+    Raises:
+        UnknownNameError: If there is one.
+    """
+    known = {field.name for field in dataclasses.fields(StreamingSettings)} | {"compat", "grid"}
+    for name in values:
+        if name not in known:
+            raise UnknownNameError("setting of a permuted stream", name, known)

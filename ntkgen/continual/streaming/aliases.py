@@ -1,0 +1,46 @@
+"""The names of published programs for streams and networks, and the settings that they stand for.
+
+References:
+    Elsayed, Mahmood (2024), arXiv:2404.00781, code ``mohmdelsayed/upgd``; code ``yumikim381/upgd-dl-project``.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ntkgen.continual.streams.permuted import LABELS, PIXELS
+
+_STREAMS: dict[str, dict[str, Any]] = {
+    "input_permuted_mnist": {"stream": PIXELS, "dataset": "mnist"},
+    "input_permuted_mnist_restarts": {"stream": PIXELS, "dataset": "mnist", "restarts": True},
+    "label_permuted_cifar10": {"stream": LABELS, "dataset": "cifar10"},
+    "label_permuted_emnist": {"stream": LABELS, "dataset": "emnist"},
+    "label_permuted_emnist_offline": {
+        "stream": LABELS, "dataset": "emnist", "compounding": False, "held_out": 250
+    },
+    # its features are a file of the user's, `dataset` FILE.npz
+    "label_permuted_mini_imagenet": {"stream": LABELS},
+}  # fmt: skip
+STREAM_ALIASES = {**_STREAMS, **{f"{name}_stats": values for name, values in _STREAMS.items()}}
+"""Settings of each published task. Those that end with ``_stats`` measure more, which ours always do."""
+
+MODEL_ALIASES = {
+    "convolutional_network_relu": "lenet-stream",
+    "convolutional_network_relu_with_hooks": "lenet-stream",
+    "conv_mnist": "lenet-stream",
+    "fully_connected_relu": "mlp-stream",
+    "fully_connected_relu_with_hooks": "mlp-stream",
+}
+"""Our network for each published one."""
+
+
+def without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace published names in settings by what they stand for. Other settings precede those of an alias.
+
+    >>> without_aliases({"stream": "input_permuted_mnist_stats", "model": "conv_mnist"})
+    {'stream': 'input-permuted', 'dataset': 'mnist', 'model': 'lenet-stream'}
+    """
+    meant = STREAM_ALIASES.get(str(values.get("stream")), {})
+    found = {**meant, **{name: value for name, value in values.items() if name != "stream" or not meant}}
+    if "model" in found:
+        found["model"] = MODEL_ALIASES.get(found["model"], found["model"])
+    return found

@@ -1,0 +1,101 @@
+"""Stacked networks that learn a stream: a step of all of them, and what is measured in it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ntkgen.continual.optim.stacked import StackedOptimizer
+from ntkgen.continual.streaming.measures import EACH_STEP, THINNED
+from ntkgen.continual.streaming.network import StackedNetwork
+from ntkgen.continual.streaming.statistics import (
+    inactive_units,
+    losses,
+    plasticity,
+    thinned_measures,
+    weights_of,
+)
+
+# Computes the diagonal of the Hessian for every parameter of a stack, from samples and targets.
+Curvature = Callable[[Mapping[str, Tensor], Tensor, Tensor], Sequence[Tensor]]
+
+
+class Learner:
+    """Networks of a stack and their optimizer.
+
+    Each step is test-then-train: the prediction of a sample counts before the sample is learnt.
+
+    Args:
+        network: The networks.
+        optimizer: The optimizer of their stacked parameters.
+        stats_every: Number of steps between two measurements of norms and ranks.
+        curvature: Computes what a second-order optimizer needs; None for the others.
+    """
+
+    def __init__(
+        self,
+        network: StackedNetwork,
+        optimizer: StackedOptimizer,
+        stats_every: int,
+        curvature: Curvature | None = None,
+    ) -> None:
+        self.network = network
+        self.optimizer = optimizer
+        self.stats_every = stats_every
+        self._curvature = curvature
+
+    def learn(self, first: int, x: Tensor, targets: Tensor) -> dict[str, npt.NDArray[Any]]:  # each (steps, members)
+        """Learn some samples of every member, one after the other.
+
+        Args:
+            first: Position of the first sample in the stream.
+            x: The samples, (steps, members, …).
+            targets: Their classes, (steps, members).
+
+        Returns:
+            What was measured: `EACH_STEP` for each sample, `THINNED` for every ``stats_every``-th one.
+        """
+        steps: list[Tensor] = []
+        thinned: list[Tensor] = []
+        for step, (inputs, classes) in enumerate(zip(x, targets, strict=True)):
+            steps.append(self._step(inputs, classes))
+            if (first + step) % self.stats_every == 0:
+                thinned.append(self._thinned())
+        return _by_name(EACH_STEP, steps) | _by_name(THINNED, thinned)
+
+    def _step(self, x: Tensor, targets: Tensor) -> Tensor:  # (measures, members)
+        params = list(self.network.parameters.values())
+        prepared = self.network.prepared(x)
+        before = self.network.forward(prepared)
+        loss = losses(before.outputs, targets)
+        for param, grad in zip(params, torch.autograd.grad(loss.sum(), params), strict=True):
+            param.grad = grad
+        if self._curvature is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(curvature=self._curvature(self.network.parameters, x, targets))
+        with torch.no_grad():
+            after = self.network.forward(prepared)
+            found = {
+                "loss": loss.detach(),
+                "accuracy": (before.outputs.argmax(1) == targets).to(loss.dtype),
+                "plasticity": plasticity(loss.detach(), losses(after.outputs, targets)),
+                "inactive_units": inactive_units(after.rectified).expand_as(loss),
+            }
+        return torch.stack([found[name].to(loss.dtype) for name in EACH_STEP])
+
+    def _thinned(self) -> Tensor:  # (measures, members)
+        parameters = self.network.parameters
+        grads = {name: values.grad for name, values in parameters.items() if values.grad is not None}
+        found = thinned_measures(weights_of(parameters), weights_of(grads))
+        return torch.stack([found[name].double() for name in THINNED])
+
+
+def _by_name(names: Mapping[str, Any], rows: list[Tensor]) -> dict[str, npt.NDArray[Any]]:
+    if not rows:
+        return {}
+    values = torch.stack(rows).double().cpu().numpy()  # (steps, measures, members)
+    return {name: np.ascontiguousarray(values[:, index]) for index, name in enumerate(names)}

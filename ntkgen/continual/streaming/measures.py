@@ -1,0 +1,22 @@
+"""The names, units and meanings of what is measured while a stream is learnt. This module does not import torch."""
+
+# Loss below which the plasticity has this denominator.
+SMALL_LOSS = 1e-8
+# Measured in every step.
+EACH_STEP = {
+    "loss": ("nat", "cross-entropy of a sample before its step"),
+    "accuracy": ("1", "part of the samples whose class was predicted before the step"),
+    "plasticity": ("1", "part of the loss of a sample that its own step takes away, from 0 to 1"),
+    "inactive_units": ("1", "part of the outputs of the ReLUs that are 0, for the sample after its step"),
+}
+# Measured every few steps, of the parameters whose name ends with `weight`.
+THINNED = {
+    "weight_rank": ("1", "sum of the ranks of the weights, divided by that of the largest possible ranks"),
+    "weight_l2": ("1", "l2 norm of the weights"),
+    "weight_l1": ("1", "l1 norm of the weights"),
+    "grad_l2": ("1", "l2 norm of the gradient of the weights"),
+    "grad_l1": ("1", "l1 norm of the gradient of the weights"),
+    "grad_l0": ("1", "part of the gradient of the weights that is not 0"),
+}
+# Measured at the end of each task.
+HELD_OUT = ("1", "part of held-out samples that is classified as the task wants, at its end")

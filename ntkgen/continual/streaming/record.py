@@ -1,0 +1,119 @@
+"""A run that learns a stream, on disk.
+
+    RUN/
+      config.json     all settings, defaults included, with the version
+      checkpoint.pt   the newest complete state
+      run.zarr        what was measured in each bin: an ordinary Zarr group
+      seedS/          kernels.zarr of a seed, if kernels are computed; combinationC/seedS if there are several
+      models/         parameters after some numbers of samples
+      logs/           a JSON file for each combination and seed, with the keys of the published ones
+
+Bins are written before the checkpoint. A resumed run drops what is later than its checkpoint, so it ends with the same
+bytes as an undisturbed one on a CPU. Reading never imports torch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray
+
+from ntkgen.continual.record import is_begun, read_config, write_config
+from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
+from ntkgen.continual.streaming.measures import EACH_STEP, HELD_OUT, THINNED
+from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.errors import StoreError
+from ntkgen.files.folder import Folder
+from ntkgen.files.place import folder_of
+
+if TYPE_CHECKING:
+    import os
+
+BIN, TASK, ARRAYS = "bin", "task", "run.zarr"
+COMBINATION, SEED = "combination", "seed"
+
+
+def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, Any]) -> Series:
+    """Continue the run that is there, or begin one.
+
+    Raises:
+        FingerprintError: If there is a run with other settings or other data.
+        StoreError: If its files are damaged.
+    """
+    _config(folder)  # refuses a run of another kind
+    if not is_begun(folder, settings, facts):
+        write_config(folder, settings, facts)
+    arrays = folder / ARRAYS
+    if arrays.has(ROOT):
+        return Series.open(arrays)
+    shape = (len(settings.combinations), len(settings.seeds))
+    growing = [
+        GrowingArray(name, "float64", shape, (BIN, COMBINATION, SEED), {"long_name": meaning, "units": unit})
+        for name, (unit, meaning) in (EACH_STEP | THINNED).items()
+    ]
+    growing.append(GrowingArray("samples", "int64", (), (BIN,), {"long_name": "samples up to the end of the bin"}))
+    if settings.held_out:
+        unit, meaning = HELD_OUT
+        attributes = {"long_name": meaning, "units": unit}
+        growing.append(GrowingArray("held_out_accuracy", "float64", shape, (TASK, COMBINATION, SEED), attributes))
+    fixed = [FixedArray(SEED, np.array(settings.seeds), (SEED,), {"long_name": "seed"})]
+    return Series.create(arrays, growing, fixed, {"ntkgen_streaming": {"format_version": 1}})
+
+
+def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
+    """Read what a run has measured, with the dimensions bin, combination and seed, and the settings.
+
+    Each combination of hyper-parameters has its values as text in the coordinate ``combination``.
+
+    Raises:
+        StoreError: If there is no run, or it is damaged.
+    """
+    folder = folder_of(place)
+    config = _config(folder)
+    if config is None or not (folder / ARRAYS).has(ROOT):
+        raise StoreError(
+            f"There is no run of a stream at {folder}: expected a folder with {ARRAYS}, found "
+            f"{'none' if config is None else 'a run without it'}. Is it another path? Check it."
+        )
+    settings = StreamingSettings.from_json(config["settings"])
+    store = (folder / ARRAYS).zarr_store(read_only=True)
+    found: xarray.Dataset = xarray.open_zarr(store, consolidated=True, chunks=None)
+    names = [in_words(options) for options in settings.combinations]
+    return found.set_coords("samples").assign_coords({COMBINATION: names}).assign_attrs(config)
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Name a combination of hyper-parameters.
+
+    >>> in_words({"lr": 0.01, "sigma": 1e-3}), in_words({})
+    ('lr 0.01, sigma 0.001', 'defaults')
+    """
+    numbers = (float, int)
+    return (
+        ", ".join(
+            f"{name} {value:g}" if isinstance(value, numbers) else f"{name} {value}" for name, value in options.items()
+        )
+        or "defaults"
+    )
+
+
+def member_folder(settings: StreamingSettings, combination: int, seed: int) -> str:
+    """Name the folder of one network within that of the run."""
+    return (f"combination{combination}/" if len(settings.combinations) > 1 else "") + f"seed{seed}"
+
+
+def _config(folder: Folder) -> dict[str, Any] | None:
+    """Read the settings of a run; None if there is no run.
+
+    Raises:
+        StoreError: If it is a run of another kind, or damaged.
+    """
+    found = read_config(folder)
+    known = {field.name for field in dataclasses.fields(StreamingSettings)}
+    if found is not None and (others := found["settings"].keys() - known):
+        raise StoreError(
+            f"The run at {folder} does not learn single samples: found the setting {min(others)}, expected those of "
+            f"{StreamingSettings.__name__}. Is it another run, or one of a newer version? Use another path."
+        )
+    return found
