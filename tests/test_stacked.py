@@ -125,7 +125,7 @@ def test_a_copy_and_a_pickle_continue_with_the_same_bits():
 def test_the_state_is_that_of_each_parameter_in_its_shape():
     for members in (None, 2):
         params = parameters(0, members)
-        optimizer = UPGD(params, members=members)
+        optimizer = UPGD(params, members=members, generators=generators(*range(members or 1)))
         train(optimizer, params, [0], members)
         for param in params:
             assert optimizer.state[param].keys() == {"step", "utility"}
@@ -156,6 +156,24 @@ def test_a_state_that_is_cleared_or_changed_is_used():
     replaced, _ = trained(replace)
     require_equal(values(zeroed), values(replaced))
     assert not torch.equal(zeroed[0], kept[0])
+
+
+@pytest.mark.parametrize("name", ["adam", "rwalk", "si", "upgd_fo_local"])
+def test_a_parameter_whose_state_is_zero_begins_anew(name):
+    """As after the reset of a network: every tensor of the state is set to zero."""
+    params = parameters(0)
+    optimizer = make_optimizer(name, params, generators=generators(0))
+    train(optimizer, params, [0, 1])
+    for param in params:
+        for value in optimizer.state[param].values():
+            value.zero_()
+    others = [nn.Parameter(param.detach().clone()) for param in params]
+    source = torch.Generator()
+    source.set_state(optimizer.generators[0].get_state())
+    new = make_optimizer(name, others, generators=[source])
+    train(optimizer, params, [2, 3])
+    train(new, others, [2, 3])
+    require_equal(values(params), values(others))
 
 
 # parameters and steps -------------------------------------------------------------------------------------------------

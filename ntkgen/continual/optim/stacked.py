@@ -24,7 +24,8 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     The noise of a network is drawn at once, in the order of the parameters that have a gradient, by
     ``torch.empty(numbers).normal_(generator=…)``, network after network. Nothing is drawn for a network with σ = 0.
-    The state of the given generators is part of `state_dict`.
+    The state of the given generators is part of `state_dict`. If everything that is kept of a parameter becomes zero,
+    its number of steps too, it begins anew.
 
     Parameters without a gradient are left as they are, as in the optimizers of torch. A subclass says what a step does
     to matrices with a row per network and a column per number; see `advance`.
@@ -218,8 +219,7 @@ class StackedOptimizer(torch.optim.Optimizer):
             self.advance(block.segments)
             block.scatter(block.w, params)
         layout.num_steps += 1
-        for slot in layout.slots:
-            self.state[slot.param]["step"] += 1
+        torch._foreach_add_([self.state[slot.param]["step"] for slot in layout.slots], 1)
         return loss
 
     def _stacked(self, tensor: Tensor) -> Tensor:  # (*shape) or (members, *shape) → (networks, *shape)
@@ -296,7 +296,7 @@ class StackedOptimizer(torch.optim.Optimizer):
             if param is not slot.param or group is not slot.group or (param.dtype, param.device) != layout.kind:
                 return False
             state = self.state[param]
-            if state.get("step") != slot.step + layout.num_steps:
+            if int(state.get("step", -1)) != slot.step + layout.num_steps:
                 return False
             if any(state.get(name) is not view for name, view in views.items()):
                 return False
@@ -324,9 +324,10 @@ class StackedOptimizer(torch.optim.Optimizer):
         )
         for slot, views in zip(slots, layout.views, strict=True):
             state = self.state[slot.param]
-            state.setdefault("step", 0)
+            state.setdefault("step", torch.zeros((), dtype=torch.int64, device="cpu"))
             for name in self.kept(slot.position):
-                before = state[name] if name in state else self.beginning(name, slot.param)
+                # what has been set to zero, its number of steps too, begins anew
+                before = state[name] if slot.step and name in state else self.beginning(name, slot.param)
                 if before is not None:
                     views[name].copy_(before)
                 state[name] = views[name]
