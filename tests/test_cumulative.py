@@ -16,6 +16,7 @@ from ntkgen.continual.learner import learn
 from ntkgen.continual.plan import Data, Plan, steps_per_epoch
 from ntkgen.continual.reading import open_run
 from ntkgen.continual.run import Run
+from ntkgen.continual.schedule import Moment
 from ntkgen.continual.selection import BestEpoch
 from ntkgen.continual.streams.incremental import Split, StreamSettings, make_stream
 from ntkgen.continual.streams.order import class_order
@@ -173,16 +174,19 @@ def test_outputs_of_classes_to_come_have_no_gradient(tmp_path):
     assert all((grad[2:] == 0).all() and (grad[:2] != 0).any() for grad in grads)
 
 
-def test_the_loss_is_the_cross_entropy_of_the_classes_seen_so_far(tmp_path):
-    plan = Plan.of(dataclasses.replace(SETTINGS, learning_rate=1e-9), blobs())
+@pytest.mark.parametrize("order", ["natural", (3, 0, 5, 1, 4, 2)])
+def test_the_loss_is_the_cross_entropy_of_the_classes_seen_so_far(tmp_path, order):
+    """L09: the columns are those of the classes in the order of their arrival."""
+    plan = Plan.of(dataclasses.replace(SETTINGS, learning_rate=1e-9, class_order=order), blobs())
     run = Run(plan, LocalFolder(tmp_path), CPU)
     run.task = 1
     ids = np.concatenate([plan.stream.tasks[1].train[:8], plan.stream.tasks[0].train[:8]])
     x, labels = plan.data.train.inputs(torch.from_numpy(ids)), plan.data.train.labels[torch.from_numpy(ids)]
+    columns = torch.tensor([plan.stream.order.index(label) for label in labels.tolist()])
     outputs = copy.deepcopy(run.model)(x)[:, :4].detach().double()
-    expected = float(-outputs.log_softmax(1)[torch.arange(16), labels].mean())
+    expected = float(-outputs.log_softmax(1)[torch.arange(16), columns].mean())
     assert run.train_on(ids) == pytest.approx(expected, rel=1e-5)
-    hits = float((outputs.argmax(1) == labels).double().mean())
+    hits = float((outputs.argmax(1) == columns).double().mean())
     assert run.training.accuracies == [hits]
 
 
@@ -215,6 +219,25 @@ def test_held_out_samples_are_augmented_only_on_demand(tmp_path, is_augmented):
     batches = [training_inputs(run.data.train, np.arange(4), settings, 0, step) for step in (0, 0, 1)]
     assert torch.equal(batches[0], batches[1])
     assert not torch.equal(batches[0], batches[2])
+
+
+def test_validation_samples_are_never_augmented(tmp_path, monkeypatch):
+    """L07: not even where the published code augments its test samples."""
+    settings = dataclasses.replace(SETTINGS, augment=True, augment_evaluation=True, select="best", epochs=1)
+    seen = []
+
+    def evaluated(model, method, stream, held_out, num_used, real=at_work.evaluate):
+        seen.append((held_out.data is run.data.train, held_out.inputs(torch.arange(4))))
+        return real(model, method, stream, held_out, num_used)
+
+    monkeypatch.setattr(at_work, "evaluate", evaluated)
+    run = Run(Plan.of(settings, images()), LocalFolder(tmp_path), CPU)
+    for step in (1, 2, 3):
+        run.train_on(run.plan.stream.tasks[0].train[:16])
+        run.end_epoch(Moment(0, step, 1, 3))
+    assert [is_training_split for is_training_split, _ in seen] == [True] * 3
+    plain = run.data.train.inputs(torch.arange(4))
+    assert all(torch.equal(inputs, plain) for _, inputs in seen)
 
 
 def test_the_augmentation_of_incremental_cifar(tmp_path):
@@ -294,6 +317,19 @@ def test_means_over_windows_by_hand():
     assert found["window_accuracy"] == [1.0, 0.0]
     log.add(1.0, 1.0)
     assert log.finish()["window_loss"] == [1.0]
+
+
+def test_the_accuracy_of_every_window_is_announced(tmp_path):
+    """L01: what --verbose prints."""
+    lines = []
+    run = Run(Plan.of(SETTINGS, blobs()), LocalFolder(tmp_path), CPU, lines.append)
+    for _ in range(2 * WINDOW + 3):
+        run.train_on(run.plan.stream.tasks[0].train[:16])
+        run.iteration += 1
+    found = [float(line.split("training accuracy ")[1]) for line in lines]
+    windows = np.array(run.training.accuracies[: 2 * WINDOW]).reshape(2, WINDOW).mean(1)
+    assert found == pytest.approx(windows.tolist(), abs=5e-4)
+    assert [line.split(":")[0] for line in lines] == ["task 1, iteration 25", "task 1, iteration 50"]
 
 
 def test_every_epoch_is_logged(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cumulative import SETTINGS as CUMULATIVE
 from test_cumulative import blobs, logged, nets  # noqa: F401 - nets is a fixture
-from test_learner import Killed
+from test_learner import Killed, require_equal
 
 from ntkgen.cli import run as command
 from ntkgen.cli.cl_preset import chosen_runs
@@ -22,6 +22,7 @@ from ntkgen.continual.published_config import FOLDER, NAMES, PRESET, seed_of_ind
 from ntkgen.continual.reading import open_run
 from ntkgen.continual.results_tree import curves, indices, write_results_tree
 from ntkgen.continual.run import Run
+from ntkgen.continual.streams.incremental import make_stream
 from ntkgen.continual.surgery import SURGERIES
 from ntkgen.errors import InputError, StoreError
 from ntkgen.files.folder import LocalFolder
@@ -104,6 +105,35 @@ def test_a_configuration_may_have_comments_and_defaults():
     both = translated({**given, "reset_network": True, "results_dir": "r", "experiment_name": "e"}, "mine")
     assert both.settings["surgery"] == ("reset-network",)
     assert (both.name, str(both.results), len(both.ignored)) == ("e", "r", 1)
+
+
+def test_a_configuration_has_the_published_defaults():
+    """L01: what a file does not say."""
+    required = {"stepsize": 0.2, "momentum": 0.5, "weight_decay": 0.0}
+    assert translated(required, "mine").settings == {
+        "learning_rate": 0.2, "momentum": 0.5, "weight_decay": 0.0, "select": "last", "surgery": (),
+    }  # fmt: skip
+    found = translated({**required, "use_cbp": True, "replacement_rate": 1e-4, "maturity_threshold": 7}, "mine")
+    assert found.settings["surgery"] == ("continual-backprop",)
+    assert (found.settings["unit_utility"], found.settings["maturity"]) == ("weight", 7)
+    assert (found.name, found.data_path, found.results, found.ignored) == ("mine", None, None, ())
+
+
+def test_algorithms_of_one_index_see_the_same_classes_and_other_indices_others():
+    """L03: the same class order and the same held-out samples in all five configurations."""
+    labels = np.tile(np.arange(100), 60)
+    orders, held_out = {}, {}
+    for index in (0, 1):
+        for name in NAMES:
+            (settings,) = chosen_runs(None, None, FOLDER / f"{name}.json", {}, index).sweep.runs.values()
+            stream = make_stream(settings.stream_settings, labels, labels, 100, settings.seed)
+            orders[index, name] = stream.order
+            held_out[index, name] = [task.validation.tolist() for task in stream.tasks]
+    for found in (orders, held_out):
+        for index in (0, 1):
+            assert all(found[index, name] == found[index, NAMES[0]] for name in NAMES)
+        assert found[0, NAMES[0]] != found[1, NAMES[0]]
+    assert orders[0, NAMES[0]] == tuple(np.random.RandomState(seed_of_index(0)).permutation(100).tolist())
 
 
 @pytest.mark.parametrize(
@@ -198,6 +228,11 @@ def require_same_when_killed(folder, monkeypatch, algorithm, moments):
     for name in ("models/task2.pt", "models/task1-last.pt"):
         found, expected = (torch.load(folder / run / name, weights_only=True) for run in ("killed", "straight"))
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+    require_equal(folder / "killed", folder / "straight")  # evaluations and kernels, and the state
+    for number, run in enumerate(("killed", "straight")):
+        write_results_tree(LocalFolder(folder / "tree"), open_run(folder / run), number, {})
+    for path in (folder / "tree").glob("*/index-0.npy"):
+        np.testing.assert_array_equal(np.load(path), np.load(path.with_name("index-1.npy")), err_msg=str(path))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -310,6 +345,11 @@ def test_a_published_configuration_runs_under_its_name(tmp_path, capsys, monkeyp
         "validation samples, because the data set has no test split; best epochs are chosen on the same samples\n"
     )
     assert f"  evaluated on {told}" in captured.out
+    assert command(["cl-analyze", str(place / f"seed{seed_of_index(1)}"), "--units", "--view-samples", "9", "-q"]) == 0
+    analysis = {path.parent.name: np.load(path).shape for path in place.glob("*analysis/index-1.npy")}
+    assert len(analysis) == 7
+    assert set(analysis.values()) == {(2,)}
+    assert np.load(place / "accuracy_per_class_in_order/index-1.npy").shape == (10,)
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,11 @@ def test_a_growing_head_is_built_as_large_as_it_was(tmp_path):
     assert sizes == [2, 4, 6]
 
 
+def test_settings_are_the_published_ones():
+    """L24 and L27: threshold 0.01, and at most 1000 samples; but the network is in evaluation mode."""
+    assert PlasticitySettings() == PlasticitySettings(threshold=0.01, num_samples=1000, batch_norm="running")
+
+
 # what is refused ------------------------------------------------------------------------------------------------------
 
 

@@ -197,6 +197,7 @@ def test_kernels_at_boundaries_are_products_of_jacobians(run):
             assert at.row_label.values.tolist() == labels.tolist()
             tasks = np.full(48, boundary) if view == NEXT else labels // 2
             assert at.row_task.values.tolist() == tasks.tolist()
+            assert float(at.epoch) == 3 * boundary
             with torch.no_grad():
                 assert np.abs(at.logits.values - net(x).numpy()).max() < 1e-4
 
