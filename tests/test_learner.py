@@ -146,6 +146,10 @@ def assert_same(value, expected):
         assert value.keys() == expected.keys()
         for key in value:
             assert_same(value[key], expected[key])
+    elif isinstance(value, list):
+        assert len(value) == len(expected)
+        for one, other in zip(value, expected, strict=True):
+            assert_same(one, other)
     else:
         assert value == expected
 

@@ -222,7 +222,12 @@ _SETTINGS = [
         "A reset also concerns batch norm and the optimizer; this is the default",
         is_flag=True,
     ),
-    _setting("--optimizer", "optimizer", "Optimizer"),
+    _setting(
+        "--optimizer",
+        "optimizer",
+        "sgd, adam, or a learner of streams such as upgd, ratio_norm, pgd or shrink_and_perturb, with its options",
+        metavar="NAME",
+    ),
     _setting("--lr", "learning_rate", "Learning rate", type=POSITIVE),
     _setting("--momentum", "momentum", "Momentum of sgd", type=FiniteRange(0)),
     _setting("--weight-decay", "weight_decay", "Weight decay", type=FiniteRange(0)),

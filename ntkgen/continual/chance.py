@@ -24,6 +24,7 @@ Purpose = Literal[
     "target",
     "replacement",
     "perturbation",
+    "optimizer",
 ]
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 

@@ -2,15 +2,17 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ntkgen.continual.optim.names import checked_options
+from ntkgen.continual.optim.options import BATCH_LEARNERS, LearnerOptions
 from ntkgen.continual.schedule import Schedule
 from ntkgen.continual.settings import Settings, freeze_lists, require_known_names, require_numbers
 from ntkgen.continual.streams.incremental import STREAMS, Split, StreamSettings
 from ntkgen.continual.surgery.options import SURGERY_NAMES, SurgeryOptions
 from ntkgen.errors import InputError, UnknownNameError
 
-OPTIMIZERS = ("adam", "sgd")
+OPTIMIZERS = ("adam", "sgd", *BATCH_LEARNERS)
 METHOD_NAMES = ("finetune", "joint", "replay", "replay-mixed", "replay-two-pass", "lwf", "lwf-mc", "icarl", "ewc")
 # Settings that are one of a few names.
 CHOICES = {
@@ -73,7 +75,7 @@ class MethodOptions:
 
 
 @dataclass(frozen=True)
-class RunSettings(SurgeryOptions, Settings):
+class RunSettings(LearnerOptions, SurgeryOptions, Settings):
     """All settings of a run, with their defaults.
 
     Attributes:
@@ -115,7 +117,8 @@ class RunSettings(SurgeryOptions, Settings):
             over outputs.
         surgery: Names of what acts on units after a step, or on parameters at a boundary, of `SURGERY_NAMES`. The
             options of `SurgeryOptions` are settings too.
-        optimizer: ``adam`` or ``sgd``.
+        optimizer: ``adam`` or ``sgd`` of torch, or one of `BATCH_LEARNERS`, such as ``upgd``. The options of
+            `LearnerOptions` are settings too.
         learning_rate: Learning rate.
         momentum: Momentum of ``sgd``.
         weight_decay: Weight decay.
@@ -233,7 +236,7 @@ class RunSettings(SurgeryOptions, Settings):
                 "The lazy regime divides the learning rate by the width: expected a `width`, found none. Is the "
                 "network one without widths? Give a `width`, or use the regime feature."
             )
-        _ = self.stream_settings, self.kernel_schedule, self.evaluation_schedule
+        _ = self.stream_settings, self.kernel_schedule, self.evaluation_schedule, self.optimizer_options
 
     @property
     def stream_settings(self) -> StreamSettings:
@@ -267,6 +270,23 @@ class RunSettings(SurgeryOptions, Settings):
         [2.0, 2.0, 0.4, 0.08]
         """
         return self.step_size * self.lr_factor ** sum(epoch >= milestone for milestone in self.lr_milestones)
+
+    @property
+    def optimizer_options(self) -> dict[str, Any]:
+        """The hyper-parameters of the optimizer that are given, by its own names.
+
+        Raises:
+            UnknownNameError: If the optimizer has no such option, or an option no such value.
+            InputError: If a value is out of range.
+        """
+        given: dict[str, Any] = {"lr": self.step_size} | (
+            {"weight_decay": self.weight_decay} if self.weight_decay else {}
+        )
+        if self.optimizer in BATCH_LEARNERS:
+            return checked_options(self.optimizer, given | self.given_learner_options)
+        for name in self.given_learner_options:
+            raise UnknownNameError(f"option of {self.optimizer}", name, ("learning_rate", "weight_decay"))
+        return given
 
     @property
     def surgery_options(self) -> SurgeryOptions:

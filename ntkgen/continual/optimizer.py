@@ -5,12 +5,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from ntkgen.continual import optim
+from ntkgen.continual.chance import seed_of
 from ntkgen.continual.configuration import RunSettings
+from ntkgen.continual.optim.options import BATCH_LEARNERS
 
 
 def make_optimizer(settings: RunSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """Make the optimizer of a run. Its step is one fused kernel where torch has it."""
+    """Make the optimizer of a run. Steps of SGD and Adam are one fused kernel where torch has it.
+
+    The noise of a learner has a generator of its own, which is part of the optimizer's state.
+    """
     params = list(model.parameters())
+    if settings.optimizer in BATCH_LEARNERS:
+        noise = torch.Generator(params[0].device).manual_seed(seed_of(settings.seed, "optimizer"))
+        return optim.make_optimizer(settings.optimizer, params, generators=[noise], **settings.optimizer_options)
     common: dict[str, Any] = {
         "lr": settings.step_size,
         "weight_decay": settings.weight_decay,

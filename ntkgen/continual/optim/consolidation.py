@@ -101,8 +101,8 @@ class MAS(StackedOptimizer):
 class SI(StackedOptimizer):
     """Synaptic intelligence, w ← w − α [g + κ Ω (w − w̄)] with Ω = ω̂ / (δ̂² + ε).
 
-    ω̂ and δ̂ are the running means of g (w₋ − w) and of w₋ − w, where w₋ are the weights before the last step, with the
-    decay rate β_Ω and without the bias of their beginning. At the first step w₋ = w.
+    ω̂ and δ̂ are the running means of g (w' − w) and of w' − w, where w' are the weights before the last step, with the
+    decay rate β_Ω and without the bias of their beginning. At the first step w' = w.
 
     References:
         Zenke, Poole, Ganguli (2017), arXiv:1703.04200; this form: Elsayed, Mahmood (2024), arXiv:2404.00781.
@@ -114,7 +114,7 @@ class SI(StackedOptimizer):
         beta_importance: Decay rate β_Ω.
         kappa: Weight κ of the penalty.
         eps: The number ε.
-        published: Whether w₋ = 0 at the first step, as in the published code.
+        published: Whether w' = 0 at the first step, as in the published code.
         members: Number of networks of a stack; None for one network.
         generators: Not used.
     """
@@ -146,7 +146,7 @@ class SI(StackedOptimizer):
         super().__init__(params, defaults, members=members, generators=generators)
 
     def beginning(self, trace: str, param: Tensor) -> Tensor | None:
-        """Begin with w₋ = w."""
+        """Begin with w' = w."""
         return param if trace == "previous" and not self.defaults["published"] else None
 
     def advance(self, segments: Sequence[Segment]) -> None:
@@ -165,7 +165,7 @@ class RWalk(StackedOptimizer):
     """Riemannian walk, w ← w − α [g + κ (F̂ + S) (w − w̄)].
 
     F̂ is the running mean of g² with the decay rate β_Ω, without the bias of its beginning. The score S begins with 0,
-    and each step makes it the mean of itself and of the positive part of g (w₋ − w) / (½ F̂ (w₋ − w)² + ε), where w₋ are
+    and each step makes it the mean of itself and of the positive part of g (w' − w) / (½ F̂ (w' − w)² + ε), where w' are
     the weights before the last step.
 
     References:
@@ -178,7 +178,7 @@ class RWalk(StackedOptimizer):
         beta_importance: Decay rate β_Ω.
         kappa: Weight κ of the penalty.
         eps: The number ε.
-        published: Whether deviations of the published code are reproduced: w₋ = 0 at the first step; F̂ is the mean of
+        published: Whether deviations of the published code are reproduced: w' = 0 at the first step; F̂ is the mean of
             w²; the score has the mean F before the step, without the correction of its bias; and S is half of the
             present score, which is not kept.
         members: Number of networks of a stack; None for one network.
@@ -212,7 +212,7 @@ class RWalk(StackedOptimizer):
         super().__init__(params, defaults, members=members, generators=generators)
 
     def beginning(self, trace: str, param: Tensor) -> Tensor | None:
-        """Begin with w₋ = w."""
+        """Begin with w' = w."""
         return param if trace == "previous" and not self.defaults["published"] else None
 
     def advance(self, segments: Sequence[Segment]) -> None:
@@ -247,14 +247,14 @@ def mean_of(segment: Segment, trace: str, beta: str, out: Tensor) -> Tensor:  # 
 
 
 def move(segment: Segment, out: Tensor) -> None:  # (rows, numbers)
-    """Compute w₋ − w, and keep w as w₋ of the next step."""
+    """Compute w' − w, and keep w as w' of the next step."""
     previous = segment.traces["previous"]
     torch.sub(previous, segment.w, out=out)
     previous.copy_(segment.w)
 
 
 def score_of(segment: Segment, fisher: Tensor) -> None:  # (rows, numbers)
-    """Replace w₋ − w in the first matrix by the positive part of g (w₋ − w) / (½ F (w₋ − w)² + ε). Overwrites F."""
+    """Replace w' − w in the first matrix by the positive part of g (w' − w) / (½ F (w' − w)² + ε). Overwrites F."""
     moved = segment.scratch[0]
     add(fisher.mul_(moved).mul_(moved).mul_(0.5), segment.number("eps"))
     moved.mul_(segment.g).div_(fisher).clamp_(min=0)

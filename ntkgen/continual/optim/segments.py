@@ -131,7 +131,8 @@ class Segment:
 
     def parts(self, matrix: Tensor) -> tuple[Tensor, ...]:  # (rows, numbers) → (rows, numbers of a parameter) each
         """View a matrix as one matrix per parameter."""
-        return matrix.split([slot.shape.numel() for slot in self.slots], 1)
+        parts: tuple[Tensor, ...] = matrix.split([slot.shape.numel() for slot in self.slots], 1)
+        return parts
 
     def tensors(self, matrix: Tensor) -> Iterator[Tensor]:  # (rows, numbers) → (rows, *shape of a parameter) each
         """View a matrix as one tensor per parameter."""
