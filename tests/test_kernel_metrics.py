@@ -5,6 +5,7 @@ import pytest
 import xarray
 
 from ntkgen.analysis.targets import Readout
+from ntkgen.continual.metrics import series
 from ntkgen.continual.metrics.kernels import (
     Spectrum,
     centred_distance,
@@ -170,6 +171,19 @@ def test_metrics_of_a_series_are_those_of_its_kernels():
     assert found.attrs["dt"] == 10
     expected = classify(kernels[1][:3, :3], LABELS[:3], np.ones(3, bool), Readout("trace", 3, None, ""))
     assert found.leave_one_out_accuracy.values[1] == expected.left_out.mean()  # of the task in training
+
+
+def test_the_numerical_rank_may_have_several_tolerances():
+    kernels = np.stack([kernel(seed=seed) for seed in range(3)])
+    found = kernel_metrics(data_of(kernels), rank_tolerance=(0.5, 1e-2))
+    assert found.numerical_rank.dims == ("time", "rank_tolerance")
+    assert found.rank_tolerance.values.tolist() == [0.5, 1e-2]
+    for tolerance in (0.5, 1e-2):
+        expected = kernel_metrics(data_of(kernels), rank_tolerance=tolerance).numerical_rank
+        np.testing.assert_array_equal(found.numerical_rank.sel(rank_tolerance=tolerance), expected)
+    assert found.numerical_rank.values[0, 0] < found.numerical_rank.values[0, 1]
+    columns = series._columns([series._MISSING], (0.5, 1e-2))  # of a kernel without values
+    assert np.isnan(columns["numerical_rank"][1]).tolist() == [[True, True]]
 
 
 def test_distances_from_the_previous_kernel_are_those_of_consecutive_ones_at_any_pace():

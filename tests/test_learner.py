@@ -570,7 +570,7 @@ def test_tables_have_what_is_stored(finished, tmp_path):
     assert command(["cl-analyze", str(finished), "--csv", str(tmp_path / "csv")]) == 0
     run, stem = open_run(finished), f"{finished.parent.name}-seed0"
     found = {path.name.removeprefix(f"{stem}-"): path for path in (tmp_path / "csv").iterdir()}
-    assert set(found) == {f"{name}.csv" for name in NAMES.values()}
+    assert set(found) == {f"{name}.csv" for name in NAMES.values()} - {"numerical-rank.csv"}  # of several tolerances
     with found["accuracy.csv"].open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["accuracy"]) for row in rows] == run.accuracy.values.ravel().tolist()

@@ -94,6 +94,10 @@ def test_the_numerical_rank_counts_what_the_type_resolves():
     assert Ranks.of(of_values(values, dtype=np.float32)).numerical_rank == 2
 
 
+def test_the_numerical_rank_may_have_several_tolerances():
+    assert Ranks.of(of_values([1.0, 0.5, 1e-10]), (0.6, 1e-5, 1e-12)).numerical_rank == (1, 2, 3)
+
+
 def test_ranks_of_zeros_are_zero():
     found = Ranks.of(np.zeros((3, 2), np.float32))
     assert (found.effective_rank, found.rank_99, found.rank_99_squared, found.stable_rank) == (0, 0, 0, 0)

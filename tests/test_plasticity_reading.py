@@ -377,7 +377,8 @@ def test_a_loss_weighted_kernel_that_nothing_has_is_refused_before_anything_is_c
 
 
 def test_the_probe_is_loss_weighted_although_the_views_are_not(of_digits, tmp_path, capsys):
-    shutil.copytree(of_digits / "seed0", tmp_path / "seed0")
+    not_views = shutil.ignore_patterns("*_task*_kernels.zarr")
+    shutil.copytree(of_digits / "seed0", tmp_path / "seed0", ignore=not_views)
     line = ["cl-analyze", str(tmp_path / "seed0"), "--loss-weighted", "--boundary-kernels", "--view-output", "trace"]
     assert command([*line, "--view-samples", "6", "-q", "--json"]) == 0
     found, told = capsys.readouterr()
@@ -430,11 +431,48 @@ def test_tables_have_what_is_measured_at_boundaries(of_digits, tmp_path):
 
 
 def test_tables_of_several_seeds_have_a_row_for_each(of_digits, tmp_path):
-    assert command(["cl-analyze", str(of_digits), *LOOKS, "--csv", str(tmp_path)]) == 0
-    for name in ("plasticity", "next-task-kernels", "loss-weighted-kernels", "loss-weighted-previous-tasks-kernels"):
+    line = ["cl-analyze", str(of_digits), *LOOKS, "--rank-tolerance", "0.3", "1e-3", "--csv", str(tmp_path)]
+    assert command(line) == 0
+    names = ["plasticity", "next-task-kernels", "loss-weighted-kernels", "loss-weighted-previous-tasks-kernels"]
+    for name in [*names, *(f"{name}-numerical-rank" for name in names), "numerical-rank"]:
         seeds = [row["seed"] for row in rows_of(of_digits, tmp_path, name)]
         assert sorted(set(seeds)) == ["0", "1"]
         assert seeds.count("0") == seeds.count("1")
     rows = [row for row in rows_of(of_digits, tmp_path, "plasticity") if row["seed"] == "1"]
     magnitudes = open_run(of_digits / "seed1").plasticity.weight_magnitude.values
     assert [float(row["weight_magnitude"]) for row in rows] == magnitudes.tolist()
+
+
+def test_several_tolerances_of_the_numerical_rank(of_digits, tmp_path, capsys):
+    shutil.copytree(of_digits / "seed0", tmp_path / "seed0")
+    line = ["cl-analyze", str(tmp_path / "seed0"), *LOOKS, "--rank-tolerance", "0.3", "1e-3"]
+    assert command([*line, "--csv", str(tmp_path / "csv")]) == 0
+    out = capsys.readouterr().out
+    heads = [text for text in out.splitlines() if "eff. rank" in text and "finished" in text]
+    assert len(heads) == 7  # units, kernels and loss-weighted kernels of two views, and those of the probe
+    assert all("rank > 0.3 rank > 0.001" in " ".join(head.split()) for head in heads)
+    run = open_run(tmp_path / "seed0")
+    units, measured = run.plasticity, run.boundary_kernel_metrics(PREVIOUS, (0.3, 1e-3))
+    assert units.previous_tasks_numerical_rank.dims == ("boundary", "rank_tolerance")
+    assert units.rank_tolerance.values.tolist() == measured.rank_tolerance.values.tolist() == [0.3, 1e-3]
+    assert np.isnan(units.previous_tasks_numerical_rank.values[0]).all()
+    assert command([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for data, name, values in (
+        (found["plasticity"], "next_task_numerical_rank", units.next_task_numerical_rank),
+        (found["previous_tasks_kernels"], "numerical_rank", measured.numerical_rank),
+    ):
+        assert data[name] == [[None if np.isnan(x) else x for x in row] for row in values.values.tolist()]
+    rows = rows_of(tmp_path / "seed0", tmp_path / "csv", "previous-tasks-kernels-numerical-rank")
+    assert [(row["boundary"], row["rank_tolerance"]) for row in rows] == [
+        (boundary, tolerance) for boundary in "12" for tolerance in ("0.3", "0.001")
+    ]
+    assert [float(row["numerical_rank"]) for row in rows] == measured.numerical_rank.values.ravel().tolist()
+
+
+def test_plasticity_of_several_tolerances_is_kept(run):
+    several = dataclasses.replace(UNITS, rank_tolerance=(0.3, 1e-3))
+    first = plasticity_of(run, blobs, several).load()
+    assert plasticity_of(run, refuse, several).identical(first)
+    one = plasticity_of(run, blobs, dataclasses.replace(UNITS, rank_tolerance=1e-3))
+    np.testing.assert_array_equal(one.next_task_numerical_rank, first.next_task_numerical_rank.sel(rank_tolerance=1e-3))

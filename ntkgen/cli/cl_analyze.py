@@ -12,7 +12,7 @@ from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, 
 from ntkgen.cli.cl_regression import is_slow_regression, require_for_regression, show_outcomes
 from ntkgen.cli.cl_streaming import show_all_scores, some_are_streaming
 from ntkgen.cli.messages import show
-from ntkgen.cli.options import Command, FiniteRange, given_options, json_option
+from ntkgen.cli.options import Command, FiniteRange, ManyOption, given_options, json_option
 from ntkgen.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import xarray
 
+    from ntkgen.continual.metrics.ranks import Tolerance
     from ntkgen.continual.reading import RunCollection, RunReader
 
 # Columns of the printed table of kernels, with their titles.
@@ -46,9 +47,11 @@ OF_SEVERAL = ("frobenius_norm", "largest", "effective_rank", "distance", "centre
 )
 @click.option(
     "--rank-tolerance",
+    cls=ManyOption,
     type=FiniteRange(0, 1),
-    help="Part of the largest eigenvalue above which an eigenvalue counts in the numerical rank [what the precision of "
-    "the kernel resolves].",
+    metavar="PART...",
+    help="Part of the largest eigenvalue above which an eigenvalue counts in the numerical rank; several give several "
+    "ranks [what the precision of the kernel resolves].",
 )
 @click.option("--csv", "tables", metavar="FOLDER", help="Also write every curve and matrix as a CSV file to FOLDER.")
 @boundary_options
@@ -57,7 +60,7 @@ def cl_analyze(
     runs: tuple[str, ...],
     *,
     dt: int | None,
-    rank_tolerance: float | None,
+    rank_tolerance: tuple[float, ...],
     tables: str | None,
     as_json: bool,
     **options: Any,
@@ -82,19 +85,25 @@ def cl_analyze(
         require_for_regression(runs[0], given)
         show_all_scores(runs, folder, as_json=as_json)
         return
-    asked = Asked(rank_tolerance=rank_tolerance, **options)
+    asked = Asked(rank_tolerance=_tolerance(rank_tolerance), **options)
     for place, run in _opened(runs, asked, given):
         if run is None:
             bins = read_bins(place)
             show_outcomes(place, bins, as_json=as_json)
             found = {"bins": as_csv(bins)} if folder is not None else {}
         else:
-            measured = run.kernel_metrics(dt, rank_tolerance=rank_tolerance)
+            measured = run.kernel_metrics(dt, rank_tolerance=asked.rank_tolerance)
             looks = _show(place, run, measured, asked, as_json=as_json)
             found = csv_tables(run, measured, looks) if folder is not None else {}
         for name, table in found.items():
             assert folder is not None
             folder.write(f"{file_stem(place)}-{name}.csv", table)
+
+
+def _tolerance(given: tuple[float, ...]) -> "Tolerance":
+    """Return the tolerances, each once: none, one number, or several."""
+    found = tuple(dict.fromkeys(given))
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def _opened(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import xarray
 
     from ntkgen.continual.configuration import RunSettings
+    from ntkgen.continual.metrics.ranks import Tolerance
     from ntkgen.continual.plan import Data
     from ntkgen.continual.reading import RunReader
 
@@ -140,7 +141,7 @@ class Asked:
         view_output: Their output map; None for that of the run.
         view_samples: Maximum number of samples of a view; None for the defaults.
         loss_weighted: Whether loss-weighted kernels are measured.
-        rank_tolerance: Tolerance of numerical ranks; None for what the precision resolves.
+        rank_tolerance: Tolerance of numerical ranks, or several; None for what the precision resolves.
         data_dir: Folder of the data sets.
         device: Name of the device.
         quiet: Whether there is no progress.
@@ -153,7 +154,7 @@ class Asked:
     view_output: str | None
     view_samples: int | None
     loss_weighted: bool
-    rank_tolerance: float | None
+    rank_tolerance: "Tolerance"
     data_dir: Path | None
     device: str
     quiet: bool
@@ -312,7 +313,8 @@ def _table(
     """Write numbers of one run, or means and standard deviations of several."""
     from ntkgen.continual.metrics.spread import Spread
 
-    width = 12 if len(data) == 1 else 20
+    data, columns = _by_tolerance(data, columns)
+    width = 14 if len(data) == 1 else 20
     lines = [f"  {title}", "    " + "".join(f"{name:>9}" for name in rows)]
     lines[-1] += "".join(f"{head:>{width}}" for head in columns.values())
     for place, numbers in enumerate(zip(*rows.values(), strict=True)):
@@ -320,6 +322,22 @@ def _table(
         cells = "".join(f"{'–' if spread is None else short(spread):>{width}}" for spread in found)
         lines.append("    " + "".join(f"{number:>9}" for number in numbers) + cells)
     return lines
+
+
+def _by_tolerance(
+    data: "Sequence[xarray.Dataset]", columns: Mapping[str, str]
+) -> "tuple[Sequence[xarray.Dataset], dict[str, str]]":
+    """Give the numerical rank a column for each of several tolerances."""
+    found = {}
+    for name, head in columns.items():
+        if "rank_tolerance" not in data[0][name].dims:
+            found[name] = head
+            continue
+        for place, tolerance in enumerate(data[0].rank_tolerance.values):
+            own = f"{name} {place}"
+            found[own] = f"rank > {tolerance:g}"
+            data = [each.assign({own: each[name].isel(rank_tolerance=place, drop=True)}) for each in data]
+    return data, found
 
 
 def short(spread: Any) -> str:

@@ -9,6 +9,7 @@ import xarray
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.joining import Key, joined
+from ntkgen.continual.metrics.ranks import Tolerance
 from ntkgen.continual.reader import SCORES, RunReader
 from ntkgen.errors import StoreError
 from ntkgen.files.folder import Folder
@@ -87,7 +88,7 @@ class RunCollection:
         return joined({key: run.kernels for key, run in self.runs.items()}, "time", "task")
 
     def kernel_metrics(
-        self, dt: int | None = None, part: str = "train", rank_tolerance: float | None = None
+        self, dt: int | None = None, part: str = "train", rank_tolerance: Tolerance = None
     ) -> xarray.Dataset:
         """Measure every recorded kernel, as `RunReader.kernel_metrics` does."""
         found: dict[Key, xarray.Dataset] = {}

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from ntkgen.continual.boundaries import network_at, plan_of
 from ntkgen.continual.chance import generator_of
 from ntkgen.continual.metrics.confusion import class_accuracy, count_confusions
 from ntkgen.continual.metrics.plasticity import THRESHOLD, active_fraction, dormant_units, weight_magnitude
-from ntkgen.continual.metrics.ranks import Ranks
+from ntkgen.continual.metrics.ranks import Ranks, Tolerance
 from ntkgen.continual.plan import Data, Plan
 from ntkgen.continual.reading import RunReader
 from ntkgen.continual.streams.tasks import IntArray
@@ -43,13 +44,14 @@ class PlasticitySettings:
         batch_norm: ``running``: batch norm uses its running statistics, as in every evaluation; ``batch``: it uses
             those of the samples of the view, as in the published analysis, which does not leave the training mode. The
             accuracy on classes then has the statistics of batches of as many held-out samples.
-        rank_tolerance: Tolerance τ of the numerical rank; None for what the type of the activations resolves.
+        rank_tolerance: Tolerance τ of the numerical rank, or several; None for what the type of the activations
+            resolves.
     """
 
     threshold: float = THRESHOLD
     num_samples: int = 1000
     batch_norm: str = "running"
-    rank_tolerance: float | None = None
+    rank_tolerance: Tolerance = None
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -78,7 +80,8 @@ class Plasticity:
     positions. The published arrays do not have the last boundary, where all tasks are finished.
 
     Attributes:
-        next_task: For each of `MEASURES` an array (boundaries,).
+        next_task: For each of `MEASURES` an array (boundaries,); the numerical rank at several tolerances is
+            (boundaries, tolerances).
         previous_tasks: The same.
         weight_magnitude: Mean magnitude of all parameters, (boundaries,).
         class_accuracy: Accuracy at the end on each class in the order of arrival, (classes,): the recorded one, or None
@@ -121,7 +124,7 @@ def measure_plasticity(
         DivergedError: If activations are not finite.
     """
     plan, train = plan_of(run, data), data.train.to(device)
-    rows: dict[str, list[dict[str, float]]] = {view: [] for view in VIEWS}
+    rows: dict[str, list[dict[str, Any]]] = {view: [] for view in VIEWS}
     magnitudes = []
     for boundary in range(run.num_finished + 1):
         model = network_at(run, plan, boundary)
@@ -132,8 +135,7 @@ def measure_plasticity(
             found = _measured(model, train.inputs(torch.from_numpy(ids)), settings) if len(ids) else {}
             rows[view].append(found)
     columns = {
-        view: {name: np.array([row.get(name, np.nan) for row in each], np.float64) for name in MEASURES}
-        for view, each in rows.items()
+        view: {name: _column(name, each, settings.rank_tolerance) for name in MEASURES} for view, each in rows.items()
     }
     confusion = None if run.confusion is None else run.confusion[-1]
     if settings.batch_norm == "batch" and run.num_finished:
@@ -141,6 +143,12 @@ def measure_plasticity(
     accuracy = None if confusion is None else class_accuracy(confusion)
     num_features = int(rows[NEXT][0]["num_features"])
     return Plasticity(columns[NEXT], columns[PREVIOUS], np.array(magnitudes), accuracy, num_features)
+
+
+def _column(name: str, rows: list[dict[str, Any]], tolerance: Tolerance) -> FloatArray:  # (boundaries[, tolerances])
+    """Collect a measure of all boundaries; NaN where a view has no samples."""
+    shape = (len(tolerance),) if name == "numerical_rank" and isinstance(tolerance, tuple) else ()
+    return np.array([np.broadcast_to(row.get(name, np.nan), shape) for row in rows], np.float64)
 
 
 def _confusion_of_batches(model: nn.Module, plan: Plan, num_finished: int, batch_size: int) -> IntArray:
@@ -164,7 +172,7 @@ def _choose_statistics(model: nn.Module, batch_norm: str) -> None:
         module.training = batch_norm == "batch" and isinstance(module, _BatchNorm)
 
 
-def _measured(model: nn.Module, x: Tensor, settings: PlasticitySettings) -> dict[str, float]:
+def _measured(model: nn.Module, x: Tensor, settings: PlasticitySettings) -> dict[str, Any]:
     """Measure the activations on some samples.
 
     Raises:

@@ -13,6 +13,7 @@ from ntkgen.continual.epochs import Epochs
 from ntkgen.continual.metrics.accuracy import AccuracyMatrix, accuracy_matrix
 from ntkgen.continual.metrics.confusion import class_accuracy
 from ntkgen.continual.metrics.forgetting import BINARY, predicted_forgetting
+from ntkgen.continual.metrics.ranks import Tolerance
 from ntkgen.continual.metrics.series import (
     boundary_metrics,
     held_out_accuracy,
@@ -161,7 +162,7 @@ class RunReader:
         return self.kernels.isel(row=rows, col=rows, sample=np.flatnonzero(chosen), missing_dims="ignore")
 
     def kernel_metrics(
-        self, dt: int | None = None, part: str = "train", rank_tolerance: float | None = None
+        self, dt: int | None = None, part: str = "train", rank_tolerance: Tolerance = None
     ) -> xarray.Dataset:
         """Measure every recorded kernel of one part; see `ntkgen.continual.metrics.series.kernel_metrics`.
 
@@ -181,7 +182,7 @@ class RunReader:
         loss = BINARY if self.settings.method in BINARY_METHODS else self.settings.loss
         return predicted_forgetting(self.kernels_of("train"), loss)
 
-    def loss_weighted_metrics(self, rank_tolerance: float | None = None) -> xarray.Dataset:
+    def loss_weighted_metrics(self, rank_tolerance: Tolerance = None) -> xarray.Dataset:
         """Measure the loss-weighted kernel of the training samples of the probe at every recorded time.
 
         It is weighted over the outputs that the loss uses, so with a masked head over those of the classes so far. See
@@ -245,13 +246,13 @@ class RunReader:
         return self.folder.has(f"{kernels_of_view(view)}/{ROOT}")
 
     def boundary_kernel_metrics(
-        self, view: str, rank_tolerance: float | None = None, *, weighted: bool = False
+        self, view: str, rank_tolerance: Tolerance = None, *, weighted: bool = False
     ) -> xarray.Dataset:
         """Measure the kernels of a view; see `ntkgen.continual.metrics.series.boundary_metrics`.
 
         Args:
             view: ``next_task`` or ``previous_tasks``.
-            rank_tolerance: Tolerance of the numerical rank.
+            rank_tolerance: Tolerance of the numerical rank, or several.
             weighted: Whether to measure the spectrum of the loss-weighted kernel instead.
         """
         kernels = self.boundary_kernels(view)

@@ -9,6 +9,7 @@ import xarray
 
 import ntkgen
 from ntkgen.continual.metrics.definitions import OF_PLASTICITY
+from ntkgen.continual.metrics.series import TOLERANCE
 from ntkgen.continual.plan import Data
 from ntkgen.continual.plasticity import Plasticity, PlasticitySettings, measure_plasticity
 from ntkgen.continual.reader import MEASURED, PLASTICITY, RunReader
@@ -39,6 +40,9 @@ def plasticity_of(
         StoreLockedError: If another process measures the same run.
     """
     asked = {"format_version": FORMAT_VERSION, "boundaries": run.num_finished + 1, **dataclasses.asdict(settings)}
+    tolerance = settings.rank_tolerance
+    if isinstance(tolerance, tuple):
+        asked["rank_tolerance"] = list(tolerance)  # as JSON has it
     if run.has_plasticity:
         stored = run.plasticity
         if {name: stored.attrs[MEASURED].get(name) for name in asked} == asked:
@@ -49,7 +53,11 @@ def plasticity_of(
         folder.remove(ROOT)  # first, because an incomplete group must not be read
         folder.clear()
         noted = {**asked, "num_features": measured.num_features, "version": ntkgen.__version__}
-        Series.create(folder, [], _arrays(run, measured), {MEASURED: noted})
+        arrays = _arrays(run, measured)
+        if isinstance(tolerance, tuple):
+            note = {"long_name": "tolerance of the numerical rank"}
+            arrays.append(FixedArray(TOLERANCE, np.array(tolerance), (TOLERANCE,), note))
+        Series.create(folder, [], arrays, {MEASURED: noted})
     return run.plasticity
 
 
@@ -66,6 +74,6 @@ def _arrays(run: RunReader, measured: Plasticity) -> list[FixedArray]:
         view = next((view for view in VIEWS if name.startswith(view)), "")
         definition = OF_PLASTICITY[name.removeprefix(f"{view}_")]
         meaning = f"{definition.title} on the {view.replace('_', ' ')}" if view else definition.title
-        dims = ("target",) if name == "class_accuracy" else ("boundary",)
+        dims = ("target",) if name == "class_accuracy" else ("boundary", TOLERANCE)[: values.ndim]
         found.append(FixedArray(name, values, dims, {"long_name": meaning, "definition": definition.formula}))
     return found

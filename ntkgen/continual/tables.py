@@ -16,8 +16,11 @@ NAMES = {
     ("time", "task"): "kernels-of-tasks",
     ("time", "task", "other_task"): "interference",
     ("start",): "velocity",
+    ("time", "rank_tolerance"): "numerical-rank",
 }
 OF_RUNS = ("width", "seed")
+# What is measured at boundaries has tables of its own for these dimensions.
+ENDINGS = {"target": "-of-classes", "rank_tolerance": "-numerical-rank"}
 
 
 def csv_tables(
@@ -38,9 +41,8 @@ def csv_tables(
                 found[name] = as_csv(data[chosen])
     for name, data in measured.items():
         for dims in dict.fromkeys(_dims(values) for values in data.data_vars.values()):
-            ending = "-of-classes" * (dims == ("target",))
             alike = [each for each in data.data_vars if _dims(data[each]) == dims]
-            found[name.replace("_", "-") + ending] = as_csv(data[alike])
+            found[name.replace("_", "-") + ENDINGS.get(dims[-1], "")] = as_csv(data[alike])
     return found
 
 

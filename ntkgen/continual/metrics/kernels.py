@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.analysis.linalg.quadrature import effective_rank
-from ntkgen.continual.metrics.ranks import numerical_rank, rank_99
+from ntkgen.continual.metrics.ranks import Tolerance, numerical_ranks, rank_99
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -46,7 +46,7 @@ class Spectrum:
         rank_99: Smallest k with Σ_{j≤k} λ_j ≥ 0.99 Σ λ; see `ntkgen.continual.metrics.ranks`. Negative eigenvalues
             count as zero.
         participation_ratio: (tr K)² / ‖K‖_F².
-        numerical_rank: Number of eigenvalues above τ λ₁ with the tolerance τ.
+        numerical_rank: Number of eigenvalues above τ λ₁ with the tolerance τ; one for each of several tolerances.
         num_negative: Number of eigenvalues below zero.
     """
 
@@ -59,17 +59,17 @@ class Spectrum:
     effective_rank: float
     rank_99: int
     participation_ratio: float
-    numerical_rank: int
+    numerical_rank: int | tuple[int, ...]
     num_negative: int
 
     @classmethod
-    def of(cls, K: FloatArray, rounding: float = ROUNDING["float64"], tolerance: float | None = None) -> "Spectrum":
+    def of(cls, K: FloatArray, rounding: float = ROUNDING["float64"], tolerance: Tolerance = None) -> "Spectrum":
         """Compute all eigenvalues of a symmetric kernel.
 
         Args:
             K: The kernel.
             rounding: Relative rounding ε of its entries.
-            tolerance: τ of the numerical rank; None for N ε.
+            tolerance: τ of the numerical rank, or several; None for N ε.
         """
         values = np.asarray(np.linalg.eigvalsh(K)[::-1], np.float64)
         resolution = len(K) * rounding
@@ -86,7 +86,7 @@ class Spectrum:
             effective_rank=effective_rank(values),
             rank_99=rank_99(values),
             participation_ratio=float(np.trace(K)) ** 2 / squares if squares else 0.0,
-            numerical_rank=numerical_rank(values, resolution if tolerance is None else tolerance),
+            numerical_rank=numerical_ranks(values, tolerance, resolution),
             num_negative=int((values < 0).sum()),
         )
 

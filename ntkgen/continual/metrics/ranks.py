@@ -14,6 +14,9 @@ from ntkgen.analysis.linalg.quadrature import effective_rank
 
 FloatArray = npt.NDArray[np.float64]
 
+# The tolerance τ of a numerical rank, several of them, or None for what the precision resolves.
+Tolerance = float | tuple[float, ...] | None
+
 # The part of a sum that the counted values must reach, in `rank_99` and `rank_99_squared`.
 PART = 0.99
 
@@ -29,27 +32,27 @@ class Ranks:
         rank_99_squared: Smallest k with Σ_{j≤k} σ_j² ≥ 0.99 Σ σ², the "approximate rank" (Yang et al. 2020,
             arXiv:1909.12255).
         stable_rank: ‖F‖_F² / ‖F‖₂² = Σ σ² / σ₁² (Rudelson, Vershynin 2007, J. ACM 54).
-        numerical_rank: Number of singular values above τ σ₁ with the tolerance τ.
+        numerical_rank: Number of singular values above τ σ₁ with the tolerance τ; one for each of several tolerances.
     """
 
     effective_rank: float
     rank_99: int
     rank_99_squared: int
     stable_rank: float
-    numerical_rank: int
+    numerical_rank: int | tuple[int, ...]
 
     @classmethod
     def of(
         cls,
         F: npt.NDArray[np.floating],  # (rows, columns)
-        tolerance: float | None = None,
+        tolerance: Tolerance = None,
     ) -> "Ranks":
         """Compute all singular values of a matrix of finite numbers, in float64.
 
         Args:
             F: The matrix.
-            tolerance: τ of the numerical rank; None for max(rows, columns) ε, where ε is the distance from 1 to the
-                next number in the type of the matrix, as in `numpy.linalg.matrix_rank`.
+            tolerance: τ of the numerical rank, or several; None for max(rows, columns) ε, where ε is the distance from
+                1 to the next number in the type of the matrix, as in `numpy.linalg.matrix_rank`.
         """
         resolved = max(F.shape) * float(np.finfo(F.dtype).eps)
         values = np.linalg.svd(F.astype(np.float64), compute_uv=False)
@@ -58,7 +61,7 @@ class Ranks:
             rank_99=rank_99(values),
             rank_99_squared=rank_99_squared(values),
             stable_rank=stable_rank(values),
-            numerical_rank=numerical_rank(values, resolved if tolerance is None else tolerance),
+            numerical_rank=numerical_ranks(values, tolerance, resolved),
         )
 
 
@@ -97,3 +100,19 @@ def numerical_rank(values: FloatArray, tolerance: float) -> int:
     2
     """
     return int((values > tolerance * values.max()).sum())
+
+
+def numerical_ranks(values: FloatArray, tolerance: Tolerance, resolved: float) -> int | tuple[int, ...]:
+    """Count the values above τ σ₁ for one tolerance τ, or for each of several.
+
+    >>> numerical_ranks(np.array([2.0, 1.0, 1e-9]), (0.6, 1e-6), resolved=0.0)
+    (1, 2)
+
+    Args:
+        values: The values.
+        tolerance: The tolerances.
+        resolved: The tolerance if there is none.
+    """
+    if isinstance(tolerance, tuple):
+        return tuple(numerical_rank(values, each) for each in tolerance)
+    return numerical_rank(values, resolved if tolerance is None else tolerance)

@@ -11,12 +11,15 @@ from ntkgen.analysis.targets import Readout
 from ntkgen.continual.metrics import kernels as measure
 from ntkgen.continual.metrics.kernels import BoolArray, FloatArray, IntArray, Spectrum
 from ntkgen.continual.metrics.loss_weighted import weighted_contrasts
+from ntkgen.continual.metrics.ranks import Tolerance
 from ntkgen.continual.metrics.regression import MAPS, Regression, classify
 from ntkgen.errors import StoreError
 
 if TYPE_CHECKING:
     import xarray
 
+# The dimension of several tolerances of the numerical rank.
+TOLERANCE = "rank_tolerance"
 # The spectrum of a block without any rows that have values.
 _MISSING = Spectrum(**{field.name: float("nan") for field in dataclasses.fields(Spectrum)})  # type: ignore[arg-type]
 # Numbers of the spectrum that are also given for the block of each task.
@@ -81,7 +84,7 @@ class _Probe:
         numbers = self.kernels.get("num_outputs")
         return None if numbers is None else int(numbers[time])
 
-    def spectrum(self, K: FloatArray, task: int | None = None, tolerance: float | None = None) -> Spectrum:
+    def spectrum(self, K: FloatArray, task: int | None = None, tolerance: Tolerance = None) -> Spectrum:
         """Measure a kernel, or its block of a task, without rows that have no values; NaN if others are missing."""
         kept = ~np.isnan(np.diagonal(K))
         if task is not None:
@@ -132,14 +135,14 @@ class _Probe:
 
 
 def kernel_metrics(
-    kernels: "xarray.Dataset", dt: int | None = None, rank_tolerance: float | None = None
+    kernels: "xarray.Dataset", dt: int | None = None, rank_tolerance: Tolerance = None
 ) -> "xarray.Dataset":
     """Measure every kernel of a run.
 
     Args:
         kernels: The recorded kernels, as `RunReader.kernels_of` gives them.
         dt: Iterations between the two kernels of a velocity; None for the number that the most pairs are apart.
-        rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
+        rank_tolerance: Tolerance τ of the numerical rank, or several; None for N ε, what the precision resolves.
 
     Returns:
         Numbers of `Spectrum` for each time, for the whole probe and, with the prefix ``task_``, for the block of each
@@ -154,7 +157,7 @@ def kernel_metrics(
 
     probe, iterations = _Probe(kernels), np.asarray(kernels.iteration.values, np.int64)
     values, numbers = [probe.kernel(time) for time in range(len(iterations))], np.unique(probe.tasks)
-    data: dict[str, Any] = _columns([probe.spectrum(K, tolerance=rank_tolerance) for K in values])
+    data: dict[str, Any] = _columns([probe.spectrum(K, tolerance=rank_tolerance) for K in values], rank_tolerance)
     blocks = [[probe.spectrum(K, int(task)) for task in numbers] for K in values]
     data |= {
         f"task_{name}": (("time", "task"), [[getattr(each, name) for each in row] for row in blocks])
@@ -197,7 +200,7 @@ def held_out_accuracy(kernels: "xarray.Dataset", is_validation: BoolArray) -> Fl
 
 
 def loss_weighted_metrics(
-    kernels: "xarray.Dataset", num_outputs: IntArray | None = None, rank_tolerance: float | None = None
+    kernels: "xarray.Dataset", num_outputs: IntArray | None = None, rank_tolerance: Tolerance = None
 ) -> "xarray.Dataset":
     """Measure the spectrum of the loss-weighted kernel of every time; see `weighted_kernel`.
 
@@ -206,7 +209,7 @@ def loss_weighted_metrics(
     Args:
         kernels: The recorded kernels of all outputs, as `RunReader.kernels_of` gives them.
         num_outputs: Number of outputs that the loss is over at each time, (times,); None for all that have values.
-        rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
+        rank_tolerance: Tolerance τ of the numerical rank, or several; None for N ε, what the precision resolves.
 
     Returns:
         The numbers of `Spectrum` for each time; NaN where there are fewer than two outputs. ε is the rounding of the
@@ -237,17 +240,17 @@ def loss_weighted_metrics(
         "trained_task": ("time", kernels.task.values),
     }
     noted = {"rank_tolerance": rank_tolerance, "rounding": probe.rounding}
-    return xarray.Dataset(_columns(spectra), coordinates, noted)
+    return xarray.Dataset(_columns(spectra, rank_tolerance), coordinates, noted)
 
 
 def boundary_metrics(
-    kernels: "xarray.Dataset", rank_tolerance: float | None = None, num_outputs: IntArray | None = None
+    kernels: "xarray.Dataset", rank_tolerance: Tolerance = None, num_outputs: IntArray | None = None
 ) -> "xarray.Dataset":
     """Measure the kernels of a view at each boundary between tasks; the samples differ from boundary to boundary.
 
     Args:
         kernels: The kernels, as `RunReader.boundary_kernels` gives them.
-        rank_tolerance: Tolerance τ of the numerical rank; None for N ε, what the precision resolves.
+        rank_tolerance: Tolerance τ of the numerical rank, or several; None for N ε, what the precision resolves.
         num_outputs: For the loss-weighted kernels, the number of outputs that the loss is over at each time, (times,).
             None for the kernels themselves.
 
@@ -266,7 +269,7 @@ def boundary_metrics(
         data = {str(name): values for name, values in xarray.concat(found, "time").data_vars.items()}
     else:
         probes = [_Probe(part) for part in parts]
-        data = _columns([probe.spectrum(probe.kernel(0), tolerance=rank_tolerance) for probe in probes])
+        data = _columns([probe.spectrum(probe.kernel(0), tolerance=rank_tolerance) for probe in probes], rank_tolerance)
         data["alignment"] = ("time",), [probe.alignment(probe.kernel(0), centred=False) for probe in probes]
         data["centred_alignment"] = ("time",), [probe.alignment(probe.kernel(0), centred=True) for probe in probes]
         for name in ("previous_distance", "previous_centred_distance"):
@@ -299,6 +302,12 @@ def _distances(probe: _Probe, iterations: IntArray) -> dict[str, Any]:
     return {name: (("time",), values) for name, values in found.items()}
 
 
-def _columns(spectra: list[Spectrum]) -> dict[str, Any]:
+def _columns(spectra: list[Spectrum], tolerance: Tolerance) -> dict[str, Any]:
+    """Make a variable of each number, (times,); the numerical rank at several tolerances is (times, tolerances)."""
     names = [field.name for field in dataclasses.fields(Spectrum)]
-    return {name: (("time",), [getattr(each, name) for each in spectra]) for name in names}
+    found: dict[str, Any] = {name: (("time",), [getattr(each, name) for each in spectra]) for name in names}
+    if isinstance(tolerance, tuple):
+        ranks = [np.broadcast_to(each.numerical_rank, len(tolerance)) for each in spectra]  # of a missing one too
+        found["numerical_rank"] = ("time", TOLERANCE), np.reshape(ranks, (len(spectra), len(tolerance)))
+        found[TOLERANCE] = (TOLERANCE,), list(tolerance)
+    return found
