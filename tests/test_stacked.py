@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ntkgen.continual.optim import LEARNERS, PGD, SGD, UPGD, make_optimizer
+from ntkgen.continual.optim.stacked import SHARED
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 
 SHAPES = [(2, 3, 2, 2), (2,), (4, 3), (4,)]
@@ -62,6 +63,52 @@ def test_the_noise_of_a_network_does_not_depend_on_the_others():
     require_equal(*found)
     numbers = torch.empty(sum(part.numel() for part in found[0])).normal_(generator=generators(5)[0])
     assert torch.equal(torch.cat([part.flatten() for part in found[0]]), -numbers)
+
+
+def test_threads_draw_the_same_noise():
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            params = [nn.Parameter(torch.zeros(5, SHARED + 3))]
+            optimizer = PGD(params, lr=1.0, sigma=1.0, members=5, generators=generators(*range(5)))
+            params[0].grad = torch.zeros_like(params[0])
+            optimizer.step()
+            optimizer.step()
+            found.append(values(params))
+    finally:
+        torch.set_num_threads(threads)
+    require_equal(*found)
+    assert found[0][0].std() > 1
+
+
+def test_parameters_that_are_columns_of_one_matrix_are_changed_in_place():
+    separate = parameters(0, 3)
+    matrix = torch.cat([each.detach().flatten(1) for each in separate], 1)
+    sizes = [each[0].numel() for each in separate]
+
+    def columns(source):
+        parts = source.split(sizes, 1)
+        return [part.view(each.shape) for part, each in zip(parts, separate, strict=True)]
+
+    together = [part.requires_grad_() for part in columns(matrix)]
+    optimizers = [
+        UPGD(each, sigma=0.1, members=3, generators=generators(1, 2, 3), noise_scale="grad")
+        for each in (separate, together)
+    ]
+    for optimizer, params in zip(optimizers, (separate, together), strict=True):
+        train(optimizer, params, range(2), 3)
+    assert optimizers[1]._layout.is_in_place
+    assert not optimizers[0]._layout.is_in_place
+    require_equal(values(together), values(separate))
+    require_equal(columns(matrix), values(together))
+    other = matrix.clone()  # the parameters move to other memory
+    for param, moved in zip(together, columns(other), strict=True):
+        param.data = moved
+    for optimizer, params in zip(optimizers, (separate, together), strict=True):
+        train(optimizer, params, range(2, 4), 3)
+    require_equal(columns(other), values(separate))
+    assert not torch.equal(matrix, other)
 
 
 @pytest.mark.parametrize("sigma", [0.0, torch.tensor([0.0, 0.0]), torch.tensor([0.0, 0.1])])

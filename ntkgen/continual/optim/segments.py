@@ -151,7 +151,7 @@ class Block:
 
     Attributes:
         rows: The networks.
-        w: Values of all parameters, (rows, numbers).
+        w: Values of all parameters, (rows, numbers). They are the parameters themselves, or room for a copy.
         g: Their gradients.
         h: Their curvature, if the optimizer needs it.
         noise: Standard normal numbers, if they are drawn.
@@ -184,6 +184,8 @@ class Layout:
         views: What is kept of each parameter, by name, in its shape.
         kind: Type of the numbers, and device.
         num_steps: Number of steps with these matrices.
+        addresses: Where the parameters were when the matrices were made.
+        is_in_place: Whether a step changes the parameters themselves, because they are columns of one matrix already.
 
     Args:
         slots: The parameters, in their order.
@@ -205,6 +207,9 @@ class Layout:
         has_noise: bool,
     ) -> None:
         self.slots, self.has_noise, self.num_steps = slots, has_noise, 0
+        self.addresses = addresses_of(slots)
+        together = _matrix_of(slots, num_rows)
+        self.is_in_place = together is not None
         like, num_columns = slots[0].param, slots[-1].columns.stop
         in_cache = max(1, BLOCK // max(1, num_columns))
         count = min(num_rows, in_cache) if like.device.type == "cpu" else num_rows
@@ -214,10 +219,12 @@ class Layout:
         self.kind = (like.dtype, like.device)
         self.views = [{name: self._view(name, slot) for name in traces} for slot in slots]
         starts = range(0, num_rows, count)
-        self.blocks = [self._block(slice(k, min(k + count, num_rows)), room, has_curvature) for k in starts]
+        blocks = [slice(k, min(k + count, num_rows)) for k in starts]
+        w = [room[0, : rows.stop - rows.start] if together is None else together[rows] for rows in blocks]
+        self.blocks = [self._block(*each, room[1:], has_curvature) for each in zip(blocks, w, strict=True)]
 
-    def _block(self, rows: slice, room: Tensor, has_curvature: bool) -> Block:  # noqa: FBT001 - as in the constructor
-        w, g, *scratch = (matrix[: rows.stop - rows.start] for matrix in room)
+    def _block(self, rows: slice, w: Tensor, room: Tensor, has_curvature: bool) -> Block:  # noqa: FBT001 - as above
+        g, *scratch = (matrix[: rows.stop - rows.start] for matrix in room)
         h = scratch.pop() if has_curvature else None
         noise = scratch.pop() if self.has_noise else None
         runs = [list(run) for _, run in groupby(self.slots, key=lambda slot: (id(slot.group), slot.step))]
@@ -242,3 +249,30 @@ class Layout:
         """View what is kept of a parameter in its shape."""
         view = self.traces[trace][:, slot.columns].view(-1, *slot.shape)
         return view if view.shape == slot.param.shape else view[0]
+
+
+def addresses_of(slots: Sequence[Slot]) -> list[int]:
+    """List where the parameters are in memory."""
+    return [slot.param.data_ptr() for slot in slots]
+
+
+def _matrix_of(slots: Sequence[Slot], num_rows: int) -> Tensor | None:  # (networks, numbers)
+    """View the parameters of a stack as one matrix, if they are its columns in their order; else return None.
+
+    Such parameters need not be copied before and after a step.
+    """
+    first = slots[0].param
+    if num_rows == 1 or first.ndim < 1 or len(first) != num_rows:
+        return None
+    for slot in slots:
+        param = slot.param
+        contiguous = torch.empty(slot.shape, device="meta").stride()
+        is_column = (
+            param.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and param.storage_offset() == first.storage_offset() + slot.columns.start
+            and param.stride() == (first.stride(0), *contiguous)
+        )
+        if not is_column:
+            return None
+    size = slots[-1].columns.stop
+    return first.detach().as_strided((num_rows, size), (first.stride(0), 1), first.storage_offset())

@@ -1,18 +1,30 @@
 """The base of the optimizers: one network, or a stack of independent networks, as a single computation."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ntkgen.continual.optim.names import OPTIONS, checked_value
-from ntkgen.continual.optim.segments import Block, Layout, Segment, Slot
+from ntkgen.continual.optim.segments import Block, Layout, Segment, Slot, addresses_of
 from ntkgen.errors import InputError, ShapeError
 
 Params = Iterable[Any]
 """What a torch optimizer takes: parameters, named parameters, or groups of them with hyper-parameters."""
+
+
+# Numbers of a network from which on the noise of several networks is drawn by several threads.
+SHARED = 2**13
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Start threads that draw noise."""
+    return ThreadPoolExecutor(count, "noise")
 
 
 class StackedOptimizer(torch.optim.Optimizer):
@@ -209,7 +221,8 @@ class StackedOptimizer(torch.optim.Optimizer):
         grads = [self._stacked(cast("Tensor", slot.param.grad)) for slot in layout.slots]
         curved = self._curvature(layout, curvature) if self.needs_curvature else []
         for block in layout.blocks:
-            block.gather(block.w, params)
+            if not layout.is_in_place:
+                block.gather(block.w, params)
             block.gather(block.g, grads)
             if block.h is not None:
                 block.gather(block.h, curved)
@@ -217,7 +230,8 @@ class StackedOptimizer(torch.optim.Optimizer):
             for segment in block.segments:
                 segment.step += 1
             self.advance(block.segments)
-            block.scatter(block.w, params)
+            if not layout.is_in_place:
+                block.scatter(block.w, params)
         layout.num_steps += 1
         torch._foreach_add_([self.state[slot.param]["step"] for slot in layout.slots], 1)
         return loss
@@ -237,11 +251,20 @@ class StackedOptimizer(torch.optim.Optimizer):
     def _draw(self, block: Block, is_noisy: Sequence[bool]) -> None:
         if block.noise is None:
             return
-        for row, k in zip(block.noise, range(block.rows.start, block.rows.stop), strict=True):
-            if is_noisy[k]:
-                row.normal_(generator=None if self.generators is None else self.generators[k])
-            else:
+        numbers = range(block.rows.start, block.rows.stop)
+        rows = [(row, k) for row, k in zip(block.noise, numbers, strict=True) if is_noisy[k]]
+        for row, k in zip(block.noise, numbers, strict=True):
+            if not is_noisy[k]:
                 row.zero_()
+        threads = torch.get_num_threads()
+        if self.generators is None or threads == 1 or block.noise.device.type != "cpu" or len(block.noise[0]) < SHARED:
+            for row, k in rows:
+                row.normal_(generator=None if self.generators is None else self.generators[k])
+            return
+        # Drawing is the slowest part of a step, and torch draws in one thread. Each network has a generator of its own,
+        # so the numbers do not depend on the threads.
+        generators = self.generators
+        list(_threads(threads).map(lambda each: each[0].normal_(generator=generators[each[1]]), rows))
 
     def _curvature(self, layout: Layout, curvature: Sequence[Tensor | None] | None) -> list[Tensor]:
         """Find the curvature of the parameters that have a gradient.
@@ -290,7 +313,7 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     def _fits(self, layout: Layout, active: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> bool:
         """Say whether matrices still are those of some parameters, and what the optimizer keeps of them."""
-        if len(active) != len(layout.slots):
+        if len(active) != len(layout.slots) or layout.addresses != addresses_of(layout.slots):
             return False
         for slot, views, (_, param, group) in zip(layout.slots, layout.views, active, strict=True):
             if param is not slot.param or group is not slot.group or (param.dtype, param.device) != layout.kind:
