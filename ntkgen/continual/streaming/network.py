@@ -44,10 +44,7 @@ class StackedNetwork:
     def __init__(self, networks: Sequence[nn.Module]) -> None:
         first = networks[0]
         _require_single_samples(first)
-        self.parameters: dict[str, Tensor] = {
-            name: torch.stack([dict(each.named_parameters())[name].detach() for each in networks]).requires_grad_()
-            for name, _ in first.named_parameters()
-        }
+        self.parameters = _stacked([dict(each.named_parameters()) for each in networks])
         self._module = copy.deepcopy(first)
         self._steps = steps_of(first)
 
@@ -115,6 +112,16 @@ class StackedNetwork:
             for hook in hooks:
                 hook.remove()
         return outputs[0], tuple(found)
+
+
+def _stacked(networks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack parameters. All of them are columns of one matrix, which an optimizer can change at once."""
+    rows = [torch.cat([values.detach().flatten() for values in each.values()]) for each in networks]
+    columns = torch.stack(rows).split([values.numel() for values in networks[0].values()], 1)
+    return {
+        name: part.view(len(networks), *values.shape).requires_grad_()
+        for (name, values), part in zip(networks[0].items(), columns, strict=True)
+    }
 
 
 def _require_single_samples(model: nn.Module) -> None:
