@@ -114,7 +114,7 @@ def test_runs_that_cannot_be_are_refused_in_one_line(tmp_path, capsys, bad, foun
 def test_samples_belong_to_a_stream_of_samples(tmp_path, capsys):
     assert command(["cl-run", "--samples", "10", "--out", str(tmp_path / "r")]) == 2
     error = capsys.readouterr().err
-    assert "--samples applies to --stream slow-regression alone" in error
+    assert "--samples applies to streams of single samples alone, such as slow-regression" in error
     assert error.count("\n") == 1
 
 
