@@ -332,3 +332,24 @@ def test_the_table_is_read_without_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
     assert checked_options("upgd", {"protecting": "false", "lr": "1e-3"}) == {"protecting": False, "lr": 1e-3}
     assert math.isinf(OPTIONS["lr"].most)
+
+
+@pytest.mark.parametrize("normalisation", ["global", "local"])
+def test_scaled_utilities_are_those_of_the_last_step(normalisation):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in ((4, 5), (4,))]
+    optimizer = UPGD(params, beta_utility=0.5, sigma=0.0, normalisation=normalisation, members=3)
+    assert optimizer.scaled_utilities() == {}
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+        optimizer.step()
+    found = optimizer.scaled_utilities()
+    corrected = [optimizer.state[param]["utility"].numpy() / (1 - 0.5**2) for param in params]
+    largest = np.max([each.reshape(3, -1).max(1) for each in corrected], 0)
+    for position, utility in enumerate(corrected):
+        if normalisation == "global":
+            scaled = utility / largest.reshape(-1, *[1] * (utility.ndim - 1))
+        else:
+            scaled = utility / np.linalg.norm(utility, axis=-1, keepdims=True)
+        np.testing.assert_allclose(found[position].numpy(), 1 / (1 + np.exp(-scaled)), rtol=1e-12)

@@ -116,6 +116,25 @@ class UPGD(StackedOptimizer):
             )
             descend(segment, direction, segment.number("step_scale"))
 
+    @torch.no_grad()
+    def scaled_utilities(self) -> dict[int, Tensor]:
+        """Compute the scaled utilities s of the last step, with the shape of each parameter.
+
+        Returns:
+            By the position of the parameter among all. Before the first step there are none.
+        """
+        found: dict[int, list[Tensor]] = {}
+        for block in [] if self._layout is None else self._layout.blocks:
+            is_global = self.defaults["normalisation"] == "global"
+            largest = largest_utility(block.segments, self.defaults["largest"]) if is_global else None
+            for segment in block.segments:
+                gate = unprotected(segment, largest, segment.scratch[0])
+                share(segment, gate, self.defaults["utility_shape"])
+                for slot, part in zip(segment.slots, segment.tensors(gate), strict=True):
+                    found.setdefault(slot.position, []).append(1 - part)
+        stacked = {position: torch.cat(parts) for position, parts in found.items()}
+        return {position: each if self.members is not None else each[0] for position, each in stacked.items()}
+
 
 def scale_noise(segment: Segment, by: str) -> None:
     """Multiply the noise of each parameter by ‖w‖ (``weight``), ‖g‖ (``grad``) or ‖g‖ / ‖w‖ (``ratio``)."""
