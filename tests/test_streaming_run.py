@@ -1,6 +1,8 @@
 """Runs that learn a stream: seeds, resuming, stacking, kernels, records and the command line."""
 
+import itertools
 import json
+import random
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from ntkgen.continual.streaming.run import StreamData, StreamingRun, run_stream
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import FingerprintError, InputError, UnknownNameError
+from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
 
 CPU = torch.device("cpu")
@@ -76,6 +79,28 @@ def files_of(place):
     }
 
 
+class Killed(BaseException):
+    """A kill of the process, at a write that is not made."""
+
+
+def killed_at(moment, settings, place, monkeypatch):
+    """Run until some write. Return whether there were that many writes."""
+    count = itertools.count(1)
+
+    def write(self, key, data, plain=LocalFolder.write):
+        if next(count) == moment:
+            raise Killed
+        plain(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFolder, "write", write)
+        try:
+            learnt(settings, place)
+        except Killed:
+            return True
+    return False
+
+
 METHODS = {
     "sgd": {},
     "baseline": {"sigma": 0.01},
@@ -106,6 +131,23 @@ def test_a_run_stopped_at_any_sample_ends_with_the_same_bytes(method, tmp_path, 
     straight, stopped = final_parameters(tmp_path / "straight"), final_parameters(tmp_path / "stopped")
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    "method", ["baseline", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "baseline")]
+)
+def test_a_run_killed_at_random_writes_ends_with_the_same_bytes(method, tmp_path, monkeypatch):
+    settings = settings_of(method=method, seeds=(0, 3), held_out=10, save_every=40, **METHODS[method])
+    learnt(settings, tmp_path / "undisturbed")
+    monkeypatch.setattr(streaming, "FETCHED", 14)
+    monkeypatch.setattr(streaming, "COMMIT_SECONDS", 0.0)
+    rng, kills = random.Random(0), 0
+    while killed_at(rng.randint(1, 40), settings, tmp_path / "killed", monkeypatch):
+        kills += 1
+    assert kills > 3
+    one, other = final_parameters(tmp_path / "undisturbed"), final_parameters(tmp_path / "killed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert files_of(tmp_path / "undisturbed") == files_of(tmp_path / "killed")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -229,14 +271,15 @@ def test_published_names_are_aliases():
 def test_the_command_line(tmp_path, capsys):
     place = str(tmp_path / "r")
     line = [*LINE, "--method", "ratio_norm", "--samples", "120", "--samples-per-task", "40", "--seeds", "0", "1"]
-    assert command([*line, "--grid", "lr=0.01,0.001", "--out", place, "--json"]) == 0
+    assert command([*line, "--grid", "lr=0.01,0.001", "--kernels-every", "1", "--out", place, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["settings"]["learning_rate"] == [0.01, 0.001]
     assert [each["name"] for each in found["learners"]] == ["ratio_norm, lr 0.01", "ratio_norm, lr 0.001"]
     assert command(["cl-analyze", place]) == 0
     assert "ratio_norm, lr 0.001" in capsys.readouterr().out
     assert command(["cl-plot", place, "--out", str(tmp_path / "plots")]) == 0
-    assert any((tmp_path / "plots").glob("*.png"))
+    kinds = {path.name.partition("-stream")[2] for path in (tmp_path / "plots").glob("*.png")}
+    assert kinds == {".png", "-utilities.png", "-kernels.png"}
     capsys.readouterr()
     for wrong, message in (
         (["--method", "usdg"], "usgd"),
@@ -262,3 +305,14 @@ def test_pictures_show_the_recorded_numbers(tmp_path):
     picture = draw_streams([found])
     assert "means over 3 seeds, bands are ± one standard error" in picture.caption
     assert render(picture, "png").startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_upgd_and_sgd_learn_a_stream_better_than_chance(tmp_path):
+    """Ten tasks of templates with permuted labels: both are finite and above chance, 1/3."""
+    for method, options in (("sgd", {}), ("upgd_fo_global", {"sigma": 0.001})):
+        settings = settings_of(method=method, seeds=(0, 1), num_samples=3000, samples_per_task=300, **options)
+        found = learnt(settings, tmp_path / method)
+        for name in ("loss", "accuracy", "plasticity", "weight_rank"):
+            assert np.isfinite(found[name].values).all()
+        assert found.accuracy.values.mean() > 0.6

@@ -12,6 +12,7 @@ import click
 import ntkgen
 from ntkgen.cli.analyze import analyze
 from ntkgen.cli.cl_analyze import cl_analyze
+from ntkgen.cli.cl_grid import cl_grid
 from ntkgen.cli.cl_import import cl_import
 from ntkgen.cli.cl_plot import cl_plot
 from ntkgen.cli.cl_run import cl_run
@@ -51,6 +52,7 @@ for command in (
     compute,
     train,
     cl_run,
+    cl_grid,
     cl_analyze,
     cl_plot,
     cl_import,

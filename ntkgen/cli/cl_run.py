@@ -75,10 +75,10 @@ def cl_run(*, data_dir: Path | None, out: str, device: str, workers: int, **opti
     """
     as_json, quiet, dry_run, verbose = (options.pop(name) for name in ("as_json", "quiet", "dry_run", "verbose"))
     given = [name for name in given_options() if name != "device" or device not in {"auto", "cpu"}]
-    if (streaming := streaming_settings(options)) is not None:
-        if dry_run:
-            return show_streaming_plan(streaming, as_json=as_json)
+    if (streaming := streaming_settings(options, given_options())) is not None:
         start_process()
+        if dry_run:
+            return show_streaming_plan(streaming, data_dir, device, as_json=as_json)
         return run_streaming(streaming, data_dir, out, device, as_json=as_json, quiet=quiet)
     if (slow := slow_regression_settings(options, given)) is not None:
         if dry_run:

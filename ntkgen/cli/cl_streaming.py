@@ -17,6 +17,7 @@ from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, OPTION_NAMES, 
 from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.files.place import folder_of
+from ntkgen.units import counted, human_seconds
 
 if TYPE_CHECKING:
     import xarray
@@ -25,11 +26,17 @@ if TYPE_CHECKING:
     from ntkgen.continual.streaming.run import StreamData
     from ntkgen.files.folder import Folder
 
+# Parameters of `ntkgen cl-run` that are no settings of a run.
+OF_COMMAND = ("compat", "grid", "config", "data_dir", "out", "device", "as_json", "quiet", "dry_run")
 ERRORS = "mean ± standard error over seeds"
 
 
-def streaming_settings(options: Mapping[str, Any]) -> StreamingSettings | None:
+def streaming_settings(options: Mapping[str, Any], given: Collection[str]) -> StreamingSettings | None:
     """Combine a file of settings and options, if one of them asks for a permuted stream; else None.
+
+    Args:
+        options: The settings, and the file.
+        given: The names of all options that are given.
 
     Raises:
         InputError: If an option belongs to other streams, or has a wrong value.
@@ -42,8 +49,8 @@ def streaming_settings(options: Mapping[str, Any]) -> StreamingSettings | None:
     if values.get("stream") not in {*STREAMS, *STREAM_ALIASES}:
         return None
     values = without_aliases(values)
-    _require_applicable(values)
-    if values.pop("compat", None) is not None:
+    _require_applicable([*values, *given])
+    if values.get("compat") == "published":  # an option; in a file it is a truth value
         values["compat"] = True
     values |= grid_of(values.pop("grid", ()))
     width = values.get("width")
@@ -121,20 +128,26 @@ def load_stream_data(settings: StreamingSettings, data_dir: Path | None) -> "Str
     return StreamData(*normalised(splits, settings.normalise))
 
 
-def show_streaming_plan(settings: StreamingSettings, *, as_json: bool) -> int:
-    """Print what a run would do."""
+def show_streaming_plan(settings: StreamingSettings, data_dir: Path | None, device: str, *, as_json: bool) -> int:
+    """Print what a run would do, and how long it would take."""
+    from ntkgen.continual.streaming.forecast import projected_seconds
+    from ntkgen.engine.machine import choose_device
+
+    seconds = projected_seconds(settings, load_stream_data(settings, data_dir), choose_device(device))
     plan = {
         "settings": settings.to_json(),
         "networks": settings.num_members,
         "tasks": settings.num_tasks,
         "combinations": settings.combinations,
+        "projected_seconds": seconds,
     }
     if as_json:
         show(json.dumps(plan))
         return 0
     show(
-        f"{settings.num_members} networks ({settings.method}; {len(settings.combinations)} combinations of options, "
-        f"{len(settings.seeds)} seeds), {settings.num_samples:,} samples each, in {settings.num_tasks} tasks"
+        f"{settings.num_members} networks ({settings.method}; {counted(len(settings.combinations), 'combination')} of "
+        f"options, {counted(len(settings.seeds), 'seed')}), {settings.num_samples:,} samples each, in "
+        f"{counted(settings.num_tasks, 'task')}; about {human_seconds(seconds)} without kernels"
     )
     given = {name: value for name, value in settings.to_json().items() if value is not None}
     show("settings: " + ", ".join(f"{name} {value}" for name, value in given.items()))
@@ -159,7 +172,7 @@ def show_scores(place: str, found: "xarray.Dataset", *, as_json: bool, seconds: 
 def show_all_scores(runs: Sequence[str], folder: "Folder | None", *, as_json: bool) -> None:
     """Print one table of several runs, or their numbers as JSON, and write it as CSV and Markdown to a folder."""
     from ntkgen.continual.streaming.record import read_stream
-    from ntkgen.continual.streaming.summary import rows_of, table
+    from ntkgen.continual.streaming.summary import best_row, rows_of, table
 
     found = {place: read_stream(place) for place in runs}
     rows = [row for each in found.values() for row in rows_of(each)]
@@ -167,7 +180,8 @@ def show_all_scores(runs: Sequence[str], folder: "Folder | None", *, as_json: bo
         for place, each in found.items():
             show_scores(place, each, as_json=True)
     else:
-        show("\n".join([f"{', '.join(runs)}: {ERRORS}", *table(rows)]))
+        best = [f"  best by accuracy: {best_row(rows).name}"] * (len(rows) > 1)
+        show("\n".join([f"{', '.join(runs)}: {ERRORS}", *table(rows), *best]))
     if folder is not None:
         for form, end in (("csv", "csv"), ("markdown", "md")):
             folder.write(f"stream-scores.{end}", "\n".join([*table(rows, form), ""]).encode())
@@ -177,17 +191,24 @@ def pictures_of_streams(runs: Sequence[str], last: int | None) -> "list[Picture]
     """Draw the runs together, the last tasks again if that is asked for, and the kernels of each run that has them."""
     from ntkgen.continual.metrics.series import kernel_metrics
     from ntkgen.continual.plots.streaming import draw_kernels, draw_streams
+    from ntkgen.continual.plots.utilities import draw_utilities
     from ntkgen.continual.series import read_arrays
     from ntkgen.continual.streaming.record import member_folder, read_stream
+    from ntkgen.continual.streaming.utilities import read_utilities
 
     found = [read_stream(run) for run in runs]
     pictures = [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
-    for place, each in zip(runs, found, strict=True):
+    for number, (place, each) in enumerate(zip(runs, found, strict=True), 1):
+        own: list[Picture] = []
         settings = StreamingSettings.from_json(each.attrs["settings"])
-        if not settings.kernels_every:
-            continue
-        folders = [folder_of(place) / member_folder(settings, 0, seed) for seed in settings.seeds]
-        pictures.append(draw_kernels(each, [kernel_metrics(read_arrays(own / "kernels.zarr")) for own in folders]))
+        if (utilities := read_utilities(folder_of(place))) is not None:
+            own += draw_utilities(utilities, settings.method)
+        if settings.kernels_every:
+            folders = [folder_of(place) / member_folder(settings, 0, seed) for seed in settings.seeds]
+            kernels = [kernel_metrics(read_arrays(folder / "kernels.zarr")) for folder in folders]
+            own.append(draw_kernels(each, kernels))
+        end = "" if len(runs) == 1 else f"-{number}"
+        pictures += [dataclasses.replace(picture, kind=f"{picture.kind}{end}") for picture in own]
     return pictures
 
 
@@ -230,13 +251,16 @@ def require_no_stream_options(given: Collection[str]) -> None:
         )
 
 
-def _require_applicable(values: Mapping[str, Any]) -> None:
+def _require_applicable(names: Collection[str]) -> None:
     """Refuse options that belong to other streams.
 
     Raises:
-        UnknownNameError: If there is one.
+        InputError: If there is one.
     """
-    known = {field.name for field in dataclasses.fields(StreamingSettings)} | {"compat", "grid"}
-    for name in values:
-        if name not in known:
-            raise UnknownNameError("setting of a permuted stream", name, known)
+    settings = [field.name for field in dataclasses.fields(StreamingSettings)]
+    if others := [name for name in names if name not in {*settings, *OF_COMMAND}]:
+        raise InputError(
+            f"`{others[0]}` does not apply to streams of single samples: expected one of their settings, found another "
+            "name. Was it copied from another command, or misspelt? Leave it out. Their settings: "
+            f"{', '.join(settings)}."
+        )

@@ -12,6 +12,7 @@ from ntkgen.continual.optim.stacked import StackedOptimizer
 from ntkgen.continual.streaming.measures import EACH_STEP, THINNED
 from ntkgen.continual.streaming.network import StackedNetwork
 from ntkgen.continual.streaming.statistics import (
+    accuracy,
     inactive_units,
     losses,
     plasticity,
@@ -63,7 +64,7 @@ class Learner:
         for step, (inputs, classes) in enumerate(zip(x, targets, strict=True)):
             steps.append(self._step(inputs, classes))
             if (first + step) % self.stats_every == 0:
-                thinned.append(self._thinned())
+                thinned.append(self.measure_thinned())
         return _by_name(EACH_STEP, steps) | _by_name(THINNED, thinned)
 
     def _step(self, x: Tensor, targets: Tensor) -> Tensor:  # (measures, members)
@@ -81,13 +82,14 @@ class Learner:
             after = self.network.forward(prepared)
             found = {
                 "loss": loss.detach(),
-                "accuracy": (before.outputs.argmax(1) == targets).to(loss.dtype),
+                "accuracy": accuracy(before.outputs, targets, loss),
                 "plasticity": plasticity(loss.detach(), losses(after.outputs, targets)),
                 "inactive_units": inactive_units(after.rectified).expand_as(loss),
             }
         return torch.stack([found[name].to(loss.dtype) for name in EACH_STEP])
 
-    def _thinned(self) -> Tensor:  # (measures, members)
+    def measure_thinned(self) -> Tensor:  # (measures, members)
+        """Measure norms and ranks of the weights, and norms of their last gradient."""
         parameters = self.network.parameters
         grads = {name: values.grad for name, values in parameters.items() if values.grad is not None}
         found = thinned_measures(weights_of(parameters), weights_of(grads))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ntkgen.continual.chance import generator_of, seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
+from ntkgen.continual.optim import UPGD
 from ntkgen.continual.record import CHECKPOINT
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streaming.bins import Sums
@@ -22,6 +23,7 @@ from ntkgen.continual.streaming.logs import write_logs
 from ntkgen.continual.streaming.measures import EACH_STEP, THINNED
 from ntkgen.continual.streaming.record import BIN, TASK, member_folder, open_bins, read_stream
 from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.continual.streaming.utilities import write_utilities
 from ntkgen.continual.streams.permuted import PermutedStream
 from ntkgen.continual.streams.tasks import IntArray
 from ntkgen.data.dataset import Dataset
@@ -122,24 +124,36 @@ class StreamingRun:
         """Learn up to the end of a block, of the bin or of the task, and measure what ends there."""
         if self.sample == 0:
             self._take_snapshots(-1)
-        stop = self._next_stop()
-        segment = next(self.streams[0].segments(self.sample, stop))
-        x, targets = self._samples(segment.start, segment.stop)
-        for name, values in self.learner.learn(self.sample, x, targets).items():
-            self.sums.add(name, values)
-        self.sample = segment.stop
+        self.learn_up_to(self._next_stop())
+        task = (self.sample - 1) // self.settings.permuted.period
         if self.sample in self.settings.ends:
             self._end_bin()
         if self.sample % self.settings.permuted.period == 0 or self.sample == self.settings.num_samples:
-            self._end_task(segment.task)
+            self._end_task(task)
+        if self.sample == self.settings.num_samples:
+            self._write_utilities()
         if self.settings.save_every and self.sample % self.settings.save_every == 0:
             self.write_parameters()
+
+    def learn_up_to(self, stop: int) -> None:
+        """Learn the next samples, all of one task, and add up what is measured."""
+        x, targets = self._samples(self.sample, stop)
+        for name, values in self.learner.learn(self.sample, x, targets).items():
+            self.sums.add(name, values)
+        self.sample = stop
 
     def write_parameters(self) -> None:
         """Write the parameters of all networks, after the record of what was measured."""
         write_logs(self.folder)
         parameters = {name: values.detach() for name, values in self.learner.network.parameters.items()}
         self.folder.write(f"models/sample{self.sample}.pt", saved(parameters))
+
+    def _write_utilities(self) -> None:
+        """Write the scaled utilities of a learner that has them."""
+        optimizer, names = self.learner.optimizer, list(self.learner.network.parameters)
+        if isinstance(optimizer, UPGD):
+            found = optimizer.scaled_utilities()
+            write_utilities(self.folder, {names[position]: each.cpu().numpy() for position, each in found.items()})
 
     def _next_stop(self) -> int:
         """Where the next block ends."""

@@ -55,10 +55,10 @@ class StreamingSettings(Settings):
         save_every: Number of samples between two files of parameters; 0 for none but the last.
     """
 
-    dataset: str = "cifar10"
+    dataset: str = "digits"
     stream: str = "label-permuted"
     method: str = "sgd"
-    model: str = "lenet-stream"
+    model: str = "mlp-stream"
     width: int | None = None
     seeds: tuple[int, ...] = (0,)
     num_samples: int = 1_000_000

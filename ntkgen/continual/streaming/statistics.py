@@ -18,6 +18,17 @@ def losses(outputs: Tensor, targets: Tensor) -> Tensor:  # (k, classes), (k,) ->
     return F.cross_entropy(outputs, targets, reduction="none")
 
 
+def accuracy(outputs: Tensor, targets: Tensor, loss: Tensor) -> Tensor:  # (k, classes), (k,), (k,) -> (k,)
+    """Say whether the predicted class is right, as 1 or 0, and NaN if the network has diverged.
+
+    >>> outputs = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
+    >>> accuracy(outputs, torch.tensor([1, 0]), torch.tensor([0.3, torch.nan])).tolist()
+    [1.0, nan]
+    """
+    is_right = (outputs.argmax(1) == targets).to(loss.dtype)
+    return torch.where(loss.isfinite(), is_right, torch.nan)
+
+
 def plasticity(before: Tensor, after: Tensor) -> Tensor:  # (k,), (k,) -> (k,)
     """Compute which part of a loss a step takes away: 1 − L₊ / max(L, 1e-8), cut off at 0 and 1.
 
