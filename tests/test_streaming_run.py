@@ -287,6 +287,9 @@ def test_the_command_line(tmp_path, capsys):
         (["--sigma", "-1"], "sigma"),
         (["--epochs", "3"], "epochs"),
         (["--model", "resnet9"], "single samples"),
+        (["--model", "lenet-stream"], "does not fit the samples of digits"),
+        (["--workers", "2"], "--workers"),
+        (["--preset", "bic"], "--preset"),
     ):
         other = tmp_path / "wrong"
         assert command([*line, *wrong, "--out", str(other)]) == 2, wrong
@@ -294,6 +297,20 @@ def test_the_command_line(tmp_path, capsys):
         assert message in shown, wrong
         assert len(shown.strip().splitlines()) == 1, shown
         assert not other.exists(), wrong
+
+
+def test_other_readers_say_what_a_stream_is(tmp_path, capsys):
+    learnt(settings_of(), tmp_path / "run")
+    place = str(tmp_path / "run")
+    for line, message in (
+        (["report", place], "single samples"),
+        (["cl-analyze", place, "--units"], "--units does not apply"),
+        (["cl-plot", place, "--metric", "x"], "--metric does not apply"),
+    ):
+        assert command(line) == 2, line
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert len(shown.strip().splitlines()) == 1
 
 
 def test_pictures_show_the_recorded_numbers(tmp_path):

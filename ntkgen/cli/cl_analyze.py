@@ -9,7 +9,7 @@ import click
 
 from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page, require_effect
 from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
-from ntkgen.cli.cl_regression import is_slow_regression, require_for_regression, show_outcomes
+from ntkgen.cli.cl_regression import is_slow_regression, require_for_streams, show_outcomes
 from ntkgen.cli.cl_streaming import show_all_scores, some_are_streaming
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, ManyOption, given_options, json_option
@@ -82,7 +82,7 @@ def cl_analyze(
     given = given_options()
     require_effect(given)
     if some_are_streaming(runs):
-        require_for_regression(runs[0], given)
+        require_for_streams(runs[0], given)
         show_all_scores(runs, folder, as_json=as_json)
         return
     asked = Asked(rank_tolerance=_tolerance(rank_tolerance), **options)
@@ -115,7 +115,7 @@ def _opened(
     opened = [(run, None if is_slow_regression(run) else open_run(run)) for run in runs]
     for place, run in opened:
         if run is None:
-            require_for_regression(place, given)
+            require_for_streams(place, given)
         else:
             asked.check(run.settings)
     return opened

@@ -13,6 +13,7 @@ from ntkgen.cli.cl_streaming import pictures_of_streams, some_are_streaming
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, ManyOption, WholeNumber, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
+from ntkgen.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +62,9 @@ def cl_plot(
     folder = LocalFolder(Path(out))
     folder.require_writable()
     drawn: Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]] = _of_runs(runs)  # none is drawn yet
-    if some_are_streaming(runs):
+    are_streams = some_are_streaming(runs)
+    _require_applicable(last, compared, are_streams=are_streams)
+    if are_streams:
         drawn = iter([(", ".join(runs), stem_of(runs[0]), (pictures_of_streams(runs, last), {}))])
     elif any(compared.values()):
         drawn = ((place, stem_of(place), pictures_of_algorithms(place, **compared)) for place in runs)
@@ -90,3 +93,22 @@ def _of_runs(runs: tuple[str, ...]) -> "Iterator[tuple[str, str, tuple[list[Pict
         else:
             drawn = [draw_slow_regression(run)], {}
         yield place, file_stem(place), drawn
+
+
+def _require_applicable(last: int | None, compared: dict[str, Any], *, are_streams: bool) -> None:
+    """Refuse an option that has no effect on the runs.
+
+    Raises:
+        InputError: If there is one.
+    """
+    given = [name for name, value in compared.items() if value]
+    if are_streams and given:
+        raise InputError(
+            f"`{given[0]}` does not apply to streams of single samples: expected runs of algorithms over tasks, found "
+            "learners, which are drawn together. Is it another folder? Leave the option out."
+        )
+    if last is not None and not are_streams:
+        raise InputError(
+            "`last` applies to permuted streams alone: expected a run of one, found another run. Is it another "
+            "folder? Leave the option out."
+        )

@@ -120,21 +120,21 @@ def show_outcomes(place: str, bins: "xarray.Dataset", *, as_json: bool, seconds:
     show("\n".join([f"{place}: {title}{took}", *lines]))
 
 
-def require_for_regression(place: str, given: Collection[str]) -> None:
-    """Refuse options of `ntkgen cl-analyze` that do not apply to a run of slowly changing regression.
+def require_for_streams(place: str, given: Collection[str]) -> None:
+    """Refuse options of `ntkgen cl-analyze` that do not apply to a run that learns a stream of single samples.
 
     Args:
         place: The folder of the run.
         given: The names of all options that are given.
 
     Raises:
-        InputError: If one of them is about tasks and kernels.
+        InputError: If there is one.
     """
     if others := [name for name in given if name not in APPLICABLE]:
         raise InputError(
-            f"`{others[0]}` does not apply to {place}: expected a run with tasks, found one of slowly changing "
-            "regression, which has neither tasks nor kernels. Is it another folder? Leave the option out, or name "
-            "another run."
+            f"`{others[0]}` does not apply to {place}: expected a run that trains on the samples of each task for "
+            "epochs, found one that learns a stream of single samples. Is it another folder? Leave the option out, or "
+            "name another run."
         )
 
 

@@ -105,7 +105,15 @@ def open_collection(place: "str | os.PathLike[str] | Folder") -> RunCollection:
 
 def _opened(folder: Folder) -> RunReader | None:
     config = read_config(folder)
-    return None if config is None else RunReader(folder, RunSettings.from_json(config["settings"]))
+    if config is None:
+        return None
+    if "seeds" in config["settings"]:  # all seeds in one run: a stream of single samples
+        raise StoreError(
+            f"The run at {folder} learns a stream of single samples: expected one that trains on tasks for epochs. Is "
+            "it another folder? Read it with `ntkgen cl-analyze`, or with `read_stream` or `read_bins`; see `ntkgen "
+            "manual streams`."
+        )
+    return RunReader(folder, RunSettings.from_json(config["settings"]))
 
 
 def _require_comparable(first: RunReader, other: RunReader) -> None:

@@ -13,6 +13,7 @@ from ntkgen.continual.streaming.learner import Curvature, Learner
 from ntkgen.continual.streaming.network import StackedNetwork
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.data.dataset import Dataset
+from ntkgen.errors import ModelError
 from ntkgen.training import zoo
 
 
@@ -46,16 +47,44 @@ def make_members(settings: StreamingSettings, data: Dataset, device: torch.devic
 
     Raises:
         UnknownNameError: If there is no such network.
-        ModelError: If the network does not learn from single samples.
+        ModelError: If the network does not learn from single samples, or does not fit the data.
     """
     shape = tuple(data.inputs(torch.tensor([0])).shape[1:])
     network = drawn_networks(settings, shape, data.num_classes, 0, device)
+    _require_fitting(network, data, settings)
     generators = [
         torch.Generator(device).manual_seed(seed_of(seed, "noise"))
         for _ in settings.combinations
         for seed in settings.seeds
     ]
     return Members(settings, shape, data.num_classes, device, network, generators)
+
+
+def _require_fitting(network: StackedNetwork, data: Dataset, settings: StreamingSettings) -> None:
+    """Try the networks on a sample, before anything is written.
+
+    Raises:
+        ModelError: If they fail, or do not have an output per class.
+    """
+    x = data.inputs(torch.zeros(network.num_members, dtype=torch.int64))
+    x = x.to(next(iter(network.parameters.values())).device)
+    expected = (network.num_members, data.num_classes)
+    try:
+        with torch.no_grad():
+            found = tuple(network.forward(network.prepared(x)).outputs.shape)
+            network.outputs(0, x[:1])
+    except Exception as error:  # whatever a network makes of images that do not fit
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{settings.model} does not fit the samples of {settings.dataset}: expected a network for inputs of shape "
+            f"{tuple(x.shape[1:])}, found that it fails ({type(error).__name__}: {reason}). Are the images too small? "
+            "Use another network, such as mlp-stream."
+        ) from error
+    if found != expected:
+        raise ModelError(
+            f"{settings.model} does not fit the classes of {settings.dataset}: expected {data.num_classes} outputs per "
+            f"sample, found the shape {found[1:]}. Is it for another data set? Use another network."
+        )
 
 
 def drawn_networks(
@@ -100,7 +129,7 @@ def make_learner(settings: StreamingSettings, members: Members) -> Learner:
         **options,
     )
     curvature = _curvature(network.module(0)) if settings.learner.is_second_order else None
-    return Learner(network, optimizer, settings.stats_every, curvature)
+    return Learner(network, optimizer, settings.stats_every, curvature, copies=len(settings.combinations))
 
 
 def _curvature(module: nn.Module) -> Curvature:

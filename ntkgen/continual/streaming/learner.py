@@ -34,6 +34,7 @@ class Learner:
         optimizer: The optimizer of their stacked parameters.
         stats_every: Number of steps between two measurements of norms and ranks.
         curvature: Computes what a second-order optimizer needs; None for the others.
+        copies: Number of networks that get the same sample; the first of each seed, then the second, ….
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Learner:
         optimizer: StackedOptimizer,
         stats_every: int,
         curvature: Curvature | None = None,
+        copies: int = 1,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
         self.stats_every = stats_every
+        self.copies = copies
         self._curvature = curvature
 
     def learn(self, first: int, x: Tensor, targets: Tensor) -> dict[str, npt.NDArray[Any]]:  # each (steps, members)
@@ -53,8 +56,8 @@ class Learner:
 
         Args:
             first: Position of the first sample in the stream.
-            x: The samples, (steps, members, …).
-            targets: Their classes, (steps, members).
+            x: The samples, (steps, members / copies, …).
+            targets: Their classes, (steps, members / copies).
 
         Returns:
             What was measured: `EACH_STEP` for each sample, `THINNED` for every ``stats_every``-th one.
@@ -62,10 +65,13 @@ class Learner:
         steps: list[Tensor] = []
         thinned: list[Tensor] = []
         for step, (inputs, classes) in enumerate(zip(x, targets, strict=True)):
-            steps.append(self._step(inputs, classes))
+            steps.append(self._step(self._copied(inputs), self._copied(classes)))
             if (first + step) % self.stats_every == 0:
                 thinned.append(self.measure_thinned())
         return _by_name(EACH_STEP, steps) | _by_name(THINNED, thinned)
+
+    def _copied(self, values: Tensor) -> Tensor:  # (members / copies, …) -> (members, …)
+        return values if self.copies == 1 else values.repeat(self.copies, *[1] * (values.ndim - 1))
 
     def _step(self, x: Tensor, targets: Tensor) -> Tensor:  # (measures, members)
         params = list(self.network.parameters.values())

@@ -164,17 +164,14 @@ class StreamingRun:
         later_ends = (end for end in settings.ends if end > sample)
         return min(*stops, next(later_ends, settings.num_samples))
 
-    def _samples(self, start: int, stop: int) -> tuple[Tensor, Tensor]:  # (steps, members, …), (steps, members)
-        """Fetch samples of all seeds, all of one task. Combinations of one seed get the same ones."""
+    def _samples(self, start: int, stop: int) -> tuple[Tensor, Tensor]:  # (steps, seeds, …), (steps, seeds)
+        """Fetch samples of all seeds, all of one task."""
         inputs, targets = [], []
         for stream in self.streams:
             (segment,) = stream.segments(start, stop)
             inputs.append(self._permuted(stream, segment.task, self.data.train, segment.ids))
             targets.append(torch.from_numpy(stream.targets(segment.ids, segment.task)))
-        copies = len(self.settings.combinations)
-        x = torch.stack(inputs, 1).to(self.device)
-        y = torch.stack(targets, 1).to(self.device)
-        return x.repeat(1, copies, *[1] * (x.ndim - 2)), y.repeat(1, copies)
+        return torch.stack(inputs, 1).to(self.device), torch.stack(targets, 1).to(self.device)
 
     def _permuted(self, stream: PermutedStream, task: int, data: Dataset, ids: IntArray) -> Tensor:
         """Compute the inputs that a stream shows in a task."""
