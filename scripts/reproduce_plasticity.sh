@@ -29,7 +29,7 @@ run() {
         --select last --model resnet10-bias --width "${WIDTH:-8}" --epochs "$epochs" --bs 45 --lr 0.05 \
         --lr-milestones "$((epochs * 3 / 10)),$((epochs * 6 / 10)),$((epochs * 8 / 10))" --normalise symmetric \
         --replacement-rate 1e-4 --maturity 100 --output sum --evaluations task --seeds ${SEEDS:-0 1 2} \
-        --workers "${WORKERS:-2}" --out "$images/$1"
+        --workers "${WORKERS:-3}" --out "$images/$1"
     uv run ntkgen cl-analyze "$images/$1" --units > /dev/null # of all samples of a view
     uv run ntkgen cl-analyze "$images/$1" --boundary-kernels --view-samples 10 --view-output seen > /dev/null
 }

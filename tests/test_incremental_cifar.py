@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from killing import Killed
 from test_cumulative import SETTINGS as CUMULATIVE
 from test_cumulative import blobs, logged, nets  # noqa: F401 - nets is a fixture
-from test_learner import Killed, require_equal
+from test_learner import require_equal
 
 from ntkgen.cli import run as command
 from ntkgen.cli.cl_preset import chosen_runs

@@ -11,6 +11,7 @@ import pytest
 import torch
 import xarray
 import zarr
+from killing import was_killed
 
 import ntkgen
 from ntkgen.cli import run as command
@@ -249,10 +250,6 @@ def test_a_finished_run_stays_as_it_is(finished):
     assert content(finished)[0] == before
 
 
-class Killed(BaseException):
-    """The process ends here."""
-
-
 def counted(place, monkeypatch, settings=SETTINGS):
     """Run without a disturbance; return the number of writes."""
     count = 0
@@ -270,20 +267,7 @@ def counted(place, monkeypatch, settings=SETTINGS):
 
 def killed_at(place, monkeypatch, moment, settings=SETTINGS):
     """Run until some write, which is not made."""
-    count = iter(range(1, 10**6))
-
-    def write(self, key, data, plain=LocalFolder.write):
-        if next(count) == moment:
-            raise Killed
-        plain(self, key, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalFolder, "write", write)
-        try:
-            done(place, settings)
-        except Killed:
-            return True
-    return False
+    return was_killed(lambda: done(place, settings), moment, monkeypatch)
 
 
 def test_a_run_that_is_killed_ends_like_an_undisturbed_one(finished, tmp_path, monkeypatch):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 import xarray
-from test_learner import Killed, assert_same
+from killing import Killed, was_killed
+from test_learner import assert_same
 
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.record import write_config
@@ -113,30 +114,12 @@ def test_progress_is_reported(tmp_path):
 # resuming -------------------------------------------------------------------------------------------------------------
 
 
-def killed_at(place, moment, settings, monkeypatch):
-    """Run until some write, which is not made. Return whether there was that many writes."""
-    count = itertools.count(1)
-
-    def write(self, key, data, plain=LocalFolder.write):
-        if next(count) == moment:
-            raise Killed
-        plain(self, key, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalFolder, "write", write)
-        try:
-            done(place, settings)
-        except Killed:
-            return True
-    return False
-
-
 @pytest.mark.usefixtures("every_block")
 @pytest.mark.parametrize("settings", [SETTINGS, ADAM], ids=["sgd", "adam"])
 def test_a_run_killed_at_random_writes_ends_with_the_same_bytes(tmp_path, settings, monkeypatch):
     done(tmp_path / "undisturbed", settings)
     rng, kills = random.Random(0), 0
-    while killed_at(tmp_path / "killed", rng.randint(1, 20), settings, monkeypatch):
+    while was_killed(lambda: done(tmp_path / "killed", settings), rng.randint(1, 20), monkeypatch):
         kills += 1
     assert kills > 3
     require_equal(tmp_path / "killed", tmp_path / "undisturbed")
@@ -184,7 +167,7 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 def test_a_run_of_another_kind_is_refused(tmp_path):
     write_config(folder_at(tmp_path / "run"), RunSettings(), {})
     for use in (done, read_bins):
-        with pytest.raises(StoreError, match="none of slowly changing regression: found the setting activation_mean"):
+        with pytest.raises(StoreError, match="does not learn slowly changing regression: found the setting activation_mean"):
             use(tmp_path / "run")
 
 

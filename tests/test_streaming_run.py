@@ -1,6 +1,5 @@
 """Runs that learn a stream: seeds, resuming, stacking, kernels, records and the command line."""
 
-import itertools
 import json
 import random
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
+from killing import was_killed
 
 from ntkgen.analysis.plots.style import render
 from ntkgen.cli import run as command
@@ -20,7 +20,6 @@ from ntkgen.continual.streaming.run import StreamData, StreamingRun, run_stream
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import FingerprintError, InputError, UnknownNameError
-from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
 
 CPU = torch.device("cpu")
@@ -79,28 +78,6 @@ def files_of(place):
     }
 
 
-class Killed(BaseException):
-    """A kill of the process, at a write that is not made."""
-
-
-def killed_at(moment, settings, place, monkeypatch):
-    """Run until some write. Return whether there were that many writes."""
-    count = itertools.count(1)
-
-    def write(self, key, data, plain=LocalFolder.write):
-        if next(count) == moment:
-            raise Killed
-        plain(self, key, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalFolder, "write", write)
-        try:
-            learnt(settings, place)
-        except Killed:
-            return True
-    return False
-
-
 METHODS = {
     "sgd": {},
     "baseline": {"sigma": 0.01},
@@ -142,7 +119,7 @@ def test_a_run_killed_at_random_writes_ends_with_the_same_bytes(method, tmp_path
     monkeypatch.setattr(streaming, "FETCHED", 14)
     monkeypatch.setattr(streaming, "COMMIT_SECONDS", 0.0)
     rng, kills = random.Random(0), 0
-    while killed_at(rng.randint(1, 40), settings, tmp_path / "killed", monkeypatch):
+    while was_killed(lambda: learnt(settings, tmp_path / "killed"), rng.randint(1, 40), monkeypatch):
         kills += 1
     assert kills > 3
     one, other = final_parameters(tmp_path / "undisturbed"), final_parameters(tmp_path / "killed")

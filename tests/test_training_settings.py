@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_learner import SETTINGS, Killed, done, nets, require_equal  # noqa: F401 - nets is a fixture
+from killing import Killed
+from test_learner import SETTINGS, done, nets, require_equal  # noqa: F401 - nets is a fixture
 
 from ntkgen.cli import run as command
 from ntkgen.continual import run as at_work

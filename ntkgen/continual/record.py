@@ -12,6 +12,7 @@ The arrays are written first, then the log, then the checkpoint. A resumed run d
 than its checkpoint, so it ends with the same bytes as an undisturbed one. Reading never imports torch.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -167,6 +168,27 @@ def read_config(folder: Folder) -> dict[str, Any] | None:
             f"The settings of the run at {folder} cannot be read: expected {CONFIG} as ntkgen writes it, found "
             "something else. Was it edited? Begin a run in another folder."
         ) from error
+    return found
+
+
+def read_config_of(folder: Folder, kind: type[Settings], what: str) -> dict[str, Any] | None:
+    """Read the settings of a run of one kind; None if there is no run.
+
+    Args:
+        folder: The folder of the run.
+        kind: The class of its settings.
+        what: What such a run does, for the error.
+
+    Raises:
+        StoreError: If it is a run of another kind, or damaged.
+    """
+    found = read_config(folder)
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # settings are dataclasses
+    if found is not None and (others := found["settings"].keys() - known):
+        raise StoreError(
+            f"The run at {folder} does not {what}: found the setting {min(others)}, expected those of {kind.__name__}. "
+            "Is it another run, or one of a newer version? Use another path."
+        )
     return found
 
 

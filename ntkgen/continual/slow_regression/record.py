@@ -9,13 +9,12 @@ Bins are written before the checkpoint. A resumed run drops the bins that are la
 the same bytes as an undisturbed one on a CPU. Reading never imports torch.
 """
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray
 
-from ntkgen.continual.record import is_begun, read_config, write_config
+from ntkgen.continual.record import is_begun, read_config_of, write_config
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
 from ntkgen.continual.slow_regression.settings import RegressionSettings
 from ntkgen.errors import StoreError
@@ -25,6 +24,7 @@ from ntkgen.files.place import folder_of
 if TYPE_CHECKING:
     import os
 
+WHAT = "learn slowly changing regression"
 BIN, ARRAYS = "bin", "run.zarr"
 # A unit is dead in a bin if the derivative of its activation is smaller than this at each of its samples.
 DEAD_SLOPE = 1e-3
@@ -44,7 +44,7 @@ def open_bins(folder: Folder, settings: RegressionSettings) -> Series:
         FingerprintError: If there is a run with other settings.
         StoreError: If its files are damaged.
     """
-    _config(folder)  # refuses a run of another kind
+    read_config_of(folder, RegressionSettings, WHAT)  # refuses a run of another kind
     if not is_begun(folder, settings, {}):
         write_config(folder, settings, {})
     arrays = folder / ARRAYS
@@ -67,7 +67,7 @@ def read_bins(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
         StoreError: If there is no run, or it is damaged.
     """
     folder = folder_of(place)
-    config = _config(folder)
+    config = read_config_of(folder, RegressionSettings, WHAT)
     if config is None or not (folder / ARRAYS).has(ROOT):
         raise StoreError(
             f"There is no run of slowly changing regression at {folder}: expected a folder with {ARRAYS}, found "
@@ -77,19 +77,3 @@ def read_bins(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
     store = (folder / ARRAYS).zarr_store(read_only=True)
     found: xarray.Dataset = xarray.open_zarr(store, consolidated=True, chunks=None)
     return found.set_coords("samples").assign_coords(algorithm=list(settings.algorithms)).assign_attrs(config)
-
-
-def _config(folder: Folder) -> dict[str, Any] | None:
-    """Read the settings of a run; None if there is no run.
-
-    Raises:
-        StoreError: If it is a run of another kind, or damaged.
-    """
-    found = read_config(folder)
-    known = {field.name for field in dataclasses.fields(RegressionSettings)}
-    if found is not None and (others := found["settings"].keys() - known):
-        raise StoreError(
-            f"The run at {folder} is none of slowly changing regression: found the setting {min(others)}, expected "
-            f"those of {RegressionSettings.__name__}. Is it another run, or one of a newer version? Use another path."
-        )
-    return found

@@ -12,14 +12,13 @@ Bins are written before the checkpoint. A resumed run drops what is later than i
 bytes as an undisturbed one on a CPU. Reading never imports torch.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray
 
-from ntkgen.continual.record import is_begun, read_config, write_config
+from ntkgen.continual.record import is_begun, read_config_of, write_config
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
 from ntkgen.continual.streaming.measures import EACH_STEP, HELD_OUT, THINNED
 from ntkgen.continual.streaming.settings import StreamingSettings
@@ -30,6 +29,7 @@ from ntkgen.files.place import folder_of
 if TYPE_CHECKING:
     import os
 
+WHAT = "learn a permuted stream"
 BIN, TASK, ARRAYS = "bin", "task", "run.zarr"
 COMBINATION, SEED = "combination", "seed"
 
@@ -41,7 +41,7 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
         FingerprintError: If there is a run with other settings or other data.
         StoreError: If its files are damaged.
     """
-    _config(folder)  # refuses a run of another kind
+    read_config_of(folder, StreamingSettings, WHAT)  # refuses a run of another kind
     if not is_begun(folder, settings, facts):
         write_config(folder, settings, facts)
     arrays = folder / ARRAYS
@@ -70,7 +70,7 @@ def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
         StoreError: If there is no run, or it is damaged.
     """
     folder = folder_of(place)
-    config = _config(folder)
+    config = read_config_of(folder, StreamingSettings, WHAT)
     if config is None or not (folder / ARRAYS).has(ROOT):
         raise StoreError(
             f"There is no run of a stream at {folder}: expected a folder with {ARRAYS}, found "
@@ -101,19 +101,3 @@ def in_words(options: Mapping[str, Any]) -> str:
 def member_folder(settings: StreamingSettings, combination: int, seed: int) -> str:
     """Name the folder of one network within that of the run."""
     return (f"combination{combination}/" if len(settings.combinations) > 1 else "") + f"seed{seed}"
-
-
-def _config(folder: Folder) -> dict[str, Any] | None:
-    """Read the settings of a run; None if there is no run.
-
-    Raises:
-        StoreError: If it is a run of another kind, or damaged.
-    """
-    found = read_config(folder)
-    known = {field.name for field in dataclasses.fields(StreamingSettings)}
-    if found is not None and (others := found["settings"].keys() - known):
-        raise StoreError(
-            f"The run at {folder} does not learn single samples: found the setting {min(others)}, expected those of "
-            f"{StreamingSettings.__name__}. Is it another run, or one of a newer version? Use another path."
-        )
-    return found
