@@ -4,9 +4,10 @@
 #     scripts/reproduce_plasticity.sh [FOLDER]      # default: runs/plasticity
 #
 # Two experiments: slowly changing regression, and an incremental CIFAR-100 with few images and a small ResNet. Without
-# a GPU they take less than two hours on two cores. The script may be interrupted at any time; the same command
-# continues. DATA is a data set of 100 classes: a name, or an .npz file such as the subset of CIFAR-100. SEEDS, EPOCHS
-# and WIDTH change the second experiment. RUNS selects from the list below, for example RUNS="slow-regression base".
+# a GPU they took 189 minutes of CPU time, which is about 95 minutes on two cores. The script may be interrupted at any
+# time; the same command continues. DATA is a data set of 100 classes: a name, or an .npz file such as the subset of
+# CIFAR-100. SEEDS, EPOCHS and WIDTH change the second experiment. RUNS selects from the list below, for example
+# RUNS="slow-regression base".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/plasticity}
