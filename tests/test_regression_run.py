@@ -167,7 +167,9 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 def test_a_run_of_another_kind_is_refused(tmp_path):
     write_config(folder_at(tmp_path / "run"), RunSettings(), {})
     for use in (done, read_bins):
-        with pytest.raises(StoreError, match="does not learn slowly changing regression: found the setting activation_mean"):
+        with pytest.raises(
+            StoreError, match="does not learn slowly changing regression: found the setting activation_mean"
+        ):
             use(tmp_path / "run")
 
 

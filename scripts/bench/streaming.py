@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ntkgen.continual.optim.registry import make_optimizer
+from ntkgen.continual.optim.registry import LEARNERS, make_optimizer
 from ntkgen.continual.streaming.learner import Learner
 from ntkgen.continual.streaming.network import StackedNetwork
 from ntkgen.continual.streaming.statistics import losses
@@ -42,7 +42,8 @@ def make_stack(model: str, method: str, num_seeds: int) -> Learner:
     """Make the networks of some seeds, and their optimizer."""
     network = StackedNetwork([zoo.build(model, CLASSES, seed=seed) for seed in range(num_seeds)])
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_seeds)]
-    optimizer = make_optimizer(method, network.parameters.items(), members=num_seeds, generators=generators, **OPTIONS)
+    own = {name: value for name, value in OPTIONS.items() if name in LEARNERS[method].options}
+    optimizer = make_optimizer(method, network.parameters.items(), members=num_seeds, generators=generators, **own)
     return Learner(network, optimizer, stats_every=10**9)
 
 

@@ -18,7 +18,7 @@ OPACITY = 0.22
 # The measures of a stream in a picture, with the titles of their panels.
 PANELS = {"accuracy": "Accuracy", "plasticity": "Plasticity"}
 # The measures of a kernel beside them.
-OF_KERNELS = {"effective_rank": "Effective rank of the kernel", "distance": "Distance from the first kernel"}
+OF_KERNELS = {"effective_rank": "Kernel: effective rank", "distance": "Kernel: distance"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,9 @@ def draw_kernels(run: "xarray.Dataset", kernels: Sequence["xarray.Dataset"]) -> 
             values = np.stack([np.asarray(each[name].values, np.float64) for each in kernels], 1)
             _draw(panel, [Curve(plasticity.name, at, values)])
             panel.set(title=title, xlabel="samples")
-    caption = f"{_caption([run])} The kernels are those of a fixed probe."
+    caption = (
+        f"{_caption([run])} The kernels are those of a fixed probe; the distance is 1 − cosine, from the first kernel."
+    )
     return Picture("stream-kernels", f"{_title([run])}: kernel", caption, figure)
 
 
