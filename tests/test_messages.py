@@ -28,7 +28,7 @@ from ntkgen.store.importing import import_kernel
 COMPUTE = ["compute", "--models", "logistic", "--epochs", "0", "--subsample", "6"]
 PACKAGE = Path(ntkgen.__file__).parent
 # Modules whose subject is the command line: its commands, its manual, and the commands that make a kernel or run again.
-ON_COMMANDS = ("cli", "manual", "analysis/report/reproduce.py", "continual/report.py")
+ON_COMMANDS = ("cli", "manual", "analysis/report/reproduce.py", "continual/report.py", "continual/streaming/grid.py")
 OPTION = re.compile(r"(?<![\w-])--[a-z]")
 COMMAND_LINE = re.compile(r"`ntkgen [^`]*`")
 

@@ -35,6 +35,8 @@ NUM_PARAMS = {
     "ntk-rnn": 318_300,
     "cnn": 6_312_170,
     "logistic": 30_730,
+    "lenet-stream": 62_006,
+    "mlp-stream": 968_560,
     "densenet121": 6_956_298,
 }
 RESNETS = [name for name in NUM_PARAMS if name.startswith("resnet")]
