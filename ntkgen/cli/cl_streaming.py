@@ -165,8 +165,8 @@ def show_scores(place: str, found: "xarray.Dataset", *, as_json: bool, seconds: 
         return
     took = "" if seconds is None else f" ({seconds:.1f} s)"
     seeds, bins = found.sizes["seed"], found.sizes["bin"]
-    title = f"{place}: {int(found.samples[-1]):,} samples in {bins} bins, {seeds} seed{'s' * (seeds > 1)}{took}"
-    show("\n".join([title, f"  {ERRORS}", *table(rows)]))
+    size = f"{int(found.samples[-1]):,} samples in {counted(bins, 'bin')}, {counted(seeds, 'seed')}"
+    show("\n".join([f"{place}: {size}{took}", *[f"  {ERRORS}"] * (seeds > 1), *table(rows)]))
 
 
 def show_all_scores(runs: Sequence[str], folder: "Folder | None", *, as_json: bool) -> None:
