@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Algorithm that relative accuracies are relative to, paired by seed [retrained_network].",
 )
-@click.option("--last", type=WholeNumber(min=1), help="Also draw the last so many tasks of permuted streams.")
+@click.option("--last", type=WholeNumber(min=1), help="Also draw this number of tasks at the end of permuted streams.")
 @format_option
 @out_option("-o", default="plots", show_default=True, metavar="FOLDER", help="Folder of the pictures.")
 @json_option("run")

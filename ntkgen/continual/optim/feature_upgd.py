@@ -146,8 +146,8 @@ class FeatureUPGD(StackedOptimizer):
         super().__init__(params, defaults, members=members, generators=generators)
         if not self._gate_of().values():
             raise InputError(
-                "FeatureUPGD has no gates: expected named parameters, some of which are called gate, found none. Were "
-                "the parameters of the network without gates given? Give `gated(model).named_parameters()`."
+                "FeatureUPGD has no gates: expected named parameters with gates among them, found no gate. Were the "
+                "parameters of the network without gates given? Give `gated(model).named_parameters()`."
             )
 
     def _gate_of(self) -> dict[int, int]:
