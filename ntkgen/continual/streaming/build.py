@@ -100,14 +100,14 @@ def drawn_networks(
             width=settings.width,
             **options,
         )
-        for _ in settings.combinations
         for seed in settings.seeds
     ]
     if settings.learner.has_gates:
         from ntkgen.continual.optim.feature_upgd import gated
 
         networks = [gated(each) for each in networks]  # type: ignore[arg-type]  # it refuses other modules
-    return StackedNetwork([each.to(device) for each in networks])
+    # the stack copies the parameters, so all combinations of a seed can share a network here
+    return StackedNetwork([each.to(device) for each in networks] * len(settings.combinations))
 
 
 def make_learner(settings: StreamingSettings, members: Members) -> Learner:

@@ -198,16 +198,16 @@ class StreamingRun:
         assert self.data.test is not None
         labels = self.data.test.labels.numpy()
         found = np.empty(self.settings.num_members)
-        for member in range(len(found)):
-            stream = self.streams[member % len(self.streams)]
+        for first, stream in enumerate(self.streams):
             ids = generator_of(stream.seed, "probe", task).choice(
                 len(labels), min(self.settings.held_out, len(labels)), replace=False
             )
             x = self._permuted(stream, task, self.data.test, ids).to(self.device)
             label_map = stream.label_map(task)
             wanted = labels[ids] if label_map is None else label_map[labels[ids]]
-            outputs = self.learner.network.outputs(member, x)
-            found[member] = (outputs.argmax(1).cpu().numpy() == wanted).mean()
+            for member in range(first, len(found), len(self.streams)):  # the combinations of a seed share the samples
+                outputs = self.learner.network.outputs(member, x)
+                found[member] = (outputs.argmax(1).cpu().numpy() == wanted).mean()
         return found
 
     def _open_snapshots(self) -> list[Snapshots]:
