@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.cl_streaming import load_stream_data, show_all_scores
+from ntkgen.cli.cl_streaming import learn_stream, show_all_scores
 from ntkgen.cli.messages import note, show
 from ntkgen.cli.options import (
     Command,
@@ -96,7 +96,7 @@ def _learn_here(
 
     for number, (name, settings) in enumerate(runs.items(), 1):
         with progress_bars(f"{name} ({number}/{len(runs)})", quiet=quiet) as report:
-            _learn(settings, f"{out}/{name}", data_dir, device, report)
+            learn_stream(settings, data_dir, f"{out}/{name}", device, report)
 
 
 def _learn_on_cluster(
@@ -106,15 +106,7 @@ def _learn_on_cluster(
 
     with connected(scheduler) as client:
         jobs = [
-            client.submit(_learn, settings, f"{out}/{name}", data_dir, device, pure=False)
+            client.submit(learn_stream, settings, data_dir, f"{out}/{name}", device, pure=False)
             for name, settings in runs.items()
         ]
         client.gather(jobs)
-
-
-def _learn(settings: "StreamingSettings", place: str, data_dir: Path | None, device: str, *report: Any) -> None:
-    from ntkgen.continual.streaming.run import run_stream
-    from ntkgen.engine.machine import choose_device
-
-    data = load_stream_data(settings, data_dir)
-    run_stream(settings, data, folder_of(place, fsync=False), choose_device(device), *report)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,13 +51,22 @@ def slow_regression_settings(options: Mapping[str, Any], given: Collection[str])
             raise UnknownNameError("algorithm of slowly changing regression", method, ALGORITHMS)
         named["algorithms"] = (method,)
     if isinstance(units, tuple):
-        if len(units) > 1:
-            raise InputError(
-                f"Slowly changing regression has networks of one width: expected one number, found {len(units)}. Is it "
-                "a sweep of another stream? Give one `width`."
-            )
-        named["units"] = units[0]
+        named["units"] = one_width(units, "Slowly changing regression")
     return RegressionSettings.from_json(named)
+
+
+def one_width(widths: Sequence[int], stream: str) -> int:
+    """Return the only width.
+
+    Raises:
+        InputError: If there are several.
+    """
+    if len(widths) > 1:
+        raise InputError(
+            f"{stream} has networks of one width: expected one number, found {len(widths)}. Is it a sweep of another "
+            "stream? Give one `width`."
+        )
+    return widths[0]
 
 
 def _require_applicable(given: Collection[str], *, is_chosen: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ntkgen.cli.cl_regression import SAMPLES
+from ntkgen.cli.cl_regression import SAMPLES, one_width
 from ntkgen.cli.messages import show
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.optim.names import OPTIONS
@@ -17,6 +17,7 @@ from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, OPTION_NAMES, 
 from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.files.place import folder_of
+from ntkgen.progress import Report, ignore_report
 from ntkgen.units import counted, human_seconds
 
 if TYPE_CHECKING:
@@ -55,12 +56,7 @@ def streaming_settings(options: Mapping[str, Any], given: Collection[str]) -> St
     values |= grid_of(values.pop("grid", ()))
     width = values.get("width")
     if isinstance(width, list | tuple):
-        if len(width) > 1:
-            raise InputError(
-                f"A permuted stream has networks of one width: expected one number, found {len(width)}. Is it a sweep "
-                "of another stream? Give one `width`."
-            )
-        values["width"] = width[0]
+        values["width"] = one_width(width, "A permuted stream")
     return StreamingSettings.from_json(values)
 
 
@@ -96,15 +92,23 @@ def run_streaming(
 ) -> int:
     """Run it, and print the scores."""
     from ntkgen.cli.progress import progress_bars
+
+    began = time.monotonic()
+    with progress_bars("", quiet=quiet) as report:
+        found = learn_stream(settings, data_dir, out, device, report)
+    show_scores(out, found, as_json=as_json, seconds=round(time.monotonic() - began, 3))
+    return 0
+
+
+def learn_stream(
+    settings: StreamingSettings, data_dir: Path | None, out: str, device: str, report: Report = ignore_report
+) -> "xarray.Dataset":
+    """Load the data, and learn or continue; see `run_stream`."""
     from ntkgen.continual.streaming.run import run_stream
     from ntkgen.engine.machine import choose_device
 
-    began = time.monotonic()
     data = load_stream_data(settings, data_dir)
-    with progress_bars("", quiet=quiet) as report:
-        found = run_stream(settings, data, folder_of(out, fsync=False), choose_device(device), report)
-    show_scores(out, found, as_json=as_json, seconds=round(time.monotonic() - began, 3))
-    return 0
+    return run_stream(settings, data, folder_of(out, fsync=False), choose_device(device), report)
 
 
 def load_stream_data(settings: StreamingSettings, data_dir: Path | None) -> "StreamData":

@@ -15,7 +15,7 @@ import numpy as np
 import xarray
 
 from ntkgen.continual.record import is_begun, read_config_of, write_config
-from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
+from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays
 from ntkgen.continual.slow_regression.settings import RegressionSettings
 from ntkgen.errors import StoreError
 from ntkgen.files.folder import Folder
@@ -74,6 +74,5 @@ def read_bins(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
             f"{'none' if config is None else 'a run without it'}. Is it another path? Check it."
         )
     settings = RegressionSettings.from_json(config["settings"])
-    store = (folder / ARRAYS).zarr_store(read_only=True)
-    found: xarray.Dataset = xarray.open_zarr(store, consolidated=True, chunks=None)
+    found = read_arrays(folder / ARRAYS)
     return found.set_coords("samples").assign_coords(algorithm=list(settings.algorithms)).assign_attrs(config)

@@ -19,7 +19,7 @@ import numpy as np
 import xarray
 
 from ntkgen.continual.record import is_begun, read_config_of, write_config
-from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series
+from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays
 from ntkgen.continual.streaming.measures import EACH_STEP, HELD_OUT, THINNED
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.errors import StoreError
@@ -77,8 +77,7 @@ def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
             f"{'none' if config is None else 'a run without it'}. Is it another path? Check it."
         )
     settings = StreamingSettings.from_json(config["settings"])
-    store = (folder / ARRAYS).zarr_store(read_only=True)
-    found: xarray.Dataset = xarray.open_zarr(store, consolidated=True, chunks=None)
+    found = read_arrays(folder / ARRAYS)
     names = [in_words(options) for options in settings.combinations]
     return found.set_coords("samples").assign_coords({COMBINATION: names}).assign_attrs(config)
 

@@ -81,11 +81,7 @@ def weight_rank(weights: Sequence[Tensor]) -> Tensor:  # of (k, …) -> (k,)
             continue
         is_finite = weight.flatten(1).isfinite().all(1)
         finite = torch.where(is_finite.reshape(-1, *[1] * (weight.ndim - 1)), weight, torch.zeros_like(weight))
-        rank = (
-            torch.linalg.matrix_rank(finite).double().flatten(1).mean(1)
-            if weight.ndim > 3
-            else (torch.linalg.matrix_rank(finite).double())
-        )
+        rank = torch.linalg.matrix_rank(finite).double().view(len(weight), -1).mean(1)
         ranks.append(torch.where(is_finite, rank, torch.nan))
         largest += min(weight.shape[-2:])
     if not ranks:
