@@ -10,7 +10,7 @@ import click
 from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page, require_effect
 from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
 from ntkgen.cli.cl_regression import is_slow_regression, require_for_streams, show_outcomes
-from ntkgen.cli.cl_streaming import show_all_scores, some_are_streaming
+from ntkgen.cli.cl_stream_results import show_all_scores, some_are_streaming
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, ManyOption, given_options, json_option
 from ntkgen.errors import InputError, StoreError

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ntkgen.cli.cl_streaming import learn_stream, show_all_scores
+from ntkgen.cli.cl_stream_results import show_all_scores
+from ntkgen.cli.cl_streaming import learn_stream
 from ntkgen.cli.messages import note, show
 from ntkgen.cli.options import (
     Command,

@@ -9,7 +9,7 @@ import click
 from ntkgen.cli.cl_algorithms import pictures_of_algorithms, stem_of
 from ntkgen.cli.cl_collection import file_stem
 from ntkgen.cli.cl_regression import is_slow_regression
-from ntkgen.cli.cl_streaming import pictures_of_streams, some_are_streaming
+from ntkgen.cli.cl_stream_results import pictures_of_streams, some_are_streaming
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, ManyOption, WholeNumber, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
