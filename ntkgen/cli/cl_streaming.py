@@ -14,7 +14,7 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.optim.names import OPTIONS
 from ntkgen.continual.settings_file import read_settings
 from ntkgen.continual.streaming.aliases import STREAM_ALIASES, without_aliases
-from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, OPTION_NAMES, StreamingSettings
+from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, OPTION_NAMES, StreamingSettings, without_defaults
 from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.files.place import folder_of
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Parameters of `ntkgen cl-run` that are no settings of a run.
 OF_COMMAND = ("compat", "grid", "config", "data_dir", "out", "device", "as_json", "quiet", "dry_run")
+# Settings that have defaults of their own for others.
+OWNERS_OF_DEFAULTS = {"method", "stream", "compat"}
 
 
 def streaming_settings(options: Mapping[str, Any], given: Collection[str]) -> StreamingSettings | None:
@@ -44,7 +46,10 @@ def streaming_settings(options: Mapping[str, Any], given: Collection[str]) -> St
     config = options["config"]
     values = {} if config is None else read_settings(config)
     empty: tuple[Any, ...] = (None, ())
-    values |= {name: value for name, value in options.items() if value not in empty and name != "config"}
+    chosen = {name: value for name, value in options.items() if value not in empty and name != "config"}
+    if OWNERS_OF_DEFAULTS & chosen.keys():
+        values = without_defaults(values)
+    values |= chosen
     if values.get("stream") not in {*STREAMS, *STREAM_ALIASES}:
         return None
     values = without_aliases(values)

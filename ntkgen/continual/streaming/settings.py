@@ -1,8 +1,9 @@
 """The settings of a run that learns a stream, one sample at a time."""
 
 import itertools
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from ntkgen.continual.optim.names import NAMES, OPTIONS, LearnerNames, checked_options
 from ntkgen.continual.settings import Settings, freeze_lists, require_each_once, require_known_names, require_numbers
@@ -10,14 +11,14 @@ from ntkgen.continual.streaming.bins import KINDS, TASKS, bin_ends
 from ntkgen.continual.streams.permuted import STREAMS, PermutedStreamSettings
 from ntkgen.errors import InputError, UnknownNameError
 
+# Other names of settings: those of their options. A file and a grid may use both.
+OTHER_NAMES = {"lr": "learning_rate", "samples": "num_samples"}
 # What a setting is called as an option of a learner, where the names differ.
 OPTION_NAMES = {"learning_rate": "lr"}
 # Settings that are options of learners. Several values of a number make several networks per seed.
-LEARNER_SETTINGS = tuple(
-    {option: name for name, option in OPTION_NAMES.items()}.get(option, option)
-    for option in OPTIONS
-    if option != "published"
-)
+LEARNER_SETTINGS = tuple(OTHER_NAMES.get(option, option) for option in OPTIONS if option != "published")
+# Settings whose default depends on the stream.
+STREAM_SETTINGS = ("samples_per_task", "compounding")
 NORMALISATIONS = ("symmetric", "dataset", "none")
 CHOICES = {"stream": STREAMS, "bins": KINDS, "normalise": NORMALISATIONS}
 
@@ -27,6 +28,9 @@ Numbers = float | tuple[float, ...] | None
 @dataclass(frozen=True)
 class StreamingSettings(Settings):
     """All settings of a run, with their defaults. One run has networks of several seeds and hyper-parameters.
+
+    Where None stands for the default of the learner or of the stream, that default takes its place at once. An option
+    that the learner does not have stays None.
 
     Attributes:
         dataset: Name of a data set.
@@ -54,6 +58,9 @@ class StreamingSettings(Settings):
         precision: Precision of the kernels.
         save_every: Number of samples between two files of parameters; 0 for none but the last.
     """
+
+    other_names: ClassVar[tuple[str, ...]] = tuple(OTHER_NAMES)
+    subject: ClassVar[str] = "a stream of single samples"
 
     dataset: str = "digits"
     stream: str = "label-permuted"
@@ -98,7 +105,7 @@ class StreamingSettings(Settings):
     save_every: int = 0
 
     def __post_init__(self) -> None:
-        """Check the settings.
+        """Check the settings, and put defaults in the place of None.
 
         Raises:
             InputError: If a number is outside of its range.
@@ -114,8 +121,10 @@ class StreamingSettings(Settings):
             raise InputError(f"`seeds` has {negative[0]}: expected numbers from 0 on. Is the sign wrong? Correct it.")
         require_known_names(self, CHOICES)
         require_each_once("seeds", self.seeds, "Each seed has a network of its own.")
-        _ = self.learner, self.permuted
         self._require_own_options()
+        for name, value in self._defaults().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
     @property
     def learner(self) -> LearnerNames:
@@ -145,7 +154,7 @@ class StreamingSettings(Settings):
 
     @property
     def combinations(self) -> list[dict[str, Any]]:
-        """The options of each combination, by the names of the learner. What is not given is left out.
+        """The options of each combination, by the names of the learner, defaults included.
 
         >>> StreamingSettings(learning_rate=(0.1, 0.2), sigma=0.5, method="pgd").combinations
         [{'lr': 0.1, 'sigma': 0.5}, {'lr': 0.2, 'sigma': 0.5}]
@@ -159,9 +168,20 @@ class StreamingSettings(Settings):
         """Number of networks."""
         return len(self.combinations) * len(self.seeds)
 
+    def _defaults(self) -> dict[str, Any]:
+        """The defaults of the learner and of the stream, by the names of the settings."""
+        options = {**self.learner.defaults, **(self.learner.quirks if self.compat else {})}
+        named = {OTHER_NAMES.get(option, option): value for option, value in options.items()}
+        stream = self.permuted
+        return {
+            **{name: value for name, value in named.items() if name in LEARNER_SETTINGS},
+            "samples_per_task": stream.period,
+            "compounding": stream.is_compounding,
+        }
+
     @property
     def _learner_options(self) -> dict[str, Any]:
-        """The options of the learner that are given, by its names."""
+        """The options of the learner that have values, by its names."""
         given = {name: getattr(self, name) for name in LEARNER_SETTINGS}
         return {OPTION_NAMES.get(name, name): value for name, value in given.items() if value is not None}
 
@@ -177,3 +197,21 @@ class StreamingSettings(Settings):
             require_each_once(name, values, "Each combination has networks of its own.")
             for each in values:
                 checked_options(self.learner.name, {name: each})
+
+
+def without_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of all settings of a run what is a default of its learner or stream.
+
+    With the rest, another learner or stream has its own defaults. Settings that are not complete stay as they are: what
+    a user has written is no default.
+
+    >>> values = StreamingSettings(method="sgd", weight_decay=0.5).to_json()
+    >>> [StreamingSettings.from_json({**without_defaults(values), "method": "adam"}).combinations[0][name]
+    ...  for name in ("lr", "weight_decay")]
+    [0.001, 0.5]
+    """
+    if {field.name for field in fields(StreamingSettings)} - values.keys():
+        return dict(values)
+    own = (*LEARNER_SETTINGS, *STREAM_SETTINGS)
+    usual = StreamingSettings.from_json({**values, **dict.fromkeys(own)}).to_json()
+    return {name: value for name, value in values.items() if name not in own or value != usual[name]}
