@@ -39,10 +39,10 @@ def show_scores(place: str, found: "xarray.Dataset", *, as_json: bool, seconds: 
 
 def show_all_scores(runs: Sequence[str], folder: "Folder | None", *, as_json: bool) -> None:
     """Print one table of several runs, or their numbers as JSON, and write it as CSV and Markdown to a folder."""
-    from ntkgen.continual.streaming.record import read_stream
+    from ntkgen.continual.streaming.labels import read_streams
     from ntkgen.continual.streaming.summary import best_row, rows_of, table
 
-    found = {place: read_stream(place) for place in runs}
+    found = dict(zip(runs, read_streams(runs), strict=True))
     rows = [row for each in found.values() for row in rows_of(each)]
     if as_json:
         for place, each in found.items():
@@ -61,10 +61,11 @@ def pictures_of_streams(runs: Sequence[str], last: int | None) -> "list[Picture]
     from ntkgen.continual.plots.streaming import draw_kernels, draw_streams
     from ntkgen.continual.plots.utilities import draw_utilities
     from ntkgen.continual.series import read_arrays
-    from ntkgen.continual.streaming.record import member_folder, read_stream
+    from ntkgen.continual.streaming.labels import read_streams
+    from ntkgen.continual.streaming.record import member_folder
     from ntkgen.continual.streaming.utilities import read_utilities
 
-    found = [read_stream(run) for run in runs]
+    found = read_streams(runs)
     pictures = [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
     for number, (place, each) in enumerate(zip(runs, found, strict=True), 1):
         own: list[Picture] = []

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.analysis.plots.style import LINES, Picture, legend, new_axes, styled
+from ntkgen.continual.streaming.labels import labels_of
 
 if TYPE_CHECKING:
     import xarray
@@ -52,12 +53,10 @@ def curves_of(runs: Sequence["xarray.Dataset"], measure: str, last: int | None =
     found = []
     for run in runs:
         bins = slice(None) if last is None else slice(-last, None)
-        own, names = run.isel(bin=bins), run.combination.values.tolist()
-        method = run.attrs["settings"]["method"]
-        for index, name in enumerate(names):
+        own = run.isel(bin=bins)
+        for index, name in enumerate(labels_of(run)):
             values = own[measure].isel(combination=index).transpose("bin", "seed").values
-            title = method if len(names) == 1 else f"{method}, {name}"
-            found.append(Curve(title, np.asarray(own.samples.values), np.asarray(values, np.float64)))
+            found.append(Curve(name, np.asarray(own.samples.values), np.asarray(values, np.float64)))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkgen.continual.metrics.streaming import SCORES, Scores, scores
+from ntkgen.continual.streaming.labels import labels_of
 
 if TYPE_CHECKING:
     import xarray
@@ -31,7 +32,7 @@ class Row:
     """The scores of one learner with one combination of options.
 
     Attributes:
-        name: Name of the learner, and the combination if there are several.
+        name: Name of the learner, and what tells the combination from others; see `labels`.
         scores: The scores, one number per seed each.
     """
 
@@ -61,11 +62,10 @@ class Row:
 
 
 def rows_of(found: "xarray.Dataset") -> list[Row]:
-    """Compute the scores of every combination of a run; see `read_stream`."""
-    method, names = found.attrs["settings"]["method"], found.combination.values.tolist()
+    """Compute the scores of every combination of a run; see `read_stream` and `read_streams`."""
     return [
         Row(
-            method if len(names) == 1 else f"{method}, {name}",
+            name,
             scores(
                 *(
                     np.asarray(found[each].isel(combination=index).transpose("bin", "seed").values)
@@ -73,7 +73,7 @@ def rows_of(found: "xarray.Dataset") -> list[Row]:
                 )
             ),
         )
-        for index, name in enumerate(names)
+        for index, name in enumerate(labels_of(found))
     ]
 
 
