@@ -26,7 +26,6 @@ def written(path, **changes):
 
 def test_numbers_learn_together_and_words_apart(tmp_path):
     learners = {"usgd": {"sigma": [1, 2, 3], "lr": [0.1, 0.2], "largest": ["raw", "corrected"]}, "sgd": {}}
-    learners["usgd"]["learning_rate"] = learners["usgd"].pop("lr")
     runs = read_grid(written(tmp_path / "g.json", learners=learners))
     assert {name: each.num_members for name, each in runs.items()} == {
         "usgd/largest-raw": 12, "usgd/largest-corrected": 12, "sgd": 2,
@@ -84,6 +83,14 @@ def test_the_commands_learn_the_same(tmp_path, capsys):
     assert "1 of 1 runs are finished" in capsys.readouterr().err
 
 
+def test_settings_may_be_named_as_their_options(tmp_path):
+    values = {name: value for name, value in GRID.items() if name != "num_samples"}
+    values |= {"samples": 60, "stats-every": 7, "compat": "published", "learners": {"sgd": {"lr": [0.1]}}}
+    (tmp_path / "g.json").write_text(json.dumps(values))
+    (found,) = read_grid(tmp_path / "g.json").values()
+    assert (found.num_samples, found.stats_every, found.compat, found.learning_rate) == (60, 7, True, 0.1)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -92,6 +99,15 @@ def test_the_commands_learn_the_same(tmp_path, capsys):
         ({"learners": {"sgd": {"sigma": [1]}}}, "sigma"),
         ({"learners": {"sgd": {"learning_rate": ["a"]}}}, "learning_rate"),
         ({"epochs": 3}, "epochs"),
+        ({"lerning_rate": 3}, "Did you mean learning_rate"),
+        ({"seeds": 3}, "seeds"),
+        ({"samples": 3}, "num_samples twice"),
+        ({"method": "sgd"}, "`method` beside `learners`"),
+        ({"learners": {"sgd": {"method": "usgd"}}}, "`method` beside `learners`"),
+        ({"lr": 0.1}, "learning_rate twice.*for all runs and for sgd"),
+        ({"learners": {"sgd": {"lr": [1], "learning-rate": [2]}}}, "learning_rate twice"),
+        ({"learners": {"usgd": {"largest": []}}}, "usgd: largest"),
+        ({"learners": {"usgd": {"sgima": [1]}}}, "Did you mean sigma"),
     ],
 )
 def test_a_mistake_in_a_grid_is_named(changes, message, tmp_path):

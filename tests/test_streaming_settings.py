@@ -5,6 +5,7 @@ import json
 import pytest
 
 from ntkgen.cli import run as command
+from ntkgen.cli.cl_streaming import grid_of
 from ntkgen.continual.optim.names import NAMES
 from ntkgen.continual.streaming.settings import OTHER_NAMES, StreamingSettings, without_defaults
 
@@ -41,3 +42,57 @@ def test_another_learner_takes_the_place_of_that_of_a_record(tmp_path, capsys):
     assert (found["beta1"], found["stats_every"]) == (None, 9)
     written = {"method": "adam", "learning_rate": 0.001}
     assert without_defaults(written) == written
+
+
+def test_an_option_of_a_grid_has_the_names_of_its_setting():
+    expected = {"learning_rate": (0.1, 0.2), "beta_utility": (0.5,)}
+    for name in ("lr", "learning_rate", "learning-rate"):
+        assert grid_of([f"{name}=0.1,0.2", "beta-utility=0.5"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--sigma", "0.1", "--grid", "sigma=0.2"], "--sigma is given twice: expected one value, or several in --grid"),
+        (["--lr", "0.1", "--grid", "lr=0.2"], "--lr is given twice"),
+        (["--grid", "lr=0.1", "--grid", "learning_rate=0.2"], "--grid has learning_rate twice"),
+        (["--grid", "sgima=0.1"], "Did you mean sigma"),
+        (["--sigma", "-1"], "--sigma has a wrong value: expected a number of 0 or more, found -1.0"),
+        (["--epochs", "3"], "--epochs has no effect on a stream of single samples"),
+        (["--preset", "bic"], "--preset has no effect on a stream of single samples"),
+    ],
+)
+def test_a_mistake_in_options_is_one_line(given, message, tmp_path, capsys):
+    assert command([*LINE, "--method", "pgd", *given, "--out", str(tmp_path / "run")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_a_file_is_one_line(tmp_path, capsys):
+    for values, message in (
+        ({"sampels": 4}, "There is no setting 'sampels' of a stream of single samples. Did you mean samples"),
+        ({"epochs": 4}, "--epochs has no effect"),
+    ):
+        (tmp_path / "s.json").write_text(json.dumps(values))
+        assert command([*LINE, "--config", str(tmp_path / "s.json"), "--out", str(tmp_path / "run")]) == 2
+        shown = capsys.readouterr().err
+        assert message in shown
+        assert len(shown.strip().splitlines()) == 1
+    (tmp_path / "s.json").write_text(json.dumps({"samples": 4, "lr": 0.5}))
+    assert command(["cl-run", "--stream", "label-permuted", "--config", str(tmp_path / "s.json"), "--dry-run"]) == 0
+    assert "num_samples 4" in (shown := capsys.readouterr().out)
+    assert "learning_rate 0.5" in shown
+
+
+def test_a_folder_that_is_missing_is_no_run_of_another_kind(tmp_path, capsys):
+    place, missing = str(tmp_path / "run"), str(tmp_path / "missing")
+    assert command([*LINE, "--out", place]) == 0
+    for line in (["cl-analyze", place, missing], ["cl-plot", missing, place, "--out", str(tmp_path / "plots")]):
+        capsys.readouterr()
+        assert command(line) == 2
+        shown = capsys.readouterr().err
+        assert "There is no run" in shown
+        assert missing in shown
+        assert "two kinds" not in shown

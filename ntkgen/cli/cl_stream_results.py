@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ntkgen.cli.cl_regression import is_slow_regression
 from ntkgen.cli.messages import show
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.continual.streams.permuted import STREAMS
@@ -86,10 +87,15 @@ def some_are_streaming(runs: Sequence[str]) -> bool:
 
     Raises:
         InputError: If only some of them do.
+        StoreError: If there is no run at one of the others.
     """
+    from ntkgen.continual.reading import open_run
+
     kinds = [is_streaming(run) for run in runs]
     if any(kinds) and not all(kinds):
         other = runs[kinds.index(False)]
+        if not is_slow_regression(other):
+            open_run(other)  # says that it is missing
         raise InputError(
             f"The runs are of two kinds: expected permuted streams alone, as {runs[kinds.index(True)]} is, found "
             f"{other}. Were two folders mixed? Give the runs of each kind in a command of its own."

@@ -13,7 +13,7 @@ from ntkgen.cli.messages import show
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.optim.names import OPTIONS
 from ntkgen.continual.settings_file import read_settings
-from ntkgen.continual.streaming.aliases import STREAM_ALIASES, without_aliases
+from ntkgen.continual.streaming.aliases import STREAM_ALIASES, own_name, with_own_names, without_aliases
 from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, OPTION_NAMES, StreamingSettings, without_defaults
 from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.errors import InputError, UnknownNameError
@@ -44,7 +44,7 @@ def streaming_settings(options: Mapping[str, Any], given: Collection[str]) -> St
         UnknownNameError: If there is no such learner, data set or option.
     """
     config = options["config"]
-    values = {} if config is None else read_settings(config)
+    values = {} if config is None else with_own_names(read_settings(config), str(config))
     empty: tuple[Any, ...] = (None, ())
     chosen = {name: value for name, value in options.items() if value not in empty and name != "config"}
     if OWNERS_OF_DEFAULTS & chosen.keys():
@@ -53,10 +53,10 @@ def streaming_settings(options: Mapping[str, Any], given: Collection[str]) -> St
     if values.get("stream") not in {*STREAMS, *STREAM_ALIASES}:
         return None
     values = without_aliases(values)
-    _require_applicable([*values, *given])
-    if values.get("compat") == "published":  # an option; in a file it is a truth value
-        values["compat"] = True
-    values |= grid_of(values.pop("grid", ()))
+    _require_applicable(values, given)
+    grid = grid_of(values.pop("grid", ()))
+    _require_one_place(grid, chosen)
+    values |= grid
     width = values.get("width")
     if isinstance(width, list | tuple):
         values["width"] = one_width(width, "A permuted stream")
@@ -73,15 +73,21 @@ def grid_of(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
         InputError: If a text is not of this form.
         UnknownNameError: If there is no such option.
     """
-    settings = {OPTION_NAMES.get(name, name): name for name in LEARNER_SETTINGS}
-    numbers = [name for name in settings if OPTIONS[name].kind is float and not OPTIONS[name].choices]
-    found = {}
+    options = {name: OPTIONS[OPTION_NAMES.get(name, name)] for name in LEARNER_SETTINGS}
+    numbers = [name for name, option in options.items() if option.kind is float and not option.choices]
+    found: dict[str, tuple[float, ...]] = {}
     for text in texts:
-        name, _, values = text.partition("=")
+        written, _, values = text.partition("=")
+        name = own_name(written)
         if name not in numbers:
-            raise UnknownNameError("option of a grid", name, numbers)
+            raise UnknownNameError("option of a grid", written, [*OPTION_NAMES.values(), *numbers])
+        if name in found:
+            raise InputError(
+                f"`grid` has {written} twice: expected all its values together, found {text!r} beside others. Was it "
+                "copied? Write NAME=VALUE,VALUE once."
+            )
         try:
-            found[settings[name]] = tuple(float(value) for value in values.split(","))
+            found[name] = tuple(float(value) for value in values.split(","))
         except ValueError as error:
             raise InputError(
                 f"`grid` has {text!r}: expected NAME=VALUE,VALUE with numbers, such as sigma=0.001,0.01. Is a comma or "
@@ -176,16 +182,30 @@ def require_no_stream_options(given: Collection[str]) -> None:
         )
 
 
-def _require_applicable(names: Collection[str]) -> None:
-    """Refuse options that belong to other streams.
+def _require_applicable(values: Collection[str], given: Collection[str]) -> None:
+    """Refuse settings and options that belong to other streams. Unknown names in a file are refused later.
 
     Raises:
         InputError: If there is one.
     """
-    settings = [field.name for field in dataclasses.fields(StreamingSettings)]
-    if others := [name for name in names if name not in {*settings, *OF_COMMAND}]:
+    own = [field.name for field in dataclasses.fields(StreamingSettings)]
+    of_others = {field.name for field in dataclasses.fields(RunSettings)} | set(given)
+    if wrong := [name for name in (*given, *values) if name in of_others and name not in {*own, *OF_COMMAND}]:
         raise InputError(
-            f"`{others[0]}` does not apply to streams of single samples: expected one of their settings, found another "
-            "name. Was it copied from another command, or misspelt? Leave it out. Their settings: "
-            f"{', '.join(settings)}."
+            f"`{wrong[0]}` has no effect on a stream of single samples: expected a setting of such a stream, found one "
+            "of runs that train on each task for epochs. Was it copied from another command? Leave it out. A stream "
+            f"has {', '.join(f'`{name}`' for name in own)}."
+        )
+
+
+def _require_one_place(grid: Collection[str], chosen: Collection[str]) -> None:
+    """Refuse an option that is given beside a grid of its values.
+
+    Raises:
+        InputError: If there is one.
+    """
+    if both := [name for name in grid if name in chosen]:
+        raise InputError(
+            f"`{both[0]}` is given twice: expected one value, or several in `grid`, found both. Was the option "
+            "replaced by the grid? Leave one of the two out."
         )

@@ -178,8 +178,8 @@ def _number(value: str | float) -> float | None:
 
 def _refuse(name: str, value: Any) -> Any:
     raise InputError(
-        f"The option `{name}` of a learner has no such value: expected {OPTIONS[name].expected}, found {value!r}. Is a "
-        "sign or a unit wrong? Correct it."
+        f"`{name}` has a wrong value: expected {OPTIONS[name].expected}, found {value!r}. Is a sign or a unit wrong? "
+        "Give another value."
     )
 
 

@@ -7,7 +7,9 @@ References:
 from collections.abc import Mapping
 from typing import Any
 
+from ntkgen.continual.streaming.settings import OTHER_NAMES
 from ntkgen.continual.streams.permuted import LABELS, PIXELS
+from ntkgen.errors import InputError
 
 _STREAMS: dict[str, dict[str, Any]] = {
     "input_permuted_mnist": {"stream": PIXELS, "dataset": "mnist"},
@@ -43,4 +45,37 @@ def without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {**meant, **{name: value for name, value in values.items() if name != "stream" or not meant}}
     if "model" in found:
         found["model"] = MODEL_ALIASES.get(found["model"], found["model"])
+    if found.get("compat") == "published":
+        found["compat"] = True
     return found
+
+
+def with_own_names(values: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Give settings their own names. They may also be named as their options, such as ``lr`` or ``kernels-every``.
+
+    Args:
+        values: The settings.
+        place: Where they are from, for the error.
+
+    Raises:
+        InputError: If a setting occurs under two names.
+
+    >>> with_own_names({"lr": 0.1, "stats-every": 5}, "a file")
+    {'learning_rate': 0.1, 'stats_every': 5}
+    """
+    found: dict[str, Any] = {}
+    for written, value in values.items():
+        name = own_name(written)
+        if name in found:
+            raise InputError(
+                f"The settings in {place} have {name} twice: expected one value, found {written} beside another name "
+                "of it. Are they parts of two files? Remove one of the two."
+            )
+        found[name] = value
+    return found
+
+
+def own_name(written: str) -> str:
+    """Return the name of a setting that may be written as its option."""
+    name = written.replace("-", "_")
+    return OTHER_NAMES.get(name, name)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ntkgen.continual.optim.names import OPTIONS
+from ntkgen.continual.settings import require_each_once
 from ntkgen.continual.settings_file import read_settings
-from ntkgen.continual.streaming.aliases import without_aliases
+from ntkgen.continual.streaming.aliases import with_own_names, without_aliases
 from ntkgen.continual.streaming.record import BIN, read_stream
 from ntkgen.continual.streaming.settings import OPTION_NAMES, StreamingSettings
 from ntkgen.errors import InputError, StoreError
@@ -24,6 +25,7 @@ from ntkgen.files.folder import Folder
 
 # Networks of a run, if nothing else is asked for.
 NETWORKS = 64
+METHOD = "method"
 CONFIGS, COMMANDS, ARRAY = "configs", "commands.txt", "array.sh"
 
 
@@ -38,7 +40,7 @@ def read_grid(file: Path, networks: int = NETWORKS) -> dict[str, StreamingSettin
         InputError: If the file is damaged or a setting has a wrong value.
         UnknownNameError: If there is no such learner, setting or option.
     """
-    values = without_aliases(read_settings(file))
+    values = without_aliases(with_own_names(read_settings(file), str(file)))
     learners = values.pop("learners", None)
     if not isinstance(learners, dict) or not learners or not all(isinstance(each, dict) for each in learners.values()):
         raise InputError(
@@ -47,10 +49,15 @@ def read_grid(file: Path, networks: int = NETWORKS) -> dict[str, StreamingSettin
             f"{'none' if learners is None else json.dumps(learners)[:60]}. Is it the configuration of one run? Use "
             "`ntkgen cl-run --config`."
         )
+    own = {learner: with_own_names(options, f"{file}, {learner},") for learner, options in learners.items()}
+    for learner, options in own.items():
+        _require_one_place(file, values, learner, options)
+    seeds = values.get("seeds", StreamingSettings.seeds)
+    num_seeds = len(seeds) if isinstance(seeds, list | tuple) else 1  # what else it is, is refused below
     return {
         name: StreamingSettings.from_json({**values, **run})
-        for learner, options in learners.items()
-        for name, run in _runs(learner, options, len(values.get("seeds", StreamingSettings.seeds)), networks)
+        for learner, options in own.items()
+        for name, run in _runs(learner, options, num_seeds, networks)
     }
 
 
@@ -95,11 +102,33 @@ def write_commands(folder: Folder, runs: Mapping[str, StreamingSettings], others
     return commands
 
 
+def _require_one_place(file: Path, values: Mapping[str, Any], learner: str, options: Mapping[str, Any]) -> None:
+    """Refuse a setting of all runs that a learner has too, and the name of another learner.
+
+    Raises:
+        InputError: If there is one.
+    """
+    if METHOD in values or METHOD in options:
+        raise InputError(
+            f"{file} has `{METHOD}` beside `learners`: expected the names of learners in `learners` alone, found "
+            f"{json.dumps(values.get(METHOD, options.get(METHOD)))}. Was it copied from the settings of one run? "
+            "Remove it."
+        )
+    if both := [name for name in options if name in values]:
+        raise InputError(
+            f"{file} has {both[0]} twice: expected it either for all runs or for a learner, found it for all runs and "
+            f"for {learner}. Was it moved? Remove one of the two."
+        )
+
+
 def _runs(
     learner: str, options: Mapping[str, Any], num_seeds: int, networks: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Divide the combinations of a learner into runs, each with its name."""
     lists = {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+    for name, each in lists.items():
+        written = [json.dumps(value, default=str) for value in each]
+        require_each_once(f"{learner}: {name}", written, "Each combination has networks of its own.")
     apart = [name for name in lists if not _is_number(name)]
     together = sorted((name for name in lists if name not in apart), key=lambda name: len(lists[name]))
     while together and num_seeds * math.prod(len(lists[name]) for name in together) > networks:
@@ -109,7 +138,7 @@ def _runs(
         varied = {name: value for name, value in chosen.items() if len(lists[name]) > 1}
         name = "/".join([learner, *(f"{option}-{value}" for option, value in varied.items())])
         numbers = {name: lists[name][0] if len(lists[name]) == 1 else lists[name] for name in together}
-        yield name, {"method": learner, **numbers, **chosen}
+        yield name, {METHOD: learner, **numbers, **chosen}
 
 
 def _is_number(name: str) -> bool:
