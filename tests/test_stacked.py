@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ntkgen.continual.optim import LEARNERS, PGD, SGD, UPGD, make_optimizer
-from ntkgen.continual.optim.stacked import SHARED
+from ntkgen.continual.optim.noise import SHARED
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 
 SHAPES = [(2, 3, 2, 2), (2,), (4, 3), (4,)]
@@ -80,6 +80,50 @@ def test_threads_draw_the_same_noise():
         torch.set_num_threads(threads)
     require_equal(*found)
     assert found[0][0].std() > 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_noise_drawn_ahead_is_the_same(threads):
+    """The numbers, the state and the generators, also where the noise stops, a state is loaded, or a copy is made."""
+
+    def learnt(*, ahead):
+        params = [nn.Parameter(torch.zeros(3, SHARED + 1)), nn.Parameter(torch.zeros(3, 2))]
+        optimizer = PGD(params, lr=1.0, sigma=1.0, members=3, generators=generators(0, 1, 2))
+        optimizer.draws_ahead = ahead
+        found = []
+
+        def steps(optimizer, params, count):
+            for _ in range(count):
+                for param in params:
+                    param.grad = torch.zeros_like(param)
+                optimizer.step()
+                found.extend(values(params))
+
+        steps(optimizer, params, 2)
+        kept = copy.deepcopy(optimizer.state_dict())
+        found.extend(kept["generators"])
+        steps(optimizer, params, 2)
+        optimizer.param_groups[0]["sigma"] = torch.tensor([0.0, 1.0, 0.5])
+        steps(optimizer, params, 2)
+        optimizer.param_groups[0]["sigma"] = 0.0
+        steps(optimizer, params, 1)
+        optimizer.param_groups[0]["sigma"] = 1.0
+        steps(optimizer, params, 1)
+        optimizer.load_state_dict(kept)
+        steps(optimizer, params, 2)
+        other = pickle.loads(pickle.dumps(optimizer))
+        steps(other, other.param_groups[0]["params"], 1)
+        steps(optimizer, params, 1)
+        found.extend(optimizer.state_dict()["generators"])
+        assert other.draws_ahead is ahead
+        return found
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        require_equal(learnt(ahead=True), learnt(ahead=False))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_parameters_that_are_columns_of_one_matrix_are_changed_in_place():

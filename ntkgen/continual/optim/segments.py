@@ -154,7 +154,6 @@ class Block:
         w: Values of all parameters, (rows, numbers). They are the parameters themselves, or room for a copy.
         g: Their gradients.
         h: Their curvature, if the optimizer needs it.
-        noise: Standard normal numbers, if they are drawn.
         segments: The same, by group.
     """
 
@@ -162,7 +161,6 @@ class Block:
     w: Tensor
     g: Tensor
     h: Tensor | None
-    noise: Tensor | None
     segments: list[Segment]
 
     def gather(self, matrix: Tensor, tensors: Sequence[Tensor]) -> None:  # (rows, numbers), (networks, …) each
@@ -181,6 +179,7 @@ class Layout:
 
     Attributes:
         blocks: The blocks of rows.
+        noise: Standard normal numbers of all networks, (rows, numbers), or None if nothing is drawn.
         views: What is kept of each parameter, by name, in its shape.
         kind: Type of the numbers, and device.
         num_steps: Number of steps with these matrices.
@@ -206,15 +205,16 @@ class Layout:
         has_curvature: bool,
         has_noise: bool,
     ) -> None:
-        self.slots, self.has_noise, self.num_steps = slots, has_noise, 0
+        self.slots, self.num_steps = slots, 0
         self.addresses = addresses_of(slots)
         together = _matrix_of(slots, num_rows)
         self.is_in_place = together is not None
         like, num_columns = slots[0].param, slots[-1].columns.stop
         in_cache = max(1, BLOCK // max(1, num_columns))
         count = min(num_rows, in_cache) if like.device.type == "cpu" else num_rows
-        num_matrices = 2 + has_curvature + has_noise + num_scratch
+        num_matrices = 2 + has_curvature + num_scratch
         room = torch.empty(num_matrices, count, num_columns, dtype=like.dtype, device=like.device)
+        self.noise = room.new_empty(num_rows, num_columns) if has_noise else None
         self.traces = {name: room.new_zeros(num_rows, num_columns) for name in traces}
         self.kind = (like.dtype, like.device)
         self.views = [{name: self._view(name, slot) for name in traces} for slot in slots]
@@ -226,7 +226,7 @@ class Layout:
     def _block(self, rows: slice, w: Tensor, room: Tensor, has_curvature: bool) -> Block:  # noqa: FBT001 - as above
         g, *scratch = (matrix[: rows.stop - rows.start] for matrix in room)
         h = scratch.pop() if has_curvature else None
-        noise = scratch.pop() if self.has_noise else None
+        noise = None if self.noise is None else self.noise[rows]
         runs = [list(run) for _, run in groupby(self.slots, key=lambda slot: (id(slot.group), slot.step))]
         segments = []
         for run in runs:
@@ -243,7 +243,7 @@ class Layout:
                 tuple(matrix[:, own] for matrix in scratch),
             )
             segments.append(segment)
-        return Block(rows, w, g, h, noise, segments)
+        return Block(rows, w, g, h, segments)
 
     def _view(self, trace: str, slot: Slot) -> Tensor:
         """View what is kept of a parameter in its shape."""

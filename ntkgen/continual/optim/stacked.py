@@ -1,30 +1,19 @@
 """The base of the optimizers: one network, or a stack of independent networks, as a single computation."""
 
-import functools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ntkgen.continual.optim.names import OPTIONS, checked_value
-from ntkgen.continual.optim.segments import Block, Layout, Segment, Slot, addresses_of
+from ntkgen.continual.optim.noise import Noise
+from ntkgen.continual.optim.segments import Layout, Segment, Slot, addresses_of
 from ntkgen.errors import InputError, ShapeError
 
 Params = Iterable[Any]
 """What a torch optimizer takes: parameters, named parameters, or groups of them with hyper-parameters."""
-
-
-# Numbers of a network from which on the noise of several networks is drawn by several threads.
-SHARED = 2**13
-
-
-@functools.lru_cache(maxsize=1)
-def _threads(count: int) -> ThreadPoolExecutor:
-    """Start threads that draw noise."""
-    return ThreadPoolExecutor(count, "noise")
 
 
 class StackedOptimizer(torch.optim.Optimizer):
@@ -41,6 +30,10 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     Parameters without a gradient are left as they are, as in the optimizers of torch. A subclass says what a step does
     to matrices with a row per network and a column per number; see `advance`.
+
+    Attributes:
+        draws_ahead: Whether the noise of the next step is drawn by other threads while the networks compute. The
+            numbers are the same. Whoever uses a generator elsewhere must not, between two steps. False at first.
 
     Args:
         params: Parameters, named parameters, or groups of them.
@@ -69,6 +62,8 @@ class StackedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.members = members
         self.generators = None if generators is None else tuple(generators)
+        self.draws_ahead = False
+        self._noise = Noise(self.generators)
         self._layout: Layout | None = None
         if self.generators is not None and len(self.generators) != self.num_rows:
             raise InputError(
@@ -165,6 +160,7 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, with that of the given generators, as plain values and tensors."""
+        self._noise.rewind()
         found = super().state_dict()
         if self.generators is not None:
             found["generators"] = [generator.get_state() for generator in self.generators]
@@ -172,6 +168,7 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` has returned. The tensors are copied."""
+        self._noise.rewind()  # first: loading makes a new source, which knows nothing of drawing threads
         super().load_state_dict(state_dict)
         for state in self.state.values():
             for name, value in state.items():
@@ -180,11 +177,14 @@ class StackedOptimizer(torch.optim.Optimizer):
             generator.set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "members": self.members, "generators": self.generators}
+        self._noise.rewind()
+        own = {"members": self.members, "generators": self.generators, "draws_ahead": self.draws_ahead}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._layout = None
+        self._noise = Noise(self.generators)
 
     # a step ----------------------------------------------------------------------------------------------------------
 
@@ -220,13 +220,14 @@ class StackedOptimizer(torch.optim.Optimizer):
         params = [self._stacked(slot.param) for slot in layout.slots]
         grads = [self._stacked(cast("Tensor", slot.param.grad)) for slot in layout.slots]
         curved = self._curvature(layout, curvature) if self.needs_curvature else []
+        if layout.noise is not None:
+            self._noise.take(layout.noise, is_noisy)
         for block in layout.blocks:
             if not layout.is_in_place:
                 block.gather(block.w, params)
             block.gather(block.g, grads)
             if block.h is not None:
                 block.gather(block.h, curved)
-            self._draw(block, is_noisy)
             for segment in block.segments:
                 segment.step += 1
             self.advance(block.segments)
@@ -234,6 +235,8 @@ class StackedOptimizer(torch.optim.Optimizer):
                 block.scatter(block.w, params)
         layout.num_steps += 1
         torch._foreach_add_([self.state[slot.param]["step"] for slot in layout.slots], 1)
+        if self.draws_ahead and layout.noise is not None:
+            self._noise.draw_ahead(layout.noise, is_noisy)
         return loss
 
     def _stacked(self, tensor: Tensor) -> Tensor:  # (*shape) or (members, *shape) → (networks, *shape)
@@ -247,24 +250,6 @@ class StackedOptimizer(torch.optim.Optimizer):
             values = sigma.tolist() if isinstance(sigma, Tensor) and sigma.ndim else [float(sigma)] * self.num_rows
             is_noisy = [before or value > 0 for before, value in zip(is_noisy, values, strict=True)]
         return is_noisy
-
-    def _draw(self, block: Block, is_noisy: Sequence[bool]) -> None:
-        if block.noise is None:
-            return
-        numbers = range(block.rows.start, block.rows.stop)
-        rows = [(row, k) for row, k in zip(block.noise, numbers, strict=True) if is_noisy[k]]
-        for row, k in zip(block.noise, numbers, strict=True):
-            if not is_noisy[k]:
-                row.zero_()
-        threads = torch.get_num_threads()
-        if self.generators is None or threads == 1 or block.noise.device.type != "cpu" or len(block.noise[0]) < SHARED:
-            for row, k in rows:
-                row.normal_(generator=None if self.generators is None else self.generators[k])
-            return
-        # Drawing is the slowest part of a step, and torch draws in one thread. Each network has a generator of its own,
-        # so the numbers do not depend on the threads.
-        generators = self.generators
-        list(_threads(threads).map(lambda each: each[0].normal_(generator=generators[each[1]]), rows))
 
     def _curvature(self, layout: Layout, curvature: Sequence[Tensor | None] | None) -> list[Tensor]:
         """Find the curvature of the parameters that have a gradient.
@@ -307,7 +292,7 @@ class StackedOptimizer(torch.optim.Optimizer):
         if not active:
             return None
         layout = self._layout
-        if layout is None or layout.has_noise != has_noise or not self._fits(layout, active):
+        if layout is None or (layout.noise is not None) != has_noise or not self._fits(layout, active):
             layout = self._layout = self._made_layout(active, has_noise=has_noise)
         return layout
 

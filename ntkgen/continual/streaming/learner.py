@@ -47,6 +47,7 @@ class Learner:
     ) -> None:
         self.network = network
         self.optimizer = optimizer
+        optimizer.draws_ahead = True
         self.stats_every = stats_every
         self.copies = copies
         self._curvature = curvature
