@@ -353,3 +353,6 @@ def test_scaled_utilities_are_those_of_the_last_step(normalisation):
         else:
             scaled = utility / np.linalg.norm(utility, axis=-1, keepdims=True)
         np.testing.assert_allclose(found[position].numpy(), 1 / (1 + np.exp(-scaled)), rtol=1e-12)
+    other = UPGD(params, beta_utility=0.5, sigma=0.0, normalisation=normalisation, members=3)
+    other.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(other.scaled_utilities()[position], each) for position, each in found.items())

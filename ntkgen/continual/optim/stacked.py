@@ -282,19 +282,25 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     def _current_layout(self, *, has_noise: bool) -> Layout | None:
         """Return the matrices of the parameters that have a gradient; they are made anew where something changed."""
-        active = [
-            (position, param, group)
-            for position, (param, group) in enumerate(
-                (param, group) for group in self.param_groups for param in group["params"]
-            )
-            if param.grad is not None
-        ]
+        active = [each for each in self._positions() if each[1].grad is not None]
         if not active:
             return None
         layout = self._layout
         if layout is None or (layout.noise is not None) != has_noise or not self._fits(layout, active):
             layout = self._layout = self._made_layout(active, has_noise=has_noise)
         return layout
+
+    def _known_layout(self) -> Layout | None:
+        """Return the newest matrices. After `load_state_dict` they are those of the parameters that have a state."""
+        active = [each for each in self._positions() if self.state.get(each[1])]
+        if self._layout is None and active:
+            self._layout = self._made_layout(active, has_noise=False)
+        return self._layout
+
+    def _positions(self) -> list[tuple[int, Tensor, dict[str, Any]]]:
+        """List all parameters with their positions and their groups."""
+        pairs = ((param, group) for group in self.param_groups for param in group["params"])
+        return [(position, param, group) for position, (param, group) in enumerate(pairs)]
 
     def _fits(self, layout: Layout, active: Sequence[tuple[int, Tensor, dict[str, Any]]]) -> bool:
         """Say whether matrices still are those of some parameters, and what the optimizer keeps of them."""
@@ -313,7 +319,7 @@ class StackedOptimizer(torch.optim.Optimizer):
     def _made_layout(self, active: Sequence[tuple[int, Tensor, dict[str, Any]]], *, has_noise: bool) -> Layout:
         slots, start = [], 0
         for position, param, group in active:
-            if param.grad.is_sparse:  # type: ignore[union-attr]  # those with a gradient are active
+            if param.grad is not None and param.grad.is_sparse:
                 raise InputError(
                     f"The gradient of parameter {position} is sparse: expected a dense one. Is it of an embedding with "
                     "`sparse=True`? Make it without this option."

@@ -120,11 +120,14 @@ class UPGD(StackedOptimizer):
     def scaled_utilities(self) -> dict[int, Tensor]:
         """Compute the scaled utilities s of the last step, with the shape of each parameter.
 
+        They are the same after `load_state_dict`.
+
         Returns:
             By the position of the parameter among all. Before the first step there are none.
         """
         found: dict[int, list[Tensor]] = {}
-        for block in [] if self._layout is None else self._layout.blocks:
+        layout = self._known_layout()
+        for block in [] if layout is None else layout.blocks:
             is_global = self.defaults["normalisation"] == "global"
             largest = largest_utility(block.segments, self.defaults["largest"]) if is_global else None
             for segment in block.segments:
