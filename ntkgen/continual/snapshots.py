@@ -14,7 +14,7 @@ from ntkgen.continual.axes import ATTRIBUTE, FORMAT_VERSION, TIME
 from ntkgen.continual.linearization import MEASURES, LazyError
 from ntkgen.continual.series import Series
 from ntkgen.continual.snapshot_layout import SEEN, Layout, Notes
-from ntkgen.errors import FingerprintError, InputError
+from ntkgen.errors import DivergedError, FingerprintError, InputError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 from ntkgen.fingerprints import array_fingerprint
@@ -60,6 +60,7 @@ class Snapshots:
         lazy_error: Whether to record also how far the outputs move from those of the linearised network; see
             `LazyError`. The arrays are ``lazy_error``, ``lazy_error_from_start`` and ``buffer_drift`` (time). If the
             training is resumed in another process, restore the last parameters with `load_state_dict`.
+        allow_diverged: Whether a network that has diverged has a kernel and outputs of NaN; otherwise it is an error.
         fsync: Whether every file is forced to the disk. If not, a loss of power may damage the last kernels.
 
     Raises:
@@ -82,12 +83,14 @@ class Snapshots:
         per_layer: bool = False,
         num_outputs: int | None = None,
         lazy_error: bool = False,
+        allow_diverged: bool = False,
         fsync: bool = False,
     ) -> None:
         self._probe, _ = checked_batches(probe)
         self._output, self._precision, self._per_layer = output, precision, per_layer
         self._function = self._prepared(model)
         self._signature = _signature(model)
+        self._allow_diverged = allow_diverged
         self._lazy_error = LazyError(model, self._probe, policy(precision).compute_dtype) if lazy_error else None
         notes = Notes.of(len(self._probe), labels, tasks, sample_ids)
         layout = Layout.of(output, len(self._probe), num_outputs or self._function.num_logits)
@@ -126,7 +129,7 @@ class Snapshots:
         Raises:
             InputError: If the iteration is not later than the last one.
             ShapeError: If the network has more than ``num_outputs`` outputs.
-            DivergedError: If outputs of the network are not finite.
+            DivergedError: If outputs of the network are not finite, without ``allow_diverged``.
         """
         last = self.last_iteration
         if last is not None and iteration <= last:
@@ -137,13 +140,11 @@ class Snapshots:
             )
         if (signature := _signature(model)) != self._signature:  # a head has grown, or another one is in use
             self._function, self._signature = self._prepared(model), signature
-        found = self._function(model)
-        kernels = found if isinstance(found, dict) else {"": found}
-        shown = [self._layout.placed(kernel, self._function.num_logits, num_seen) for kernel in kernels.values()]
+        shown, logits = self._computed(model, num_seen)
         kernel = shown[0] if len(shown) == 1 else torch.stack(shown).sum(0)
         values: dict[str, Any] = {
             "kernel": kernel.cpu().numpy(),
-            "logits": self._layout.placed_logits(self._function.logits).cpu().numpy(),
+            "logits": self._layout.placed_logits(logits).cpu().numpy(),
             "iteration": iteration,
             "epoch": epoch,
             "task": task,
@@ -154,10 +155,29 @@ class Snapshots:
             values["kernel_by_layer"] = torch.stack(shown).cpu().numpy()
         values |= dict.fromkeys(MEASURES, float("nan"))
         if self._lazy_error is not None:
-            values |= self._lazy_error.measure(model, self._function.logits, is_first=not len(self))
+            values |= self._lazy_error.measure(model, logits, is_first=not len(self))
         # a group that was begun in another way has fewer arrays
         self.series.append(TIME, {name: values[name] for name in self.series.names(TIME)})
         return kernel
+
+    def _computed(self, model: nn.Module, num_seen: int | None) -> tuple[list[Tensor], Tensor]:
+        """Compute the kernel, or one per layer, and the outputs; all of them NaN for a network that has diverged.
+
+        Raises:
+            DivergedError: If outputs of the network are not finite, and this is not allowed.
+        """
+        try:
+            found = self._function(model)
+        except DivergedError:
+            if not self._allow_diverged:
+                raise
+            found = {}
+        logits = self._function.logits
+        kernels = list(found.values()) if isinstance(found, dict) else [found]
+        if self._allow_diverged and not (kernels and all(kernel.isfinite().all() for kernel in kernels)):
+            missing = logits.new_full(self._layout.shape, float("nan"))
+            return [missing] * max(1, len(self._function.layers)), torch.full_like(logits, float("nan"))
+        return [self._layout.placed(kernel, self._function.num_logits, num_seen) for kernel in kernels], logits
 
     def truncate(self, iteration: int) -> None:
         """Remove the kernels after an iteration, for a run that is resumed from an earlier checkpoint."""

@@ -47,9 +47,9 @@ def require_finite(outputs: Tensor) -> None:
     """
     if not outputs.isfinite().all():
         raise DivergedError(
-            "The network's outputs are not finite: expected numbers, found infinity or NaN in some batch. Do some "
-            "samples have values that are not finite, or are they far from the training samples? Leave these samples "
-            "out, or repair them."
+            "The network's outputs are not finite: expected numbers, found infinity or NaN in some batch. Has its "
+            "training diverged, or do some samples have values that are not finite? Use parameters from before, or "
+            "leave these samples out."
         )
 
 
