@@ -28,7 +28,8 @@ def test_plasticity_is_a_part_of_the_loss():
     found = plasticity(before, after)
     torch.testing.assert_close(found[:5], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5]))
     assert ((found >= 0) & (found <= 1)).all()
-    assert plasticity(torch.tensor(math.nan), torch.tensor(1.0)).isnan()
+    for diverged in (math.nan, math.inf):
+        assert plasticity(torch.tensor(diverged), torch.tensor(1.0)).isnan()
 
 
 def test_inactive_units_count_exact_zeros():
@@ -59,6 +60,13 @@ def test_norms_use_weights_alone():
     assert values == {
         "weight_rank": 1.0, "weight_l2": 5.0, "weight_l1": 7.0, "grad_l2": 2.0, "grad_l1": 2.0, "grad_l0": 0.5,
     }  # fmt: skip
+
+
+def test_norms_of_a_diverged_network_are_not_numbers():
+    weights, grads = [torch.ones(2, 1, 2)], [torch.tensor([[[1.0, 0.0]], [[math.nan, 0.0]]])]
+    found = thinned_measures(weights, grads)["grad_l0"]
+    assert found[0] == 0.5
+    assert found[1].isnan()
 
 
 LOSSES = np.array([[2.0, 3.0], [1.0, 1.0], [1.5, 2.0]])

@@ -114,13 +114,13 @@ class Record:
 
 
 def plain_values(values: Any) -> Any:
-    """Return numbers as plain values, with None for NaN, which JSON does not have.
+    """Return numbers as plain values, with None for NaN and infinity, which JSON does not have.
 
-    >>> plain_values([1.5, float("nan")])
-    [1.5, None]
+    >>> plain_values([1.5, float("nan"), float("inf")])
+    [1.5, None, None]
     """
     array = np.asarray(values)
-    return np.where(np.isnan(array), None, array).tolist() if array.dtype.kind == "f" else array.tolist()  # type: ignore[call-overload]
+    return np.where(np.isfinite(array), array, None).tolist() if array.dtype.kind == "f" else array.tolist()  # type: ignore[call-overload]
 
 
 def evaluation_arrays(num_tasks: int) -> list[GrowingArray]:

@@ -26,7 +26,16 @@ def accuracy(outputs: Tensor, targets: Tensor, loss: Tensor) -> Tensor:  # (k, c
     [1.0, nan]
     """
     is_right = (outputs.argmax(1) == targets).to(loss.dtype)
-    return torch.where(loss.isfinite(), is_right, torch.nan)
+    return where_finite(loss, is_right)
+
+
+def where_finite(shown: Tensor, values: Tensor) -> Tensor:  # (k,), (k,) or () -> (k,)
+    """Replace values by NaN where what is shown is not finite, such as the loss of a network that has diverged.
+
+    >>> where_finite(torch.tensor([1.0, torch.inf]), torch.tensor(0.5)).tolist()
+    [0.5, nan]
+    """
+    return torch.where(shown.isfinite(), values, torch.nan)
 
 
 def plasticity(before: Tensor, after: Tensor) -> Tensor:  # (k,), (k,) -> (k,)
@@ -37,7 +46,7 @@ def plasticity(before: Tensor, after: Tensor) -> Tensor:  # (k,), (k,) -> (k,)
     >>> plasticity(torch.tensor([2.0, 2.0, 0.0]), torch.tensor([0.5, 3.0, 0.0])).tolist()
     [0.75, 0.0, 1.0]
     """
-    return (1 - after / before.clamp_min(SMALL_LOSS)).clamp(0, 1)
+    return where_finite(before, (1 - after / before.clamp_min(SMALL_LOSS)).clamp(0, 1))
 
 
 def inactive_units(rectified: Sequence[Tensor]) -> Tensor:  # of (k, units) -> (k,)
@@ -64,7 +73,9 @@ def thinned_measures(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> dict
     for name, parts in (("weight", [each.detach().flatten(1) for each in weights]), ("grad", flat_grads)):
         found[f"{name}_l2"] = torch.stack([part.square().sum(1) for part in parts]).sum(0).sqrt()
         found[f"{name}_l1"] = torch.stack([part.abs().sum(1) for part in parts]).sum(0)
-    found["grad_l0"] = torch.stack([(part != 0).sum(1) for part in flat_grads]).sum(0) / size
+    found["grad_l0"] = where_finite(
+        found["grad_l1"], torch.stack([(part != 0).sum(1) for part in flat_grads]).sum(0) / size
+    )
     return {name: found[name] for name in THINNED}
 
 
