@@ -281,7 +281,7 @@ def read_arrays(folder: Folder) -> "xarray.Dataset":
     """Open a group to read it. Arrays are read when they are used, without dask, which is slow for many small arrays.
 
     Raises:
-        StoreError: If it is not there.
+        StoreError: If it is not there, or damaged.
     """
     import xarray
 
@@ -290,7 +290,14 @@ def read_arrays(folder: Folder) -> "xarray.Dataset":
             f"There is nothing at {folder}: expected the Zarr group of a run of `ntkgen cl-run`, found none. Was the "
             "run stopped at its beginning, or copied in part? Run the same command again, or copy the whole folder."
         )
-    found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
+    try:
+        found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"The arrays at {folder} cannot be read ({type(error).__name__}): expected the Zarr group of a run, found "
+            f"another {ROOT}. A disk error, or a copy of a part? Copy the whole folder again, or learn the run anew in "
+            "another one."
+        ) from error
     return found
 
 
