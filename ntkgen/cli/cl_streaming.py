@@ -126,19 +126,26 @@ def load_stream_data(settings: StreamingSettings, data_dir: Path | None) -> "Str
     Raises:
         UnknownNameError: If there is no such data set.
         DataError: If its files are missing.
-        InputError: If tasks are to be evaluated on test samples, and there are none.
+        InputError: If tasks are to be evaluated on test samples, and there are too few or none.
     """
     from ntkgen.continual.plan import normalised
     from ntkgen.continual.streaming.run import StreamData
     from ntkgen.data import dataset
     from ntkgen.training import zoo
 
+    if settings.held_out and not dataset.has_test_split(settings.dataset):
+        raise InputError(
+            f"`held_out` needs test samples: expected a data set with a split of them, found {settings.dataset}, which "
+            "has none. Was another data set meant? Leave `held_out` out, or use a data set such as mnist or cifar10."
+        )
     splits = [dataset.load(settings.dataset, data_dir=data_dir)]
     if settings.held_out:
         splits.append(dataset.load(settings.dataset, data_dir=data_dir, split="test"))
     if zoo.image_options(settings.model, tuple(splits[0].images.shape[1:])):
         splits = [dataclasses.replace(split, zoo_sized=False) for split in splits]
-    return StreamData(*normalised(splits, settings.normalise))
+    data = StreamData(*normalised(splits, settings.normalise))
+    data.require_held_out(settings.held_out)
+    return data
 
 
 def show_streaming_plan(settings: StreamingSettings, data_dir: Path | None, device: str, *, as_json: bool) -> int:

@@ -117,6 +117,18 @@ def load(name: str, *, data_dir: Path | None = None, split: str = "train", downl
     return _named_dataset(info, images, labels)
 
 
+def has_test_split(name: str) -> bool:
+    """Say whether a data set has test samples of its own.
+
+    >>> has_test_split("mnist"), has_test_split("digits"), has_test_split("mine.npz")
+    (True, False, False)
+
+    Raises:
+        UnknownNameError: If there is no such data set.
+    """
+    return not name.endswith(".npz") and dataset_info(name).num_test_samples > 0
+
+
 def sample_order(
     num_samples: int, *, subsample: int | None, shuffle_seed: int | None
 ) -> Tensor:  # (subsample or num_samples,), int64

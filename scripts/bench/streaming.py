@@ -44,7 +44,7 @@ def make_stack(model: str, method: str, num_seeds: int) -> Learner:
     generators = [torch.Generator().manual_seed(seed) for seed in range(num_seeds)]
     own = {name: value for name, value in OPTIONS.items() if name in LEARNERS[method].options}
     optimizer = make_optimizer(method, network.parameters.items(), members=num_seeds, generators=generators, **own)
-    return Learner(network, optimizer, stats_every=10**9)
+    return Learner(network, optimizer)
 
 
 def learn_by_torch(model: str, x: Tensor, targets: Tensor) -> Callable[[], None]:
@@ -115,8 +115,8 @@ def measure(model: str, method: str, num_seeds: int, num_samples: int, trials: i
     targets = torch.randint(0, CLASSES, (num_samples, num_seeds))
     stack, one = make_stack(model, method, num_seeds), make_stack(model, method, 1)
     ways: dict[str, tuple[Callable[[], Any], int]] = {
-        "stack": (lambda: stack.learn(1, x, targets), num_seeds),
-        "one": (lambda: one.learn(1, x[:, :1], targets[:, :1]), 1),
+        "stack": (lambda: stack.learn(x, targets), num_seeds),
+        "one": (lambda: one.learn(x[:, :1], targets[:, :1]), 1),
         "torch": (learn_by_torch(model, x[:, :1], targets[:, :1]), 1),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}

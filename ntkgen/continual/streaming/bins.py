@@ -1,5 +1,7 @@
 """Bins of a stream: the samples over which measures are averaged."""
 
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,32 @@ def bin_ends(num_samples: int, period: int, kind: str = TASKS) -> list[int]:
     if kind == PUBLISHED:
         return list(range(1, num_samples + 1, period))
     return [*range(period, num_samples, period), num_samples]
+
+
+def measured_samples(start: int, stop: int, every: int, ends: Sequence[int]) -> list[int]:
+    """List the samples after which norms and ranks are measured, among some samples of one bin.
+
+    These are every few samples of the stream, and the last sample of a bin that has none of them. So each bin has one,
+    wherever blocks of samples end.
+
+    Args:
+        start: Position of the first sample.
+        stop: Position after the last sample.
+        every: Number of samples between two measurements.
+        ends: Position after the last sample of each bin.
+
+    >>> measured_samples(0, 4, 6, [4, 8, 12]), measured_samples(4, 8, 6, [4, 8, 12])
+    ([0], [6])
+    >>> measured_samples(8, 10, 6, [4, 8, 12]), measured_samples(10, 12, 6, [4, 8, 12])
+    ([], [11])
+    """
+    found = list(range(start + -start % every, stop, every))
+    index = bisect_right(ends, start)
+    if index < len(ends) and ends[index] == stop:
+        begin = ends[index - 1] if index else 0
+        if begin + -begin % every >= stop:
+            found.append(stop - 1)
+    return found
 
 
 class Sums:

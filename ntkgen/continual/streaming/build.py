@@ -129,7 +129,7 @@ def make_learner(settings: StreamingSettings, members: Members) -> Learner:
         **options,
     )
     curvature = _curvature(network.module(0)) if settings.learner.is_second_order else None
-    return Learner(network, optimizer, settings.stats_every, curvature, copies=len(settings.combinations))
+    return Learner(network, optimizer, curvature, copies=len(settings.combinations))
 
 
 def _curvature(module: nn.Module) -> Curvature:

@@ -32,4 +32,5 @@ def projected_seconds(settings: StreamingSettings, data: StreamData, device: tor
         began = time.perf_counter()
         run.learner.measure_thinned()
         thinned = time.perf_counter() - began
-    return step * settings.num_samples + thinned * settings.num_samples / settings.stats_every
+    measurements = max(settings.num_samples / settings.stats_every, len(settings.ends))  # at least one per bin
+    return step * settings.num_samples + thinned * measurements

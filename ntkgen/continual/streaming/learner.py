@@ -1,6 +1,6 @@
 """Stacked networks that learn a stream: a step of all of them, and what is measured in it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from ntkgen.continual.streaming.statistics import (
     plasticity,
     thinned_measures,
     weights_of,
+    where_finite,
 )
 
 # Computes the diagonal of the Hessian for every parameter of a stack, from samples and targets.
@@ -32,7 +33,6 @@ class Learner:
     Args:
         network: The networks.
         optimizer: The optimizer of their stacked parameters.
-        stats_every: Number of steps between two measurements of norms and ranks.
         curvature: Computes what a second-order optimizer needs; None for the others.
         copies: Number of networks that get the same sample; the first of each seed, then the second, ….
     """
@@ -41,34 +41,41 @@ class Learner:
         self,
         network: StackedNetwork,
         optimizer: StackedOptimizer,
-        stats_every: int,
         curvature: Curvature | None = None,
         copies: int = 1,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
         optimizer.draws_ahead = True
-        self.stats_every = stats_every
         self.copies = copies
         self._curvature = curvature
 
-    def learn(self, first: int, x: Tensor, targets: Tensor) -> dict[str, npt.NDArray[Any]]:  # each (steps, members)
+    def learn(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        measured: Collection[int] = (),
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, npt.NDArray[Any]]:  # each (steps, members)
         """Learn some samples of every member, one after the other.
 
         Args:
-            first: Position of the first sample in the stream.
             x: The samples, (steps, members / copies, …).
             targets: Their classes, (steps, members / copies).
+            measured: The steps after which norms and ranks are measured.
+            is_stopped: Says after each step whether to leave out the later ones.
 
         Returns:
-            What was measured: `EACH_STEP` for each sample, `THINNED` for every ``stats_every``-th one.
+            What was measured: `EACH_STEP` for each step, `THINNED` for those of ``measured``.
         """
         steps: list[Tensor] = []
         thinned: list[Tensor] = []
         for step, (inputs, classes) in enumerate(zip(x, targets, strict=True)):
             steps.append(self._step(self._copied(inputs), self._copied(classes)))
-            if (first + step) % self.stats_every == 0:
+            if step in measured:
                 thinned.append(self.measure_thinned())
+            if is_stopped():
+                break
         return _by_name(EACH_STEP, steps) | _by_name(THINNED, thinned)
 
     def _copied(self, values: Tensor) -> Tensor:  # (members / copies, …) -> (members, …)
@@ -87,11 +94,12 @@ class Learner:
             self.optimizer.step(curvature=self._curvature(self.network.parameters, x, targets))
         with torch.no_grad():
             after = self.network.forward(prepared)
+            later = losses(after.outputs, targets)
             found = {
                 "loss": loss.detach(),
                 "accuracy": accuracy(before.outputs, targets, loss),
-                "plasticity": plasticity(loss.detach(), losses(after.outputs, targets)),
-                "inactive_units": inactive_units(after.rectified).expand_as(loss),
+                "plasticity": plasticity(loss.detach(), later),
+                "inactive_units": where_finite(loss + later, inactive_units(after.rectified)),
             }
         return torch.stack([found[name].to(loss.dtype) for name in EACH_STEP])
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray
 
-from ntkgen.continual.record import is_begun, read_config_of, write_config
+from ntkgen.continual.record import CHECKPOINT, CONFIG, is_begun, read_config_of, write_config
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays
 from ntkgen.continual.streaming.measures import EACH_STEP, HELD_OUT, THINNED
 from ntkgen.continual.streaming.settings import StreamingSettings
@@ -39,12 +39,19 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
 
     Raises:
         FingerprintError: If there is a run with other settings or other data.
-        StoreError: If its files are damaged.
+        StoreError: If its files are damaged, or some are missing.
     """
     read_config_of(folder, StreamingSettings, WHAT)  # refuses a run of another kind
-    if not is_begun(folder, settings, facts):
-        write_config(folder, settings, facts)
     arrays = folder / ARRAYS
+    if not is_begun(folder, settings, facts):
+        if folder.has(CHECKPOINT) or arrays.has(ROOT):
+            raise StoreError(incomplete(folder, CONFIG, "none"))
+        write_config(folder, settings, facts)
+    if folder.has(CHECKPOINT):
+        if not arrays.has(ROOT):
+            raise StoreError(incomplete(folder, f"{ARRAYS}/{ROOT}", "none"))
+    elif folder.has(last := final_parameters(settings)):  # they are written after the last checkpoint
+        raise StoreError(incomplete(folder, f"{CHECKPOINT} beside {last}", "none"))
     if arrays.has(ROOT):
         return Series.open(arrays)
     shape = (len(settings.combinations), len(settings.seeds))
@@ -59,6 +66,41 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
         growing.append(GrowingArray("held_out_accuracy", "float64", shape, (TASK, COMBINATION, SEED), attributes))
     fixed = [FixedArray(SEED, np.array(settings.seeds), (SEED,), {"long_name": "seed"})]
     return Series.create(arrays, growing, fixed, {"ntkgen_streaming": {"format_version": 1}})
+
+
+def final_parameters(settings: StreamingSettings) -> str:
+    """Name the file of the parameters at the end of a run."""
+    return f"models/sample{settings.num_samples}.pt"
+
+
+def require_recorded(folder: Folder, series: Series, dim: str, length: int) -> None:
+    """Require that an axis has all that was recorded before a checkpoint.
+
+    Raises:
+        StoreError: If something is missing.
+    """
+    if (found := series.length(dim)) < length:
+        raise StoreError(incomplete(folder, f"{length:,} {dim}s in {series.folder.name}", f"{found:,}"))
+
+
+def require_readable(series: Series, dim: str) -> None:
+    """Require that everything recorded along an axis can be read. Zarr would read a missing file as NaN.
+
+    Raises:
+        StoreError: If something cannot.
+    """
+    for name in series.names(dim):
+        for time in range(series.length(dim)):
+            series.read(name, time)
+
+
+def incomplete(folder: Folder, expected: str, found: str) -> str:
+    """Say that files of a run are missing."""
+    return (
+        f"The run at {folder} is incomplete: expected {expected}, found {found}. Were files removed, or was the run "
+        "copied in part? Put them back; or run the same command with another `out`, to learn it anew. Nothing was "
+        "changed."
+    )
 
 
 def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:

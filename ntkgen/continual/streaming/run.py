@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,26 @@ from ntkgen.continual.chance import generator_of, seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.optim import UPGD
 from ntkgen.continual.record import CHECKPOINT
-from ntkgen.continual.snapshots import Snapshots
-from ntkgen.continual.streaming.bins import Sums
+from ntkgen.continual.streaming.bins import Sums, measured_samples
 from ntkgen.continual.streaming.build import Members, make_learner, make_members
+from ntkgen.continual.streaming.kernels import StreamKernels
 from ntkgen.continual.streaming.logs import write_logs
 from ntkgen.continual.streaming.measures import EACH_STEP, THINNED
-from ntkgen.continual.streaming.record import BIN, TASK, member_folder, open_bins, read_stream
+from ntkgen.continual.streaming.record import (
+    BIN,
+    TASK,
+    open_bins,
+    read_stream,
+    require_readable,
+    require_recorded,
+)
 from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.continual.streaming.stopping import held_back_signals
 from ntkgen.continual.streaming.utilities import write_utilities
 from ntkgen.continual.streams.permuted import PermutedStream
 from ntkgen.continual.streams.tasks import IntArray
 from ntkgen.data.dataset import Dataset
+from ntkgen.errors import InputError
 from ntkgen.files.folder import Folder
 from ntkgen.files.lock import write_lock
 from ntkgen.progress import Report, ignore_report
@@ -50,13 +60,28 @@ class StreamData:
         """What the run depends on beside its settings."""
         return {"data": self.train.fingerprint()}
 
+    def require_held_out(self, count: int) -> None:
+        """Require as many test samples as each task is evaluated on.
+
+        Raises:
+            InputError: If there are fewer.
+        """
+        found = 0 if self.test is None else self.test.num_samples
+        if count > found:
+            raise InputError(
+                f"`held_out` is {count:,}: expected at most as many as {self.train.name} has test samples, found "
+                f"{found:,} of them. Was the number meant for another data set? Give a smaller one."
+            )
+
 
 class StreamingRun:
     """A run at work: its networks, its record, where it is, and what it has measured of the bin so far."""
 
     def __init__(self, settings: StreamingSettings, data: StreamData, folder: Folder, device: torch.device) -> None:
+        data.require_held_out(settings.held_out)
         self.settings = settings
         self.data = data
+        self.ends = settings.ends
         self.folder = folder
         self.device = device
         labels = data.train.labels.numpy()
@@ -67,7 +92,7 @@ class StreamingRun:
         self.bins = open_bins(folder, settings, data.facts)
         self.sums = Sums([*EACH_STEP, *THINNED], settings.num_members)
         self.sample = 0
-        self.snapshots = self._open_snapshots()
+        self.kernels = StreamKernels(settings, data.train, self.members.network, folder, device)
         self._committed = time.monotonic()
 
     # where it is -----------------------------------------------------------------------------------------------------
@@ -98,11 +123,26 @@ class StreamingRun:
             for name in self.sums.sums:
                 self.sums.sums[name] = checkpoint["sums"][name].numpy()
             self.sums.counts = dict(checkpoint["counts"])
-        self.bins.truncate(BIN, sum(end <= self.sample for end in self.settings.ends))
+        num_bins = sum(end <= self.sample for end in self.ends)
+        if checkpoint is not None:
+            self._require_recorded(num_bins)
+        self.bins.truncate(BIN, num_bins)
         if self.settings.held_out:
             self.bins.truncate(TASK, self._finished_tasks())
-        for snapshots in self.snapshots:
-            snapshots.truncate(self.sample if checkpoint is not None else -1)
+        self.kernels.truncate(self.sample if checkpoint is not None else -1)
+
+    def _require_recorded(self, num_bins: int) -> None:
+        """Require that what was recorded before the checkpoint is there, before anything is changed.
+
+        Raises:
+            StoreError: If something is missing or damaged.
+        """
+        require_recorded(self.folder, self.bins, BIN, num_bins)
+        require_readable(self.bins, BIN)
+        if self.settings.held_out:
+            require_recorded(self.folder, self.bins, TASK, self._finished_tasks())
+            require_readable(self.bins, TASK)
+        self.kernels.require(self._finished_tasks())
 
     def commit(self) -> None:
         """Write the newest state."""
@@ -120,27 +160,41 @@ class StreamingRun:
 
     # what it does ----------------------------------------------------------------------------------------------------
 
-    def learn_block(self) -> None:
-        """Learn up to the end of a block, of the bin or of the task, and measure what ends there."""
+    def learn_block(self, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Learn up to the end of a block, of the bin or of the task, and measure what ends there.
+
+        Args:
+            is_stopped: Says after each sample whether the block is to end there.
+        """
         if self.sample == 0:
-            self._take_snapshots(-1)
-        self.learn_up_to(self._next_stop())
-        task = (self.sample - 1) // self.settings.permuted.period
-        if self.sample in self.settings.ends:
+            self.kernels.record(self.learner.network, 0, -1)
+        self.learn_up_to(self._next_stop(), is_stopped)
+        settings = self.settings
+        task = (self.sample - 1) // settings.permuted.period
+        if self.sample in self.ends:
             self._end_bin()
-        if self.sample % self.settings.permuted.period == 0 or self.sample == self.settings.num_samples:
+        if self.sample % settings.permuted.period == 0 or self.sample == settings.num_samples:
             self._end_task(task)
-        if self.sample == self.settings.num_samples:
-            self._write_utilities()
-        if self.settings.save_every and self.sample % self.settings.save_every == 0:
+        # the parameters at the end are written after the last checkpoint, which is missed if it is removed
+        if settings.save_every and self.sample % settings.save_every == 0 and self.sample < settings.num_samples:
             self.write_parameters()
 
-    def learn_up_to(self, stop: int) -> None:
-        """Learn the next samples, all of one task, and add up what is measured."""
-        x, targets = self._samples(self.sample, stop)
-        for name, values in self.learner.learn(self.sample, x, targets).items():
+    def learn_up_to(self, stop: int, is_stopped: Callable[[], bool] = lambda: False) -> None:
+        """Learn the next samples, all of one bin, and add up what is measured."""
+        start = self.sample
+        x, targets = self._samples(start, stop)
+        measured = [each - start for each in measured_samples(start, stop, self.settings.stats_every, self.ends)]
+        found = self.learner.learn(x, targets, measured, is_stopped)
+        for name, values in found.items():
             self.sums.add(name, values)
-        self.sample = stop
+        self.sample = start + len(found["loss"])
+
+    def write_results(self) -> None:
+        """Write what is known at the end of a run, from its newest state."""
+        for series in (self.bins, self.kernels):
+            series.sync()
+        self._write_utilities()
+        self.write_parameters()
 
     def write_parameters(self) -> None:
         """Write the parameters of all networks, after the record of what was measured."""
@@ -161,8 +215,8 @@ class StreamingRun:
         length = max(1, FETCHED // len(settings.seeds))
         stops = [sample + length - sample % length, settings.num_samples]
         stops += [every - sample % every + sample for every in (settings.permuted.period, settings.save_every) if every]
-        later_ends = (end for end in settings.ends if end > sample)
-        return min(*stops, next(later_ends, settings.num_samples))
+        index = bisect_right(self.ends, sample)
+        return min(*stops, *self.ends[index : index + 1])
 
     def _samples(self, start: int, stop: int) -> tuple[Tensor, Tensor]:  # (steps, seeds, …), (steps, seeds)
         """Fetch samples of all seeds, all of one task."""
@@ -189,7 +243,7 @@ class StreamingRun:
         if self.settings.held_out:
             shape = (len(self.settings.combinations), len(self.settings.seeds))
             self.bins.append(TASK, {"held_out_accuracy": self._held_out_accuracy(task).reshape(shape)})
-        self._take_snapshots(task)
+        self.kernels.record(self.learner.network, self.sample, task)
         if self.settings.restarts and self.sample < self.settings.num_samples:
             self.learner.network.load(self.members.drawn(task + 1).parameters)
             self.learner.optimizer.state.clear()
@@ -199,58 +253,16 @@ class StreamingRun:
         labels = self.data.test.labels.numpy()
         found = np.empty(self.settings.num_members)
         for first, stream in enumerate(self.streams):
-            ids = generator_of(stream.seed, "probe", task).choice(
-                len(labels), min(self.settings.held_out, len(labels)), replace=False
-            )
+            rng = generator_of(stream.seed, "probe", task)
+            ids = rng.choice(len(labels), self.settings.held_out, replace=False)
             x = self._permuted(stream, task, self.data.test, ids).to(self.device)
             label_map = stream.label_map(task)
             wanted = labels[ids] if label_map is None else label_map[labels[ids]]
             for member in range(first, len(found), len(self.streams)):  # the combinations of a seed share the samples
                 outputs = self.learner.network.outputs(member, x)
-                found[member] = (outputs.argmax(1).cpu().numpy() == wanted).mean()
+                is_right = outputs.argmax(1).cpu().numpy() == wanted
+                found[member] = is_right.mean() if outputs.isfinite().all() else np.nan
         return found
-
-    def _open_snapshots(self) -> list[Snapshots]:
-        """Open the kernels of every network, all with the same probe samples."""
-        settings = self.settings
-        if not settings.kernels_every:
-            return []
-        labels = self.data.train.labels.numpy()
-        ids = np.sort(
-            np.concatenate(
-                [
-                    generator_of(settings.seeds[0], "probe", label).permutation(np.flatnonzero(labels == label))[
-                        : settings.probe_per_class
-                    ]
-                    for label in np.unique(labels).tolist()
-                ]
-            )
-        )
-        probe = self.data.train.inputs(torch.from_numpy(ids)).to(self.device)
-        return [
-            Snapshots(
-                self.folder / f"{member_folder(settings, *self._position(member))}/kernels.zarr",
-                self.learner.network.module(member),
-                probe,
-                labels=labels[ids],
-                sample_ids=ids,
-                output=settings.output,
-                precision=settings.precision,
-            )
-            for member in range(settings.num_members)
-        ]
-
-    def _position(self, member: int) -> tuple[int, int]:
-        """The combination of a member, and its seed."""
-        combination, seed = divmod(member, len(self.settings.seeds))
-        return combination, self.settings.seeds[seed]
-
-    def _take_snapshots(self, task: int) -> None:
-        """Compute the kernels of all networks, after every few tasks. The task −1 is before the first one."""
-        if not self.snapshots or (task + 1) % self.settings.kernels_every:
-            return
-        for member, snapshots in enumerate(self.snapshots):
-            snapshots(self.learner.network.module(member), iteration=self.sample, task=task)
 
     def _finished_tasks(self) -> int:
         is_over = self.sample == self.settings.num_samples
@@ -266,15 +278,18 @@ def run_stream(
 ) -> xarray.Dataset:
     """Learn the stream of every seed with every combination of hyper-parameters, or continue where a run has ended.
 
-    Everything is recorded below the folder. A run that was killed ends with the same bytes on a CPU. A network that
-    diverges has NaN from then on, and the others go on.
+    Everything is recorded below the folder. A run that was killed ends with the same bytes on a CPU. Ctrl-C and SIGTERM
+    act after the sample in progress, and what was learnt is kept. A network that diverges has NaN from then on, and the
+    others go on.
 
     Returns:
         What was measured; see `read_stream`.
 
     Raises:
         FingerprintError: If there is a run with other settings or other data.
+        StoreError: If files of the run are missing or damaged. None of them is changed.
         StoreLockedError: If another process writes the run.
+        InputError: If there are too few test samples.
         ModelError: If the network does not learn from single samples.
     """
     folder.require_writable()
@@ -286,12 +301,11 @@ def run_stream(
             run = StreamingRun(settings, data, folder, device)
             run.resume(checkpoint)
             del stored, checkpoint
-            while run.sample < settings.num_samples:
-                run.learn_block()
-                if run.is_due or run.sample == settings.num_samples:
-                    run.commit()
-                report("training", run.sample, settings.num_samples, run.note)
-            for series in (run.bins, *(snapshots.series for snapshots in run.snapshots)):
-                series.sync()
-            run.write_parameters()
+            with held_back_signals() as is_stopped:
+                while run.sample < settings.num_samples and not is_stopped():
+                    run.learn_block(is_stopped)
+                    if run.is_due or is_stopped() or run.sample == settings.num_samples:
+                        run.commit()
+                    report("training", run.sample, settings.num_samples, run.note)
+            run.write_results()
     return read_stream(folder)

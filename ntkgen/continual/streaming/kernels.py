@@ -1,0 +1,115 @@
+"""The kernels of all networks of a run that learns a stream, at the same probe samples, every few tasks."""
+
+import numpy as np
+import torch
+
+from ntkgen.continual.chance import generator_of
+from ntkgen.continual.record import CHECKPOINT
+from ntkgen.continual.series import ROOT
+from ntkgen.continual.snapshots import Snapshots
+from ntkgen.continual.streaming.network import StackedNetwork
+from ntkgen.continual.streaming.record import incomplete, member_folder, require_recorded
+from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.continual.streams.tasks import IntArray
+from ntkgen.data.dataset import Dataset
+from ntkgen.errors import StoreError
+from ntkgen.files.folder import Folder
+
+KERNELS = "kernels.zarr"
+
+
+class StreamKernels:
+    """The recorded kernels of every network. A network that has diverged has NaN, and the others go on.
+
+    Args:
+        settings: The settings.
+        data: The data that are learnt.
+        network: The networks, as they are at the beginning.
+        folder: The folder of the run.
+        device: The device.
+
+    Raises:
+        StoreError: If the run has a checkpoint, but a network has no kernels any more.
+        FingerprintError: If there are kernels of other probe samples or settings.
+    """
+
+    def __init__(
+        self,
+        settings: StreamingSettings,
+        data: Dataset,
+        network: StackedNetwork,
+        folder: Folder,
+        device: torch.device,
+    ) -> None:
+        self._every = settings.kernels_every
+        self._folder = folder
+        self.snapshots: list[Snapshots] = []
+        if not self._every:
+            return
+        names = [f"{member_folder(settings, *_position(settings, each))}/{KERNELS}" for each in _members(settings)]
+        if folder.has(CHECKPOINT):  # nothing may be created before all are known to be there
+            for name in names:
+                if not (folder / name).has(ROOT):
+                    raise StoreError(incomplete(folder, f"the kernels {name}", "none"))
+        ids = _probe_ids(settings, data.labels.numpy())
+        probe = data.inputs(torch.from_numpy(ids)).to(device)
+        self.snapshots = [
+            Snapshots(
+                folder / name,
+                network.module(member),
+                probe,
+                labels=data.labels.numpy()[ids],
+                sample_ids=ids,
+                output=settings.output,
+                precision=settings.precision,
+                allow_diverged=True,
+            )
+            for member, name in enumerate(names)
+        ]
+
+    def record(self, network: StackedNetwork, sample: int, task: int) -> None:
+        """Compute the kernels of all networks, after every few tasks. The task −1 is before the first one."""
+        if not self.snapshots or (task + 1) % self._every:
+            return
+        for member, snapshots in enumerate(self.snapshots):
+            snapshots(network.module(member), iteration=sample, task=task)
+
+    def require(self, finished_tasks: int) -> None:
+        """Require that the kernels of all tasks up to a checkpoint are there.
+
+        Raises:
+            StoreError: If some are missing.
+        """
+        for snapshots in self.snapshots:
+            require_recorded(self._folder, snapshots.series, "time", 1 + finished_tasks // self._every)
+
+    def truncate(self, sample: int) -> None:
+        """Drop what is later than a sample; −1 drops everything."""
+        for snapshots in self.snapshots:
+            snapshots.truncate(sample)
+
+    def sync(self) -> None:
+        """Complete the metadata of the arrays."""
+        for snapshots in self.snapshots:
+            snapshots.series.sync()
+
+
+def _members(settings: StreamingSettings) -> range:
+    return range(settings.num_members)
+
+
+def _position(settings: StreamingSettings, member: int) -> tuple[int, int]:
+    """The combination of a member, and its seed."""
+    combination, seed = divmod(member, len(settings.seeds))
+    return combination, settings.seeds[seed]
+
+
+def _probe_ids(settings: StreamingSettings, labels: IntArray) -> IntArray:
+    """Draw some samples of each class, the same ones for all networks."""
+    drawn = [
+        generator_of(settings.seeds[0], "probe", label).permutation(np.flatnonzero(labels == label))[
+            : settings.probe_per_class
+        ]
+        for label in np.unique(labels).tolist()
+    ]
+    return np.sort(np.concatenate(drawn))
