@@ -52,7 +52,7 @@ def test_every_learner_without_a_hessian_and_gates_trains(name):
 def test_the_names_are_those_of_the_learners():
     assert set(OPTIMIZERS) <= LEARNERS.keys()
     options = {option for name in BATCH_LEARNERS for option in LEARNERS[name].options}
-    assert {field.name for field in dataclasses.fields(LearnerOptions)} == options - {"lr", "weight_decay"}
+    assert {field.name for field in dataclasses.fields(LearnerOptions)} == options - {"lr", "weight_decay", "order"}
 
 
 @pytest.mark.parametrize(

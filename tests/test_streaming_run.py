@@ -141,6 +141,13 @@ def test_seeds_and_settings_in_a_stack_equal_separate_runs(method, tmp_path):
         np.testing.assert_allclose(bins.loss.values[:, member // 2, member % 2], own, rtol=1e-5)
 
 
+def test_the_order_of_the_utility_is_an_option_of_upgd(tmp_path):
+    learnt(settings_of(method="upgd", order="second", num_samples=9), tmp_path / "option")
+    learnt(settings_of(method="upgd_so_global", num_samples=9), tmp_path / "name")
+    option, name = final_parameters(tmp_path / "option"), final_parameters(tmp_path / "name")
+    assert all(torch.equal(option[each], name[each]) for each in name)
+
+
 def test_measures_are_means_over_whole_tasks(tmp_path):
     settings = settings_of(method="sgd", learning_rate=0.0, num_samples=70)  # nothing is learnt
     found = learnt(settings, tmp_path / "run").isel(combination=0, seed=0)

@@ -1,12 +1,17 @@
 """Settings of streams: defaults, names, and what is refused."""
 
+import fnmatch
 import json
+import re
 
+import click
 import pytest
 
+from ntkgen import manual
 from ntkgen.cli import run as command
+from ntkgen.cli.cl_run import cl_run
 from ntkgen.cli.cl_streaming import grid_of
-from ntkgen.continual.optim.names import NAMES
+from ntkgen.continual.optim.names import NAMES, OPTIONS
 from ntkgen.continual.streaming.settings import OTHER_NAMES, StreamingSettings, without_defaults
 
 LINE = ("cl-run", "--stream", "label-permuted", "--samples", "4", "--samples-per-task", "2", "-q")
@@ -96,3 +101,35 @@ def test_a_folder_that_is_missing_is_no_run_of_another_kind(tmp_path, capsys):
         assert "There is no run" in shown
         assert missing in shown
         assert "two kinds" not in shown
+
+
+@pytest.fixture(scope="module")
+def help_page():
+    """What `cl-run --help` prints, in one line."""
+    shown = cl_run.get_help(click.Context(cl_run, max_content_width=10_000))
+    return " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "[mlp; streams of single samples: mlp-stream]",
+        "Learning rate [0.0003; streams of single samples: that of the learner]",
+        "Weight decay [0.0; streams of single samples: that of the learner]",
+        "[10; streams of single samples: 2]",
+        "[dataset; streams of single samples: symmetric]",
+        ", ".join(NAMES),
+    ],
+)
+def test_the_help_has_the_learners_and_the_defaults_of_streams(expected, help_page):
+    assert expected in help_page
+
+
+def test_the_manual_has_every_learner():
+    cells = re.findall(r"^\| (`[^|]*) \|", manual.page("streams").text, re.MULTILINE)
+    patterns = [name.replace("…", "*") for cell in cells for name in re.findall(r"`([\w…]+)`", cell)]
+    assert [name for name in NAMES if not any(fnmatch.fnmatchcase(name, each) for each in patterns)] == []
+
+
+def test_every_option_belongs_to_a_learner():
+    assert set(OPTIONS) - {"published"} == {option for each in NAMES.values() for option in each.defaults}

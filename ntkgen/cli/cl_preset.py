@@ -47,7 +47,8 @@ preset_options: Callable[[Function], Function] = stacked(
     click.option(
         "--compat",
         type=click.Choice(["published"]),
-        help="Also reproduce what the published code of the preset does in another way. --dry-run lists it.",
+        help="Also reproduce what the published code of the preset, or of the learner of a stream, does in another "
+        "way. --dry-run lists it.",
     ),
     click.option(
         "--config",

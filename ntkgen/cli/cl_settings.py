@@ -1,18 +1,23 @@
 """The options of `ntkgen cl-run` that are settings of a run."""
 
+import dataclasses
 from typing import Any
 
 import click
 
 from ntkgen.cli.options import POSITIVE, FiniteRange, Function, ManyOption, WholeNumber
 from ntkgen.continual.configuration import CHOICES, METHOD_NAMES, RunSettings
+from ntkgen.continual.optim.names import NAMES as LEARNERS
 from ntkgen.continual.presets import ALGORITHMS
 from ntkgen.continual.streaming.aliases import STREAM_ALIASES
+from ntkgen.continual.streaming.settings import LEARNER_SETTINGS, StreamingSettings
 from ntkgen.continual.streams.permuted import STREAMS as PERMUTED
 from ntkgen.continual.surgery.options import SURGERY_CHOICES, SURGERY_NAMES
 
 _DEFAULTS = RunSettings()
 _NAMES = {**CHOICES, **SURGERY_CHOICES}
+# The defaults of streams of single samples.
+_OF_STREAMS = {field.name: field.default for field in dataclasses.fields(StreamingSettings) if field.name != "stream"}
 
 
 class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on
@@ -37,14 +42,25 @@ class StreamName(click.Choice[str]):
 
 
 def _setting(flag: str, name: str, meaning: str, **attributes: Any) -> Any:
-    """Make an option of a setting. Its default is shown. It stands in `RunSettings`, and the names of a choice too."""
+    """Make an option of a setting. Its defaults are shown. They stand in `RunSettings`, and the names of a choice too.
+
+    Streams of single samples have some of the settings too, with defaults of their own.
+    """
     default = getattr(_DEFAULTS, name)
     if name in _NAMES:
         attributes.setdefault("type", click.Choice(_NAMES[name]))
     if attributes.get("is_flag"):
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
-    shown = "" if default in (None, ()) or "is_flag" in attributes else f" [{default}]"
+    shown = "" if default in (None, ()) or "is_flag" in attributes else f" [{default}{_default_of_streams(name)}]"
     return click.option(flag, name, default=None, help=f"{meaning}{shown}.", **attributes)
+
+
+def _default_of_streams(name: str) -> str:
+    """Say which default streams of single samples have, if it is another one."""
+    if name not in _OF_STREAMS or _OF_STREAMS[name] == getattr(_DEFAULTS, name):
+        return ""
+    default = "that of the learner" if name in LEARNER_SETTINGS else _OF_STREAMS[name]
+    return f"; streams of single samples: {default}"
 
 
 _SETTINGS = [
@@ -116,7 +132,8 @@ _SETTINGS = [
     _setting(
         "--method",
         "method",
-        f"{', '.join(METHOD_NAMES)}; or an algorithm, which is finetune with other settings: {', '.join(ALGORITHMS)}",
+        f"{', '.join(METHOD_NAMES)}; or an algorithm, which is finetune with other settings: {', '.join(ALGORITHMS)}; "
+        f"for streams of single samples a learner: {', '.join(LEARNERS)}",
     ),
     _setting("--buffer", "buffer", "Samples of earlier tasks that replay and iCaRL keep", type=WholeNumber()),
     _setting(

@@ -2,7 +2,7 @@
 
 The names are those of two published programs: ``mohmdelsayed/upgd`` (revision b75e90a), and
 ``yumikim381/upgd-dl-project`` (revision 27eadfc). A few more names are of this package: ``upgd``, with every option of
-first-order `UPGD`, and ``adaptive_upgd``.
+`UPGD`, and ``adaptive_upgd``.
 """
 
 import math
@@ -122,6 +122,21 @@ class LearnerNames:
         """The options by name."""
         return {name: OPTIONS[name] for name in self.defaults}
 
+    @property
+    def quirks_in_words(self) -> list[str]:
+        """Say what ``compat`` changes.
+
+        >>> NAMES["entire_kernel"].quirks_in_words, NAMES["si"].quirks_in_words, NAMES["pgd"].quirks_in_words
+        (['largest raw, not corrected', 'step_scale 2, not 1'], ['importances as in the published code'], [])
+        """
+        return [
+            f"{name} {_short(value)}, not {_short(self.defaults[name])}"
+            if name in self.defaults
+            else "importances as in the published code"
+            for name, value in self.quirks.items()
+            if value != self.defaults.get(name)
+        ]
+
 
 def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Check options of a learner. Words are read as numbers where a number is meant.
@@ -167,6 +182,10 @@ def checked_value(name: str, value: Any) -> Any:
     else:
         return value if not isinstance(value, bool) else _refuse(name, value)
     return found if found is not None else _refuse(name, value)
+
+
+def _short(value: Value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: str | float) -> float | None:
@@ -286,7 +305,7 @@ _ALL = [
         "upgd",
         "UPGD",
         {
-            **_UPGD, "largest": "corrected", "normalisation": "global", "protecting": True,
+            **_UPGD, "order": "first", "largest": "corrected", "normalisation": "global", "protecting": True,
             "noise_scale": "none", "gate_noise": True, "utility_shape": "element", "mixture": 0.2,
         },
         source=UPGD_PAPER,

@@ -128,7 +128,8 @@ def make_learner(settings: StreamingSettings, members: Members) -> Learner:
         compat=settings.compat,
         **options,
     )
-    curvature = _curvature(network.module(0)) if settings.learner.is_second_order else None
+    is_curved = settings.learner.is_second_order or optimizer.needs_curvature
+    curvature = _curvature(network.module(0)) if is_curved else None
     return Learner(network, optimizer, curvature, copies=len(settings.combinations))
 
 
