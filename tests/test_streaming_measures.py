@@ -124,11 +124,16 @@ def test_published_records_are_read(tmp_path):
     path = tmp_path / "19.json"
     path.write_text(json.dumps(values))
     found = read_published_log(path)
-    row = Row(
-        found.attrs["learner"], scores(*(found[name].values[:, None] for name in ("loss", "accuracy", "plasticity")))
-    )
+    assert dict(found.sizes) == {"bin": 3, "combination": 1, "seed": 1}
+    assert found.samples.values.tolist() == [1, 2501, 5001]
+    assert found.seed.values.tolist() == [19]
+    measures = (found[name].isel(combination=0).values for name in ("loss", "accuracy", "plasticity"))
+    row = Row(found.attrs["learner"], scores(*measures))
     assert row.mean("average_accuracy") == pytest.approx(1.3 / 3)
     assert row.mean("forgetting") == pytest.approx(-0.3)
+    path.write_text(json.dumps({**values, "accuracies": [0.2, 0.6]}))
+    with pytest.raises(DataError, match="ValueError"):
+        read_published_log(path)
     path.write_text("{}")
     with pytest.raises(DataError, match="losses"):
         read_published_log(path)

@@ -13,8 +13,9 @@ import numpy as np
 
 from ntkgen.continual.optim.names import NAMES
 from ntkgen.continual.record import plain_values
-from ntkgen.continual.streaming.record import read_stream
+from ntkgen.continual.streaming.record import BIN, COMBINATION, SEED, in_words, read_stream
 from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.continual.streams.permuted import SAMPLES_PER_TASK
 from ntkgen.errors import DataError
 from ntkgen.files.folder import Folder
 
@@ -36,6 +37,7 @@ KEYS = {
     "grad_l1_per_task": "grad_l1",
     "grad_l0_per_task": "grad_l0",
 }
+UNKNOWN = -1
 FACTS = ("task", "learner", "network", "optimizer_hps", "n_samples", "seed")
 
 
@@ -55,6 +57,7 @@ def write_logs(folder: Folder) -> None:
                 "network": settings.model,
                 "optimizer_hps": options,
                 "n_samples": int(found.samples[-1]) if found.sizes["bin"] else 0,
+                "samples": found.samples.values.tolist(),
                 "seed": seed,
                 "config_hash": digest,
                 "version": found.attrs["version"],
@@ -71,7 +74,10 @@ def log_name(settings: StreamingSettings, options: dict[str, Any], seed: int) ->
 
 
 def read_published_log(path: "str | os.PathLike[str]") -> "xarray.Dataset":
-    """Read a JSON file of the published programs, or one of ours, with the dimension bin.
+    """Read a JSON file of the published programs, or one of ours, with the dimensions and coordinates of `read_stream`.
+
+    There is one combination and one seed. What a file does not say is −1: the seed, and ``samples``, the samples up to
+    the end of each bin, of a stream whose name is not a published one.
 
     Raises:
         DataError: If it is not such a file.
@@ -85,11 +91,28 @@ def read_published_log(path: "str | os.PathLike[str]") -> "xarray.Dataset":
         values.setdefault("plasticity_per_task", values.get("plasticity"))
         arrays = {name: np.array(values[key], np.float64) for key, name in KEYS.items() if values.get(key) is not None}
         facts = {name: values[name] for name in FACTS if name in values}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        coords = {
+            "samples": (BIN, np.array(_ends(values, len(values.get("losses") or ())), np.int64)),
+            COMBINATION: [in_words(values.get("optimizer_hps") or {})],
+            SEED: [int(values.get("seed", UNKNOWN))],
+        }
+        data = {name: ((BIN, COMBINATION, SEED), array[:, None, None]) for name, array in arrays.items()}
+        found = xarray.Dataset(data, coords, attrs=facts)
+    except (OSError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise DataError(_unreadable(path, type(error).__name__)) from error
     if missing := [key for key in ("losses", "accuracies", "plasticity_per_task") if KEYS[key] not in arrays]:
         raise DataError(_unreadable(path, f"no {missing[0]}"))
-    return xarray.Dataset({name: ("bin", array) for name, array in arrays.items()}, attrs=facts)
+    return found
+
+
+def _ends(values: dict[str, Any], num_bins: int) -> list[int]:
+    """List the samples up to the end of each bin: those that our files have, or those of a published stream."""
+    if "samples" in values:
+        return list(values["samples"])
+    for stream, period in SAMPLES_PER_TASK.items():
+        if str(values.get("task", "")).startswith(stream.replace("-", "_")):
+            return [1 + period * number for number in range(num_bins)]
+    return [UNKNOWN] * num_bins
 
 
 def _unreadable(path: object, found: str) -> str:
