@@ -72,6 +72,21 @@ def test_a_second_call_skips_what_is_finished(tmp_path, capsys, monkeypatch):
     found = [json.loads(each) for each in capsys.readouterr().out.splitlines()]
     assert [len(each["learners"]) for each in found] == [2, 2]
     assert learnt == ["sgd", "usgd"]
+    require_a_folder_is_analysed(tmp_path, capsys)
+
+
+def require_a_folder_is_analysed(place, capsys):
+    """Require that the grid is tabled and drawn as a whole."""
+    assert command(["cl-analyze", str(place / "out"), "--csv", str(place / "tables")]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("sgd, lr 0.01", ", sigma 0.01", "best by accuracy"))
+    names = {path.name for path in (place / "tables").iterdir()}
+    assert names == {"stream-scores.csv", "stream-scores.md", "out-sgd-bins.csv", "out-usgd-bins.csv"}
+    assert command(["cl-plot", str(place / "out"), "-o", str(place / "plots"), "--json"]) == 0
+    drawn = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["run"] for each in drawn] == [str(place / "out"), str(place / "out/usgd")]
+    names = {path.name for path in (place / "plots").iterdir()}
+    assert names == {"out-stream.png", "out-usgd-stream-utilities.png"}
 
 
 def test_the_commands_learn_the_same(tmp_path, capsys):

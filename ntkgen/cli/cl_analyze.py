@@ -10,7 +10,7 @@ import click
 from ntkgen.cli.cl_boundaries import Asked, boundary_options, boundary_page, require_effect
 from ntkgen.cli.cl_collection import as_lists, file_stem, kernel_page, summary, summary_page
 from ntkgen.cli.cl_regression import is_slow_regression, require_for_streams, show_outcomes
-from ntkgen.cli.cl_stream_results import show_all_scores, some_are_streaming
+from ntkgen.cli.cl_stream_results import show_all_scores, streams_in
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, FiniteRange, ManyOption, given_options, json_option
 from ntkgen.errors import InputError, StoreError
@@ -68,7 +68,8 @@ def cl_analyze(
     """Compute the accuracy and kernel metrics of the runs at RUN...
 
     Each RUN is the folder of one seed, such as runs/cl/seed0, or that of several seeds and widths, such as runs/cl. For
-    several seeds, the command prints mean and spread. It reads what `ntkgen cl-run` has stored. It does not train.
+    several seeds, the command prints mean and spread. Runs that learn permuted streams, or a folder of them such as
+    that of a grid, have one table. The command reads what `ntkgen cl-run` has stored. It does not train.
     Only --units and --boundary-kernels load torch: they compute from the stored parameters, and keep the results in the
     folder of the run.
     """
@@ -81,9 +82,9 @@ def cl_analyze(
         folder.require_writable()
     given = given_options()
     require_effect(given)
-    if some_are_streaming(runs):
-        require_for_streams(runs[0], given)
-        show_all_scores(runs, folder, as_json=as_json)
+    if streams := streams_in(runs):
+        require_for_streams(streams[0], given)
+        show_all_scores(streams, folder, as_json=as_json)
         return
     asked = Asked(rank_tolerance=_tolerance(rank_tolerance), **options)
     for place, run in _opened(runs, asked, given):

@@ -9,7 +9,7 @@ import click
 from ntkgen.cli.cl_algorithms import pictures_of_algorithms, stem_of
 from ntkgen.cli.cl_collection import file_stem
 from ntkgen.cli.cl_regression import is_slow_regression
-from ntkgen.cli.cl_stream_results import pictures_of_streams, some_are_streaming
+from ntkgen.cli.cl_stream_results import pictures_of_streams, streams_in
 from ntkgen.cli.messages import show
 from ntkgen.cli.options import Command, ManyOption, WholeNumber, format_option, json_option, out_option
 from ntkgen.cli.plot import write_pictures
@@ -54,7 +54,8 @@ def cl_plot(
     over time, the accuracy matrix, and the interference of each pair of tasks. If RUN is the folder of several seeds
     and widths, such as runs/cl, fewer pictures show means over seeds with bands: the accuracy on each task for each
     width, and with all widths in one picture the average accuracy, and the norm, distance and velocity of the kernel.
-    Runs that learn permuted streams are drawn together, so that learners can be compared.
+    Runs that learn permuted streams, or a folder of them such as that of a grid, are drawn together, so that learners
+    can be compared.
     With --algorithms they compare algorithms over the tasks: accuracy, dormant units, ranks, weights and kernels.
     """
     from ntkgen.files.folder import LocalFolder
@@ -62,10 +63,10 @@ def cl_plot(
     folder = LocalFolder(Path(out))
     folder.require_writable()
     drawn: Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]] = _of_runs(runs)  # none is drawn yet
-    are_streams = some_are_streaming(runs)
-    _require_applicable(last, compared, are_streams=are_streams)
-    if are_streams:
-        drawn = iter([(", ".join(runs), stem_of(runs[0]), (pictures_of_streams(runs, last), {}))])
+    streams = streams_in(runs)
+    _require_applicable(last, compared, are_streams=bool(streams))
+    if streams:
+        drawn = ((place, stem, (found, {})) for place, stem, found in pictures_of_streams(runs, streams, last))
     elif any(compared.values()):
         drawn = ((place, stem_of(place), pictures_of_algorithms(place, **compared)) for place in runs)
     for place, stem, (pictures, left_out) in drawn:

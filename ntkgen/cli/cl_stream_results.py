@@ -1,111 +1,136 @@
 """Tables and pictures of runs that learn a permuted stream, for several commands."""
 
-import dataclasses
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ntkgen.cli.cl_regression import is_slow_regression
 from ntkgen.cli.messages import show
-from ntkgen.continual.streaming.settings import StreamingSettings
-from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.errors import InputError
-from ntkgen.files.place import folder_of
 from ntkgen.units import counted
 
 if TYPE_CHECKING:
     import xarray
 
     from ntkgen.analysis.plots.style import Picture
+    from ntkgen.continual.streaming.comparing import Notes
     from ntkgen.files.folder import Folder
 
 ERRORS = "mean ± standard error over seeds"
+# Runs whose names are the name of a file, at most.
+NAMED = 3
 
 
 def show_scores(place: str, found: "xarray.Dataset", *, as_json: bool, seconds: float | None = None) -> None:
     """Print the table of a run, or its numbers as JSON."""
+    from ntkgen.continual.streaming.comparing import PLACE, notes_on
     from ntkgen.continual.streaming.summary import rows_of, table
 
-    rows = rows_of(found)
+    found = found.assign_attrs({PLACE: place})
+    rows, notes = rows_of(found), notes_on([found])
     if as_json:
-        values = {"run": place, "seconds": seconds, "settings": found.attrs["settings"]}
+        values = {"run": place, "seconds": seconds, "settings": found.attrs["settings"], "notes": notes.all}
         show(json.dumps(values | {"learners": [row.to_json() for row in rows]}))
         return
     took = "" if seconds is None else f" ({seconds:.1f} s)"
     seeds, bins = found.sizes["seed"], found.sizes["bin"]
     size = f"{int(found.samples[-1]):,} samples in {counted(bins, 'bin')}, {counted(seeds, 'seed')}"
-    show("\n".join([f"{place}: {size}{took}", *[f"  {ERRORS}"] * (seeds > 1), *table(rows)]))
+    show("\n".join([f"{place}: {size}{took}", *[f"  {ERRORS}"] * (seeds > 1), *table(rows), *_lines(notes)]))
 
 
-def show_all_scores(runs: Sequence[str], folder: "Folder | None", *, as_json: bool) -> None:
-    """Print one table of several runs, or their numbers as JSON, and write it as CSV and Markdown to a folder."""
-    from ntkgen.continual.streaming.labels import read_streams
+def show_all_scores(places: Sequence[str], folder: "Folder | None", *, as_json: bool) -> None:
+    """Print one table of several runs, or their numbers as JSON, and write all tables to a folder."""
+    from ntkgen.continual.streaming.comparing import notes_on
     from ntkgen.continual.streaming.summary import best_row, rows_of, table
+    from ntkgen.continual.streaming.tables import read_measured, stream_tables, unique_stems
 
-    found = dict(zip(runs, read_streams(runs), strict=True))
-    rows = [row for each in found.values() for row in rows_of(each)]
+    found = read_measured(places)
+    rows, notes = rows_of(*found), notes_on(found)
     if as_json:
-        for place, each in found.items():
-            show_scores(place, each, as_json=True)
+        for place, each in zip(places, found, strict=True):
+            learners = [row.to_json() for row in rows_of(each)]
+            values = {"run": place, "seconds": None, "settings": each.attrs["settings"], "notes": notes.all}
+            show(json.dumps(values | {"learners": learners}))
     else:
-        best = [f"  best by accuracy: {best_row(rows).name}"] * (len(rows) > 1)
-        show("\n".join([f"{', '.join(runs)}: {ERRORS}", *table(rows), *best]))
+        best = [f"  best by accuracy: {best_row(rows).name}"] * (len(rows) > 1 and not notes.hindering)
+        show("\n".join([f"{', '.join(places)}: {ERRORS}", *table(rows), *best, *_lines(notes)]))
     if folder is not None:
         for form, end in (("csv", "csv"), ("markdown", "md")):
             folder.write(f"stream-scores.{end}", "\n".join([*table(rows, form), ""]).encode())
+        for stem, each in zip(unique_stems(places), found, strict=True):
+            for name, data in stream_tables(each).items():
+                folder.write(f"{stem}-{name}.csv", data)
 
 
-def pictures_of_streams(runs: Sequence[str], last: int | None) -> "list[Picture]":
-    """Draw the runs together, the last tasks again if that is asked for, and the kernels of each run that has them."""
-    from ntkgen.continual.metrics.series import kernel_metrics
+def pictures_of_streams(
+    given: Sequence[str], places: Sequence[str], last: int | None
+) -> "Iterator[tuple[str, str, list[Picture]]]":
+    """Draw the runs together, the last tasks again if that is asked for, and what each run has by itself.
+
+    Args:
+        given: The folders that were named.
+        places: The runs in them.
+        last: Number of tasks at the end that are drawn again.
+
+    Yields:
+        What is drawn, the beginning of the names of its files, and the pictures.
+    """
     from ntkgen.continual.plots.streaming import draw_kernels, draw_streams
     from ntkgen.continual.plots.utilities import draw_utilities
-    from ntkgen.continual.series import read_arrays
-    from ntkgen.continual.streaming.labels import read_streams
-    from ntkgen.continual.streaming.record import member_folder
+    from ntkgen.continual.streaming.comparing import settings_of
+    from ntkgen.continual.streaming.tables import kernels_of, read_measured, unique_stems
     from ntkgen.continual.streaming.utilities import read_utilities
+    from ntkgen.files.place import folder_of
 
-    found = read_streams(runs)
-    pictures = [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
-    for number, (place, each) in enumerate(zip(runs, found, strict=True), 1):
-        own: list[Picture] = []
-        settings = StreamingSettings.from_json(each.attrs["settings"])
+    found = read_measured(places)
+    stem = joined_name(given)
+    yield ", ".join(given), stem, [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
+    stems = [stem] if len(places) == 1 else unique_stems(places)
+    for place, own_stem, run in zip(places, stems, found, strict=True):
+        pictures: list[Picture] = []
         if (utilities := read_utilities(folder_of(place))) is not None:
-            own += draw_utilities(utilities, settings.method)
-        if settings.kernels_every:
-            folders = [folder_of(place) / member_folder(settings, 0, seed) for seed in settings.seeds]
-            kernels = [kernel_metrics(read_arrays(folder / "kernels.zarr")) for folder in folders]
-            own.append(draw_kernels(each, kernels))
-        end = "" if len(runs) == 1 else f"-{number}"
-        pictures += [dataclasses.replace(picture, kind=f"{picture.kind}{end}") for picture in own]
-    return pictures
+            pictures += draw_utilities(utilities, run)
+        if kernels := kernels_of(place, settings_of(run)):
+            pictures.append(draw_kernels(run, kernels))
+        if pictures:
+            yield place, own_stem, pictures
 
 
-def some_are_streaming(runs: Sequence[str]) -> bool:
-    """Say whether the runs learn permuted streams.
+def joined_name(places: Sequence[str]) -> str:
+    """Name the pictures of several folders.
+
+    >>> joined_name(["runs/sgd", "runs/usgd/"]), joined_name(["a", "b", "c", "d"])
+    ('sgd-usgd', 'a-and-3-others')
+    """
+    from ntkgen.continual.streaming.tables import unique_stems
+
+    names = unique_stems(places, parts=1)
+    return "-".join(names) if len(names) <= NAMED else f"{names[0]}-and-{len(names) - 1}-others"
+
+
+def streams_in(places: Sequence[str]) -> list[str]:
+    """List the runs of permuted streams in some folders, each of them a run or a folder of runs; none if there is none.
 
     Raises:
-        InputError: If only some of them do.
-        StoreError: If there is no run at one of the others.
+        InputError: If only some of the folders have such runs.
+        StoreError: If there is no run in one of the others.
     """
     from ntkgen.continual.reading import open_run
+    from ntkgen.continual.streaming.tables import places_of_streams
 
-    kinds = [is_streaming(run) for run in runs]
-    if any(kinds) and not all(kinds):
-        other = runs[kinds.index(False)]
-        if not is_slow_regression(other):
-            open_run(other)  # says that it is missing
+    found = {place: places_of_streams(place) for place in places}
+    others = [place for place, runs in found.items() if not runs]
+    if others and len(others) < len(found):
+        if not is_slow_regression(others[0]):
+            open_run(others[0])  # says that it is missing
+        stream = next(place for place, runs in found.items() if runs)
         raise InputError(
-            f"The runs are of two kinds: expected permuted streams alone, as {runs[kinds.index(True)]} is, found "
-            f"{other}. Were two folders mixed? Give the runs of each kind in a command of its own."
+            f"The runs are of two kinds: expected permuted streams alone, as {stream} is, found {others[0]}. Were two "
+            "folders mixed? Give the runs of each kind in a command of its own."
         )
-    return any(kinds)
+    return list(dict.fromkeys(run for runs in found.values() for run in runs))
 
 
-def is_streaming(place: str | Path) -> bool:
-    """Say whether there is a run that learns a permuted stream."""
-    from ntkgen.continual.record import read_config
-
-    config = read_config(folder_of(place))
-    return config is not None and config["settings"].get("stream") in STREAMS
+def _lines(notes: "Notes") -> list[str]:
+    """Write the notes below a table."""
+    return [f"  note: {note}" for note in notes.all]

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ntkgen.continual.metrics.streaming import SCORES, Scores, scores
+from ntkgen.continual.metrics.streaming import SCORES, FloatArray, Scores, scores
+from ntkgen.continual.streaming.comparing import settings_of
 from ntkgen.continual.streaming.labels import labels_of
+from ntkgen.continual.streaming.record import BIN, COMBINATION, SEED, TASK
 
 if TYPE_CHECKING:
     import xarray
@@ -23,8 +25,9 @@ TITLES = {
     "forgetting": "forgetting",
     "largest_drop": "largest drop",
     "plasticity_change": "plasticity change",
+    "held_out_accuracy": "held-out accuracy",
 }
-FORMS = ("text", "markdown", "csv")
+HELD_OUT = "held_out_accuracy"
 
 
 @dataclass(frozen=True)
@@ -34,18 +37,27 @@ class Row:
     Attributes:
         name: Name of the learner, and what tells the combination from others; see `labels`.
         scores: The scores, one number per seed each.
+        held_out: Mean over the tasks of the accuracy on test samples at the end of each, one number per seed; None if
+            it was not measured.
     """
 
     name: str
     scores: Scores
+    held_out: FloatArray | None = None
+
+    def values(self, score: str) -> FloatArray:
+        """A score of each seed; NaN if it was not measured."""
+        if score != HELD_OUT:
+            return np.asarray(getattr(self.scores, score))
+        return np.full_like(self.scores.average_accuracy, np.nan) if self.held_out is None else self.held_out
 
     def mean(self, score: str) -> float:
         """Mean over the seeds; NaN if a network has diverged."""
-        return float(np.mean(getattr(self.scores, score)))
+        return float(np.mean(self.values(score)))
 
     def standard_error(self, score: str) -> float:
         """Standard error of the mean, σ̂ / √seeds; NaN with one seed."""
-        values = getattr(self.scores, score)
+        values = self.values(score)
         return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
     def to_json(self) -> dict[str, Any]:
@@ -54,27 +66,34 @@ class Row:
             score: {
                 "mean": _plain(self.mean(score)),
                 "standard_error": _plain(self.standard_error(score)),
-                "values": [_plain(value) for value in getattr(self.scores, score).tolist()],
+                "values": [_plain(value) for value in self.values(score).tolist()],
             }
-            for score in SCORES
+            for score in _columns([self])
         }
         return {"name": self.name, **numbers}
 
 
-def rows_of(found: "xarray.Dataset") -> list[Row]:
-    """Compute the scores of every combination of a run; see `read_stream` and `read_streams`."""
-    return [
-        Row(
-            name,
-            scores(
-                *(
-                    np.asarray(found[each].isel(combination=index).transpose("bin", "seed").values)
-                    for each in ("loss", "accuracy", "plasticity")
-                )
-            ),
-        )
-        for index, name in enumerate(labels_of(found))
-    ]
+def rows_of(*runs: "xarray.Dataset") -> list[Row]:
+    """Compute the scores of every combination of some runs; see `read_stream` and `read_streams`.
+
+    A run without a finished task has no rows.
+    """
+    return [_row(run, index, name) for run in runs for index, name in enumerate(labels_of(run)) if run.sizes[BIN]]
+
+
+def held_out_of(run: "xarray.Dataset") -> "xarray.DataArray | None":
+    """Return the accuracy on test samples at the end of each task, (task, combination, seed), NaN where one diverged.
+
+    The coordinate ``samples`` has the number of samples up to the end of each task. None if it was not measured.
+    """
+    if HELD_OUT not in run:
+        return None
+    settings, found = settings_of(run), run[HELD_OUT].transpose(TASK, COMBINATION, SEED)
+    ends = np.minimum(settings.permuted.period * np.arange(1, found.sizes[TASK] + 1), settings.num_samples)
+    # the loss of the bins that begin before the end of the task
+    last = np.searchsorted(run.samples.values, ends).clip(max=run.sizes[BIN] - 1) if run.sizes[BIN] else ends[:0]
+    loss = run.loss.transpose(BIN, COMBINATION, SEED).values[last]
+    return found.isel({TASK: slice(len(last))}).where(~np.isnan(loss)).assign_coords(samples=(TASK, ends[: len(last)]))
 
 
 def best_row(rows: Sequence[Row], score: str = "average_accuracy") -> Row:
@@ -87,11 +106,12 @@ def best_row(rows: Sequence[Row], score: str = "average_accuracy") -> Row:
 
 
 def table(rows: Sequence[Row], form: str = "text") -> list[str]:
-    """Write scores as lines: mean ± standard error over the seeds."""
+    """Write scores as lines, ``text``, ``markdown`` or ``csv``: mean ± standard error over the seeds."""
     if form == "csv":
         return _csv(rows)
-    cells = [["", *(TITLES[score] for score in SCORES)]]
-    cells += [[row.name, *(_cell(row, score) for score in SCORES)] for row in rows]
+    columns = _columns(rows)
+    cells = [["", *(TITLES[score] for score in columns)]]
+    cells += [[row.name, *(_cell(row, score) for score in columns)] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     padded = [
         [text.ljust(width) if not column else text.rjust(width) for column, (text, width) in enumerate(pairs)]
@@ -103,12 +123,27 @@ def table(rows: Sequence[Row], form: str = "text") -> list[str]:
     return ["  " + "  ".join(line) for line in padded]
 
 
+def _row(run: "xarray.Dataset", index: int, name: str) -> Row:
+    """Compute the scores of a combination."""
+    own, held_out = run.isel({COMBINATION: index}), held_out_of(run)
+    measures = (own[each].transpose(BIN, SEED).values for each in ("loss", "accuracy", "plasticity"))
+    found = scores(*(np.asarray(values) for values in measures))
+    if held_out is None or not held_out.sizes[TASK]:
+        return Row(name, found)
+    return Row(name, found, np.asarray(held_out.isel({COMBINATION: index}).values.mean(0)))
+
+
+def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Name the scores of a table."""
+    return (*SCORES, HELD_OUT) if any(row.held_out is not None for row in rows) else SCORES
+
+
 def _csv(rows: Sequence[Row]) -> list[str]:
-    file = io.StringIO()
+    file, columns = io.StringIO(), _columns(rows)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["name", *(f"{score}{end}" for score in SCORES for end in ("", "_standard_error"))])
+    writer.writerow(["name", *(f"{score}{end}" for score in columns for end in ("", "_standard_error"))])
     for row in rows:
-        pairs = ((row.mean(score), row.standard_error(score)) for score in SCORES)
+        pairs = ((row.mean(score), row.standard_error(score)) for score in columns)
         writer.writerow([row.name, *(number for pair in pairs for number in pair)])
     return file.getvalue().splitlines()
 

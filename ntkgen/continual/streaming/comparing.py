@@ -1,0 +1,71 @@
+"""Several runs of streams together: notes on what is not finished and on what cannot be compared.
+
+This module does not import torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ntkgen.continual.streaming.record import BIN
+from ntkgen.continual.streaming.settings import StreamingSettings
+
+if TYPE_CHECKING:
+    import xarray
+
+# The attribute of a data set with the folder of its run.
+PLACE = "place"
+# What must be equal for scores to be of the same problem.
+PROBLEM: Mapping[str, Callable[[StreamingSettings], Any]] = {
+    "stream": lambda settings: settings.stream,
+    "dataset": lambda settings: settings.dataset,
+    "model": lambda settings: settings.model,
+    "width": lambda settings: settings.width or "default",
+    "num_samples": lambda settings: settings.num_samples,
+    "samples_per_task": lambda settings: settings.permuted.period,
+    "compounding": lambda settings: settings.permuted.is_compounding,
+    "normalise": lambda settings: settings.normalise,
+    "bins": lambda settings: settings.bins,
+    "seeds": lambda settings: " ".join(map(str, settings.seeds)),
+}
+UNPAIRED = "seeds"
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What is to be known of several runs before they are compared.
+
+    Attributes:
+        hindering: Why the best one cannot be named.
+        others: Further notes.
+    """
+
+    hindering: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> list[str]:
+        """All of them."""
+        return [*self.hindering, *self.others]
+
+
+def settings_of(run: "xarray.Dataset") -> StreamingSettings:
+    """Read the settings of a run; see `read_stream`."""
+    return StreamingSettings.from_json(run.attrs["settings"])
+
+
+def notes_on(runs: Sequence["xarray.Dataset"]) -> Notes:
+    """Say which runs are not finished, and what differs between the runs beside the learners."""
+    settings = [settings_of(run) for run in runs]
+    hindering: list[str] = []
+    others: list[str] = []
+    for run, each in zip(runs, settings, strict=True):
+        if run.sizes[BIN] < len(each.ends):
+            done = int(run.samples[-1]) if run.sizes[BIN] else 0
+            place = run.attrs.get(PLACE, each.method)
+            hindering.append(f"{place} is not finished: {done:,} of {each.num_samples:,} samples are learnt")
+    for name, value in PROBLEM.items():
+        values = [str(found) for found in dict.fromkeys(value(each) for each in settings)]
+        if len(values) > 1:
+            (others if name == UNPAIRED else hindering).append(f"the runs differ in {name}: {'; '.join(values)}")
+    return Notes(tuple(hindering), tuple(others))
