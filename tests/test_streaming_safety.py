@@ -10,11 +10,14 @@ import torch
 import xarray
 
 from ntkgen.cli import run as command
+from ntkgen.continual.metrics.streaming import scores
 from ntkgen.continual.snapshots import Snapshots
+from ntkgen.continual.streaming.comparing import notes_on
 from ntkgen.continual.streaming.learner import Learner
 from ntkgen.continual.streaming.record import read_stream
 from ntkgen.continual.streaming.run import StreamData, run_stream
 from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.continual.streaming.summary import Row, rows_of
 from ntkgen.continual.streaming.utilities import read_utilities
 from ntkgen.data.dataset import Dataset
 from ntkgen.errors import DivergedError, InputError, StoreError
@@ -184,3 +187,29 @@ def test_too_few_test_samples_are_refused_before_anything_is_written(tmp_path, c
         assert "split 'train'" not in shown
         assert len(shown.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_scores_count_whole_tasks_alone(tmp_path, capsys):
+    found = learnt(settings_of(num_samples=13, held_out=4), tmp_path / "run")
+    assert found.samples.values.tolist() == [5, 10, 13]
+    assert found.counted.values.tolist() == [True, True, False]
+    (row,) = rows_of(found)
+    assert row.mean("average_accuracy") == pytest.approx(float(found.accuracy[:2].mean()))
+    assert row.mean("forgetting") == pytest.approx(float(found.accuracy[0, 0, 0] - found.accuracy[1, 0, 0]))
+    assert row.mean("held_out_accuracy") == pytest.approx(float(found.held_out_accuracy[:2].mean()))
+    assert command(["cl-analyze", str(tmp_path / "run")]) == 0
+    assert "the last task has 3 of 5 samples; it is recorded, but scores leave it out" in capsys.readouterr().out
+    short = learnt(settings_of(num_samples=3), tmp_path / "short")
+    assert rows_of(short)[0].mean("average_accuracy") == pytest.approx(float(short.accuracy.mean()))
+    published = learnt(settings_of(num_samples=13, bins="published"), tmp_path / "published")
+    assert published.counted.values.tolist() == [True] * 3
+    assert notes_on([published]).all == [
+        "the first bin is a single sample, as published; no bin has the last 2 samples"
+    ]
+    assert [note[:3] for note in notes_on([short, published]).others[:2]] == ["sgd", "sgd"]
+
+
+def test_tables_as_json_have_no_infinity():
+    losses, others = np.array([[1.0, 2.0], [np.inf, 3.0], [np.inf, np.inf]]), np.full((3, 2), 0.5)
+    text = json.dumps(Row("sgd", scores(losses, others, others)).to_json())
+    json.loads(text, parse_constant=pytest.fail)

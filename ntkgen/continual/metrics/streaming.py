@@ -50,11 +50,13 @@ def scores(losses: FloatArray, accuracies: FloatArray, plasticity: FloatArray) -
     """
     undefined = np.full(losses.shape[1:], np.nan)
     has_pairs = len(losses) > 1
+    with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
+        changes = np.abs(np.diff(losses, axis=0))
     return Scores(
         accuracies.mean(0),
         accuracies[-LATE_TASKS:].mean(0),
         plasticity.mean(0),
-        np.abs(np.diff(losses, axis=0)).max(0) if has_pairs else undefined,
+        changes.max(0) if has_pairs else undefined,
         accuracies[0] - accuracies[-1] if has_pairs else undefined,
         -np.diff(accuracies, axis=0).min(0) if has_pairs else undefined,
         plasticity[0] - plasticity[-1] if has_pairs else undefined,

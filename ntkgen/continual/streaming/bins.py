@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ntkgen.units import counted
+
 TASKS, PUBLISHED = "tasks", "published"
 KINDS = (TASKS, PUBLISHED)
 
@@ -26,6 +28,40 @@ def bin_ends(num_samples: int, period: int, kind: str = TASKS) -> list[int]:
     if kind == PUBLISHED:
         return list(range(1, num_samples + 1, period))
     return [*range(period, num_samples, period), num_samples]
+
+
+def whole_bins(num_samples: int, period: int, kind: str = TASKS) -> list[bool]:
+    """Say of each bin whether scores count it: all but the last one of a task that the stream does not finish.
+
+    If that is the only one, scores count it. Published bins count all, as in published code.
+
+    >>> whole_bins(10, 4), whole_bins(8, 4), whole_bins(3, 4), whole_bins(9, 4, "published")
+    ([True, True, False], [True, True], [True], [True, True, True])
+    """
+    count = len(bin_ends(num_samples, period, kind))
+    is_cut = kind == TASKS and num_samples % period > 0 and count > 1
+    return [True] * (count - is_cut) + [False] * is_cut
+
+
+def notes_on_bins(num_samples: int, period: int, kind: str = TASKS) -> list[str]:
+    """Say which samples are in no bin, or in a bin that is no whole task.
+
+    >>> notes_on_bins(8, 4), notes_on_bins(10, 4)
+    ([], ['the last task has 2 of 4 samples; it is recorded, but scores leave it out'])
+    >>> notes_on_bins(3, 4)
+    ['the only task has 3 of 4 samples']
+    >>> notes_on_bins(10, 4, "published")
+    ['the first bin is a single sample, as published; no bin has the last 1 sample']
+    """
+    if kind == PUBLISHED:
+        left = num_samples - bin_ends(num_samples, period, kind)[-1]
+        rest = f"; no bin has the last {counted(left, 'sample')}" if left else ""
+        return [f"the first bin is a single sample, as published{rest}"]
+    if not num_samples % period:
+        return []
+    size = f"has {num_samples % period:,} of {period:,} samples"
+    is_only = num_samples < period
+    return [f"the only task {size}" if is_only else f"the last task {size}; it is recorded, but scores leave it out"]
 
 
 def measured_samples(start: int, stop: int, every: int, ends: Sequence[int]) -> list[int]:

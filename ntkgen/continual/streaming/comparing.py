@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ntkgen.continual.streaming.bins import notes_on_bins
 from ntkgen.continual.streaming.record import BIN
 from ntkgen.continual.streaming.settings import StreamingSettings
 
@@ -55,7 +56,7 @@ def settings_of(run: "xarray.Dataset") -> StreamingSettings:
 
 
 def notes_on(runs: Sequence["xarray.Dataset"]) -> Notes:
-    """Say which runs are not finished, and what differs between the runs beside the learners."""
+    """Say which runs are not finished, which samples scores leave out, and what differs beside the learners."""
     settings = [settings_of(run) for run in runs]
     hindering: list[str] = []
     others: list[str] = []
@@ -64,6 +65,11 @@ def notes_on(runs: Sequence["xarray.Dataset"]) -> Notes:
             done = int(run.samples[-1]) if run.sizes[BIN] else 0
             place = run.attrs.get(PLACE, each.method)
             hindering.append(f"{place} is not finished: {done:,} of {each.num_samples:,} samples are learnt")
+    own = [tuple(notes_on_bins(each.num_samples, each.permuted.period, each.bins)) for each in settings]
+    for run, each, notes in zip(runs, settings, own, strict=True):
+        named = "" if len(set(own)) == 1 else f"{run.attrs.get(PLACE, each.method)}: "
+        others += [f"{named}{note}" for note in notes]
+    others = list(dict.fromkeys(others))
     for name, value in PROBLEM.items():
         values = [str(found) for found in dict.fromkeys(value(each) for each in settings)]
         if len(values) > 1:

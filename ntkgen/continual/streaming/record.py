@@ -20,6 +20,7 @@ import xarray
 
 from ntkgen.continual.record import CHECKPOINT, CONFIG, is_begun, read_config_of, write_config
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays
+from ntkgen.continual.streaming.bins import whole_bins
 from ntkgen.continual.streaming.measures import EACH_STEP, HELD_OUT, THINNED
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.errors import StoreError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 WHAT = "learn a permuted stream"
 BIN, TASK, ARRAYS = "bin", "task", "run.zarr"
 COMBINATION, SEED = "combination", "seed"
+# The coordinate of bins that are whole tasks.
+COUNTED = "counted"
 
 
 def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, Any]) -> Series:
@@ -106,7 +109,8 @@ def incomplete(folder: Folder, expected: str, found: str) -> str:
 def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
     """Read what a run has measured, with the dimensions bin, combination and seed, and the settings.
 
-    Each combination of hyper-parameters has its values as text in the coordinate ``combination``.
+    Each combination of hyper-parameters has its values as text in the coordinate ``combination``. The coordinate
+    ``counted`` says of each bin whether scores count it; see `whole_bins`.
 
     Raises:
         StoreError: If there is no run, or it is damaged.
@@ -121,7 +125,9 @@ def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
     settings = StreamingSettings.from_json(config["settings"])
     found = read_arrays(folder / ARRAYS)
     names = [in_words(options) for options in settings.combinations]
-    return found.set_coords("samples").assign_coords({COMBINATION: names}).assign_attrs(config)
+    counted = whole_bins(settings.num_samples, settings.permuted.period, settings.bins)[: found.sizes[BIN]]
+    coords = {COMBINATION: names, COUNTED: (BIN, counted, {"long_name": "whether scores count the bin"})}
+    return found.set_coords("samples").assign_coords(coords).assign_attrs(config)
 
 
 def in_words(options: Mapping[str, Any]) -> str:

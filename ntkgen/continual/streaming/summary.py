@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ntkgen.continual.metrics.streaming import SCORES, FloatArray, Scores, scores
+from ntkgen.continual.streaming.bins import whole_bins
 from ntkgen.continual.streaming.comparing import settings_of
 from ntkgen.continual.streaming.labels import labels_of
 from ntkgen.continual.streaming.record import BIN, COMBINATION, SEED, TASK
@@ -56,12 +57,14 @@ class Row:
         return float(np.mean(self.values(score)))
 
     def standard_error(self, score: str) -> float:
-        """Standard error of the mean, σ̂ / √seeds; NaN with one seed."""
+        """Standard error of the mean, σ̂ / √seeds; NaN with one seed, or if one is not finite."""
         values = self.values(score)
-        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        if len(values) == 1 or not np.isfinite(values).all():
+            return math.nan
+        return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, with None for NaN."""
+        """Return plain values, with None for numbers that are not finite."""
         numbers = {
             score: {
                 "mean": _plain(self.mean(score)),
@@ -124,13 +127,17 @@ def table(rows: Sequence[Row], form: str = "text") -> list[str]:
 
 
 def _row(run: "xarray.Dataset", index: int, name: str) -> Row:
-    """Compute the scores of a combination."""
-    own, held_out = run.isel({COMBINATION: index}), held_out_of(run)
+    """Compute the scores of a combination, from whole tasks alone; see `whole_bins`."""
+    settings, held_out = settings_of(run), held_out_of(run)
+    period = settings.permuted.period
+    counted = whole_bins(settings.num_samples, period, settings.bins)[: run.sizes[BIN]]
+    own = run.isel({COMBINATION: index, BIN: np.flatnonzero(counted)})
     measures = (own[each].transpose(BIN, SEED).values for each in ("loss", "accuracy", "plasticity"))
     found = scores(*(np.asarray(values) for values in measures))
     if held_out is None or not held_out.sizes[TASK]:
         return Row(name, found)
-    return Row(name, found, np.asarray(held_out.isel({COMBINATION: index}).values.mean(0)))
+    whole_tasks = slice(max(1, settings.num_samples // period))
+    return Row(name, found, np.asarray(held_out.isel({COMBINATION: index, TASK: whole_tasks}).values.mean(0)))
 
 
 def _columns(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -156,4 +163,4 @@ def _cell(row: Row, score: str) -> str:
 
 
 def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    return value if math.isfinite(value) else None
