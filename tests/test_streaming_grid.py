@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from ntkgen.cli import run as command
+from ntkgen.continual.streaming import forecast
 from ntkgen.continual.streaming import run as streaming
 from ntkgen.continual.streaming.grid import read_grid, write_commands
 from ntkgen.errors import InputError, UnknownNameError
@@ -104,6 +105,26 @@ def test_settings_may_be_named_as_their_options(tmp_path):
     (tmp_path / "g.json").write_text(json.dumps(values))
     (found,) = read_grid(tmp_path / "g.json").values()
     assert (found.num_samples, found.stats_every, found.compat, found.learning_rate) == (60, 7, True, 0.1)
+
+
+def test_a_plan_has_the_time_and_the_settings_of_every_run(tmp_path, capsys, monkeypatch):
+    measured = []
+    seconds = lambda settings, *_: measured.append(settings.method) or float(settings.num_members)  # noqa: E731
+    monkeypatch.setattr(forecast, "projected_seconds", seconds)
+    learners = {"sgd": {"lr": [0.1, 0.2, 0.3, 0.4]}, "pgd": {"sigma": [0, 0.1]}}
+    line = ["cl-grid", str(written(tmp_path / "g.json", learners=learners)), "--networks", "2", "--dry-run"]
+    assert command([*line, "--commands", "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out").exists()
+    head, *rows, shared = capsys.readouterr().out.splitlines()
+    assert head == "6 runs, 12 networks; about 12 s one after the other, without kernels"
+    assert "  sgd/learning_rate-0.1: 2 networks, about 2.0 s; method sgd, learning_rate 0.1, weight_decay 0.0" in rows
+    assert "  pgd/sigma-0: 2 networks, about 2.0 s; method pgd, learning_rate 0.01, sigma 0" in rows
+    assert "num_samples 60" in shared
+    assert "method" not in shared
+    assert measured == ["sgd", "pgd", "pgd"]  # without noise there is less to do
+    assert command([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["projected_seconds"] == dict.fromkeys(found["runs"], 2.0)
 
 
 @pytest.mark.parametrize(

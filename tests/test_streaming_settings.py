@@ -113,6 +113,7 @@ def help_page():
 @pytest.mark.parametrize(
     "expected",
     [
+        "the learner of a stream, does in another way. --dry-run lists it",
         "[mlp; streams of single samples: mlp-stream]",
         "Learning rate [0.0003; streams of single samples: that of the learner]",
         "Weight decay [0.0; streams of single samples: that of the learner]",
@@ -133,3 +134,17 @@ def test_the_manual_has_every_learner():
 
 def test_every_option_belongs_to_a_learner():
     assert set(OPTIONS) - {"published"} == {option for each in NAMES.values() for option in each.defaults}
+
+
+def test_a_plan_lists_what_is_done_as_published(capsys):
+    line = [*LINE, "--method", "entire_kernel", "--compat", "published", "--dry-run"]
+    assert command(line) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("1 network (entire_kernel")
+    assert "as published: largest raw, not corrected; step_scale 2, not 1" in shown
+    assert "sigma 0.001" in shown
+    assert "None" not in shown
+    assert command([*line, "--step-scale", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["as_published"] == ["largest raw, not corrected"]
+    assert found["settings"]["samples_per_task"] == 2

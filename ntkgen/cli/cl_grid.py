@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ntkgen.cli.cl_stream_plans import show_grid_plan
 from ntkgen.cli.cl_stream_results import show_all_scores
 from ntkgen.cli.cl_streaming import learn_stream
 from ntkgen.cli.messages import note, show
@@ -61,14 +62,15 @@ def cl_grid(
     runs = read_grid(file, networks)
     folder = folder_of(out, fsync=False)
     data_dir = others["data_dir"]
+    if others["dry_run"]:
+        start_process()
+        show_grid_plan(runs, data_dir, device, as_json=others["as_json"])
+        return
     if commands:
         folder.require_writable()
         places = [] if data_dir is None else ["--data-dir", str(data_dir)]
         lines = write_commands(folder, runs, [*places, "--device", device])
         show(json.dumps({"commands": lines}) if others["as_json"] else "\n".join(lines))
-        return
-    if others["dry_run"]:
-        _show_plan(runs, as_json=others["as_json"])
         return
     missing = {name: settings for name, settings in runs.items() if not is_finished(folder / name, settings)}
     if len(missing) < len(runs):
@@ -79,15 +81,6 @@ def cl_grid(
     else:
         _learn_on_cluster(missing, out, data_dir, device, client)
     show_all_scores([f"{out}/{name}" for name in runs], None, as_json=others["as_json"])
-
-
-def _show_plan(runs: "dict[str, StreamingSettings]", *, as_json: bool) -> None:
-    counts = {name: settings.num_members for name, settings in runs.items()}
-    if as_json:
-        show(json.dumps({"runs": {name: settings.to_json() for name, settings in runs.items()}, "networks": counts}))
-        return
-    lines = [f"  {name}: {count} networks" for name, count in counts.items()]
-    show("\n".join([f"{len(runs)} runs, {sum(counts.values())} networks", *lines]))
 
 
 def _learn_here(

@@ -9,10 +9,10 @@ from ntkgen.cli.cl_learners import with_learner_options
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
 from ntkgen.cli.cl_regression import run_slow_regression, show_slow_regression_plan, slow_regression_settings
 from ntkgen.cli.cl_settings import with_settings
+from ntkgen.cli.cl_stream_plans import show_streaming_plan
 from ntkgen.cli.cl_streaming import (
     require_no_stream_options,
     run_streaming,
-    show_streaming_plan,
     streaming_settings,
 )
 from ntkgen.cli.messages import note

@@ -1,7 +1,6 @@
 """`ntkgen cl-run --stream label-permuted` or `input-permuted`: learners of single samples, many networks at once."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from ntkgen.cli.cl_regression import SAMPLES, one_width
 from ntkgen.cli.cl_stream_results import show_scores
-from ntkgen.cli.messages import show
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.optim.names import OPTIONS
 from ntkgen.continual.settings_file import read_settings
@@ -19,7 +17,6 @@ from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.errors import InputError, UnknownNameError
 from ntkgen.files.place import folder_of
 from ntkgen.progress import Report, ignore_report
-from ntkgen.units import counted, human_seconds
 
 if TYPE_CHECKING:
     import xarray
@@ -146,32 +143,6 @@ def load_stream_data(settings: StreamingSettings, data_dir: Path | None) -> "Str
     data = StreamData(*normalised(splits, settings.normalise))
     data.require_held_out(settings.held_out)
     return data
-
-
-def show_streaming_plan(settings: StreamingSettings, data_dir: Path | None, device: str, *, as_json: bool) -> int:
-    """Print what a run would do, and how long it would take."""
-    from ntkgen.continual.streaming.forecast import projected_seconds
-    from ntkgen.engine.machine import choose_device
-
-    seconds = projected_seconds(settings, load_stream_data(settings, data_dir), choose_device(device))
-    plan = {
-        "settings": settings.to_json(),
-        "networks": settings.num_members,
-        "tasks": settings.num_tasks,
-        "combinations": settings.combinations,
-        "projected_seconds": seconds,
-    }
-    if as_json:
-        show(json.dumps(plan))
-        return 0
-    show(
-        f"{settings.num_members} networks ({settings.method}; {counted(len(settings.combinations), 'combination')} of "
-        f"options, {counted(len(settings.seeds), 'seed')}), {settings.num_samples:,} samples each, in "
-        f"{counted(settings.num_tasks, 'task')}; about {human_seconds(seconds)} without kernels"
-    )
-    given = {name: value for name, value in settings.to_json().items() if value is not None}
-    show("settings: " + ", ".join(f"{name} {value}" for name, value in given.items()))
-    return 0
 
 
 def require_no_stream_options(given: Collection[str]) -> None:

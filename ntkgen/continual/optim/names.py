@@ -8,6 +8,7 @@ The names are those of two published programs: ``mohmdelsayed/upgd`` (revision b
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from ntkgen.errors import InputError, UnknownNameError
@@ -122,19 +123,20 @@ class LearnerNames:
         """The options by name."""
         return {name: OPTIONS[name] for name in self.defaults}
 
-    @property
-    def quirks_in_words(self) -> list[str]:
-        """Say what ``compat`` changes.
+    def quirks_in_words(self, options: Mapping[str, Any] = MappingProxyType({})) -> list[str]:
+        """Say what ``compat`` changes, without what the options replace.
 
-        >>> NAMES["entire_kernel"].quirks_in_words, NAMES["si"].quirks_in_words, NAMES["pgd"].quirks_in_words
-        (['largest raw, not corrected', 'step_scale 2, not 1'], ['importances as in the published code'], [])
+        >>> NAMES["entire_kernel"].quirks_in_words({"step_scale": 1.0}), NAMES["pgd"].quirks_in_words()
+        (['largest raw, not corrected'], [])
+        >>> NAMES["si"].quirks_in_words()
+        ['importances as in the published code']
         """
         return [
             f"{name} {_short(value)}, not {_short(self.defaults[name])}"
             if name in self.defaults
             else "importances as in the published code"
             for name, value in self.quirks.items()
-            if value != self.defaults.get(name)
+            if value != self.defaults.get(name) and options.get(name, value) == value
         ]
 
 
