@@ -141,6 +141,20 @@ def test_seeds_and_settings_in_a_stack_equal_separate_runs(method, tmp_path):
         np.testing.assert_allclose(bins.loss.values[:, member // 2, member % 2], own, rtol=1e-5)
 
 
+def test_norms_are_those_of_weights_after_the_step_and_of_gradients_before_it(tmp_path):
+    run = StreamingRun(settings_of(method="usgd"), DATA, folder_of(str(tmp_path), fsync=False), CPU)
+    x, targets = run._samples(0, 1)
+    before = run.learner.network.module(0)
+    torch.nn.functional.cross_entropy(before(x[0]), targets[0]).backward()
+    gradients = [values.grad for name, values in before.named_parameters() if name.endswith("weight")]
+    found = run.learner.learn(x, targets, measured=[0])
+    after = run.learner.network.module(0)
+    weights = [values.detach() for name, values in after.named_parameters() if name.endswith("weight")]
+    for name, values in (("grad_l2", gradients), ("weight_l2", weights)):
+        norm = float(sum(each.square().sum() for each in values)) ** 0.5
+        assert found[name][0, 0] == pytest.approx(norm, rel=1e-6), name
+
+
 def test_the_order_of_the_utility_is_an_option_of_upgd(tmp_path):
     learnt(settings_of(method="upgd", order="second", num_samples=9), tmp_path / "option")
     learnt(settings_of(method="upgd_so_global", num_samples=9), tmp_path / "name")

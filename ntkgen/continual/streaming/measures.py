@@ -9,14 +9,14 @@ EACH_STEP = {
     "plasticity": ("1", "part of the loss of a sample that its own step takes away, from 0 to 1"),
     "inactive_units": ("1", "part of the outputs of the ReLUs that are 0, for the sample after its step"),
 }
-# Measured every few steps, of the parameters whose name ends with `weight`.
+# Measured every few steps, of the parameters whose name ends with `weight`: weights after a step, gradients before it.
 THINNED = {
-    "weight_rank": ("1", "sum of the ranks of the weights, divided by that of the largest possible ranks"),
-    "weight_l2": ("1", "l2 norm of the weights"),
-    "weight_l1": ("1", "l1 norm of the weights"),
-    "grad_l2": ("1", "l2 norm of the gradient of the weights"),
-    "grad_l1": ("1", "l1 norm of the gradient of the weights"),
-    "grad_l0": ("1", "part of the gradient of the weights that is not 0"),
+    "weight_rank": ("1", "sum of the ranks of the weights after a step, divided by that of the largest possible ranks"),
+    "weight_l2": ("1", "l2 norm of the weights after a step"),
+    "weight_l1": ("1", "l1 norm of the weights after a step"),
+    "grad_l2": ("1", "l2 norm of the gradient of the weights before a step"),
+    "grad_l1": ("1", "l1 norm of the gradient of the weights before a step"),
+    "grad_l0": ("1", "part of the gradient of the weights before a step that is not 0"),
 }
 # Measured at the end of each task.
 HELD_OUT = ("1", "part of held-out samples that is classified as the task wants, at its end")
