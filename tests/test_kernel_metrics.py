@@ -223,6 +223,13 @@ def test_outputs_that_do_not_exist_yet_are_left_out():
     assert not np.isnan(found.alignment.values[1])
 
 
+def test_a_kernel_without_any_values_has_no_metrics():
+    kernels = np.stack([kernel(), np.full((6, 6), np.nan)])
+    found = kernel_metrics(data_of(kernels))
+    for name in ("largest", "effective_rank", "distance", "alignment", "centred_alignment", "leave_one_out_accuracy"):
+        assert np.isnan(found[name].values[1]), name
+
+
 @pytest.mark.parametrize("output", ["trace", "sum"])
 def test_sums_over_different_numbers_of_outputs_are_not_compared(output):
     data = data_of(np.stack([kernel(seed=seed) for seed in range(4)]))

@@ -94,6 +94,7 @@ def test_all_tables_of_a_stream_are_written():
     assert set(tables) == {"bins", "held-out"}
     rows = list(csv.DictReader(io.StringIO(tables["bins"].decode())))
     assert len(rows) == 3 * 2 * 2
+    assert rows[0]["combination"] == "sgd, lr 0.1"
     assert float(rows[0]["loss"]) == run.loss.values[0, 0, 0]
     row = next(csv.DictReader(io.StringIO(tables["held-out"].decode())))
     assert row["samples"] == "30"

@@ -62,9 +62,9 @@ class _Probe:
         return np.asarray(self.kernels.kernel.values)
 
     def kernel(self, time: int) -> FloatArray:
-        """Return one kernel. Rows of outputs that do not exist yet are NaN."""
+        """Return one kernel. Rows of outputs that do not exist yet are NaN, and all rows of a diverged network."""
         K = np.asarray(self.stored[time], np.float64)
-        return np.asarray(np.nansum(K, axis=0)) if K.ndim == 3 else K
+        return np.where(np.isnan(K).all(0), np.nan, np.nansum(K, axis=0)) if K.ndim == 3 else K
 
     def distance(self, time: int, other: int, *, centred: bool = False) -> float:
         """Kernel distance of two times, on the outputs that both have; 1 − CKA if centred.
@@ -115,7 +115,8 @@ class _Probe:
             kept &= np.repeat(has_output, self.rows_per_sample)
             labels = labels[has_output]
         block = K[np.ix_(kept, kept)]
-        if not len(labels) or len(block) != len(labels) * num_kept or np.isnan(block).any() or labels.min() < 0:
+        is_whole = 0 < len(block) == len(labels) * num_kept and not np.isnan(block).any()
+        if not is_whole or labels.min() < 0:
             return float("nan")
         found = self.readout(K, labels)
         if found is None and self.rows_per_sample > 1:
@@ -124,13 +125,15 @@ class _Probe:
         return measure.label_alignment(block, Y, num_kept, centred=centred)
 
     def regression(self, time: int, is_training: BoolArray) -> Regression | None:
-        """Classify the samples of the tasks so far; None if their labels give no targets."""
+        """Classify the samples of the tasks so far; None if their labels give no targets or it has no values."""
         K, sample_tasks = self.kernel(time), self.tasks[:: self.rows_per_sample]
         so_far = sample_tasks <= max(int(self.kernels.task.values[time]), int(sample_tasks.min()))
         labels = self.labels[so_far]
         if (readout := self.readout(K, labels)) is None:
             return None
         rows = np.repeat(so_far, self.rows_per_sample) & ~np.isnan(np.diagonal(K))
+        if not rows.any():
+            return None
         return classify(K[np.ix_(rows, rows)], labels, is_training[so_far], readout)
 
 

@@ -12,7 +12,7 @@ import xarray
 from ntkgen.continual.record import CONFIG, read_config
 from ntkgen.continual.series import ROOT, read_arrays
 from ntkgen.continual.streaming.comparing import PLACE, settings_of
-from ntkgen.continual.streaming.labels import read_streams
+from ntkgen.continual.streaming.labels import LABEL, labels_of, read_streams
 from ntkgen.continual.streaming.record import ARRAYS, BIN, COMBINATION, SEED, member_folder
 from ntkgen.continual.streaming.summary import held_out_of
 from ntkgen.continual.streams.permuted import STREAMS
@@ -79,6 +79,7 @@ def kernels_of(place: str, settings: "StreamingSettings") -> list[list[xarray.Da
 
 def stream_tables(run: xarray.Dataset) -> dict[str, bytes]:
     """Write what a run has measured as CSV, by name: in each bin, at the end of each task, and of each kernel."""
+    run = run.assign_coords({COMBINATION: labels_of(run)}).drop_vars(LABEL, errors="ignore")
     bins = run[[name for name, values in run.data_vars.items() if BIN in values.dims]]
     found = {"bins": as_csv(bins)}
     if (held_out := held_out_of(run)) is not None:
