@@ -1,4 +1,4 @@
-"""Networks of streaming experiments, for images of any size (Elsayed, Mahmood 2024).
+"""Networks of streaming experiments, for images of several sizes (Elsayed, Mahmood 2024).
 
 The convolutional network has no activation after its convolutions, as in the published code. The initialisation is
 PyTorch's default.
@@ -17,7 +17,7 @@ def lenet_stream(num_classes: int = 10, channels: int = 3, size: int = 32) -> nn
     Args:
         num_classes: Number of outputs.
         channels: Channels of the images.
-        size: Height and width of the images.
+        size: Height and width of the images, 16 or more.
 
     >>> [sum(p.numel() for p in lenet_stream(channels=c, size=s).parameters()) for c, s in ((3, 32), (1, 28))]
     [62006, 44426]

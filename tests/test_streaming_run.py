@@ -289,7 +289,8 @@ def test_the_command_line(tmp_path, capsys):
         (["--sigma", "-1"], "sigma"),
         (["--epochs", "3"], "epochs"),
         (["--model", "resnet9"], "single samples"),
-        (["--model", "lenet-stream"], "does not fit the samples of digits"),
+        (["--model", "lenet-stream"], "16 × 16 pixels or more"),
+        (["--model", f"{__name__}:small"], "brought to 3 × 32 × 32"),
         (["--workers", "2"], "--workers"),
         (["--preset", "bic"], "--preset"),
     ):

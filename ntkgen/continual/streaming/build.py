@@ -77,14 +77,28 @@ def _require_fitting(network: StackedNetwork, data: Dataset, settings: Streaming
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{settings.model} does not fit the samples of {settings.dataset}: expected a network for inputs of shape "
-            f"{tuple(x.shape[1:])}, found that it fails ({type(error).__name__}: {reason}). Are the images too small? "
-            "Use another network, such as mlp-stream."
+            f"{tuple(x.shape[1:])}, found that it fails ({type(error).__name__}: {reason}). {_cause(settings, data)}"
         ) from error
     if found != expected:
         raise ModelError(
             f"{settings.model} does not fit the classes of {settings.dataset}: expected {data.num_classes} outputs per "
             f"sample, found the shape {found[1:]}. Is it for another data set? Use another network."
         )
+
+
+def _cause(settings: StreamingSettings, data: Dataset) -> str:
+    """Say why a network may not fit the samples, and what to do."""
+    if zoo.image_options(settings.model, tuple(data.images.shape[1:])):
+        return (
+            "Are the images too small, or not square? lenet-stream needs 16 × 16 pixels or more. Use another network, "
+            "such as mlp-stream."
+        )
+    if data.zoo_sized:
+        return (
+            "Is the network made for the images' own size? Images of named data sets are brought to 3 × 32 × 32 for "
+            "it. Change its first layer, or give the images in an .npz file, which keep their size."
+        )
+    return "Is the network made for inputs of another shape? Change its first layer, or use mlp-stream."
 
 
 def drawn_networks(
