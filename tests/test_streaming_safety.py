@@ -10,6 +10,7 @@ import torch
 import xarray
 
 from ntkgen.cli import run as command
+from ntkgen.continual.metrics.series import kernel_metrics
 from ntkgen.continual.metrics.streaming import scores
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streaming.comparing import notes_on
@@ -70,6 +71,9 @@ def test_a_diverged_network_has_nan_kernels_and_the_others_go_on(tmp_path):
     assert np.isfinite(kernels[1].kernel.values[0]).all()
     assert np.isnan(kernels[1].kernel.values[1:]).all()
     assert np.isnan(kernels[1].logits.values[1:]).all()
+    measured = kernel_metrics(kernels[1])
+    for name in ("effective_rank", "distance", "alignment", "centred_alignment", "leave_one_out_accuracy", "velocity"):
+        assert np.isnan(measured[name].values[1:]).all(), name
     for name in ("loss", "accuracy", "plasticity", "inactive_units", "weight_l2", "grad_l0", "held_out_accuracy"):
         assert np.isnan(found[name].values[1:, 1]).all(), name
         assert np.isfinite(found[name].values[:, 0]).all(), name
