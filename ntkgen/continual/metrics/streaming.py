@@ -50,7 +50,7 @@ def scores(losses: FloatArray, accuracies: FloatArray, plasticity: FloatArray) -
     """
     undefined = np.full(losses.shape[1:], np.nan)
     has_pairs = len(losses) > 1
-    with np.errstate(invalid="ignore"):  # ∞ − ∞ is NaN
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN
         changes = np.abs(np.diff(losses, axis=0))
     return Scores(
         accuracies.mean(0),

@@ -95,7 +95,7 @@ def unique_stems(places: Sequence[str], parts: int = 2) -> list[str]:
     """Name files about runs after the last folders of each, at least two, as many as tell them apart.
 
     >>> unique_stems(["g/sgd", "g/usgd/largest-raw", "g/upgd/largest-raw/"])
-    ['g-sgd', 'g-usgd-largest-raw', 'g-upgd-largest-raw']
+    ['g-sgd', 'usgd-largest-raw', 'upgd-largest-raw']
     >>> unique_stems(["g/sgd", "g/usgd"], parts=1)
     ['sgd', 'usgd']
     """
