@@ -87,6 +87,7 @@ def test_the_table_says_what_the_baseline_is_scaled_from(run):
         ("engine", ["--device", "cpu", "--precision", "tf32"], "cuda"),
         ("engine", ["--precision", "float8"], "Unknown precision"),
         ("gpu", ["--device", "cpu", "--models", "lenet", "--tile", "15"], "--tile 20"),
+        ("networks", ["--rows", "mlp", "rnn-bear"], "Did you mean rnn-bare"),
     ],
 )
 def test_a_mistake_is_one_line(run, script, args, expected):
@@ -251,3 +252,54 @@ def test_slow_regression_is_timed_for_each_algorithm_and_number_of_seeds(run):
             assert 0 < speed["least"] <= speed["median"] <= speed["most"]
         per_step = 1e6 * each["seeds"] / each["samples_per_second"]["stack"]["median"]
         assert each["microseconds_per_step"] == pytest.approx(per_step)
+
+
+def test_networks_are_timed_in_each_way_and_compared_with_the_double_loop(run, monkeypatch):
+    bench = importlib.import_module("networks")
+    row = importlib.import_module("zoo_of_networks").Row("absent", None, ("no_such_package",))
+    monkeypatch.setitem(bench.ROWS, "absent", row)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)  # TorchJD takes part only where it is installed
+    args = ["--rows", "mlp", "absent", "gru", "--trials", "2", "--threads", str(torch.get_num_threads())]
+    code, printed = run("networks", *args, "--json")
+    assert code == 0
+    assert printed.err == "absent is skipped: no_such_package is not installed\n"
+    mlp, gru = map(json.loads, printed.out.splitlines())
+    assert (mlp["row"], mlp["n"], mlp["outputs"], mlp["fallback"]) == ("mlp", 64, 1, [])
+    assert mlp["reference_samples"] == 64
+    for way in mlp["ways"].values():
+        assert way["error"] <= TOLERANCES["float32"]
+        assert len(way["cpu_seconds"]) == len(way["wall_seconds"]) == 2
+    ours, theirs = (np.median(mlp["ways"][name]["cpu_seconds"]) for name in ("ntkgen", "torch.func"))
+    assert mlp["ratio"] == pytest.approx(ours / theirs)
+    assert gru["ways"]["ntkgen"]["error"] <= 1e-5
+    assert gru["ways"]["torch.func"]["verdict"] == "refuses"  # changes when PyTorch can differentiate a GRU in vmap
+    assert gru["ways"]["torch.func"]["refusal"].startswith("RuntimeError: ")
+    assert gru["ratio"] is None
+    long_names = gru | {"fallback": ["a_parameter_of_a_layer.weight"] * 20}
+    text = "\n".join([bench.HEADER, *map(bench.lines, (mlp, long_names))])
+    assert max(map(len, text.splitlines())) <= 100
+    assert "falls back (20)" in text
+    assert text.count("refuses") == 1
+
+
+def test_a_kernel_that_is_not_that_of_the_double_loop_is_wrong():
+    bench = importlib.import_module("networks")
+    model, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    exact = bench.reference(model, x, 2)
+    assert bench.tried(bench.by_torch_func, model, x, exact).verdict == ""
+    assert bench.tried(lambda model, x: 2 * ntkgen.ntk(model, x), model, x, exact).verdict == "wrong"
+    assert bench.tried(lambda model, x: torch.full((8, 8), torch.nan), model, x, exact).verdict == "wrong"
+
+
+def test_each_row_has_its_own_network_and_slow_rows_are_asked_for():
+    bench = importlib.import_module("networks")
+    quick = bench.chosen((), slow=False)
+    assert {row.name for row in bench.chosen((), slow=True)} - {row.name for row in quick} == {
+        "vit-tiny", "efficientnet", "swin"
+    }  # fmt: skip
+    assert bench.chosen(("swin",), slow=False) == [bench.ROWS["swin"]]
+    for row in quick:
+        if not row.packages:
+            (model, x), (_, again) = row.subject(), row.subject()
+            assert torch.equal(x, again)
+            assert model(x[:3]).shape[0] == 3
