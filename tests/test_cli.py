@@ -172,11 +172,14 @@ def test_verbose_says_how_each_parameter_is_treated(run, tmp_path):
         "    def __init__(self):\n"
         "        super().__init__()\n"
         "        self.scale, self.fc = nn.Parameter(torch.ones(1)), nn.Linear(64, 10)\n"
+        "        self.spare = nn.Parameter(torch.ones(1))\n"
         "    def forward(self, x): return self.fc(self.scale * x.flatten(1))\n"
     )
     code, _, err = run("compute", "--models", "odd_nets:Odd", "--epochs", "0", "--subsample", "2", "--raw-images", "-v")
     assert code == 0
-    assert "scale: no rule, computed by autograd" in err
+    assert "scale: no rule" not in err
+    assert "spare: no rule, computed by autograd, " in err
+    assert " samples at once" in err
     assert "fc: gram" in err or "fc: explicit" in err or "fc: ordered" in err
 
 

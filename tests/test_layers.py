@@ -276,13 +276,17 @@ WRONG = {
 }
 
 
-def check_kernel(fallback: tuple[str, ...]) -> None:
+def check_kernel(followed: tuple[str, ...]) -> None:
+    """The parameters without a rule that holds are followed to their junctions."""
     model, x = network_of_own_layers(), normal(3, 2, 3)
-    assert prepare(model, x, policy("float64")).fallback == fallback
+    network = prepare(model, x, policy("float64"))
+    assert network.fallback == ()
+    found = [layer.full_name(param) for layer in network.following.layers for param in layer.params()]
+    assert sorted(found) == sorted(followed)
     assert relative_error(ntkgen.ntk(model, x, precision="float64"), reference_ntk(model, x)) < 1e-10
 
 
-def test_layers_without_a_rule_are_left_to_autograd(rules):
+def test_layers_without_a_rule_are_followed(rules):
     check_kernel(("scale.gamma", "rotated.weight", "rotated.bias"))
 
 
@@ -311,7 +315,8 @@ def test_a_rule_that_does_not_apply_is_not_asked(rules):
 
 def test_a_registered_rule_takes_the_place_of_ours(rules):
     register_rule(nn.Linear, LayerRule(vectors={"bias": LINEAR.vectors["bias"]}))
-    assert prepare(nn.Linear(2, 2), normal(2, 2), policy("float64")).fallback == ("weight",)
+    network = prepare(nn.Linear(2, 2), normal(2, 2), policy("float64"))
+    assert [layer.name for layer in network.following.layers] == ["weight"]
 
 
 REFUSED = {

@@ -188,7 +188,8 @@ def _layer_lines(planned: "PlannedKernel") -> str:
         for layer in plan.layers
     ]
     lines += [f"  {plan.dense_params:,} parameters as dense Jacobian rows (biases, normalisations, autograd)"]
-    lines += [f"  {name}: no rule, computed by autograd" for name in plan.fallback]
+    way = f"{plan.fallback_samples} samples at once" if plan.fallback_samples else "one sample after the other"
+    lines += [f"  {name}: no rule, computed by autograd, {way}" for name in plan.fallback]
     return "\n".join(lines)
 
 

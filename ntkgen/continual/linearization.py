@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of
-from ntkgen.jacobian.modes import PUSHES, choose_push, plain_attention
+from ntkgen.jacobian.modes import PUSHES, choose_push
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.state import COMPILED
 
@@ -71,7 +71,7 @@ class LazyError:
         if _shapes(state) != self._shapes or _trained(model) != self._trained:
             self._prepare(model)
         state[OUTPUTS] = outputs
-        with exact_arithmetic(self._device), plain_attention():
+        with exact_arithmetic(self._device):
             error, drift = self._compared(self._last, state)
             from_start = error if self._first is self._last else self._compared(self._first, state)[0]
         self._last = state
@@ -92,7 +92,7 @@ class LazyError:
         self._module = evaluation_copy(model, self._dtype)
         self._shapes, self._trained = _shapes(_tensors(model)), _trained(model)
         self._batches = as_input(self._probe, self._dtype, self._device).split(BATCH_SIZE)
-        with exact_arithmetic(self._device), plain_attention():
+        with exact_arithmetic(self._device):
             self._push = PUSHES[choose_push(self._module, self._batches[0][:1])]
 
     def _compared(self, before: State | None, after: State) -> tuple[float, float]:

@@ -5,19 +5,22 @@ content, and then a later batch behaves differently. Every batch is therefore ch
 forward pass and one backward pass.
 """
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkgen.errors import DivergedError, RuleError
-from ntkgen.jacobian.capture import Recording
-from ntkgen.jacobian.coverage import TOLERANCES, Claim, draw_weights, hold_against_autograd, rows_product
+from ntkgen.jacobian.cost import JacobianPlan
+from ntkgen.jacobian.coverage import TOLERANCES, Claim, Claims, draw_weights, hold_against_autograd, rows_product
 from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.layers import Layer
 from ntkgen.jacobian.network import Network, use_shapes
 from ntkgen.jacobian.probe import is_one_by_one, require_same_outputs
+from ntkgen.jacobian.reals import count_real_numbers
+from ntkgen.jacobian.recording import Recording
 
 
 def require_planned_uses(network: Network, recording: Recording) -> None:
@@ -53,21 +56,30 @@ def require_finite(outputs: Tensor) -> None:
         )
 
 
-def require_true_factors(network: Network, recording: Recording, block: BlockFactors, batch: slice) -> None:
+def has_true_factors(
+    network: Network, plan: JacobianPlan, recording: Recording, block: BlockFactors, batch: slice
+) -> bool:
     """Compare the stored factors of a batch with autograd, and free the graph.
+
+    Returns:
+        Whether the rows that are left to autograd are right too, if they were computed for several samples at once.
 
     Raises:
         RuleError: If some factors differ by more than rounding explains. The error names the parameters.
     """
-    if not network.layers:
-        return
+    together = network.fallback if plan.fallback_samples else ()
+    if not network.layers and not together:
+        return True
     weights = draw_weights(recording.outputs, recording.count)
-    claims = _kept_claims(network, block, batch, weights[: recording.count])
-    params = {name: param for layer in network.layers for name, param in _params(layer, layer.params())}
+    claims = _kept_claims(network, block, batch, weights[: recording.count], together)
+    known = dict(network.module.named_parameters())
+    params = {name: known[name] for layer in network.layers for name in _names(layer, layer.params())}
+    params |= {name: known[name] for name in together}
     tolerance = max(TOLERANCES[network.precision.compute_dtype], TOLERANCES[network.precision.factor_dtype])
     findings = hold_against_autograd(recording.outputs, weights, params, claims, tolerance)
-    if findings.disproved:
-        raise RuleError(name for name in params if name in findings.disproved)
+    if wrong := findings.disproved.difference(together):
+        raise RuleError(name for name in params if name in wrong)
+    return not findings.disproved
 
 
 def require_same_in_other_batches(
@@ -94,8 +106,8 @@ def require_same_in_other_batches(
             require_same_outputs(logits[part.to(logits.device)], outputs, batch_size)
 
 
-def _params(layer: Layer, names: Iterable[str]) -> list[tuple[str, nn.Parameter]]:
-    return [(layer.full_name(name), getattr(layer.module, name)) for name in names]
+def _names(layer: Layer, params: Iterable[str]) -> list[str]:
+    return [layer.full_name(param) for param in params]
 
 
 def _kept_claims(
@@ -103,29 +115,45 @@ def _kept_claims(
     block: BlockFactors,
     batch: slice,
     weights: Tensor,  # (samples, outputs)
-) -> Mapping[str, Claim]:
+    together: Sequence[str],
+) -> Claims:
     """Compute the weighted gradient from the stored factors of a batch, parameter by parameter."""
+    sizes = {name: count_real_numbers([param]) for name, param in network.module.named_parameters()}
     pairs = {pair.plan.shape.name: pair for pair in block.pairs}
     rows = _weighted(block.rows[batch], weights).sum(0)  # (row parameters,)
-    claims: dict[str, Claim] = {}
+    claims: dict[str, list[Claim]] = {}
     column = 0
+
+    def add(names: Iterable[str], found: Iterable[Claim]) -> None:
+        for name, claim in zip(names, found, strict=False):
+            claims.setdefault(name, []).append(claim)
+
     for layer in network.layers:
         if layer.name in pairs:
             found = _pair_claims(pairs[layer.name], batch, weights, network.directions[layer.name])
-            claims |= {name: claim for (name, _), claim in zip(_params(layer, layer.of_matrix), found, strict=False)}
-            own = _params(layer, layer.vectors)
+            found[0] = dataclasses.replace(found[0], positions=layer.positions)
+            add(_names(layer, layer.of_matrix), found)
+            own = _names(layer, layer.vectors)
         elif layer.joined is not None:
-            (matrix, weight), (bias, vector) = _params(layer, layer.of_matrix)
-            size = weight.numel() + vector.numel()
-            with_bias = rows[column : column + size].view(vector.numel(), -1)
-            claims |= {matrix: Claim(with_bias[:, :-1].flatten()), bias: Claim(with_bias[:, -1])}
+            matrix, bias = _names(layer, layer.of_matrix)
+            size = sizes[matrix] + sizes[bias]
+            with_bias = rows[column : column + size].view(sizes[bias], -1)
+            add([matrix, bias], [Claim(with_bias[:, :-1].flatten()), Claim(with_bias[:, -1])])
             column += size
-            own = _params(layer, layer.vectors)
+            own = _names(layer, layer.vectors)
         else:
-            own = _params(layer, layer.params())
-        for name, param in own:
-            claims[name] = Claim(rows[column : column + param.numel()])
-            column += param.numel()
+            own = _names(layer, layer.vectors)
+            if layer.has_matrix:
+                (matrix,) = _names(layer, layer.of_matrix)
+                size = sizes[matrix] if layer.positions is None else len(layer.positions)
+                add([matrix], [Claim(rows[column : column + size], positions=layer.positions)])
+                column += size
+        for name in own:
+            add([name], [Claim(rows[column : column + sizes[name]])])
+            column += sizes[name]
+    for name in together:
+        add([name], [Claim(rows[column : column + sizes[name]])])
+        column += sizes[name]
     return claims
 
 

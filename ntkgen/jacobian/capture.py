@@ -1,40 +1,17 @@
 """The inputs and output cotangents of every layer for one batch. No gradient of a weight is computed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ntkgen.jacobian.evaluation import outputs_of
+from ntkgen.jacobian.following import NO_JUNCTIONS
+from ntkgen.jacobian.recording import Recording, Use
 
-
-@dataclass(frozen=True)
-class Use:
-    """One call of a layer.
-
-    ``x`` is its detached input and ``output`` its output in the graph. ``passes_back`` says whether gradients go on to
-    earlier layers. ``shapes`` are the shapes of input and output for the whole batch, with its padding.
-    """
-
-    x: Tensor
-    output: Tensor
-    passes_back: bool
-    shapes: tuple[torch.Size, torch.Size]
-
-
-@dataclass
-class Recording:
-    """The result of a forward pass: the network's outputs and, for each recorded module, its uses in order.
-
-    The first ``count`` samples of the batch belong to the block. The others are padding.
-    """
-
-    count: int
-    uses: dict[str, list[Use]] = field(default_factory=dict)
-    outputs: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
+Watch = Callable[[nn.Module, Tensor, Recording], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -63,10 +40,24 @@ def _recording_hooks(layers: dict[str, nn.Module], recording: Recording) -> Iter
         yield
 
 
-def record(module: nn.Module, layers: dict[str, nn.Module], batch: Tensor, count: int | None = None) -> Recording:
-    """Run one forward pass and record the named layers, for the first ``count`` samples of the batch."""
+def record(
+    module: nn.Module,
+    layers: dict[str, nn.Module],
+    batch: Tensor,
+    count: int | None = None,
+    watch: Watch = NO_JUNCTIONS.recording,
+) -> Recording:
+    """Run one forward pass and record the named layers, for the first ``count`` samples of the batch.
+
+    Args:
+        module: The network.
+        layers: The layers by name.
+        batch: The batch, with its padding.
+        count: Number of samples without the padding; by default all.
+        watch: A context that records more of the pass, such as `Following.recording`.
+    """
     recording = Recording(len(batch) if count is None else count)
-    with _recording_hooks(layers, recording):
+    with _recording_hooks(layers, recording), watch(module, batch, recording):
         recording.outputs = outputs_of(module, batch)
     return recording
 

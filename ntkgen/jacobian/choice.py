@@ -123,6 +123,7 @@ def plan_jacobian(
         sizes=sizes,
         rates=rates,
         reduction=reduction,
+        fallback_samples=profile.fallback_samples,
     )
 
 

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor
 
 from ntkgen.blocks import Block
-from ntkgen.jacobian.batch_check import require_planned_uses, require_same_in_other_batches, require_true_factors
-from ntkgen.jacobian.capture import Recording, cotangents, record
+from ntkgen.jacobian.batch_check import has_true_factors, require_planned_uses, require_same_in_other_batches
+from ntkgen.jacobian.capture import cotangents, record
 from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
 from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
+from ntkgen.jacobian.fallback import fallback_rows
 from ntkgen.jacobian.layers import Layer, sum_over_uses
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of
-from ntkgen.jacobian.reference import jacobian_rows
+from ntkgen.jacobian.recording import Recording
 from ntkgen.jacobian.windows import pixels_of
 
 
@@ -56,10 +57,10 @@ def fill_factors(
             part = slice(batch.start, batch.stop)
             samples = network.input(x[part])
             recording = _fill_batch(block, network, plan, part, samples)
-            if prove:
-                require_true_factors(network, recording, block, part)
+            fill_fallback(block, network, plan, part, samples)
+            if prove and not has_true_factors(network, plan, recording, block, part):
+                fill_fallback(block, network, plan.one_by_one, part, samples)
             del recording  # and with it the graph
-            fill_fallback(block, network, part, samples)
         if prove:
             require_same_in_other_batches(network, x, block.logits, plan.batch_size)
 
@@ -100,7 +101,7 @@ def pad_batch(samples: Tensor, batch_size: int) -> Tensor:
 def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> Recording:
     """Run one padded batch, and write the factors of its layers into the block."""
     padded = pad_batch(samples, plan.batch_size)
-    recording = record(network.module, network.layer_modules, padded, len(samples))
+    recording = record(network.module, network.layer_modules, padded, len(samples), network.following.recording)
     block.logits[batch] = recording.outputs[: recording.count].detach()
     require_planned_uses(network, recording)
     recording.outputs = network.mapped(recording.outputs)
@@ -127,13 +128,16 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
     return recording
 
 
-def fill_fallback(block: BlockFactors, network: Network, batch: slice, samples: Tensor) -> None:
-    """Form the rows of the parameters without a rule, one sample at a time. They are the last of the kept rows."""
+def fill_fallback(block: BlockFactors, network: Network, plan: JacobianPlan, batch: slice, samples: Tensor) -> None:
+    """Form the rows of the parameters without a rule. They are the last of the kept rows."""
     if not network.fallback:
         return
-    for index, sample in zip(range(batch.start, batch.stop), samples, strict=True):
-        rows = network.mapped(jacobian_rows(network.module, network.fallback, sample[None])[0].mT).mT
-        block.rows[index, :, block.rows.shape[2] - rows.shape[1] :] = rows
+    chunk = plan.fallback_samples
+    start = batch.start
+    for part in samples.split(max(1, chunk)):
+        rows = fallback_rows(network.module, network.fallback, part, network.transform, chunk)
+        block.rows[start : start + len(part), :, block.rows.shape[2] - rows.shape[2] :] = rows
+        start += len(part)
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -109,6 +109,7 @@ class NetworkProfile:
     activation_numbers: int  # numbers that the graph of one sample keeps for its backward passes
     input_numbers: int
     num_logits: int  # outputs of the network, before an output map
+    fallback_samples: int = 0  # samples whose rows are left to autograd at once; 0 for one after the other
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,12 @@ class JacobianPlan:
     sizes: Sizes
     rates: Rates = USUAL_RATES
     reduction: Reduction = "none"
+    fallback_samples: int = 0  # samples whose rows are left to autograd at once; 0 for one after the other
+
+    @property
+    def one_by_one(self) -> "JacobianPlan":
+        """The same plan, in which autograd gets one sample after the other."""
+        return dataclasses.replace(self, fallback_samples=0)
 
     @property
     def batch_size(self) -> int:

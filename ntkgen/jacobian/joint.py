@@ -20,16 +20,18 @@ from torch._vmap_internals import _vmap
 from torch.autograd.graph import _engine_run_backward
 
 from ntkgen.blocks import Block
-from ntkgen.jacobian.batch_check import require_planned_uses, require_same_in_other_batches, require_true_factors
-from ntkgen.jacobian.capture import Recording, cotangents, record
+from ntkgen.jacobian.batch_check import has_true_factors, require_planned_uses, require_same_in_other_batches
+from ntkgen.jacobian.capture import cotangents, record
 from ntkgen.jacobian.choice import candidates, order_nanoseconds
 from ntkgen.jacobian.compute import empty_factors, fill_fallback
 from ntkgen.jacobian.cost import USUAL_RATES, JacobianPlan, LayerPlan, LayerShape, Reduction, sizes_for
 from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.following import Part
 from ntkgen.jacobian.layers import CONVOLUTION, Convolution, Layer, sum_over_uses, windows_first
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of
+from ntkgen.jacobian.recording import Recording
 from ntkgen.jacobian.windows import pixels_of
 
 # Maximum number of samples per forward pass.
@@ -67,6 +69,7 @@ def plan_jointly(network: Network, block: int, precision: str, reduction: Reduct
         dense_params=profile.dense_params - biases,
         fallback=profile.fallback,
         sizes=dataclasses.replace(sizes, panel_samples=min(panel, block)),
+        fallback_samples=profile.fallback_samples,
         reduction=reduction,
     )
 
@@ -116,7 +119,8 @@ class JointFactors:
         self._plans = {layer.shape.name: layer for layer in plan.layers}
         self._columns = _columns(network, self._plans)
         self._inputs, self._cotangents = self._targets(len(self._batches[0]))
-        self._is_batched = all(len(shape) == 1 for uses in network.use_shapes.values() for _, shape in uses)
+        convolves = any(isinstance(child, Convolution) for child in network.module.modules())
+        self._is_batched = not convolves and not network.fallback
 
     def __call__(
         self,
@@ -135,12 +139,12 @@ class JointFactors:
             for batch in self._batches:
                 part = slice(batch.start, batch.stop)
                 samples = network.input(x[part])
-                recording = record(network.module, network.layer_modules, samples)
+                recording = record(network.module, network.layer_modules, samples, watch=network.following.recording)
                 self._fill(recording, part)
-                if prove:
-                    require_true_factors(network, recording, block, part)
+                fill_fallback(block, network, self._plan, part, samples)
+                if prove and not has_true_factors(network, self._plan, recording, block, part):
+                    fill_fallback(block, network, self._plan.one_by_one, part, samples)
                 del recording  # and with it the graph
-                fill_fallback(block, network, part, samples)
             if prove:
                 require_same_in_other_batches(network, x, block.logits, len(self._batches[0]))
         return block
@@ -278,6 +282,9 @@ def _fill_vector(
     grads: list[Tensor],  # for each use, (some m, samples, …)
 ) -> None:
     rule, uses = layer.rule.vectors[vector], recording.uses[layer.name]
+    if isinstance(uses[0].x, Part):  # it computes the rows of all outputs at once
+        target.copy_(sum_over_uses(use.x.rows(grad) for use, grad in zip(uses, grads, strict=True)).transpose(0, 1))
+        return
     for output in range(target.shape[1]):
         parts = (rule(layer.module, use.x, grad[output]) for use, grad in zip(uses, grads, strict=True))
         target[:, output] = sum_over_uses(parts)
@@ -286,10 +293,11 @@ def _fill_vector(
 def _columns(network: Network, plans: Mapping[str, LayerPlan]) -> dict[str, slice]:
     """Find the columns of the kept rows: of a matrix by the name of its layer, of a vector by its own."""
     columns, start = {}, 0
+    sizes_of = {name: param.numel() for name, param in network.module.named_parameters()}
     for layer in network.layers:
         is_kept = layer.has_matrix and plans[layer.name].keeps_rows
         sizes = [(layer.name, plans[layer.name].shape.num_params)] if is_kept else []
-        sizes += [(layer.full_name(vector), getattr(layer.module, vector).numel()) for vector in layer.vectors]
+        sizes += [(layer.full_name(vector), sizes_of[layer.full_name(vector)]) for vector in layer.vectors]
         for name, size in sizes:
             columns[name] = slice(start, start + size)
             start += size

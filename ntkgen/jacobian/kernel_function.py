@@ -207,16 +207,18 @@ class ParameterGroup:
     Attributes:
         name: Path of the module, empty for the network itself.
         columns: Numbers of the kept Jacobian rows that belong to these parameters.
+        layers: Names of the layers whose factors belong to them.
     """
 
     name: str
     columns: tuple[slice, ...]
+    layers: frozenset[str]
 
     def of(self, block: BlockFactors) -> BlockFactors:
         """Take this group's factors of a block."""
         parts = [block.rows[..., part] for part in self.columns]
         rows = parts[0] if len(parts) == 1 else torch.cat([block.rows[..., :0], *parts], dim=-1)
-        return BlockFactors(block.logits, rows, tuple(p for p in block.pairs if p.plan.shape.name == self.name))
+        return BlockFactors(block.logits, rows, tuple(p for p in block.pairs if p.plan.shape.name in self.layers))
 
 
 def parameter_groups(network: Network, plan: JacobianPlan) -> list[ParameterGroup]:
@@ -229,9 +231,13 @@ def parameter_groups(network: Network, plan: JacobianPlan) -> list[ParameterGrou
         columns.setdefault(module, []).append(slice(start, start + numbers))
         start += numbers
 
+    layers: dict[str, set[str]] = {}
     for layer in network.layers:
+        layers.setdefault(layer.path, set()).add(layer.name)
         names = layer.vectors if layer.name in in_pairs else layer.params()
-        add(layer.name, sum(own[layer.full_name(name)].numel() for name in names))
+        is_part = layer.positions is not None and layer.name not in in_pairs
+        numbers = len(layer.positions) if is_part else sum(own[layer.full_name(name)].numel() for name in names)  # type: ignore[arg-type]
+        add(layer.path, numbers)
     for name in network.fallback:
         add(name.rpartition(".")[0], count_real_numbers([own[name]]))
-    return [ParameterGroup(name, tuple(parts)) for name, parts in columns.items()]
+    return [ParameterGroup(name, tuple(parts), frozenset(layers.get(name, ()))) for name, parts in columns.items()]

@@ -203,11 +203,12 @@ def _is_plain_embedding(module: nn.Module) -> bool:
 CONVOLUTION = LayerRule(
     "weight", _convolution_inputs, _convolution_cotangents, vectors={"bias": _sum_to_channels_first}
 )
+DENSE = LayerRule("weight", _positions_of_vectors, _positions_of_vectors, {"bias": _sum_to_channels_last})
 _BATCH_NORM = _affine(_by_running_statistics, _sum_to_channels_first)
 _INSTANCE_NORM = _affine(_by_instance, _sum_to_channels_first)
 
 RULES: dict[type[nn.Module], LayerRule] = {
-    nn.Linear: LayerRule("weight", _positions_of_vectors, _positions_of_vectors, {"bias": _sum_to_channels_last}),
+    nn.Linear: DENSE,
     nn.Conv1d: CONVOLUTION,
     nn.Conv2d: CONVOLUTION,
     nn.Conv3d: CONVOLUTION,
@@ -287,10 +288,17 @@ class Layer:
     has_matrix: bool
     vectors: tuple[str, ...]
     joined: str | None = None
+    owner: str | None = None  # path of the module that has the parameters, if it is not the recorded module
+    positions: Tensor | None = None  # entries of the parameter that the matrix consists of; None for all in order
 
     def full_name(self, param: str) -> str:
         """Return the name of a parameter in `nn.Module.named_parameters`."""
-        return f"{self.name}.{param}" if self.name else param
+        return f"{self.path}.{param}" if self.path else param
+
+    @property
+    def path(self) -> str:
+        """Path of the module that has the parameters."""
+        return self.name if self.owner is None else self.owner
 
     def params(self) -> Iterator[str]:
         """List the names of the treated parameters within the module: those of the matrix first, then the vectors."""

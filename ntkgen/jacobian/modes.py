@@ -2,13 +2,11 @@
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.jacobian.capture import weighted_sum
 from ntkgen.jacobian.evaluation import outputs_of
@@ -33,19 +31,19 @@ def trainable_parameters(module: nn.Module) -> list[Tensor]:
     return [param for param in module.parameters() if param.requires_grad]
 
 
-def _parameter_indices(module: nn.Module) -> dict[str, int]:
-    """Map each parameter name to the index of its trainable parameter.
+def parameter_aliases(module: nn.Module) -> dict[str, str]:
+    """Map each name of a trainable parameter to its first name, for `torch.func.functional_call`.
 
     A tied parameter has several names. A module that is used in two places contributes one name, because
     `functional_call` would otherwise remove its parameters.
     """
-    index = {id(param): position for position, param in enumerate(trainable_parameters(module))}
-    indices = {}
+    first = {id(param): name for name, param in module.named_parameters() if param.requires_grad}
+    aliases = {}
     for prefix, child in module.named_modules():
         for name, param in child.named_parameters(recurse=False, remove_duplicate=False):
-            if id(param) in index:
-                indices[f"{prefix}.{name}" if prefix else name] = index[id(param)]
-    return indices
+            if id(param) in first:
+                aliases[f"{prefix}.{name}" if prefix else name] = first[id(param)]
+    return aliases
 
 
 def add_pullback(
@@ -73,10 +71,12 @@ def push_forward(
     directions: Directions,
 ) -> Tensor:  # (columns, samples, outputs)
     """Compute J U of one batch in forward mode, with one pass per column."""
-    indices = _parameter_indices(module)
+    aliases = parameter_aliases(module)
+    names = [name for name, param in module.named_parameters() if param.requires_grad]
 
     def outputs(values: list[Tensor]) -> Tensor:
-        by_name = {name: values[index] for name, index in indices.items()}
+        known = dict(zip(names, values, strict=True))
+        by_name = {alias: known[name] for alias, name in aliases.items()}
         result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
         return result
 
@@ -125,19 +125,6 @@ def push_rows(
                     products[:, index] += real_rows(part) @ real_numbers(grad.to_dense())
         samples.append(products)
     return torch.stack(samples, dim=1)
-
-
-@contextlib.contextmanager
-def plain_attention() -> Iterator[None]:
-    """Use the implementation of attention that supports forward mode and double backward."""
-    mha: Any = torch.backends.mha
-    before = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        mha.set_fastpath_enabled(before)
 
 
 # The ways to compute J U, fastest first. The last one works for every network, and the others are checked against it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError, RuleError, ShapeError
-from ntkgen.jacobian.capture import Recording, record
+from ntkgen.jacobian.capture import record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
 from ntkgen.jacobian.coverage import draw_directions
 from ntkgen.jacobian.evaluation import (
@@ -18,11 +18,14 @@ from ntkgen.jacobian.evaluation import (
     require_plain_module,
     without_kept_graphs,
 )
+from ntkgen.jacobian.fallback import chunk_samples, works_together
+from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
 from ntkgen.jacobian.probe import NotInThisDtypeError, Trial, choose_samples, explained_errors, try_network
 from ntkgen.jacobian.reach import require_reached
 from ntkgen.jacobian.reals import count_real_numbers
+from ntkgen.jacobian.recording import Recording
 from ntkgen.jacobian.reference import trainable
 from ntkgen.jacobian.windows import Windows, windows_of
 
@@ -42,6 +45,7 @@ class Network:
     profile: NetworkProfile
     use_shapes: Mapping[str, UseShapes]  # by layer; those of every batch must be equal
     directions: Mapping[str, Tensor]  # by layer, (groups, k, directions): vectors for the check of its weight matrix
+    following: Following = NO_JUNCTIONS  # the junctions of parameters that belong to no layer with a rule
     windows: Mapping[str, Windows] = field(default_factory=dict)  # by layer, for convolutions of stride 1
     transform: Tensor | None = None  # A, (outputs, logits), if the kernel is that of A f instead of f
 
@@ -86,7 +90,7 @@ class Network:
     @property
     def layer_modules(self) -> dict[str, nn.Module]:
         """The modules that `capture.record` records, by layer."""
-        return {layer.name: layer.module for layer in self.layers}
+        return {layer.name: layer.module for layer in self.layers if layer.owner is None}
 
 
 def prepare(
@@ -96,12 +100,12 @@ def prepare(
     device: torch.device | None = None,
     excluded: Collection[str] = (),
 ) -> Network:
-    """Copy a module, and decide for each parameter whether a rule or autograd computes its rows.
+    """Copy a module, and decide for each parameter how its rows are computed.
 
-    Autograd needs one backward pass per sample and output, and is slower than a rule. For a few samples and random
-    weights w, ``Σ_io w_io · row_io`` of every parameter with a rule must equal ``autograd.grad(Σ_io w_io f_io)``. A
-    parameter is left to autograd if the two differ (a rule does not fit, or a hook is never called). Tied weights,
-    parameters of layers without a rule, and ``excluded`` names are left to autograd too.
+    The parameters of layers with a rule are treated by this rule. All others are followed to their junctions, the calls
+    in which they meet the samples. For a few samples and random weights w, ``Σ_io w_io · row_io`` of every parameter
+    must then equal ``autograd.grad(Σ_io w_io f_io)``. A parameter for which the two differ, and the ``excluded`` names,
+    are left to autograd, which is slower.
 
     Raises:
         ModelError: If the kernel is not defined, because the network mixes samples, its outputs are not (samples,
@@ -114,13 +118,16 @@ def prepare(
     _refuse_batch_statistics(model)
     samples = choose_samples(x)
     with exact_arithmetic(device), without_kept_graphs():
-        module, trial = _tried_copy(model, samples, precision.compute_dtype, device)
+        module, trial = _tried_copy(model, samples, precision.compute_dtype, device, excluded)
         samples = as_input(samples, precision.compute_dtype, device)
         require_reached(model, module, samples, trial.reached)
-        wrong = trial.disproved | set(excluded)
+        wrong = trial.disproved_rules | set(excluded)
         layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
-        recording, activations = _record_one(module, layers, samples[:1])
+        following = trial.following.without(frozenset(excluded))
+        layers += following.layers
+        recording, activations = _record_one(module, layers, samples[:1], following)
         layers = tuple(layer for layer in layers if layer.name in recording.uses)  # only layers that were called
+        following = following.only(layers)
         require_own_parameters(recording.outputs, model)
         windows = _windows(layers, recording)
     shapes = tuple(_shape(layer, recording, windows) for layer in layers if layer.has_matrix)
@@ -132,6 +139,7 @@ def prepare(
         activation_numbers=activations,
         input_numbers=samples[0].numel(),
     )
+    profile = dataclasses.replace(profile, fallback_samples=_fallback_samples(module, profile, samples, device))
     return Network(
         module=module,
         precision=precision,
@@ -142,7 +150,17 @@ def prepare(
         use_shapes={layer.name: use_shapes(recording, layer) for layer in layers},
         directions={shape.name: draw_directions(shape.groups, shape.inputs, recording.outputs) for shape in shapes},
         windows=windows,
+        following=following,
     )
+
+
+def _fallback_samples(module: nn.Module, profile: NetworkProfile, samples: Tensor, device: torch.device) -> int:
+    """Choose for how many samples at once autograd computes rows; 0 if it can do so only for one after the other."""
+    with exact_arithmetic(device), without_kept_graphs():
+        if not profile.fallback or not works_together(module, profile.fallback, samples):
+            return 0
+    numbers = count_real_numbers(trainable(module)[name] for name in profile.fallback)
+    return chunk_samples(profile.activation_numbers, profile.num_logits, numbers)
 
 
 def more_excluded(excluded: frozenset[str], error: RuleError) -> frozenset[str]:
@@ -166,17 +184,19 @@ def _float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _tried_copy(model: nn.Module, samples: Tensor, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Trial]:
+def _tried_copy(
+    model: nn.Module, samples: Tensor, dtype: torch.dtype, device: torch.device, excluded: Collection[str]
+) -> tuple[nn.Module, Trial]:
     """Copy a module, and try it on a few samples.
 
     The trial uses a copy in float64. This copy is freed before the copy in another dtype is made.
     """
     copied = evaluation_copy(model, torch.float64, device if dtype == torch.float64 else _float64_device(device))
     try:
-        trial = try_network(copied, samples, torch.float64)
+        trial = try_network(copied, samples, torch.float64, excluded)
     except NotInThisDtypeError:  # the forward pass may cast to float32
         copied = evaluation_copy(model, dtype, device)
-        return copied, try_network(copied, samples, dtype)
+        return copied, try_network(copied, samples, dtype, excluded)
     if dtype != torch.float64:
         del copied
         copied = evaluation_copy(model, dtype, device)
@@ -201,7 +221,9 @@ def _refuse_batch_statistics(module: nn.Module) -> None:
             )
 
 
-def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) -> tuple[Recording, int]:
+def _record_one(
+    module: nn.Module, layers: tuple[Layer, ...], sample: Tensor, following: Following
+) -> tuple[Recording, int]:
     """Run one sample, and count the numbers that its graph keeps for the backward passes.
 
     Raises:
@@ -216,7 +238,8 @@ def _record_one(module: nn.Module, layers: tuple[Layer, ...], sample: Tensor) ->
 
     params = {param.untyped_storage().data_ptr() for param in module.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), explained_errors(sample):
-        recording = record(module, {layer.name: layer.module for layer in layers}, sample)
+        modules = {layer.name: layer.module for layer in layers if layer.owner is None}
+        recording = record(module, modules, sample, watch=following.recording)
     return recording, sum(count for address, count in saved.items() if address not in params)
 
 

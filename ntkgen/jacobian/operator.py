@@ -21,7 +21,6 @@ from ntkgen.jacobian.modes import (
     choose_push,
     embedding_tables,
     is_symmetric,
-    plain_attention,
     trainable_parameters,
 )
 from ntkgen.jacobian.network import prepare
@@ -109,7 +108,7 @@ class NTKOperator:
         self._rows, self._columns = rows, rows if columns is None else columns
         self._batch_size = 1 if is_alone else batch_size
         self._checked: set[tuple[int, int]] = set()  # samples, by id, and their batch size
-        with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
+        with exact_arithmetic(self.device), without_kept_graphs():
             self.push = choose_push(self._module, as_input(rows[:1], self.dtype, self.device))
 
     def __repr__(self) -> str:
@@ -170,7 +169,7 @@ class NTKOperator:
             return torch.zeros(self.shape[0], 0, dtype=self.dtype, device=self.device)
         num_batches = self._num_batches(self._rows) + self._num_batches(self._columns)
         step = counter(report, "exact product", 0, len(groups) * num_batches)
-        with exact_arithmetic(self.device), plain_attention(), without_kept_graphs():
+        with exact_arithmetic(self.device), without_kept_graphs():
             self._check_batches()
             return torch.cat([self._multiply(group, step) for group in groups], dim=1)
 

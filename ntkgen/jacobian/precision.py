@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.alone import alone
 from ntkgen.errors import InputError, UnknownNameError
@@ -76,7 +77,8 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
     """Set the settings of torch that exact arithmetic needs, and restore the previous settings at the end.
 
     Gradients are enabled. Inference mode, autocast, and TF32 or bfloat16 inside float32 products are disabled. cuDNN
-    uses deterministic algorithms. The number of threads is that of the plan, because matrix products differ bitwise
+    uses deterministic algorithms. Attention is computed by plain products, because a fused kernel may make the gradient
+    of a sample depend on its batch. The number of threads is that of the plan, because matrix products differ bitwise
     between thread counts. The settings apply to the whole process. Another thread that needs them waits until this
     block ends.
     """
@@ -88,9 +90,23 @@ def exact_arithmetic(device: torch.device, threads: int | None = None) -> Iterat
         stack.enter_context(_deterministic_cudnn())
         stack.enter_context(_ieee_float32(device))
         stack.enter_context(flushed_denormals())
+        stack.enter_context(plain_attention())
         if threads is not None:
             stack.enter_context(fixed_threads(threads))
         yield
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Use the implementation of attention whose samples are independent, and which can be differentiated twice."""
+    mha: Any = torch.backends.mha
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        mha.set_fastpath_enabled(before)
 
 
 @contextmanager

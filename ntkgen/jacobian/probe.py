@@ -1,6 +1,7 @@
 """The trial of a network on a few samples: its outputs, the rules that hold, and the parameters with a gradient."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -9,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError
-from ntkgen.jacobian.capture import Recording, Use, pull_back, record
+from ntkgen.jacobian.capture import Watch, pull_back, record
 from ntkgen.jacobian.coverage import (
     TOLERANCES,
     Claim,
+    Claims,
     draw_directions,
     draw_weights,
     hold_against_autograd,
     rows_product,
 )
 from ntkgen.jacobian.evaluation import as_input, require_real_outputs
+from ntkgen.jacobian.following import NO_JUNCTIONS, Following
+from ntkgen.jacobian.junction_search import JunctionSearch
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
+from ntkgen.jacobian.recording import Recording, Use
 
 # Number of samples of the rows, and of samples of the columns, from which the samples of the trial are chosen.
 PROBE_SAMPLES = 16
@@ -39,8 +44,9 @@ class Trial:
     """The result of the trial of a network."""
 
     num_outputs: int
-    disproved: frozenset[str]  # parameters whose rule does not hold
+    disproved_rules: frozenset[str]  # parameters of layers whose rule does not hold
     reached: frozenset[str]  # trainable parameters that the outputs depend on
+    following: Following  # the junctions of the parameters without a rule
 
 
 def in_turns(x1: Tensor, x2: Tensor | None) -> Tensor:
@@ -61,11 +67,12 @@ def choose_samples(x: Tensor) -> Tensor:  # (PROBE_BATCH, …)
     return x[(chosen + [chosen[-1]] * PROBE_BATCH)[:PROBE_BATCH]]
 
 
-def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype) -> Trial:
+def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype, excluded: Collection[str] = ()) -> Trial:
     """Run a network on a few samples, together and one by one, and compare its rules with autograd.
 
     The rules are applied to the samples together. They are compared with the gradients of each sample alone, because
-    these define the kernel.
+    these define the kernel. The parameters without a rule that holds are then followed to their junctions, and what is
+    found is compared in the same way.
 
     Raises:
         NotInThisDtypeError: If the network raises an error or returns another dtype.
@@ -73,19 +80,46 @@ def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype) -> Trial
     """
     samples = as_input(samples, dtype, next(module.parameters()).device)
     layers = tuple(layers_with_rules(module))
-    together = _called(module, layers, samples)
+    treated = {layer.full_name(param) for layer in layers for param in layer.params()}
+    own = {name for name, value in module.named_parameters() if value.requires_grad} - set(excluded)
+    found = _compared(module, samples, layers, own - treated)
+    if again := found.disproved_rules & own:
+        followed = _compared(module, samples, (), (own - treated) | again)
+        return dataclasses.replace(found, following=followed.following)
+    return found
+
+
+def _compared(module: nn.Module, samples: Tensor, layers: tuple[Layer, ...], followed: Collection[str]) -> Trial:
+    """Compare the rules of some layers, and the junctions of some parameters, with autograd.
+
+    Raises:
+        NotInThisDtypeError: If the network raises an error or returns another dtype.
+    """
+    search = JunctionSearch(module, frozenset(followed))
+    try:
+        first = _called(module, (), samples[:1], search.alone) if search.is_needed else None
+        together = _called(module, layers, samples, search.together if search.is_needed else None)
+    except NotInThisDtypeError:
+        if not search.is_needed:
+            raise
+        return _compared(module, samples, layers, ())  # it may work if nothing is followed
+    following = search.following
     weights = draw_weights(together.outputs, len(samples))
-    claims, failed = _claims(together, layers, weights)
+    claims, failed = _claims(together, (*layers, *following.layers), weights)
     in_batch = together.outputs.detach()
     del together  # frees its graph
-    alone = torch.cat([_called(module, (), sample[None]).outputs for sample in samples])
+    others = samples if first is None else samples[1:]
+    outputs = [_called(module, (), sample[None]).outputs for sample in others]
+    alone = torch.cat(outputs if first is None else [first.outputs, *outputs])
     require_same_outputs(in_batch, alone.detach(), len(samples))
     params = {name: value for name, value in module.named_parameters() if value.requires_grad}
     findings = hold_against_autograd(alone, weights, params, claims, TOLERANCES[alone.dtype])
-    return Trial(alone.shape[1], findings.disproved | failed, findings.reached)
+    wrong = findings.disproved | failed
+    rules = {layer.full_name(param) for layer in layers for param in layer.params()}
+    return Trial(alone.shape[1], wrong & rules, findings.reached, following.without(wrong))
 
 
-def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Recording:
+def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: Watch | None = None) -> Recording:
     """Run a network on a batch.
 
     Raises:
@@ -93,7 +127,8 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor) -> Reco
         ModelError: If the outputs are not (samples, outputs), or not finite.
     """
     with explained_errors(samples):
-        recording = record(module, {layer.name: layer.module for layer in layers}, samples)
+        modules = {layer.name: layer.module for layer in layers}
+        recording = record(module, modules, samples, watch=watch or NO_JUNCTIONS.recording)
     outputs = recording.outputs
     if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(samples):
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -171,18 +206,21 @@ def is_one_by_one(uses: Sequence[Use], batch_size: int) -> bool:
     )
 
 
-def _claims(
-    recording: Recording, layers: Sequence[Layer], weights: Tensor
-) -> tuple[Mapping[str, Claim], frozenset[str]]:
+def _claims(recording: Recording, layers: Sequence[Layer], weights: Tensor) -> tuple[Claims, frozenset[str]]:
     """Compute the weighted gradients by the rules, and list the parameters for which this is not possible."""
     grads = pull_back(recording, weights)  # rows are linear in the cotangents, so one pass checks all outputs
-    claims: dict[str, Claim] = {}
-    treated = {layer.full_name(param) for layer in layers for param in layer.params()}
+    claims: dict[str, list[Claim]] = {}
+    missing: set[str] = set()
     for layer in layers:
         uses = recording.uses.get(layer.name, [])
         if is_one_by_one(uses, recording.count):
-            claims |= _layer_claims(layer, uses, grads[layer.name])
-    return claims, frozenset(treated - claims.keys())
+            found = _layer_claims(layer, uses, grads[layer.name])
+            for name, claim in found.items():
+                claims.setdefault(name, []).append(claim)
+            missing |= {name for param in layer.params() if (name := layer.full_name(param)) not in found}
+        else:
+            missing |= {layer.full_name(param) for param in layer.params()}
+    return claims, frozenset(missing)
 
 
 def _layer_claims(layer: Layer, uses: Sequence[Use], grads: Sequence[Tensor]) -> dict[str, Claim]:
@@ -205,4 +243,4 @@ def _matrix_claim(layer: Layer, uses: Sequence[Use], grads: Sequence[Tensor]) ->
         rows_product(layer.rule.cotangents(layer.module, grad).mT, a @ directions)
         for a, grad in zip(inputs, grads, strict=True)
     )
-    return Claim(sum_over_uses(parts), directions)
+    return Claim(sum_over_uses(parts), directions, layer.positions)

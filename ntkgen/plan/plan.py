@@ -143,7 +143,7 @@ class Plan:
         passes = (
             3 * self.profile.num_params  # the copy, packed weights of the libraries, and losses of the allocator
             + batch * (per_sample + 2 * widest)
-            + (2 * m * self.jacobian.dense_params if self.jacobian.fallback else 0)
+            + self._fallback_numbers
         )
         result = 3 * (self.block_samples * m) ** 2
         samples = 2 * 4 * self.num_samples * self.profile.input_numbers
@@ -155,6 +155,15 @@ class Plan:
             + diagonal
             + self.grid.num_planes * self.grid.side**2 * (self.product_bytes + TILE_COPY_BYTES)
         )
+
+    @property
+    def _fallback_numbers(self) -> int:
+        """Count the numbers in the passes of the parameters that are left to autograd."""
+        if not self.jacobian.fallback:
+            return 0
+        m, samples = self.profile.num_logits, min(self.jacobian.fallback_samples, self.jacobian.batch_size)
+        passes = samples * (m + ACTIVATION_COPIES) * self.profile.activation_numbers
+        return passes + 2 * m * self.jacobian.dense_params * max(1, samples)
 
     def _diagonal_numbers(self, layer: LayerPlan) -> int:
         """Count the float64 numbers in the computation of one sample's diagonal."""

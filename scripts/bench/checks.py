@@ -22,7 +22,7 @@ from ntkgen.jacobian import compute
 from ntkgen.training import zoo
 
 SAMPLE_SHAPE = (3, 32, 32)
-CHECKS = ("require_planned_uses", "require_true_factors", "require_same_in_other_batches")
+CHECKS = ("require_planned_uses", "has_true_factors", "require_same_in_other_batches")
 
 
 @contextmanager

@@ -1,0 +1,183 @@
+"""The parameters without a layer rule, followed through a forward pass to their junctions."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ntkgen.jacobian.calls import Call, CallMode, Path, mark_samples
+from ntkgen.jacobian.junctions import Entries, Junction, Meeting
+from ntkgen.jacobian.layers import Layer
+from ntkgen.jacobian.recording import Recording, Use
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What one weight expression of a junction does for one parameter.
+
+    Attributes:
+        path: The path of the weight expression.
+        layer: Name of the layer that it belongs to.
+        param: Name of the parameter.
+        entries: Which entries of the parameter it has; None if it is computed in another way.
+        is_matrix: Whether inputs and cotangents are recorded, or else rows are computed.
+    """
+
+    path: Path
+    layer: str
+    param: str
+    entries: Entries | None
+    is_matrix: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of one parameter in one junction of a batch, as the input of a rule."""
+
+    meeting: Meeting
+    param: Tensor
+    entries: Entries | None
+
+    def is_complex(self) -> bool:
+        """Say whether the weight is complex."""
+        return self.meeting.weight.is_complex()
+
+    def rows(self, grad: Tensor) -> Tensor:  # (samples, parameter), or (outputs, samples, parameter)
+        """Compute the rows of the parameter from the gradient of one output, or from those of several."""
+        return self.meeting.rows(self.param, self.entries, grad)
+
+
+def rows_of_part(_module: nn.Module, part: Any, grad: Tensor) -> Tensor:
+    """Compute rows as a rule does, from a `Part` in place of an input."""
+    rows: Tensor = part.rows(grad)
+    return rows
+
+
+@dataclass(frozen=True)
+class Following:
+    """The junctions of some parameters, in the order of their calls.
+
+    Attributes:
+        junctions: The junctions. None stands for one that no treated parameter needs.
+        marks: For each junction, what its weights do.
+        layers: The parameters as layers.
+    """
+
+    junctions: tuple[Junction | None, ...] = ()
+    marks: tuple[tuple[Mark, ...], ...] = ()
+    layers: tuple[Layer, ...] = ()
+    followed: frozenset[str] = frozenset()
+
+    def without(self, params: frozenset[str]) -> "Following":
+        """Leave some parameters out."""
+        marks = tuple(tuple(mark for mark in each if mark.param not in params) for each in self.marks)
+        junctions = tuple(junction if each else None for junction, each in zip(self.junctions, marks, strict=True))
+        layers = tuple(
+            layer for layer in self.layers if not params & {layer.full_name(param) for param in layer.params()}
+        )
+        return Following(junctions, marks, layers, self.followed)
+
+    def only(self, layers: Sequence[Layer]) -> "Following":
+        """Leave out the parameters of layers that are not among these."""
+        kept = {layer.name for layer in layers}
+        return self.without(
+            frozenset(
+                layer.full_name(param) for layer in self.layers if layer.name not in kept for param in layer.params()
+            )
+        )
+
+    @contextmanager
+    def recording(self, module: nn.Module, batch: Tensor, recording: Recording) -> Iterator[None]:
+        """Record the junctions of a forward pass. If they are not as planned, their layers are not recorded at all."""
+        if not self.layers:
+            yield
+            return
+        recorder = _Recorder(self, module, len(batch), recording)
+        mark_samples(batch)
+        with CallMode(identities(module, self.followed), recorder.join):
+            yield
+        recorder.finish()
+
+
+NO_JUNCTIONS = Following()
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """A junction of a pass, its call, and its result as the node that gradients are taken at."""
+
+    junction: Junction
+    call: Call
+    node: Tensor
+
+
+def uses_of(
+    marks: Sequence[Mark], joined: Joined, num_samples: int, count: int, params: Mapping[str, Tensor]
+) -> Iterator[tuple[Mark, Use]]:
+    """Make what the rules of a junction's layers take.
+
+    Args:
+        marks: What the weights of the junction do.
+        joined: The junction.
+        num_samples: Number of samples of the batch, with its padding.
+        count: Number of samples without the padding.
+        params: The parameters by name.
+    """
+    junction, call, node = joined.junction, joined.call, joined.node
+    meetings: dict[Path, Meeting] = {}
+    for mark in marks:
+        if mark.is_matrix:
+            assert mark.entries is not None
+            x = junction.inputs(call, num_samples)
+            kept = x[:count].detach()
+            kept = kept if mark.entries.scale == 1 else kept * mark.entries.scale
+            yield mark, Use(kept, node, x.requires_grad, (x.shape, node.shape))
+        else:
+            meeting = meetings.setdefault(mark.path, Meeting(junction, call, mark.path, node.ndim, num_samples, count))
+            part = Part(meeting, params[mark.param], mark.entries)
+            has_samples = junction.axes[mark.path] is not None
+            shape = node.shape if has_samples else torch.Size((num_samples, *meeting.weight.shape))
+            yield mark, Use(part, node, passes_back=True, shapes=(shape, node.shape))
+
+
+class _Recorder:
+    def __init__(self, plan: Following, module: nn.Module, num_samples: int, recording: Recording) -> None:
+        self._plan, self._num_samples, self._recording = plan, num_samples, recording
+        self._params = dict(module.named_parameters())
+        self._number, self._is_as_planned = 0, True
+        self._uses: dict[str, list[Any]] = {layer.name: [] for layer in plan.layers}
+
+    def join(self, call: Call) -> Any:
+        number, self._number = self._number, self._number + 1
+        result = call.function(*call.args, **call.kwargs)
+        if number >= len(self._plan.junctions):
+            self._is_as_planned = False
+            return result
+        junction = self._plan.junctions[number]
+        if junction is None or not self._is_as_planned:
+            return result
+        if not (junction.accepts(call) and isinstance(result, Tensor) and result.requires_grad):
+            self._is_as_planned = False
+            return result
+        n, count = self._num_samples, self._recording.count
+        try:
+            node = junction.node(result, n)
+        except (RuntimeError, IndexError):
+            self._is_as_planned = False
+            return result
+        for mark, use in uses_of(self._plan.marks[number], Joined(junction, call, node), n, count, self._params):
+            self._uses[mark.layer].append(use)
+        return junction.unchanged(node).clone()
+
+    def finish(self) -> None:
+        """Add the uses to the recording, if every junction was as planned."""
+        if self._is_as_planned and self._number == len(self._plan.junctions):
+            self._recording.uses.update({name: uses for name, uses in self._uses.items() if uses})
+
+
+def identities(module: nn.Module, names: frozenset[str]) -> dict[int, str]:
+    """Map the identity of each named parameter to its name, for `CallMode`."""
+    return {id(param): name for name, param in module.named_parameters() if name in names}
