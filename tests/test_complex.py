@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 import ntkgen
-from ntkgen.errors import InputError, ModelError
+from ntkgen.errors import InputError
 from ntkgen.jacobian.layers import RULES, LayerRule
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.operator import PUSHES
@@ -299,11 +299,17 @@ def complex_outputs_of_tokens():
 
 
 @pytest.mark.parametrize("entry", [ntkgen.ntk, ntkgen.reference_ntk, ntkgen.NTKOperator])
-def test_complex_outputs_are_refused(entry):
-    with pytest.raises(ModelError, match="returns complex numbers"):
-        entry(complex_outputs(), noise(2, 3))
-    with pytest.raises(ModelError, match="returns complex numbers"):
-        entry(complex_outputs_of_tokens(), torch.tensor([[1], [2]]))
+@pytest.mark.parametrize(
+    ("network", "x"), [(complex_outputs, noise(2, 3)), (complex_outputs_of_tokens, torch.tensor([[1], [2]]))]
+)
+def test_a_complex_output_is_two_real_ones(entry, network, x):
+    model = network()
+    as_real = nn.Sequential(model, Call(lambda self, z: torch.view_as_real(z).flatten(1)))
+    kernels = [entry(each, x) for each in (model, as_real)]
+    if entry is ntkgen.NTKOperator:
+        kernels = [operator @ torch.eye(8, dtype=torch.float64) for operator in kernels]
+    assert kernels[0].shape == (8, 8)
+    torch.testing.assert_close(*kernels)
 
 
 def test_complex_vectors_and_transforms_are_refused():

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.following import NO_JUNCTIONS
@@ -26,6 +28,8 @@ def _recording_hooks(layers: dict[str, nn.Module], recording: Recording) -> Iter
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             x = args[0] if args else next(iter(kwargs.values()), None)
             if not (isinstance(x, Tensor) and isinstance(output, Tensor) and output.requires_grad):
+                return None
+            if torch._C._functorch.is_functorch_wrapped_tensor(output):  # inside a transform it has no gradient outside
                 return None
             use = Use(x.detach()[: recording.count], output, x.requires_grad, (x.shape, output.shape))
             recording.uses.setdefault(name, []).append(use)
@@ -60,6 +64,19 @@ def record(
     with _recording_hooks(layers, recording), watch(module, batch, recording):
         recording.outputs = outputs_of(module, batch)
     return recording
+
+
+class CountedNumbers(TorchDispatchMode):
+    """Counts the numbers of all tensors that operations compute. A graph keeps at most as many."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(part.numel() for part in tree_leaves(result) if isinstance(part, Tensor))
+        return result
 
 
 def cotangents(recording: Recording) -> Iterator[dict[str, list[Tensor]]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ntkgen.alone import alone
 from ntkgen.blocks import Block, block_pairs
 from ntkgen.errors import RuleError, UnknownNameError
-from ntkgen.jacobian.batches import ArrayLike, checked_batches
+from ntkgen.jacobian.adapter import Function, Given, Target
 from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
@@ -20,8 +20,10 @@ from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, more_excluded
 from ntkgen.jacobian.outputs import prepare_mapped
-from ntkgen.jacobian.precision import exact_arithmetic
+from ntkgen.jacobian.precision import exact_arithmetic, precision_of
 from ntkgen.jacobian.probe import in_turns
+from ntkgen.jacobian.samples import Batch
+from ntkgen.jacobian.selection import Select
 
 # Maximum bytes of the factors of a block. Two blocks are in memory at a time.
 BLOCK_BYTES = 4 << 30
@@ -32,13 +34,16 @@ BATCH_SIZE = 32
 SMALL_BATCH_SIZE, SMALL_GRAPH = 64, 1 << 15
 
 
-def ntk(
+def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers know them
     model: nn.Module,
-    x1: ArrayLike,  # (n₁, …)
-    x2: ArrayLike | None = None,  # (n₂, …)
+    x1: Batch,  # (n₁, …)
+    x2: Batch | None = None,  # (n₂, …)
     *,
+    function: Function | Sequence[Function] | None = None,
+    select: Select | None = None,
+    params: str | Sequence[str] | None = None,
     output: str = "full",
-    precision: str = "float32",
+    precision: str | None = None,
     orders: Sequence[Order] = (),
 ) -> Tensor:  # (n₁ m, n₂ m)
     """Compute the empirical neural tangent kernel of two batches, K = J₁ J₂ᵀ, exact up to rounding.
@@ -48,14 +53,21 @@ def ntk(
     never changed. The copy is in evaluation mode. The result is on the module's device.
 
     Args:
-        model: Any module that maps (samples, …) to (samples, outputs) and treats samples one by one.
-        x1: The samples of the rows: a tensor, a NumPy array or nested lists of numbers.
+        model: Any module that treats samples one by one. Its outputs are a tensor with the samples as first axis, or
+            have one that ``select`` takes.
+        x1: The samples of the rows: a tensor, a NumPy array or nested lists of numbers. A tuple of tensors or arrays
+            holds several positional arguments of the network, and a dictionary holds keyword arguments. The first axis
+            of each is that of the samples. A list is always one tensor, and its items are the samples.
         x2: The samples of the columns. By default these are the samples of the rows.
+        function: A function of the module and a batch, in place of the network's own outputs, such as the residual of
+            a differential equation. The outputs of several functions are joined.
+        select: The outputs: text such as ``logits`` or ``logits[:, -1, [5, 7]]``, or a function of the result.
+        params: Patterns of names of parameters, such as ``head.*`` or ``!*embed*``. By default all trainable ones.
         output: The output map (`ntkgen.jacobian.outputs.output_map`). ``full``, ``sum``, ``centered`` (m - 1 contrasts)
             and ``index:K`` choose the outputs that are differentiated. ``trace`` and ``diagonal`` reduce each m × m
             block. The shape of the result is then (n₁, n₂) for ``trace`` and (m, n₁, n₂) for ``diagonal``.
         precision: The precision of the computation: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or
-            ``bfloat16``.
+            ``bfloat16``. By default it is float64 for a network of float64 parameters, and otherwise float32.
         orders: One order of multiplication per layer with a weight matrix. By default the fastest order is chosen.
 
     References:
@@ -75,11 +87,15 @@ def ntk(
             [ 7., 10.]])
     """
     _check_orders(orders)
-    rows, columns = checked_batches(x1, x2)
-    request = Request(output, precision, tuple(orders))
+    request = Request(output, precision_of(model, precision), tuple(orders))
+    given = Given.of(model, x1, x2, Target.of(function, select, params))
+    return given.attempt(lambda given: _ntk(given, request))
+
+
+def _ntk(given: Given, request: "Request") -> Tensor:
     while True:
         try:
-            return compute_ntk(plan_ntk(model, rows, columns, request))
+            return compute_ntk(plan_ntk(given.model, given.rows, given.columns, request))
         except RuleError as error:  # a rule does not hold for some batch: begin again without this rule
             request = dataclasses.replace(request, excluded=more_excluded(request.excluded, error))
 

@@ -22,6 +22,17 @@ MAX_SHARED_PARTS = 1000
 Memo = dict[int, Any]
 
 
+class OutputFormError(ModelError):
+    """The outputs of a network are no matrix of real numbers. An adapter may make one from them."""
+
+
+class PreparedCopy(nn.Module):
+    """A module that changes its own evaluation copies."""
+
+    def prepare_copy(self) -> None:
+        """Change a copy, which is in evaluation mode and has its dtype."""
+
+
 def outputs_of(module: nn.Module, batch: Tensor) -> Tensor:
     """Call a network on a clone of a batch. Every call of a network uses this function, or clones the batch too.
 
@@ -70,7 +81,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
     """
     require_plain_module(model)
     with torch.inference_mode(mode=False):
-        module = _not_compiled(_copied(model))
+        module = not_compiled(_copied(model))
         _into_evaluation_mode(module)
         _cast(module, dtype, device)
         for child in module.modules():
@@ -78,10 +89,12 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
                 child.sparse = False  # the same function; sparse gradients have no second derivative
         for param in module.parameters():  # bits must not depend on a channels-last format
             param.data = param.data.resolve_conj().contiguous()
+        if isinstance(module, PreparedCopy):
+            module.prepare_copy()
     return module
 
 
-def _not_compiled(module: nn.Module) -> nn.Module:
+def not_compiled(module: nn.Module) -> nn.Module:
     """Replace wrappers of torch.compile by their modules, which compute the same and whose layers have hooks."""
     for child in list(module.modules()):
         for name, part in child._modules.items():
@@ -122,14 +135,20 @@ def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None) ->
     module._apply(cast)
 
 
-def require_real_outputs(outputs: object) -> None:
-    """Refuse a network whose outputs are complex.
+def require_matrix(outputs: object, count: int) -> None:
+    """Refuse outputs that are not (samples, outputs), or are complex.
 
     Raises:
-        ModelError: If the outputs are complex.
+        OutputFormError: If they are no matrix of real numbers.
     """
-    if isinstance(outputs, Tensor) and outputs.is_complex():
-        raise ModelError(
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != count:
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise OutputFormError(
+            f"The network must return one row per sample, ({count}, outputs), and returned {found}. Is a "
+            "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
+        )
+    if outputs.is_complex():
+        raise OutputFormError(
             f"The network returns complex numbers, {outputs.dtype}: expected real ones, because kernels of "
             "complex outputs are not supported. Is a real part or an absolute value missing at the end? Wrap it in a "
             "module that returns torch.view_as_real(outputs).flatten(1), which has two real outputs for each."
@@ -228,7 +247,7 @@ def _copied(model: nn.Module) -> nn.Module:
         with _DetachedCopies():
             module, memo = _deepcopied(model)
             binding = _Binding(memo)
-            for child in module.modules():
+            for child in (module, *module.modules()):
                 binding.bind_items(vars(child))
     except Exception as error:  # parts of a network may raise any error
         raise ModelError(

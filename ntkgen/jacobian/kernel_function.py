@@ -1,7 +1,7 @@
 """The kernel of fixed samples as a function of a network's parameters: `ntkgen.KernelFunction`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ntkgen.blocks import Block
 from ntkgen.errors import InputError, RuleError
+from ntkgen.jacobian.adapter import Function, Given, Target
 from ntkgen.jacobian.attributes import attributes_of, first_difference, without
-from ntkgen.jacobian.batches import ArrayLike, checked_batches
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.contract import fill_kernel, fill_kernels
 from ntkgen.jacobian.cost import JacobianPlan
@@ -20,10 +20,12 @@ from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly
 from ntkgen.jacobian.network import Network, more_excluded
 from ntkgen.jacobian.outputs import prepare_mapped
-from ntkgen.jacobian.precision import exact_arithmetic
+from ntkgen.jacobian.precision import exact_arithmetic, precision_of
 from ntkgen.jacobian.probe import in_turns
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import trainable
+from ntkgen.jacobian.samples import Batch
+from ntkgen.jacobian.selection import Select
 from ntkgen.jacobian.state import StateLoader
 
 # Maximum number of blocks whose factors are held at a time. A kernel with no more blocks reuses their memory.
@@ -47,9 +49,12 @@ class KernelFunction:
     parameters therefore give equal bits in every process on one machine.
 
     Args:
-        model: The network. It must map (samples, …) to (samples, outputs) and treat samples one by one.
-        x1: The samples of the rows.
+        model: The network. It must treat samples one by one.
+        x1: The samples of the rows, as for `ntkgen.ntk`.
         x2: The samples of the columns. By default these are the samples of the rows.
+        function: A function of the module and a batch, or several, as for `ntkgen.ntk`.
+        select: The outputs, as for `ntkgen.ntk`.
+        params: Patterns of names of parameters, as for `ntkgen.ntk`.
         output: The output map, as for `ntkgen.ntk`.
         precision: The precision of the computation, as for `ntkgen.ntk`.
         per_layer: Whether a call returns a dictionary with one kernel per module that has parameters. Their sum is the
@@ -69,21 +74,35 @@ class KernelFunction:
             [ 7., 10.]])
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the keywords of `ntkgen.ntk`
         self,
         model: nn.Module,
-        x1: ArrayLike,  # (n₁, …)
-        x2: ArrayLike | None = None,  # (n₂, …)
+        x1: Batch,  # (n₁, …)
+        x2: Batch | None = None,  # (n₂, …)
         *,
+        function: Function | Sequence[Function] | None = None,
+        select: Select | None = None,
+        params: str | Sequence[str] | None = None,
         output: str = "full",
-        precision: str = "float32",
+        precision: str | None = None,
         per_layer: bool = False,
     ) -> None:
-        rows, columns = checked_batches(x1, x2)
+        given = Given.of(model, x1, x2, Target.of(function, select, params))
         before = attributes_of(model)
-        asked = Request(output, precision)
+        asked = Request(output, precision_of(model, precision))
+        given.attempt(lambda given: self._try_all(given, asked))
+        trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
+        self._loader = StateLoader(self._network.module, trained)
+        # What a forward pass itself changes, such as a counter, is no part of the architecture.
+        after = attributes_of(self._network.module)
+        self._changing = {key: value for key, value in before.items() if after.get(key) != value}
+        self._attributes = without(before, self._changing)
+        self._groups = parameter_groups(self._network, self._plan) if per_layer else None
+
+    def _try_all(self, given: Given, asked: Request) -> None:
+        """Prepare the network, and compare the gradients of every batch with autograd."""
         while True:
-            self._prepare(model, rows, columns, asked)
+            self._prepare(given.model, given.rows, given.columns, asked)
             try:
                 with exact_arithmetic(self._network.device):
                     for block in dict.fromkeys([*self._rows, *self._columns]):
@@ -91,12 +110,6 @@ class KernelFunction:
                 break
             except RuleError as error:
                 asked = dataclasses.replace(asked, excluded=more_excluded(asked.excluded, error))
-        self._loader = StateLoader(self._network.module)
-        # What a forward pass itself changes, such as a counter, is no part of the architecture.
-        after = attributes_of(self._network.module)
-        self._changing = {key: value for key, value in before.items() if after.get(key) != value}
-        self._attributes = without(before, self._changing)
-        self._groups = parameter_groups(self._network, self._plan) if per_layer else None
 
     def _prepare(self, model: nn.Module, x1: Tensor, x2: Tensor | None, asked: Request) -> None:
         """Copy the network, and plan with the largest blocks."""

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError, RuleError, ShapeError
-from ntkgen.jacobian.capture import record
+from ntkgen.jacobian.capture import CountedNumbers, record
 from ntkgen.jacobian.cost import LayerShape, NetworkProfile
 from ntkgen.jacobian.coverage import draw_directions
 from ntkgen.jacobian.evaluation import (
@@ -237,10 +238,14 @@ def _record_one(
         return tensor
 
     params = {param.untyped_storage().data_ptr() for param in module.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), explained_errors(sample):
-        modules = {layer.name: layer.module for layer in layers if layer.owner is None}
+    modules = {layer.name: layer.module for layer in layers if layer.owner is None}
+    with suppress(Exception):  # transforms of torch.func refuse such hooks
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            recording = record(module, modules, sample, watch=following.recording)
+        return recording, sum(count for address, count in saved.items() if address not in params)
+    with explained_errors(sample), CountedNumbers() as made:
         recording = record(module, modules, sample, watch=following.recording)
-    return recording, sum(count for address, count in saved.items() if address not in params)
+    return recording, made.count
 
 
 def _windows(layers: tuple[Layer, ...], recording: Recording) -> dict[str, Windows]:

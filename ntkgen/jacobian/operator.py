@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
-from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_vectors
+from ntkgen.jacobian.adapter import Function, Given, Target
+from ntkgen.jacobian.batches import checked_vectors
 from ntkgen.jacobian.evaluation import as_input, require_plain_module, without_kept_graphs
 from ntkgen.jacobian.independence import has_own_gradients
 from ntkgen.jacobian.modes import (
@@ -23,9 +24,11 @@ from ntkgen.jacobian.modes import (
     is_symmetric,
     trainable_parameters,
 )
-from ntkgen.jacobian.network import prepare
+from ntkgen.jacobian.network import Network, prepare
 from ntkgen.jacobian.precision import exact_arithmetic, policy
 from ntkgen.jacobian.probe import in_turns
+from ntkgen.jacobian.samples import Batch
+from ntkgen.jacobian.selection import Select
 from ntkgen.progress import Report, Step, counter, ignore_report
 
 if TYPE_CHECKING:
@@ -65,12 +68,15 @@ class NTKOperator:
     tensor([6., 7.], dtype=torch.float64)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the keywords of `ntkgen.ntk`
         self,
         model: nn.Module,
-        x1: ArrayLike,  # (n₁, …)
-        x2: ArrayLike | None = None,  # (n₂, …)
+        x1: Batch,  # (n₁, …)
+        x2: Batch | None = None,  # (n₂, …)
         *,
+        function: Function | Sequence[Function] | None = None,
+        select: Select | None = None,
+        params: str | Sequence[str] | None = None,
         precision: str = "float64",
         batch_size: int = BATCH_SIZE,
         transform: Tensor | npt.NDArray[Any] | None = None,  # (outputs, logits)
@@ -78,9 +84,12 @@ class NTKOperator:
         """Prepare a network. No entry of its kernel is computed.
 
         Args:
-            model: Any module that maps (samples, …) to (samples, logits) and treats samples one by one.
-            x1: The samples of the rows.
+            model: Any module that treats samples one by one.
+            x1: The samples of the rows, as for `ntkgen.ntk`.
             x2: The samples of the columns. By default these are the samples of the rows.
+            function: A function of the module and a batch, or several, as for `ntkgen.ntk`.
+            select: The outputs, as for `ntkgen.ntk`.
+            params: Patterns of names of parameters, as for `ntkgen.ntk`.
             precision: The dtype of network and products, ``float32`` or ``float64``.
             batch_size: Samples in one pass.
             transform: A matrix A. The kernel is then that of A f(x), with one output per row of A.
@@ -91,13 +100,14 @@ class NTKOperator:
             ModelError: If the kernel of this network is not defined.
             UnknownNameError: If the precision has an unknown name.
         """
-        rows, columns = checked_batches(x1, x2)
+        given = Given.of(model, x1, x2, Target.of(function, select, params))
         require_plain_module(model)
         if precision not in PRECISIONS:
             raise UnknownNameError("precision of an operator", precision, PRECISIONS)
         if batch_size < 1:
             raise InputError(f"The batch size must be at least 1, and is {batch_size}. Pass a positive number.")
-        network = prepare(model, in_turns(rows, columns), policy(precision), _device(model, precision))
+        network, given = given.attempt(lambda given: (_prepared(given, precision), given))
+        rows, columns = given.rows, given.columns
         self.dtype, self.device = network.precision.compute_dtype, network.device
         self._module, self._num_params = network.module, network.profile.num_params
         self._transform = None if transform is None else self._floats(transform)
@@ -280,6 +290,11 @@ def _in_numpy(product: Callable[[Tensor], Tensor], values: npt.NDArray[Any]) -> 
     """Apply a product of tensors to an array."""
     array: npt.NDArray[Any] = product(checked_vectors(values)).cpu().numpy()
     return array
+
+
+def _prepared(given: Given, precision: str) -> Network:
+    samples = in_turns(given.rows, given.columns)
+    return prepare(given.model, samples, policy(precision), _device(given.model, precision))
 
 
 def _device(model: nn.Module, precision: str) -> torch.device:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.alone import alone
@@ -47,6 +47,18 @@ def policy(name: str) -> Precision:
     if name not in POLICIES:
         raise UnknownNameError("precision", name, POLICIES)
     return POLICIES[name]
+
+
+def precision_of(model: object, precision: str | None) -> str:
+    """Choose the precision: the given one, or float64 for a network of float64 parameters, and otherwise float32.
+
+    >>> precision_of(nn.Linear(2, 1).double(), None), precision_of(nn.Linear(2, 1), None)
+    ('float64', 'float32')
+    """
+    if precision is not None or not isinstance(model, nn.Module):
+        return precision or "float32"
+    dtypes = {param.dtype for param in model.parameters() if param.is_floating_point() or param.is_complex()}
+    return "float64" if dtypes and dtypes <= {torch.float64, torch.complex128} else "float32"
 
 
 def check_device(precision: Precision, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from ntkgen.jacobian.coverage import (
     hold_against_autograd,
     rows_product,
 )
-from ntkgen.jacobian.evaluation import as_input, require_real_outputs
+from ntkgen.jacobian.evaluation import as_input, require_matrix
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.junction_search import JunctionSearch
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
@@ -94,6 +94,7 @@ def _compared(module: nn.Module, samples: Tensor, layers: tuple[Layer, ...], fol
 
     Raises:
         NotInThisDtypeError: If the network raises an error or returns another dtype.
+        ModelError: If its outputs depend on the batch, or on the call.
     """
     search = JunctionSearch(module, frozenset(followed))
     try:
@@ -111,7 +112,11 @@ def _compared(module: nn.Module, samples: Tensor, layers: tuple[Layer, ...], fol
     others = samples if first is None else samples[1:]
     outputs = [_called(module, (), sample[None]).outputs for sample in others]
     alone = torch.cat(outputs if first is None else [first.outputs, *outputs])
-    require_same_outputs(in_batch, alone.detach(), len(samples))
+    try:
+        require_same_outputs(in_batch, alone.detach(), len(samples))
+    except ModelError:
+        _require_repeatable(in_batch, _called(module, (), samples).outputs.detach())
+        raise
     params = {name: value for name, value in module.named_parameters() if value.requires_grad}
     findings = hold_against_autograd(alone, weights, params, claims, TOLERANCES[alone.dtype])
     wrong = findings.disproved | failed
@@ -130,13 +135,7 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: 
         modules = {layer.name: layer.module for layer in layers}
         recording = record(module, modules, samples, watch=watch or NO_JUNCTIONS.recording)
     outputs = recording.outputs
-    if not isinstance(outputs, Tensor) or outputs.ndim != 2 or len(outputs) != len(samples):
-        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        raise ModelError(
-            f"The network must return one row per sample, ({len(samples)}, outputs), and returned {found}. Is a "
-            "flatten missing, or does it return several values? Wrap it in a module that returns one such tensor."
-        )
-    require_real_outputs(outputs)
+    require_matrix(outputs, len(samples))
     if outputs.dtype != samples.dtype and samples.is_floating_point():
         raise NotInThisDtypeError(
             f"The network returns {outputs.dtype} where its parameters and samples are {samples.dtype}: its forward "
@@ -157,9 +156,12 @@ def explained_errors(samples: Tensor) -> Iterator[None]:
 
     Raises:
         NotInThisDtypeError: If the network raises an error.
+        ModelError: If an adapter does. It explains itself.
     """
     try:
         yield
+    except ModelError:
+        raise
     except Exception as error:
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if "dtype" in text or "same type" in text or "Float" in text or "Double" in text:
@@ -168,6 +170,8 @@ def explained_errors(samples: Tensor) -> Iterator[None]:
                 f"Does it run only in {other}, because of a cast in its forward pass or a tensor that is not a buffer? "
                 f"Choose the precision {other}, or remove the cast and use register_buffer."
             )
+            if not samples.is_floating_point():
+                cause = "Does the network need floating-point numbers instead of integers? Convert them, as x.float()."
         else:
             cause = "Does the network expect another size, number of channels or dtype? Pass samples that it accepts."
         raise NotInThisDtypeError(
@@ -194,6 +198,21 @@ def require_same_outputs(
             f"outputs in every batch up to rounding, found that they differ by {difference:.1e} between a batch of "
             f"{batch_size} and another one (largest output {scale:.1e}). Does a layer use batch statistics or "
             "randomness? Replace it by one that treats samples one by one."
+        )
+
+
+def _require_repeatable(outputs: Tensor, again: Tensor) -> None:
+    """Refuse a network that returns other outputs for the same batch.
+
+    Raises:
+        ModelError: If they differ by more than rounding explains.
+    """
+    difference = float((outputs - again).abs().max())
+    if not difference <= OUTPUT_TOLERANCES[outputs.dtype] * max(float(outputs.abs().max()), 1e-30):
+        raise ModelError(
+            "The network's outputs change between two calls with the same samples: expected equal ones up to rounding, "
+            f"found a difference of {difference:.1e}. Does it draw random numbers in evaluation mode, or count its "
+            "calls? Remove that, or draw the numbers beforehand and pass them with the samples."
         )
 
 

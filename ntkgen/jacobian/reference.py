@@ -9,16 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ntkgen.jacobian.batches import ArrayLike, checked_batches
+from ntkgen.jacobian.adapter import Function, Given, Target
 from ntkgen.jacobian.evaluation import (
     as_input,
     evaluation_copy,
     outputs_of,
+    require_matrix,
     require_own_parameters,
-    require_real_outputs,
 )
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.jacobian.reals import count_real_numbers, real_numbers
+from ntkgen.jacobian.samples import Batch
+from ntkgen.jacobian.selection import Select
 
 # Maximum bytes of Jacobian rows at a time. The whole Jacobian of a large network never needs to fit in memory.
 MAX_JACOBIAN_BYTES = 1 << 30
@@ -85,32 +87,41 @@ def _groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str
         yield group
 
 
-def reference_ntk(
+def reference_ntk(  # noqa: PLR0913 - the keywords of `ntkgen.ntk`
     model: nn.Module,
-    x1: ArrayLike,  # (n₁, …)
-    x2: ArrayLike | None = None,  # (n₂, …)
+    x1: Batch,  # (n₁, …)
+    x2: Batch | None = None,  # (n₂, …)
     *,
+    function: Function | Sequence[Function] | None = None,
+    select: Select | None = None,
+    params: str | Sequence[str] | None = None,
     max_bytes: int = MAX_JACOBIAN_BYTES,
 ) -> Tensor:  # (n₁ m, n₂ m), float64, on the CPU
     """Compute the kernel of two batches in float64, K = Σ_p J₁ₚ J₂ₚᵀ over groups of parameters p.
 
+    The arguments are those of `ntkgen.ntk`.
+
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4.
     """
-    rows_of, columns_of = checked_batches(x1, x2)
+    given = Given.of(model, x1, x2, Target.of(function, select, params))
+    return given.attempt(lambda given: _reference(given, max_bytes))
+
+
+def _reference(given: Given, max_bytes: int) -> Tensor:
     device = torch.device("cpu")  # MPS has no float64
-    module = evaluation_copy(model, torch.float64, device)
-    left = as_input(rows_of, torch.float64, device)
-    right = left if columns_of is None else as_input(columns_of, torch.float64, device)
-    samples = len(left) + (0 if columns_of is None else len(right))
+    module = evaluation_copy(given.model, torch.float64, device)
+    left = as_input(given.rows, torch.float64, device)
+    right = left if given.columns is None else as_input(given.columns, torch.float64, device)
+    samples = len(left) + (0 if given.columns is None else len(right))
     with exact_arithmetic(device):
         outputs = outputs_of(module, left[:1])
-        require_real_outputs(outputs)
-        require_own_parameters(outputs, model)
+        require_matrix(outputs, 1)
+        require_own_parameters(outputs, given.model)
         num_outputs = outputs.shape[1]
         kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64, device=device)
         for group in _groups(trainable(module), max_bytes // (8 * samples * num_outputs)):
             rows = jacobian_rows(module, group, left).flatten(0, 1)
-            columns = rows if columns_of is None else jacobian_rows(module, group, right).flatten(0, 1)
+            columns = rows if given.columns is None else jacobian_rows(module, group, right).flatten(0, 1)
             kernel.addmm_(rows, columns.T)
     return kernel

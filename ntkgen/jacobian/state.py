@@ -22,9 +22,11 @@ class StateLoader:
 
     Args:
         module: Our copy, whose parameters and buffers are written.
+        trained: Whether each parameter of the original is trainable. Our copy may have fewer trainable ones.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, trained: Mapping[str, bool] | None = None) -> None:
+        self._trained = None if trained is None else {_plain(name): is_trained for name, is_trained in trained.items()}
         self._params = dict(module.named_parameters(remove_duplicate=False))
         self._buffers = dict(module.named_buffers(remove_duplicate=False))
         self._parts_with_extra_state = dict(_parts_with_extra_state(module))
@@ -72,7 +74,8 @@ class StateLoader:
 
     def _require_same_trained(self, source: nn.Module) -> None:
         params = ((_plain(name), param) for name, param in source.named_parameters(remove_duplicate=False))
-        changed = [name for name, param in params if param.requires_grad != self._params[name].requires_grad]
+        known = self._trained or {name: param.requires_grad for name, param in self._params.items()}
+        changed = [name for name, param in params if param.requires_grad != known[name]]
         if changed:
             raise InputError(
                 f"The network trains other parameters than before: requires_grad of {_first(changed)} has changed. The "
