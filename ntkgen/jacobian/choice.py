@@ -21,9 +21,22 @@ from ntkgen.jacobian.cost import (
     pass_macs,
 )
 
+# Time of the calls for one group of a layer in a product of two blocks, in nanoseconds.
+GROUP_CALLS = 100_000
+# Maximum size of the rows that are kept of a layer with several groups, relative to its factors.
+GROUPED_ROWS = 16
+
 
 def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rates: Rates, reduction: Reduction) -> int:
     """Estimate the time of one layer for one pair of samples, from its multiply-adds and its memory accesses."""
+    groups = plan.shape.groups
+    calls = 0 if plan.keeps_rows or groups == 1 else GROUP_CALLS * groups // block_samples**2
+    return calls + _arithmetic_nanoseconds(plan, num_outputs, block_samples, rates, reduction)
+
+
+def _arithmetic_nanoseconds(
+    plan: LayerPlan, num_outputs: int, block_samples: int, rates: Rates, reduction: Reduction
+) -> int:
     shape, m = plan.shape, num_outputs
     q, t, c = shape.groups, shape.positions, shape.channels
     products = block_products(m, reduction)
@@ -40,10 +53,16 @@ def order_nanoseconds(plan: LayerPlan, num_outputs: int, block_samples: int, rat
 
 
 def candidates(shape: LayerShape, num_outputs: int, reduction: Reduction) -> Iterator[LayerPlan]:
-    """List the ways to contract a layer. Its rows are kept if they are not larger than its factors."""
+    """List the ways to contract a layer.
+
+    Its rows are kept if they are not larger than its factors. Those of a layer with many groups, such as a depthwise
+    convolution, may be kept too if they are not much larger, because all groups are then multiplied at once.
+    """
     explicit = LayerPlan(shape, "explicit", keeps_rows=False)
-    keeps_rows = num_outputs * shape.num_params <= factor_numbers(explicit, num_outputs)
-    yield LayerPlan(shape, "explicit", keeps_rows=keeps_rows)
+    rows, factors = num_outputs * shape.num_params, factor_numbers(explicit, num_outputs)
+    yield LayerPlan(shape, "explicit", keeps_rows=rows <= factors)
+    if shape.groups > 1 and factors < rows <= GROUPED_ROWS * factors:
+        yield LayerPlan(shape, "explicit", keeps_rows=True)
     for order in ORDERS[1:]:
         if order == "ordered" and reduction != "none":
             continue  # H has m outputs, while gram needs a single product

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,19 @@ from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import fill_kernel
-from ntkgen.jacobian.cost import ORDERS, JacobianPlan, Order, factor_macs, product_macs, sizes_for
+from ntkgen.jacobian.cost import (
+    ORDERS,
+    JacobianPlan,
+    NetworkProfile,
+    Order,
+    Reduction,
+    factor_macs,
+    product_macs,
+    sizes_for,
+)
 from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.joint import BATCH_SIZE as JOINT_BATCH
+from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, more_excluded
 from ntkgen.jacobian.outputs import prepare_mapped
@@ -32,6 +44,8 @@ BATCH_SIZE = 32
 # The same for a network whose graph keeps at most `SMALL_GRAPH` numbers per sample. Most of its time is the overhead of
 # calls. For a LeNet and 128 samples, batches of 64 make the kernel and the proof of its batches quicker.
 SMALL_BATCH_SIZE, SMALL_GRAPH = 64, 1 << 15
+# Maximum number of numbers that the passes of a batch keep for all outputs, if these are differentiated at once.
+JOINT_NUMBERS = 1 << 24
 
 
 def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers know them
@@ -119,6 +133,7 @@ class DensePlan:
     x: Tensor  # the samples of the rows, then the samples of the columns
     rows: list[Block]
     columns: list[Block]
+    is_joint: bool  # whether the factors of all outputs are computed at once
 
     @property
     def macs(self) -> int:
@@ -144,6 +159,20 @@ def plan_ntk(
         asked: What is computed, and how.
     """
     network, chosen = prepare_mapped(model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded)
+    x = x1 if x2 is None else torch.cat([x1, x2])
+    longest = max(len(x1), len(x) - len(x1))
+    is_joint = not asked.orders and is_small(network.profile, longest)
+    jointly = partial(plan_jointly, network, precision=asked.precision, reduction=chosen.reduction)
+    jacobian = plan_blocks(jointly if is_joint else _planner(network, asked, chosen.reduction), longest)
+    network = join_biases(network, jacobian) if is_joint else network
+    size = jacobian.sizes.block_samples
+    rows = Block(0, len(x1)).pieces(size)
+    columns = rows if x2 is None else Block(len(x1), len(x)).pieces(size)
+    return DensePlan(network, jacobian, x, rows, columns, is_joint=is_joint)
+
+
+def _planner(network: Network, asked: Request, reduction: Reduction) -> Callable[[int], JacobianPlan]:
+    """Return the function that plans for a number of samples per block, from the speed of the device."""
     with alone():  # other threads would disturb the measurement
         rates = rates_of(network.device, asked.precision)
 
@@ -154,15 +183,11 @@ def plan_ntk(
             sizes_for(network.device.type, block, batch_size),
             precision=asked.precision,
             rates=rates,
-            reduction=chosen.reduction,
+            reduction=reduction,
             orders=asked.orders,
         )
 
-    x = x1 if x2 is None else torch.cat([x1, x2])
-    jacobian = plan_blocks(planned, max(len(x1), len(x) - len(x1)))
-    size = jacobian.sizes.block_samples
-    rows = Block(0, len(x1)).pieces(size)
-    return DensePlan(network, jacobian, x, rows, rows if x2 is None else Block(len(x1), len(x)).pieces(size))
+    return planned
 
 
 def plan_blocks(planned: Callable[[int], JacobianPlan], longest: int) -> JacobianPlan:
@@ -182,10 +207,19 @@ def compute_ntk(plan: DensePlan) -> Tensor:
     """Compute a planned kernel."""
 
     def factors(block: Block) -> BlockFactors:
-        return compute_factors(plan.network, plan.jacobian, plan.x[block.start : block.stop])
+        x = plan.x[block.start : block.stop]
+        if plan.is_joint:
+            return JointFactors(plan.network, plan.jacobian, len(block))(x, prove=True)
+        return compute_factors(plan.network, plan.jacobian, x)
 
     with exact_arithmetic(plan.network.device):
         return fill_kernel(plan.rows, plan.columns, BlockCache(factors, capacity=2), plan.jacobian)
+
+
+def is_small(profile: NetworkProfile, samples: int) -> bool:
+    """Say whether the factors of all outputs are computed at once, which takes fewer calls and more memory."""
+    per_sample = profile.num_outputs * profile.activation_numbers
+    return not profile.fallback and per_sample * min(samples, JOINT_BATCH) <= JOINT_NUMBERS
 
 
 def batch_size_for(activation_numbers: int) -> int:

@@ -80,6 +80,11 @@ class Following:
         )
         return Following(junctions, marks, layers, self.followed)
 
+    @property
+    def treated(self) -> frozenset[str]:
+        """The parameters whose junctions are recorded."""
+        return frozenset(layer.full_name(param) for layer in self.layers for param in layer.params())
+
     def only(self, layers: Sequence[Layer]) -> "Following":
         """Leave out the parameters of layers that are not among these."""
         kept = {layer.name for layer in layers}

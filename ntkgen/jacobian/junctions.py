@@ -20,6 +20,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional as F
 
 from ntkgen.jacobian.calls import Call, Path
+from ntkgen.jacobian.layers import table_rows
 
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MUL = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
@@ -301,28 +302,51 @@ class Meeting:
         return grad.ndim - self.node_ndim
 
     def _simple(self, grad: Tensor) -> Tensor | None:
-        """Compute the rows of a sum or a product with a weight that has no axis of samples."""
-        junction, weight = self.junction, self.weight
-        if junction.axes[self.path] is not None or junction.result.is_merged:
+        """Compute the rows of a sum, a product or a table, without differentiating; None for another function."""
+        junction, call = self.junction, self.call
+        if junction.axes[self.path] is not None:
             return None
-        values, is_bias = grad, junction.name == "linear" and self.path == (2,)
-        if junction.name in _MUL and len(self.call.args) == 2:
+        if junction.name == "embedding":
+            return self._of_table(grad)
+        values, bias = grad, {"linear": 2, "addmm": 0}.get(junction.name)
+        if junction.name in _MUL and len(call.args) == 2:
             path = (1 - int(self.path[0]),)
             axis = junction.axes.get(path)
-            if axis is None or axis != junction.result or self.call.argument(path).ndim != self.node_ndim:
+            if axis is None or axis != junction.result or call.argument(path).ndim != self._num_axes:
                 return None
-            values = grad * axis.first(self.call.argument(path), self.num_samples)[: self.count].detach()
-        elif not (is_bias or (junction.name in _ADD and not self.call.kwargs)):
+            values = grad * axis.first(call.argument(path), self.num_samples)[: self.count].detach()
+        elif call.kwargs or not (self.path == (bias,) or junction.name in _ADD):
             return None
         lead = 1 + self._extra(grad)
-        alone = values.unsqueeze(junction.result.axis + lead)  # the axes of a batch of one, behind that of the samples
-        missing = self.node_ndim - weight.ndim
+        # the axes of a batch of one, behind that of the samples
+        alone = values if junction.result.is_merged else values.unsqueeze(junction.result.axis + lead)
+        missing = self._num_axes - self.weight.ndim
         if missing < 0:
             return None
-        shape = (1,) * missing + tuple(weight.shape)
+        shape = (1,) * missing + tuple(self.weight.shape)
         summed = [axis + lead for axis, size in enumerate(shape) if size == 1 and alone.shape[axis + lead] != 1]
         rows = alone.sum(summed) if summed else alone
-        return rows.reshape(*rows.shape[:lead], *weight.shape)
+        return rows.reshape(*rows.shape[:lead], *self.weight.shape)
+
+    @property
+    def _num_axes(self) -> int:
+        """Number of axes of the result."""
+        return self.node_ndim - self.junction.result.is_merged
+
+    def _of_table(self, grad: Tensor) -> Tensor | None:
+        """Add the gradient at each token to the row of the token."""
+        call, axis = self.call, self.junction.axes.get((0,))
+        settings = [
+            call.given(number, name) for number, name in ((3, "max_norm"), (5, "scale_grad_by_freq"), (6, "sparse"))
+        ]
+        if axis is None or self.path != (1,) or any(settings):
+            return None
+        tokens = axis.first(call.argument((0,)), self.num_samples)[: self.count]
+        many = grad.flatten(0, 1) if self._extra(grad) else grad
+        tokens = tokens.repeat(len(many) // len(tokens), *[1] * (tokens.ndim - 1))
+        padding = call.given(2, "padding_idx")
+        rows = table_rows(tokens, many, self.weight.shape[0], None if padding is None else int(padding))
+        return rows.unflatten(0, grad.shape[:2]) if self._extra(grad) else rows
 
     def _differentiated(self, grad: Tensor) -> Tensor:
         """Differentiate the function with respect to the weight, for each sample alone."""

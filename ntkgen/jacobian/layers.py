@@ -171,25 +171,34 @@ def _sum_to_normalised(module: nn.Module, _x: Tensor, grad: Tensor) -> Tensor:
 # embedding ------------------------------------------------------------------------------------------------------------
 
 
-def _embedding_rows(module: nn.Module, tokens: Tensor, grad: Tensor) -> Tensor:
+def table_rows(
+    tokens: Tensor,  # (samples, …)
+    grad: Tensor,  # (samples, …, numbers)
+    size: int,
+    padding: int | None,
+) -> Tensor:  # (samples, size, numbers)
     """Add the gradient at each position to the row of its token, Σ_t e[token t] ⊗ g[t]. The padding token gets zero.
 
     The function of torch that adds gradients for a whole batch is called with a separate table for each sample. The
     result is therefore as reproducible as a gradient of torch.
     """
-    assert isinstance(module, nn.Embedding)
-    samples, size = len(tokens), module.num_embeddings
+    samples = len(tokens)
     table = size * torch.arange(samples, device=tokens.device).unsqueeze(1)
     rows: Tensor = torch.ops.aten.embedding_dense_backward(
-        grad.reshape(samples, -1, module.embedding_dim),
+        grad.reshape(samples, -1, grad.shape[-1]),
         tokens.reshape(samples, -1) + table,
         num_weights=samples * size,
         padding_idx=-1,
         scale_grad_by_freq=False,
     ).view(samples, size, -1)
-    if module.padding_idx is not None:
-        rows[:, module.padding_idx] = 0
-    return rows.flatten(1)
+    if padding is not None:
+        rows[:, padding] = 0
+    return rows
+
+
+def _embedding_rows(module: nn.Module, tokens: Tensor, grad: Tensor) -> Tensor:
+    assert isinstance(module, nn.Embedding)
+    return table_rows(tokens, grad, module.num_embeddings, module.padding_idx).flatten(1)
 
 
 def _is_plain_embedding(module: nn.Module) -> bool:

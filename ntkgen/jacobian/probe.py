@@ -1,7 +1,7 @@
 """The trial of a network on a few samples: its outputs, the rules that hold, and the parameters with a gradient."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -80,12 +80,19 @@ def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype, excluded
     """
     samples = as_input(samples, dtype, next(module.parameters()).device)
     layers = tuple(layers_with_rules(module))
-    treated = {layer.full_name(param) for layer in layers for param in layer.params()}
     own = {name for name, value in module.named_parameters() if value.requires_grad} - set(excluded)
-    found = _compared(module, samples, layers, own - treated)
-    if again := found.disproved_rules & own:
-        followed = _compared(module, samples, (), (own - treated) | again)
-        return dataclasses.replace(found, following=followed.following)
+    followed = own - {
+        layer.full_name(param)
+        for layer in layers
+        # the rule does not hold for a table of positions, which are the same for all samples
+        if not isinstance(layer.module, nn.Embedding)
+        for param in layer.params()
+    }
+    found = _compared(module, samples, layers, followed)
+    if again := (found.disproved_rules & own) - followed:
+        second = _compared(module, samples, (), followed | again)
+        by_rules = {layer.full_name(param) for layer in layers for param in layer.params()} - found.disproved_rules
+        found = dataclasses.replace(found, following=second.following.without(frozenset(by_rules)))
     return found
 
 
@@ -104,11 +111,13 @@ def _compared(module: nn.Module, samples: Tensor, layers: tuple[Layer, ...], fol
         if not search.is_needed:
             raise
         return _compared(module, samples, layers, ())  # it may work if nothing is followed
-    following = search.following
     weights = draw_weights(together.outputs, len(samples))
-    claims, failed = _claims(together, (*layers, *following.layers), weights)
+    grads = pull_back(together, weights)  # rows are linear in the cotangents, so one pass checks all outputs
+    by_rule, failed = _claims(together, layers, grads)
+    following = search.following.without(frozenset(by_rule) - failed)
+    by_junctions, lost = _claims(together, following.layers, grads)
     in_batch = together.outputs.detach()
-    del together  # frees its graph
+    del together, grads  # frees its graph
     others = samples if first is None else samples[1:]
     outputs = [_called(module, (), sample[None]).outputs for sample in others]
     alone = torch.cat(outputs if first is None else [first.outputs, *outputs])
@@ -118,10 +127,10 @@ def _compared(module: nn.Module, samples: Tensor, layers: tuple[Layer, ...], fol
         _require_repeatable(in_batch, _called(module, (), samples).outputs.detach())
         raise
     params = {name: value for name, value in module.named_parameters() if value.requires_grad}
+    claims = {**by_rule, **by_junctions}
     findings = hold_against_autograd(alone, weights, params, claims, TOLERANCES[alone.dtype])
-    wrong = findings.disproved | failed
-    rules = {layer.full_name(param) for layer in layers for param in layer.params()}
-    return Trial(alone.shape[1], wrong & rules, findings.reached, following.without(wrong))
+    wrong_rules = failed | (findings.disproved & by_rule.keys())
+    return Trial(alone.shape[1], wrong_rules, findings.reached, following.without(findings.disproved | lost))
 
 
 def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: Watch | None = None) -> Recording:
@@ -225,9 +234,10 @@ def is_one_by_one(uses: Sequence[Use], batch_size: int) -> bool:
     )
 
 
-def _claims(recording: Recording, layers: Sequence[Layer], weights: Tensor) -> tuple[Claims, frozenset[str]]:
+def _claims(
+    recording: Recording, layers: Sequence[Layer], grads: Mapping[str, Sequence[Tensor]]
+) -> tuple[Claims, frozenset[str]]:
     """Compute the weighted gradients by the rules, and list the parameters for which this is not possible."""
-    grads = pull_back(recording, weights)  # rows are linear in the cotangents, so one pass checks all outputs
     claims: dict[str, list[Claim]] = {}
     missing: set[str] = set()
     for layer in layers:
