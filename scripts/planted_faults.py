@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "missing term: the padding token of an embedding gets a gradient",
         "jacobian/layers.py",
-        "if module.padding_idx is not None:",
-        "if module.padding_idx:",
+        "if padding is not None:",
+        "if padding:",
         "layers contract engine",
     ),
     Fault(

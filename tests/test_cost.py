@@ -55,9 +55,9 @@ def nanoseconds(shape: LayerShape, m: int, block: int, speed: Rates, reduction: 
     t, k, c, q = shape.positions, shape.inputs, shape.channels, shape.groups
     order, pixels = way
     products = m * m if reduction == "none" else m
+    calls = 100 * q / block**2 if q > 1 else 0  # each group is multiplied for itself, unless rows are kept
     if order == "explicit":  # both sides build their rows once per block, unless those are kept
-        rows_fit = m * q * c * k <= q * t * (k + m * c)
-        built = 0.0 if rows_fit else 2 * m * q * t * c * k / block / speed.building
+        built = 0.0 if may_keep_rows(shape, m) else 2 * m * q * t * c * k / block / speed.building + calls
         return 1000 * (products * q * c * k / speed.product + built)
     time = input_gram(shape, pixels) / speed.product + q * t * t * (5 if pixels else 1) / speed.touching
     if order == "gram":
@@ -66,7 +66,13 @@ def nanoseconds(shape: LayerShape, m: int, block: int, speed: Rates, reduction: 
     else:
         time += q * m * t * t * c / speed.carrying + q * m * t * c / speed.touching
         time += q * m * m * t * c / speed.finishing
-    return 1000 * time
+    return 1000 * (time + calls)
+
+
+def may_keep_rows(shape: LayerShape, m: int) -> bool:
+    """Whether the rows are no larger than the factors, or, with several groups, no more than 16 times as large."""
+    factors = shape.groups * shape.positions * (shape.inputs + m * shape.channels)
+    return m * shape.num_params <= (factors if shape.groups == 1 else 16 * factors)
 
 
 def ways(shape: LayerShape, reduction: str) -> list[tuple[str, bool]]:
@@ -81,14 +87,13 @@ def test_the_chosen_order_is_the_quickest_of_all(shape, m, block, speed, reducti
     plan = choose_layer(shape, m, block, speed, reduction)
     assert plan.shape == shape
     times = {way: nanoseconds(shape, m, block, speed, reduction, way) for way in ways(shape, reduction)}
-    assert times[plan.order, plan.uses_pixels] <= min(times.values()) + 10  # every term is rounded to a nanosecond
+    assert times[plan.order, plan.uses_pixels] <= min(times.values()) + 12  # every term is rounded to a nanosecond
 
 
 @given(shapes, outputs, blocks, rates, reductions)
 def test_rows_are_kept_only_where_they_are_no_larger_than_the_factors(shape, m, block, speed, reduction):
     plan = choose_layer(shape, m, block, speed, reduction)
-    inputs_and_cotangents = shape.groups * shape.positions * (shape.inputs + m * shape.channels)
-    assert plan.keeps_rows == (plan.order == "explicit" and m * shape.num_params <= inputs_and_cotangents)
+    assert plan.keeps_rows == (plan.order == "explicit" and may_keep_rows(shape, m))
 
 
 @pytest.mark.parametrize(

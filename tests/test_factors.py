@@ -146,6 +146,7 @@ def test_no_more_blocks_are_alive_than_the_cache_may_hold(monkeypatch):
     watch = Watch(compute_factors)
     monkeypatch.setattr(dense, "compute_factors", watch)
     monkeypatch.setattr(dense, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(dense, "JOINT_NUMBERS", 0)
     case = CASES["mlp"]()
     ntkgen.ntk(case.module, case.x)
     assert watch.calls > len(case.x)  # the cache of two was too small to hold all

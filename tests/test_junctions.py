@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 import ntkgen
 from ntkgen.jacobian.calls import CallMode
-from ntkgen.jacobian.junctions import SampleAxis, entries_of, sample_axis
+from ntkgen.jacobian.junction_rows import entries_of
+from ntkgen.jacobian.junctions import SampleAxis, sample_axis
 from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.jacobian.calls import Call, CallMode, Path, mark_samples
-from ntkgen.jacobian.junctions import Entries, Junction, Meeting
+from ntkgen.jacobian.junction_rows import Entries, Meeting
+from ntkgen.jacobian.junctions import Junction
 from ntkgen.jacobian.layers import Layer
 from ntkgen.jacobian.recording import Recording, Use
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ntkgen.jacobian.calls import Call, CallMode, Path, mark_samples
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following, Joined, Mark, identities, rows_of_part, uses_of
-from ntkgen.jacobian.junctions import Entries, Junction, convolution_like, entries_of, junction_of
+from ntkgen.jacobian.junction_rows import Entries, entries_of
+from ntkgen.jacobian.junctions import Junction, convolution_like, junction_of
 from ntkgen.jacobian.layers import CONVOLUTION, DENSE, Layer, LayerRule
 from ntkgen.jacobian.recording import Recording
 

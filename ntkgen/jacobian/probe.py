@@ -89,7 +89,7 @@ def try_network(module: nn.Module, samples: Tensor, dtype: torch.dtype, excluded
         for param in layer.params()
     }
     found = _compared(module, samples, layers, followed)
-    if again := (found.disproved_rules & own) - followed:
+    if again := (found.disproved_rules & own) - found.following.treated:
         second = _compared(module, samples, (), followed | again)
         by_rules = {layer.full_name(param) for layer in layers for param in layer.params()} - found.disproved_rules
         found = dataclasses.replace(found, following=second.following.without(frozenset(by_rules)))
