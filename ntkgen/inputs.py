@@ -7,16 +7,25 @@ from torch import Tensor
 
 from ntkgen.fingerprints import array_fingerprint
 from ntkgen.jacobian.probe import in_turns
+from ntkgen.jacobian.samples import Data
 from ntkgen.store.schema import Samples
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The samples of the rows and, for a rectangular kernel, the samples of the columns."""
+    """The samples of the rows and, for a rectangular kernel, the samples of the columns.
+
+    Attributes:
+        x: The samples of the rows, or their numbers in ``data``.
+        samples: Labels and positions.
+        against: The samples of the columns, or their numbers.
+        data: What the numbers stand for, if the samples are not one tensor.
+    """
 
     x: Tensor
     samples: Samples
     against: Tensor | None = None
+    data: Data | None = None
 
     @property
     def all(self) -> Tensor:
@@ -37,4 +46,6 @@ class Inputs:
         """Hash the samples, their labels and their positions."""
         sides = [self.samples] if self.samples.against is None else [self.samples, self.samples.against]
         arrays = [torch.from_numpy(array) for side in sides for array in (side.labels, side.index)]
+        if self.data is not None:
+            return array_fingerprint(*self.data.sides(), *arrays)
         return array_fingerprint(*([self.x] if self.against is None else [self.x, self.against]), *arrays)

@@ -13,9 +13,11 @@ from torch import nn
 from torch.func import functional_call, hessian, vmap
 
 import ntkgen
-from ntkgen.errors import InputError, ModelError, NtkgenError, ShapeError
+from ntkgen.errors import FingerprintError, InputError, ModelError, NtkgenError, ShapeError
+from ntkgen.files.folder import LocalFolder
 from ntkgen.jacobian.adapter import Given, Target
 from ntkgen.jacobian.samples import data_of
+from ntkgen.store.opening import has_store
 
 TOLERANCE = 1e-10
 
@@ -504,3 +506,75 @@ def test_an_array_may_hold_samples_of_any_form():
     linear = seeded(lambda: nn.Linear(2, 1))
     arrays = {"input": np.asarray(X)}
     assert_equal(ntkgen.ntk(linear, arrays), ntkgen.ntk(linear, X))
+
+
+# kernels on disk ------------------------------------------------------------------------------------------------------
+
+
+def stored(path, model, x, against=None, **asked):
+    """A kernel of `ntkgen.compute` in float64, in tiles of two samples."""
+    return ntkgen.compute(
+        model, x, against, store=path, dtypes="float64", tile_side=asked.pop("tile_side", None), fsync=False, **asked
+    )
+
+
+def test_a_store_has_the_same_kernel_and_names_what_it_is_of(gpt2, prompts, tmp_path):
+    asked = {"select": "logits[:, -1, [5, 7]]", "params": ["*attn*", "!*bias"]}
+    store = stored(tmp_path / "k.zarr", gpt2, prompts, **asked, tile_side=4)
+    expected = ntkgen.reference_ntk(gpt2, prompts, **asked)
+    assert_equal(torch.from_numpy(store.array[...]), expected)
+    assert store.manifest.certificate.is_good
+    identity = store.manifest.identity
+    assert identity["inputs"] == ["attention_mask", "input_ids"]
+    assert {name: identity[name] for name in asked} == asked
+    assert identity["precision"] == "float64"
+
+
+def test_residuals_and_forces_on_disk(tmp_path):
+    model, x = solution(), draw(5, 2)
+    store = stored(tmp_path / "r.zarr", model, x, function=(values, by_autograd))
+    assert_equal(torch.from_numpy(store.array[...]), ntkgen.reference_ntk(model, x, function=(values, by_autograd)))
+    assert store.manifest.identity["function"] == ["test_adapter.values", "test_adapter.by_autograd"]
+    atoms, positions = seeded(Energy), draw(5, 3, 2)
+    store = stored(tmp_path / "f.zarr", atoms, positions[:3], positions[3:], function=forces, labels=[1, 0, 2])
+    expected = ntkgen.reference_ntk(atoms, positions[:3], positions[3:], function=forces)
+    assert_equal(torch.from_numpy(store.array[...]), expected)
+
+
+def test_a_store_is_continued_and_another_one_is_refused(tmp_path):
+    model, x = seeded(TwoInputs), {"a": draw(6, 3), "b": draw(6, 2, seed=1)}
+
+    def interrupt(stage, done, total, note=""):
+        if stage == "tiles" and done == 2:
+            raise KeyboardInterrupt
+
+    asked = {"select": "[:, :1]", "params": "fc.*", "tile_side": 2}
+    with pytest.raises(KeyboardInterrupt):
+        stored(tmp_path / "k.zarr", model, x, **asked, report=interrupt)
+    assert ntkgen.open(tmp_path / "k.zarr").missing_tiles()
+    others = [
+        ({**x, "b": x["b"] + 1}, asked, "samples"),
+        (x, {**asked, "select": "[:, 1:]"}, "select"),
+        (x, {**asked, "params": "fc.weight"}, "params"),
+        (x, {**asked, "function": lambda module, batch: module(**batch)}, "function"),
+    ]
+    for samples, other, differing in others:
+        with pytest.raises(FingerprintError, match=differing) as raised:
+            stored(tmp_path / "k.zarr", model, samples, **other)
+        assert "\n" not in str(raised.value)
+    store = stored(tmp_path / "k.zarr", model, {"b": x["b"], "a": x["a"]}, **asked)
+    del asked["tile_side"]
+    assert_equal(torch.from_numpy(store.array[...]), ntkgen.reference_ntk(model, x, **asked))
+
+
+def test_outputs_of_any_shape_on_disk(tmp_path):
+    model, x = seeded(Energy), draw(4, 3, 2)
+    store = stored(tmp_path / "k.zarr", model, x)
+    assert_equal(torch.from_numpy(store.array[...]), ntkgen.reference_ntk(model, x))
+
+
+def test_bad_input_leaves_no_store(tmp_path):
+    for asked in ({"params": "x.*"}, {"select": "logits"}, {"function": lambda m, x: m(x).sum()}):
+        with pytest.raises(InputError):
+            stored(tmp_path / "k.zarr", solution(), X, **asked)
+    assert not list(tmp_path.glob("k.zarr/*")) or not has_store(LocalFolder(tmp_path / "k.zarr"))

@@ -1,7 +1,7 @@
 """Computation of a finished store from a module and its samples, for `ntkgen.compute` and the command line."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from os import PathLike
@@ -23,9 +23,13 @@ from ntkgen.files.folder import Folder
 from ntkgen.files.lock import ORPHAN_SECONDS, require_no_tile_writers, tile_lock, without_tile_writers, write_lock
 from ntkgen.files.place import folder_of
 from ntkgen.inputs import Inputs
-from ntkgen.jacobian.batches import ArrayLike, checked_batches, checked_labels
+from ntkgen.jacobian.adapter import Function, Given, Target
+from ntkgen.jacobian.batches import ArrayLike, checked_labels
 from ntkgen.jacobian.evaluation import require_plain_module
 from ntkgen.jacobian.network import Network, more_excluded
+from ntkgen.jacobian.precision import precision_of
+from ntkgen.jacobian.samples import Batch
+from ntkgen.jacobian.selection import Select
 from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Part
 from ntkgen.progress import Report, ignore_report
@@ -44,13 +48,16 @@ T = TypeVar("T")
 
 def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers know them
     model: nn.Module,
-    inputs: ArrayLike,  # (n, …)
-    against: ArrayLike | None = None,  # (n', …)
+    inputs: Batch,  # (n, …)
+    against: Batch | None = None,  # (n', …)
     *,
     store: str | PathLike[str] | Store,
     labels: ArrayLike | None = None,  # (n,)
+    function: Function | Sequence[Function] | None = None,
+    select: Select | None = None,
+    params: str | Sequence[str] | None = None,
     output: str = KernelSpec.output,
-    precision: str = KernelSpec.precision,
+    precision: str | None = None,
     dtypes: str | Iterable[str] = KernelSpec.dtypes,
     layout: str = KernelSpec.layout,
     tile_side: int | None = KernelSpec.tile_side,
@@ -64,18 +71,17 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
 ) -> KernelStore:
     """Compute the empirical neural tangent kernel of a module into a Zarr store, or finish an interrupted computation.
 
-    With n samples and m outputs, the kernel is ``K = J Jᵀ`` of the inputs, (n m × n m), or the rectangular
-    ``K = J J'ᵀ`` of the inputs and the samples ``against``. The same call continues an interrupted computation. The
-    module is copied and not changed. The computation runs on the device of the module.
-
     Args:
-        model: Module that maps (samples, …) to (samples, outputs), without dependence between samples.
-        inputs: Samples of the rows: a tensor, a NumPy array or nested lists of numbers.
-        against: Samples of the columns. By default they are the samples of the rows.
+        model: Module that treats samples one by one. It is copied, and the computation runs on its device.
+        inputs: Samples of the rows, in any form that `ntkgen.ntk` takes.
+        against: Samples of the columns, for ``K = J J'ᵀ``. By default they are those of the rows, for ``K = J Jᵀ``.
         store: Store to create or to continue: a path, a URL (``s3://``, ``gs://``, ``az://``), or any Zarr store.
         labels: One integer per sample, stored beside the kernel. The default is -1.
+        function: Function of the module and a batch, as for `ntkgen.ntk`. The store knows it by its qualified name.
+        select: Outputs, as for `ntkgen.ntk`. The store knows a function by its qualified name.
+        params: Patterns of names of parameters, as for `ntkgen.ntk`.
         output: Output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
-        precision: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or ``bfloat16``.
+        precision: Precision of the computation, as for `ntkgen.ntk`.
         dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
         layout: ``upper`` stores one triangle, and ``full`` stores both. ``auto`` stores both up to 10 GB.
         tile_side: Number of rows of a tile, a multiple of the number of outputs. None chooses a suitable one.
@@ -88,20 +94,30 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         report: Function that is called with the stage, the amount done and the total amount.
 
     Raises:
-        InputError: If samples are missing, not numbers or inconsistent, or if an option has an unknown value.
+        InputError: If samples, network, options or memory do not allow the computation.
         FingerprintError: If parameters, samples or settings differ from those of the store.
-        BudgetError: If the memory is too small.
-        ModelError: If the kernel of this network is not defined.
         InaccurateKernelError: If the certificate shows that the kernel is wrong. The store is complete and is kept.
     """
     require_plain_module(model)
+    chosen, kinds = precision_of(model, precision), check_dtypes(dtypes)
+    spec = KernelSpec(output, chosen, kinds, layout, tile_side, memory_bytes, replan, certify)
     folder = _writable_folder(store, fsync=fsync)
-    spec = KernelSpec(output, precision, check_dtypes(dtypes), layout, tile_side, memory_bytes, replan, certify)
-    given = _inputs_of(inputs, against, labels)
-    device = next((param.device for param in model.parameters()), torch.device("cpu"))
-    with open_pool(workers, client, str(device)) as pool:
-        kernel = Computation(model, given, given.probe, spec, device, execution=Execution(pool))
-        return make(folder, kernel, InlineLoader(model, given), report)
+    given = Given.of(model, inputs, against, Target.of(function, select, params))
+    checked_labels(labels, len(given.rows))
+    with open_pool(workers, client, str(_device_of(model))) as pool:
+        return given.attempt(lambda given: _compute(folder, given, labels, spec, Execution(pool), report))
+
+
+def _compute(
+    folder: Folder, given: Given, labels: ArrayLike | None, spec: KernelSpec, execution: Execution, report: Report
+) -> KernelStore:
+    inputs = _inputs_of(given, labels)
+    kernel = Computation(given.model, inputs, inputs.probe, spec, _device_of(given.model), execution=execution)
+    return make(folder, kernel, InlineLoader(given.model, inputs), report)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((param.device for param in model.parameters()), torch.device("cpu"))
 
 
 def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ignore_report) -> KernelStore:
@@ -247,8 +263,8 @@ def _writable_folder(store: str | PathLike[str] | Store, *, fsync: bool) -> Fold
     return folder_of(store, fsync=fsync)
 
 
-def _inputs_of(x: ArrayLike, against: ArrayLike | None, labels: ArrayLike | None) -> Inputs:
-    rows, columns = checked_batches(x, against)
+def _inputs_of(given: Given, labels: ArrayLike | None) -> Inputs:
+    rows, columns = given.rows, given.columns
     row_labels = checked_labels(labels, len(rows))
     other = None if columns is None else Samples(np.arange(len(columns)), np.full(len(columns), -1))
-    return Inputs(rows, Samples(np.arange(len(rows)), row_labels, other), columns)
+    return Inputs(rows, Samples(np.arange(len(rows)), row_labels, other), columns, given.data)

@@ -11,6 +11,7 @@ from ntkgen.engine.machine import environment
 from ntkgen.errors import FingerprintError, StoreError
 from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.inputs import Inputs
+from ntkgen.jacobian.adapter import Adapter
 from ntkgen.jacobian.compute import compute_factors, pad_batch
 from ntkgen.jacobian.contract import exact_diagonal, reduced_diagonal
 from ntkgen.jacobian.evaluation import outputs_of
@@ -33,8 +34,13 @@ SPREAD_SAMPLES = 256
 
 
 def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGrid) -> dict[str, Any]:
-    """Collect the properties that must be equal when a store is continued."""
-    return {
+    """Collect the properties that must be equal when a store is continued.
+
+    A function of the user is known by its qualified name. Outputs and gradients are compared besides, by
+    `require_same_network`.
+    """
+    asked = model.described() if isinstance(model, Adapter) else {}
+    return asked | {
         "parameters": parameter_fingerprint(model),
         "samples": inputs.fingerprint(),
         "output": spec.output,

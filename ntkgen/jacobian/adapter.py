@@ -164,6 +164,11 @@ class Adapter(PreparedCopy):
         network = self.__dict__["_modules"]["_ntkgen_network"]
         self.__dict__["_parameters"], self.__dict__["_buffers"] = network._parameters, network._buffers
 
+    def described(self) -> dict[str, Any]:
+        """Describe what the kernel is of, with plain values: functions, selection, patterns, names of the inputs."""
+        names = self._ntkgen_data.names
+        return self._ntkgen_target.described() | ({} if names is None else {"inputs": sorted(names)})
+
     def prepare_copy(self) -> None:
         """Freeze the parameters that were not chosen. Only copies are changed."""
         if self._ntkgen_chosen is not None:

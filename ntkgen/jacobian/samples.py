@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -55,9 +56,12 @@ class Data:
         return tuple(taken) if self.is_tuple else taken[0]
 
     def sides(self) -> list[Tensor]:
-        """List the tensors of the rows, then those of the columns if these have other samples."""
-        columns = [leaf[self.num_rows :] for leaf in self.leaves if len(leaf) > self.num_rows]
-        return [*(leaf[: self.num_rows] for leaf in self.leaves), *columns]
+        """List the tensors of the rows, then those of the columns if these have other samples. Names are in order."""
+        leaves = list(self.leaves)
+        if self.names is not None:
+            leaves = [leaf for _, leaf in sorted(zip(self.names, leaves, strict=True), key=itemgetter(0))]
+        columns = [leaf[self.num_rows :] for leaf in leaves if len(leaf) > self.num_rows]
+        return [*(leaf[: self.num_rows] for leaf in leaves), *columns]
 
     def numbers(self) -> tuple[Tensor, Tensor | None]:
         """Number the samples of rows and columns. Equal samples at the beginning have the same number.
@@ -110,10 +114,10 @@ def data_of(x1: Batch, x2: Batch | None = None) -> Data:
         ShapeError: If the parts have different numbers of samples, or rows and columns different parts.
     """
     rows, columns = _parts(x1), None if x2 is None else _parts(x2)
-    if columns is not None and list(rows) != list(columns):
+    if columns is not None and set(rows) != set(columns):
         raise ShapeError(
             f"Rows and columns hold different inputs: expected {_listed(rows)} for both, found {_listed(columns)} for "
-            "the columns. Is one missing? One network must accept both. Pass the same names, in the same order."
+            "the columns. Is one missing? One network must accept both. Pass the same inputs for both."
         )
     pairs = [checked_batches(part, None if columns is None else columns[name]) for name, part in rows.items()]
     for side in (0, 1):
