@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ntkgen
+from ntkgen.errors import ModelError
 from ntkgen.jacobian.calls import CallMode
 from ntkgen.jacobian.junction_rows import entries_of
 from ntkgen.jacobian.junctions import SampleAxis, sample_axis
@@ -193,3 +194,32 @@ def test_a_gradient_that_is_zero_does_not_disprove_a_rule():
     x = normal(40, 5, 8).float() * 3
     assert prepare(model, x, policy("float32")).fallback == ()
     assert relative_error(ntkgen.ntk(model, x), reference_ntk(model, x)) < 1e-5
+
+
+def test_a_state_that_the_forward_pass_makes_has_the_dtype_of_the_network():
+    def forward(self, x):
+        state = torch.zeros(len(x), 4)
+        for step in x.unbind(1):
+            state = torch.tanh(self.inputs(step) + F.linear(state, self.w))
+        return self.out(state)
+
+    model = Call(forward, inputs=nn.Linear(3, 4), w=nn.Parameter(normal(4, 4).float()), out=nn.Linear(4, 2))
+    x = normal(5, 3, 3).float()
+    assert prepare(model, x, policy("float64")).fallback == ()
+    for precision, tolerance in (("float64", 1e-10), ("float32", 1e-5)):
+        assert relative_error(ntkgen.ntk(model, x, precision=precision), reference_ntk(model, x)) < tolerance
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_an_autocast_region_is_refused(precision):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = self.first(x)
+        return self.out(torch.tanh(hidden.to(x.dtype)))
+
+    model = Call(forward, first=nn.Linear(3, 4), out=nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=r"found an autocast region of torch\.bfloat16 in its forward pass"):
+        ntkgen.ntk(model, normal(4, 3).float(), precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.is_autocast_enabled("cpu")

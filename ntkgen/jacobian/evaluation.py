@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from ntkgen.errors import ModelError
+from ntkgen.jacobian.precision import default_dtype_of
 
 # Maximum number of parts that are shared because they cannot be copied. A network with more such parts is refused.
 MAX_SHARED_PARTS = 1000
@@ -38,7 +39,8 @@ def outputs_of(module: nn.Module, batch: Tensor) -> Tensor:
 
     A network may change its input in place. The clone protects the caller's tensor and batches that are used again.
     """
-    outputs: Tensor = module(batch.clone())
+    with default_dtype_of(module):
+        outputs: Tensor = module(batch.clone())
     return outputs
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from ntkgen.jacobian.modes import parameter_aliases
+from ntkgen.jacobian.precision import default_dtype_of
 from ntkgen.jacobian.reals import real_numbers
 from ntkgen.jacobian.reference import jacobian_rows
 
@@ -68,7 +69,7 @@ def _together(module: nn.Module, names: Sequence[str], samples: Tensor, transfor
         return by_name
 
     # an operation without a rule of its own is only slower
-    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+    with torch.no_grad(), default_dtype_of(module), warnings.catch_warnings(action="ignore"):
         found = vmap(rows)(samples)
     flat = [_flat(found[name]) for name in names]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 2)

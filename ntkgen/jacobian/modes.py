@@ -10,6 +10,7 @@ from torch.func import functional_call, jvp
 
 from ntkgen.jacobian.capture import weighted_sum
 from ntkgen.jacobian.evaluation import outputs_of
+from ntkgen.jacobian.precision import default_dtype_of
 from ntkgen.jacobian.reals import real_numbers
 
 # Maximum difference between products in another mode and those in reverse mode, relative to their norm.
@@ -77,7 +78,8 @@ def push_forward(
     def outputs(values: list[Tensor]) -> Tensor:
         known = dict(zip(names, values, strict=True))
         by_name = {alias: known[name] for alias, name in aliases.items()}
-        result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
+        with default_dtype_of(module):
+            result: Tensor = functional_call(module, by_name, (batch.clone(),), tie_weights=False)
         return result
 
     params = [param.detach() for param in trainable_parameters(module)]

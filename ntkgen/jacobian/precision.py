@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ntkgen.alone import alone
-from ntkgen.errors import InputError, UnknownNameError
+from ntkgen.errors import InputError, ModelError, UnknownNameError
 
 Rounding = Literal["ieee", "tf32", "bf16"]
 
@@ -194,3 +194,43 @@ def reduced_products(device: torch.device, rounding: Rounding) -> Iterator[None]
         yield
     finally:
         switch.fp32_precision = before
+
+
+@contextmanager
+def default_dtype_of(module: nn.Module) -> Iterator[None]:
+    """Give new tensors the dtype of a network, such as a first state that a forward pass makes by ``torch.zeros``."""
+    before = torch.get_default_dtype()
+    dtype = next((param.dtype for param in module.parameters() if param.is_floating_point()), before)
+    if dtype == before:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Refuse a network with an autocast region in its forward pass, which rounds in another precision than the plan's.
+
+    Raises:
+        ModelError: If such a region is entered.
+    """
+    enter: Any = torch.autocast.__enter__
+
+    def refuse(self: torch.autocast) -> Any:
+        if self._enabled:
+            raise ModelError(
+                "The network computes in another precision than asked for: expected float32 or float64 as `precision` "
+                f"says, found an autocast region of {self.fast_dtype} in its forward pass. Was it written for training "
+                "in mixed precision? Remove the region, or build the network with autocast disabled."
+            )
+        return enter(self)
+
+    torch.autocast.__enter__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]

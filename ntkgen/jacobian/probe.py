@@ -24,6 +24,7 @@ from ntkgen.jacobian.evaluation import as_input, require_matrix
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.junction_search import JunctionSearch
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
+from ntkgen.jacobian.precision import without_autocast
 from ntkgen.jacobian.recording import Recording, Use
 
 # Number of samples of the rows, and of samples of the columns, from which the samples of the trial are chosen.
@@ -140,7 +141,7 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: 
         NotInThisDtypeError: If the network raises an error or returns another dtype.
         ModelError: If the outputs are not (samples, outputs), or not finite.
     """
-    with explained_errors(samples):
+    with explained_errors(samples), without_autocast():
         modules = {layer.name: layer.module for layer in layers}
         recording = record(module, modules, samples, watch=watch or NO_JUNCTIONS.recording)
     outputs = recording.outputs
