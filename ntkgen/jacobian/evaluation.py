@@ -83,7 +83,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
     """
     require_plain_module(model)
     with torch.inference_mode(mode=False):
-        module = not_compiled(_copied(model))
+        module = not_compiled(_copied(model, _cast_tensors(model, dtype, device)))
         _into_evaluation_mode(module)
         _cast(module, dtype, device)
         for child in module.modules():
@@ -128,13 +128,24 @@ def _into_evaluation_mode(module: nn.Module) -> None:
 
 def _cast(module: nn.Module, dtype: torch.dtype, device: torch.device | None) -> None:
     """Convert real and complex tensors to a dtype. `nn.Module.to` would drop imaginary parts."""
+    module._apply(lambda tensor: _as_dtype(tensor, dtype, device))
 
-    def cast(tensor: Tensor) -> Tensor:
-        if tensor.is_complex():
-            return tensor.to(device, dtype.to_complex())
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    module._apply(cast)
+def _as_dtype(tensor: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(device, dtype.to_complex())
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def _cast_tensors(model: nn.Module, dtype: torch.dtype, device: torch.device | None) -> Memo:
+    """Convert parameters for `copy.deepcopy`, which would otherwise copy them before they are converted."""
+    memo: Memo = {}
+    for param in model.parameters():
+        if type(param) is nn.Parameter and param.is_leaf:
+            cast = _as_dtype(param.detach(), dtype, device)
+            data = cast.clone() if cast.data_ptr() == param.data_ptr() else cast
+            memo[id(param)] = nn.Parameter(data, requires_grad=param.requires_grad)
+    return memo
 
 
 def require_matrix(outputs: object, count: int) -> None:
@@ -239,15 +250,19 @@ class _DetachedCopies(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module, tensors: Memo) -> nn.Module:
     """Copy a module. Parts that cannot be copied are shared with the original.
+
+    Args:
+        model: The module.
+        tensors: Copies of some of its tensors, by the identity of the original.
 
     Raises:
         ModelError: If the module itself or one of its tensors cannot be copied.
     """
     try:
         with _DetachedCopies():
-            module, memo = _deepcopied(model)
+            module, memo = _deepcopied(model, tensors)
             binding = _Binding(memo)
             for child in (module, *module.modules()):
                 binding.bind_items(vars(child))
@@ -260,11 +275,11 @@ def _copied(model: nn.Module) -> nn.Module:
     return module
 
 
-def _deepcopied(model: nn.Module) -> tuple[nn.Module, Memo]:
-    memo: Memo = {}
+def _deepcopied(model: nn.Module, tensors: Memo) -> tuple[nn.Module, Memo]:
+    memo: Memo = dict(tensors)
     with contextlib.suppress(Exception):  # parts of a network may raise any error
         return copy.deepcopy(model, memo), memo
-    memo = _shared_parts(model)
+    memo = {**_shared_parts(model), **tensors}
     return copy.deepcopy(model, memo), memo
 
 
@@ -314,7 +329,9 @@ class _Binding:
         for key, value in list(items.items() if isinstance(items, dict) else enumerate(items)):
             if (bound := self._bound(value)) is not value:
                 items[key] = bound
-            elif isinstance(value, dict | list) and id(value) not in self._memo:  # shared containers are not changed
+            elif (
+                isinstance(value, dict | list) and value and id(value) not in self._memo
+            ):  # shared containers are not changed
                 self.bind_items(value)
 
     def _bound(self, value: Any) -> Any:
