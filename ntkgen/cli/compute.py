@@ -188,7 +188,8 @@ def _layer_lines(planned: "PlannedKernel") -> str:
         for layer in plan.layers
     ]
     lines += [f"  {plan.dense_params:,} parameters as dense Jacobian rows (biases, normalisations, autograd)"]
-    way = f"{plan.fallback_samples} samples at once" if plan.fallback_samples else "one sample after the other"
+    at_once = f"{plan.fallback_samples} samples at once"
+    way = "one sample after the other" if plan.fallback_way == "one by one" else at_once
     lines += [f"  {name}: no rule, computed by autograd, {way}" for name in plan.fallback]
     return "\n".join(lines)
 

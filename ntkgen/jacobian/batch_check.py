@@ -67,7 +67,7 @@ def has_true_factors(
     Raises:
         RuleError: If some factors differ by more than rounding explains. The error names the parameters.
     """
-    together = network.fallback if plan.fallback_samples else ()
+    together = () if plan.fallback_way == "one by one" else network.fallback
     if not network.layers and not together:
         return True
     weights = draw_weights(recording.outputs, recording.count)

@@ -142,6 +142,7 @@ def plan_jacobian(
         sizes=sizes,
         rates=rates,
         reduction=reduction,
+        fallback_way=profile.fallback_way,
         fallback_samples=profile.fallback_samples,
     )
 

@@ -132,10 +132,9 @@ def fill_fallback(block: BlockFactors, network: Network, plan: JacobianPlan, bat
     """Form the rows of the parameters without a rule. They are the last of the kept rows."""
     if not network.fallback:
         return
-    chunk = plan.fallback_samples
     start = batch.start
-    for part in samples.split(max(1, chunk)):
-        rows = fallback_rows(network.module, network.fallback, part, network.transform, chunk)
+    for part in samples.split(plan.fallback_samples):
+        rows = fallback_rows(network.module, network.fallback, part, network.transform, plan.fallback_way)
         block.rows[start : start + len(part), :, block.rows.shape[2] - rows.shape[2] :] = rows
         start += len(part)
 

@@ -30,6 +30,10 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 # The stored part of the m × m block of a pair of samples: the whole block, its trace, or its diagonal.
 Reduction = Literal["none", "trace", "diagonal"]
 
+# How autograd computes rows, quickest first; `fallback.py` explains them.
+FallbackWay = Literal["function", "backward", "one by one"]
+FALLBACK_WAYS: tuple[FallbackWay, ...] = get_args(FallbackWay)
+
 # Bytes of one number of the factors, and of one number of the products, for each precision policy.
 PRECISION_BYTES = {
     "float64": (8, 8),
@@ -109,7 +113,8 @@ class NetworkProfile:
     activation_numbers: int  # numbers that the graph of one sample keeps for its backward passes
     input_numbers: int
     num_logits: int  # outputs of the network, before an output map
-    fallback_samples: int = 0  # samples whose rows are left to autograd at once; 0 for one after the other
+    fallback_way: FallbackWay = "one by one"  # how autograd computes the rows that are left to it
+    fallback_samples: int = 1  # for how many samples at once
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,13 @@ class JacobianPlan:
     sizes: Sizes
     rates: Rates = USUAL_RATES
     reduction: Reduction = "none"
-    fallback_samples: int = 0  # samples whose rows are left to autograd at once; 0 for one after the other
+    fallback_way: FallbackWay = "one by one"  # how autograd computes the rows that are left to it
+    fallback_samples: int = 1  # for how many samples at once
 
     @property
     def one_by_one(self) -> "JacobianPlan":
         """The same plan, in which autograd gets one sample after the other."""
-        return dataclasses.replace(self, fallback_samples=0)
+        return dataclasses.replace(self, fallback_way="one by one", fallback_samples=1)
 
     @property
     def batch_size(self) -> int:

@@ -1,12 +1,18 @@
 """The rows of parameters without a rule: for many samples at once, or one sample after the other."""
 
+import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._vmap_internals import _vmap
+from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call, vjp, vmap
 
+from ntkgen.jacobian.cost import FALLBACK_WAYS, FallbackWay
+from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.modes import parameter_aliases
 from ntkgen.jacobian.precision import default_dtype_of
 from ntkgen.jacobian.reals import real_numbers
@@ -14,19 +20,27 @@ from ntkgen.jacobian.reference import jacobian_rows
 
 # Numbers that the passes of one chunk of samples may keep.
 CHUNK_NUMBERS = 1 << 25
-# Maximum difference between the two ways, relative to the norm of the rows of a parameter, by the dtype of the rows.
+# The same for one backward pass of all outputs of all samples of a chunk, which has a square number of parts.
+SQUARE_NUMBERS = 1 << 21
+# Maximum difference between two ways, relative to the norm of the rows, by their dtype.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
-def chunk_samples(activation_numbers: int, num_outputs: int, num_params: int) -> int:
+def chunk_samples(way: FallbackWay, activation_numbers: int, num_outputs: int, num_params: int) -> int:
     """Choose the number of samples whose rows are computed at once.
 
     Args:
+        way: How they are computed.
         activation_numbers: Numbers that the graph of one sample keeps for its backward passes.
         num_outputs: Number of outputs.
         num_params: Number of parameters without a rule.
     """
-    return max(1, CHUNK_NUMBERS // (num_outputs * (activation_numbers + num_params)))
+    if way == "one by one":
+        return 1
+    at_once = max(1, CHUNK_NUMBERS // (num_outputs * (activation_numbers + num_params)))
+    if way == "function":
+        return at_once
+    return max(1, min(at_once, math.isqrt(SQUARE_NUMBERS // max(1, num_outputs * activation_numbers))))
 
 
 def fallback_rows(
@@ -34,7 +48,7 @@ def fallback_rows(
     names: Sequence[str],
     samples: Tensor,  # (samples, …)
     transform: Tensor | None,  # (outputs, logits)
-    chunk: int,
+    way: FallbackWay,
 ) -> Tensor:  # (samples, outputs, parameters)
     """Compute the rows of some parameters.
 
@@ -43,15 +57,44 @@ def fallback_rows(
         names: The parameters.
         samples: The samples.
         transform: The output map A, if the rows are those of A f.
-        chunk: Number of samples at once; 0 for one after the other, by plain calls of autograd.
+        way: ``function`` differentiates a function of the parameters by `torch.func`, for all samples and outputs at
+            once. ``backward`` runs one batch, and all its backward passes at once. Each of them goes through the whole
+            batch, so batches are small. ``one by one`` is one backward pass per sample and output.
     """
-    if chunk:
-        return torch.cat([_together(module, names, part, transform) for part in samples.split(chunk)])
+    return WAYS[way](module, names, samples, transform)
+
+
+def _one_by_one(module: nn.Module, names: Sequence[str], samples: Tensor, transform: Tensor | None) -> Tensor:
     rows = jacobian_rows(module, names, samples)
     return rows if transform is None else transform @ rows
 
 
-def _together(module: nn.Module, names: Sequence[str], samples: Tensor, transform: Tensor | None) -> Tensor:
+def _by_backward(module: nn.Module, names: Sequence[str], samples: Tensor, transform: Tensor | None) -> Tensor:
+    known, outputs = dict(module.named_parameters()), outputs_of(module, samples)
+    params = tuple(known[name] for name in names)
+    count, num_logits = outputs.shape
+    maps = torch.eye(num_logits, dtype=outputs.dtype, device=outputs.device) if transform is None else transform
+    weights = torch.einsum("ij,ol->iojl", torch.eye(count, dtype=outputs.dtype, device=outputs.device), maps)
+
+    def pull(weights: Tensor) -> Any:
+        keep_graph, create_graph, allow_unused = True, False, True
+        return _engine_run_backward(
+            (outputs,), (weights,), keep_graph, create_graph, params, allow_unused, accumulate_grad=False
+        )
+
+    with warnings.catch_warnings(action="ignore"):  # an operation without a rule of its own is only slower
+        found = _vmap(pull, 0, 0, allow_none_pass_through=True)(weights.flatten(0, 1))
+    shape = (count, len(maps))
+    rows = [
+        torch.zeros(*shape, *param.shape, dtype=param.dtype, device=param.device)
+        if each is None
+        else each.unflatten(0, shape)
+        for param, each in zip(params, found, strict=True)
+    ]
+    return torch.cat([_flat(each) for each in rows], 2).detach()
+
+
+def _by_function(module: nn.Module, names: Sequence[str], samples: Tensor, transform: Tensor | None) -> Tensor:
     """Compute the rows of some samples by `torch.func`, with one forward pass and one backward pass of all outputs."""
     known = dict(module.named_parameters())
     params = {name: known[name].detach() for name in names}
@@ -79,12 +122,18 @@ def _flat(rows: Tensor) -> Tensor:  # (samples, outputs, *parameter) → (sample
     return real_numbers(rows).reshape(*rows.shape[:2], -1)
 
 
-def works_together(module: nn.Module, names: Sequence[str], samples: Tensor) -> bool:
-    """Say whether the rows of some samples are the same at once as one after the other."""
-    expected = jacobian_rows(module, names, samples)
-    try:
-        found = _together(module, names, samples, None)
-    except Exception:  # noqa: BLE001 - torch.func refuses some networks, with any error
-        return False
+WAYS = {"function": _by_function, "backward": _by_backward, "one by one": _one_by_one}
+
+
+def choose_way(module: nn.Module, names: Sequence[str], samples: Tensor) -> FallbackWay:
+    """Choose the first way that gives the rows of single backward passes for some samples."""
+    expected = _one_by_one(module, names, samples, None)
     allowed = TOLERANCES[expected.dtype] * expected.norm()
-    return found.shape == expected.shape and bool((found - expected).norm() <= allowed)
+    for way in FALLBACK_WAYS[:-1]:
+        try:
+            found = WAYS[way](module, names, samples, None)
+        except Exception:  # noqa: BLE001, S112 - such a network is refused with any error
+            continue
+        if found.shape == expected.shape and bool((found - expected).norm() <= allowed):
+            return way
+    return "one by one"

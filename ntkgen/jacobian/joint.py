@@ -69,6 +69,7 @@ def plan_jointly(network: Network, block: int, precision: str, reduction: Reduct
         dense_params=profile.dense_params - biases,
         fallback=profile.fallback,
         sizes=dataclasses.replace(sizes, panel_samples=min(panel, block)),
+        fallback_way=profile.fallback_way,
         fallback_samples=profile.fallback_samples,
         reduction=reduction,
     )

@@ -19,7 +19,7 @@ from ntkgen.jacobian.evaluation import (
     require_plain_module,
     without_kept_graphs,
 )
-from ntkgen.jacobian.fallback import chunk_samples, works_together
+from ntkgen.jacobian.fallback import choose_way, chunk_samples
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
@@ -140,7 +140,7 @@ def prepare(
         activation_numbers=activations,
         input_numbers=samples[0].numel(),
     )
-    profile = dataclasses.replace(profile, fallback_samples=_fallback_samples(module, profile, samples, device))
+    profile = _with_fallback(module, profile, samples, device)
     return Network(
         module=module,
         precision=precision,
@@ -155,13 +155,15 @@ def prepare(
     )
 
 
-def _fallback_samples(module: nn.Module, profile: NetworkProfile, samples: Tensor, device: torch.device) -> int:
-    """Choose for how many samples at once autograd computes rows; 0 if it can do so only for one after the other."""
+def _with_fallback(module: nn.Module, profile: NetworkProfile, samples: Tensor, device: torch.device) -> NetworkProfile:
+    """Choose how autograd computes the rows that are left to it, and for how many samples at once."""
+    if not profile.fallback:
+        return profile
     with exact_arithmetic(device), without_kept_graphs():
-        if not profile.fallback or not works_together(module, profile.fallback, samples):
-            return 0
+        way = choose_way(module, profile.fallback, samples)
     numbers = count_real_numbers(trainable(module)[name] for name in profile.fallback)
-    return chunk_samples(profile.activation_numbers, profile.num_logits, numbers)
+    count = chunk_samples(way, profile.activation_numbers, profile.num_logits, numbers)
+    return dataclasses.replace(profile, fallback_way=way, fallback_samples=count)
 
 
 def more_excluded(excluded: frozenset[str], error: RuleError) -> frozenset[str]:

@@ -162,8 +162,9 @@ class Plan:
         if not self.jacobian.fallback:
             return 0
         m, samples = self.profile.num_logits, min(self.jacobian.fallback_samples, self.jacobian.batch_size)
-        passes = samples * (m + ACTIVATION_COPIES) * self.profile.activation_numbers
-        return passes + 2 * m * self.jacobian.dense_params * max(1, samples)
+        squared = samples if self.jacobian.fallback_way == "backward" else 1
+        passes = samples * (m * squared + ACTIVATION_COPIES) * self.profile.activation_numbers
+        return passes + 2 * m * self.jacobian.dense_params * samples
 
     def _diagonal_numbers(self, layer: LayerPlan) -> int:
         """Count the float64 numbers in the computation of one sample's diagonal."""
