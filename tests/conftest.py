@@ -2,7 +2,10 @@
 
 import gc
 import os
-from typing import TYPE_CHECKING
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,14 +22,46 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
+def keep_bytecode(config: pytest.Config) -> None:
+    """Keep bytecode in the cache of pytest where Python is told to keep none beside the sources.
+
+    Otherwise every process that a test starts compiles three thousand modules again.
+    """
+    cache: pytest.Cache | None = getattr(config, "cache", None)
+    if sys.dont_write_bytecode and cache is not None:
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(cache.mkdir("bytecode"))
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell all processes which file the first one writes when it has compiled all modules."""
+    cache: pytest.Cache | None = getattr(node.config, "cache", None)
+    if cache is not None:
+        node.workerinput["compiled"] = str(cache.mkdir("bytecode") / "complete")
+
+
+def wait_for_bytecode(given: dict[str, Any], seconds: float = 60) -> None:
+    """Wait until the first process has imported all modules, which are then compiled once and not once per process."""
+    until = time.monotonic() + seconds
+    if "compiled" in given and given["workerid"] != "gw0":
+        while not Path(given["compiled"]).exists() and time.monotonic() < until:
+            time.sleep(0.1)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile of hypothesis in processes that run tests. The distributing process does not need it."""
+    keep_bytecode(config)
+    wait_for_bytecode(getattr(config, "workerinput", {}))
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", 0):
         import strategies  # noqa: F401
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Exclude imported objects from garbage collection, which would traverse the objects of torch repeatedly."""
+    if "compiled" in (given := getattr(session.config, "workerinput", {})):
+        Path(given["compiled"]).touch()
     gc.collect()
     gc.freeze()
 
@@ -43,6 +78,17 @@ def one_thread():
     torch.set_num_threads(int(os.environ.get("NTKGEN_TEST_THREADS", "1")))
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynchronised_files():
+    """Leave files to the system, which loses none while it runs. Which calls are made when is tested by replacements.
+
+    Other processes synchronise them.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

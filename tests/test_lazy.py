@@ -50,3 +50,12 @@ def test_importing_the_packages_loads_no_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_processes_of_tests_do_not_compile_the_libraries_again(pytestconfig):
+    """Python keeps bytecode in all processes, if only in the cache of pytest: see `keep_bytecode` in conftest.py."""
+    if not pytestconfig.pluginmanager.has_plugin("cacheprovider"):
+        pytest.skip("pytest has no cache")
+    code = "import sys; print(sys.dont_write_bytecode)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (sys.dont_write_bytecode, done.stdout) == (False, "False\n")
