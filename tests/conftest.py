@@ -121,3 +121,21 @@ def run(capsys, tmp_path, monkeypatch):
         return code, captured.out, captured.err
 
     return run_command
+
+
+WRITTEN: dict[tuple[str, ...], dict[str, bytes]] = {}
+
+
+@pytest.fixture
+def run_once(run, tmp_path):
+    """Run a command that a test begins with: once in all tests of a process, of which the others get what it wrote."""
+    from cases import files_of, write_files
+
+    def write(*args):
+        if args in WRITTEN:
+            write_files(tmp_path, WRITTEN[args])
+        else:
+            assert run(*args)[0] == 0
+            WRITTEN[args] = files_of(tmp_path)
+
+    return write

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import TOLERANCES, Call, relative_error
+from cases import TOLERANCES, Call, in_turn, relative_error
 from torch import Tensor, nn
 
 import ntkgen
@@ -122,8 +122,7 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
         return network(), samples()
 
 
-@pytest.mark.parametrize("output", ["full", "trace"])
-@pytest.mark.parametrize("name", OTHERWISE_LATER)
+@in_turn("name output", OTHERWISE_LATER, ["full", "trace"])
 def test_a_network_that_treats_later_samples_otherwise_has_the_exact_kernel(name, output, monkeypatch):
     monkeypatch.setattr(dense, "batch_size_for", lambda _: 4)
     model, x = made(name)

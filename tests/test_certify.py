@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zarr
-from cases import Job, chosen, in_turn, make_job, relative_error
+from cases import Job, chosen, files_of, in_turn, make_job, relative_error, write_files
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,8 +42,18 @@ ALL = ("float16", "float32", "float64")
 LAYOUTS = pytest.mark.parametrize("layout", ["upper", "full"])
 
 
+COMPUTED: dict[tuple[int, tuple[str, ...], str], tuple[Job, dict[str, bytes]]] = {}
+
+
 def finished(job: Job, path: Path, dtypes: tuple[str, ...] = ALL, layout: str = "upper") -> KernelStore:
-    return job.run(job.create(path / f"{layout}.zarr", dtypes, layout))
+    """Return a finished store. That of a job is computed once, and copied for each test."""
+    place, kind = path / f"{layout}.zarr", (id(job), dtypes, layout)
+    if kind not in COMPUTED:
+        job.run(job.create(place, dtypes, layout))
+        COMPUTED[kind] = job, files_of(place)
+    else:
+        write_files(place, COMPUTED[kind][1])
+    return open_store(place, mode="r+")
 
 
 def certified(store: KernelStore, job: Job, **sampling: int) -> Certificate:

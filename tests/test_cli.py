@@ -95,8 +95,8 @@ def test_a_kernel_from_a_name_to_disk_and_back(run):
     assert json.loads(run("info", result["store"], "--json")[1])["tiles_missing"] == 0
 
 
-def test_the_same_command_again_writes_nothing(run, tmp_path):
-    run(*FAST)
+def test_the_same_command_again_writes_nothing(run, run_once, tmp_path):
+    run_once(*FAST)
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in files_below(tmp_path)}
     code, out, _ = run(*FAST)
     assert code == 0
@@ -240,8 +240,8 @@ def test_bad_input_is_one_line_and_code_2_and_nothing_is_written(run, tmp_path, 
     assert [name for name in files_below(tmp_path) if "__pycache__" not in name] == before
 
 
-def test_a_store_of_something_else_is_refused_and_kept(run, tmp_path):
-    run(*FAST)
+def test_a_store_of_something_else_is_refused_and_kept(run, run_once, tmp_path):
+    run_once(*FAST)
     store = next(Path("runs").glob("*.zarr"))
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     for change in (["--tile", "30"], ["--dtype", "float64"]):
@@ -303,8 +303,8 @@ def test_a_full_disk_in_the_middle_is_one_line(run, monkeypatch):
     assert err.startswith("Error: The disk is full.")
 
 
-def test_another_environment_needs_replan(run, monkeypatch):
-    run(*FAST)
+def test_another_environment_needs_replan(run, run_once, monkeypatch):
+    run_once(*FAST)
     store = next(Path("runs").glob("*.zarr"))
     (store / "ntk_float32" / "c" / "0" / "0").unlink()
     real = machine.environment
@@ -368,8 +368,8 @@ def test_options_of_rectangular_and_mapped_kernels_reach_the_pipeline(run, split
     assert (train.num_samples, test.num_samples) == (1697, 100)
 
 
-def test_a_damaged_finished_store_is_put_in_order_by_the_same_command(run):
-    run(*FAST)
+def test_a_damaged_finished_store_is_put_in_order_by_the_same_command(run, run_once):
+    run_once(*FAST)
     store = next(Path("runs").glob("*.zarr"))
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     (store / "row_label/c/0").unlink()
@@ -386,8 +386,8 @@ def test_a_damaged_finished_store_is_put_in_order_by_the_same_command(run):
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
-def test_replan_leaves_a_complete_store_alone(run):
-    run(*FAST)
+def test_replan_leaves_a_complete_store_alone(run, run_once):
+    run_once(*FAST)
     store = next(Path("runs").glob("*.zarr"))
     before = (store / "zarr.json").read_bytes()
     assert run(*FAST, "--replan", "--memory", "200MB")[0] == 0
@@ -538,8 +538,8 @@ def test_a_finished_kernel_is_certified_and_pages_say_what_that_means(run):
 
 
 @pytest.mark.slow
-def test_a_store_without_a_certificate_gets_one_by_the_same_command(run):
-    run(*FAST)
+def test_a_store_without_a_certificate_gets_one_by_the_same_command(run, run_once):
+    run_once(*FAST)
     store = the_store()
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     run(*FAST, "--no-certify", "--out", "plain")
@@ -594,8 +594,8 @@ def test_what_is_computed_more_precisely_than_stored_is_said_once(run):
 # verify ---------------------------------------------------------------------------------------------------------------
 
 
-def test_verify_reads_every_file_and_says_what_a_store_holds(run):
-    run(*FAST)
+def test_verify_reads_every_file_and_says_what_a_store_holds(run, run_once):
+    run_once(*FAST)
     code, out, err = run("verify", the_store())
     assert (code, err) == (0, "")
     assert "every file of ntk_float16, ntk_float32 is whole, 60 × 60" in out
@@ -603,8 +603,8 @@ def test_verify_reads_every_file_and_says_what_a_store_holds(run):
     assert (result["is_whole"], result["damage"]) == (True, [])
 
 
-def test_verify_names_what_is_damaged_and_missing_and_what_to_do(run):
-    run(*FAST)
+def test_verify_names_what_is_damaged_and_missing_and_what_to_do(run, run_once):
+    run_once(*FAST)
     store = the_store()
     before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
     (store / "ntk_float16/c/0/1").unlink()
@@ -628,8 +628,8 @@ def test_verify_names_what_is_damaged_and_missing_and_what_to_do(run):
 
 
 @pytest.mark.slow
-def test_verify_of_several_stores_reads_all_of_them(run):
-    run(*FAST)
+def test_verify_of_several_stores_reads_all_of_them(run, run_once):
+    run_once(*FAST)
     run(*FAST[:-2], "--subsample", "4")
     first, second = sorted(Path("runs").glob("*.zarr"))
     (first / "ntk_float32/c/0/0").unlink()
@@ -640,8 +640,8 @@ def test_verify_of_several_stores_reads_all_of_them(run):
 
 
 @pytest.mark.slow
-def test_verify_certifies_anew_with_other_probes(run):
-    run(*FAST)
+def test_verify_certifies_anew_with_other_probes(run, run_once):
+    run_once(*FAST)
     store = the_store()
     before = (store / "zarr.json").read_bytes()
     options = ["--certify", "--probes", "3", "--pairs", "2", "--seed", "5", "--json"]

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from cases import chosen
 from torch import nn
 
 from ntkgen.continual import run as at_work
@@ -190,7 +191,10 @@ def test_the_loss_is_the_cross_entropy_of_the_classes_seen_so_far(tmp_path, orde
     assert run.training.accuracies == [hits]
 
 
-@pytest.mark.parametrize("method", ["finetune", "joint", "replay", "lwf", "lwf-mc", "icarl", "ewc"])
+@pytest.mark.parametrize(
+    "method",
+    chosen(["finetune", "joint", "replay", "lwf", "lwf-mc", "icarl", "ewc"], ["replay", "lwf-mc", "icarl", "ewc"]),
+)
 def test_every_method_learns_with_a_masked_head(tmp_path, method):
     settings = dataclasses.replace(SETTINGS, method=method, epochs=1, buffer=12, evaluations="task")
     learn(Plan.of(settings, blobs()), LocalFolder(tmp_path / "seed0", fsync=False), CPU)

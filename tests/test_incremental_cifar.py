@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from cases import chosen
 from killing import Killed
 from test_cumulative import SETTINGS as CUMULATIVE
 from test_cumulative import blobs, logged, nets  # noqa: F401 - nets is a fixture
@@ -236,7 +237,7 @@ def require_same_when_killed(folder, monkeypatch, algorithm, moments):
         np.testing.assert_array_equal(np.load(path), np.load(path.with_name("index-1.npy")), err_msg=str(path))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", chosen(ALGORITHMS, ["continual-backprop", "shrink-and-perturb"]))
 def test_a_killed_run_of_every_algorithm_ends_like_an_undisturbed_one(tmp_path, monkeypatch, algorithm):
     require_same_when_killed(tmp_path, monkeypatch, algorithm, (5, 14, 3))
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, TOLERANCES, chosen_cases, relative_error
+from cases import CASES, CHOSEN, TOLERANCES, chosen, chosen_cases, relative_error
 from torch import nn
 
 import ntkgen
@@ -28,7 +28,7 @@ def moved(module: nn.Module, seed: int = 5) -> nn.Module:
     return other
 
 
-@chosen_cases
+@pytest.mark.parametrize("name", chosen(CASES, CHOSEN))
 def test_equals_the_kernel_of_other_parameters(name):
     case = CASES[name]()
     later = moved(case.module)

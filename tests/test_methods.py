@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from cases import chosen
 from test_learner import RARELY, SETTINGS, blobs, counted, done, killed_at, nets, require_equal  # noqa: F401 - a fixture
 from torch import nn
 from torch.nn import functional as F
@@ -293,7 +294,7 @@ def test_a_network_without_a_head_is_refused():
 # runs -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lwf", "icarl", "ewc"])
+@pytest.mark.parametrize("name", chosen(["lwf", "icarl", "ewc"], ["icarl"]))
 def test_a_killed_run_ends_like_an_undisturbed_one(tmp_path, monkeypatch, nets, name):  # noqa: F811 - the fixture
     settings = dataclasses.replace(SETTINGS, method=name, buffer=18)
     moment = counted(tmp_path / "undisturbed", monkeypatch, settings) * 3 // 5

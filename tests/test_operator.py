@@ -21,7 +21,7 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
 
-@chosen_cases
+@pytest.mark.parametrize("name", chosen(CASES, CHOSEN))
 @pytest.mark.numeric
 def test_the_operator_is_the_reference(name):
     case, K = CASES[name](), reference_of(name)

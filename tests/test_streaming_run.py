@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import xarray
+from cases import chosen
 from killing import was_killed
 
 from ntkgen.analysis.plots.style import render
@@ -89,7 +90,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", chosen(METHODS, ["ewc", "upgd_so_global", "adam"]))
 def test_a_run_stopped_at_any_sample_ends_with_the_same_bytes(method, tmp_path, monkeypatch):
     settings = settings_of(method=method, seeds=(0, 3), kernels_every=1, **METHODS[method])
     learnt(settings, tmp_path / "straight")
@@ -110,9 +111,7 @@ def test_a_run_stopped_at_any_sample_ends_with_the_same_bytes(method, tmp_path, 
     assert files_of(tmp_path / "straight") == files_of(tmp_path / "stopped")
 
 
-@pytest.mark.parametrize(
-    "method", ["baseline", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "baseline")]
-)
+@pytest.mark.parametrize("method", chosen(METHODS, ["baseline"]))
 def test_a_run_killed_at_random_writes_ends_with_the_same_bytes(method, tmp_path, monkeypatch):
     settings = settings_of(method=method, seeds=(0, 3), held_out=10, save_every=40, **METHODS[method])
     learnt(settings, tmp_path / "undisturbed")
@@ -127,14 +126,14 @@ def test_a_run_killed_at_random_writes_ends_with_the_same_bytes(method, tmp_path
     assert files_of(tmp_path / "undisturbed") == files_of(tmp_path / "killed")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", chosen(METHODS, ["sgd", "usgd", "feature_upgd_fo_global"]))
 def test_seeds_and_settings_in_a_stack_equal_separate_runs(method, tmp_path):
-    rates = (0.02, 0.005)
-    learnt(settings_of(method=method, seeds=(0, 3), learning_rate=rates, **METHODS[method]), tmp_path / "stack")
+    rates, options = (0.02, 0.005), {"method": method, "num_samples": 40, "samples_per_task": 20, **METHODS[method]}
+    learnt(settings_of(seeds=(0, 3), learning_rate=rates, **options), tmp_path / "stack")
     stack, bins = final_parameters(tmp_path / "stack"), read_stream(tmp_path / "stack")
     for member, (rate, seed) in enumerate((rate, seed) for rate in rates for seed in (0, 3)):
         place = tmp_path / f"{rate}-{seed}"
-        learnt(settings_of(method=method, seeds=(seed,), learning_rate=rate, **METHODS[method]), place)
+        learnt(settings_of(seeds=(seed,), learning_rate=rate, **options), place)
         for name, values in final_parameters(place).items():
             torch.testing.assert_close(values[0], stack[name][member], rtol=1e-4, atol=1e-6)
         own = read_stream(place).loss.values[:, 0, 0]
@@ -188,7 +187,7 @@ def test_the_first_bin_of_published_bins_is_one_sample(tmp_path):
 
 
 def test_a_network_learns_and_begins_anew_with_restarts(tmp_path):
-    options = {"num_samples": 1200, "samples_per_task": 400, "held_out": 30, "method": "sgd", "learning_rate": 0.05}
+    options = {"num_samples": 600, "samples_per_task": 300, "held_out": 30, "method": "sgd", "learning_rate": 0.05}
     usual = learnt(settings_of(**options), tmp_path / "usual")
     assert usual.accuracy.values.min() > 0.6
     assert usual.held_out_accuracy.values.min() > 0.9  # under the permutation of each task

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from cases import chosen, in_turn
 from torch import nn
 from unit_training import NETS, PUBLISHED, RATE, Training, require_equal
 
@@ -25,16 +26,16 @@ pytestmark = pytest.mark.numeric
 # how many units are replaced ------------------------------------------------------------------------------------------
 
 
-def test_first_replacements_and_totals_of_the_published_run():
+FIRST_AND_TOTAL = {64: (2563, 671), 128: (1782, 1342), 256: (1391, 2685), 512: (1196, 5370)}
+
+
+@pytest.mark.parametrize("channels", chosen(FIRST_AND_TOTAL, [512]))
+def test_first_replacements_and_totals_of_the_published_run(channels):
     """L14, without training: the steps at which units are replaced in 1,050,000 steps follow from integers alone."""
-    options = SurgeryOptions(replacement_rate=1e-5, maturity=1000, replacement_count="all")
-    found = {}
-    for channels in (64, 128, 256, 512):
-        turnover = Turnover(channels, options)
-        counts = [turnover.advance() for _ in range(1_050_000)]
-        found[channels] = (counts.index(1) + 1, sum(counts))
-        assert max(counts) == 1
-    assert found == {64: (2563, 671), 128: (1782, 1342), 256: (1391, 2685), 512: (1196, 5370)}
+    turnover = Turnover(channels, SurgeryOptions(replacement_rate=1e-5, maturity=1000, replacement_count="all"))
+    counts = [turnover.advance() for _ in range(1_050_000)]
+    assert max(counts) == 1
+    assert (counts.index(1) + 1, sum(counts)) == FIRST_AND_TOTAL[channels]
 
 
 @pytest.mark.parametrize("rule", ["eligible", "all"])
@@ -166,8 +167,8 @@ class Oracle:
                         tensors[f"{layer.norm}.{part}"][i] = value
 
 
-@pytest.mark.parametrize(
-    "options",
+@in_turn(
+    "options kind",
     [
         *({"unit_utility": name} for name in UTILITIES),
         {"replacement_count": "all"},
@@ -175,9 +176,8 @@ class Oracle:
         PUBLISHED,
         {**PUBLISHED, "unit_utility": "weight"},
     ],
-    ids=lambda options: "-".join(str(value) for value in options.values()),
+    list(NETS),
 )
-@pytest.mark.parametrize("kind", NETS)
 def test_every_step_is_that_of_the_oracle(kind, options):
     """L14 to L16, L18 and L19 together, and the published form of the traps: 60 steps of a network in training."""
     training = Training(kind, "continual-backprop", **{**RATE, **options})
@@ -282,8 +282,7 @@ def test_age_utility_and_mean_of_a_replaced_unit_begin_anew(kind):
         assert torch.equal(values == 0, ages == 0)
 
 
-@pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@in_turn("kind optimizer", NETS, ["sgd", "adam"])
 def test_a_rate_of_zero_is_the_plain_optimizer(kind, optimizer):
     """L19: to the last bit, after 20 steps; and so are surgeries that find nothing to do."""
     names = ("continual-backprop", "redo", "perturb")
@@ -302,9 +301,8 @@ def test_a_rate_of_zero_is_the_plain_optimizer(kind, optimizer):
 # resuming -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", NETS)
-@pytest.mark.parametrize(
-    "options",
+@in_turn(
+    "options kind",
     [
         {},
         {"replacement_draw": "bernoulli"},
@@ -312,7 +310,7 @@ def test_a_rate_of_zero_is_the_plain_optimizer(kind, optimizer):
         {"unit_utility": "zero-contribution"},
         PUBLISHED,
     ],
-    ids=["default", "bernoulli", "random", "centered", "published"],
+    list(NETS),
 )
 def test_a_resumed_training_is_the_straight_one(kind, options, tmp_path):
     """T1: after 17 of 40 steps everything is loaded into another network, and ends with the same bits."""

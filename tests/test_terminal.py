@@ -73,7 +73,7 @@ def test_a_stream_that_is_closed_or_none_of_pythons_is_left_alone(monkeypatch):
 
 def test_every_sign_of_the_source_has_a_spelling(pytestconfig):
     sources = "".join(path.read_text(encoding="utf-8") for path in (pytestconfig.rootpath / "ntkgen").rglob("*.py"))
-    assert {sign for sign in sources if spell(sign) == "?"} <= set("?数\udcff")
+    assert {sign for sign in set(sources) if spell(sign) == "?"} <= set("?数\udcff")
 
 
 def test_commands_print_on_any_terminal(job, tmp_path, monkeypatch):
