@@ -223,3 +223,22 @@ def test_an_autocast_region_is_refused(precision):
         ntkgen.ntk(model, normal(4, 3).float(), precision=precision)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_kernel_function_follows_what_the_weights_are_multiplied_with():
+    """The factor is a buffer, which changes between two calls, and so does what is added to the weight."""
+
+    def forward(self, x):
+        return F.linear(torch.tanh(F.linear(x, self.w * self.factor)), self.v + self.shift)
+
+    def network(factor, shift):
+        made = Call(forward, w=nn.Parameter(normal(4, 3)), v=nn.Parameter(normal(2, 4)))
+        made.register_buffer("factor", torch.tensor(factor, dtype=torch.float64))
+        made.register_buffer("shift", torch.tensor(shift, dtype=torch.float64))
+        return made
+
+    x = normal(6, 3)
+    function = ntkgen.KernelFunction(network(0.5, 0.0), x, precision="float64")
+    for factor, shift in ((0.5, 0.0), (2.0, 0.5), (-1e-3, 3.0)):
+        changed = network(factor, shift)
+        assert relative_error(function(changed), reference_ntk(changed, x)) < 1e-10

@@ -120,6 +120,10 @@ class Joined:
     node: Tensor
 
 
+class _AnotherWeightError(Exception):
+    """A weight does not have the entries of its parameter that it had when the network was prepared."""
+
+
 def uses_of(
     marks: Sequence[Mark], joined: Joined, num_samples: int, count: int, params: Mapping[str, Tensor]
 ) -> Iterator[tuple[Mark, Use]]:
@@ -131,19 +135,27 @@ def uses_of(
         num_samples: Number of samples of the batch, with its padding.
         count: Number of samples without the padding.
         params: The parameters by name.
+
+    Raises:
+        _AnotherWeightError: If a weight has other entries of its parameter than planned.
     """
     junction, call, node = joined.junction, joined.call, joined.node
     meetings: dict[Path, Meeting] = {}
     for mark in marks:
+        entries = mark.entries
+        if entries is not None:
+            entries = entries.now(call.argument(mark.path), params[mark.param])
+            if entries is None:
+                raise _AnotherWeightError
         if mark.is_matrix:
-            assert mark.entries is not None
+            assert entries is not None
             x = junction.inputs(call, num_samples)
             kept = x[:count].detach()
-            kept = kept if mark.entries.scale == 1 else kept * mark.entries.scale
+            kept = kept if entries.scale == 1 else kept * entries.scale
             yield mark, Use(kept, node, x.requires_grad, (x.shape, node.shape))
         else:
             meeting = meetings.setdefault(mark.path, Meeting(junction, call, mark.path, node.ndim, num_samples, count))
-            part = Part(meeting, params[mark.param], mark.entries)
+            part = Part(meeting, params[mark.param], entries)
             has_samples = junction.axes[mark.path] is not None
             shape = node.shape if has_samples else torch.Size((num_samples, *meeting.weight.shape))
             yield mark, Use(part, node, passes_back=True, shapes=(shape, node.shape))
@@ -174,8 +186,11 @@ class _Recorder:
         except (RuntimeError, IndexError):
             self._is_as_planned = False
             return result
-        for mark, use in uses_of(self._plan.marks[number], Joined(junction, call, node), n, count, self._params):
-            self._uses[mark.layer].append(use)
+        try:
+            for mark, use in uses_of(self._plan.marks[number], Joined(junction, call, node), n, count, self._params):
+                self._uses[mark.layer].append(use)
+        except _AnotherWeightError:
+            self._is_as_planned = False
         return junction.unchanged(node).clone()
 
     def finish(self) -> None:

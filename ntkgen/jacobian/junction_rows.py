@@ -20,7 +20,7 @@ _MUL = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
 
 @dataclass(frozen=True)
 class Entries:
-    """A weight expression that has entries of one parameter, times a number: W = c θ[positions].
+    """A weight expression that has entries of one parameter, times a number: W = c θ[positions], plus a constant.
 
     Attributes:
         positions: The entry of the flattened parameter that each entry of the flattened W is.
@@ -35,6 +35,25 @@ class Entries:
         """Whether W has the first entries of the parameter, in their order."""
         order = torch.arange(len(self.positions), device=self.positions.device)
         return self.scale == 1 and torch.equal(self.positions, order)
+
+    def now(self, weight: Tensor, param: Tensor) -> "Entries | None":
+        """Return the entries with the present number c, which may depend on a buffer; None if others are used."""
+        if weight is param or (self.scale == 1 and _share_memory(weight, param)):
+            return self
+        if _equal(weight.detach().flatten(), self.scale * param.detach().flatten()[self.positions]):
+            return self
+        found = entries_of(weight, param)
+        return found if found is not None and torch.equal(found.positions, self.positions) else None
+
+
+def _share_memory(weight: Tensor, param: Tensor) -> bool:
+    return weight.untyped_storage().data_ptr() == param.untyped_storage().data_ptr()
+
+
+def _equal(found: Tensor, expected: Tensor) -> bool:
+    """Say whether two weights are equal to rounding."""
+    rounding = 32 * torch.finfo(found.dtype).eps
+    return bool((found - expected).abs().max() <= rounding * expected.abs().max())
 
 
 def entries_of(weight: Tensor, param: Tensor) -> Entries | None:
