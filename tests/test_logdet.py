@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from cases import chosen
 from filled import certificate_of, fill_store
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from strategies import few
 
@@ -103,8 +103,12 @@ def test_it_is_that_of_the_dense_matrix(values, shift):
             np.testing.assert_allclose(L, np.linalg.cholesky(K), atol=1e-12)
 
 
+NEGATIVE = {"num_samples": 9, "num_outputs": 1, "tile_samples": 2, "layout": "upper", "dtypes": ("float64",)}
+
+
 @few
 @given(st.fixed_dictionaries(CUTS), st.floats(-9.0, -0.1))
+@example({**NEGATIVE, "side": 3, "panel_tiles": 2}, -9.0)  # determinants of both signs
 def test_an_indefinite_kernel_has_ldl(values, lowest):
     side, panel_tiles = values.pop("side"), values.pop("panel_tiles")
     K = symmetric(values["num_samples"] * values["num_outputs"] + 3, lowest, seed=1)[3:, 3:]
