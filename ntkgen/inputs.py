@@ -1,13 +1,15 @@
 """The samples of a kernel: the inputs of the network, and the labels and positions that are stored."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ntkgen.fingerprints import array_fingerprint
+from ntkgen.jacobian.adapter import Given, Target
 from ntkgen.jacobian.probe import in_turns
-from ntkgen.jacobian.samples import Data
+from ntkgen.jacobian.samples import Data, data_of
 from ntkgen.store.schema import Samples
 
 
@@ -26,6 +28,13 @@ class Inputs:
     samples: Samples
     against: Tensor | None = None
     data: Data | None = None
+
+    def aimed(self, model: nn.Module, target: Target) -> "tuple[nn.Module, Inputs]":
+        """Return the network and the samples as the engine takes them for a kernel of a target."""
+        if target.is_plain and self.data is None:
+            return model, self
+        given = Given.adapted(model, self.data or data_of(self.x, self.against), target)
+        return given.model, dataclasses.replace(self, x=given.rows, against=given.columns, data=given.data)
 
     @property
     def all(self) -> Tensor:

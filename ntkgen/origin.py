@@ -23,6 +23,8 @@ from ntkgen.files.folder import File, Folder, LocalFolder
 from ntkgen.files.lock import write_lock
 from ntkgen.files.paths import expanded
 from ntkgen.inputs import Inputs
+from ntkgen.jacobian.adapter import Target
+from ntkgen.jacobian.samples import data_of
 from ntkgen.plan.order import projected_flops
 from ntkgen.plan.plan import Budget
 from ntkgen.plan.tiles import Tile
@@ -66,7 +68,7 @@ def load_origin(
     source = _source(store)
     checkpoint = _checkpoint(store, source.checkpoint)
     name = dataset or _locate(source.dataset, [data_dir, Path(), _beside(store)])
-    load = partial(datasets.load, name, data_dir=data_dir)
+    load = partial(datasets.load, name, data_dir=data_dir, any_form=True)
     load = load if download else partial(load, download=False)
     data = _as_trained(load(), checkpoint)
     model = zoo.build(source.model, data.num_classes, seed=source.seed, width=source.width)
@@ -77,7 +79,7 @@ def load_origin(
         columns = _positions(store, "col_sample_index", against)
     inputs = take(data, _positions(store, "sample_index", data), against, columns)
     _check_samples(store, inputs)
-    return Origin(model, inputs)
+    return Origin(*inputs.aimed(model, Target.of(None, source.select, source.params)))
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class _Source:
     width: int | None
     checkpoint: str
     against: str | None
+    select: str | None
+    params: Sequence[str] | None
 
 
 def _source(store: KernelStore) -> _Source:
@@ -106,7 +110,9 @@ def _source(store: KernelStore) -> _Source:
             f"`ntkgen compute` writes, found one without {', '.join(missing)}. Was it made in Python, with "
             "ntkgen.compute? Check it there, with ntkgen.checks.certify."
         )
-    return _Source(known.model, known.dataset, known.seed, known.width, known.checkpoint, known.against)
+    return _Source(
+        known.model, known.dataset, known.seed, known.width, known.checkpoint, known.against, known.select, known.params
+    )
 
 
 def _checkpoint(store: KernelStore, name: str) -> Checkpoint:
@@ -186,6 +192,9 @@ def load_parts(folder: Folder, data_dir: Path | None, dataset: str | None) -> tu
 
 def take(data: Dataset, order: Tensor, against: Dataset | None = None, columns: Tensor | None = None) -> Inputs:
     """Select samples of a data set by their positions, and samples of another data set for the columns."""
+    if data.arrays:
+        samples = data_of(data.arguments(order))
+        return Inputs(samples.numbers()[0], Samples(order.numpy(), data.labels[order].numpy()), data=samples)
     if against is None or columns is None:
         return Inputs(data.inputs(order), Samples(order.numpy(), data.labels[order].numpy()))
     other = Samples(columns.numpy(), against.labels[columns].numpy())

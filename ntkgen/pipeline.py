@@ -1,6 +1,8 @@
 """The steps of the command `compute`: train a named network on a data set, and compute its kernel."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import time
 from contextlib import suppress
@@ -22,6 +24,7 @@ from ntkgen.files.folder import File, Folder, LocalFolder
 from ntkgen.files.lock import write_lock
 from ntkgen.files.room import require_room
 from ntkgen.inputs import Inputs
+from ntkgen.jacobian.adapter import Target
 from ntkgen.jacobian.probe import PROBE_SAMPLES
 from ntkgen.origin import load_parts, take
 from ntkgen.plan.plan import Budget, Plan
@@ -47,6 +50,7 @@ class KernelRequest:
     against: str | None = None  # split of the columns; None means the samples of the rows
     against_subsample: int | None = None
     spec: KernelSpec = field(default_factory=KernelSpec)
+    target: Target = field(default_factory=Target)
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,13 @@ def _store_folder(
     other = "" if against is None else f"-{kernel.against}{against}"
     output = "" if kernel.spec.output == "full" else f"-{kernel.spec.output.replace(':', '')}"
     precision = "" if kernel.spec.precision == "float32" else f"-{kernel.spec.precision}"
-    return setup.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}.zarr"
+    of = f"-{_short_hash(kernel.target.described())}" if not kernel.target.is_plain else ""
+    return setup.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}{of}.zarr"
+
+
+def _short_hash(values: dict[str, Any]) -> str:
+    """Name a selection of outputs and parameters in a path."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> tuple[nn.Module, Recipe]:
@@ -144,7 +154,9 @@ def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> t
     model = zoo.build(request.model, data.num_classes, seed=request.seed, width=request.width)
     path = _checkpoint_file(request, data, setup)
     checkpoint = checkpoints.load(path) if path.exists else None
+    num_epochs = Recipe.num_epochs if data.is_trainable else _epochs_without_labels(request, data)
     default = Recipe(
+        num_epochs=num_epochs,
         model=request.model,
         dataset=_dataset_name(data),
         data_fingerprint=data.fingerprint(),
@@ -159,6 +171,21 @@ def plan_training(request: TrainingRequest, data: Dataset, setup: RunSetup) -> t
     if checkpoint is not None:
         checkpoints.check_recipe(path, checkpoint, recipe)
     return model, recipe
+
+
+def _epochs_without_labels(request: TrainingRequest, data: Dataset) -> int:
+    """Return zero epochs for data that no network can be trained on. A network of one's own may be trained already.
+
+    Raises:
+        InputError: If the network is to be trained.
+    """
+    if request.num_epochs or (request.num_epochs is None and ":" not in request.model):
+        raise InputError(
+            f"{request.model} cannot be trained on {data.name}: expected images x with the number of a class y for "
+            "each sample, found samples of another form, or without such labels. Is the network trained already, or is "
+            "the kernel at its initialisation meant? Set `num_epochs` 0."
+        )
+    return 0
 
 
 def run_training(
@@ -228,9 +255,11 @@ def plan_kernel(
     inputs = _inputs(kernel, data, against)
     setup.out.require_writable()
     model, recipe = plan_training(request, data, setup)
-    requested = Computation(model, inputs, _probe(inputs, data), kernel.spec, setup.device, execution=setup.execution)
+    network, aimed = inputs.aimed(model, kernel.target)
+    requested = Computation(network, aimed, _probe(aimed, data), kernel.spec, setup.device, execution=setup.execution)
     prepared = prepare_kernel(requested)
-    check_labels(data.labels, prepared.network.profile.num_logits)
+    if data.is_trainable and kernel.target.select is None:
+        check_labels(data.labels, prepared.network.profile.num_logits)
     machine = requested.machine()
     folder = _store_folder(request, kernel, setup, data, inputs.counts)
     store = open_store(folder) if has_store(folder) else None
@@ -267,6 +296,8 @@ def _inputs(kernel: KernelRequest, data: Dataset, against: Dataset | None) -> In
 
 def _probe(inputs: Inputs, data: Dataset) -> Tensor:
     """Choose samples for trial runs of a network, from the kernel and, because it can have few, from the data set."""
+    if inputs.data is not None:
+        return inputs.probe
     few = torch.arange(min(PROBE_SAMPLES, data.num_samples), device="cpu")
     return torch.cat([inputs.probe, data.inputs(few)])
 
@@ -323,10 +354,11 @@ def run_kernel(planned: PlannedKernel, report: Report = ignore_report) -> Finish
 
 def computation_of(planned: PlannedKernel, provenance: Provenance | None = None) -> Computation:
     """Collect network, samples and settings of a planned kernel for its computation."""
+    model, inputs = planned.inputs.aimed(planned.model, planned.kernel.target)
     return Computation(
-        model=planned.model,
-        inputs=planned.inputs,
-        probe=_probe(planned.inputs, planned.data),
+        model=model,
+        inputs=inputs,
+        probe=_probe(inputs, planned.data),
         spec=planned.kernel.spec,
         device=planned.setup.device,
         provenance=provenance or Provenance(),
@@ -345,6 +377,8 @@ def _provenance(planned: PlannedKernel, checkpoint: Checkpoint) -> Provenance:
         "shuffle_seed": planned.kernel.shuffle_seed,
         "against": planned.kernel.against,
         "against_subsample": planned.kernel.against_subsample,
+        **planned.kernel.target.described(),
+        **({} if int(planned.data.labels.min()) >= 0 else {"has_labels": False}),
         "raw_images": not (planned.data.zoo_sized or planned.data.name.endswith(".npz")),  # files have one size only
         "num_epochs": planned.recipe.num_epochs,
         "target_accuracy": planned.training.target_accuracy,

@@ -43,14 +43,14 @@ def duration_of(planned: PlannedKernel) -> Duration:
         network = prepare_kernel(kernel).network
         rates = storage_rates(planned.store, spec.dtypes)
         duration = dataclasses.replace(
-            kernel_duration(plan, work, network, planned.inputs.x, num_workers=num_workers),
+            kernel_duration(plan, work, network, kernel.inputs.x, num_workers=num_workers),
             training=duration.training,
             storing=planned.missing_bytes * rates.write,
         )
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
             chosen = output_map(spec.output, plan.profile.num_logits)
-            seconds = certificate_seconds(planned.model, planned.inputs.x, len(planned.inputs.all), chosen, sampling)
+            seconds = certificate_seconds(kernel.model, kernel.inputs.x, len(kernel.inputs.all), chosen, sampling)
             duration = dataclasses.replace(duration, certificate=seconds + planned.disk_bytes * rates.read)
     return duration
 

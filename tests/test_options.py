@@ -55,8 +55,8 @@ def test_a_kernel_is_computed_with_the_defaults_of_its_settings(cls, at_least):
 
 
 # Of a regression and of a run; of an imported kernel and of a stream; details of a computation and lines of a run;
-# processes of one kernel, and runs side by side.
-WITH_TWO_MEANINGS = {"--method": 2, "--samples": 2, "--verbose": 2, "--workers": 2}
+# processes of one kernel, and runs side by side; the number of all parameters, and patterns of some.
+WITH_TWO_MEANINGS = {"--method": 2, "--params": 2, "--samples": 2, "--verbose": 2, "--workers": 2}
 
 
 def test_an_option_is_defined_once():

@@ -220,8 +220,9 @@ def _may_be_absent(store: KernelStore, array: StoredArray, key: Key) -> bool:
     exist if the tile does, because they are written before it.
     """
     if array.name in LABELS:
-        has_dataset = not store.manifest.provenance.is_empty and not store.manifest.is_imported
-        return not has_dataset and not (
+        known = store.manifest.provenance
+        has_labels = not known.is_empty and not store.manifest.is_imported and known.has_labels is not False
+        return not has_labels and not (
             store.grid.is_symmetric and any(store.folder.has(f"{name}/c/0") for name in LABELS)
         )
     if store.manifest.is_complete or array.role == "coordinate":

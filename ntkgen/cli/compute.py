@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 @click.option(
     "--against-subsample", type=int, help="Number of samples of the columns: the first ones of the split [all]."
 )
+@click.option("--select", help="Outputs of the network, such as logits, 'logits[:, -1, [5, 7]]' or '0[:, :3]' [all].")
+@click.option(
+    "--params",
+    cls=ManyOption,
+    metavar="PATTERN...",
+    help="Parameters by patterns of their names, such as 'head.*' or '!*embed*' [all trainable ones].",
+)
 @click.option(
     "--output",
     default=KernelSpec.output,
@@ -101,10 +108,12 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     ntkgen compute --models lenet --dataset digits --subsample 500
     ntkgen compute --models resnet18 vgg11 --dataset cifar --subsample 5000
     ntkgen compute --models mylab.nets:wide --dataset mine.npz --epochs 0
+    ntkgen compute --models mylab.lm:tiny --dataset prompts.npz --select 'logits[:, -1]' --params '*lora_*'
     """  # noqa: D301 - \b tells click not to wrap the lines
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
+    from ntkgen.jacobian.adapter import Target
     from ntkgen.projection import duration_of, project, takes_minutes
     from ntkgen.store.describe import loses_precision
     from ntkgen.store.rounding import check_dtypes
@@ -112,10 +121,11 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     settings = Settings.pop_from(options)
     samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
     execution_options = {name: options.pop(name) for name in ("workers", "client", "part", "tile_seconds")}
+    target = Target.of(None, options.pop("select"), options.pop("params") or None)
     spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
-    kernel = pipeline.KernelRequest(**samples, spec=spec)
+    kernel = pipeline.KernelRequest(**samples, spec=spec, target=target)
     with _execution(settings, **execution_options) as execution:
-        setup, data = settings.setup(execution), settings.load_data()
+        setup, data = settings.setup(execution), settings.load_data(any_form=True)
         against = None if kernel.against is None else settings.load_data(kernel.against)
         missing_bytes = 0
         for request in settings.requests():  # wrong input is reported before any computation

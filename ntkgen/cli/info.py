@@ -70,6 +70,8 @@ def _origin(found: "StoreDescription") -> dict[str, str]:
     trained = "without training" if made.train_accuracy is None else f"trained to {made.train_accuracy:.2f} %"
     return {
         "network": f"{made.model}, {found.num_params:,} parameters, {trained}",
+        **({} if made.select is None else {"selected": made.select}),
+        **({} if made.params is None else {"parameters": ", ".join(made.params)}),
         "data": f"{made.dataset}, {_samples(found)}",
     }
 

@@ -74,11 +74,11 @@ class Settings:
         """Remove the training options from the options of a command and return them."""
         return cls(**{field.name: options.pop(field.name) for field in dataclasses.fields(cls)})
 
-    def load_data(self, split: str = "train") -> "Dataset":
-        """Load the samples of a split."""
+    def load_data(self, split: str = "train", *, any_form: bool = False) -> "Dataset":
+        """Load the samples of a split. A file of ``any_form`` may hold other samples than images."""
         from ntkgen.data import dataset as data
 
-        loaded = data.load(self.dataset, data_dir=self.data_dir, split=split)
+        loaded = data.load(self.dataset, data_dir=self.data_dir, split=split, any_form=any_form)
         return dataclasses.replace(loaded, zoo_sized=False) if self.raw_images else loaded
 
     def setup(self, execution: "Execution | None" = None) -> "RunSetup":

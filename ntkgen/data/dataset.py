@@ -7,6 +7,7 @@ batch by batch: ``scale`` to [0, 1], ``resize`` to 3×32×32 for the zoo, ``augm
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ntkgen.data.arrays import are_images, load_arrays, names_in
 from ntkgen.data.augment import Augmentation, augment
 from ntkgen.data.catalog import DatasetInfo, dataset_info
 from ntkgen.data.npz import load_npz
 from ntkgen.data.official import data_directory, load_official
 from ntkgen.errors import DataError, InputError, ShapeError, UnknownNameError
+from ntkgen.files.paths import expanded
 
 SPLITS = ("train", "test")
 ZOO_SIZE = 32  # height and width of the inputs of the zoo's networks, in pixels
@@ -39,11 +42,28 @@ class Dataset:
     std: tuple[float, ...] | None = None
     zoo_sized: bool = False
     """Whether inputs are resized to 3×32×32, or keep the size of the images."""
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    """Samples of another form than images: the inputs of a network by name. ``images`` is then the first of them."""
 
     @property
     def num_samples(self) -> int:
         """Count the images."""
         return len(self.images)
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether a network can be trained on it: it has images, and the number of a class for each."""
+        return not self.arrays and int(self.labels.min()) >= 0
+
+    def arguments(
+        self,
+        ids: Tensor,  # (selected,), int64
+    ) -> Tensor | dict[str, Tensor]:
+        """Return what a network gets: inputs made from images, one array ``x`` as it is, or keyword arguments."""
+        if not self.arrays:
+            return self.inputs(ids)
+        chosen = {name: array[ids] for name, array in self.arrays.items()}
+        return chosen["x"] if list(chosen) == ["x"] else chosen
 
     def raw(
         self,
@@ -73,7 +93,9 @@ class Dataset:
         The hash is the same on every device. It does not include the name, because a renamed file has the same data.
         """
         digest = hashlib.sha256(repr((self.mean, self.std, self.zoo_sized)).encode())
-        for tensor in (self.images, self.labels):
+        for name in self.arrays:
+            digest.update(f"{name}|".encode())
+        for tensor in (*(self.arrays.values() or [self.images]), self.labels):
             array = tensor.cpu().numpy()
             digest.update(repr((array.dtype.str, array.shape)).encode())
             digest.update(array.reshape(-1).view(np.uint8).data)
@@ -87,7 +109,9 @@ class Dataset:
         return resize(self.raw(ids)) if self.zoo_sized else self.raw(ids)
 
 
-def load(name: str, *, data_dir: Path | None = None, split: str = "train", download: bool = True) -> Dataset:
+def load(
+    name: str, *, data_dir: Path | None = None, split: str = "train", download: bool = True, any_form: bool = False
+) -> Dataset:
     """Load a data set of ``DATASETS`` by its name or alias, or the arrays x and y of a file ``NAME.npz``.
 
     Args:
@@ -98,6 +122,7 @@ def load(name: str, *, data_dir: Path | None = None, split: str = "train", downl
             ``data`` in the current directory.
         split: ``train`` or ``test``. ``digits`` and ``.npz`` files have no ``test``.
         download: Whether missing files may be downloaded.
+        any_form: Whether an ``.npz`` file may hold samples of any form (`ntkgen.data.arrays`).
 
     Raises:
         UnknownNameError: If the data set or the split has an unknown name.
@@ -108,6 +133,10 @@ def load(name: str, *, data_dir: Path | None = None, split: str = "train", downl
         raise UnknownNameError("split", split, SPLITS)
     if name.endswith(".npz"):
         _check_has_split(name, split)
+        path = expanded(name)
+        if any_form and path.is_file() and not are_images(names_in(path)):
+            arrays, labels, num_classes = load_arrays(path)
+            return Dataset(name, next(iter(arrays.values())), labels, num_classes, arrays=arrays)
         images, labels = load_npz(name)
         return Dataset(name, images, labels, num_classes=int(labels.max()) + 1)
     info = dataset_info(name)

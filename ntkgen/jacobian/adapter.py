@@ -298,10 +298,11 @@ class Given:
         if target.is_plain and is_one_tensor(x1) and (x2 is None or is_one_tensor(x2)):
             return cls(model, *checked_batches(x1, x2))  # type: ignore[arg-type]
         require_plain_module(model)
-        return cls._adapted(model, data_of(x1, x2), target)
+        return cls.adapted(model, data_of(x1, x2), target)
 
     @classmethod
-    def _adapted(cls, model: nn.Module, data: Data, target: Target) -> "Given":
+    def adapted(cls, model: nn.Module, data: Data, target: Target) -> "Given":
+        """Put an adapter around a network."""
         return cls(Adapter(model, data, target), *data.numbers(), data)
 
     def attempt(self, work: Callable[["Given"], T]) -> T:
@@ -312,4 +313,4 @@ class Given:
             return work(self)
         except OutputFormError:
             pass
-        return work(self._adapted(self.model, data_of(self.rows, self.columns), Target()))
+        return work(self.adapted(self.model, data_of(self.rows, self.columns), Target()))

@@ -71,9 +71,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 def _unmatched(pattern: str, names: Iterable[str]) -> str:
     known = list(names)
     modules = {f"{name.rpartition('.')[0]}.*" for name in known if "." in name}
-    close = difflib.get_close_matches(pattern, [*known, *sorted(modules)], n=3, cutoff=0.4) or known[:3]
+    inside = [name for name in known if pattern.strip("*") in name]
+    close = inside or difflib.get_close_matches(pattern, [*known, *sorted(modules)], n=3, cutoff=0.4) or known
     return (
         f"No parameter matches the pattern {pattern!r}: expected a pattern of the {len(known)} names of the network's "
-        f"parameters, found none that fits. Names that are close: {', '.join(close)}. Is it misspelt, or is a * "
+        f"parameters, found none that fits. Names that are close: {', '.join(close[:3])}. Is it misspelt, or is a * "
         "missing? Write a whole name, or * for any characters, such as head.* or *bias."
     )

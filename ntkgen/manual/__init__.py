@@ -10,6 +10,7 @@ from ntkgen.errors import UnknownNameError
 NAMES = (
     "computing",
     "python",
+    "functions",
     "resuming",
     "workers",
     "object-stores",

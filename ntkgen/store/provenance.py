@@ -1,7 +1,7 @@
 """The provenance of a kernel: the network, the data and the training that it was computed from."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ class Provenance:
         shuffle_seed: Seed of the order of the samples, if the order is random.
         against: Split that the columns are taken from, if they are other samples.
         against_subsample: Number of samples in the columns, if the kernel uses only the first of them.
+        select: Selection of the network's outputs, if not all are taken.
+        params: Patterns of the names of parameters, if not all are taken.
+        has_labels: False if the samples of the data set have no labels.
         raw_images: Whether images keep their size in the data set.
         num_epochs: Maximum number of training epochs.
         target_accuracy: Accuracy at which training ends, in per cent.
@@ -42,6 +45,9 @@ class Provenance:
     shuffle_seed: int | None = None
     against: str | None = None
     against_subsample: int | None = None
+    select: str | None = None
+    params: Sequence[str] | None = None
+    has_labels: bool | None = None
     raw_images: bool | None = None
     num_epochs: int | None = None
     target_accuracy: float | None = None
