@@ -257,6 +257,20 @@ def test_other_samples_in_the_columns():
     assert_equal(operator.T @ torch.eye(4).double(), square[4:, :4])
 
 
+def test_a_function_of_the_rows_against_another_of_the_columns(tmp_path):
+    model, x = solution(), draw(7, 2)
+    both = ntkgen.reference_ntk(model, x, function=(values, by_autograd)).reshape(7, 2, 7, 2)[:, 0, :, 1]
+    asked = {"function": values, "columns_function": by_autograd}
+    assert_all_equal(both, model, x, **asked)
+    assert_equal(ntkgen.ntk(model, x[:5], x[2:], **asked), both[:5, 2:])
+    assert_equal(ntkgen.ntk(model, x, columns_function=by_autograd), both)
+    store = stored(tmp_path / "k.zarr", model, x, x[:3], **asked)
+    assert_equal(torch.from_numpy(store.array[...]), both[:, :3])
+    assert store.manifest.identity["columns_function"] == ["test_adapter.by_autograd"]
+    with pytest.raises(ModelError, match="different numbers of outputs: expected equal ones, found 1 and 2"):
+        ntkgen.ntk(model, x, function=values, columns_function=(values, by_autograd))
+
+
 # complex numbers ------------------------------------------------------------------------------------------------------
 
 
@@ -272,13 +286,17 @@ class Spectral(nn.Module):
         return torch.einsum("bkc,cok->bko", torch.fft.rfft(torch.tanh(self.lift(x)), dim=1)[:, :3], self.weight)
 
 
-def test_complex_parameters_and_complex_outputs():
+def complex_layer():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Spectral()
     model.lift.double()
     model.weight = nn.Parameter(model.weight.to(torch.complex128))
-    x = draw(3, 8, 1)
+    return model
+
+
+def test_complex_parameters_and_complex_outputs():
+    model, x = complex_layer(), draw(3, 8, 1)
     params = list(model.parameters())
     expected = loop(lambda i: torch.view_as_real(model(x[i : i + 1])), 3, params)
     assert expected.shape == (36, 36)
@@ -571,6 +589,20 @@ def test_outputs_of_any_shape_on_disk(tmp_path):
     model, x = seeded(Energy), draw(4, 3, 2)
     store = stored(tmp_path / "k.zarr", model, x)
     assert_equal(torch.from_numpy(store.array[...]), ntkgen.reference_ntk(model, x))
+
+
+def last_state(model, x):
+    return model(x)[0][:, -1]
+
+
+def test_recurrent_layers_and_complex_numbers_on_disk(tmp_path):
+    lstm, x = seeded(lambda: nn.LSTM(2, 3, batch_first=True)), draw(4, 5, 2)
+    expected = loop(lambda i: last_state(lstm, x[i : i + 1]), 4, list(lstm.parameters()))
+    assert_all_equal(expected, lstm, x, select="0[:, -1]")
+    assert_equal(torch.from_numpy(stored(tmp_path / "l.zarr", lstm, x, select="0[:, -1]").array[...]), expected)
+    operator, x = complex_layer(), draw(3, 8, 1)
+    expected = ntkgen.reference_ntk(operator, x)
+    assert_equal(torch.from_numpy(stored(tmp_path / "c.zarr", operator, x).array[...]), expected)
 
 
 def test_bad_input_leaves_no_store(tmp_path):

@@ -56,6 +56,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
     function: Function | Sequence[Function] | None = None,
     select: Select | None = None,
     params: str | Sequence[str] | None = None,
+    columns_function: Function | Sequence[Function] | None = None,
     output: str = KernelSpec.output,
     precision: str | None = None,
     dtypes: str | Iterable[str] = KernelSpec.dtypes,
@@ -80,6 +81,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         function: Function of the module and a batch, as for `ntkgen.ntk`. The store knows it by its qualified name.
         select: Outputs, as for `ntkgen.ntk`. The store knows a function by its qualified name.
         params: Patterns of names of parameters, as for `ntkgen.ntk`.
+        columns_function: Function of the columns, if it is another one than that of the rows.
         output: Output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
         precision: Precision of the computation, as for `ntkgen.ntk`.
         dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
@@ -98,14 +100,20 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         FingerprintError: If parameters, samples or settings differ from those of the store.
         InaccurateKernelError: If the certificate shows that the kernel is wrong. The store is complete and is kept.
     """
-    require_plain_module(model)
     chosen, kinds = precision_of(model, precision), check_dtypes(dtypes)
     spec = KernelSpec(output, chosen, kinds, layout, tile_side, memory_bytes, replan, certify)
     folder = _writable_folder(store, fsync=fsync)
-    given = Given.of(model, inputs, against, Target.of(function, select, params))
-    checked_labels(labels, len(given.rows))
+    given = _given(model, inputs, against, labels, Target.of(function, select, params, columns_function))
     with open_pool(workers, client, str(_device_of(model))) as pool:
         return given.attempt(lambda given: _compute(folder, given, labels, spec, Execution(pool), report))
+
+
+def _given(model: nn.Module, x: Batch, against: Batch | None, labels: ArrayLike | None, target: Target) -> Given:
+    """Check network, samples and labels, before anything is started or written."""
+    require_plain_module(model)
+    given = Given.of(model, x, against, target)
+    checked_labels(labels, len(given.rows))
+    return given
 
 
 def _compute(

@@ -37,11 +37,13 @@ class Target:
         functions: The functions. Their outputs are joined. None means the network itself.
         select: The selection of outputs.
         params: Patterns of the names of parameters. None means all trainable ones.
+        columns: The functions of the columns, if they are others than those of the rows.
     """
 
     functions: tuple[Function, ...] = ()
     select: Select | None = None
     params: tuple[str, ...] = ()
+    columns: tuple[Function, ...] = ()
 
     @classmethod
     def of(
@@ -49,24 +51,21 @@ class Target:
         function: Function | Sequence[Function] | None = None,
         select: Select | None = None,
         params: str | Sequence[str] | None = None,
+        columns_function: Function | Sequence[Function] | None = None,
     ) -> "Target":
         """Check what a user gives.
 
         Raises:
             InputError: If a function cannot be called, a selection cannot be read, or patterns are not texts.
         """
-        functions: tuple[Function, ...] = ()
-        if function is not None:
-            functions = (function,) if callable(function) else tuple(function if isinstance(function, Sequence) else ())
-            if not functions or not all(map(callable, functions)):
-                raise InputError(
-                    "`function` must be a function of a module and a batch, or a list of several, and is a "
-                    f"{type(function).__name__}. Was its result passed? Pass the function itself, such as "
-                    "function=residual."
-                )
         if select is not None:
             parse(select)
-        return cls(functions, select, as_patterns(params))
+        return cls(
+            _functions(function, "function"),
+            select,
+            as_patterns(params),
+            _functions(columns_function, "columns_function"),
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -81,8 +80,26 @@ class Target:
             if self.select is None or isinstance(self.select, str)
             else qualified_name(self.select),
             "params": list(self.params),
+            "columns_function": [qualified_name(function) for function in self.columns],
         }
         return {name: value for name, value in values.items() if value}
+
+
+def _functions(given: Function | Sequence[Function] | None, setting: str) -> tuple[Function, ...]:
+    """Check one function or several.
+
+    Raises:
+        InputError: If something else was given.
+    """
+    if given is None:
+        return ()
+    functions = (given,) if callable(given) else tuple(given if isinstance(given, Sequence) else ())
+    if not functions or not all(map(callable, functions)):
+        raise InputError(
+            f"`{setting}` must be a function of a module and a batch, or a list of several, and is a "
+            f"{type(given).__name__}. Was its result passed? Pass the function itself, such as {setting}=residual."
+        )
+    return functions
 
 
 def qualified_name(function: Callable[..., Any]) -> str:
@@ -108,7 +125,8 @@ class Adapter(PreparedCopy):
         self._ntkgen_network = not_compiled(network)
         self._ntkgen_data = data
         self._ntkgen_target = target
-        self._ntkgen_functions = list(target.functions)  # a copy of the module binds the functions in this list
+        # A copy of the module binds the functions in these lists.
+        self._ntkgen_functions, self._ntkgen_columns = list(target.functions), list(target.columns)
         self._ntkgen_select = only_output if target.select is None else parse(target.select)
         self._ntkgen_chosen = chosen_names(network, target.params) if target.params else None
         self._share_tensors()
@@ -183,10 +201,25 @@ class Adapter(PreparedCopy):
         numbers: Tensor,  # (samples,), int64
     ) -> Tensor:  # (samples, outputs)
         """Call the functions, or the network itself, on some samples."""
-        if not self._ntkgen_functions:
+        if not self._ntkgen_columns:
+            return self._outputs(self._ntkgen_functions, numbers)
+        is_column = numbers >= self._ntkgen_data.num_rows
+        places = [(~is_column).nonzero().flatten(), is_column.nonzero().flatten()]
+        parts = [
+            self._outputs(functions, numbers[place])
+            for functions, place in zip((self._ntkgen_functions, self._ntkgen_columns), places, strict=True)
+            if len(place)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        _require_same_width(*parts)
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def _outputs(self, functions: Sequence[Function], numbers: Tensor) -> Tensor:
+        if not functions:
             return self._matrix(self._called(call, numbers), len(numbers))
         with torch.enable_grad():  # a function may differentiate
-            results = [self._called(function, numbers) for function in self._ntkgen_functions]
+            results = [self._called(function, numbers) for function in functions]
         matrices = [self._matrix(result, len(numbers)) for result in results]  # outside, without a graph where none is
         return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim=1)
 
@@ -234,6 +267,15 @@ class Adapter(PreparedCopy):
                 "the kernel is computed."
             )
         return torch.view_as_real(outputs.resolve_conj()).reshape(count, -1) if outputs.is_complex() else outputs
+
+
+def _require_same_width(rows: Tensor, columns: Tensor) -> None:
+    if rows.shape[1] != columns.shape[1]:
+        raise ModelError(
+            f"The functions of rows and columns have different numbers of outputs: expected equal ones, found "
+            f"{rows.shape[1]} and {columns.shape[1]}. Is one of them a vector? Pass both as `function`, which joins "
+            "their outputs, and take the block that is wanted."
+        )
 
 
 def call(network: nn.Module, batch: Arguments) -> Any:
@@ -298,12 +340,14 @@ class Given:
         if target.is_plain and is_one_tensor(x1) and (x2 is None or is_one_tensor(x2)):
             return cls(model, *checked_batches(x1, x2))  # type: ignore[arg-type]
         require_plain_module(model)
+        if target.columns and x2 is None:
+            x2 = x1
         return cls.adapted(model, data_of(x1, x2), target)
 
     @classmethod
     def adapted(cls, model: nn.Module, data: Data, target: Target) -> "Given":
         """Put an adapter around a network."""
-        return cls(Adapter(model, data, target), *data.numbers(), data)
+        return cls(Adapter(model, data, target), *data.numbers(are_alike=not target.columns), data)
 
     def attempt(self, work: Callable[["Given"], T]) -> T:
         """Do some work. If the outputs of the network are no matrix, do it again with an adapter."""

@@ -56,6 +56,7 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
     function: Function | Sequence[Function] | None = None,
     select: Select | None = None,
     params: str | Sequence[str] | None = None,
+    columns_function: Function | Sequence[Function] | None = None,
     output: str = "full",
     precision: str | None = None,
     orders: Sequence[Order] = (),
@@ -77,6 +78,7 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
             a differential equation. The outputs of several functions are joined.
         select: The outputs: text such as ``logits`` or ``logits[:, -1, [5, 7]]``, or a function of the result.
         params: Patterns of names of parameters, such as ``head.*`` or ``!*embed*``. By default all trainable ones.
+        columns_function: The function of the columns, if it is another one than that of the rows.
         output: The output map (`ntkgen.jacobian.outputs.output_map`). ``full``, ``sum``, ``centered`` (m - 1 contrasts)
             and ``index:K`` choose the outputs that are differentiated. ``trace`` and ``diagonal`` reduce each m × m
             block. The shape of the result is then (n₁, n₂) for ``trace`` and (m, n₁, n₂) for ``diagonal``.
@@ -102,7 +104,7 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
     """
     _check_orders(orders)
     request = Request(output, precision_of(model, precision), tuple(orders))
-    given = Given.of(model, x1, x2, Target.of(function, select, params))
+    given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
     return given.attempt(lambda given: _ntk(given, request))
 
 

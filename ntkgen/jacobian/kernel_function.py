@@ -55,6 +55,7 @@ class KernelFunction:
         function: A function of the module and a batch, or several, as for `ntkgen.ntk`.
         select: The outputs, as for `ntkgen.ntk`.
         params: Patterns of names of parameters, as for `ntkgen.ntk`.
+        columns_function: The function of the columns, as for `ntkgen.ntk`.
         output: The output map, as for `ntkgen.ntk`.
         precision: The precision of the computation, as for `ntkgen.ntk`.
         per_layer: Whether a call returns a dictionary with one kernel per module that has parameters. Their sum is the
@@ -83,11 +84,12 @@ class KernelFunction:
         function: Function | Sequence[Function] | None = None,
         select: Select | None = None,
         params: str | Sequence[str] | None = None,
+        columns_function: Function | Sequence[Function] | None = None,
         output: str = "full",
         precision: str | None = None,
         per_layer: bool = False,
     ) -> None:
-        given = Given.of(model, x1, x2, Target.of(function, select, params))
+        given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
         before = attributes_of(model)
         asked = Request(output, precision_of(model, precision))
         given.attempt(lambda given: self._try_all(given, asked))

@@ -77,6 +77,7 @@ class NTKOperator:
         function: Function | Sequence[Function] | None = None,
         select: Select | None = None,
         params: str | Sequence[str] | None = None,
+        columns_function: Function | Sequence[Function] | None = None,
         precision: str = "float64",
         batch_size: int = BATCH_SIZE,
         transform: Tensor | npt.NDArray[Any] | None = None,  # (outputs, logits)
@@ -90,6 +91,7 @@ class NTKOperator:
             function: A function of the module and a batch, or several, as for `ntkgen.ntk`.
             select: The outputs, as for `ntkgen.ntk`.
             params: Patterns of names of parameters, as for `ntkgen.ntk`.
+            columns_function: The function of the columns, as for `ntkgen.ntk`.
             precision: The dtype of network and products, ``float32`` or ``float64``.
             batch_size: Samples in one pass.
             transform: A matrix A. The kernel is then that of A f(x), with one output per row of A.
@@ -100,7 +102,7 @@ class NTKOperator:
             ModelError: If the kernel of this network is not defined.
             UnknownNameError: If the precision has an unknown name.
         """
-        given = Given.of(model, x1, x2, Target.of(function, select, params))
+        given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
         require_plain_module(model)
         if precision not in PRECISIONS:
             raise UnknownNameError("precision of an operator", precision, PRECISIONS)

@@ -95,6 +95,7 @@ def reference_ntk(  # noqa: PLR0913 - the keywords of `ntkgen.ntk`
     function: Function | Sequence[Function] | None = None,
     select: Select | None = None,
     params: str | Sequence[str] | None = None,
+    columns_function: Function | Sequence[Function] | None = None,
     max_bytes: int = MAX_JACOBIAN_BYTES,
 ) -> Tensor:  # (n₁ m, n₂ m), float64, on the CPU
     """Compute the kernel of two batches in float64, K = Σ_p J₁ₚ J₂ₚᵀ over groups of parameters p.
@@ -104,7 +105,7 @@ def reference_ntk(  # noqa: PLR0913 - the keywords of `ntkgen.ntk`
     References:
         Jacot, Gabriel, Hongler (2018), arXiv:1806.07572, §4.
     """
-    given = Given.of(model, x1, x2, Target.of(function, select, params))
+    given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
     return given.attempt(lambda given: _reference(given, max_bytes))
 
 

@@ -63,17 +63,21 @@ class Data:
         columns = [leaf[self.num_rows :] for leaf in leaves if len(leaf) > self.num_rows]
         return [*(leaf[: self.num_rows] for leaf in leaves), *columns]
 
-    def numbers(self) -> tuple[Tensor, Tensor | None]:
+    def numbers(self, *, are_alike: bool = True) -> tuple[Tensor, Tensor | None]:
         """Number the samples of rows and columns. Equal samples at the beginning have the same number.
 
         The engine tries a network on different samples at the beginning, because a network that mixes equal samples
         has the right outputs.
+
+        Args:
+            are_alike: Whether equal samples of rows and columns are the same, because they have the same outputs.
         """
         numbers = torch.arange(len(self), device="cpu")
         few = [*range(min(FEW, self.num_rows)), *range(self.num_rows, min(self.num_rows + FEW, len(self)))]
         for position, index in enumerate(few):
             for other in few[:position]:
-                if all(torch.equal(leaf[index], leaf[other]) for leaf in self.leaves):
+                is_same_side = are_alike or (index < self.num_rows) == (other < self.num_rows)
+                if is_same_side and all(torch.equal(leaf[index], leaf[other]) for leaf in self.leaves):
                     numbers[index] = numbers[other]
                     break
         columns = numbers[self.num_rows :]
