@@ -1,5 +1,7 @@
 """Rows that are left to autograd: for many samples at once, by whichever way is right, and proved in every batch."""
 
+import warnings
+
 import pytest
 import torch
 from cases import CASES, Call, relative_error
@@ -64,6 +66,32 @@ def test_rows_that_are_wrong_in_a_later_batch_are_computed_again(name, monkeypat
     found = ntkgen.ntk(case.module, case.x, precision="float64")
     assert len(calls) > 1
     assert relative_error(found, reference_ntk(case.module, case.x)) < 1e-10
+
+
+class _Opaque(torch.autograd.Function):
+    """y = x w, in NumPy, which cannot run for several backward passes at once."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad * w, torch.from_numpy((grad * x).numpy().sum(0))
+
+
+def test_many_single_passes_cause_a_warning():
+    model = Call(
+        lambda self, x: self.out(_Opaque.apply(x, self.w)), w=nn.Parameter(torch.randn(3)), out=nn.Linear(3, 10)
+    )
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(action="error"):
+        ntkgen.ntk(model, x[:4])
+    with pytest.warns(fallback.SlowParametersWarning, match="The rows of w take 1,000 backward passes"):
+        found = ntkgen.ntk(model, x)
+    assert relative_error(found, reference_ntk(model, x)) < 1e-5
 
 
 def test_batches_fit_the_memory(monkeypatch):

@@ -156,6 +156,7 @@ def begin_or_continue(folder: Folder, kernel: Computation, *, is_alone: bool = T
         planned = open_store(folder).manifest.plan.profile.fallback
         kernel = dataclasses.replace(kernel, excluded=kernel.excluded.union(planned))
     prepared = prepare_kernel(kernel)
+    prepared.network.warn_of_cost(len(kernel.inputs.all))
     identity = identity_of(kernel.model, kernel.inputs, kernel.spec, prepared.grid)
     store = open_or_create(folder, kernel.spec, identity, kernel.inputs, kernel.provenance, prepared.plan)
     if is_alone:

@@ -162,6 +162,7 @@ def plan_ntk(
     """
     network, chosen = prepare_mapped(model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded)
     x = x1 if x2 is None else torch.cat([x1, x2])
+    network.warn_of_cost(len(x))
     longest = max(len(x1), len(x) - len(x1))
     is_joint = not asked.orders and is_small(network.profile, longest)
     jointly = partial(plan_jointly, network, precision=asked.precision, reduction=chosen.reduction)

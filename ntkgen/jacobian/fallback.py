@@ -22,8 +22,29 @@ from ntkgen.jacobian.reference import jacobian_rows
 CHUNK_NUMBERS = 1 << 25
 # The same for one backward pass of all outputs of all samples of a chunk, which has a square number of parts.
 SQUARE_NUMBERS = 1 << 21
+# Number of single backward passes from which on there is a warning, and of parameters that it names.
+MANY_PASSES, NAMED = 1000, 3
 # Maximum difference between two ways, relative to the norm of the rows, by their dtype.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+class SlowParametersWarning(UserWarning):
+    """Some parameters take most of the time of a kernel, because nothing quicker than single backward passes fits."""
+
+
+def warn_of_single_passes(names: Sequence[str], way: FallbackWay, num_samples: int, num_logits: int) -> None:
+    """Warn that autograd computes rows one by one, if there are many."""
+    passes = num_samples * num_logits
+    if not names or way != "one by one" or passes < MANY_PASSES:
+        return
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    warnings.warn(
+        f"The rows of {', '.join(names[:NAMED])}{more} take {passes:,} backward passes, one per sample and output: no "
+        "rule fits these parameters, and torch.func refuses the network. Does it have an autograd.Function of its own? "
+        "Write it with setup_context and generate_vmap_rule = True, or register a rule (`ntkgen manual extending`).",
+        SlowParametersWarning,
+        stacklevel=2,
+    )
 
 
 def chunk_samples(way: FallbackWay, activation_numbers: int, num_outputs: int, num_params: int) -> int:

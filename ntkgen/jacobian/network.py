@@ -19,7 +19,7 @@ from ntkgen.jacobian.evaluation import (
     require_plain_module,
     without_kept_graphs,
 )
-from ntkgen.jacobian.fallback import choose_way, chunk_samples
+from ntkgen.jacobian.fallback import choose_way, chunk_samples, warn_of_single_passes
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
@@ -78,6 +78,11 @@ class Network:
     def input(self, x: Tensor) -> Tensor:
         """Move a batch to the device of the network, and convert it to the compute dtype."""
         return as_input(x, self.precision.compute_dtype, self.device)
+
+    def warn_of_cost(self, num_samples: int) -> None:
+        """Warn if the parameters that are left to autograd take most of the time."""
+        profile = self.profile
+        warn_of_single_passes(profile.fallback, profile.fallback_way, num_samples, profile.num_logits)
 
     def follows(self, planned: NetworkProfile) -> bool:
         """Check whether layers and parameters left to autograd are those of a plan."""
