@@ -381,6 +381,16 @@ def test_a_function_may_refer_to_the_network():
     assert_equal(ntkgen.ntk(model, x, function=Problem().residual), 4 * expected)
 
 
+def test_a_compiled_network_keeps_its_wrappers_and_plain_names():
+    model, x = solution(), draw(3, 2)
+    expected = ntkgen.ntk(model, x, params="2.*")
+    inside = nn.Sequential(torch.compile(model[0]), model[1], torch.compile(model[2]))
+    for compiled in (torch.compile(model), inside):
+        names = [name for name, _ in compiled.named_modules()]
+        assert_equal(ntkgen.ntk(compiled, x, function=values, params="2.*"), expected)
+        assert [name for name, _ in compiled.named_modules()] == names
+
+
 def test_nodes_of_a_graph_are_samples():
     model, X = solution(), draw(6, 2)
     A = draw(6, 6, seed=1)

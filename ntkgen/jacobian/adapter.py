@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ntkgen.errors import InputError, ModelError, NtkgenError
 from ntkgen.jacobian.batches import checked_batches
-from ntkgen.jacobian.evaluation import OutputFormError, PreparedCopy, not_compiled, require_plain_module
+from ntkgen.jacobian.evaluation import OutputFormError, PreparedCopy, require_plain_module, unwrapped
 from ntkgen.jacobian.patterns import as_patterns, chosen_names, plain
 from ntkgen.jacobian.probe import NotInThisDtypeError
 from ntkgen.jacobian.samples import Arguments, Batch, Data, data_of, is_one_tensor
@@ -122,7 +122,7 @@ class Adapter(PreparedCopy):
 
     def __init__(self, network: nn.Module, data: Data, target: Target) -> None:
         super().__init__()
-        self._ntkgen_network = not_compiled(network)
+        self._ntkgen_network = unwrapped(network)
         self._ntkgen_data = data
         self._ntkgen_target = target
         # A copy of the module binds the functions in these lists.

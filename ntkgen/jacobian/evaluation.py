@@ -83,7 +83,7 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
     """
     require_plain_module(model)
     with torch.inference_mode(mode=False):
-        module = not_compiled(_copied(model, _cast_tensors(model, dtype, device)))
+        module = _not_compiled(_copied(model, _cast_tensors(model, dtype, device)))
         _into_evaluation_mode(module)
         _cast(module, dtype, device)
         for child in module.modules():
@@ -96,15 +96,16 @@ def evaluation_copy(model: nn.Module, dtype: torch.dtype, device: torch.device |
     return module
 
 
-def not_compiled(module: nn.Module) -> nn.Module:
+def _not_compiled(module: nn.Module) -> nn.Module:
     """Replace wrappers of torch.compile by their modules, which compute the same and whose layers have hooks."""
     for child in list(module.modules()):
         for name, part in child._modules.items():
-            child._modules[name] = None if part is None else _wrapped_by_compile(part)
-    return _wrapped_by_compile(module)
+            child._modules[name] = None if part is None else unwrapped(part)
+    return unwrapped(module)
 
 
-def _wrapped_by_compile(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside a wrapper of torch.compile, or the module itself."""
     # compared by name, because the import of torch._dynamo takes seconds
     is_compiled = type(module).__module__ == "torch._dynamo.eval_frame" and isinstance(module._orig_mod, nn.Module)
     return module._orig_mod if is_compiled else module  # type: ignore[return-value]
