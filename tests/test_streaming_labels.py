@@ -37,7 +37,7 @@ def test_the_combinations_of_a_grid_have_names_of_their_own(networks, learners, 
 def test_a_name_has_what_differs_and_nothing_else():
     assert named({"method": "pgd", "sigma": 0.5, "bins": "published"}) == [["pgd"]]
     assert named({"method": "sgd"}, {"method": "sgd", "bins": "published", "kernels_every": 2}) == [
-        ["sgd, bins tasks, kernels_every 0"], ["sgd, bins published, kernels_every 2"],
+        ["sgd, bins tasks"], ["sgd, bins published"],
     ]  # fmt: skip
     equal, published = named({"method": "usgd"}, {"method": "usgd", "compat": True})
     assert "compat no" in equal[0]
@@ -46,6 +46,12 @@ def test_a_name_has_what_differs_and_nothing_else():
     assert named({"method": "sgd"}, {"method": "sgd"}) == [["sgd, in 0"], ["sgd, in 1"]]
     alike = named({"method": "sgd", "learning_rate": (0.1234561, 0.1234562)})[0]
     assert len(set(alike)) == 2
+
+
+@pytest.mark.parametrize("beside", [{"held_out": 9}, {"stats_every": 9}, {"kernels_every": 2}, {"save_every": 9}])
+def test_a_name_has_no_setting_that_does_not_change_learning(beside):
+    assert named({"method": "sgd"}, {"method": "usgd", **beside}) == [["sgd"], ["usgd"]]
+    assert named({"method": "sgd"}, {"method": "sgd", **beside}) == [["sgd, in 0"], ["sgd, in 1"]]
 
 
 def test_tables_and_pictures_of_divided_runs_show_the_same_names(tmp_path, capsys):

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LABEL = "label"
 METHOD = "method"
+# Settings that do not change what is learnt, but only what is measured or kept beside it.
+BESIDE = {"held_out", "stats_every", "kernels_every", "probe_per_class", "output", "precision", "save_every"}
 
 
 def read_streams(places: Sequence[str]) -> "list[xarray.Dataset]":
@@ -39,7 +41,7 @@ def labels_of(run: "xarray.Dataset") -> list[str]:
 def labels(runs: Sequence[StreamingSettings], places: Sequence[str]) -> list[list[str]]:
     """Name every combination of every run, after everything that has several values among them.
 
-    Runs whose names would be alike are also named after their folders.
+    What does not change learning is in no name. Runs whose names would be alike are also named after their folders.
 
     Args:
         runs: The settings of the runs.
@@ -63,8 +65,9 @@ def labels(runs: Sequence[StreamingSettings], places: Sequence[str]) -> list[lis
 
 
 def _facts(settings: StreamingSettings, options: Mapping[str, Any]) -> dict[str, Any]:
-    """List what describes a combination: the method, the options of the learner that it has, and other settings."""
-    others = {name: value for name, value in settings.to_json().items() if name not in {METHOD, *LEARNER_SETTINGS}}
+    """List what describes a combination: the method, the options of the learner that it has, and others of learning."""
+    left_out = {METHOD, *LEARNER_SETTINGS, *BESIDE}
+    others = {name: value for name, value in settings.to_json().items() if name not in left_out}
     own = {name: options[name] for name in OPTIONS if name in options}
     return {METHOD: settings.method, **own, **{name: _hashable(value) for name, value in others.items()}}
 
