@@ -1,10 +1,11 @@
 """The options of `ntkgen cl-run` for streams of single samples and for their learners."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from ntkgen.cli.options import Function, WholeNumber
+from ntkgen.cli.options import Command, Function, WholeNumber
 from ntkgen.continual.optim.names import OPTIONS
 from ntkgen.continual.streaming.bins import KINDS
 
@@ -31,7 +32,7 @@ _OPTIONS = [
         multiple=True,
         metavar="NAME=VALUE,…",
         help="Values of an option of a learner, such as sigma=0.001,0.01. All combinations of several such options "
-        "learn side by side.",
+        "learn side by side. Give --grid once per option.",
     ),
     click.option(
         "--samples-per-task",
@@ -64,6 +65,35 @@ _OPTIONS = [
         "--save-every", type=WholeNumber(min=0), help="Samples between two files of parameters; 0 for none [0]."
     ),
 ]
+
+
+class LearnerCommand(Command):
+    """A command with options of learners, which explains how several options of a grid are given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse several options after one flag before click reads the line."""
+        require_a_flag_per_option(args)
+        return super().parse_args(ctx, args)
+
+
+def require_a_flag_per_option(args: Sequence[str]) -> None:
+    """Require that each option of a grid has a flag of its own.
+
+    >>> require_a_flag_per_option(["--grid", "lr=0.1,0.01", "--grid=sigma=1,2", "--out", "a=b"])
+
+    Raises:
+        UsageError: If several follow one flag.
+    """
+    for index, arg in enumerate(args):
+        first = index + 2 if arg == "--grid" else index + 1
+        if (arg == "--grid" or arg.startswith("--grid=")) and first < len(args):
+            more = args[first]
+            if "=" in more and not more.startswith("-"):
+                own = args[first - 1].removeprefix("--grid=")
+                raise click.UsageError(
+                    f"--grid has several options: expected one, NAME=VALUE,VALUE, found {more!r} after it. Was it "
+                    f"written once for all? Give it once per option: --grid {own} --grid {more}."
+                )
 
 
 def with_learner_options(command: Function) -> Function:

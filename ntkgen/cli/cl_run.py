@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from ntkgen.cli.cl_learners import with_learner_options
+from ntkgen.cli.cl_learners import LearnerCommand, with_learner_options
 from ntkgen.cli.cl_preset import chosen_runs, preset_options, require_one_worker
 from ntkgen.cli.cl_regression import run_slow_regression, show_slow_regression_plan, slow_regression_settings
 from ntkgen.cli.cl_settings import with_settings
@@ -18,7 +18,6 @@ from ntkgen.cli.cl_streaming import (
 from ntkgen.cli.messages import note
 from ntkgen.cli.options import (
     SEED,
-    Command,
     ManyOption,
     WholeNumber,
     data_dir_option,
@@ -36,7 +35,7 @@ from ntkgen.continual.published_config import PublishedConfig
 RESULTS = Path("runs")
 
 
-@click.command("cl-run", cls=Command)
+@click.command("cl-run", cls=LearnerCommand)
 @with_settings
 @with_learner_options
 @preset_options

@@ -76,6 +76,12 @@ def grid_of(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     for text in texts:
         written, _, values = text.partition("=")
         name = own_name(written)
+        if name in options and name not in numbers:
+            raise InputError(
+                f"`grid` has {text!r}: expected an option that is a number, found {written}, whose values are words or "
+                "yes and no. Are they to be compared? Write them to a file for `ntkgen cl-grid FILE`, where words may "
+                "be lists too."
+            )
         if name not in numbers:
             raise UnknownNameError("option of a grid", written, [*OPTION_NAMES.values(), *numbers])
         if name in found:
