@@ -148,8 +148,11 @@ def test_utilities_of_combinations_are_apart_and_diverged_networks_left_out(chan
     assert "1 of 4 networks diverged" in title
     medians = [line.get_ydata()[0] for line in boxes.figure.axes[0].lines if len(set(line.get_ydata())) == 1]
     assert min(abs(np.median(utilities["0.weight"][1]) - median) for median in medians) < 1e-6
-    assert "usgd, sigma 0.2, seed 0" in images.figure._suptitle.get_text()  # that of sigma 0.1 has diverged
+    title = images.figure._suptitle.get_text().replace("\n", " ")
+    assert "one network, usgd, sigma 0.2, seed 0" in title  # that of sigma 0.1 has diverged
     assert len([axes for axes in images.figure.axes if axes.images]) == 6 * channels
-    assert images.figure.get_size_inches()[1] < 1.1 + 1.2 * channels
+    assert images.figure.get_size_inches()[1] < 1.3 + 1.2 * channels
     require_inside(boxes)
+    require_inside(images)
+    assert boxes.figure.legends[0].get_title().get_text().startswith("weights of 2 seeds")
     assert draw_utilities({"0.bias": np.full((4, 6), np.nan, np.float32)}, run) == []

@@ -100,11 +100,20 @@ def draw_curves(panel: "Axes", curves: Sequence[Curve], styles: Sequence[int] | 
 def panels_with_legend(count: int, names: Sequence[str], title: str) -> "tuple[Figure, list[Axes]]":
     """Create panels beside each other, with a title and with room for a legend of these names below."""
     columns, lines = _layout(names)
-    shown = "\n".join(textwrap.wrap(title, TITLE_LETTERS))
+    shown = wrapped(title)
     rows = -(-len(names) // columns) * lines
     figure, axes = new_axes(count, height=HEIGHT + ROW * (max(rows - 1, 0) + shown.count("\n") + 1))
     figure.suptitle(shown, x=0.01, ha="left", fontsize=9)
     return figure, axes
+
+
+def wrapped(title: str) -> str:
+    """Break a title into lines that fit the width of a figure.
+
+    >>> [len(line) for line in wrapped("word " * 30).splitlines()]
+    [94, 54]
+    """
+    return "\n".join(textwrap.wrap(title, TITLE_LETTERS))
 
 
 def legend_below(axes: "Axes", title: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ntkgen.analysis.plots.style import HEIGHT, WIDTH, Picture, new_axes, styled
-from ntkgen.continual.plots.lines import legend_below, panels_with_legend, style_of
+from ntkgen.continual.plots.lines import ROW, legend_below, panels_with_legend, style_of, wrapped
 from ntkgen.continual.plots.streaming import stream_title
 from ntkgen.continual.streaming.summary import best_row, rows_of
 from ntkgen.units import counted
@@ -80,7 +80,8 @@ def _boxes(utilities: Utilities, is_finite: npt.NDArray[np.bool_], rows: "list[R
         axes.axhline(NEUTRAL, color="0.6", linewidth=0.8)
         axes.set_xticks(range(len(flat)), list(flat), rotation=60)
         axes.set(ylabel="scaled utility s")
-        legend_below(axes, "boxes: quartiles and median; whiskers: 5th and 95th percentile")
+        seeds = counted(run.sizes["seed"], "seed")
+        legend_below(axes, f"weights of {seeds}; boxes: quartiles and median; whiskers: 5th and 95th percentile")
     caption = (
         f"Scaled utilities s of all weights at the end, {stream_title(run)}, {'; '.join(names)}. Boxes have the "
         "quartiles and the median, whiskers the 5th and 95th percentile, of all seeds. A weight of utility 0 has "
@@ -128,7 +129,9 @@ def _images(kernels: npt.NDArray[np.float32], of: str, run: "xarray.Dataset") ->
     reach = max(float(np.abs(kernel - NEUTRAL).max()) for _, kernel in places.values()) or 1.0
     with styled():
         side = min(HEIGHT / 2, (WIDTH - 1.2) / columns)
-        figure, axes = new_axes(columns, rows=rows, height=1.1 + (side + 0.2 * (inputs == 1)) * rows)
+        title = wrapped(f"{stream_title(run)}: utilities of the first kernels of one network, {of}")
+        height = 1.1 + (side + 0.2 * (inputs == 1)) * rows + ROW * title.count("\n")
+        figure, axes = new_axes(columns, rows=rows, height=height)
         for panel in axes:
             panel.set_axis_off()
         for (row, column), (name, kernel) in places.items():
@@ -141,7 +144,7 @@ def _images(kernels: npt.NDArray[np.float32], of: str, run: "xarray.Dataset") ->
                 panel.set_title(name)
             if column == 0 and inputs > 1:
                 panel.set_ylabel(str(row))
-        figure.suptitle(f"{stream_title(run)}: utilities of the first kernels, {of}", x=0.01, ha="left", fontsize=9)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9)
         figure.supxlabel("output channel", fontsize=9)
         if inputs > 1:
             figure.supylabel("input channel", fontsize=9)
