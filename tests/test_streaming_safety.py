@@ -1,6 +1,7 @@
 """Runs of streams that go wrong: diverged networks, missing and damaged files, interruptions, too few test samples."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -101,7 +102,9 @@ def test_snapshots_refuse_a_diverged_network_unless_it_is_allowed(tmp_path):
     [
         "run.zarr",
         "run.zarr/zarr.json",
+        "run.zarr/loss",
         "run.zarr/loss/c.0.0.0",
+        "seed0/kernels.zarr/kernel/c.0.0.0",
         "seed1",
         "seed0/kernels.zarr/zarr.json",
         "checkpoint.pt",
@@ -117,6 +120,37 @@ def test_a_run_with_missing_files_is_refused_and_left_as_it_is(missing, finished
     with pytest.raises(StoreError, match=r"expected .* found"):
         learnt(FULL, place)
     assert files_of(place) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "size", "said"),
+    [
+        ("run.zarr/accuracy/c.0.0.0", None, "missing"),
+        ("run.zarr/loss/c.0.0.0", 20, "damaged"),
+        ("run.zarr/zarr.json", 20, "cannot be read"),
+        ("seed0/kernels.zarr/kernel/c.0.0.0", None, "missing"),
+        ("seed0/kernels.zarr/kernel/c.0.0.0", 20, "damaged"),
+    ],
+)
+def test_missing_and_damaged_arrays_are_refused_in_one_line(file, size, said, finished, tmp_path, capsys):
+    place = tmp_path / "run"
+    shutil.copytree(finished, place)
+    if size is None:
+        (place / file).unlink()
+    else:
+        os.truncate(place / file, size)
+    before = files_of(place)
+    with pytest.raises(StoreError, match=f"{said}.*: expected .* found"):
+        learnt(FULL, place)
+    assert files_of(place) == before
+    plots, tables = tmp_path / "plots", tmp_path / "tables"
+    for line in (["cl-plot", str(place), "-o", str(plots)], ["cl-analyze", str(place), "--csv", str(tables)]):
+        assert command(line) == 2
+        shown = capsys.readouterr().err
+        assert said in shown
+        assert len(shown.strip().splitlines()) == 1
+    assert not plots.exists()
+    assert not tables.exists()
 
 
 def test_damaged_utilities_are_named_and_written_anew(finished, tmp_path):

@@ -46,6 +46,7 @@ def show_all_scores(places: Sequence[str], folder: "Folder | None", *, as_json: 
 
     found = read_measured(places)
     rows, notes = rows_of(*found), notes_on(found)
+    tables = [] if folder is None else [stream_tables(each) for each in found]  # refuses damaged kernels
     if as_json:
         for place, each in zip(places, found, strict=True):
             learners = [row.to_json() for row in rows_of(each)]
@@ -57,8 +58,8 @@ def show_all_scores(places: Sequence[str], folder: "Folder | None", *, as_json: 
     if folder is not None:
         for form, end in (("csv", "csv"), ("markdown", "md")):
             folder.write(f"stream-scores.{end}", "\n".join([*table(rows, form), ""]).encode())
-        for stem, each in zip(unique_stems(places), found, strict=True):
-            for name, data in stream_tables(each).items():
+        for stem, own in zip(unique_stems(places), tables, strict=True):
+            for name, data in own.items():
                 folder.write(f"{stem}-{name}.csv", data)
 
 
@@ -83,15 +84,16 @@ def pictures_of_streams(
     from ntkgen.files.place import folder_of
 
     found = read_measured(places)
+    # what is damaged is refused before anything is drawn
+    utilities = [read_utilities(folder_of(place)) for place in places]
+    kernels = [kernels_of(place, settings_of(run)) for place, run in zip(places, found, strict=True)]
     stem = joined_name(given)
     yield ", ".join(given), stem, [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
     stems = [stem] if len(places) == 1 else unique_stems(places)
-    for place, own_stem, run in zip(places, stems, found, strict=True):
-        pictures: list[Picture] = []
-        if (utilities := read_utilities(folder_of(place))) is not None:
-            pictures += draw_utilities(utilities, run)
-        if kernels := kernels_of(place, settings_of(run)):
-            pictures.append(draw_kernels(run, kernels))
+    for place, own_stem, run, own_utilities, own_kernels in zip(places, stems, found, utilities, kernels, strict=True):
+        pictures = [] if own_utilities is None else draw_utilities(own_utilities, run)
+        if own_kernels:
+            pictures.append(draw_kernels(run, own_kernels))
         if pictures:
             yield place, own_stem, pictures
 

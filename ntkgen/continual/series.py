@@ -141,19 +141,30 @@ class Series:
         Raises:
             StoreError: If there is none, or it is not one of these.
         """
+        series = cls._as_stored(folder)
+        series.sync()
+        return series
+
+    @classmethod
+    def _as_stored(cls, folder: Folder) -> "Series":
+        """Read the metadata of a group, and change nothing.
+
+        Raises:
+            StoreError: If there is none, or it is not one of these.
+        """
         data = folder.read(ROOT)
+        if data is None:
+            raise StoreError(
+                f"There is no series of arrays at {folder}: expected a Zarr group with consolidated metadata, found "
+                "none. Is it another path? Check it."
+            )
         try:
-            root: Metadata = json.loads(data or b"")
+            root: Metadata = json.loads(data)
             nodes = root["consolidated_metadata"]["metadata"]
             arrays = {name: _growing(name, node) for name, node in nodes.items() if _is_growing(node)}
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(
-                f"There is no series of kernels at {folder}: expected a Zarr group with consolidated metadata, found "
-                f"{'none' if data is None else 'another one'}. Is it another path? Check it."
-            ) from error
-        series = cls(folder, arrays, root)
-        series.sync()
-        return series
+            raise StoreError(_unreadable(folder, error)) from error
+        return cls(folder, arrays, root)
 
     @property
     def attributes(self) -> Mapping[str, Any]:
@@ -195,6 +206,16 @@ class Series:
             return np.array(self._chunk(array, time)[time % array.times_per_chunk])
         found: npt.NDArray[Any] = self._decoded(array, time)[0]
         return found
+
+    def require_whole(self) -> None:
+        """Require that all finished times can be read. Zarr would read a missing file as NaN.
+
+        Raises:
+            StoreError: If a file is missing or damaged.
+        """
+        for array in self._arrays.values():
+            for time in range(0, self._node(array.name)["shape"][0], array.times_per_chunk):
+                self._decoded(array, time)
 
     def truncate(self, dim: str, length: int) -> None:
         """Drop the times from ``length`` on."""
@@ -266,12 +287,19 @@ class Series:
         return kept[1]
 
     def _decoded(self, array: GrowingArray, time: int) -> npt.NDArray[Any]:
-        data = self.folder.read(array.file(time)) or b""
+        data = self.folder.read(array.file(time))
+        if data is None:
+            raise StoreError(
+                f"Time {time} of {array.name} in {self.folder} is missing: expected the file {array.file(time)}, found "
+                "none. Was it removed, or was the run copied in part? Put it back, or record this run again in another "
+                "folder."
+            )
         values, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
         if len(data) != array.stored.file_bytes or _checksum(values) != checksum:
             raise StoreError(
                 f"Time {time} of {array.name} in {self.folder} is damaged: expected {array.stored.file_bytes:,} bytes "
-                f"that match their checksum, found {len(data):,}. A disk error? Record this run again."
+                f"that match their checksum, found {len(data):,}. A disk error? Record this run again in another "
+                "folder."
             )
         dtype = np.dtype(array.dtype).newbyteorder("<")
         return np.frombuffer(values, dtype).reshape(array.stored.chunks).astype(array.dtype)
@@ -293,12 +321,25 @@ def read_arrays(folder: Folder) -> "xarray.Dataset":
     try:
         found: xarray.Dataset = xarray.open_zarr(folder.zarr_store(read_only=True), consolidated=True, chunks=None)
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(
-            f"The arrays at {folder} cannot be read ({type(error).__name__}): expected the Zarr group of a run, found "
-            f"another {ROOT}. A disk error, or a copy of a part? Copy the whole folder again, or learn the run anew in "
-            "another one."
-        ) from error
+        raise StoreError(_unreadable(folder, error)) from error
     return found
+
+
+def require_whole(folder: Folder) -> None:
+    """Require that all finished times of a group can be read, without a change to it.
+
+    Raises:
+        StoreError: If a file is missing or damaged.
+    """
+    Series._as_stored(folder).require_whole()
+
+
+def _unreadable(folder: Folder, error: Exception) -> str:
+    return (
+        f"The arrays at {folder} cannot be read ({type(error).__name__}): expected the Zarr group of a run, found "
+        f"another {ROOT}. A disk error, or a copy of a part? Copy the whole folder again, or learn the run anew in "
+        "another one."
+    )
 
 
 def _split_at_lengths(root: "Metadata", arrays: Mapping[str, GrowingArray]) -> list[str]:

@@ -4,18 +4,13 @@ import numpy as np
 import torch
 
 from ntkgen.continual.chance import generator_of
-from ntkgen.continual.record import CHECKPOINT
-from ntkgen.continual.series import ROOT
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streaming.network import StackedNetwork
-from ntkgen.continual.streaming.record import incomplete, member_folder, require_recorded
+from ntkgen.continual.streaming.record import kernel_folders, require_recorded
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.continual.streams.tasks import IntArray
 from ntkgen.data.dataset import Dataset
-from ntkgen.errors import StoreError
 from ntkgen.files.folder import Folder
-
-KERNELS = "kernels.zarr"
 
 
 class StreamKernels:
@@ -29,7 +24,6 @@ class StreamKernels:
         device: The device.
 
     Raises:
-        StoreError: If the run has a checkpoint, but a network has no kernels any more.
         FingerprintError: If there are kernels of other probe samples or settings.
     """
 
@@ -46,11 +40,6 @@ class StreamKernels:
         self.snapshots: list[Snapshots] = []
         if not self._every:
             return
-        names = [f"{member_folder(settings, *_position(settings, each))}/{KERNELS}" for each in _members(settings)]
-        if folder.has(CHECKPOINT):  # nothing may be created before all are known to be there
-            for name in names:
-                if not (folder / name).has(ROOT):
-                    raise StoreError(incomplete(folder, f"the kernels {name}", "none"))
         ids = _probe_ids(settings, data.labels.numpy())
         probe = data.inputs(torch.from_numpy(ids)).to(device)
         self.snapshots = [
@@ -64,7 +53,7 @@ class StreamKernels:
                 precision=settings.precision,
                 allow_diverged=True,
             )
-            for member, name in enumerate(names)
+            for member, name in enumerate(kernel_folders(settings))
         ]
 
     def record(self, network: StackedNetwork, sample: int, task: int) -> None:
@@ -92,16 +81,6 @@ class StreamKernels:
         """Complete the metadata of the arrays."""
         for snapshots in self.snapshots:
             snapshots.series.sync()
-
-
-def _members(settings: StreamingSettings) -> range:
-    return range(settings.num_members)
-
-
-def _position(settings: StreamingSettings, member: int) -> tuple[int, int]:
-    """The combination of a member, and its seed."""
-    combination, seed = divmod(member, len(settings.seeds))
-    return combination, settings.seeds[seed]
 
 
 def _probe_ids(settings: StreamingSettings, labels: IntArray) -> IntArray:

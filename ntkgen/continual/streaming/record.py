@@ -19,7 +19,7 @@ import numpy as np
 import xarray
 
 from ntkgen.continual.record import CHECKPOINT, CONFIG, is_begun, read_config_of, write_config
-from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays
+from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays, require_whole
 from ntkgen.continual.streaming.bins import whole_bins
 from ntkgen.continual.streaming.measures import EACH_STEP, HELD_OUT, THINNED
 from ntkgen.continual.streaming.settings import StreamingSettings
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import os
 
 WHAT = "learn a permuted stream"
-BIN, TASK, ARRAYS = "bin", "task", "run.zarr"
+BIN, TASK, ARRAYS, KERNELS = "bin", "task", "run.zarr", "kernels.zarr"
 COMBINATION, SEED = "combination", "seed"
 # The coordinate of bins that are whole tasks.
 COUNTED = "counted"
@@ -51,8 +51,7 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
             raise StoreError(incomplete(folder, CONFIG, "none"))
         write_config(folder, settings, facts)
     if folder.has(CHECKPOINT):
-        if not arrays.has(ROOT):
-            raise StoreError(incomplete(folder, f"{ARRAYS}/{ROOT}", "none"))
+        _require_whole_arrays(folder, settings)
     elif folder.has(last := final_parameters(settings)):  # they are written after the last checkpoint
         raise StoreError(incomplete(folder, f"{CHECKPOINT} beside {last}", "none"))
     if arrays.has(ROOT):
@@ -71,6 +70,24 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
     return Series.create(arrays, growing, fixed, {"ntkgen_streaming": {"format_version": 1}})
 
 
+def _require_whole_arrays(folder: Folder, settings: StreamingSettings) -> None:
+    """Require all arrays of a run that has a checkpoint, and what they have recorded, before anything is changed.
+
+    Raises:
+        StoreError: If something is missing or damaged.
+    """
+    for name in (ARRAYS, *kernel_folders(settings)):
+        if not (folder / name).has(ROOT):
+            raise StoreError(incomplete(folder, f"{name}/{ROOT}", "none"))
+        require_whole(folder / name)
+
+
+def kernel_folders(settings: StreamingSettings) -> list[str]:
+    """Name the groups of the kernels of all networks, combination by combination; none if there are no kernels."""
+    combinations = range(len(settings.combinations)) if settings.kernels_every else ()
+    return [f"{member_folder(settings, index, seed)}/{KERNELS}" for index in combinations for seed in settings.seeds]
+
+
 def final_parameters(settings: StreamingSettings) -> str:
     """Name the file of the parameters at the end of a run."""
     return f"models/sample{settings.num_samples}.pt"
@@ -84,17 +101,6 @@ def require_recorded(folder: Folder, series: Series, dim: str, length: int) -> N
     """
     if (found := series.length(dim)) < length:
         raise StoreError(incomplete(folder, f"{length:,} {dim}s in {series.folder.name}", f"{found:,}"))
-
-
-def require_readable(series: Series, dim: str) -> None:
-    """Require that everything recorded along an axis can be read. Zarr would read a missing file as NaN.
-
-    Raises:
-        StoreError: If something cannot.
-    """
-    for name in series.names(dim):
-        for time in range(series.length(dim)):
-            series.read(name, time)
 
 
 def incomplete(folder: Folder, expected: str, found: str) -> str:
@@ -124,6 +130,7 @@ def read_stream(place: "str | os.PathLike[str] | Folder") -> xarray.Dataset:
         )
     settings = StreamingSettings.from_json(config["settings"])
     found = read_arrays(folder / ARRAYS)
+    require_whole(folder / ARRAYS)
     names = [in_words(options) for options in settings.combinations]
     counted = whole_bins(settings.num_samples, settings.permuted.period, settings.bins)[: found.sizes[BIN]]
     coords = {COMBINATION: names, COUNTED: (BIN, counted, {"long_name": "whether scores count the bin"})}

@@ -27,7 +27,6 @@ from ntkgen.continual.streaming.record import (
     TASK,
     open_bins,
     read_stream,
-    require_readable,
     require_recorded,
 )
 from ntkgen.continual.streaming.settings import StreamingSettings
@@ -135,13 +134,11 @@ class StreamingRun:
         """Require that what was recorded before the checkpoint is there, before anything is changed.
 
         Raises:
-            StoreError: If something is missing or damaged.
+            StoreError: If something is missing.
         """
         require_recorded(self.folder, self.bins, BIN, num_bins)
-        require_readable(self.bins, BIN)
         if self.settings.held_out:
             require_recorded(self.folder, self.bins, TASK, self._finished_tasks())
-            require_readable(self.bins, TASK)
         self.kernels.require(self._finished_tasks())
 
     def commit(self) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import xarray
 
 from ntkgen.continual.record import CONFIG, read_config
-from ntkgen.continual.series import ROOT, read_arrays
+from ntkgen.continual.series import ROOT, read_arrays, require_whole
 from ntkgen.continual.streaming.comparing import PLACE, settings_of
 from ntkgen.continual.streaming.labels import LABEL, labels_of, read_streams
-from ntkgen.continual.streaming.record import ARRAYS, BIN, COMBINATION, SEED, member_folder
+from ntkgen.continual.streaming.record import ARRAYS, BIN, COMBINATION, KERNELS, SEED, member_folder
 from ntkgen.continual.streaming.summary import held_out_of
 from ntkgen.continual.streams.permuted import STREAMS
 from ntkgen.continual.tables import as_csv
@@ -61,18 +61,24 @@ def read_measured(places: Sequence[str]) -> list[xarray.Dataset]:
 
 
 def kernels_of(place: str, settings: "StreamingSettings") -> list[list[xarray.Dataset]]:
-    """Measure the recorded kernels of every combination and seed, at the times that all have."""
+    """Measure the recorded kernels of every combination and seed, at the times that all have.
+
+    Raises:
+        StoreError: If some of them are missing or damaged.
+    """
     from ntkgen.continual.metrics.series import kernel_metrics
 
     if not settings.kernels_every:
         return []
     folders = [
-        [folder_of(place) / f"{member_folder(settings, index, seed)}/kernels.zarr" for seed in settings.seeds]
+        [folder_of(place) / f"{member_folder(settings, index, seed)}/{KERNELS}" for seed in settings.seeds]
         for index in range(len(settings.combinations))
     ]
     if not all(folder.has(ROOT) for row in folders for folder in row):
         return []
     found = [[read_arrays(folder) for folder in row] for row in folders]
+    for folder in (folder for row in folders for folder in row):
+        require_whole(folder)
     times = min(each.sizes[TIME] for row in found for each in row)
     return [[kernel_metrics(each.isel({TIME: slice(times)})) for each in row] for row in found] if times else []
 
