@@ -251,3 +251,23 @@ def test_tables_as_json_have_no_infinity():
     losses, others = np.array([[1.0, 2.0], [np.inf, 3.0], [np.inf, np.inf]]), np.full((3, 2), 0.5)
     text = json.dumps(Row("sgd", scores(losses, others, others)).to_json())
     json.loads(text, parse_constant=pytest.fail)
+
+
+EPOCHS = ["cl-run", "--dataset", "digits", "--model", "mlp", "--tasks", "2", "--epochs", "1", "--quiet"]
+
+
+def test_a_stream_and_runs_of_epochs_do_not_share_a_folder(finished, tmp_path, capsys):
+    place = tmp_path / "stream"
+    shutil.copytree(finished, place)
+    before = files_of(place)
+    assert command([*EPOCHS, "--out", str(place)]) == 2
+    shown = capsys.readouterr().err
+    assert "found a run of a permuted stream" in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert files_of(place) == before
+    seed = tmp_path / "epochs" / "seed0"
+    seed.mkdir(parents=True)
+    (seed / "config.json").write_text(json.dumps({"settings": {"seed": 0}, "facts": {}}))
+    with pytest.raises(InputError, match=r"expected .* found a run that trains on tasks for epochs at seed0"):
+        learnt(FULL, tmp_path / "epochs")
+    assert list(files_of(tmp_path / "epochs")) == ["seed0/config.json"]

@@ -1,13 +1,14 @@
 """Recorded runs as arrays, without torch: `ntkgen.open_run`."""
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ntkgen.continual.collection import RunCollection
 from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.reader import BINARY_METHODS, MOMENT, PARTS, SCORES, RunReader
 from ntkgen.continual.record import CONFIG, read_config
-from ntkgen.errors import FingerprintError, StoreError
+from ntkgen.errors import FingerprintError, InputError, StoreError
 from ntkgen.files.folder import Folder
 from ntkgen.files.place import folder_of
 
@@ -24,9 +25,11 @@ __all__ = [
     "RunCollection",
     "RunReader",
     "is_run",
+    "kind_of",
     "open_collection",
     "open_run",
     "open_seed",
+    "require_no_runs_within",
     "run_names",
 ]
 
@@ -56,6 +59,36 @@ def is_run(place: "str | os.PathLike[str] | Folder") -> bool:
 def run_names(folder: Folder) -> list[str]:
     """List the folders of the runs in a folder of several seeds and widths, such as ``width8/seed0``."""
     return [found[1] for key in folder.sizes() if (found := _MEMBER.fullmatch(key))]
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Say what kind of run has some settings.
+
+    >>> kind_of({"settings": {"seeds": [0], "stream": "label-permuted"}}), kind_of({"settings": {"seed": 0}})
+    ('a run of a permuted stream', 'a run that trains on tasks for epochs')
+    """
+    settings = config["settings"]
+    if "seeds" not in settings:
+        return "a run that trains on tasks for epochs"
+    return "a run of slowly changing regression" if "algorithms" in settings else "a run of a permuted stream"
+
+
+def require_no_runs_within(folder: Folder, new: str) -> None:
+    """Require that a folder is not that of the seeds of other runs, before a run begins that keeps all seeds in one.
+
+    Args:
+        folder: The folder.
+        new: What begins there, for the error.
+
+    Raises:
+        InputError: If it has other runs.
+    """
+    if names := run_names(folder):
+        kind = kind_of(read_config(folder / names[0]) or {"settings": {}})
+        raise InputError(
+            f"There are other runs at {folder}: expected a folder without runs for {new}, found {kind} at {names[0]}. "
+            "Was `out` left at its default? Choose another `out`."
+        )
 
 
 def open_seed(place: "str | os.PathLike[str] | Folder") -> RunReader:

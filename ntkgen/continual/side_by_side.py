@@ -22,7 +22,7 @@ from ntkgen.continual.configuration import RunSettings
 from ntkgen.continual.learner import learn
 from ntkgen.continual.network import require_fitting
 from ntkgen.continual.plan import Data, Plan, load_data
-from ntkgen.continual.reading import open_seed, run_names
+from ntkgen.continual.reading import kind_of, open_seed, run_names
 from ntkgen.continual.record import is_begun, read_config
 from ntkgen.continual.results_tree import write_results_tree
 from ntkgen.continual.run import Announce, say_nothing
@@ -99,9 +99,15 @@ def _require_alike(jobs: Sequence[Job], out: Folder) -> None:
     """Require that the runs of a folder could be read together with those that are asked for.
 
     Raises:
-        InputError: If their folders are named in another way.
+        InputError: If their folders are named in another way, or the folder is that of one run.
         FingerprintError: If they have other settings.
     """
+    if (config := read_config(out)) is not None:
+        raise InputError(
+            f"There is a run at {out} already: expected a folder of seeds, each with a run that trains on tasks for "
+            f"epochs, found {kind_of(config)} in the folder itself. Was `out` left at its default, or is it the folder "
+            "of one seed? Choose another `out`."
+        )
     asked, names = {job.name for job in jobs}, run_names(out)
     have_widths = any("/" in name for name in asked)
     if other := [name for name in names if ("/" in name) != have_widths]:

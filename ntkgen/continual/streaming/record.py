@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray
 
+from ntkgen.continual.reading import require_no_runs_within
 from ntkgen.continual.record import CHECKPOINT, CONFIG, is_begun, read_config_of, write_config
 from ntkgen.continual.series import ROOT, FixedArray, GrowingArray, Series, read_arrays, require_whole
 from ntkgen.continual.streaming.bins import whole_bins
@@ -42,6 +43,7 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
 
     Raises:
         FingerprintError: If there is a run with other settings or other data.
+        InputError: If the folder is that of the seeds of other runs.
         StoreError: If its files are damaged, or some are missing.
     """
     read_config_of(folder, StreamingSettings, WHAT)  # refuses a run of another kind
@@ -49,6 +51,7 @@ def open_bins(folder: Folder, settings: StreamingSettings, facts: Mapping[str, A
     if not is_begun(folder, settings, facts):
         if folder.has(CHECKPOINT) or arrays.has(ROOT):
             raise StoreError(incomplete(folder, CONFIG, "none"))
+        require_no_runs_within(folder, "a permuted stream")
         write_config(folder, settings, facts)
     if folder.has(CHECKPOINT):
         _require_whole_arrays(folder, settings)
