@@ -125,7 +125,11 @@ def drawn_networks(
 
 
 def make_learner(settings: StreamingSettings, members: Members) -> Learner:
-    """Make the optimizer of all networks, with the hyper-parameters of each."""
+    """Make the optimizer of all networks, with the hyper-parameters of each.
+
+    Raises:
+        ModelError: If the learner is of second order, and the network has a layer without a rule for it.
+    """
     options: dict[str, Any] = {}
     for name, value in settings.combinations[0].items():
         values = [each[name] for each in settings.combinations]
@@ -144,6 +148,9 @@ def make_learner(settings: StreamingSettings, members: Members) -> Learner:
     )
     is_curved = settings.learner.is_second_order or optimizer.needs_curvature
     curvature = _curvature(network.module(0)) if is_curved else None
+    if curvature is not None:  # it fails here, before anything is written
+        x = torch.zeros(network.num_members, *members.shape, device=members.device)
+        curvature(network.parameters, x, torch.zeros(network.num_members, dtype=torch.int64, device=members.device))
     return Learner(network, optimizer, curvature, copies=len(settings.combinations))
 
 

@@ -4,13 +4,33 @@ import numpy as np
 import torch
 
 from ntkgen.continual.chance import generator_of
+from ntkgen.continual.snapshot_layout import SEEN, Layout
 from ntkgen.continual.snapshots import Snapshots
 from ntkgen.continual.streaming.network import StackedNetwork
 from ntkgen.continual.streaming.record import kernel_folders, require_recorded
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.continual.streams.tasks import IntArray
 from ntkgen.data.dataset import Dataset
+from ntkgen.errors import InputError
 from ntkgen.files.folder import Folder
+from ntkgen.jacobian.precision import policy
+
+
+def require_possible_kernels(settings: StreamingSettings, num_classes: int) -> None:
+    """Require that the kernels of the settings can be computed, before anything is written.
+
+    Raises:
+        InputError: If the output map does not exist or is not one of streams of single samples.
+        UnknownNameError: If the output map or the precision has an unknown name.
+    """
+    if settings.output == SEEN:
+        raise InputError(
+            "`output` is seen: expected an output map of all classes, such as trace or full, found one of the classes "
+            "seen so far, which a stream of single samples does not count. Was it copied from a run on a sequence of "
+            "tasks? Use another one."
+        )
+    Layout.of(settings.output, settings.probe_per_class, num_classes)
+    policy(settings.precision)
 
 
 class StreamKernels:

@@ -19,7 +19,7 @@ from ntkgen.continual.optim import UPGD
 from ntkgen.continual.record import CHECKPOINT
 from ntkgen.continual.streaming.bins import Sums, measured_samples
 from ntkgen.continual.streaming.build import Members, make_learner, make_members
-from ntkgen.continual.streaming.kernels import StreamKernels
+from ntkgen.continual.streaming.kernels import StreamKernels, require_possible_kernels
 from ntkgen.continual.streaming.logs import write_logs
 from ntkgen.continual.streaming.measures import EACH_STEP, THINNED
 from ntkgen.continual.streaming.record import (
@@ -78,6 +78,7 @@ class StreamingRun:
 
     def __init__(self, settings: StreamingSettings, data: StreamData, folder: Folder, device: torch.device) -> None:
         data.require_held_out(settings.held_out)
+        require_possible_kernels(settings, data.train.num_classes)
         self.settings = settings
         self.data = data
         self.ends = settings.ends
@@ -286,8 +287,8 @@ def run_stream(
         FingerprintError: If there is a run with other settings or other data.
         StoreError: If files of the run are missing or damaged. None of them is changed.
         StoreLockedError: If another process writes the run.
-        InputError: If there are too few test samples.
-        ModelError: If the network does not learn from single samples.
+        InputError: If there are too few test samples, or the output map of the kernels is not possible.
+        ModelError: If the network does not learn from single samples, or has no curvature for the learner.
     """
     folder.require_writable()
     with write_lock(folder):
