@@ -38,10 +38,19 @@ MODEL_ALIASES = {
 def without_aliases(values: Mapping[str, Any]) -> dict[str, Any]:
     """Replace published names in settings by what they stand for. Other settings precede those of an alias.
 
+    Raises:
+        InputError: If the data set of an alias is a file of the user's, and none is given.
+
     >>> without_aliases({"stream": "input_permuted_mnist_stats", "model": "conv_mnist"})
     {'stream': 'input-permuted', 'dataset': 'mnist', 'model': 'lenet-stream'}
     """
     meant = STREAM_ALIASES.get(str(values.get("stream")), {})
+    if meant and "dataset" not in {**meant, **values}:
+        raise InputError(
+            f"`stream` is {values['stream']}, whose data set is not part of ntkgen: expected `dataset` with a file of "
+            "its features, found none. Was it expected to be there? Make an .npz file of the features and labels, and "
+            "set `dataset` to FILE.npz."
+        )
     found = {**meant, **{name: value for name, value in values.items() if name != "stream" or not meant}}
     if "model" in found:
         found["model"] = MODEL_ALIASES.get(found["model"], found["model"])
