@@ -265,8 +265,8 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("bad", "found"),
     [
-        (["--seeds", "0", "1", "0"], "--seeds does not list the runs: expected each value once, found 0"),
-        (["--width", "4", "4"], "--width does not list the runs"),
+        (["--seeds", "0", "1", "0"], "--seeds repeats a value: expected each value once, found 0"),
+        (["--width", "4", "4"], "--width repeats a value"),
         (["--width", "0"], "0 is not in the range"),
         (["--model", "lenet", "--width", "4", "6"], "--width was given for lenet"),
         (["--workers", "0"], "0 is not in the range"),

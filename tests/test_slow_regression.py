@@ -397,7 +397,7 @@ def test_adam_keeps_its_averages_unless_they_are_reset():
         ({"units": 0}, "`units` is 0: expected a number above 0"),
         ({"noise_std": -1.0}, "`noise_std` is -1: expected 0 or more"),
         ({"seeds": [0, 0]}, "found 0 more than once"),
-        ({"seeds": []}, "`seeds` does not list the runs: expected each value once, found none"),
+        ({"seeds": []}, "`seeds` has no value: expected each value once, found none"),
         ({"seeds": [-1]}, "`seeds` has -1"),
         ({"num_samples": 50_000}, "Choose 40000 samples"),
         ({"num_samples": 5_000}, "Choose 20000 samples"),

@@ -11,8 +11,10 @@ from typing import Any
 
 from ntkgen.continual import published
 from ntkgen.continual.configuration import METHOD_NAMES
+from ntkgen.continual.optim.names import NAMES as LEARNERS
 from ntkgen.continual.published import PublishedRun
-from ntkgen.errors import UnknownNameError
+from ntkgen.continual.streams.permuted import STREAMS
+from ntkgen.errors import InputError, UnknownNameError
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
     """Replace the name of an algorithm by its settings. Given settings override them.
 
     Raises:
+        InputError: If it is a learner of streams of single samples.
         UnknownNameError: If there is no such method or algorithm.
 
     >>> expanded({"method": "redo", "epochs": 2})
@@ -95,6 +98,12 @@ def expanded(given: Mapping[str, Any]) -> dict[str, Any]:
     name = given.get("method")
     if not isinstance(name, str) or name in METHOD_NAMES:  # another kind of value is refused with the other settings
         return dict(given)
+    if name not in ALGORITHMS and name in LEARNERS:
+        raise InputError(
+            f"`method` is {name}, a learner of streams of single samples: expected a method of task sequences, such as "
+            f"{METHOD_NAMES[0]}, as no such stream is given. Was the stream forgotten? Set `stream` to "
+            f"{' or '.join(STREAMS)}, or use another method."
+        )
     if name not in ALGORITHMS:
         raise UnknownNameError("method or algorithm", name, [*METHOD_NAMES, *ALGORITHMS])
     return {**ALGORITHMS[name], **{k: v for k, v in given.items() if k != "method"}}

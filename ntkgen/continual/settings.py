@@ -119,10 +119,10 @@ def require_each_once(name: str, values: Sequence[Any], reason: str) -> None:
     """
     repeated = [value for value, count in Counter(values).items() if count > 1]
     if repeated or not values:
-        found = f"{repeated[0]} more than once" if repeated else "none"
+        found = f"{repeated[0]} more than once in {' '.join(map(str, values))}" if repeated else "none"
         raise InputError(
-            f"`{name}` does not list the runs: expected each value once, found {found}. {reason} Is it a mistake in "
-            "typing? Give different values."
+            f"`{name}` {'repeats a value' if repeated else 'has no value'}: expected each value once, found {found}. "
+            f"{reason} Is it a mistake in typing? Give different values."
         )
 
 

@@ -162,7 +162,7 @@ def _imported(name: str) -> Callable[..., Any] | nn.Module:
     place = getattr(target, "__file__", None) or module_name
     for part in attribute.split("."):
         if not hasattr(target, part):
-            raise UnknownNameError(f"factory in {place}", attribute, [n for n in vars(target) if n[0] != "_"])
+            raise UnknownNameError(f"factory in {place}", attribute, _own_names(target))
         target = getattr(target, part)
     if not callable(target):
         raise InputError(
@@ -170,6 +170,19 @@ def _imported(name: str) -> Callable[..., Any] | nn.Module:
             "another object? Give the name of a function."
         )
     return target  # type: ignore[no-any-return]
+
+
+def _own_names(target: Any) -> list[str]:
+    """List the functions, classes and networks that a module defines itself; of other objects all public names."""
+    public = {name: value for name, value in vars(target).items() if not name.startswith("_")}
+    if not inspect.ismodule(target):
+        return list(public)
+    return [
+        name
+        for name, value in public.items()
+        if isinstance(value, nn.Module)
+        or ((inspect.isroutine(value) or inspect.isclass(value)) and value.__module__ == target.__name__)
+    ]
 
 
 def _hint_of_the_zoo(error: Exception) -> str:

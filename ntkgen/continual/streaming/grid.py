@@ -70,11 +70,10 @@ def is_finished(folder: Folder, settings: StreamingSettings) -> bool:
     if not folder.has("config.json") or not folder.has("run.zarr/zarr.json"):
         return False
     found = read_stream(folder)
-    is_same = StreamingSettings.from_json(found.attrs["settings"]) == settings
-    if not is_same:
+    if differing := StreamingSettings.from_json(found.attrs["settings"]).differences(settings):
         raise StoreError(
-            f"The run at {folder} is another one: expected the settings of the grid, found others. Was the grid "
-            "changed? Use another `out`."
+            f"The run at {folder} is another one: expected the settings of the grid, found others "
+            f"({'; '.join(differing[:3])}). Was the grid changed? Use another `out`, or the original grid."
         )
     return found.sizes[BIN] == len(settings.ends) and folder.has(f"models/sample{settings.num_samples}.pt")
 

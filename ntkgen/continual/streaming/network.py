@@ -130,11 +130,16 @@ def _require_single_samples(model: nn.Module) -> None:
     Raises:
         ModelError: If it has buffers, such as batch norm, or dropout.
     """
-    unfit = [name for name, _ in model.named_buffers()]
-    unfit += [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
-    if unfit:
+    dropped = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
+    if dropped:
         raise ModelError(
-            f"This network does not learn from single samples: expected one without buffers and dropout, found "
-            f"{unfit[0]}. Does it have batch norm, whose statistics need a batch? Use a network without, such as "
-            "lenet-stream or mlp-stream."
+            f"This network does not learn from single samples: expected one without dropout, found it in the layer "
+            f"{dropped[0]!r}. Was it made for epochs of training? A prediction and its gradient would be of two "
+            "networks. Remove the layer, or use a network without, such as lenet-stream or mlp-stream."
+        )
+    if buffers := [name for name, _ in model.named_buffers()]:
+        raise ModelError(
+            f"This network does not learn from single samples: expected one without buffers, found {buffers[0]!r}. "
+            "Does it have batch norm, whose statistics need a batch? Use a network without, such as lenet-stream or "
+            "mlp-stream."
         )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from ntkgen.continual.configuration import METHOD_NAMES
 from ntkgen.continual.optim.names import NAMES, OPTIONS, LearnerNames, checked_options
 from ntkgen.continual.settings import Settings, freeze_lists, require_each_once, require_known_names, require_numbers
 from ntkgen.continual.streaming.bins import KINDS, TASKS, bin_ends
@@ -131,8 +132,15 @@ class StreamingSettings(Settings):
         """The learner.
 
         Raises:
+            InputError: If it is a method of task sequences.
             UnknownNameError: If there is none of this name.
         """
+        if self.method not in NAMES and self.method in METHOD_NAMES:
+            raise InputError(
+                f"`method` is {self.method}, a method of task sequences: expected a learner of single samples, such as "
+                f"sgd or upgd_fo_global, as `stream` is {self.stream}. Was it copied from another command? Use a "
+                "learner, or another stream."
+            )
         if self.method not in NAMES:
             raise UnknownNameError("learner", self.method, NAMES)
         return NAMES[self.method]
