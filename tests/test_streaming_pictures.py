@@ -8,10 +8,13 @@ import pytest
 import xarray
 
 from ntkgen.analysis.plots.style import render
+from ntkgen.cli.cl_stream_results import pictures_of_streams
 from ntkgen.continual.plots.lines import LETTERS, style_of
-from ntkgen.continual.plots.streaming import SHOWN, best_names, curves_of, draw_kernels, draw_streams
+from ntkgen.continual.plots.streaming import OF_KERNELS, SHOWN, best_names, curves_of, draw_kernels, draw_streams
 from ntkgen.continual.plots.utilities import draw_utilities
-from ntkgen.continual.streaming.comparing import PLACE, notes_on
+from ntkgen.continual.series import ROOT
+from ntkgen.continual.streaming import tables
+from ntkgen.continual.streaming.comparing import PLACE, notes_on, settings_of
 from ntkgen.continual.streaming.labels import labels_of
 from ntkgen.continual.streaming.record import in_words
 from ntkgen.continual.streaming.settings import StreamingSettings
@@ -90,13 +93,13 @@ def test_held_out_accuracy_is_in_tables_and_pictures():
 
 def test_all_tables_of_a_stream_are_written():
     run = measured(learning_rate=(0.1, 0.2))
-    tables = stream_tables(run)
-    assert set(tables) == {"bins", "held-out"}
-    rows = list(csv.DictReader(io.StringIO(tables["bins"].decode())))
+    found = stream_tables(run)
+    assert set(found) == {"bins", "held-out"}
+    rows = list(csv.DictReader(io.StringIO(found["bins"].decode())))
     assert len(rows) == 3 * 2 * 2
     assert rows[0]["combination"] == "sgd, lr 0.1"
     assert float(rows[0]["loss"]) == run.loss.values[0, 0, 0]
-    row = next(csv.DictReader(io.StringIO(tables["held-out"].decode())))
+    row = next(csv.DictReader(io.StringIO(found["held-out"].decode())))
     assert row["samples"] == "30"
     assert unique_stems(["g/x/raw", "g/y/raw"]) == ["x-raw", "y-raw"]
 
@@ -132,6 +135,59 @@ def test_kernels_of_all_combinations_are_drawn():
     for axes in picture.figure.axes[1:]:
         assert [line.get_ydata()[0] for line in axes.lines] == [0, 1, 2]
     assert render(picture, "png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "drawn"),
+    [({"num_samples": 80}, [30, 60]), ({"bins": "published"}, [60, 90]), ({}, [30, 60, 90])],
+)
+def test_lines_have_whole_tasks_alone_and_ticks_where_they_end(settings, drawn):
+    run = measured(held_out=0)
+    picture = draw_streams([run.assign_attrs(settings=run.attrs["settings"] | settings)])
+    for axes in picture.figure.axes:
+        assert axes.lines[0].get_xdata().tolist() == drawn
+    assert ("Lines have whole tasks alone." in picture.caption) == (len(drawn) < 3)
+    assert picture.figure.axes[0].get_xticks().tolist() == drawn
+
+
+def test_a_single_point_has_bars():
+    run = measured(learning_rate=(0.1, 0.2))
+    picture = draw_streams([run], last=1)
+    assert picture.figure._suptitle.get_text().endswith(", the last task")
+    axes = picture.figure.axes[0]
+    bars = [container.lines[2][0].get_segments()[0] for container in axes.containers]
+    heights = [bar[1, 1] - bar[0, 1] for bar in bars]
+    expected = run.accuracy.values[-1].std(1, ddof=1) / 2**0.5
+    np.testing.assert_allclose(heights, 2 * expected)
+    assert legend_of(picture)[0] == labels_of(run)
+
+
+def test_kernels_of_diverged_combinations_are_left_out():
+    run = measured(learning_rate=(0.1, 0.2), diverged=[(0, 1)])
+    times = {"iteration": ("time", [0, 90])}
+
+    def kernels_with(last):
+        return xarray.Dataset(dict.fromkeys(OF_KERNELS, ("time", [1.0, last])), times)
+
+    kernels = [[kernels_with(last) for last in row] for row in ((2.0, np.nan), (2.0, 3.0))]
+    axes = draw_kernels(run, kernels).figure.axes
+    (line,) = axes[1].lines
+    assert line.get_ydata().tolist() == [1.0, 2.5]
+    assert line.get_color() == axes[0].lines[1].get_color()
+
+
+def test_missing_kernels_are_told(tmp_path, monkeypatch):
+    place = str(tmp_path / "r")
+    run = measured(place, kernels_every=1)
+    monkeypatch.setattr(tables, "read_measured", lambda _: [run])
+    root = tmp_path / "r" / "seed0" / "kernels.zarr" / ROOT
+    root.parent.mkdir(parents=True)
+    root.write_text("{}")
+    assert tables.missing_kernels(place, settings_of(run)) == ["seed1/kernels.zarr"]
+    (_, (found, _, (pictures, left_out))) = pictures_of_streams([place], [place], None)
+    assert found == place
+    assert pictures == []
+    assert "found none at seed1/kernels.zarr" in left_out["stream-kernels"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

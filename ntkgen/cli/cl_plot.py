@@ -66,7 +66,7 @@ def cl_plot(
     streams = streams_in(runs)
     _require_applicable(last, compared, are_streams=bool(streams))
     if streams:
-        drawn = ((place, stem, (found, {})) for place, stem, found in pictures_of_streams(runs, streams, last))
+        drawn = pictures_of_streams(runs, streams, last)
     elif any(compared.values()):
         drawn = ((place, stem_of(place), pictures_of_algorithms(place, **compared)) for place in runs)
     for place, stem, (pictures, left_out) in drawn:

@@ -65,7 +65,7 @@ def show_all_scores(places: Sequence[str], folder: "Folder | None", *, as_json: 
 
 def pictures_of_streams(
     given: Sequence[str], places: Sequence[str], last: int | None
-) -> "Iterator[tuple[str, str, list[Picture]]]":
+) -> "Iterator[tuple[str, str, tuple[list[Picture], dict[str, str]]]]":
     """Draw the runs together, the last tasks again if that is asked for, and what each run has by itself.
 
     Args:
@@ -74,12 +74,12 @@ def pictures_of_streams(
         last: Number of tasks at the end that are drawn again.
 
     Yields:
-        What is drawn, the beginning of the names of its files, and the pictures.
+        What is drawn, the beginning of the names of its files, the pictures, and why others are missing.
     """
     from ntkgen.continual.plots.streaming import draw_kernels, draw_streams
     from ntkgen.continual.plots.utilities import draw_utilities
     from ntkgen.continual.streaming.comparing import settings_of
-    from ntkgen.continual.streaming.tables import kernels_of, read_measured, unique_stems
+    from ntkgen.continual.streaming.tables import kernels_of, missing_kernels, read_measured, unique_stems
     from ntkgen.continual.streaming.utilities import read_utilities
     from ntkgen.files.place import folder_of
 
@@ -88,14 +88,30 @@ def pictures_of_streams(
     utilities = [read_utilities(folder_of(place)) for place in places]
     kernels = [kernels_of(place, settings_of(run)) for place, run in zip(places, found, strict=True)]
     stem = joined_name(given)
-    yield ", ".join(given), stem, [draw_streams(found)] + ([draw_streams(found, last)] if last else [])
+    yield ", ".join(given), stem, ([draw_streams(found)] + ([draw_streams(found, last)] if last else []), {})
     stems = [stem] if len(places) == 1 else unique_stems(places)
     for place, own_stem, run, own_utilities, own_kernels in zip(places, stems, found, utilities, kernels, strict=True):
         pictures = [] if own_utilities is None else draw_utilities(own_utilities, run)
         if own_kernels:
             pictures.append(draw_kernels(run, own_kernels))
-        if pictures:
-            yield place, own_stem, pictures
+        left_out = _without_kernels(missing_kernels(place, settings_of(run)))
+        if pictures or left_out:
+            yield place, own_stem, (pictures, left_out)
+
+
+def _without_kernels(missing: Sequence[str]) -> dict[str, str]:
+    """Say why the picture of kernels is missing, if files are.
+
+    >>> _without_kernels([]), _without_kernels(["seed0/kernels.zarr", "seed1/kernels.zarr"])["stream-kernels"][:48]
+    ({}, 'expected kernels of all seeds and combinations, ')
+    """
+    if not missing:
+        return {}
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return {
+        "stream-kernels": f"expected kernels of all seeds and combinations, found none at {missing[0]}{more}. Was the "
+        "run copied in part? Put them back"
+    }
 
 
 def joined_name(places: Sequence[str]) -> str:

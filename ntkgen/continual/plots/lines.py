@@ -75,25 +75,39 @@ def style_of(index: int, count: int, points: int) -> dict[str, Any]:
     return {"color": color, "linestyle": dashes, **marker}
 
 
-def draw_curves(panel: "Axes", curves: Sequence[Curve], styles: Sequence[int] | None = None) -> None:
-    """Draw means with bands of one standard error.
+def draw_curves(
+    panel: "Axes",
+    curves: Sequence[Curve],
+    styles: Sequence[int] | None = None,
+    period: int | None = None,
+    count: int | None = None,
+) -> None:
+    """Draw means with bands of one standard error, or with bars if a curve is a single point.
 
     Args:
         panel: Where they are drawn.
         curves: The curves.
         styles: The number of the style of each; None for their order.
+        period: Samples of a task, for ticks where tasks end; None if they have several lengths.
+        count: Number of styles among which they are; None for as many as are used.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 
-    count = len(curves) if styles is None else max(styles, default=0) + 1
+    count = count or (len(curves) if styles is None else max(styles, default=0) + 1)
     alpha = OPACITY if count <= len(LINES) else FAINT
     for index, curve in enumerate(curves):
         style = style_of(index if styles is None else styles[index], count, len(curve.at))
         panel.plot(curve.at, curve.mean, label=curve.label, **style)
-        if curve.values.shape[1] > 1:
+        if curve.values.shape[1] > 1 and len(curve.at) == 1:
+            panel.errorbar(
+                curve.at, curve.mean, curve.standard_error, color=style["color"], capsize=3, linestyle="none"
+            )
+        elif curve.values.shape[1] > 1:
             low, high = curve.mean - curve.standard_error, curve.mean + curve.standard_error
             panel.fill_between(curve.at, low, high, color=style["color"], alpha=alpha, linewidth=0)
-    panel.xaxis.set_major_locator(MaxNLocator(4))
+    at = sorted({int(each) for curve in curves for each in curve.at})
+    ticks = task_ticks(at[0], at[-1], period) if at and period is not None else []
+    panel.xaxis.set_major_locator(FixedLocator(ticks) if ticks else MaxNLocator(4, integer=True))
     panel.set(xlabel="samples")
 
 
@@ -105,6 +119,17 @@ def panels_with_legend(count: int, names: Sequence[str], title: str) -> "tuple[F
     figure, axes = new_axes(count, height=HEIGHT + ROW * (max(rows - 1, 0) + shown.count("\n") + 1))
     figure.suptitle(shown, x=0.01, ha="left", fontsize=9)
     return figure, axes
+
+
+def task_ticks(first: int, last: int, period: int, most: int = 4) -> list[int]:
+    """List ends of tasks between two samples, about as many as there is room for: of every, second, fifth, … task.
+
+    >>> task_ticks(30, 90, 30), task_ticks(2500, 1_000_000, 2500), task_ticks(90, 90, 30), task_ticks(31, 31, 30)
+    ([30, 60, 90], [250000, 500000, 750000, 1000000], [90], [])
+    """
+    factors = (digit * 10**power for power in range(19) for digit in (1, 2, 5))
+    step = period * next(factor for factor in factors if last - first < most * factor * period)
+    return list(range(-(-first // step) * step, last + 1, step)) or ([last] if last % period == 0 else [])
 
 
 def wrapped(title: str) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from ntkgen.analysis.plots.style import Picture, styled
 from ntkgen.continual.plots.lines import Curve, draw_curves, legend_below, panels_with_legend
+from ntkgen.continual.streaming.bins import TASKS, drawn_bins
 from ntkgen.continual.streaming.comparing import PLACE, notes_on, settings_of
 from ntkgen.continual.streaming.labels import labels_of
 from ntkgen.continual.streaming.record import BIN, COMBINATION, SEED, TASK
@@ -32,7 +33,7 @@ SHOWN = 20
 
 
 def curves_of(runs: Sequence["xarray.Dataset"], measure: str, last: int | None = None) -> list[Curve]:
-    """List a measure of every learner and combination, over all tasks or the last ones; see `read_stream`.
+    """List a measure of every learner and combination, over all whole tasks or the last ones; see `read_stream`.
 
     Runs without this measure have no curve.
     """
@@ -41,7 +42,8 @@ def curves_of(runs: Sequence["xarray.Dataset"], measure: str, last: int | None =
         values = held_out_of(run) if measure == HELD_OUT else run[measure]
         if values is None or not values.sizes[dim]:
             continue
-        own = values.isel({dim: slice(None) if last is None else slice(-last, None)}).transpose(dim, COMBINATION, SEED)
+        whole = _whole(run, values.sizes[dim], measure)
+        own = values.isel({dim: whole if last is None else whole[-last:]}).transpose(dim, COMBINATION, SEED)
         at = np.asarray(own.samples.values)
         found += [
             Curve(name, at, np.asarray(own.values[:, index], np.float64)) for index, name in enumerate(labels_of(run))
@@ -61,14 +63,14 @@ def draw_streams(runs: Sequence["xarray.Dataset"], last: int | None = None) -> P
     curves = {name: curves_of(runs, name, last) for name in PANELS}
     panels = {name: title for name, title in PANELS.items() if curves[name]}
     names = best_names(runs)
-    part = "" if last is None else f", the last {counted(last, 'task')}"
+    part = "" if last is None else ", the last task" if last == 1 else f", the last {counted(last, 'task')}"
     with styled():
         found = [curve for curve in curves["accuracy"] if curve.name in names]
         title = f"{_title(runs)}{part}{_left_out(runs)}"
         figure, axes = panels_with_legend(len(panels), [curve.label for curve in found], _with_notes(title, runs))
         for panel, (measure, (title, label)) in zip(axes, panels.items(), strict=True):
             shown = [curve for curve in curves[measure] if curve.name in names]
-            draw_curves(panel, shown, [names.index(curve.name) for curve in shown])
+            draw_curves(panel, shown, [names.index(curve.name) for curve in shown], _period(runs))
             panel.set(title=title, ylabel=label)
         legend_below(axes[0], _bands(runs))
     kind = "stream" if last is None else "stream-end"
@@ -89,18 +91,36 @@ def draw_kernels(run: "xarray.Dataset", kernels: Sequence[Sequence["xarray.Datas
     with styled():
         title = _with_notes(f"{stream_title(run)}: kernel of a fixed probe{_left_out([run])}", [run])
         figure, axes = panels_with_legend(3, [curve.label for curve in plasticity], title)
-        draw_curves(axes[0], plasticity)
+        draw_curves(axes[0], plasticity, period=_period([run]))
         axes[0].set(title="Plasticity", ylabel=PANELS["plasticity"][1])
         at = np.asarray(kernels[0][0].iteration.values)
         for panel, (name, (title, label)) in zip(axes[1:], OF_KERNELS.items(), strict=True):
             values = [np.stack([np.asarray(each[name].values, np.float64) for each in row], 1) for row in kernels]
-            draw_curves(panel, [Curve(curves[index].name, at, values[index]) for index in chosen])
+            # without networks that diverge before the second kernel: the first one is that of all
+            kept = [order for order, index in enumerate(chosen) if np.isfinite(values[index][1:2].mean(1)).all()]
+            own = [Curve(curves[chosen[order]].name, at, values[chosen[order]]) for order in kept]
+            draw_curves(panel, own, kept, _period([run]), len(chosen))
             panel.set(title=title, ylabel=label)
         legend_below(axes[0], _bands([run]))
     caption = (
-        f"{_caption([run])} The kernels are those of a fixed probe; the distance is 1 − cosine, from the first kernel."
+        f"{_caption([run])} The kernels are those of a fixed probe; the distance is 1 − cosine, from the first kernel. "
+        "Combinations with a network that diverges before the second kernel are left out."
     )
     return Picture("stream-kernels", f"{_title([run])}: kernel", caption, figure)
+
+
+def _whole(run: "xarray.Dataset", count: int, measure: str) -> list[int]:
+    """Number the bins of whole tasks, or the whole tasks on which held-out accuracy was measured."""
+    settings = settings_of(run)
+    kind = TASKS if measure == HELD_OUT else settings.bins
+    drawn = drawn_bins(settings.num_samples, settings.permuted.period, kind, count)
+    return [index for index, is_drawn in enumerate(drawn) if is_drawn]
+
+
+def _period(runs: Sequence["xarray.Dataset"]) -> int | None:
+    """Samples of a task; None if the runs differ in them."""
+    found = {settings_of(run).permuted.period for run in runs}
+    return found.pop() if len(found) == 1 else None
 
 
 def best_names(runs: Sequence["xarray.Dataset"]) -> list[str]:
@@ -145,7 +165,9 @@ def _bands(runs: Sequence["xarray.Dataset"]) -> str:
 
 def _caption(runs: Sequence["xarray.Dataset"]) -> str:
     settings, seeds = settings_of(runs[0]), max(run.sizes[SEED] for run in runs)
-    bands = "bands are ± one standard error" if seeds > 1 else "without bands"
+    bands = "bands or bars are ± one standard error" if seeds > 1 else "without bands"
+    has_cut = any(len(_whole(run, run.sizes[BIN], "accuracy")) < run.sizes[BIN] for run in runs)
+    whole = " Lines have whole tasks alone." if has_cut else ""
     notes = "".join(f" Note: {note}." for note in notes_on(runs).all)
     held_out = (
         f" Held-out accuracy is that on {settings.held_out} test samples at the end of each task."
@@ -155,5 +177,5 @@ def _caption(runs: Sequence["xarray.Dataset"]) -> str:
     return (
         f"A stream of single samples, {_title(runs)}. "
         "Accuracy is that of each sample before its step; plasticity is the part of its loss that its own step takes "
-        f"away.{held_out} Lines are means over {counted(seeds, 'seed')}, {bands}{_left_out(runs)}.{notes}"
+        f"away.{held_out} Lines are means over {counted(seeds, 'seed')}, {bands}{_left_out(runs)}.{whole}{notes}"
     )

@@ -43,6 +43,22 @@ def whole_bins(num_samples: int, period: int, kind: str = TASKS) -> list[bool]:
     return [True] * (count - is_cut) + [False] * is_cut
 
 
+def drawn_bins(num_samples: int, period: int, kind: str, recorded: int) -> list[bool]:
+    """Say of each recorded bin whether pictures draw it: all that have the samples of a whole task.
+
+    If there is no such bin, pictures draw all.
+
+    >>> drawn_bins(10, 4, "tasks", 3), drawn_bins(10, 4, "tasks", 2), drawn_bins(3, 4, "tasks", 1)
+    ([True, True, False], [True, True], [True])
+    >>> drawn_bins(9, 4, "published", 3), drawn_bins(9, 4, "published", 1)
+    ([False, True, True], [True])
+    """
+    found = whole_bins(num_samples, period, kind)[:recorded]
+    if kind == PUBLISHED and period > 1:
+        found[:1] = [False] * len(found[:1])
+    return found if any(found) else [True] * len(found)
+
+
 def notes_on_bins(num_samples: int, period: int, kind: str = TASKS) -> list[str]:
     """Say which samples are in no bin, or in a bin that is no whole task.
 

@@ -68,19 +68,29 @@ def kernels_of(place: str, settings: "StreamingSettings") -> list[list[xarray.Da
     """
     from ntkgen.continual.metrics.series import kernel_metrics
 
-    if not settings.kernels_every:
+    if not settings.kernels_every or missing_kernels(place, settings):
         return []
-    folders = [
-        [folder_of(place) / f"{member_folder(settings, index, seed)}/{KERNELS}" for seed in settings.seeds]
-        for index in range(len(settings.combinations))
-    ]
-    if not all(folder.has(ROOT) for row in folders for folder in row):
-        return []
+    folders = [[folder_of(place) / name for name in row] for row in _names_of_kernels(settings)]
     found = [[read_arrays(folder) for folder in row] for row in folders]
     for folder in (folder for row in folders for folder in row):
         require_whole(folder)
     times = min(each.sizes[TIME] for row in found for each in row)
     return [[kernel_metrics(each.isel({TIME: slice(times)})) for each in row] for row in found] if times else []
+
+
+def missing_kernels(place: str, settings: "StreamingSettings") -> list[str]:
+    """Name the files of kernels that a run should have and does not have."""
+    if not settings.kernels_every:
+        return []
+    names = [name for row in _names_of_kernels(settings) for name in row]
+    return [name for name in names if not (folder_of(place) / name).has(ROOT)]
+
+
+def _names_of_kernels(settings: "StreamingSettings") -> list[list[str]]:
+    return [
+        [f"{member_folder(settings, index, seed)}/{KERNELS}" for seed in settings.seeds]
+        for index in range(len(settings.combinations))
+    ]
 
 
 def stream_tables(run: xarray.Dataset) -> dict[str, bytes]:
