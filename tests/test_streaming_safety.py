@@ -194,6 +194,8 @@ def test_a_signal_keeps_everything_up_to_the_sample_in_progress(number, finished
         signal.signal(signal.SIGTERM, before)
     assert len(steps) == 8
     assert torch.load(place / "checkpoint.pt", weights_only=True)["position"] == {"sample": 8}
+    (note,) = notes_on([read_stream(place).assign_attrs(place=str(place))]).hindering
+    assert note == f"{place} is not finished: 8 of 20 samples are learnt, and scores are of the first 5"
     learnt(FULL, place)
     assert files_of(place) == files_of(finished)
 
@@ -251,6 +253,15 @@ def test_tables_as_json_have_no_infinity():
     losses, others = np.array([[1.0, 2.0], [np.inf, 3.0], [np.inf, np.inf]]), np.full((3, 2), 0.5)
     text = json.dumps(Row("sgd", scores(losses, others, others)).to_json())
     json.loads(text, parse_constant=pytest.fail)
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_open_how_far_a_run_is(finished, tmp_path):
+    place = tmp_path / "run"
+    shutil.copytree(finished, place)
+    run = read_stream(place).isel(bin=slice(2)).assign_attrs(place=str(place))
+    assert "20 of 20 samples are learnt, and scores are of the first 10" in notes_on([run]).hindering[0]
+    os.truncate(place / "checkpoint.pt", 20)
+    assert "scores are of 10 of 20 samples; the run itself may be further" in notes_on([run]).hindering[0]
 
 
 EPOCHS = ["cl-run", "--dataset", "digits", "--model", "mlp", "--tasks", "2", "--epochs", "1", "--quiet"]

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ntkgen.continual.record import CHECKPOINT
 from ntkgen.continual.streaming.bins import notes_on_bins
+from ntkgen.continual.streaming.position import position_of
 from ntkgen.continual.streaming.record import BIN
 from ntkgen.continual.streaming.settings import StreamingSettings
+from ntkgen.files.place import folder_of
 
 if TYPE_CHECKING:
     import xarray
@@ -64,7 +67,7 @@ def notes_on(runs: Sequence["xarray.Dataset"]) -> Notes:
         if run.sizes[BIN] < len(each.ends):
             done = int(run.samples[-1]) if run.sizes[BIN] else 0
             place = run.attrs.get(PLACE, each.method)
-            hindering.append(f"{place} is not finished: {done:,} of {each.num_samples:,} samples are learnt")
+            hindering.append(f"{place} is not finished: {_progress(run.attrs.get(PLACE), done, each.num_samples)}")
     own = [tuple(notes_on_bins(each.num_samples, each.permuted.period, each.bins)) for each in settings]
     for run, each, notes in zip(runs, settings, own, strict=True):
         named = "" if len(set(own)) == 1 else f"{run.attrs.get(PLACE, each.method)}: "
@@ -75,3 +78,14 @@ def notes_on(runs: Sequence["xarray.Dataset"]) -> Notes:
         if len(values) > 1:
             (others if name == UNPAIRED else hindering).append(f"the runs differ in {name}: {'; '.join(values)}")
     return Notes(tuple(hindering), tuple(others))
+
+
+def _progress(place: str | None, done: int, total: int) -> str:
+    """Say how far a run is: its checkpoint may be later than the last bin, which scores end with."""
+    if place is None or not (folder := folder_of(place)).has(CHECKPOINT):
+        return f"{done:,} of {total:,} samples are learnt"
+    position = position_of(folder)
+    if position is None:
+        return f"scores are of {done:,} of {total:,} samples; the run itself may be further"
+    scored = "" if position == done else f", and scores are of the first {done:,}"
+    return f"{position:,} of {total:,} samples are learnt{scored}"
