@@ -122,6 +122,23 @@ def test_a_run_with_missing_files_is_refused_and_left_as_it_is(missing, finished
     assert files_of(place) == before
 
 
+def test_missing_and_damaged_parameters_are_refused(tmp_path):
+    place, settings = tmp_path / "run", settings_of(save_every=10)
+    learnt(settings, place)
+    undisturbed = files_of(place)
+    os.truncate(place / "models" / "sample20.pt", 20)
+    learnt(settings, place)
+    assert torch.load(place / "models" / "sample20.pt", weights_only=True)  # written anew
+    path = place / "models" / "sample10.pt"
+    os.truncate(path, 20)
+    with pytest.raises(StoreError, match=r"expected models/sample10.pt, found 20 bytes"):
+        learnt(settings, place)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"expected models/sample10.pt, found none"):
+        learnt(settings, place)
+    assert files_of(place) == undisturbed
+
+
 @pytest.mark.parametrize(
     ("file", "size", "said"),
     [

@@ -12,6 +12,8 @@ Bins are written before the checkpoint. A resumed run drops what is later than i
 bytes as an undisturbed one on a CPU. Reading never imports torch.
 """
 
+import io
+import zipfile
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +106,20 @@ def require_recorded(folder: Folder, series: Series, dim: str, length: int) -> N
     """
     if (found := series.length(dim)) < length:
         raise StoreError(incomplete(folder, f"{length:,} {dim}s in {series.folder.name}", f"{found:,}"))
+
+
+def require_parameters(folder: Folder, settings: StreamingSettings, sample: int) -> None:
+    """Require the files of parameters up to a checkpoint, but for that of the end, which is written anew.
+
+    Raises:
+        StoreError: If one is missing or cut off.
+    """
+    stop = min(sample, settings.num_samples - 1) + 1
+    for end in range(settings.save_every, stop, settings.save_every) if settings.save_every else ():
+        data = folder.read(name := f"models/sample{end}.pt")
+        if data is None or not zipfile.is_zipfile(io.BytesIO(data)):
+            found = "none" if data is None else f"{len(data):,} bytes that are no such file"
+            raise StoreError(incomplete(folder, name, found))
 
 
 def incomplete(folder: Folder, expected: str, found: str) -> str:

@@ -27,6 +27,7 @@ from ntkgen.continual.streaming.record import (
     TASK,
     open_bins,
     read_stream,
+    require_parameters,
     require_recorded,
 )
 from ntkgen.continual.streaming.settings import StreamingSettings
@@ -135,8 +136,9 @@ class StreamingRun:
         """Require that what was recorded before the checkpoint is there, before anything is changed.
 
         Raises:
-            StoreError: If something is missing.
+            StoreError: If something is missing or damaged.
         """
+        require_parameters(self.folder, self.settings, self.sample)
         require_recorded(self.folder, self.bins, BIN, num_bins)
         if self.settings.held_out:
             require_recorded(self.folder, self.bins, TASK, self._finished_tasks())
