@@ -9,10 +9,10 @@ from torch import nn
 from ntkgen.cli import run as command
 from ntkgen.continual.presets import expanded
 from ntkgen.continual.streaming.aliases import without_aliases
-from ntkgen.continual.streaming.run import StreamData, StreamingRun
+from ntkgen.continual.streaming.run import StreamData, StreamingRun, run_stream
 from ntkgen.continual.streaming.settings import StreamingSettings
 from ntkgen.data.dataset import Dataset
-from ntkgen.errors import InputError, ModelError, UnknownNameError
+from ntkgen.errors import FingerprintError, InputError, ModelError, UnknownNameError
 from ntkgen.files.place import folder_of
 
 CPU = torch.device("cpu")
@@ -38,6 +38,34 @@ def other():
 
 def with_dropout():
     return nn.Sequential(nn.Flatten(), nn.Linear(9, 3), nn.Dropout(0.5))
+
+
+def chain(width=4, between=nn.ReLU, is_frozen=False):
+    layers = nn.Sequential(nn.Flatten(), nn.Linear(9, width), between(), nn.Linear(width, 3))
+    layers[1].weight.requires_grad_(not is_frozen)
+    return layers
+
+
+class Edited(nn.Module):
+    """A network whose author exchanges the function of its forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(9, 3)
+
+    def forward(self, x):
+        return torch.tanh(self.inner(x.flatten(1)))
+
+
+Edited.__qualname__ = "Other"
+
+
+def frozen():
+    return chain(is_frozen=True)
+
+
+def all_frozen():
+    return chain().requires_grad_(False)
 
 
 def settings_of(**values):
@@ -110,3 +138,56 @@ def test_an_edited_grid_names_the_setting_that_differs(tmp_path, capsys):
     file.write_text(json.dumps({**grid, "seeds": [1], "learners": {"sgd": {}}}))
     assert command(["cl-grid", str(file), "--out", out, "-q"]) != 0
     assert "found others (seeds [0], now [1])" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["sgd", "upgd_fo_global", "upgd_so_global", "feature_upgd_fo_global", "ewc"])
+def test_frozen_parameters_are_used_and_stay_as_they_are(tmp_path, method):
+    settings = settings_of(model=f"{__name__}:frozen", method=method)
+    before = StreamingRun(settings, DATA, folder_of(str(tmp_path / "new"), fsync=False), CPU).learner.network.member(0)
+    found = run_stream(settings, DATA, folder_of(str(tmp_path / "run"), fsync=False), CPU)
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    same = [name for name, values in before.items() if "gate" not in name and torch.equal(values, after[name][0])]
+    assert same == ["1.weight"]
+    norm = sum(values.square().sum() for name, values in after.items() if name.endswith("weight")).sqrt()
+    assert found.weight_l2.values[-1, 0, 0] == pytest.approx(float(norm), rel=0.1)
+
+
+def test_a_network_whose_weights_are_all_frozen_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="found none"):
+        StreamingRun(settings_of(model=f"{__name__}:all_frozen"), DATA, folder_of(str(tmp_path), fsync=False), CPU)
+
+
+@pytest.mark.parametrize(
+    ("make", "edited", "message"),
+    [
+        (chain, lambda: chain(5), r"expected 1\.weight \(4, 9\), found \(5, 9\)"),
+        (chain, lambda: chain(between=nn.Tanh), r"2\.__class__ .*ReLU, found .*Tanh"),
+        (lambda: chain(between=nn.LeakyReLU), lambda: chain(between=lambda: nn.LeakyReLU(0.2)), "2.negative_slope"),
+        (chain, frozen, r"1\.weight\.requires_grad none, found False"),
+        (Other, Edited, "forward"),
+    ],
+)
+def test_a_resume_with_an_edited_network_is_refused(tmp_path, monkeypatch, make, edited, message):
+    folder, settings = folder_of(str(tmp_path), fsync=False), settings_of(model=f"{__name__}:made")
+    monkeypatch.setitem(globals(), "made", make)
+    run_stream(settings, DATA, folder, CPU)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run_stream(settings, DATA, folder, CPU)
+    monkeypatch.setitem(globals(), "made", edited)
+    with pytest.raises(FingerprintError, match=message):
+        run_stream(settings, DATA, folder, CPU)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_older_checkpoint_resumes_with_networks_of_its_shapes(tmp_path, monkeypatch):
+    folder, settings = folder_of(str(tmp_path), fsync=False), settings_of(model=f"{__name__}:made")
+    monkeypatch.setitem(globals(), "made", chain)
+    run_stream(settings, DATA, folder, CPU)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["architecture"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    run_stream(settings, DATA, folder, CPU)
+    for edited in (lambda: chain(5), frozen):
+        monkeypatch.setitem(globals(), "made", edited)
+        with pytest.raises(FingerprintError, match="another network"):
+            run_stream(settings, DATA, folder, CPU)

@@ -140,7 +140,7 @@ def make_learner(settings: StreamingSettings, members: Members) -> Learner:
     network = members.network
     optimizer = make_optimizer(
         settings.method,
-        network.parameters.items(),
+        network.trainable.items(),
         members=network.num_members,
         generators=members.generators,
         compat=settings.compat,
@@ -165,6 +165,6 @@ def _curvature(module: nn.Module) -> Curvature:
     def compute(parameters: Mapping[str, Tensor], x: Tensor, targets: Tensor) -> list[Tensor]:
         with torch.no_grad():
             found = torch.func.vmap(of_one)(dict(parameters), x, targets)
-        return [found[name] for name in parameters]
+        return [found[name] for name, values in parameters.items() if values.requires_grad]
 
     return compute

@@ -82,7 +82,7 @@ class Learner:
         return values if self.copies == 1 else values.repeat(self.copies, *[1] * (values.ndim - 1))
 
     def _step(self, x: Tensor, targets: Tensor) -> Tensor:  # (measures, members)
-        params = list(self.network.parameters.values())
+        params = list(self.network.trainable.values())
         prepared = self.network.prepared(x)
         before = self.network.forward(prepared)
         loss = losses(before.outputs, targets)

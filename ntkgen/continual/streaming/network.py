@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from ntkgen.continual.streaming.architecture import architecture_of
 from ntkgen.continual.streaming.layers import has_parameters, is_rectifier, steps_of
 from ntkgen.errors import ModelError
 
@@ -36,9 +37,11 @@ class StackedNetwork:
 
     Attributes:
         parameters: The parameters by name, with the members first.
+        architecture: The classes and attributes of the layers, see `architecture_of`.
 
     Raises:
-        ModelError: If a network has buffers or draws random numbers, so it does not learn from single samples.
+        ModelError: If a network has buffers or draws random numbers, so it does not learn from single samples, or no
+            weight of it learns.
     """
 
     def __init__(self, networks: Sequence[nn.Module]) -> None:
@@ -46,7 +49,13 @@ class StackedNetwork:
         _require_single_samples(first)
         self.parameters = _stacked([dict(each.named_parameters()) for each in networks])
         self._module = copy.deepcopy(first)
+        self.architecture = architecture_of(first)
         self._steps = steps_of(first)
+
+    @property
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that learn. Those with ``requires_grad=False`` in the networks stay as they are."""
+        return {name: values for name, values in self.parameters.items() if values.requires_grad}
 
     @property
     def num_members(self) -> int:
@@ -119,7 +128,7 @@ def _stacked(networks: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     rows = [torch.cat([values.detach().flatten() for values in each.values()]) for each in networks]
     columns = torch.stack(rows).split([values.numel() for values in networks[0].values()], 1)
     return {
-        name: part.view(len(networks), *values.shape).requires_grad_()
+        name: part.view(len(networks), *values.shape).requires_grad_(values.requires_grad)
         for (name, values), part in zip(networks[0].items(), columns, strict=True)
     }
 
@@ -128,7 +137,7 @@ def _require_single_samples(model: nn.Module) -> None:
     """Refuse a network that cannot learn from single samples.
 
     Raises:
-        ModelError: If it has buffers, such as batch norm, or dropout.
+        ModelError: If it has buffers, such as batch norm, or dropout, or all its weights are frozen.
     """
     dropped = [name for name, module in model.named_modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     if dropped:
@@ -142,4 +151,9 @@ def _require_single_samples(model: nn.Module) -> None:
             f"This network does not learn from single samples: expected one without buffers, found {buffers[0]!r}. "
             "Does it have batch norm, whose statistics need a batch? Use a network without, such as lenet-stream or "
             "mlp-stream."
+        )
+    if not any(values.requires_grad for name, values in model.named_parameters() if name.endswith("weight")):
+        raise ModelError(
+            "This network does not learn: expected a weight with requires_grad=True, found none. Are all its layers "
+            "frozen? Leave at least one of them trainable."
         )

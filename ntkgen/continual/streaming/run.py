@@ -17,6 +17,7 @@ from ntkgen.continual.chance import generator_of, seed_of
 from ntkgen.continual.checkpoint import read_checkpoint, saved
 from ntkgen.continual.optim import UPGD
 from ntkgen.continual.record import CHECKPOINT
+from ntkgen.continual.streaming.architecture import require_same_networks
 from ntkgen.continual.streaming.bins import Sums, measured_samples
 from ntkgen.continual.streaming.build import Members, make_learner, make_members
 from ntkgen.continual.streaming.kernels import StreamKernels, require_possible_kernels
@@ -114,8 +115,14 @@ class StreamingRun:
         return f"task {min(self.task + 1, self.settings.num_tasks)}/{self.settings.num_tasks}"
 
     def resume(self, checkpoint: Mapping[str, Any] | None) -> None:
-        """Continue from the newest checkpoint, and drop what is later; without one begin anew."""
+        """Continue from the newest checkpoint, and drop what is later; without one begin anew.
+
+        Raises:
+            FingerprintError: If the checkpoint is of other networks.
+            StoreError: If something is missing.
+        """
         if checkpoint is not None:
+            require_same_networks(self.folder, checkpoint, self.learner.network)
             self.sample = checkpoint["position"]["sample"]
             self.learner.network.load(checkpoint["model"])
             self.learner.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -149,6 +156,7 @@ class StreamingRun:
         state = {
             "position": {"sample": self.sample},
             "model": {name: values.detach() for name, values in self.learner.network.parameters.items()},
+            "architecture": self.learner.network.architecture,
             "optimizer": self.learner.optimizer.state_dict(),
             "generators": [generator.get_state() for generator in self.members.generators],
             "sums": {name: torch.from_numpy(values) for name, values in self.sums.sums.items()},
@@ -204,7 +212,7 @@ class StreamingRun:
 
     def _write_utilities(self) -> None:
         """Write the scaled utilities of a learner that has them."""
-        optimizer, names = self.learner.optimizer, list(self.learner.network.parameters)
+        optimizer, names = self.learner.optimizer, list(self.learner.network.trainable)
         if isinstance(optimizer, UPGD):
             found = optimizer.scaled_utilities()
             write_utilities(self.folder, {names[position]: each.cpu().numpy() for position, each in found.items()})
@@ -286,7 +294,7 @@ def run_stream(
         What was measured; see `read_stream`.
 
     Raises:
-        FingerprintError: If there is a run with other settings or other data.
+        FingerprintError: If there is a run with other settings, other data or another network.
         StoreError: If files of the run are missing or damaged. None of them is changed.
         StoreLockedError: If another process writes the run.
         InputError: If there are too few test samples, or the output map of the kernels is not possible.
