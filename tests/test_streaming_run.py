@@ -322,7 +322,7 @@ def test_pictures_show_the_recorded_numbers(tmp_path):
     assert curve.at.tolist() == [60, 90]
     np.testing.assert_allclose(curve.standard_error, curve.values.std(1, ddof=1) / 3**0.5)
     picture = draw_streams([found])
-    assert "means over 3 seeds, bands are ± one standard error" in picture.caption
+    assert "means over 3 seeds, bands or bars are ± one standard error" in picture.caption
     assert render(picture, "png").startswith(b"\x89PNG")
 
 
