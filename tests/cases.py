@@ -641,7 +641,7 @@ def embedding_of_repeated_and_padding_tokens() -> Case:
 def embedding_scaled_by_frequency() -> Case:
     """Autograd scales by how often a token occurs in a sample: a repeated one, which the first two samples lack."""
     model = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True), nn.Flatten(), nn.Tanh(), nn.Linear(12, 2))
-    return Case(model, torch.tensor([[0, 1, 2, 3], [2, 3, 4, 0], [3, 3, 3, 3]]))
+    return Case(model, torch.tensor([[0, 1, 2, 3], [2, 3, 4, 0], [3, 3, 3, 3]]), ("0.weight",))
 
 
 @case
@@ -1077,9 +1077,9 @@ def scaled_convolutions() -> Case:
 
 
 @case
-def lstm_with_projection_in_two_directions() -> Case:
-    cell = nn.LSTM(3, 4, 2, bidirectional=True, proj_size=2)
-    model = Call(lambda self, x: self.out(self.cell(x.transpose(0, 1))[0].sum(0)), cell=cell, out=nn.Linear(4, 2))
+def lstm_in_two_directions_and_layers() -> Case:
+    cell = nn.LSTM(3, 4, 2, bidirectional=True)
+    model = Call(lambda self, x: self.out(self.cell(x.transpose(0, 1))[0].sum(0)), cell=cell, out=nn.Linear(8, 2))
     return Case(model, torch.randn(3, 3, 3))
 
 
@@ -1097,6 +1097,8 @@ def attention_with_masks_and_biases() -> Case:
 
 @case
 def weight_that_changes_a_part_in_place() -> Case:
+    """Gradients are taken at the results of calls, and a later call overwrites these."""
+
     def forward(self: Call, x: Tensor) -> Tensor:
         hidden = x.clone()
         hidden[:, 0] += self.first
@@ -1104,7 +1106,7 @@ def weight_that_changes_a_part_in_place() -> Case:
         return self.out(torch.tanh(hidden).mean(1))
 
     model = Call(forward, first=nn.Parameter(torch.randn(3)), gain=nn.Parameter(torch.randn(3)), out=nn.Linear(3, 2))
-    return Case(model, torch.randn(4, 2, 3))
+    return Case(model, torch.randn(4, 2, 3), ("first", "gain"))
 
 
 # left to autograd -----------------------------------------------------------------------------------------------------

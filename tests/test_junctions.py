@@ -70,6 +70,7 @@ def sample(*shape):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")  # once per process
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_layers_are_decomposed(name):
     module, x = RECURRENT[name]().double(), sample(5, 2, 3)

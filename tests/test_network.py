@@ -40,7 +40,7 @@ def test_a_rule_treats_every_parameter_that_it_holds_for_and_no_other(name, prec
     case = CASES[name]()
     network = prepare(case.module, case.x, policy(precision))
     assert network.fallback == case.fallback
-    treated = [layer.full_name(param) for layer in network.layers for param in layer.params()]
+    treated = {layer.full_name(param) for layer in network.layers for param in layer.params()}
     trainable = [name for name, param in case.module.named_parameters() if param.requires_grad]
     assert sorted([*treated, *network.fallback]) == sorted(trainable)
 

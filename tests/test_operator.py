@@ -37,6 +37,8 @@ WITHOUT_FORWARD_MODE = {
     "weight_norm": "double-backward",
     "embedding_of_repeated_and_padding_tokens": "double-backward",
     "embedding_scaled_by_frequency": "rows",
+    "own_autograd_function": "double-backward",
+    "own_autograd_function_for_torch_func": "double-backward",
 }
 
 
