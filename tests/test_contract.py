@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from functools import cache
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ from hypothesis import strategies as st
 from strategies import layer_shapes, pieces, pieces_of
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
 
 import ntkgen
 from ntkgen.blocks import Block
@@ -715,6 +718,26 @@ WRONG = {
     "order": ((X,), {"orders": ["gramm"]}, UnknownNameError, "'gramm'. Did you mean gram"),
     "number of orders": ((X,), {"orders": ["gram"] * 3}, InputError, "3 orders were given for 1 layers"),
     "a set": (({1.0},), {}, InputError, "must be a torch.Tensor, a NumPy array or a list of numbers, and is a set"),
+    "a data set": ((TensorDataset(torch.ones(2, 4)),), {}, InputError, "and is a TensorDataset.*Stack its samples"),
+    "a loader": (
+        (DataLoader(TensorDataset(torch.ones(2, 4))),),
+        {},
+        InputError,
+        "and is a DataLoader.*Is it a data set",
+    ),
+    "a graph": ((SimpleNamespace(edge_index=torch.ones(2, 3)),), {}, InputError, "pass the numbers of its nodes"),
+    "a packed sequence": (
+        (pack_sequence([torch.ones(3, 4), torch.ones(2, 4)]),),
+        {},
+        InputError,
+        "is a packed sequence.*Pad them with pad_packed_sequence",
+    ),
+    "a packed sequence out of order": (
+        (pack_sequence([torch.ones(2, 4), torch.ones(3, 4)], enforce_sorted=False),),
+        {},
+        InputError,
+        "is a packed sequence",
+    ),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ntkgen.errors import InputError, ShapeError
 
@@ -60,6 +61,11 @@ def _tensor_of(values: object, what: str) -> Tensor:
     Raises:
         InputError: If the argument is not a rectangular array of real numbers.
     """
+    if isinstance(values, PackedSequence):
+        raise InputError(
+            f"{what} must have samples of one shape, and is a packed sequence. Do the samples have different lengths? "
+            "Pad them with pad_packed_sequence, and pass a dict with a mask or the lengths, which the network uses."
+        )
     if isinstance(values, np.ndarray):
         tensor = _of_array(values, what)
     elif isinstance(values, list | tuple):
@@ -68,8 +74,8 @@ def _tensor_of(values: object, what: str) -> Tensor:
         tensor = values.detach()
     else:
         raise InputError(
-            f"{what} must be a torch.Tensor, a NumPy array or a list of numbers, and is a {type(values).__name__}. Is "
-            "it a table or a data set? Convert it, for example with torch.as_tensor or to_numpy()."
+            f"{what} must be a torch.Tensor, a NumPy array or a list of numbers, and is a {type(values).__name__}. "
+            f"{_advice(values)}"
         )
     if tensor.is_nested:
         raise InputError(
@@ -84,6 +90,19 @@ def _tensor_of(values: object, what: str) -> Tensor:
             "dequantize() or to_dense()."
         )
     return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
+
+
+def _advice(values: object) -> str:
+    """Ask for the likely cause of a batch that is no array, and say what to do."""
+    kinds = {kind.__name__ for kind in type(values).__mro__}
+    if hasattr(values, "edge_index"):
+        return (
+            "Is it a graph? A graph is one input: pass the numbers of its nodes as samples, and a function that takes "
+            "their outputs (`ntkgen manual functions`)."
+        )
+    if kinds & {"DataLoader", "Dataset", "IterableDataset"}:
+        return "Is it a data set? Stack its samples, for example with torch.stack([x for x, label in data_set])."
+    return "Is it a table? Convert it, for example with torch.as_tensor or to_numpy()."
 
 
 def _of_array(array: npt.NDArray[Any], what: str) -> Tensor:

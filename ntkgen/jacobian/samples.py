@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ntkgen.errors import InputError, ShapeError
 from ntkgen.jacobian.batches import ArrayLike, checked_batches
@@ -105,7 +106,7 @@ def is_one_tensor(x: object) -> bool:
     >>> is_one_tensor(((1.0, 2.0), (3.0, 4.0)))
     True
     """
-    if isinstance(x, tuple):
+    if isinstance(x, tuple) and not isinstance(x, PackedSequence):
         return not (x and all(isinstance(part, Tensor | np.ndarray) for part in x))
     return not isinstance(x, Mapping)
 
