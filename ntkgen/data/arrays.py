@@ -9,6 +9,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
+from ntkgen.data.npz import require_finite
 from ntkgen.data.official import UNREADABLE, one_line
 from ntkgen.errors import DataError
 
@@ -103,13 +104,7 @@ def _check(name: str, array: Array, path: Path) -> None:
             f"samples, found {array.shape} of {array.dtype}. Is it empty, text, or of another machine? Save an array "
             "of numbers, such as array.astype('float32')."
         )
-    finite = np.isfinite(array)
-    if not finite.all():
-        raise DataError(
-            f"{name} in {path} has values that are not finite: expected none, found {int((~finite).sum())}, the first "
-            f"in sample {int(np.argwhere(~finite)[0, 0])}. A division by zero or an overflow may have made them. "
-            "Remove those samples, or repair them."
-        )
+    require_finite(array, path, name)
 
 
 def _labels(targets: Array | None, count: int) -> tuple[Tensor, int]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -87,13 +88,7 @@ def _check_images(x: np.ndarray[Any, Any], path: Path) -> None:
             f"x in {path} has the wrong dtype: expected float32 or uint8, found {x.dtype}. The default dtype of "
             "NumPy is float64. Save x.astype('float32'), or uint8 images of 0 to 255."
         )
-    finite = np.isfinite(x)
-    if not finite.all():
-        raise DataError(
-            f"x in {path} has values that are not finite: expected none, found {int((~finite).sum())}, the first in "
-            f"sample {int(np.argwhere(~finite)[0, 0])}. A division by zero or an overflow may have made them. "
-            "Remove those samples, or repair them."
-        )
+    require_finite(x, path, "x")
 
 
 def _check_targets(y: np.ndarray[Any, Any], path: Path) -> None:
@@ -122,4 +117,19 @@ def _check_targets(y: np.ndarray[Any, Any], path: Path) -> None:
         raise DataError(
             f"y in {path} has labels that are not class numbers: expected at most {max(MAX_CLASSES, len(y))} classes, "
             f"found the label {largest}. The labels may be identifiers. Number the classes from 0."
+        )
+
+
+def require_finite(array: npt.NDArray[Any], path: object, name: str) -> None:
+    """Refuse an array with infinity or NaN.
+
+    Raises:
+        DataError: If a value is not finite.
+    """
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise DataError(
+            f"{name} in {path} has values that are not finite: expected none, found {int((~finite).sum())}, the first "
+            f"in sample {int(np.argwhere(~finite)[0, 0])}. A division by zero or an overflow may have made them. "
+            "Remove those samples, or repair them."
         )
