@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import ntkgen
 from ntkgen.errors import ModelError
-from ntkgen.jacobian.calls import CallMode
+from ntkgen.jacobian.calls import CallMode, mark_samples
 from ntkgen.jacobian.junction_rows import entries_of
 from ntkgen.jacobian.junctions import SampleAxis, sample_axis
 from ntkgen.jacobian.network import prepare
@@ -18,11 +18,6 @@ from ntkgen.jacobian.reference import reference_ntk
 
 def normal(*shape):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def attention(**settings):
-    module = nn.MultiheadAttention(6, 3, **settings)
-    return module, module.kdim, module.vdim
 
 
 RECURRENT = {
@@ -63,8 +58,6 @@ def require_the_same(module, call):
 
 
 def sample(*shape):
-    from ntkgen.jacobian.calls import mark_samples
-
     found = normal(*shape)
     mark_samples(found)
     return found

@@ -65,6 +65,7 @@ class Following:
         junctions: The junctions. None stands for one that no treated parameter needs.
         marks: For each junction, what its weights do.
         layers: The parameters as layers.
+        followed: All parameters whose calls count in the order, also those that are not treated.
     """
 
     junctions: tuple[Junction | None, ...] = ()

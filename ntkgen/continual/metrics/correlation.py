@@ -129,7 +129,7 @@ def _intervals(
     n, rng = pairs.shape[1], generator_of(seed, "bootstrap")
     draws = np.sort(rng.integers(0, n, (RESAMPLES, n)))
     draws = draws[draws[:, 0] != draws[:, -1]]
-    # few seeds have few resamples, each of which is drawn many times
+    # with few seeds the same resample is drawn many times
     different, number = np.unique(draws, axis=0, return_inverse=True)
     resampled = np.array([_coefficients(pairs[:, draw], groups) for draw in different])[number.reshape(-1)]
     quantile = float(stdtrit(n - 1, (1 + LEVEL) / 2)) * (n / (n - 1)) ** 0.5

@@ -59,7 +59,7 @@ class Noise:
         self._ahead: _Ahead | None = None
 
     def take(self, matrix: Tensor, is_noisy: Sequence[bool]) -> None:  # (networks, numbers)
-        """Fill a matrix with the next numbers, and with 0 for networks without noise, of which nothing is drawn."""
+        """Fill a matrix with the next numbers. Networks without noise get 0, and nothing is drawn for them."""
         ahead = self._ahead
         if ahead is not None and ahead.matrix is matrix and ahead.is_noisy == is_noisy:
             ahead.finish()

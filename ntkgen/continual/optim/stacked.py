@@ -33,7 +33,7 @@ class StackedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         draws_ahead: Whether the noise of the next step is drawn by other threads while the networks compute. The
-            numbers are the same. Whoever uses a generator elsewhere must not, between two steps. False at first.
+            numbers are the same. The generators must not be used elsewhere then. False at first.
 
     Args:
         params: Parameters, named parameters, or groups of them.
