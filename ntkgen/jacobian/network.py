@@ -129,7 +129,7 @@ def prepare(
         require_reached(model, module, samples, trial.reached)
         wrong = trial.disproved_rules | set(excluded)
         layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
-        following = trial.following.without(frozenset(excluded))
+        following = trial.following
         layers += following.layers
         recording, activations = _record_one(module, layers, samples[:1], following)
         layers = tuple(layer for layer in layers if layer.name in recording.uses)  # only layers that were called
