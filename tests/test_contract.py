@@ -37,7 +37,7 @@ import ntkgen
 from ntkgen.blocks import Block
 from ntkgen.errors import InputError, ShapeError, UnknownNameError
 from ntkgen.jacobian import contract as contraction
-from ntkgen.jacobian import dense
+from ntkgen.jacobian import dense, products
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
@@ -324,7 +324,10 @@ def rounded(block, dtype):
 @every_way
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float64-accumulate"])
 @pytest.mark.numeric
-def test_the_other_route_is_taken_for_float32_and_gives_the_same_kernel(name, order, uses_pixels, precision):
+def test_the_other_route_is_taken_for_float32_and_gives_the_same_kernel(
+    name, order, uses_pixels, precision, monkeypatch
+):
+    monkeypatch.setattr(products, "ONEDNN_MACS", 1)
     layer = layer_of(name, order, uses_pixels)
     blocks = [rounded(random_factors(layer, n, seed=n), policy(precision).factor_dtype) for n in (5, 4)]
     plan = plan_of(layer, precision=precision)

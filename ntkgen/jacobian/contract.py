@@ -173,21 +173,30 @@ def _add_explicit(work: _Work, left: PairFactor, right: PairFactor, out: Tensor)
     m, shape = work.plan.num_outputs, left.plan.shape
     sides = [left] if work.is_diagonal else [left, right]
     per_channel = sum(len(side.inputs) * m * shape.inputs for side in sides)
-    for part in slices(shape.channels, built_channels(work.plan, left.plan, per_channel)):
-        _add_rows(work, [_built(work, side, part) for side in sides], out)
+    width = min(shape.channels, built_channels(work.plan, left.plan, per_channel))
+    dtype = work.products.operand(left.inputs.new_empty(0))
+    memory = [dtype.new_empty(len(side.inputs) * m * width * shape.inputs) for side in sides]
+    for part in slices(shape.channels, width):
+        _add_rows(work, [_built(work, *each, part) for each in zip(sides, memory, strict=True)], out)
 
 
-def _built(work: _Work, side: PairFactor, channels: slice) -> Tensor:  # (samples, outputs, channels · k)
-    """Build the rows of some output channels, panel by panel."""
+def _built(
+    work: _Work, side: PairFactor, memory: Tensor, channels: slice
+) -> Tensor:  # (samples, outputs, channels · k)
+    """Build the rows of some output channels, panel by panel, in the memory of the last ones."""
     samples, m, _, positions = side.cotangents.shape
     width = channels.stop - channels.start
     k = side.inputs.shape[1]
-    rows = work.products.operand(side.inputs.new_empty(0)).new_empty(samples, m, width * k)
+    rows = memory[: samples * m * width * k].view(samples, 1, m * width, k)
+    is_rounded = work.products.wide(memory[:0]).dtype != memory.dtype
     for part in slices(samples, work.plan.sizes.panel_samples):
         g = work.products.wide(side.cotangents[part, :, channels]).reshape(-1, 1, m * width, positions)
-        built = rows_of(g, work.products.wide(side.inputs[part])[:, None], work.products.route)
-        rows[part] = built.view(-1, m, width * k)
-    return rows
+        a = work.products.wide(side.inputs[part])[:, None]
+        if is_rounded:
+            rows[part] = rows_of(g, a, work.products.route)
+        else:
+            rows_of(g, a, work.products.route, out=rows[part])
+    return rows.view(samples, m, width * k)
 
 
 def _input_gram(work: _Work, left: Tensor, right: Tensor, windows: Windows | None) -> Tensor:

@@ -24,13 +24,21 @@ from ntkgen.jacobian.batch_check import has_true_factors, require_planned_uses, 
 from ntkgen.jacobian.capture import cotangents, record
 from ntkgen.jacobian.choice import candidates, order_nanoseconds
 from ntkgen.jacobian.compute import empty_factors, fill_fallback
-from ntkgen.jacobian.cost import USUAL_RATES, JacobianPlan, LayerPlan, LayerShape, Reduction, sizes_for
+from ntkgen.jacobian.cost import (
+    KEPT_PARAMS,
+    USUAL_RATES,
+    JacobianPlan,
+    LayerPlan,
+    LayerShape,
+    Reduction,
+    sizes_for,
+)
 from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.following import Part
 from ntkgen.jacobian.layers import CONVOLUTION, Convolution, Layer, sum_over_uses, windows_first
 from ntkgen.jacobian.network import Network
-from ntkgen.jacobian.products import rows_of
+from ntkgen.jacobian.products import rows_of, usual_route
 from ntkgen.jacobian.recording import Recording
 from ntkgen.jacobian.windows import pixels_of
 
@@ -40,8 +48,10 @@ BATCH_SIZE = 256
 BATCH_NUMBERS = 1 << 26
 # Time of the calls of the order `ordered`, per pair of samples. It has one product per sample and panel.
 ORDERED_CALLS = 2_500
-# Rows of a product that are computed together.
-PANEL_ROWS = 256
+# Rows of a product that are computed together. A symmetric kernel is computed from its diagonal on.
+PANEL_ROWS = 64
+# Maximum number of numbers in the rows that are built for a product. They should fit into a cache.
+BUILT_NUMBERS = 1 << 20
 
 # The gradients of some outputs with respect to the uses of each layer, each (outputs, samples, …).
 Gradients = dict[str, list[Tensor]]
@@ -60,15 +70,21 @@ def plan_jointly(network: Network, block: int, precision: str, reduction: Reduct
     joined = {layer.name for layer in network.layers if layer.with_joined_bias().joined is not None}
     layers = tuple(_choose(s, m, block, reduction, has_bias=s.name in joined) for s in profile.layers)
     biases = sum(plan.shape.num_params - s.num_params for plan, s in zip(layers, profile.layers, strict=True))
+    rows = m if reduction == "none" else 1
     sizes = sizes_for(network.device.type, block, BATCH_SIZE)
-    panel = max(sizes.panel_samples, PANEL_ROWS // (m if reduction == "none" else 1))
+    sizes = dataclasses.replace(
+        sizes,
+        panel_samples=min(block, max(1, PANEL_ROWS // rows)),
+        rows_numbers=max(BUILT_NUMBERS, 2 * KEPT_PARAMS * block * m),
+    )
     return JacobianPlan(
         precision=precision,
         num_outputs=m,
         layers=layers,
         dense_params=profile.dense_params - biases,
         fallback=profile.fallback,
-        sizes=dataclasses.replace(sizes, panel_samples=min(panel, block)),
+        sizes=sizes,
+        rates=dataclasses.replace(USUAL_RATES, route=usual_route(network.device)),
         fallback_way=profile.fallback_way,
         fallback_samples=profile.fallback_samples,
         reduction=reduction,

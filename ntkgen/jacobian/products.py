@@ -1,6 +1,7 @@
 """Matrix products, computed by the fastest library on the device, which is called the route."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ntkgen.jacobian.precision import Precision, reduced_products
 LONGEST_MM_SUM = 1 << 13
 # Minimum number of multiply-adds for which each sample gets its own call of a matrix product.
 LARGE_MACS = 1 << 19
+# Minimum number of multiply-adds for which oneDNN is faster than `torch.mm`. Its calls take longer.
+ONEDNN_MACS = 1 << 20
 
 
 def matmul_nt(
@@ -22,6 +25,7 @@ def matmul_nt(
 ) -> Tensor:  # (rows, columns)
     """Multiply ``a bᵀ`` with `torch.mm`, or with oneDNN for float32 on a CPU. oneDNN is twice as fast on some CPUs."""
     is_onednn = route == "onednn" and a.dtype == torch.float32 and a.device.type == "cpu"
+    is_onednn = is_onednn and len(a) * len(b) * a.shape[1] >= ONEDNN_MACS
     product, longest = (_onednn, LONGEST_SUM) if is_onednn else (_mm, LONGEST_MM_SUM)
     if a.dtype == torch.float64 or a.device.type != "cpu" or a.shape[1] <= longest:
         return product(a, b)
@@ -51,6 +55,12 @@ def routes(device: torch.device) -> tuple[str, ...]:
     except (RuntimeError, AttributeError, NotImplementedError):  # a torch built without oneDNN
         works = False
     return ("mm", "onednn") if works else ("mm",)
+
+
+@cache
+def usual_route(device: torch.device) -> str:
+    """Choose a route without a measurement: oneDNN where it works. MKL is half as fast on some processors."""
+    return routes(device)[-1]
 
 
 @dataclass(frozen=True)
@@ -89,13 +99,14 @@ def rows_of(
     cotangents: Tensor,  # (samples, groups, channels, positions)
     inputs: Tensor,  # (samples, groups, k, positions)
     route: str = "mm",
+    out: Tensor | None = None,
 ) -> Tensor:  # (samples, groups, channels, k)
-    """Build Jacobian rows, Σ_t g[t] ⊗ a[t]. Large products are computed sample by sample."""
+    """Build Jacobian rows, Σ_t g[t] ⊗ a[t], in new memory or in ``out``. Large products are sample by sample."""
     samples, groups, channels, positions = cotangents.shape
     k = inputs.shape[2]
     if route == "mm" or channels * k * positions < LARGE_MACS or cotangents.dtype != torch.float32:
-        return cotangents @ inputs.mT
-    out = cotangents.new_empty(samples, groups, channels, k)
+        return torch.matmul(cotangents, inputs.mT, out=out)
+    out = cotangents.new_empty(samples, groups, channels, k) if out is None else out
     for sample in range(samples):
         for group in range(groups):
             out[sample, group] = matmul_nt(cotangents[sample, group], inputs[sample, group], route)
