@@ -242,6 +242,23 @@ def test_samples_that_mix_in_a_later_batch_are_refused(name, tmp_path):
         ntkgen.compute(model, x, store=tmp_path / "k.zarr")
 
 
+def fewer_outputs(self: Call, x: Tensor) -> Tensor:
+    return self.out(x) if len(x) <= USUAL else self.out(x)[:, :1]  # which would be copied to all outputs
+
+
+def rounded(self: Call, x: Tensor) -> Tensor:
+    return self.out(x) if len(x) <= USUAL else self.out(x).half()
+
+
+@pytest.mark.parametrize("forward", [fewer_outputs, rounded])
+def test_outputs_that_change_in_a_later_batch_are_refused(forward, tmp_path):
+    model, x = Call(forward, out=nn.Linear(4, 3)), numbers()
+    with pytest.raises(ModelError, match="change from batch to batch"):
+        ntkgen.ntk(model, x)
+    with pytest.raises(ModelError, match="change from batch to batch"):
+        ntkgen.compute(model, x, store=tmp_path / "k.zarr")
+
+
 def test_a_sample_that_is_not_a_number_is_found_in_a_later_batch():
     model, x = made("experts")
     x[-1, 1] = torch.nan

@@ -344,6 +344,16 @@ class Given:
             x2 = x1
         return cls.adapted(model, data_of(x1, x2), target)
 
+    @property
+    def network(self) -> nn.Module:
+        """The user's module, without an adapter."""
+        return self.model._ntkgen_network if isinstance(self.model, Adapter) else self.model
+
+    @property
+    def target(self) -> Target:
+        """What the kernel is of."""
+        return self.model._ntkgen_target if isinstance(self.model, Adapter) else Target()
+
     @classmethod
     def adapted(cls, model: nn.Module, data: Data, target: Target) -> "Given":
         """Put an adapter around a network."""

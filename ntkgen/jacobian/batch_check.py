@@ -18,18 +18,20 @@ from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.layers import Layer
 from ntkgen.jacobian.network import Network, use_shapes
-from ntkgen.jacobian.probe import is_one_by_one, require_same_outputs
+from ntkgen.jacobian.probe import is_one_by_one, require_form, require_same_outputs
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.recording import Recording
 
 
 def require_planned_uses(network: Network, recording: Recording) -> None:
-    """Refuse a batch in which the calls of a layer differ from the plan in number, samples or shapes.
+    """Refuse a batch in which the outputs, or the calls of a layer, differ from the plan in number, samples or shapes.
 
     Raises:
         DivergedError: If the outputs are not finite.
+        ModelError: If the outputs have another shape or dtype.
         RuleError: If the calls of a layer differ. The error names its parameters.
     """
+    require_form(recording.outputs, network.profile.num_logits, network.precision.compute_dtype)
     require_finite(recording.outputs)
     batch_size = len(recording.outputs)
     deviating = [

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ntkgen.jacobian.evaluation import outputs_of
 from ntkgen.jacobian.following import NO_JUNCTIONS
+from ntkgen.jacobian.precision import without_autocast
 from ntkgen.jacobian.recording import Recording, Use
 
 Watch = Callable[[nn.Module, Tensor, Recording], AbstractContextManager[None]]
@@ -59,9 +60,12 @@ def record(
         batch: The batch, with its padding.
         count: Number of samples without the padding; by default all.
         watch: A context that records more of the pass, such as `Following.recording`.
+
+    Raises:
+        ModelError: If the network enters an autocast region.
     """
     recording = Recording(len(batch) if count is None else count)
-    with _recording_hooks(layers, recording), watch(module, batch, recording):
+    with without_autocast(), _recording_hooks(layers, recording), watch(module, batch, recording):
         recording.outputs = outputs_of(module, batch)
     return recording
 

@@ -31,9 +31,10 @@ from ntkgen.jacobian.joint import BATCH_SIZE as JOINT_BATCH
 from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly
 from ntkgen.jacobian.measure import rates_of
 from ntkgen.jacobian.network import Network, more_excluded
-from ntkgen.jacobian.outputs import prepare_mapped
+from ntkgen.jacobian.outputs import output_map, prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic, precision_of
 from ntkgen.jacobian.probe import in_turns
+from ntkgen.jacobian.remembered import REMEMBERED
 from ntkgen.jacobian.samples import Batch
 from ntkgen.jacobian.selection import Select
 
@@ -109,11 +110,22 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
 
 
 def _ntk(given: Given, request: "Request") -> Tensor:
-    while True:
+    question = (request, given.target)
+    network = REMEMBERED.find(given, question)
+    if network is not None:
         try:
-            return compute_ntk(plan_ntk(given.model, given.rows, given.columns, request))
+            return compute_ntk(_plan_prepared(network, given.rows, given.columns, request))
+        except Exception:  # noqa: BLE001 - the network has changed in some way, or a new preparation explains the error
+            REMEMBERED.forget(given)
+    while True:
+        network = _prepared(given.model, given.rows, given.columns, request)
+        try:
+            kernel = compute_ntk(_plan_prepared(network, given.rows, given.columns, request))
         except RuleError as error:  # a rule does not hold for some batch: begin again without this rule
             request = dataclasses.replace(request, excluded=more_excluded(request.excluded, error))
+        else:
+            REMEMBERED.keep(given, question, network)
+            return kernel
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,16 @@ def plan_ntk(
         x2: The samples of the columns.
         asked: What is computed, and how.
     """
-    network, chosen = prepare_mapped(model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded)
+    return _plan_prepared(_prepared(model, x1, x2, asked), x1, x2, asked)
+
+
+def _prepared(model: nn.Module, x1: Tensor, x2: Tensor | None, asked: Request) -> Network:
+    network, _ = prepare_mapped(model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded)
+    return network
+
+
+def _plan_prepared(network: Network, x1: Tensor, x2: Tensor | None, asked: Request) -> DensePlan:
+    chosen = output_map(asked.output, network.profile.num_logits)
     x = x1 if x2 is None else torch.cat([x1, x2])
     network.warn_of_cost(len(x))
     longest = max(len(x1), len(x) - len(x1))

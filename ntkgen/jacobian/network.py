@@ -49,6 +49,7 @@ class Network:
     following: Following = NO_JUNCTIONS  # the junctions of parameters that belong to no layer with a rule
     windows: Mapping[str, Windows] = field(default_factory=dict)  # by layer, for convolutions of stride 1
     transform: Tensor | None = None  # A, (outputs, logits), if the kernel is that of A f instead of f
+    unreached: tuple[str, ...] = ()  # trainable parameters that the outputs do not depend on
 
     def seen_through(self, transform: Tensor | None) -> "Network":
         """Return the same network with the kernel of A f instead of f.
@@ -157,6 +158,7 @@ def prepare(
         directions={shape.name: draw_directions(shape.groups, shape.inputs, recording.outputs) for shape in shapes},
         windows=windows,
         following=following,
+        unreached=tuple(name for name in trainable(module) if name not in trial.reached),
     )
 
 

@@ -24,7 +24,6 @@ from ntkgen.jacobian.evaluation import as_input, require_matrix
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.junction_search import JunctionSearch
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
-from ntkgen.jacobian.precision import without_autocast
 from ntkgen.jacobian.recording import Recording, Use
 
 # Number of samples of the rows, and of samples of the columns, from which the samples of the trial are chosen.
@@ -141,7 +140,7 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: 
         NotInThisDtypeError: If the network raises an error or returns another dtype.
         ModelError: If the outputs are not (samples, outputs), or not finite.
     """
-    with explained_errors(samples), without_autocast():
+    with explained_errors(samples):
         modules = {layer.name: layer.module for layer in layers}
         recording = record(module, modules, samples, watch=watch or NO_JUNCTIONS.recording)
     outputs = recording.outputs
@@ -200,6 +199,7 @@ def require_same_outputs(
     Raises:
         ModelError: If they differ by more than rounding explains.
     """
+    require_form(in_batch, otherwise.shape[1], otherwise.dtype)
     difference = float((in_batch - otherwise).abs().max())
     scale = float(otherwise.abs().max())
     if not difference <= OUTPUT_TOLERANCES[in_batch.dtype] * max(scale, 1e-30):
@@ -208,6 +208,20 @@ def require_same_outputs(
             f"outputs in every batch up to rounding, found that they differ by {difference:.1e} between a batch of "
             f"{batch_size} and another one (largest output {scale:.1e}). Does a layer use batch statistics or "
             "randomness? Replace it by one that treats samples one by one."
+        )
+
+
+def require_form(outputs: Tensor, num_logits: int, dtype: torch.dtype) -> None:
+    """Refuse outputs of another number or dtype than in another batch.
+
+    Raises:
+        ModelError: If they differ.
+    """
+    if outputs.ndim != 2 or outputs.shape[1] != num_logits or outputs.dtype != dtype:
+        raise ModelError(
+            f"The network's outputs change from batch to batch: expected {num_logits} of {dtype} for each sample, "
+            f"found shape {tuple(outputs.shape)} and {outputs.dtype} in some batch. Does the forward pass depend on "
+            "the values of its samples? Make it return the same outputs for all samples."
         )
 
 

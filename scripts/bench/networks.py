@@ -4,9 +4,11 @@
 
 A trial computes the kernel of a network once in each way, in turns, in float32. `torch.func` is ``vmap(jacrev)`` of all
 parameters, and one einsum for each. `TorchJD` takes part where it is installed. The table has the medians of the CPU
-seconds and of the wall seconds. `ratio` divides the CPU seconds of ntkgen by those of torch.func, so that a number
-above one is bad. Errors are relative Frobenius errors to a float64 double loop of backward passes. `falls back` lists
-the parameters whose rows autograd computes, because no rule fits.
+seconds, and `--json` has the wall seconds too. `ratio` divides the CPU seconds of ntkgen by those of torch.func, so a
+number above one is bad. ntkgen remembers how it treats a module, so the first kernel of a module takes longer than
+the next ones. `first` is the same ratio for a new copy of the module in each turn. Errors are relative Frobenius errors
+to a float64 double loop of backward passes. `falls back` lists the parameters whose rows autograd computes, because no
+rule fits.
 
 A way that raises an error `refuses`, and one whose kernel is not that of the double loop is `wrong`. `--json` has the
 reasons. Networks of timm take minutes, and take part with `--slow` or by name.
@@ -43,7 +45,7 @@ from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk
 
-OURS, TORCH_FUNC, TORCHJD = "ntkgen", "torch.func", "TorchJD"
+OURS, FIRST, TORCH_FUNC, TORCHJD = "ntkgen", "ntkgen, first", "torch.func", "TorchJD"
 # Maximum bytes of the float64 Jacobian of the double loop. It takes fewer samples of a larger network, at least two.
 REFERENCE_BYTES = 1 << 30
 # Maximum product of the numbers of all outputs and all inputs for TorchJD's engine without batches.
@@ -125,7 +127,7 @@ def by_torchjd(model: nn.Module, x: Tensor) -> Tensor:
 
 def ways() -> dict[str, Way]:
     """List the ways whose packages are installed."""
-    found: dict[str, Way] = {OURS: ntkgen.ntk, TORCH_FUNC: by_torch_func}
+    found: dict[str, Way] = {OURS: ntkgen.ntk, FIRST: ntkgen.ntk, TORCH_FUNC: by_torch_func}
     return found | ({TORCHJD: by_torchjd} if find_spec("torchjd") else {})
 
 
@@ -151,6 +153,7 @@ def measure(row: Row, trials: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "reference_samples": len(exact) // num_outputs,
         "ratio": ratio(measured[OURS], measured[TORCH_FUNC]),
+        "first": ratio(measured[FIRST], measured[TORCH_FUNC]),
         "ways": {name: asdict(found) | {"verdict": found.verdict} for name, found in measured.items()},
         "fallback": left,
     }
@@ -163,7 +166,7 @@ def compare(model: nn.Module, x: Tensor, exact: Tensor, trials: int) -> dict[str
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     for _ in range(trials):
         for name, way in running.items():
-            times[name].append(timed(way, model, x))
+            times[name].append(timed(way, copy.deepcopy(model) if name == FIRST else model, x))
     for name, taken in times.items():
         cpu, wall = zip(*taken, strict=True)
         measured[name] = Measured(cpu, wall, measured[name].error)
@@ -221,8 +224,8 @@ def chosen(names: Sequence[str], *, slow: bool) -> list[Row]:
 # printing -------------------------------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'':<19}{'':>4}{'':>4}{'CPU and wall seconds':>23}{'':>25}{'error to float64':>24}\n"
-    f"{'network':<19}{'n':>4}{'m':>4}{OURS:>15}{TORCH_FUNC:>16}{TORCHJD:>10}{'ratio':>7}"
+    f"{'':<27}{'CPU seconds':>30}{'ntkgen / t.func':>18}{'error to float64':>25}\n"
+    f"{'network':<19}{'n':>4}{'m':>4}{OURS:>10}{TORCH_FUNC:>11}{TORCHJD:>9}{'ratio':>10}{'first':>8}"
     f"{OURS:>9}{'t.func':>8}{TORCHJD:>8}"
 )
 
@@ -231,10 +234,10 @@ def lines(result: dict[str, Any]) -> str:
     """Write a result in one line, and the parameters that fall back in at most two more."""
     found = {name: Measured(**{k: v for k, v in way.items() if k != "verdict"}) for name, way in result["ways"].items()}
     other = found.get(TORCHJD)
-    ratio_text = "–" if result["ratio"] is None else f"{result['ratio']:.2f}"
+    ratio_text, first_text = ("–" if result[name] is None else f"{result[name]:.2f}" for name in ("ratio", "first"))
     first = (
-        f"{result['row']:<19}{result['n']:>4}{result['outputs']:>4}{both(found[OURS]):>15}"
-        f"{both(found[TORCH_FUNC]):>16}{cpu(other):>10}{ratio_text:>7}"
+        f"{result['row']:<19}{result['n']:>4}{result['outputs']:>4}{cpu(found[OURS]):>10}"
+        f"{cpu(found[TORCH_FUNC]):>11}{cpu(other):>9}{ratio_text:>10}{first_text:>8}"
         f"{error(found[OURS]):>9}{error(found[TORCH_FUNC]):>8}{error(other):>8}"
     )
     names = result["fallback"]
@@ -250,11 +253,6 @@ def lines(result: dict[str, Any]) -> str:
 def cpu(found: Measured | None) -> str:
     """Write the CPU seconds, or why there are none."""
     return "–" if found is None else found.verdict or f"{found.cpu:.3f}"
-
-
-def both(found: Measured) -> str:
-    """Write the CPU and wall seconds, or why there are none."""
-    return found.verdict or f"{found.cpu:.3f} {found.wall:.3f}"
 
 
 def error(found: Measured | None) -> str:
