@@ -12,6 +12,7 @@ from ntkgen.jacobian.cost import JacobianPlan, LayerPlan
 from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.fallback import fallback_rows
+from ntkgen.jacobian.following import pulled_rows
 from ntkgen.jacobian.layers import Layer, sum_over_uses
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of
@@ -116,13 +117,18 @@ def _fill_batch(block: BlockFactors, network: Network, plan: JacobianPlan, batch
         else:
             inputs[layer.name] = [_positions_last(layer, use.x).to(wide) for use in recording.uses[layer.name]]
     for output, grads in enumerate(cotangents(recording)):
-        column = 0
+        column, pulled = 0, pulled_rows(recording.uses, grads)
         for layer in network.layers:
             g = grads[layer.name]
             if layer.name in pairs:
                 parts = [layer.rule.cotangents(layer.module, grad).mT for grad in g]
                 pairs[layer.name].cotangents[batch, output] = _joined(parts, 3)
-            for rows in _layer_rows(layer, recording, g, inputs.get(layer.name, ()), plan.rates.route):
+            found = (
+                [pulled[layer.name]]
+                if layer.name in pulled
+                else _layer_rows(layer, recording, g, inputs.get(layer.name, ()), plan.rates.route)
+            )
+            for rows in found:
                 block.rows[batch, output, column : column + rows.shape[1]] = rows
                 column += rows.shape[1]
     return recording

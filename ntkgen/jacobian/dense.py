@@ -46,7 +46,7 @@ BATCH_SIZE = 32
 # calls. For a LeNet and 128 samples, batches of 64 make the kernel and the proof of its batches quicker.
 SMALL_BATCH_SIZE, SMALL_GRAPH = 64, 1 << 15
 # Maximum number of numbers that the passes of a batch keep for all outputs, if these are differentiated at once.
-JOINT_NUMBERS = 1 << 24
+JOINT_NUMBERS = 1 << 26
 
 
 def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers know them

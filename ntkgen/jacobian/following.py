@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.jacobian.calls import Call, CallMode, Path, mark_samples
-from ntkgen.jacobian.junction_rows import Entries, Meeting
+from ntkgen.jacobian.junction_rows import Entries, Meeting, pulled
 from ntkgen.jacobian.junctions import Junction
-from ntkgen.jacobian.layers import Layer
+from ntkgen.jacobian.layers import Layer, sum_over_uses
 from ntkgen.jacobian.recording import Recording, Use
 
 
@@ -49,6 +49,40 @@ class Part:
     def rows(self, grad: Tensor) -> Tensor:  # (samples, parameter), or (outputs, samples, parameter)
         """Compute the rows of the parameter from the gradient of one output, or from those of several."""
         return self.meeting.rows(self.param, self.entries, grad)
+
+
+def pulled_rows(
+    uses: Mapping[str, Sequence[Use]], grads: Mapping[str, Sequence[Tensor]]
+) -> dict[str, Tensor]:  # each (samples, parameter), or (outputs, samples, parameter)
+    """Compute the rows of the parameters that a weight expression is computed from, in one pass through all of these.
+
+    Args:
+        uses: The uses of each layer in a batch.
+        grads: The gradients of their results, for one output or for several.
+
+    Returns:
+        The rows, by layer. Other layers are left out.
+    """
+    parts = {
+        layer: [(use.x, grad) for use, grad in zip(each, grads[layer], strict=True)]
+        for layer, each in uses.items()
+        if any(isinstance(use.x, Part) and use.x.entries is None for use in each)
+    }
+    if not parts:
+        return {}
+    met = {
+        id(part.meeting): (part.meeting, grad) for each in parts.values() for part, grad in each if part.entries is None
+    }
+    params = {layer: each[0][0].param for layer, each in parts.items()}
+    found = pulled(
+        [meeting.weight for meeting, _ in met.values()],
+        [meeting.weight_rows(grad) for meeting, grad in met.values()],
+        list(params.values()),
+    )
+    simple = {
+        layer: [part.rows(grad) for part, grad in each if part.entries is not None] for layer, each in parts.items()
+    }
+    return {layer: sum_over_uses([rows, *simple[layer]]) for layer, rows in zip(params, found, strict=True)}
 
 
 def rows_of_part(_module: nn.Module, part: Any, grad: Tensor) -> Tensor:

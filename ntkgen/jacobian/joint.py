@@ -35,7 +35,7 @@ from ntkgen.jacobian.cost import (
 )
 from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors
-from ntkgen.jacobian.following import Part
+from ntkgen.jacobian.following import Part, pulled_rows
 from ntkgen.jacobian.layers import CONVOLUTION, Convolution, Layer, sum_over_uses, windows_first
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of, usual_route
@@ -199,10 +199,14 @@ class JointFactors:
         for outputs, grads in self._gradients(recording):
             for layer, samples in with_matrix:
                 _fill_cotangents(self._cotangents[layer.name][samples, :, outputs], layer, grads[layer.name])
+            pulled = pulled_rows(recording.uses, grads)
             for layer in network.layers:
                 for vector in layer.vectors:
-                    columns = self._columns[layer.full_name(vector)]
-                    _fill_vector(block.rows[batch, outputs, columns], layer, vector, recording, grads[layer.name])
+                    target = block.rows[batch, outputs, self._columns[layer.full_name(vector)]]
+                    if layer.name in pulled:
+                        target.copy_(pulled[layer.name].transpose(0, 1))
+                    else:
+                        _fill_vector(target, layer, vector, recording, grads[layer.name])
         for layer, samples in with_matrix:
             if self._plans[layer.name].keeps_rows:
                 g, a = self._cotangents[layer.name][samples], self._inputs[layer.name][samples]

@@ -1,6 +1,7 @@
 """The rows of parameters in a junction, from its activations and the gradient of its result."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,9 +113,9 @@ class Meeting:
 
     def rows(self, param: Tensor, entries: Entries | None, grad: Tensor) -> Tensor:  # (…, samples, parameter)
         """Compute the rows of a parameter from the gradient of the node, (samples, …) or (outputs, samples, …)."""
-        rows = self._weight_rows(grad)
+        rows = self.weight_rows(grad)
         if entries is None:
-            return pulled(self.weight, param, rows)
+            return pulled([self.weight], [rows], [param])[0]
         flat = rows.flatten(rows.ndim - self.weight.ndim) if self.weight.ndim else rows.unsqueeze(-1)
         if entries.is_in_order and flat.shape[-1] == param.numel():
             return flat
@@ -122,7 +123,8 @@ class Meeting:
         found[..., entries.positions] = flat * entries.scale
         return found
 
-    def _weight_rows(self, grad: Tensor) -> Tensor:  # (…, samples, *weight)
+    def weight_rows(self, grad: Tensor) -> Tensor:  # (…, samples, *weight)
+        """Compute the rows of the weight expression from the gradient of the node."""
         if self._last is not None and self._last[0].data_ptr() == grad.data_ptr():  # several parameters of one weight
             return self._last[1]
         rows = self._rows_of(grad)
@@ -232,16 +234,19 @@ class Meeting:
         return weight.narrow(axis.axis, 0, weight.shape[axis.axis] // self.num_samples)
 
 
-def pulled(weight: Tensor, param: Tensor, rows: Tensor) -> Tensor:  # (…, *weight) → (…, parameter)
-    """Multiply rows of a weight expression by Dφ, all at once."""
-    lead = rows.shape[: rows.ndim - weight.ndim]
+def pulled(
+    weights: Sequence[Tensor], rows: Sequence[Tensor], params: Sequence[Tensor]
+) -> list[Tensor]:  # each (…, *weight) → each (…, parameter)
+    """Multiply rows of weight expressions by Dφ, and sum over the expressions of each parameter, all at once."""
+    lead = rows[0].shape[: rows[0].ndim - weights[0].ndim]
 
-    def pull(row: Tensor) -> Tensor:
+    def pull(*each: Tensor) -> tuple[Tensor, ...]:
         keep_graph, create_graph, allow_unused = True, False, True
-        (found,) = _engine_run_backward(
-            (weight,), (row,), keep_graph, create_graph, (param,), allow_unused, accumulate_grad=False
+        found = _engine_run_backward(
+            tuple(weights), each, keep_graph, create_graph, tuple(params), allow_unused, accumulate_grad=False
         )
-        return torch.zeros_like(param) if found is None else found
+        zipped = zip(params, found, strict=True)
+        return tuple(torch.zeros_like(param) if grad is None else grad for param, grad in zipped)
 
-    found: Tensor = _vmap(pull, 0, 0)(rows.reshape(-1, *weight.shape))
-    return found.reshape(*lead, param.numel())
+    flat = [each.reshape(-1, *weight.shape) for each, weight in zip(rows, weights, strict=True)]
+    return [found.reshape(*lead, -1) for found in _vmap(pull, 0, 0)(*flat)]
