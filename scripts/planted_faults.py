@@ -42,8 +42,8 @@ FAULTS = (
     Fault(
         "dropped layer: the last one adds nothing to the kernel",
         "jacobian/contract.py",
-        "zip(left.pairs, right.pairs, strict=True)",
-        "zip(left.pairs[:-1], right.pairs[:-1], strict=True)",
+        "zip(*pairs, strict=True)",
+        "zip(*(each[:-1] for each in pairs), strict=True)",
         "contract engine",
     ),
     Fault(

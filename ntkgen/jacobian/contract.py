@@ -1,6 +1,6 @@
 """The product of two blocks of factors, which is a part of the kernel, in each exact order of multiplication."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from ntkgen.jacobian.cost import (
     ordered_pieces,
     slices,
 )
-from ntkgen.jacobian.factors import BlockFactors, PairFactor
+from ntkgen.jacobian.factors import BlockFactors, FactorGroup, PairFactor
 from ntkgen.jacobian.precision import policy, widen
 from ntkgen.jacobian.products import Products, rows_of
 from ntkgen.jacobian.windows import Windows
@@ -29,7 +29,7 @@ def fill_kernel(
     plan: JacobianPlan,
 ) -> Tensor:  # (row samples · outputs, column samples · outputs); (rows, columns) for trace, (outputs, …) for diagonal
     """Compute a rectangle of the kernel, block by block. If rows are columns, mirror the upper triangle."""
-    return fill_kernels(rows, columns, factors, plan, [lambda block: block])[0]
+    return fill_kernels(rows, columns, factors, plan, [None])[0]
 
 
 def fill_kernels(
@@ -37,59 +37,55 @@ def fill_kernels(
     columns: list[Block],
     factors: Callable[[Block], BlockFactors],
     plan: JacobianPlan,
-    parts: Sequence[Callable[[BlockFactors], BlockFactors]],
+    groups: Sequence[FactorGroup | None],
 ) -> list[Tensor]:  # each as `fill_kernel`
-    """Compute the kernels of several parts of the factors, such as those of each layer, in one pass over the blocks."""
+    """Compute the kernels of several groups of parameters, in one pass over the blocks. None means all parameters."""
     m = plan.num_outputs if plan.reduction == "none" else 1
     height, width = (blocks[-1].stop - blocks[0].start for blocks in (rows, columns))
     kernels: list[Tensor] = []
     for row, column in block_pairs(rows, columns):
-        # without names for the factors, which would keep a third block in memory
-        tiles = _contract_parts(factors(row), factors(column), plan, parts)
-        if len(rows) == len(columns) == 1:
-            return tiles
-        if not kernels:
-            kernels = [tile.new_empty(*tile.shape[:-2], height * m, width * m) for tile in tiles]
         i = Block(row.start - rows[0].start, row.stop - rows[0].start).rows(m)
         j = Block(column.start - columns[0].start, column.stop - columns[0].start).rows(m)
-        for kernel, tile in zip(kernels, tiles, strict=True):
-            kernel[..., i, j] = tile
-            if rows == columns and row != column:
-                kernel[..., j, i] = tile.mT
+        # without names for the factors, which would keep a third block in memory
+        for number, tile in enumerate(_contract_each(factors(row), factors(column), plan, groups)):
+            if number == len(kernels):
+                is_whole = len(rows) == len(columns) == 1
+                kernels.append(tile if is_whole else tile.new_empty(*tile.shape[:-2], height * m, width * m))
+            if kernels[number] is not tile:
+                kernels[number][..., i, j] = tile
+                if rows == columns and row != column:
+                    kernels[number][..., j, i] = tile.mT
     return kernels
 
 
-def _contract_parts(
-    left: BlockFactors,
-    right: BlockFactors,
-    plan: JacobianPlan,
-    parts: Sequence[Callable[[BlockFactors], BlockFactors]],
-) -> list[Tensor]:
-    tiles = []
-    for part in parts:
-        rows = part(left)
-        tiles.append(contract(rows, rows if left is right else part(right), plan))
-    return tiles
+def _contract_each(
+    left: BlockFactors, right: BlockFactors, plan: JacobianPlan, groups: Sequence[FactorGroup | None]
+) -> Iterator[Tensor]:
+    for group in groups:
+        yield contract(left, right, plan, group)
 
 
 def contract(
     left: BlockFactors,
     right: BlockFactors,
     plan: JacobianPlan,
+    group: FactorGroup | None = None,
 ) -> Tensor:  # (left samples · outputs, right samples · outputs), sample-major
     """Compute the kernel of two blocks, the sum over layers of K[i o, j o'] = Σ_tt' (a_t · a'_t') (g_ot · g'_o't').
 
     For a block with itself, each panel of rows is computed from its first row to the last column, and the result is
     mirrored from its upper triangle, so it is exactly symmetric. With the reduction ``trace`` the result is
     Σ_o K[i o, j o], of shape (left samples, right samples). With ``diagonal`` it is K[i o, j o], of shape (outputs,
-    left samples, right samples).
+    left samples, right samples). With a ``group`` the sum is only over the parameters of this group.
     """
     work = _Work.of(plan, left, right)
     out = left.logits.new_zeros(work.shape, dtype=policy(plan.precision).accumulate_dtype)
-    _add_kept_rows(work, left.rows, right.rows, out)
-    for one, other in zip(left.pairs, right.pairs, strict=True):
-        for group in range(one.plan.shape.groups):
-            _add_group(work, one.group(group), other.group(group), out)
+    for part in [slice(None)] if group is None else group.columns:
+        _add_kept_rows(work, left.rows[..., part], right.rows[..., part], out)
+    pairs = [block.pairs if group is None else group.pairs_of(block) for block in (left, right)]
+    for one, other in zip(*pairs, strict=True):
+        for number in range(one.plan.shape.groups):
+            _add_group(work, one.group(number), other.group(number), out)
     return _mirrored(work, out) if left is right else out
 
 

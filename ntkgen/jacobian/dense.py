@@ -1,9 +1,10 @@
 """The kernel of two batches as a tensor: `ntkgen.ntk`."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ntkgen.jacobian.adapter import Function, Given, Target
 from ntkgen.jacobian.cache import BlockCache, count_samples
 from ntkgen.jacobian.choice import plan_jacobian
 from ntkgen.jacobian.compute import compute_factors
-from ntkgen.jacobian.contract import fill_kernel
+from ntkgen.jacobian.contract import fill_kernel, fill_kernels
 from ntkgen.jacobian.cost import (
     ORDERS,
     JacobianPlan,
@@ -27,6 +28,15 @@ from ntkgen.jacobian.cost import (
     sizes_for,
 )
 from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.groups import (
+    GroupPatterns,
+    ParameterGroup,
+    PerLayer,
+    as_groups,
+    factor_groups,
+    groups_of,
+    keep_apart,
+)
 from ntkgen.jacobian.joint import BATCH_SIZE as JOINT_BATCH
 from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly
 from ntkgen.jacobian.measure import rates_of
@@ -49,6 +59,36 @@ SMALL_BATCH_SIZE, SMALL_GRAPH = 64, 1 << 15
 JOINT_NUMBERS = 1 << 26
 
 
+@overload
+def ntk(
+    model: nn.Module,
+    x1: Batch,
+    x2: Batch | None = None,
+    *,
+    function: Function | Sequence[Function] | None = None,
+    select: Select | None = None,
+    params: str | Sequence[str] | None = None,
+    columns_function: Function | Sequence[Function] | None = None,
+    output: str = "full",
+    precision: str | None = None,
+    per_layer: Literal[False] | None = None,
+    orders: Sequence[Order] = (),
+) -> Tensor: ...
+@overload
+def ntk(
+    model: nn.Module,
+    x1: Batch,
+    x2: Batch | None = None,
+    *,
+    function: Function | Sequence[Function] | None = None,
+    select: Select | None = None,
+    params: str | Sequence[str] | None = None,
+    columns_function: Function | Sequence[Function] | None = None,
+    output: str = "full",
+    precision: str | None = None,
+    per_layer: Literal[True] | str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    orders: Sequence[Order] = (),
+) -> dict[str, Tensor]: ...
 def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers know them
     model: nn.Module,
     x1: Batch,  # (n₁, …)
@@ -60,8 +100,9 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
     columns_function: Function | Sequence[Function] | None = None,
     output: str = "full",
     precision: str | None = None,
+    per_layer: PerLayer | None = None,
     orders: Sequence[Order] = (),
-) -> Tensor:  # (n₁ m, n₂ m)
+) -> Tensor | dict[str, Tensor]:  # (n₁ m, n₂ m)
     """Compute the empirical neural tangent kernel of two batches, K = J₁ J₂ᵀ, exact up to rounding.
 
     Rows and columns are sample-major: ``row = sample · m + output``. Without ``x2`` the kernel is that of ``x1`` with
@@ -85,6 +126,8 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
             block. The shape of the result is then (n₁, n₂) for ``trace`` and (m, n₁, n₂) for ``diagonal``.
         precision: The precision of the computation: ``float64``, ``float64-accumulate``, ``float32``, ``tf32`` or
             ``bfloat16``. By default it is float64 for a network of float64 parameters, and otherwise float32.
+        per_layer: Groups of parameters whose kernels are returned in a dictionary: patterns by the name of the group,
+            patterns alone, or True for one group per module. The sum of these kernels is the kernel.
         orders: One order of multiplication per layer with a weight matrix. By default the fastest order is chosen.
 
     References:
@@ -92,7 +135,7 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
         arXiv:2206.08720, for the structure of the factors.
 
     Raises:
-        InputError: If a batch is empty, or does not hold real numbers.
+        InputError: If a batch is empty, or is not real numbers, or if patterns do not fit the parameters.
         ShapeError: If the batches hold samples of different shapes.
         ModelError: If the kernel of this network is not defined.
         UnknownNameError: If a precision, output or order has an unknown name.
@@ -103,13 +146,12 @@ def ntk(  # noqa: PLR0913 - explicit keywords, so that editors and type checkers
     tensor([[ 6.,  7.],
             [ 7., 10.]])
     """
-    _check_orders(orders)
-    request = Request(output, precision_of(model, precision), tuple(orders))
-    given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
-    return given.attempt(lambda given: _ntk(given, request))
+    request = Request(output, precision_of(model, precision), _checked_orders(orders), groups=as_groups(per_layer))
+    target = Target.of(function, select, params, columns_function)
+    return Given.of(model, x1, x2, target).attempt(lambda given: _ntk(given, request))
 
 
-def _ntk(given: Given, request: "Request") -> Tensor:
+def _ntk(given: Given, request: "Request") -> Tensor | dict[str, Tensor]:
     question = (request, given.target)
     network = REMEMBERED.find(given, question)
     if network is not None:
@@ -130,12 +172,13 @@ def _ntk(given: Given, request: "Request") -> Tensor:
 
 @dataclass(frozen=True)
 class Request:
-    """A requested kernel: its output, precision policy, orders of multiplication, and parameters left to autograd."""
+    """A requested kernel: output, precision policy, orders of multiplication, parameters left to autograd, groups."""
 
     output: str = "full"
     precision: str = "float32"
     orders: tuple[Order, ...] = ()
     excluded: frozenset[str] = frozenset()
+    groups: GroupPatterns | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +191,7 @@ class DensePlan:
     rows: list[Block]
     columns: list[Block]
     is_joint: bool  # whether the factors of all outputs are computed at once
+    groups: tuple[ParameterGroup, ...] | None = None  # those that have a kernel each
 
     @property
     def macs(self) -> int:
@@ -186,13 +230,15 @@ def _plan_prepared(network: Network, x1: Tensor, x2: Tensor | None, asked: Reque
     network.warn_of_cost(len(x))
     longest = max(len(x1), len(x) - len(x1))
     is_joint = not asked.orders and is_small(network.profile, longest)
+    groups = None if asked.groups is None else groups_of(network.module, asked.groups)
+    network = keep_apart(network, groups or ())
     jointly = partial(plan_jointly, network, precision=asked.precision, reduction=chosen.reduction)
     jacobian = plan_blocks(jointly if is_joint else _planner(network, asked, chosen.reduction), longest)
     network = join_biases(network, jacobian) if is_joint else network
     size = jacobian.sizes.block_samples
     rows = Block(0, len(x1)).pieces(size)
     columns = rows if x2 is None else Block(len(x1), len(x)).pieces(size)
-    return DensePlan(network, jacobian, x, rows, columns, is_joint=is_joint)
+    return DensePlan(network, jacobian, x, rows, columns, is_joint=is_joint, groups=groups)
 
 
 def _planner(network: Network, asked: Request, reduction: Reduction) -> Callable[[int], JacobianPlan]:
@@ -227,8 +273,8 @@ def plan_blocks(planned: Callable[[int], JacobianPlan], longest: int) -> Jacobia
     return planned(max(1, BLOCK_BYTES // jacobian.factor_bytes))
 
 
-def compute_ntk(plan: DensePlan) -> Tensor:
-    """Compute a planned kernel."""
+def compute_ntk(plan: DensePlan) -> Tensor | dict[str, Tensor]:
+    """Compute a planned kernel, or one for each group of parameters."""
 
     def factors(block: Block) -> BlockFactors:
         x = plan.x[block.start : block.stop]
@@ -236,8 +282,13 @@ def compute_ntk(plan: DensePlan) -> Tensor:
             return JointFactors(plan.network, plan.jacobian, len(block))(x, prove=True)
         return compute_factors(plan.network, plan.jacobian, x)
 
+    cache = BlockCache(factors, capacity=2)
     with exact_arithmetic(plan.network.device):
-        return fill_kernel(plan.rows, plan.columns, BlockCache(factors, capacity=2), plan.jacobian)
+        if plan.groups is None:
+            return fill_kernel(plan.rows, plan.columns, cache, plan.jacobian)
+        parts = factor_groups(plan.network, plan.jacobian, plan.groups)
+        kernels = fill_kernels(plan.rows, plan.columns, cache, plan.jacobian, parts)
+    return {group.name: kernel for group, kernel in zip(plan.groups, kernels, strict=True)}
 
 
 def is_small(profile: NetworkProfile, samples: int) -> bool:
@@ -255,7 +306,8 @@ def batch_size_for(activation_numbers: int) -> int:
     return SMALL_BATCH_SIZE if activation_numbers <= SMALL_GRAPH else BATCH_SIZE
 
 
-def _check_orders(orders: Sequence[str]) -> None:
+def _checked_orders(orders: Sequence[Order]) -> tuple[Order, ...]:
     for order in orders:
         if order not in ORDERS:
             raise UnknownNameError("order", order, ORDERS)
+    return tuple(orders)

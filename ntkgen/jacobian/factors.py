@@ -50,3 +50,20 @@ class BlockFactors:
             for pair in self.pairs
         )
         return BlockFactors(repeat(self.logits), repeat(self.rows), pairs)
+
+
+@dataclass(frozen=True)
+class FactorGroup:
+    """The factors of a group of parameters, as a part of the factors of every block.
+
+    Attributes:
+        columns: The stored Jacobian rows of these parameters. Neighbours are joined.
+        layers: Names of the layers whose inputs and cotangents belong to them.
+    """
+
+    columns: tuple[slice, ...]
+    layers: frozenset[str]
+
+    def pairs_of(self, block: BlockFactors) -> tuple[PairFactor, ...]:
+        """Take the inputs and cotangents of the group."""
+        return tuple(pair for pair in block.pairs if pair.plan.shape.name in self.layers)

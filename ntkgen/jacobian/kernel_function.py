@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +16,12 @@ from ntkgen.jacobian.contract import fill_kernel, fill_kernels
 from ntkgen.jacobian.cost import JacobianPlan
 from ntkgen.jacobian.dense import Request, plan_blocks
 from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.groups import PerLayer, as_groups, factor_groups, groups_of, keep_apart
 from ntkgen.jacobian.joint import JointFactors, join_biases, plan_jointly
-from ntkgen.jacobian.network import Network, more_excluded
+from ntkgen.jacobian.network import more_excluded
 from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic, precision_of
 from ntkgen.jacobian.probe import in_turns
-from ntkgen.jacobian.reals import count_real_numbers
-from ntkgen.jacobian.reference import trainable
 from ntkgen.jacobian.samples import Batch
 from ntkgen.jacobian.selection import Select
 from ntkgen.jacobian.state import StateLoader
@@ -58,8 +56,8 @@ class KernelFunction:
         columns_function: The function of the columns, as for `ntkgen.ntk`.
         output: The output map, as for `ntkgen.ntk`.
         precision: The precision of the computation, as for `ntkgen.ntk`.
-        per_layer: Whether a call returns a dictionary with one kernel per module that has parameters. Their sum is the
-            kernel.
+        per_layer: Whether a call returns a dictionary with one kernel per module that has parameters, or the groups of
+            parameters that have a kernel each, as for `ntkgen.ntk`. The sum of these kernels is the kernel.
 
     Raises:
         InputError: If a batch is empty, or not real numbers.
@@ -87,11 +85,11 @@ class KernelFunction:
         columns_function: Function | Sequence[Function] | None = None,
         output: str = "full",
         precision: str | None = None,
-        per_layer: bool = False,
+        per_layer: PerLayer | None = None,
     ) -> None:
         given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
         before = attributes_of(model)
-        asked = Request(output, precision_of(model, precision))
+        asked = Request(output, precision_of(model, precision), groups=as_groups(per_layer))
         given.attempt(lambda given: self._try_all(given, asked))
         trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
         self._loader = StateLoader(self._network.module, trained)
@@ -99,7 +97,6 @@ class KernelFunction:
         after = attributes_of(self._network.module)
         self._changing = {key: value for key, value in before.items() if after.get(key) != value}
         self._attributes = without(before, self._changing)
-        self._groups = parameter_groups(self._network, self._plan) if per_layer else None
 
     def _try_all(self, given: Given, asked: Request) -> None:
         """Prepare the network, and compare the gradients of every batch with autograd."""
@@ -118,6 +115,8 @@ class KernelFunction:
         network, chosen = prepare_mapped(
             model, in_turns(x1, x2), asked.precision, asked.output, excluded=asked.excluded
         )
+        groups = None if asked.groups is None else groups_of(network.module, asked.groups)
+        network = keep_apart(network, groups or ())
 
         def planned(block: int) -> JacobianPlan:
             return plan_jointly(network, block, asked.precision, chosen.reduction)
@@ -126,6 +125,8 @@ class KernelFunction:
         self._x = network.input(x)
         self._plan = plan_blocks(planned, max(len(x1), len(x) - len(x1)))
         self._network = join_biases(network, self._plan)
+        self._groups = groups
+        self._factor_groups = factor_groups(self._network, self._plan, groups or ())
         size = self._plan.sizes.block_samples
         self._rows = Block(0, len(x1)).pieces(size)
         self._columns = self._rows if x2 is None else Block(len(x1), len(x)).pieces(size)
@@ -151,7 +152,7 @@ class KernelFunction:
 
     @property
     def layers(self) -> list[str]:
-        """Names of the modules in the dictionary of a call, in the same order; empty without ``per_layer``."""
+        """Names of the groups in the dictionary of a call, in the same order; empty without ``per_layer``."""
         return [group.name for group in self._groups or ()]
 
     def __call__(
@@ -164,7 +165,7 @@ class KernelFunction:
             prove: Whether every batch is compared with autograd again.
 
         Returns:
-            The kernel. With ``per_layer``, a dictionary with the kernel of each module that has trainable parameters.
+            The kernel. With ``per_layer``, a dictionary with the kernel of each group of trainable parameters.
 
         Raises:
             InputError: If the state is that of another architecture, or an attribute of a module has changed.
@@ -180,8 +181,7 @@ class KernelFunction:
             factors = BlockCache(lambda block: self._factors(block, prove=prove), NUM_BLOCKS_HELD)
             if self._groups is None:
                 return fill_kernel(self._rows, self._columns, factors, self._plan)
-            parts = [group.of for group in self._groups]
-            kernels = fill_kernels(self._rows, self._columns, factors, self._plan, parts)
+            kernels = fill_kernels(self._rows, self._columns, factors, self._plan, self._factor_groups)
         return {group.name: kernel for group, kernel in zip(self._groups, kernels, strict=True)}
 
     def _require_same_attributes(self, model: nn.Module) -> None:
@@ -213,46 +213,3 @@ class KernelFunction:
         factors = joint(self._x[block.start : block.stop], prove=prove)
         self._logits[block.start : block.stop] = factors.logits
         return factors
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """The trainable parameters of one module, and the positions of their factors among the factors of a block.
-
-    Attributes:
-        name: Path of the module, empty for the network itself.
-        columns: Numbers of the kept Jacobian rows that belong to these parameters.
-        layers: Names of the layers whose factors belong to them.
-    """
-
-    name: str
-    columns: tuple[slice, ...]
-    layers: frozenset[str]
-
-    def of(self, block: BlockFactors) -> BlockFactors:
-        """Take this group's factors of a block."""
-        parts = [block.rows[..., part] for part in self.columns]
-        rows = parts[0] if len(parts) == 1 else torch.cat([block.rows[..., :0], *parts], dim=-1)
-        return BlockFactors(block.logits, rows, tuple(p for p in block.pairs if p.plan.shape.name in self.layers))
-
-
-def parameter_groups(network: Network, plan: JacobianPlan) -> list[ParameterGroup]:
-    """Divide the trainable parameters among their modules, in the order in which rows are kept."""
-    in_pairs = {layer.shape.name for layer in plan.layers if not layer.keeps_rows}
-    own, columns, start = trainable(network.module), dict[str, list[slice]](), 0
-
-    def add(module: str, numbers: int) -> None:
-        nonlocal start
-        columns.setdefault(module, []).append(slice(start, start + numbers))
-        start += numbers
-
-    layers: dict[str, set[str]] = {}
-    for layer in network.layers:
-        layers.setdefault(layer.path, set()).add(layer.name)
-        names = layer.vectors if layer.name in in_pairs else layer.params()
-        is_part = layer.positions is not None and layer.name not in in_pairs
-        numbers = len(layer.positions) if is_part else sum(own[layer.full_name(name)].numel() for name in names)  # type: ignore[arg-type]
-        add(layer.path, numbers)
-    for name in network.fallback:
-        add(name.rpartition(".")[0], count_real_numbers([own[name]]))
-    return [ParameterGroup(name, tuple(parts), frozenset(layers.get(name, ()))) for name, parts in columns.items()]

@@ -297,6 +297,7 @@ class Layer:
     has_matrix: bool
     vectors: tuple[str, ...]
     joined: str | None = None
+    may_join: bool = True  # whether a bias may be joined to the matrix
     owner: str | None = None  # path of the module that has the parameters, if it is not the recorded module
     positions: Tensor | None = None  # entries of the parameter that the matrix consists of; None for all in order
 
@@ -330,7 +331,7 @@ class Layer:
         """Join a bias to the matrix. Its rows are Σ_t g[t], which are the rows Σ_t g[t] ⊗ 1 of an input of one."""
         sums = (_sum_to_channels_last, _sum_to_channels_first)
         bias = next((vector for vector in self.vectors if self.rule.vectors[vector] in sums), None)
-        if bias is None or not self.has_matrix:
+        if bias is None or not self.has_matrix or not self.may_join:
             return self
         vectors = tuple(vector for vector in self.vectors if vector != bias)
         return dataclasses.replace(self, vectors=vectors, joined=bias)

@@ -1,7 +1,7 @@
 """The choice of parameters by patterns of their names: `params`."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,7 +11,7 @@ from ntkgen.errors import InputError
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` adds to the names of what it wraps
 
 
-def as_patterns(params: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_patterns(params: str | Sequence[str] | None, setting: str = "params") -> tuple[str, ...]:
     """Convert what a user gives to patterns.
 
     >>> as_patterns("head.*"), as_patterns(["head.*", "!*bias"]), as_patterns(None)
@@ -25,7 +25,7 @@ def as_patterns(params: str | Sequence[str] | None) -> tuple[str, ...]:
     patterns = (params,) if isinstance(params, str) else tuple(params)
     if not patterns or not all(isinstance(pattern, str) and pattern.strip("! ") for pattern in patterns):
         raise InputError(
-            f"`params` chooses parameters by patterns of their names: expected text such as 'head.*', or a list of "
+            f"`{setting}` chooses parameters by patterns of their names: expected text such as 'head.*', or a list of "
             f"such texts, found {params!r}. Were parameters themselves passed? Pass their names, or None for all."
         )
     return patterns
@@ -40,14 +40,8 @@ def chosen_names(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
     Raises:
         InputError: If a pattern matches no name, or if no chosen parameter is trainable.
     """
-    named = {plain(name): param for name, param in model.named_parameters(remove_duplicate=False)}
-    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
-    unwanted = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
-    for pattern in (*wanted, *unwanted):
-        if not any(fnmatchcase(name, pattern) for name in named):
-            raise InputError(_unmatched(pattern, named))
-    taken = {id(param) for name, param in named.items() if not wanted or _matches(name, wanted)}
-    taken -= {id(param) for name, param in named.items() if _matches(name, unwanted)}
+    named = named_parameters(model)
+    taken = matched(named, patterns)
     chosen = frozenset(name for name, param in named.items() if id(param) in taken)
     if not any(named[name].requires_grad for name in chosen):
         found = "none" if not chosen else f"only frozen ones, such as {min(chosen)}"
@@ -57,6 +51,26 @@ def chosen_names(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:
             "requires_grad_(True) on these parameters, or choose others."
         )
     return chosen
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """List the parameters of a network by name. A tied parameter has several names."""
+    return {plain(name): param for name, param in model.named_parameters(remove_duplicate=False)}
+
+
+def matched(named: Mapping[str, nn.Parameter], patterns: Sequence[str]) -> set[int]:
+    """Find the parameters that some patterns choose, by identity. A tied parameter is chosen by any of its names.
+
+    Raises:
+        InputError: If a pattern matches no name.
+    """
+    wanted = [pattern for pattern in patterns if not pattern.startswith("!")]
+    unwanted = [pattern.removeprefix("!") for pattern in patterns if pattern.startswith("!")]
+    for pattern in (*wanted, *unwanted):
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise InputError(_unmatched(pattern, named))
+    taken = {id(param) for name, param in named.items() if not wanted or _matches(name, wanted)}
+    return taken - {id(param) for name, param in named.items() if _matches(name, unwanted)}
 
 
 def plain(name: str) -> str:
