@@ -108,7 +108,9 @@ def kernel_bytes(plan: Plan, dtypes: tuple[str, ...], layout: str) -> int:
     """Compute the size of all tiles in all dtypes, in bytes. Tiles at the edge are stored at full size."""
     grid = plan.grid
     chunks = grid.num_blocks * grid.num_col_blocks if layout == "full" else grid.num_tiles
-    return chunks * grid.num_planes * sum(grid.side**2 * np.dtype(dtype).itemsize + 4 for dtype in dtypes)
+    kernel = sum(grid.side**2 * np.dtype(dtype).itemsize + 4 for dtype in dtypes)
+    layer = grid.side**2 * max(np.dtype(dtype).itemsize for dtype in dtypes) + 4
+    return chunks * grid.num_planes * (kernel + grid.num_groups * layer)
 
 
 def _dataset_name(data: Dataset) -> str:
@@ -137,11 +139,14 @@ def _store_folder(
     output = "" if kernel.spec.output == "full" else f"-{kernel.spec.output.replace(':', '')}"
     precision = "" if kernel.spec.precision == "float32" else f"-{kernel.spec.precision}"
     of = f"-{_short_hash(kernel.target.described())}" if not kernel.target.is_plain else ""
-    return setup.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}{of}.zarr"
+    layers = ""
+    if (groups := kernel.spec.per_layer) is not None:
+        layers = f"-layers{f'-{_short_hash(groups)}' if groups else ''}"
+    return setup.out / f"{_stem(request, data)}-n{n}{shuffled}{other}{output}{precision}{of}{layers}.zarr"
 
 
-def _short_hash(values: dict[str, Any]) -> str:
-    """Name a selection of outputs and parameters in a path."""
+def _short_hash(values: Any) -> str:
+    """Name a selection of outputs and parameters, or groups of parameters, in a path."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 

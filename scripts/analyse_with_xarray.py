@@ -21,7 +21,9 @@ import xarray
 def read(path: str) -> tuple[xarray.Dataset, xarray.DataArray]:
     """Open a store. Return it and its most precise kernel, with indices for selection by label and output."""
     data = xarray.open_zarr(path)
-    kernel = data[max((name for name in data if str(name).startswith("ntk_")), key=lambda name: int(str(name)[9:]))]
+    kernel = data[
+        max((name for name in data if str(name).startswith("ntk_float")), key=lambda name: int(str(name)[9:]))
+    ]
     if data.attrs["ntkgen"]["layout"] != "full":
         sys.exit(f"{path} has only one triangle, and the other is read as NaN. Run `ntkgen mirror {path}` first.")
     for coordinate in ("row_label", "row_output", "col_label", "col_output"):

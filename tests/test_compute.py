@@ -37,13 +37,13 @@ def test_every_option_is_a_keyword_with_the_default_of_the_specification():
 def test_options_reach_the_specification_under_their_names(tmp_path, monkeypatch):
     asked = {
         "output": "sum", "precision": "float64", "dtypes": ("float64",), "layout": "upper", "tile_side": 9,
-        "memory_bytes": 1 << 30, "replan": True, "certify": False,
+        "memory_bytes": 1 << 30, "replan": True, "certify": False, "per_layer": {"all": "*"},
     }  # fmt: skip
     made = []
     monkeypatch.setattr("ntkgen.engine.compute.make", lambda folder, kernel, *_: made.append((folder, kernel)))
     ntkgen.compute(small_network(), samples(2), store=tmp_path / "k.zarr", fsync=False, **asked)
     ((folder, kernel),) = made
-    assert dataclasses.asdict(kernel.spec) == asked
+    assert dataclasses.asdict(kernel.spec) == {**asked, "per_layer": (("all", ("*",)),)}
     assert folder.fsync is False
 
 

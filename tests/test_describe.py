@@ -44,7 +44,7 @@ def test_the_json_of_info_is_what_scripts_know(whole, capsys):
     found = json.loads(out)
     assert code == 1
     assert list(found) == [
-        "store", "arrays", "quantity", "model", "dataset", "num_samples", "num_col_samples", "num_outputs",
+        "store", "arrays", "layers", "quantity", "model", "dataset", "num_samples", "num_col_samples", "num_outputs",
         "num_logits", "num_params", "rows", "cols", "output", "layout", "precision", "tile_side", "tiles",
         "tiles_missing", "first_missing", "status", "stored_bytes", "scale_factors", "float16_underflow",
         "certificate", "inaccuracy", "suspicious_tiles", "predecessor_factor", "provenance", "fingerprint",
@@ -53,7 +53,8 @@ def test_the_json_of_info_is_what_scripts_know(whole, capsys):
     assert inaccuracy.startswith("The kernel at a.zarr differs from the exact one by more than rounding explains")
     assert "in blocks 1 of samples, in some of the tiles (1, 1), (0, 1), (1, 2)" in inaccuracy
     assert json.dumps(found) == json.dumps({
-        "store": "a.zarr", "arrays": ["ntk_float16"], "quantity": "J Jᵀ", "model": "lenet", "dataset": "digits",
+        "store": "a.zarr", "arrays": ["ntk_float16"], "layers": [], "quantity": "J Jᵀ", "model": "lenet",
+        "dataset": "digits",
         "num_samples": 7, "num_col_samples": None, "num_outputs": 1, "num_logits": 1, "num_params": 145,
         "rows": 7, "cols": 7, "output": "full", "layout": "full", "precision": "float32", "tile_side": 3,
         "tiles": 6, "tiles_missing": 0, "first_missing": [], "status": "complete",

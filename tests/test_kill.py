@@ -16,6 +16,7 @@ pytestmark = pytest.mark.slow
 COMMAND = [
     "compute", "--models", "logistic", "--dataset", "digits", "--epochs", "2", "--allow-unconverged",
     "--subsample", "100", "--tile", "200", "--dtype", "float16", "float32", "float64", "--layout", "full", "--quiet",
+    "--per-layer",
 ]  # fmt: skip
 STEM = "logistic-digits-seed0"
 
@@ -42,6 +43,7 @@ MOMENTS = {
     "store being created": lambda out: any(out.glob("*.zarr")),
     "diagonal": lambda out: num_chunks(out, "diagonal") >= 2,
     "first tile": lambda out: num_chunks(out, "ntk_float16") >= 1,
+    "layers without the kernel": lambda out: num_chunks(out, "ntk_by_layer_float64") > num_chunks(out, "ntk_float64"),
     "mirror missing": lambda out: num_chunks(out, "ntk_float32") >= 2,
     "late tile": lambda out: num_chunks(out, "ntk_float64") >= 17,
 }
@@ -77,5 +79,5 @@ def test_killed_again_and_again_it_ends_with_the_bytes_of_an_undisturbed_run(und
 
 def test_two_runs_are_equal_and_nothing_is_left_over(undisturbed):
     names = {Path(name).parts[0] for name in undisturbed}
-    assert names == {f"{STEM}.pt", f"{STEM}-n100.zarr"}
-    assert sum("ntk_" in name and "/c/" in name for name in undisturbed) == 3 * 25
+    assert names == {f"{STEM}.pt", f"{STEM}-n100-layers.zarr"}
+    assert sum("ntk_" in name and "/c/" in name for name in undisturbed) == 4 * 25

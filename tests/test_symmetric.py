@@ -175,7 +175,7 @@ def test_what_is_gone_from_a_finished_store_is_an_error_where_it_is_read(layout,
 
 def test_the_file_of_a_plane_is_named():
     array = zarr.create_array({}, shape=(3, 6, 6), chunks=(1, 4, 4), dtype="float32", fill_value=np.nan)
-    K = SymmetricArray(array, is_upper=True, token="", plane=2, is_complete=True)
+    K = SymmetricArray(array, is_upper=True, token="", place=(2,), is_complete=True)
     for read in (lambda: K[5, 1], lambda: K @ np.ones(6)):
         with pytest.raises(StoreError, match=r"its chunk file /c/2/0/[01],"):
             read()

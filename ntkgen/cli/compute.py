@@ -27,10 +27,16 @@ from ntkgen.plan.spec import KernelSpec
 from ntkgen.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ntkgen.engine.computation import Execution
     from ntkgen.pipeline import FinishedKernel, PlannedKernel
+
+# Value of --per-layer without patterns. It is no pattern, because no name of a parameter has a space.
+ONE_PER_MODULE = "one per module"
+
+# Line of the summary of a store with layers.
+LAYERS_HINT = "    kernel.by_layer             # one kernel per layer, lazily; their sum is the kernel\n"
 
 
 @click.command(cls=Command)
@@ -48,6 +54,13 @@ if TYPE_CHECKING:
     cls=ManyOption,
     metavar="PATTERN...",
     help="Parameters by patterns of their names, such as 'head.*' or '!*embed*' [all trainable ones].",
+)
+@click.option(
+    "--per-layer",
+    cls=ManyOption,
+    alone=ONE_PER_MODULE,
+    metavar="[[NAME=]PATTERN...]",
+    help="Also store the kernel of each group of parameters, by patterns [one group per module, if none is given].",
 )
 @click.option(
     "--output",
@@ -109,11 +122,13 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     ntkgen compute --models resnet18 vgg11 --dataset cifar --subsample 5000
     ntkgen compute --models mylab.nets:wide --dataset mine.npz --epochs 0
     ntkgen compute --models mylab.lm:tiny --dataset prompts.npz --select 'logits[:, -1]' --params '*lora_*'
+    ntkgen compute --models lenet --dataset digits --subsample 500 --per-layer
     """  # noqa: D301 - \b tells click not to wrap the lines
     start_process()
     from ntkgen import pipeline
     from ntkgen.cli.progress import progress_bars
     from ntkgen.jacobian.adapter import Target
+    from ntkgen.jacobian.groups import as_groups
     from ntkgen.projection import duration_of, project, takes_minutes
     from ntkgen.store.describe import loses_precision
     from ntkgen.store.rounding import check_dtypes
@@ -122,7 +137,8 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
     samples = {name: options.pop(name) for name in ("subsample", "shuffle_seed", "against", "against_subsample")}
     execution_options = {name: options.pop(name) for name in ("workers", "client", "part", "tile_seconds")}
     target = Target.of(None, options.pop("select"), options.pop("params") or None)
-    spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"])})
+    groups = as_groups(_groups(options["per_layer"]))
+    spec = KernelSpec(**{**options, "dtypes": check_dtypes(options["dtypes"]), "per_layer": groups})
     kernel = pipeline.KernelRequest(**samples, spec=spec, target=target)
     with _execution(settings, **execution_options) as execution:
         setup, data = settings.setup(execution), settings.load_data(any_form=True)
@@ -153,6 +169,21 @@ def compute(*, dry_run: bool, explained: bool, **options: Any) -> int:
                 complain(wrong)
                 exit_code = 1
     return exit_code
+
+
+def _groups(values: "Sequence[str]") -> dict[str, list[str]] | bool:
+    """Read patterns of groups of parameters. A pattern without a name is its own name.
+
+    >>> _groups(["mlp=*mlp*", "head.*", "mlp=!*bias"]), _groups([ONE_PER_MODULE]), _groups([])
+    ({'mlp': ['*mlp*', '!*bias'], 'head.*': ['head.*']}, True, False)
+    """
+    if tuple(values) == (ONE_PER_MODULE,):
+        return True
+    groups: dict[str, list[str]] = {}
+    for value in values:
+        name, equals, pattern = value.partition("=")
+        groups.setdefault(name, []).append(pattern if equals else value)
+    return groups or False
 
 
 @contextmanager
@@ -293,4 +324,5 @@ def _summary(result: "FinishedKernel", projected: float | None) -> str:
         "    import ntkgen\n"
         f"    kernel = ntkgen.open({found.store!r})\n"
         f"    kernel.{view}[:10, :10]      # NumPy; lazily: kernel.dask, kernel.xarray\n"
+        f"{LAYERS_HINT if found.layers else ''}"
     )

@@ -45,6 +45,7 @@ def _page(found: "StoreDescription") -> str:
             f"{name} (scale_factor {found.scale_factors[name]:g})" if name in found.scale_factors else name
             for name in found.arrays
         ),
+        **({"layers": ", ".join(name or "(the network itself)" for name in found.layers)} if found.layers else {}),
         **_underflow(found),
         "layout": found.layout,
         "computed in": found.precision + _hint(found),

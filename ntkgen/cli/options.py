@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,10 +19,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class ManyOption(click.Option):
-    """An option whose flag is followed by one or more values: ``--models a b c``."""
+    """An option whose flag is followed by one or more values: ``--models a b c``.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    If it has a value for ``alone``, the flag may also have no value after it, and then it has this one.
+    """
+
+    def __init__(self, *args: Any, alone: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "multiple": True})
+        self.alone = alone
 
 
 class Command(click.Command):
@@ -30,7 +34,7 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Repeat the flag before each of its values, as click expects it."""
-        flags = {flag for param in self.params if isinstance(param, ManyOption) for flag in param.opts}
+        flags = {flag: param.alone for param in self.params if isinstance(param, ManyOption) for flag in param.opts}
         return super().parse_args(ctx, repeat_flags(args, flags))
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -55,41 +59,49 @@ def given_options() -> list[str]:
 _NEGATIVE = re.compile(r"-\.?\d")
 
 
-def repeat_flags(args: Sequence[str], flags: set[str]) -> list[str]:
-    """Write ``--flag a b`` as ``--flag a --flag b``.
+def repeat_flags(args: Sequence[str], flags: Mapping[str, str | None]) -> list[str]:
+    """Write ``--flag a b`` as ``--flag a --flag b``. A flag may have a value that it gets if none follows.
 
-    >>> repeat_flags(["-v", "--models", "a", "b", "--seed", "1"], {"--models"})
+    >>> repeat_flags(["-v", "--models", "a", "b", "--seed", "1"], {"--models": None})
     ['-v', '--models', 'a', '--models', 'b', '--seed', '1']
-    >>> repeat_flags(["--models=a", "b"], {"--models"})
+    >>> repeat_flags(["--models=a", "b"], {"--models": None})
     ['--models', 'a', '--models', 'b']
-    >>> repeat_flags(["--shifts", "-1", "2", "-q"], {"--shifts"})
+    >>> repeat_flags(["--shifts", "-1", "2", "-q"], {"--shifts": None})
     ['--shifts', '-1', '--shifts', '2', '-q']
+    >>> repeat_flags(["--per-layer", "-q"], {"--per-layer": "each"})
+    ['--per-layer', 'each', '-q']
 
     Raises:
         UsageError: If no value follows a flag.
     """
     result: list[str] = []
     flag, found = "", True
+
+    def end() -> None:
+        if not found:
+            result.extend((flag, _value_alone(flag, flags[flag])))
+
     for arg in args:
         name, equals, value = arg.partition("=")
         if name in flags:
-            _require_value(flag, found=found)
+            end()
             flag, found = name, bool(equals)
             result += [flag, value] if equals else []
         elif arg.startswith("-") and not (flag and _NEGATIVE.match(arg)):
-            _require_value(flag, found=found)
+            end()
             flag, found = "", True
             result.append(arg)
         else:
             result += [flag, arg] if flag else [arg]
             found = True
-    _require_value(flag, found=found)
+    end()
     return result
 
 
-def _require_value(flag: str, *, found: bool) -> None:
-    if not found:
+def _value_alone(flag: str, value: str | None) -> str:
+    if value is None:
         raise click.UsageError(f"Option {flag!r} has no value: expected at least one value after it, found none.")
+    return value
 
 
 class Bytes(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.3 on

@@ -15,6 +15,7 @@ from ntkgen.errors import FingerprintError, InputError, RuleError
 from ntkgen.files.folder import Folder
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.cost import Reduction
+from ntkgen.jacobian.groups import ParameterGroup, groups_of
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.plan.plan import Choices, Plan, make_plan
@@ -60,9 +61,10 @@ class Computation:
 
 @dataclass(frozen=True)
 class PreparedKernel:
-    """A kernel whose network is prepared: its tile grid, and a function that makes its plan."""
+    """A kernel whose network is prepared: its groups of parameters, its grid, and a function that makes its plan."""
 
     network: Network
+    groups: tuple[ParameterGroup, ...]  # those that have a kernel of their own
     grid: TileGrid
     plan: Callable[[], Plan]
 
@@ -73,7 +75,17 @@ def prepare_kernel(kernel: Computation) -> PreparedKernel:
     network, chosen = prepare_mapped(
         kernel.model, kernel.probe, spec.precision, spec.output, device=kernel.device, excluded=kernel.excluded
     )
-    grid = _grid(network.profile.num_outputs, chosen.reduction, spec.tile_side, kernel.inputs.counts)
+    groups = () if spec.per_layer is None else groups_of(network.module, spec.per_layer)
+    num_rows, num_planes = _rows_and_planes(network.profile.num_outputs, chosen.reduction)
+    num_samples, others = kernel.inputs.counts
+    grid = make_grid(
+        num_samples,
+        num_rows,
+        spec.tile_side,
+        num_col_samples=others,
+        num_planes=num_planes,
+        num_groups=len(groups),
+    )
 
     def plan() -> Plan:
         machine = kernel.machine()
@@ -82,12 +94,11 @@ def prepare_kernel(kernel: Computation) -> PreparedKernel:
         new.cached_blocks(machine.budget)  # raises if less memory is free than planned
         return new
 
-    return PreparedKernel(network, grid, plan)
+    return PreparedKernel(network, groups, grid, plan)
 
 
-def _grid(num_outputs: int, reduction: Reduction, tile_side: int | None, counts: tuple[int, int | None]) -> TileGrid:
-    num_rows, num_planes = {"none": (num_outputs, 1), "trace": (1, 1), "diagonal": (1, num_outputs)}[reduction]
-    return make_grid(counts[0], num_rows, tile_side, num_col_samples=counts[1], num_planes=num_planes)
+def _rows_and_planes(num_outputs: int, reduction: Reduction) -> tuple[int, int]:
+    return {"none": (num_outputs, 1), "trace": (1, 1), "diagonal": (1, num_outputs)}[reduction]
 
 
 def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
@@ -97,7 +108,7 @@ def layout_of(spec: KernelSpec, grid: TileGrid) -> str:
         InputError: If the layout ``upper`` is requested for a rectangular kernel.
     """
     if grid.is_symmetric:
-        return resolve_layout(spec.layout, grid.num_rows, spec.dtypes)
+        return resolve_layout(spec.layout, grid.num_rows, spec.dtypes, grid.num_groups)
     if spec.layout == "upper":
         raise InputError(
             "The layout 'upper' stores one triangle of a symmetric kernel: expected 'full' or 'auto' for a rectangular "
@@ -157,7 +168,7 @@ def begin_or_continue(folder: Folder, kernel: Computation, *, is_alone: bool = T
         kernel = dataclasses.replace(kernel, excluded=kernel.excluded.union(planned))
     prepared = prepare_kernel(kernel)
     prepared.network.warn_of_cost(len(kernel.inputs.all))
-    identity = identity_of(kernel.model, kernel.inputs, kernel.spec, prepared.grid)
+    identity = identity_of(kernel.model, kernel.inputs, kernel.spec, prepared.grid, prepared.groups)
     store = open_or_create(folder, kernel.spec, identity, kernel.inputs, kernel.provenance, prepared.plan)
     if is_alone:
         tidy(store, kernel.inputs.samples)

@@ -26,6 +26,7 @@ from ntkgen.inputs import Inputs
 from ntkgen.jacobian.adapter import Function, Given, Target
 from ntkgen.jacobian.batches import ArrayLike, checked_labels
 from ntkgen.jacobian.evaluation import require_plain_module
+from ntkgen.jacobian.groups import PerLayer, as_groups
 from ntkgen.jacobian.network import Network, more_excluded
 from ntkgen.jacobian.precision import precision_of
 from ntkgen.jacobian.samples import Batch
@@ -59,6 +60,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
     columns_function: Function | Sequence[Function] | None = None,
     output: str = KernelSpec.output,
     precision: str | None = None,
+    per_layer: PerLayer | None = None,
     dtypes: str | Iterable[str] = KernelSpec.dtypes,
     layout: str = KernelSpec.layout,
     tile_side: int | None = KernelSpec.tile_side,
@@ -84,6 +86,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         columns_function: Function of the columns, if it is another one than that of the rows.
         output: Output map: ``full``, ``sum``, ``centered``, ``index:K``, ``trace`` or ``diagonal``.
         precision: Precision of the computation, as for `ntkgen.ntk`.
+        per_layer: Groups of parameters whose kernels are stored too, as for `ntkgen.ntk`.
         dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
         layout: ``upper`` stores one triangle, and ``full`` stores both. ``auto`` stores both up to 10 GB.
         tile_side: Number of rows of a tile, a multiple of the number of outputs. None chooses a suitable one.
@@ -101,11 +104,9 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         InaccurateKernelError: If the certificate shows that the kernel is wrong. The store is complete and is kept.
     """
     chosen, kinds = precision_of(model, precision), check_dtypes(dtypes)
-    spec = KernelSpec(output, chosen, kinds, layout, tile_side, memory_bytes, replan, certify)
-    folder = _writable_folder(store, fsync=fsync)
+    spec = KernelSpec(output, chosen, kinds, layout, tile_side, memory_bytes, replan, certify, as_groups(per_layer))
     given = _given(model, inputs, against, labels, Target.of(function, select, params, columns_function))
-    with open_pool(workers, client, str(_device_of(model))) as pool:
-        return given.attempt(lambda given: _compute(folder, given, labels, spec, Execution(pool), report))
+    return _in_pool(given, workers, client, partial(_compute, _writable(store, fsync=fsync), labels, spec, report))
 
 
 def _given(model: nn.Module, x: Batch, against: Batch | None, labels: ArrayLike | None, target: Target) -> Given:
@@ -116,8 +117,16 @@ def _given(model: nn.Module, x: Batch, against: Batch | None, labels: ArrayLike 
     return given
 
 
+def _in_pool(
+    given: Given, workers: int | None, client: "Client | str | None", work: Callable[[Given, Execution], KernelStore]
+) -> KernelStore:
+    """Do some work with the workers of a cluster, or without workers in this process."""
+    with open_pool(workers, client, str(_device_of(given.model))) as pool:
+        return given.attempt(lambda given: work(given, Execution(pool)))
+
+
 def _compute(
-    folder: Folder, given: Given, labels: ArrayLike | None, spec: KernelSpec, execution: Execution, report: Report
+    folder: Folder, labels: ArrayLike | None, spec: KernelSpec, report: Report, given: Given, execution: Execution
 ) -> KernelStore:
     inputs = _inputs_of(given, labels)
     kernel = Computation(given.model, inputs, inputs.probe, spec, _device_of(given.model), execution=execution)
@@ -257,7 +266,7 @@ def _certified(store: KernelStore, kernel: Computation, report: Report) -> None:
         add_certificate(store, kernel.model, kernel.inputs, report=report)
 
 
-def _writable_folder(store: str | PathLike[str] | Store, *, fsync: bool) -> Folder:
+def _writable(store: str | PathLike[str] | Store, *, fsync: bool) -> Folder:
     """Convert a path, a URL or a Zarr store to a folder.
 
     Raises:

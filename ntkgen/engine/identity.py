@@ -1,5 +1,6 @@
 """The identity of a kernel, and the check that a network is the one that a store was made from."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,7 @@ from ntkgen.jacobian.adapter import Adapter
 from ntkgen.jacobian.compute import compute_factors, pad_batch
 from ntkgen.jacobian.contract import exact_diagonal, reduced_diagonal
 from ntkgen.jacobian.evaluation import outputs_of
+from ntkgen.jacobian.groups import ParameterGroup
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.outputs import prepare_mapped
 from ntkgen.jacobian.precision import exact_arithmetic
@@ -33,13 +35,17 @@ OTHER_MACHINE = {torch.float64: 1e-9, torch.float32: 1e-3}
 SPREAD_SAMPLES = 256
 
 
-def identity_of(model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGrid) -> dict[str, Any]:
+def identity_of(
+    model: nn.Module, inputs: Inputs, spec: KernelSpec, grid: TileGrid, groups: Sequence[ParameterGroup] = ()
+) -> dict[str, Any]:
     """Collect the properties that must be equal when a store is continued.
 
     A function of the user is known by its qualified name. Outputs and gradients are compared besides, by
     `require_same_network`.
     """
     asked = model.described() if isinstance(model, Adapter) else {}
+    if groups:
+        asked["layers"] = [{"name": group.name, "parameters": list(group.params)} for group in groups]
     return asked | {
         "parameters": parameter_fingerprint(model),
         "samples": inputs.fingerprint(),

@@ -29,7 +29,7 @@ from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, counter, ignore_report
 from ntkgen.store.certificate import HALF_SUBNORMAL, POLICY_ROUNDOFF, UNIT_ROUNDOFF
 from ntkgen.store.opening import ROOT, open_store
-from ntkgen.store.schema import CHECKSUM_BYTES, UNDERFLOW, side_arrays
+from ntkgen.store.schema import BY_LAYER, CHECKSUM_BYTES, UNDERFLOW, side_arrays
 from ntkgen.store.store import KernelStore
 
 # Maximum difference between two machines, in units of one rounding error. Machines add numbers in different orders, and
@@ -168,7 +168,7 @@ def _remove_chunks(store: KernelStore) -> None:
 
 def _compared(store: KernelStore, copy: KernelStore, tile: Tile, dtype: str, *, is_exact: bool) -> Recomputed:
     """Compare the files of a tile in one store dtype. The counts of underflow are compared with float16."""
-    names = [name for name in _chunks(copy) if name.startswith(f"ntk_{dtype}/")]
+    names = [name for name in _chunks(copy) if name.startswith((f"ntk_{dtype}/", f"{BY_LAYER}_{dtype}/"))]
     counts = [name for name in _chunks(copy) if dtype == "float16" and name.startswith(f"{UNDERFLOW}/")]
     unequal = [name for name in names + counts if store.folder.read(name) != copy.folder.read(name)]
     errors = {name: _error(store, copy, tile, name) for name in names if name in unequal}
@@ -181,7 +181,7 @@ def _compared(store: KernelStore, copy: KernelStore, tile: Tile, dtype: str, *, 
 def _error(store: KernelStore, copy: KernelStore, tile: Tile, file: str) -> float:
     """Compute the largest difference of an entry in a file, without the underflow error of the store dtype."""
     name = file.partition("/")[0]
-    dtype, scale = name.removeprefix("ntk_"), store.scale_factor(name)
+    dtype, scale = name.rpartition("_")[2], store.scale_factor(name)
     stored, computed = (_values(source, file, dtype) for source in (store, copy))
     with np.errstate(over="ignore", invalid="ignore"):
         largest = float(np.nanmax(np.abs(stored - computed))) * scale  # outside of the array both are NaN

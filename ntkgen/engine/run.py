@@ -15,15 +15,16 @@ from ntkgen.engine.identity import OTHER_BATCH, KnownOutputs
 from ntkgen.errors import PlanError
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.compute import compute_factors
-from ntkgen.jacobian.contract import exact_diagonal, fill_kernel, reduced_diagonal
-from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.contract import exact_diagonal, fill_kernel, fill_kernels, reduced_diagonal
+from ntkgen.jacobian.factors import BlockFactors, FactorGroup
+from ntkgen.jacobian.groups import ParameterGroup, factor_groups
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.precision import exact_arithmetic
 from ntkgen.plan.order import Band, bands_of
 from ntkgen.plan.plan import Plan
 from ntkgen.plan.tiles import Tile
 from ntkgen.progress import Report, Step, counter, ignore_report, ignore_step
-from ntkgen.store.store import KernelStore
+from ntkgen.store.store import KernelStore, TileValues
 
 
 class TileComputer:
@@ -46,6 +47,8 @@ class TileComputer:
         self._plan = store.manifest.plan
         self._network = network
         _check_network(network, self._plan)
+        groups = [ParameterGroup(name, params) for name, params in store.manifest.layers.items()]
+        self._groups = factor_groups(network, self._plan.jacobian, groups)
 
         known = KnownOutputs(store, network)  # outputs stored by an earlier run
 
@@ -69,8 +72,13 @@ class TileComputer:
             for band in bands:
                 self._factors.hold(band.held)
                 for tile in band.tiles:
-                    commit(tile, compute_tile(self._plan, tile, self._factors))
+                    commit(tile, self._compute(tile))
                     step()
+
+    def _compute(self, tile: Tile) -> TileValues:
+        if self._groups:
+            return compute_layers(self._plan, tile, self._factors, self._groups)
+        return compute_tile(self._plan, tile, self._factors)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         return exact_arithmetic(self._network.device, self._plan.environment.threads)
@@ -110,12 +118,12 @@ def run_tiles(computer: TileComputer, tiles: Sequence[Tile], report: Report = ig
 
 
 @contextmanager
-def _writer(store: KernelStore) -> Iterator[Callable[[Tile, npt.NDArray[Any]], None]]:
+def _writer(store: KernelStore) -> Iterator[Callable[[Tile, TileValues], None]]:
     """Write a tile while the next one is computed. At most one tile is written at a time."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ntkgen-writer") as thread:
         pending: list[Future[None]] = []
 
-        def commit(tile: Tile, values: npt.NDArray[Any]) -> None:
+        def commit(tile: Tile, values: TileValues) -> None:
             wait()
             pending.append(thread.submit(store.commit, tile, values))
 
@@ -148,6 +156,14 @@ def compute_tile(plan: Plan, tile: Tile, factors: Callable[..., BlockFactors]) -
     rows, columns = plan.blocks(tile.row), plan.col_blocks(tile.col)
     kernel: npt.NDArray[Any] = fill_kernel(rows, columns, factors, plan.jacobian).cpu().numpy()
     return kernel
+
+
+def compute_layers(
+    plan: Plan, tile: Tile, factors: Callable[..., BlockFactors], groups: Sequence[FactorGroup]
+) -> list[npt.NDArray[Any]]:
+    """Compute one tile of the kernel of each group of parameters. Their sum is the tile of the kernel."""
+    rows, columns = plan.blocks(tile.row), plan.col_blocks(tile.col)
+    return [kernel.cpu().numpy() for kernel in fill_kernels(rows, columns, factors, plan.jacobian, groups)]
 
 
 def _diagonal_and_logits(

@@ -153,7 +153,7 @@ class Plan:
             + (contraction_numbers(self.jacobian) + result + batch * unfolded) * self.product_bytes
             + samples
             + diagonal
-            + self.grid.num_planes * self.grid.side**2 * (self.product_bytes + TILE_COPY_BYTES)
+            + self.grid.num_matrices * self.grid.side**2 * (self.product_bytes + TILE_COPY_BYTES)
         )
 
     @property

@@ -18,3 +18,4 @@ class KernelSpec:
     memory_bytes: int | None = None
     replan: bool = False
     certify: bool = True  # whether to compare the finished kernel with the exact one, which gives its certificate
+    per_layer: tuple[tuple[str, tuple[str, ...]], ...] | None = None  # groups with patterns; empty for each module

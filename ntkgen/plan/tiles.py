@@ -79,7 +79,8 @@ class TileGrid:
     """Square tiles of the upper triangle of a symmetric kernel, or of a whole rectangular kernel.
 
     The last tiles of a row or column may be smaller. A tile has ``num_planes`` matrices: one per output for the
-    reduction `diagonal`, otherwise one.
+    reduction `diagonal`, otherwise one. If groups of parameters have a kernel each, a tile also has the matrices
+    of each group.
     """
 
     num_samples: int
@@ -87,6 +88,16 @@ class TileGrid:
     tile_samples: int
     num_col_samples: int | None = None  # samples of the columns; None if they are the samples of the rows
     num_planes: int = 1
+    num_groups: int = 0
+
+    @property
+    def num_matrices(self) -> int:
+        """Matrices of a tile: one per output, or a single one, of the kernel and of each group of parameters.
+
+        >>> TileGrid(6, 1, 3, num_planes=2, num_groups=4).num_matrices
+        10
+        """
+        return self.num_planes * (1 + self.num_groups)
 
     @property
     def is_symmetric(self) -> bool:
@@ -167,16 +178,16 @@ class TileGrid:
         return (Tile(row, col) for row, col in positions if row <= col or not self.is_symmetric)
 
 
-def default_tile_samples(num_samples: int, num_outputs: int, num_planes: int = 1) -> int:
+def default_tile_samples(num_samples: int, num_outputs: int, num_matrices: int = 1) -> int:
     """Choose the number of samples of a tile, ⌈n/g⌉ with g = max(min(8, ⌈n/16⌉), ⌈nm/4096⌉) tiles along a side.
 
-    For p planes per tile, 4096 is divided by √p. The result depends only on n, m and p, and not on the dtype or the
+    For p matrices per tile, 4096 is divided by √p. The result depends only on n, m and p, and not on the dtype or the
     machine.
 
     >>> default_tile_samples(500, 10), default_tile_samples(50_000, 10), default_tile_samples(3, 10)
     (63, 407, 3)
     """
-    longest = MAX_TILE_ROWS // math.isqrt(num_planes)
+    longest = MAX_TILE_ROWS // math.isqrt(num_matrices)
     blocks = max(min(MIN_BLOCKS, -(-num_samples // MIN_TILE_SAMPLES)), -(-num_samples * num_outputs // longest))
     return -(-num_samples // blocks)
 
@@ -188,6 +199,7 @@ def make_grid(
     *,
     num_col_samples: int | None = None,
     num_planes: int = 1,
+    num_groups: int = 0,
 ) -> TileGrid:
     """Build the grid, with tiles of ``side`` rows or of the default size.
 
@@ -196,8 +208,8 @@ def make_grid(
     """
     if side is None:
         longest = max(num_samples, num_col_samples or 0)
-        tile_samples = default_tile_samples(longest, num_outputs, num_planes)
-        return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)
+        tile_samples = default_tile_samples(longest, num_outputs, num_planes * (1 + num_groups))
+        return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes, num_groups)
     if side <= 0 or side % num_outputs:
         nearest = max(1, round(side / num_outputs)) * num_outputs
         raise InputError(
@@ -205,4 +217,4 @@ def make_grid(
             f"that a tile holds whole samples. The nearest is `tile_side` {nearest}."
         )
     tile_samples = min(side // num_outputs, max(num_samples, num_col_samples or 0))
-    return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes)
+    return TileGrid(num_samples, num_outputs, tile_samples, num_col_samples, num_planes, num_groups)

@@ -24,6 +24,7 @@ class StoreDescription:
     Attributes:
         store: Path or URL of the store.
         arrays: Names of the kernel arrays, including those that do not exist yet.
+        layers: Names of the groups of parameters whose kernels are stored too.
         quantity: Meaning of the kernel's values.
         num_samples: Number of samples in the rows.
         num_col_samples: Number of samples in the columns, if they are other samples.
@@ -54,6 +55,7 @@ class StoreDescription:
 
     store: str
     arrays: tuple[str, ...]
+    layers: tuple[str, ...]
     quantity: str
     num_samples: int
     num_col_samples: int | None
@@ -91,6 +93,7 @@ class StoreDescription:
         return {
             "store": self.store,
             "arrays": list(self.arrays),
+            "layers": list(self.layers),
             "quantity": self.quantity,
             "model": self.provenance.model,
             "dataset": self.provenance.dataset,
@@ -130,7 +133,8 @@ def describe(store: KernelStore) -> StoreDescription:
     scales = {name: store.scale_factor(name) for name in store.array_names}
     return StoreDescription(
         store=store.name,
-        arrays=tuple(f"ntk_{dtype}" for dtype in manifest.dtypes),
+        arrays=tuple(array.name for array in store.arrays() if array.role == "kernel"),
+        layers=tuple(manifest.layers),
         quantity=manifest.quantity,
         num_samples=grid.num_samples,
         num_col_samples=grid.num_col_samples,

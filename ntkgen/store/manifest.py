@@ -16,22 +16,23 @@ from ntkgen.store.provenance import Provenance
 from ntkgen.store.rounding import STORE_DTYPES
 
 FORMAT_VERSION = 3
-# Maximum size of a kernel, in bytes over all dtypes, that the layout `auto` writes in full. A larger one is written as
-# one triangle.
+# Maximum size of a kernel, in bytes over all dtypes and layers, that the layout `auto` writes in full. A larger one is
+# written as one triangle.
 FULL_LAYOUT_BYTES = 10 * 10**9
 # Key of the imported file's name, in the identity and the provenance of a store that was imported.
 IMPORTED = "imported_from"
 
 
-def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...]) -> str:
-    """Replace `auto` by `full` or `upper`.
+def resolve_layout(layout: str, num_rows: int, dtypes: tuple[str, ...], num_groups: int = 0) -> str:
+    """Replace `auto` by `full` or `upper`. The kernels of groups of parameters have the most precise dtype.
 
     >>> resolve_layout("auto", 5000, ("float16", "float32")), resolve_layout("auto", 500_000, ("float16",))
     ('full', 'upper')
     """
     if layout != "auto":
         return layout
-    bytes_in_full = num_rows**2 * sum(np.dtype(dtype).itemsize for dtype in dtypes)
+    sizes = [np.dtype(dtype).itemsize for dtype in dtypes]
+    bytes_in_full = num_rows**2 * (sum(sizes) + num_groups * max(sizes))
     return "full" if bytes_in_full <= FULL_LAYOUT_BYTES else "upper"
 
 
@@ -67,6 +68,16 @@ class Manifest:
     def output(self) -> str:
         """Name of the output map. It is `full` for an imported kernel."""
         return str(self.identity.get("output", "full"))
+
+    @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Names of the parameters of each group that has a kernel of its own, by the name of the group."""
+        return {group["name"]: tuple(group["parameters"]) for group in self.identity.get("layers", ())}
+
+    @property
+    def layer_dtype(self) -> str:
+        """Dtype in which the kernels of groups are stored, which is the most precise one."""
+        return max(self.dtypes, key=STORE_DTYPES.index)
 
     @property
     def quantity(self) -> str:
@@ -119,6 +130,8 @@ class Manifest:
             raise ValueError("the manifest has an unknown layout")
         if list(manifest.dtypes) != list(manifest.identity.get("dtypes", manifest.dtypes)):
             raise ValueError("the dtypes of the manifest differ from those of its identity")
+        if len(manifest.layers) != plan.grid.num_groups:
+            raise ValueError("the manifest has another number of layers than its plan")
         return manifest
 
 
@@ -131,12 +144,25 @@ def check_identity(path: str, manifest: Manifest, identity: Mapping[str, Any]) -
     stored = manifest.identity
     names = [name for name in {**stored, **identity} if stored.get(name) != identity.get(name)]
     if names:
-        differing = ", ".join(f"{name} {_short(stored.get(name))}, now {_short(identity.get(name))}" for name in names)
+        differing = ", ".join(_difference(name, stored.get(name), identity.get(name)) for name in names)
         raise FingerprintError(
             f"The store at {path} holds another kernel: expected the same network, samples and settings, found "
             f"differences ({differing}). Tiles of two kernels would be mixed. Was the store made with other settings? "
             "Use another path, or the original settings, or remove the store."
         )
+
+
+def _difference(name: str, stored: Any, now: Any) -> str:
+    """Describe two different values.
+
+    >>> groups = [{"name": "head", "parameters": ["a"]}], [{"name": "head", "parameters": ["b"]}]
+    >>> _difference("layers", *groups), _difference("layers", groups[0], None)
+    ('layers head, now head of other parameters', 'layers head, now None')
+    """
+    if name == "layers":
+        stored, now = (value and [group["name"] or "''" for group in value] for value in (stored, now))
+        return f"layers {_short(stored)}, now {_short(now)}{' of other parameters' * (stored == now)}"
+    return f"{name} {_short(stored)}, now {_short(now)}"
 
 
 def _short(value: Any) -> str:

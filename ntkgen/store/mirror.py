@@ -74,7 +74,7 @@ def _read_stored(store: KernelStore, name: str, tile: Tile) -> npt.NDArray[np.fl
         StoreError: If the tile is damaged or missing.
     """
     try:
-        values = np.asarray(store.zarr_array(name)[store.region(tile)])
+        values = np.asarray(store.zarr_array(name)[(..., *store.region(tile))])
         fault = "" if np.isfinite(values).all() else "entries that are not finite, which a missing file also gives"
     except (ValueError, RuntimeError) as error:
         fault = str(error)

@@ -2,12 +2,16 @@
 
     array                                  dimensions                  dtype    meaning
     ntk_float16, ntk_float32, ntk_float64  (row, col)                           kernel = stored · scale_factor (or 1)
+    ntk_by_layer_float32                   (layer, row, col)                    kernels of groups of parameters
     underflow_float16                      (tile_row, tile_col, kind)  int64    entries with fewer bits, or zero
     diagonal                               (row)                       float64  the exact diagonal, computed first
     logits                                 (sample, output)            float64  outputs of the network
     row_sample, row_output, row_label      (row)                       int64    sample, output and label of a row
     col_sample, col_output, col_label      (col)                       int64    sample, output and label of a column
     sample_index                           (sample)                    int64    positions in the data set
+
+The kernels of groups of parameters exist if they were asked for. They have the most precise dtype and the scale factor
+of the kernel, which is their sum over `layer`.
 
 With the output `diagonal` a kernel has the dimensions (output, row, col), one matrix per output, and the diagonal has
 (output, row). A rectangular kernel, with other samples in its columns, also has the arrays col_diagonal, col_logits and
@@ -42,6 +46,7 @@ IntArray = npt.NDArray[np.int64]
 # Number of bytes that the codec crc32c adds to a chunk.
 CHECKSUM_BYTES = 4
 UNDERFLOW = "underflow_float16"
+BY_LAYER = "ntk_by_layer"
 COORDINATES = {axis: f"{axis}_sample {axis}_output {axis}_label" for axis in ("row", "col")}
 STORAGE_MODES = {"full": "square", "upper": "symmetric-upper"}
 
@@ -137,6 +142,15 @@ class StoredArray:
             if file_size == size and _CHUNK.match(key, first)
         }
 
+    def keys_at(self, place: tuple[int, int]) -> list[Key]:
+        """List the chunks of a kernel array at the row and column of a tile, one for each of its matrices.
+
+        >>> array = StoredArray("ntk_by_layer_float64", "float64", (2, 5, 5), (1, 3, 3), ("layer", "row", "col"))
+        >>> array.keys_at((0, 1))
+        [(0, 0, 1), (1, 0, 1)]
+        """
+        return [(*matrix, *place) for matrix in itertools.product(*map(range, self.shape[:-2]))]
+
     def place(self, key: Key) -> tuple[int, int]:
         """Return the row and the column of the tile that a chunk belongs to."""
         first = self.dims.index("row" if self.role == "kernel" else "tile_row")
@@ -226,6 +240,8 @@ def _kernels(manifest: Manifest) -> Iterator[StoredArray]:
         name = f"ntk_{dtype}"
         array = StoredArray(name, dtype, shape, chunks, ("row", "col"), attributes, "kernel", is_triangle)
         yield _with_planes(array, grid, 1)
+        if manifest.layers and dtype == manifest.layer_dtype:
+            yield _with_layers(_with_planes(array, grid, 1), list(manifest.layers))
 
 
 def _counts(manifest: Manifest) -> Iterator[StoredArray]:
@@ -244,6 +260,18 @@ def _with_planes(array: StoredArray, grid: TileGrid, chunk: int) -> StoredArray:
         return array
     shape, chunks, dims = (grid.num_planes, *array.shape), (chunk, *array.chunks), ("output", *array.dims)
     return replace(array, shape=shape, chunks=chunks, dims=dims)
+
+
+def _with_layers(kernel: StoredArray, layers: list[str]) -> StoredArray:
+    """Describe the kernels of groups of parameters, with an axis of groups first."""
+    note = {
+        **kernel.attributes,
+        "long_name": "kernels of groups of parameters, whose sum over layer is the kernel",
+        "layer_names": layers,
+    }
+    shape, chunks, dims = (len(layers), *kernel.shape), (1, *kernel.chunks), ("layer", *kernel.dims)
+    name = f"{BY_LAYER}_{kernel.dtype}"
+    return replace(kernel, name=name, shape=shape, chunks=chunks, dims=dims, attributes=note)
 
 
 # creation -------------------------------------------------------------------------------------------------------------

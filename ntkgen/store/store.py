@@ -12,9 +12,10 @@ that determines its bytes. It contains no time and no path. Two runs of the same
 """
 
 import dataclasses
+import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,10 @@ from ntkgen.errors import InputError, StoreError, UnknownNameError
 from ntkgen.files.folder import Folder, LocalFolder
 from ntkgen.plan.tiles import Tile, TileGrid
 from ntkgen.store.manifest import Manifest
-from ntkgen.store.remedy import Remedy
-from ntkgen.store.rounding import STORE_DTYPES, Underflow, count_underflow, scale_of, to_stored
+from ntkgen.store.matrices import as_dask, as_xarray, layers_as_xarray, matrix_of
+from ntkgen.store.rounding import Underflow, count_underflow, scale_of, to_stored
 from ntkgen.store.schema import (
-    COORDINATES,
+    BY_LAYER,
     STORAGE_MODES,
     UNDERFLOW,
     Key,
@@ -42,12 +43,13 @@ from ntkgen.store.schema import (
     sides_of,
 )
 from ntkgen.store.view import SymmetricArray
-from ntkgen.store.writing import Writer
+from ntkgen.store.writing import Index, Writer
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
 
 FloatArray = npt.NDArray[np.floating]
+TileValues = FloatArray | Sequence[FloatArray]
 
 
 class KernelStore:
@@ -94,46 +96,24 @@ class KernelStore:
 
     # reading -------------------------------------------------------------------------------------------------------
 
-    def kernel(self, dtype: str | None = None, output: int | None = None) -> SymmetricArray:
+    def kernel(self, dtype: str | None = None, output: int | None = None, layer: str | None = None) -> SymmetricArray:
         """View the kernel as a full matrix, by default in the most precise stored dtype.
 
         The values are those of the kernel: the stored values times the scale factor. A store of the output map
-        `diagonal` has one matrix per ``output``. All other stores have a single matrix.
+        `diagonal` has one matrix per ``output``. All other stores have a single matrix. With a ``layer`` it is the
+        kernel of one of the groups of parameters in `layers`, which are stored in the most precise dtype only.
 
         Raises:
             StoreError: If the store has no array of that dtype, or if the array is not created yet.
             InputError: If ``output`` is missing or out of range, or is given for a store with a single matrix.
+            UnknownNameError: If the store has no layer of that name.
         """
-        self._check_output(output)
-        dtype = dtype or max(self.manifest.dtypes, key=STORE_DTYPES.index)
-        if not self._has(f"ntk_{dtype}"):
-            if dtype in self.manifest.dtypes and self.folder.has(f"ntk_{dtype}/zarr.json"):
-                self.zarr_array(f"ntk_{dtype}")  # raises an error that names the damaged file
-            raise StoreError(
-                f"The store at {self.name} has no {dtype} kernel: expected one of its planned dtypes, "
-                f"{', '.join(self.manifest.dtypes)}. Kernel arrays are created after the diagonal is computed. Was the "
-                "computation interrupted before? Choose one of these dtypes, or finish the store with the same command."
-            )
-        manifest = self.manifest
-        return SymmetricArray(
-            self.zarr_array(f"ntk_{dtype}"),
-            is_upper=manifest.layout == "upper",
-            token=f"{manifest.fingerprint}-{manifest.is_complete}-{manifest.replanned}",
-            plane=output,
-            is_complete=manifest.is_complete,
-            remedy=Remedy.of(self.name, manifest),
-        )
+        return matrix_of(self, dtype, output, layer)
 
-    def _check_output(self, output: int | None) -> None:
-        planes = self.grid.num_planes
-        if (output is None) != (planes == 1) or (output is not None and not 0 <= output < planes):
-            count = f"{planes} matrices, one for each output" if planes > 1 else "a single matrix for all its outputs"
-            expected = f"`output` from 0 to {planes - 1}" if planes > 1 else "no `output`"
-            remedy = "Give `output` one of these numbers" if planes > 1 else "Leave `output` out"
-            raise InputError(
-                f"The store at {self.name} has {count}: expected {expected}, found {output}. Was a kernel of another "
-                f"output map meant? {remedy}, or choose another store."
-            )
+    @property
+    def layers(self) -> list[str]:
+        """Names of the groups of parameters that have a kernel each; empty if the store has only the whole kernel."""
+        return list(self.manifest.layers)
 
     @property
     def array(self) -> SymmetricArray:
@@ -146,11 +126,7 @@ class KernelStore:
 
         For the output map `diagonal`, the array has the dimensions (output, row, col).
         """
-        if self.grid.num_planes == 1:
-            return self.kernel().to_dask()
-        import dask.array as da
-
-        return da.stack([self.kernel(output=output).to_dask() for output in range(self.grid.num_planes)])
+        return as_dask(self)
 
     @property
     def xarray(self) -> Any:
@@ -160,15 +136,18 @@ class KernelStore:
         dimension. ``.sel(row_label=3).sel(row_output=0)`` selects the rows with label 3 that belong to the first
         output.
         """
-        import xarray
+        return as_xarray(self)
 
-        names = {name: axis for axis, names in COORDINATES.items() for name in names.split()}
-        coords = {name: (axis, self.read(name)) for name, axis in names.items()}
-        dims = ("row", "col") if self.grid.num_planes == 1 else ("output", "row", "col")
-        kernel = xarray.DataArray(self.dask, dims=dims, coords=coords, name="ntk", attrs=self.attributes)
-        for name in names:
-            kernel = kernel.set_xindex(name)
-        return kernel
+    @property
+    def by_layer(self) -> Any:
+        """The kernels of groups of parameters as a lazy `xarray.DataArray`, selected by ``.sel(layer=name)``.
+
+        Their sum over ``layer`` is the kernel, to rounding.
+
+        Raises:
+            InputError: If the store has only the whole kernel.
+        """
+        return layers_as_xarray(self)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -195,7 +174,7 @@ class KernelStore:
     @property
     def array_names(self) -> list[str]:
         """Names of the kernel arrays that exist. They are created once the diagonal is complete."""
-        return [name for dtype in self.manifest.dtypes if self._has(name := f"ntk_{dtype}")]
+        return [array.name for array in self._kernels if self._has(array.name)]
 
     def scale_factor(self, name: str) -> float:
         """Return the factor by which the values of a stored kernel array must be multiplied."""
@@ -216,7 +195,9 @@ class KernelStore:
         missing: set[Tile] = set()
         for array in self._kernels:
             done = self._chunks(array)
-            missing.update(tile for tile in self.grid.tiles() if not done.issuperset(self.chunks_of(tile, layout)))
+            missing.update(
+                tile for tile in self.grid.tiles() if not done.issuperset(self.chunks_of(array, tile, layout))
+            )
         return sorted(missing)
 
     def has_tile(self, tile: Tile) -> bool:
@@ -224,7 +205,7 @@ class KernelStore:
         return all(
             self.folder.size(array.file(key)) == array.file_bytes
             for array in self._kernels
-            for key in self.chunks_of(tile)
+            for key in self.chunks_of(array, tile)
         )
 
     @property
@@ -234,15 +215,13 @@ class KernelStore:
     @property
     def tile_bytes(self) -> int:
         """Size of one tile in bytes, over all dtypes, without its transpose."""
-        return self.grid.num_planes * sum(array.file_bytes for array in self._kernels)
+        return sum(len(array.keys_at(Tile(0, 0))) * array.file_bytes for array in self._kernels)
 
-    def chunks_of(self, tile: Tile, layout: str | None = None) -> list[tuple[int, ...]]:
-        """Return the chunk keys of a tile: one per stored matrix, and with the layout `full` also of its transpose."""
+    def chunks_of(self, array: StoredArray, tile: Tile, layout: str | None = None) -> list[Key]:
+        """List the chunks of a tile in a kernel array, with the layout `full` also those of its transpose."""
         is_mirrored = self._is_mirrored_in(layout or self.manifest.layout)
-        places = {(tile.row, tile.col), (tile.col, tile.row) if is_mirrored else (tile.row, tile.col)}
-        if self.grid.num_planes == 1:
-            return list(places)
-        return [(plane, *place) for plane in range(self.grid.num_planes) for place in places]
+        places = {tile, Tile(tile.col, tile.row) if is_mirrored else tile}
+        return [key for place in places for key in array.keys_at(place)]
 
     def _is_mirrored_in(self, layout: str) -> bool:
         return layout == "full" and self.grid.is_symmetric
@@ -330,38 +309,52 @@ class KernelStore:
             scaled = {} if scale == 1 else {"scale_factor": scale}
             create_array(self.group, dataclasses.replace(array, attributes={**array.attributes, **scaled}))
 
-    def commit(self, tile: Tile, values: FloatArray) -> None:
+    def commit(self, tile: Tile, values: TileValues) -> None:
         """Store one whole computed tile in every dtype.
+
+        Args:
+            tile: The tile.
+            values: Its values. In a store with layers, those of each layer, whose sum is the kernel.
 
         Raises:
             DivergedError: If an entry is not finite. In this case no part of the tile is written.
         """
-        assert values.shape[-2:] == tuple(part.stop - part.start for part in self.region(tile)[-2:])
-        stored = {dtype: to_stored(values, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
+        by_layer = values if self.grid.num_groups else ()
+        assert len(by_layer) == self.grid.num_groups
+        kernel: FloatArray = functools.reduce(np.add, by_layer) if self.grid.num_groups else np.asarray(values)
+        assert kernel.shape[-2:] == tuple(part.stop - part.start for part in self.region(tile))
+        stored = {dtype: to_stored(kernel, dtype, self.scale_factor(f"ntk_{dtype}")) for dtype in self.manifest.dtypes}
         if "float16" in stored:
-            counts = count_underflow(values, self.scale_factor("ntk_float16"))
+            counts = count_underflow(kernel, self.scale_factor("ntk_float16"))
             self._writer.write(
                 UNDERFLOW, (slice(tile.row, tile.row + 1), slice(tile.col, tile.col + 1)), counts[None, None]
             )
+        dtype = self.manifest.layer_dtype
+        for number, layer in enumerate(by_layer):
+            rounded = to_stored(layer, dtype, self.scale_factor(f"{BY_LAYER}_{dtype}"))
+            self._write_tile(f"{BY_LAYER}_{dtype}", tile, rounded[None], (slice(number, number + 1), ...))
         self.commit_stored(tile, stored)
 
     def commit_stored(self, tile: Tile, stored: Mapping[str, FloatArray]) -> None:
-        """Store one tile whose values are already scaled and rounded to each dtype."""
+        """Store one tile of the kernel whose values are already scaled and rounded to each dtype."""
         for dtype, values in stored.items():
-            self._writer.write(f"ntk_{dtype}", self.region(tile), values)
-            if self._is_mirrored_in(self.manifest.layout) and tile.row != tile.col:
-                self.write_transpose(f"ntk_{dtype}", tile, values)
+            self._write_tile(f"ntk_{dtype}", tile, values)
 
-    def region(self, tile: Tile) -> tuple[slice, ...]:
-        """Return the index ranges of a tile in the kernel arrays."""
+    def region(self, tile: Tile) -> tuple[slice, slice]:
+        """Return the rows and columns of a tile, which are the last two axes of the kernel arrays."""
         m = self.grid.num_outputs
-        rows, cols = self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
-        return (rows, cols) if self.grid.num_planes == 1 else (slice(None), rows, cols)
+        return self.grid.block(tile.row).rows(m), self.grid.col_block(tile.col).rows(m)
 
-    def write_transpose(self, name: str, tile: Tile, values: FloatArray) -> None:
+    def _write_tile(self, name: str, tile: Tile, values: FloatArray, first: Index = (...,)) -> None:
+        """Write a tile, and with the layout `full` its transpose. ``first`` selects along the axes before the rows."""
+        self._writer.write(name, (*first, *self.region(tile)), values)
+        if self._is_mirrored_in(self.manifest.layout) and tile.row != tile.col:
+            self.write_transpose(name, tile, values, first)
+
+    def write_transpose(self, name: str, tile: Tile, values: FloatArray, first: Index = (...,)) -> None:
         """Write the transpose of a tile, which lies below the diagonal, with the same bits."""
-        *planes, rows, cols = self.region(tile)
-        self._writer.write(name, (*planes, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
+        rows, cols = self.region(tile)
+        self._writer.write(name, (*first, cols, rows), np.ascontiguousarray(values.swapaxes(-1, -2)))
 
     def set_manifest(self, manifest: Manifest) -> None:
         """Replace the manifest, in one atomic write."""

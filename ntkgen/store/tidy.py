@@ -38,10 +38,9 @@ def _remove_old_transposes(store: KernelStore) -> None:
     if store.manifest.layout != "upper":
         return
     missing = [Tile(tile.col, tile.row) for tile in store.missing_tiles() if tile.row != tile.col]
-    keys = sorted(key for tile in missing for key in store.chunks_of(tile))
-    for name in (f"ntk_{dtype}" for dtype in store.manifest.dtypes):
-        files = store.folder.sizes(f"{name}/c")
-        for chunk in (f"{name}/c/{'/'.join(map(str, key))}" for key in keys):
+    for array in [array for array in store.arrays() if array.role == "kernel"]:
+        files = store.folder.sizes(f"{array.name}/c")
+        for chunk in (array.file(key) for tile in missing for key in store.chunks_of(array, tile)):
             if chunk in files:
                 store.folder.remove(chunk)
 

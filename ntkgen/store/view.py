@@ -62,7 +62,7 @@ class SymmetricArray:
         *,
         is_upper: bool,
         token: str,
-        plane: int | None = None,
+        place: tuple[int, ...] = (),
         is_complete: bool = False,
         remedy: Remedy | None = None,
     ) -> None:
@@ -72,13 +72,13 @@ class SymmetricArray:
             array: Stored kernel.
             is_upper: Whether only the upper triangle of tiles is stored.
             token: String by which dask identifies the contents.
-            plane: Index of the matrix, if the array holds one per output.
+            place: Position of the matrix along the axes before the rows, if the array holds several.
             is_complete: Whether a missing tile is an error.
             remedy: Place of the store and advice, for error messages. By default they name the place of the array.
         """
         self._array = array
         self._is_complete = is_complete
-        self._plane = plane
+        self._place = place
         self._is_upper = is_upper
         self._token = token
         self._remedy = remedy or Remedy(str(array.store).removeprefix("file://"))
@@ -97,8 +97,8 @@ class SymmetricArray:
         return self.shape[0]
 
     def __dask_tokenize__(self) -> tuple[str, str]:
-        """Identify the contents for dask by the token, the stored dtype and the plane."""
-        return (self._token, f"{self._array.dtype} {self._plane}")
+        """Identify the contents for dask by the token, the name and dtype of the array, and the position in it."""
+        return (self._token, f"{self._array.path} {self._array.dtype} {self._place}")
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:  # noqa: FBT001
         """Read the whole matrix into memory.
@@ -168,8 +168,9 @@ class SymmetricArray:
             DamagedTileError: If the tile is damaged.
             StoreError: If the tile is required and missing.
         """
+        where: Any = (*self._place, *region)
         try:
-            values = np.asarray(self._array[region if self._plane is None else (self._plane, *region)])
+            values = np.asarray(self._array[where])
         except (ValueError, RuntimeError) as error:
             raise DamagedTileError(
                 f"{self._name(tile)} is damaged ({_first_sentence(error)}): expected its chunk file "
@@ -315,7 +316,7 @@ class SymmetricArray:
 
     def _chunk(self, tile: Tile) -> str:
         """Return the path of a tile's file, relative to the store."""
-        return f"{self._array.path}/c/" + "/".join(map(str, tile if self._plane is None else (self._plane, *tile)))
+        return f"{self._array.path}/c/" + "/".join(map(str, (*self._place, *tile)))
 
     def _missing(self, tile: Tile) -> StoreError:
         missing = f"{self._name(tile)} is missing: expected its chunk file {self._chunk(tile)}, found NaN. "

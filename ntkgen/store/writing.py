@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
@@ -13,6 +14,9 @@ from ntkgen.store.schema import writable
 
 if TYPE_CHECKING:
     ZarrArray = zarr.Array[Any]
+
+# A part of an array: a slice for each axis, or `...` for all axes that are not listed.
+Index = tuple[slice | EllipsisType, ...]
 
 # Number of tiles read and written at the same time where nothing is computed. Each is held in memory twice.
 THREADS = 2
@@ -27,7 +31,7 @@ class Writer:
         self._find = find
         self._opened: dict[str, ZarrArray] = {}
 
-    def write(self, name: str, region: tuple[slice, ...], values: npt.NDArray[Any]) -> None:
+    def write(self, name: str, region: Index, values: npt.NDArray[Any]) -> None:
         """Write a region of an array."""
         with zarr.config.set(WRITING):
             if name not in self._opened:
