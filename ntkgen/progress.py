@@ -11,9 +11,9 @@ class Report(Protocol):
     """Called as a stage proceeds, with a note to display.
 
     The stages of a computation are ``training``, ``diagonal`` and ``tiles``. A certificate, which is the measured error
-    bound of a kernel, has the stages ``stored product``, ``exact product`` and ``pairs``. A verification has ``files``
-    and ``recomputed``. Other stages are ``mirrored`` and ``imported``. A stage of the analysis is named after the items
-    that it counts. `ntkgen.cli.progress` has the unit of each stage.
+    bound of a kernel, has the stage ``stored product``, and then ``exact rows``, or ``exact product`` and ``pairs``. A
+    verification has ``files`` and ``recomputed``. Other stages are ``mirrored`` and ``imported``. A stage of the
+    analysis is named after the items that it counts. `ntkgen.cli.progress` has the unit of each stage.
     """
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:

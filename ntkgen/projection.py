@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
+from ntkgen.checks.choice import KernelSize, compares_whole, whole_passes
 from ntkgen.checks.sampling import usual_sampling
 from ntkgen.engine.computation import prepare_kernel
-from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
+from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates, whole_seconds
 from ntkgen.engine.jobs import seconds_at_planned_rate
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.pipeline import PlannedKernel, computation_of
@@ -50,7 +51,10 @@ def duration_of(planned: PlannedKernel) -> Duration:
         if spec.certify and part is None:
             sampling = usual_sampling(spec.output, plan.profile.num_logits)
             chosen = output_map(spec.output, plan.profile.num_logits)
-            seconds = certificate_seconds(kernel.model, kernel.inputs.x, len(kernel.inputs.all), chosen, sampling)
+            if compares_whole(sampling, size := KernelSize.of(plan)):
+                seconds = whole_seconds(kernel.model, kernel.inputs, chosen, whole_passes(size))
+            else:
+                seconds = certificate_seconds(kernel.model, kernel.inputs.x, len(kernel.inputs.all), chosen, sampling)
             duration = dataclasses.replace(duration, certificate=seconds + planned.disk_bytes * rates.read)
     return duration
 

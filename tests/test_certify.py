@@ -410,7 +410,7 @@ def test_the_library_certifies_by_itself_and_can_be_asked_not_to(job, tmp_path):
     again = ntkgen.compute(
         job.module, job.x, store=tmp_path / "k.zarr", report=lambda *report: stages.append(report[0])
     )
-    assert set(stages) == {"stored product", "exact product", "pairs"}
+    assert set(stages) == {"stored product", "exact rows"}
     assert [error.dtype for error in again.manifest.certificate.errors] == ["float16", "float32"]
 
 

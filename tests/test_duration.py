@@ -10,9 +10,10 @@ from zarr.storage import MemoryStore
 
 from ntkgen.checks.sampling import Sampling
 from ntkgen.engine import duration
-from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates
+from ntkgen.engine.duration import Duration, certificate_seconds, kernel_duration, storage_rates, whole_seconds
 from ntkgen.files.folder import LocalFolder
 from ntkgen.files.place import folder_of
+from ntkgen.inputs import Inputs
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.outputs import output_map
 from ntkgen.plan.explain import WorkCount
@@ -64,6 +65,12 @@ def test_a_certificate_takes_a_product_per_probe_and_tries_each_batch_once(outpu
     monkeypatch.setattr(duration, "_timed", lambda run, _, **__: (next(times), run()))
     found = certificate_seconds(model, x, 1000, output_map(output, 3), Sampling(num_probes=5, num_pairs=0))
     assert found == pytest.approx(1000 * (columns * 0.1 + 1.0) / duration.CERTIFIED_SAMPLES)
+
+
+def test_a_whole_comparison_takes_its_counted_passes(job, monkeypatch):
+    monkeypatch.setattr(duration, "_timed", lambda run, _: (0.6, run()))
+    found = whole_seconds(job.module, Inputs(job.x, job.samples), output_map("full", 3), 50.0)
+    assert found == pytest.approx(50 * 0.6 / 3)  # one sample's rows of three outputs were timed
 
 
 def test_a_second_pass_counts_unless_the_first_takes_long(monkeypatch):

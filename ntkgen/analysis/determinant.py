@@ -1,7 +1,7 @@
 """The log-determinant of a kernel and of all its leading principal blocks, exact and out of core.
 
-The certificate of a store is a measured bound on the error E of the stored kernel, with 95 % confidence. An eigenvalue
-below that bound, and its contribution to the log-determinant, may be pure error.
+The certificate of a store is a measured bound on the error E of the stored kernel. An eigenvalue below that bound, and
+its contribution to the log-determinant, may be pure error.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class LogdetAnswer(Answer):
         bytes_read_planned: Number of bytes that the factorisation reads from its own finished tiles.
         factor_bytes: Size of the factor on disk in bytes.
         gflops: Speed of the factorisation by this process in GFLOP/s; None if the factor was complete before.
-        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
+        error_norm: Upper bound on ‖E‖_F, from the certificate of the store; None without one.
         prefixes: Log-determinants of the leading blocks in nats; None unless the settings ask for them.
         prefix_rows: Numbers of rows of these blocks. If all pivots are positive, there is a block for every number of
             rows. Otherwise there are only the blocks that end where a tile of the factor ends.
@@ -231,10 +231,12 @@ def _smallest_eigenvalue(matrix: Matrix, factor: Factor, pivots: FloatArray) -> 
 def warnings_of(matrix: Matrix, pivots: FloatArray, smallest: float | None) -> list[str]:
     """Describe the limits of a log-determinant: low precision, negative eigenvalues, and errors above the smallest."""
     norm, precision = matrix.error_norm, matrix.store.manifest.plan.precision
+    certificate = matrix.store.manifest.certificate
+    confidence = "" if certificate is None or certificate.is_exact else ", with 95 % confidence"
     known = (
         "its error is not known, because it has no certificate (a measured error bound)"
         if norm is None
-        else f"its certificate bounds the error of every eigenvalue by ‖E‖ ≤ {norm:.3g}, with 95 % confidence"
+        else f"its certificate bounds the error of every eigenvalue by ‖E‖ ≤ {norm:.3g}{confidence}"
     )
     warnings = []
     if coarse := [name for name in (matrix.dtype, precision) if name in COARSE]:

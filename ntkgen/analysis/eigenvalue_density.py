@@ -57,7 +57,7 @@ class DensityAnswer(Answer):
         fraction_off_axis: Fraction of the eigenvalues that are negative or indistinguishable from zero.
         resolved_above: Eigenvalue above which the quadrature resolves the density; None if it does so everywhere.
         bandwidth: Standard deviation of the Gaussians in decades.
-        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
+        error_norm: Upper bound on ‖E‖_F, from the certificate of the store; None without one.
         passes: Number of passes over the stored tiles.
     """
 

@@ -92,7 +92,7 @@ class SpectrumAnswer(Answer):
         condition: Condition number λ₁ / λ_N; None if λ_N was not computed or does not exceed its error bound.
         condition_error: Error of the condition number that follows from ``smallest_error``; None without one.
         num_negative: Number of negative eigenvalues; None if it is not known.
-        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store; None without one.
+        error_norm: Upper bound on ‖E‖_F, from the certificate of the store; None without one.
         num_above_error: Number of computed eigenvalues above ``error_norm``; None without a certificate.
         passes: Number of passes over the stored tiles.
         not_positive: Reason why the smallest eigenvalue could not be computed out of core; None otherwise.

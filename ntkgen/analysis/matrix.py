@@ -105,9 +105,10 @@ class Matrix:
 
     @property
     def error_norm(self) -> float | None:
-        """Upper bound on ‖E‖_F with 95 % confidence, where E is the error of the stored kernel.
+        """Upper bound on ‖E‖_F, where E is the error of the stored kernel.
 
-        The bound was measured when the store was certified. It is None without a certificate and for a partial kernel.
+        The bound was measured when the store was certified. It has 95 % confidence, or is ‖E‖_F itself if every entry
+        was compared. It is None without a certificate and for a partial kernel.
         """
         certificate = self.store.manifest.certificate
         errors = () if certificate is None else certificate.errors

@@ -225,8 +225,8 @@ class RegressAnswer(Answer):
             direct methods.
         output: Name of the output map that the kernel was computed with.
         samples: Number of training samples.
-        error_norm: Upper bound on ‖E‖_F with 95 % confidence, from the certificate of the store, in units of the kernel
-            that the regression uses; None without a certificate.
+        error_norm: Upper bound on ‖E‖_F, from the certificate of the store, in units of the kernel that the regression
+            uses; None without a certificate.
         passes: Number of passes over the stored tiles.
         test_accuracy: Fraction of the test samples that are classified correctly; None without test samples.
         test_error: Mean squared error on the test samples; None without test samples.

@@ -1,10 +1,14 @@
-"""The certificate of a finished store: the error of its kernel, measured with random vectors, and an upper bound.
+"""The certificate of a finished store: the error of its kernel, measured, and an upper bound.
 
-Let K̃ be the stored kernel, K the exact kernel, E = K̃ − K, and V a matrix of s Gaussian vectors. K̃ V is computed in one
-pass over the tiles, so that every stored entry contributes. `NTKOperator` computes K V = J (Jᵀ V) in float64, without
-the factors that the tiles are computed from. ‖E V‖_F / √s is an estimate of ‖E‖_F. The same estimate for each block of
-samples locates an error. In addition, the kernel entries of random pairs of samples are computed with the reference,
-and the largest error of these entries is reported.
+Let K̃ be the stored kernel, K the exact kernel, and E = K̃ − K. If it does not cost more (`choice.py`), the whole K is
+computed in float64, row by row, and ‖E‖_F is exact. The network is run on each sample alone, without the factors that
+the tiles are computed from.
+
+For larger kernels ‖E‖_F is estimated with a matrix V of s Gaussian vectors. K̃ V is computed in one pass over the tiles,
+so that every stored entry contributes. `NTKOperator` computes K V = J (Jᵀ V) in float64, also without those factors.
+‖E V‖_F / √s is an estimate of ‖E‖_F. The same estimate for each block of samples locates an error. In addition, the
+kernel entries of random pairs of samples are computed with the reference, and the largest error of these entries is
+reported.
 
 A store of the output `diagonal` has one matrix per output. All are multiplied with the same V, as one tall matrix. Its
 Frobenius norm is that of all matrices together.
@@ -12,6 +16,7 @@ Frobenius norm is that of all matrices together.
 
 import dataclasses
 import time
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,9 +24,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ntkgen.checks.judgement import norm_of, stored_error
-from ntkgen.checks.pairs import Pairs, ReferenceRows, kernels_of, max_pair_errors
+from ntkgen.checks.choice import KernelSize, compares_whole
+from ntkgen.checks.judgement import Comparison, stored_error
+from ntkgen.checks.pairs import KeptRows, Pairs, kernels_of, max_pair_errors
+from ntkgen.checks.rows import ExactRows
 from ntkgen.checks.sampling import USUAL_SAMPLING, Sampling, usual_sampling
+from ntkgen.checks.whole import whole_kernel
 from ntkgen.errors import FingerprintError, ModelError, ShapeError, StoreError
 from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.inputs import Inputs
@@ -47,16 +55,17 @@ def certify(
 ) -> Certificate:
     """Compare a finished store with the exact kernel of a network and its samples.
 
-    Costs one pass over the tiles per store dtype, about s forward and 2 s backward passes per sample in float64 (m
-    times as many for the outputs `trace` and `diagonal`), and one backward pass per row of a sampled pair. Errors below
-    about 10⁻¹⁵ ‖K‖_F are rounding errors of the operator. If the device of the module has no float64 (mps), the exact
-    products are computed on the CPU.
+    Costs one pass over the tiles per store dtype, and the passes that `choice.py` counts: for random vectors about s
+    forward and 2 s backward passes per sample in float64 (m times as many for the outputs `trace` and `diagonal`), and
+    one backward pass per row of a sampled pair; for the whole kernel one backward pass per row. Errors below about
+    10⁻¹⁵ ‖K‖_F are rounding errors of the exact kernel. If the device of the module has no float64 (mps), the exact
+    kernel is computed on the CPU.
 
     Args:
         store: Finished store. Its manifest names the output map of the kernel.
         model: Network of the kernel.
         inputs: Samples of the kernel, in the store's order.
-        sampling: Numbers of random vectors and of pairs, and their seed.
+        sampling: Numbers of random vectors and of pairs, their seed, and whether the whole kernel may be compared.
         report: Function that is called as the stages proceed.
 
     Returns:
@@ -68,30 +77,74 @@ def certify(
         ShapeError: If the numbers of samples or outputs differ from those of the store.
     """
     started = time.monotonic()
-    grid, dtypes = store.grid, store.manifest.dtypes
     require_finished(store)
     require_model(store, model)
-    chosen = output_map(store.manifest.output, store.manifest.plan.profile.num_logits)
-    exact = exact_operator(model, inputs.x, inputs.against, chosen.matrix)
-    _check_size(store, chosen, exact, inputs)
-    V = draw_probes(grid.num_cols, sampling)
-    num_tiles = sum(len(kernel.tiles()) for dtype in dtypes for kernel in kernels_of(store, dtype))
-    step = counter(report, "stored product", 0, num_tiles)
-    stored = {dtype: stored_product(store, dtype, V, step) for dtype in dtypes}
-    KV = exact_product(exact, chosen, V, report)
-    pairs = Pairs.draw(store, chosen, exact.num_outputs, sampling)
-    pair_errors = max_pair_errors(store, pairs, ReferenceRows.of(model, inputs, chosen, exact), report)
-    errors = tuple(stored_error(store, dtype, stored[dtype] - KV, KV, pair_errors[dtype]) for dtype in dtypes)
-    return Certificate(
-        sampling.num_probes,
-        len(pairs.places),
-        sampling.seed,
-        norm_of(KV),
-        errors,
-        exact_dtype=str(exact.dtype).removeprefix("torch."),
-        num_pair_outputs=pairs.num_outputs,
-        seconds=time.monotonic() - started,
-    )
+    plan = store.manifest.plan
+    comparer = _Comparer(store, model, inputs, output_map(store.manifest.output, plan.profile.num_logits), report)
+    is_whole = compares_whole(sampling, KernelSize.of(plan))
+    made = comparer.whole() if is_whole else comparer.sampled(sampling)
+    return dataclasses.replace(made, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Comparer:
+    """A stored kernel, and the network and the samples of the exact one."""
+
+    store: KernelStore
+    model: nn.Module
+    inputs: Inputs
+    chosen: OutputMap
+    report: Report
+
+    def whole(self) -> Certificate:
+        """Compare every entry."""
+        store = self.store
+        exact = ExactRows.of(self.model, self.inputs, self.chosen)
+        _check_size(store, exact.num_logits, self.inputs)
+        identity, step = np.eye(store.grid.num_cols), self._counter()
+        stored = {dtype: stored_product(store, dtype, identity, step) for dtype in store.manifest.dtypes}
+        kernel = whole_kernel(exact, self.chosen.reduction, self.report)
+        errors = (
+            stored_error(store, dtype, Comparison(values - kernel.values, kernel.values, kernel.max_error(values)))
+            for dtype, values in stored.items()
+        )
+        return Certificate(
+            num_probes=0,
+            num_pairs=store.grid.num_samples * (store.grid.num_col_samples or store.grid.num_samples),
+            seed=0,
+            kernel_norm=float(np.linalg.norm(kernel.values)),
+            errors=tuple(errors),
+            exact_dtype=exact.dtype_name,
+            comparison="whole kernel",
+        )
+
+    def sampled(self, sampling: Sampling) -> Certificate:
+        """Compare products with random vectors, and the entries of some pairs of samples."""
+        store, chosen, dtypes = self.store, self.chosen, self.store.manifest.dtypes
+        exact = exact_operator(self.model, self.inputs.x, self.inputs.against, chosen.matrix)
+        _check_size(store, exact.num_outputs if chosen.matrix is None else chosen.matrix.shape[1], self.inputs)
+        V, step = draw_probes(store.grid.num_cols, sampling), self._counter()
+        stored = {dtype: stored_product(store, dtype, V, step) for dtype in dtypes}
+        KV = exact_product(exact, chosen, V, self.report)
+        pairs = Pairs.draw(store, chosen, exact.num_outputs, sampling)
+        dtype_name = str(exact.dtype).removeprefix("torch.")
+        rows = KeptRows(ExactRows.in_precision(self.model, self.inputs, chosen, dtype_name), chosen.reduction)
+        pair_errors = max_pair_errors(store, pairs, rows, self.report)
+        found = {dtype: Comparison(stored[dtype] - KV, KV, pair_errors[dtype], sampling.num_probes) for dtype in dtypes}
+        return Certificate(
+            num_probes=sampling.num_probes,
+            num_pairs=len(pairs.places),
+            seed=sampling.seed,
+            kernel_norm=found[dtypes[0]].norm_of(KV),
+            errors=tuple(stored_error(store, dtype, found[dtype]) for dtype in dtypes),
+            exact_dtype=dtype_name,
+            num_pair_outputs=pairs.num_outputs,
+        )
+
+    def _counter(self) -> Step:
+        """Count the tiles of all store dtypes."""
+        kernels = (kernel for dtype in self.store.manifest.dtypes for kernel in kernels_of(self.store, dtype))
+        return counter(self.report, "stored product", 0, sum(len(kernel.tiles()) for kernel in kernels))
 
 
 def exact_operator(
@@ -168,14 +221,13 @@ def require_model(store: KernelStore, model: nn.Module) -> None:
         )
 
 
-def _check_size(store: KernelStore, chosen: OutputMap, exact: NTKOperator, inputs: Inputs) -> None:
-    grid, (rows, cols) = store.grid, inputs.counts
-    outputs = grid.num_outputs if chosen.reduction == "none" else store.manifest.plan.profile.num_logits
-    expected = (grid.num_samples, grid.num_col_samples, outputs)
-    if expected != (rows, cols, exact.num_outputs):
+def _check_size(store: KernelStore, num_logits: int, inputs: Inputs) -> None:
+    grid, found = store.grid, (*inputs.counts, num_logits)
+    expected = (grid.num_samples, grid.num_col_samples, store.manifest.plan.profile.num_logits)
+    if expected != found:
         wanted, given = (
             f"{n}{'' if other is None else f' against {other}'} samples × {m} outputs"
-            for n, other, m in (expected, (rows, cols, exact.num_outputs))
+            for n, other, m in (expected, found)
         )
         raise ShapeError(
             f"The samples or outputs do not fit the store at {store.name}: expected {wanted}, found {given}. Are these "

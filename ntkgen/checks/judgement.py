@@ -1,7 +1,10 @@
 """Judgement of a stored kernel: the size of its error, and the blocks of samples whose error rounding cannot explain.
 
-Its input is the product of the error matrix with random vectors, and that of the exact kernel.
+Its input is the error matrix and the exact kernel, or their products with random vectors.
 """
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,41 +29,49 @@ SMALL_PRODUCT = 1e-3
 FloatArray = npt.NDArray[np.float64]
 
 
-def norm_of(product: FloatArray) -> float:
-    """Estimate ‖A‖_F from A V by ‖A V‖_F / √s, whose square has the mean ‖A‖²_F."""
-    return float(np.linalg.norm(product) / np.sqrt(product.shape[-1]))
+@dataclass(frozen=True)
+class Comparison:
+    """The error E of a stored kernel and the exact kernel K, as matrices or as products with random vectors V.
+
+    Attributes:
+        error: E V, or E itself.
+        kernel: K V, or K itself.
+        max_entry_error: Largest |E_rc| / √(K_rr K_cc) of the entries that were compared.
+        num_probes: Number of random vectors. Zero stands for the matrices themselves.
+    """
+
+    error: FloatArray  # (planes, rows, probes or columns)
+    kernel: FloatArray  # (planes, rows, probes or columns)
+    max_entry_error: float
+    num_probes: int = 0
+
+    def norm_of(self, product: FloatArray) -> float:
+        """Compute ‖A‖_F, or estimate it from A V by ‖A V‖_F / √s, whose square has the mean ‖A‖²_F."""
+        return float(np.linalg.norm(product)) / math.sqrt(self.num_probes or 1)
+
+    def sample_norms(self, grid: TileGrid, product: FloatArray) -> list[FloatArray]:  # (samples,) for each block
+        """Compute or estimate ‖A_i‖_F for the rows of each sample i, block by block."""
+        by_sample = product.reshape(grid.num_planes, grid.num_samples, -1)
+        norms = np.linalg.norm(by_sample, axis=(0, 2)) / math.sqrt(self.num_probes or 1)
+        return [norms[block.start : block.stop] for block in map(grid.block, range(grid.num_blocks))]
 
 
-def sample_norms(
-    grid: TileGrid,
-    product: FloatArray,  # (planes, rows, probes)
-) -> list[FloatArray]:  # (samples,) for each block
-    """Estimate ‖A_i‖_F for the rows of each sample i, block by block."""
-    by_sample = product.reshape(grid.num_planes, grid.num_samples, -1)
-    norms = np.linalg.norm(by_sample, axis=(0, 2)) / np.sqrt(product.shape[-1])
-    return [norms[block.start : block.stop] for block in map(grid.block, range(grid.num_blocks))]
-
-
-def stored_error(
-    store: KernelStore,
-    dtype: str,
-    EV: FloatArray,  # (planes, rows, probes)
-    KV: FloatArray,  # (planes, rows, probes)
-    max_pair_error: float,
-) -> StoredError:
-    """Compute the error of one store dtype from E V and K V."""
-    error, norm = norm_of(EV), norm_of(KV) or 1.0  # if the kernel is zero, the error is absolute
-    bound = upper_bound(error, EV.shape[-1])
-    suspicious, exceeding = _wrong_blocks(store, dtype, sample_norms(store.grid, EV), sample_norms(store.grid, KV))
+def stored_error(store: KernelStore, dtype: str, found: Comparison) -> StoredError:
+    """Compute the error of one store dtype from its comparison with the exact kernel."""
+    size = found.norm_of(found.kernel)
+    error, norm = found.norm_of(found.error), size or 1.0  # if the kernel is zero, the error is absolute
+    bound = upper_bound(error, found.num_probes) if found.num_probes else error
+    errors, kernels = (found.sample_norms(store.grid, product) for product in (found.error, found.kernel))
+    suspicious, exceeding = _wrong_blocks(store, dtype, errors, kernels)
     return StoredError(
         dtype=dtype,
         error=error,
         bound=bound,
         relative_error=error / norm,
         relative_bound=bound / norm,
-        allowed=_allowed(store, dtype, norm_of(KV)) / norm,
-        max_pair_error=max_pair_error,
-        block_errors=tuple(map(_combined_norm, sample_norms(store.grid, EV))),
+        allowed=_allowed(store, dtype, size) / norm,
+        max_pair_error=found.max_entry_error,
+        block_errors=tuple(map(_combined_norm, errors)),
         suspicious=suspicious,
         exceeding=exceeding,
     )

@@ -9,17 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ntkgen.blocks import Block
+from ntkgen.checks.rows import ExactRows
 from ntkgen.checks.sampling import Sampling
-from ntkgen.inputs import Inputs
-from ntkgen.jacobian.evaluation import as_input, evaluation_copy
-from ntkgen.jacobian.operator import NTKOperator
+from ntkgen.jacobian.cost import Reduction
 from ntkgen.jacobian.outputs import OutputMap
-from ntkgen.jacobian.precision import exact_arithmetic, widen
-from ntkgen.jacobian.reals import count_real_numbers
-from ntkgen.jacobian.reference import sampled_rows, trainable
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.store import KernelStore
 from ntkgen.store.view import SymmetricArray
@@ -94,38 +90,35 @@ class Pairs:
 
 
 @dataclass
-class ReferenceRows:
-    """Rows of the Jacobian of A f for the row and column samples of a kernel. The most recent rows are kept."""
+class KeptRows:
+    """Exact rows of the samples of pairs. The most recently used rows are kept."""
 
-    module: nn.Module
-    sides: tuple[Tensor, Tensor]  # (n₁, …), (n₂, …)
-    matrix: Tensor  # (outputs, logits)
-    reduction: str
-    at_once: int  # number of rows computed at the same time for one sample
+    exact: ExactRows
+    reduction: Reduction
     _kept: dict[tuple[int, int, tuple[int, ...]], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Inputs, chosen: OutputMap, exact: NTKOperator) -> "ReferenceRows":
-        """Prepare a network in the dtype and on the device of the operator."""
-        module = evaluation_copy(model, exact.dtype, exact.device)
-        columns = inputs.x if inputs.against is None else inputs.against
-        matrix = (
-            torch.eye(exact.num_outputs, dtype=torch.float64, device="cpu") if chosen.matrix is None else chosen.matrix
-        )
-        at_once = affordable_outputs(count_real_numbers(trainable(module).values()))
-        return cls(module, (inputs.x, columns), matrix.to(exact.device, exact.dtype), chosen.reduction, at_once)
 
     def rows(self, side: int, sample: int, outputs: tuple[int, ...]) -> Tensor:  # (outputs, params), float64
         """Return the rows of some outputs of one sample, computed now or kept from before."""
-        place = (0 if self.sides[0] is self.sides[1] else side, sample, outputs)
-        if place not in self._kept:
-            x = as_input(self.sides[side][sample], self.matrix.dtype, self.matrix.device)
-            with exact_arithmetic(self.matrix.device):
-                rows = widen(sampled_rows(self.module, x, self.matrix[list(outputs)]))
-            while self._kept and (len(self._kept) + 1) * rows.nbytes > MAX_KEPT_BYTES:
-                del self._kept[next(iter(self._kept))]
-            self._kept[place] = rows
-        return self._kept[place]
+        sides = self.exact.sides
+        place = (0 if sides[0] is sides[1] else side, sample, outputs)
+        rows = self._kept.pop(place, None)
+        if rows is None:
+            rows = self._memory(len(outputs))
+            self.exact.fill(rows, sides[side][sample], outputs, list(self.exact.params.values()))
+        self._kept[place] = rows  # at the end, because the first rows are the next to be forgotten
+        return rows
+
+    def _memory(self, count: int) -> Tensor:  # (count, params)
+        """Return memory for rows: that of forgotten rows, or new memory, which takes longer than the passes.
+
+        The rows that were returned last are still in use, and their memory is not given away.
+        """
+        num_bytes = 8 * count * self.exact.num_params
+        while self._kept and (len(self._kept) + 1) * num_bytes > MAX_KEPT_BYTES:
+            forgotten = self._kept.pop(next(iter(self._kept)))
+            if self._kept and len(forgotten) >= count:
+                return forgotten[:count]
+        return self.exact.empty(count, self.exact.num_params)
 
     def entries(
         self, pair: tuple[int, int], outputs: tuple[tuple[int, ...], tuple[int, ...]]
@@ -134,19 +127,28 @@ class ReferenceRows:
         if self.reduction == "trace":
             return self._trace(pair, outputs[0])
         left, right = (self.rows(side, pair[side], outputs[side]) for side in (0, 1))
-        a, b = left.square().sum(1), right.square().sum(1)
+        a, b = (torch.linalg.vector_norm(rows, dim=1) for rows in (left, right))
         if self.reduction == "diagonal":
-            values, scale = (left * right).sum(1)[:, None, None], (a * b).sqrt()[:, None, None]
+            values, scale = _inner_products(left, right)[:, None, None], (a * b)[:, None, None]
         else:
-            values, scale = (left @ right.T)[None], torch.outer(a, b).sqrt()[None]
+            values, scale = (left @ right.T)[None], torch.outer(a, b)[None]
         return values.cpu().numpy(), scale.cpu().numpy()
 
     def _trace(self, pair: tuple[int, int], outputs: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
         sums = np.zeros(3)
-        for at in range(0, len(outputs), self.at_once):
-            left, right = (self.rows(side, pair[side], outputs[at : at + self.at_once]) for side in (0, 1))
-            sums += [float((a * b).sum()) for a, b in ((left, right), (left, left), (right, right))]
+        at_once = affordable_outputs(self.exact.num_params)
+        for at in range(0, len(outputs), at_once):
+            left, right = (self.rows(side, pair[side], outputs[at : at + at_once]) for side in (0, 1))
+            sums += [float(_inner_products(a, b).sum()) for a, b in ((left, right), (left, left), (right, right))]
         return np.full((1, 1, 1), sums[0]), np.full((1, 1, 1), np.sqrt(sums[1] * sums[2]))
+
+
+def _inner_products(
+    left: Tensor,  # (rows, params)
+    right: Tensor,  # (rows, params)
+) -> Tensor:  # (rows,)
+    """Multiply each row with the row of the same number, without a product of all entries in memory."""
+    return torch.stack([torch.dot(a, b) for a, b in zip(left, right, strict=True)])
 
 
 def mapped_kernel(
@@ -177,7 +179,7 @@ def kernels_of(store: KernelStore, dtype: str) -> list[SymmetricArray]:
 
 
 def max_pair_errors(
-    store: KernelStore, pairs: Pairs, reference: ReferenceRows, report: Report = ignore_report
+    store: KernelStore, pairs: Pairs, reference: KeptRows, report: Report = ignore_report
 ) -> dict[str, float]:
     """Find the largest |K̃_rc − K_rc| / √(K_rr K_cc) of the sampled entries, for each store dtype."""
     kernels = {dtype: kernels_of(store, dtype) for dtype in store.manifest.dtypes}

@@ -8,11 +8,19 @@ from ntkgen.errors import InputError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sizes of the random sample of a certificate: Gaussian vectors, pairs of samples, and the seed of both."""
+    """The random sample of a certificate.
+
+    Attributes:
+        num_probes: Number of Gaussian vectors.
+        num_pairs: Number of pairs of samples.
+        seed: Seed of both.
+        or_whole: Whether the whole kernel is compared instead if that does not cost more.
+    """
 
     num_probes: int = 10
     num_pairs: int = 16
     seed: int = 0
+    or_whole: bool = False
 
     def __post_init__(self) -> None:
         """Refuse invalid numbers.
@@ -29,10 +37,10 @@ class Sampling:
 
 
 # Sampling of a kernel with the output `full`.
-USUAL_SAMPLING = Sampling()
+USUAL_SAMPLING = Sampling(or_whole=True)
 # Sampling of a kernel with the output `trace` or `diagonal`. A probe costs m times as much there. Fewer probes make
 # the ratio of bound and estimate larger.
-REDUCED_SAMPLING = Sampling(num_probes=3)
+REDUCED_SAMPLING = Sampling(num_probes=3, or_whole=True)
 # Maximum number of backward passes for the sampled pairs of a `trace` kernel. Each of its entries needs all m outputs
 # of both samples.
 TRACE_PASSES = 512
@@ -42,7 +50,7 @@ def usual_sampling(output: str, num_logits: int) -> Sampling:
     """Choose the default sampling of a certificate for the kernel of an output map.
 
     >>> usual_sampling("full", 1000).num_pairs, usual_sampling("trace", 10).num_pairs, usual_sampling("trace", 1000)
-    (16, 16, Sampling(num_probes=3, num_pairs=1, seed=0))
+    (16, 16, Sampling(num_probes=3, num_pairs=1, seed=0, or_whole=True))
     """
     if output == "trace":
         num_pairs = max(1, min(REDUCED_SAMPLING.num_pairs, TRACE_PASSES // (2 * num_logits)))

@@ -11,6 +11,7 @@ _UNITS = {
     "tiles": "tiles",
     "stored product": "tiles",
     "exact product": "batches",
+    "exact rows": "samples",
     "pairs": "pairs",
     "files": "files",
     "recomputed": "tiles",

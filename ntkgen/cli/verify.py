@@ -59,13 +59,15 @@ SHOWN = 20
     "--probes",
     "num_probes",
     type=int,
-    help="Number of random vectors of a certificate [10; 3 for the output maps trace and diagonal].",
+    help="Number of random vectors of a certificate [10; 3 for the output maps trace and diagonal; none if comparing "
+    "every entry does not cost more].",
 )
 @click.option(
     "--pairs",
     "num_pairs",
     type=int,
-    help="Number of pairs of samples of a certificate [16; fewer for the trace of many outputs].",
+    help="Number of pairs of samples of a certificate [16; fewer for the trace of many outputs; all if comparing every "
+    "entry does not cost more].",
 )
 @seed_option("Seed of the random tiles, vectors and pairs.")
 @json_option("store")
@@ -92,7 +94,9 @@ def verify(
     def sampling_of(output: str, num_logits: int) -> Sampling:
         usual = usual_sampling(output, num_logits)
         given = {"num_probes": num_probes, "num_pairs": num_pairs, "seed": options["seed"]}
-        return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
+        chosen = {name: value for name, value in given.items() if value is not None}
+        is_random = num_probes is not None or num_pairs is not None
+        return dataclasses.replace(usual, **chosen, or_whole=not is_random)
 
     sampling_of("full", 1)  # refuses impossible numbers before any file is read
     request, exit_code = _Request(sampling_of, **options), 0

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.checks.certify import exact_operator
+from ntkgen.checks.pairs import affordable_outputs
+from ntkgen.checks.rows import ExactRows
 from ntkgen.checks.sampling import Sampling
 from ntkgen.files.folder import Folder, LocalFolder
+from ntkgen.inputs import Inputs
 from ntkgen.jacobian.compute import compute_factors
 from ntkgen.jacobian.contract import contract
 from ntkgen.jacobian.network import Network
@@ -95,7 +98,7 @@ def certificate_seconds(
     chosen: OutputMap,
     sampling: Sampling,
 ) -> float:
-    """Project the duration of a certificate of ``num_samples`` samples by timing one product with a few samples."""
+    """Project the duration of a certificate by random vectors, by timing one product with a few samples."""
     few = x[:CERTIFIED_SAMPLES]
     exact = exact_operator(model, few, transform=chosen.matrix)
     v = torch.ones(exact.shape[1], dtype=exact.dtype, device=exact.device)
@@ -104,6 +107,15 @@ def certificate_seconds(
     columns = sampling.num_probes * (1 if chosen.reduction == "none" else exact.num_outputs)
     per_sample = (columns * product + max(0.0, first - product)) / len(few)
     return num_samples * per_sample + sampling.num_pairs * (exact.num_outputs + 1) * product / len(few)
+
+
+def whole_seconds(model: nn.Module, inputs: Inputs, chosen: OutputMap, passes: float) -> float:
+    """Project the duration of a certificate that compares the whole kernel, by timing the passes of one sample."""
+    exact = ExactRows.of(model, inputs, chosen)
+    outputs = range(min(len(exact.matrix), affordable_outputs(exact.num_params)))
+    rows, params = exact.empty(len(outputs), exact.num_params), list(exact.params.values())
+    seconds, _ = _timed(lambda: exact.fill(rows, inputs.x[0], outputs, params), exact.matrix.device)
+    return passes * seconds / len(outputs)
 
 
 @dataclass(frozen=True)

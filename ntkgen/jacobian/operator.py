@@ -113,7 +113,7 @@ class NTKOperator:
         self.dtype, self.device = network.precision.compute_dtype, network.device
         self._module, self._num_params = network.module, network.profile.num_params
         self._transform = None if transform is None else self._floats(transform)
-        _check_transform(self._transform, network.profile.num_outputs)
+        require_fitting(self._transform, network.profile.num_outputs)
         self.num_outputs = network.profile.num_outputs if self._transform is None else len(self._transform)
         # gradients that are scaled by the frequency of a token are correct only for batches of one sample
         is_alone = any(table.scale_grad_by_freq for table in embedding_tables(self._module))
@@ -296,16 +296,21 @@ def _in_numpy(product: Callable[[Tensor], Tensor], values: npt.NDArray[Any]) -> 
 
 def _prepared(given: Given, precision: str) -> Network:
     samples = in_turns(given.rows, given.columns)
-    return prepare(given.model, samples, policy(precision), _device(given.model, precision))
+    return prepare(given.model, samples, policy(precision), device_for(given.model, precision))
 
 
-def _device(model: nn.Module, precision: str) -> torch.device:
-    """Choose the device of the module, or the CPU if that device has no float64."""
+def device_for(model: nn.Module, precision: str) -> torch.device:
+    """Choose the device of the module, or the CPU if the precision is float64 and that device has none."""
     device = next((param.device for param in model.parameters()), torch.device("cpu"))
     return torch.device("cpu") if device.type == "mps" and precision == "float64" else device
 
 
-def _check_transform(transform: Tensor | None, num_logits: int) -> None:
+def require_fitting(transform: Tensor | None, num_logits: int) -> None:
+    """Refuse a matrix A of outputs A f that does not fit the network.
+
+    Raises:
+        ShapeError: If it is not (outputs, logits).
+    """
     if transform is not None and (transform.ndim != 2 or transform.shape[1] != num_logits or not len(transform)):
         raise ShapeError(
             f"The transform does not fit the network: expected (outputs, {num_logits}), one column per logit, found "

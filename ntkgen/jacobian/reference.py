@@ -43,39 +43,48 @@ def jacobian_rows(
     """
     by_name = dict(module.named_parameters())
     selected = [by_name[name] for name in params]
-    rows = []
-    for sample in x:
+    rows = x.new_empty(0)
+    for index, sample in enumerate(x):
         outputs = outputs_of(module, sample[None])[0]
-        rows.append(torch.stack([_row(output, selected) for output in outputs]))
-    return torch.stack(rows)
+        if index == 0:
+            rows = selected[0].real.new_empty(len(x), len(outputs), count_real_numbers(selected))
+        _differentiate(outputs, selected, rows[index])
+    return rows
 
 
-def _row(
-    output: Tensor,  # ()
-    params: Sequence[Tensor],
-) -> Tensor:  # (params,)
-    """Differentiate one output of one sample. Parameters that it does not depend on get zeros."""
-    grads: Sequence[Tensor | None] = [None] * len(params)
-    if output.requires_grad:
-        grads = torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
-    pairs = zip(params, grads, strict=True)
-    return torch.cat(
-        [real_numbers(torch.zeros_like(p) if grad is None else grad.to_dense()) for p, grad in pairs]
-    ).detach()
-
-
-def sampled_rows(
+def fill_rows(
+    rows: Tensor,  # (rows, params)
     module: nn.Module,
+    params: Sequence[Tensor],
     sample: Tensor,
     cotangents: Tensor,  # (rows, outputs)
-) -> Tensor:  # (rows, params)
-    """Form the Jacobian rows of vᵀ f of one sample, with one backward pass per v. Complex numbers count as two."""
-    params = [param for param in module.parameters() if param.requires_grad]
-    outputs = outputs_of(module, sample[None])[0]
-    return torch.stack([_row(outputs @ v, params) for v in cotangents])
+) -> None:
+    """Form the Jacobian rows of vᵀ f of one sample, with one backward pass per v. Complex numbers count as two.
+
+    The caller provides the memory of the rows, because new memory for each sample takes longer than the passes.
+    """
+    _differentiate(cotangents @ outputs_of(module, sample[None])[0], params, rows)
 
 
-def _groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str, Tensor]]:
+def _differentiate(
+    outputs: Tensor,  # (outputs,)
+    params: Sequence[Tensor],
+    rows: Tensor,  # (outputs, params)
+) -> None:
+    """Write the gradients of the outputs of one sample. Parameters that an output does not depend on get zeros."""
+    sizes = [count_real_numbers([param]) for param in params]
+    for row, output in zip(rows, outputs, strict=True):
+        grads: Sequence[Tensor | None] = [None] * len(params)
+        if output.requires_grad:
+            grads = torch.autograd.grad(output, params, retain_graph=True, allow_unused=True)
+        for part, grad in zip(row.split(sizes), grads, strict=True):
+            if grad is None:
+                part.zero_()
+            else:
+                part.copy_(real_numbers(grad.detach().to_dense()))
+
+
+def parameters_in_groups(params: Mapping[str, Tensor], max_numbers: int) -> Iterator[dict[str, Tensor]]:
     """Cut the parameters, in order, into groups of at most ``max_numbers`` scalars. A larger one has its own group."""
     group: dict[str, Tensor] = {}
     for name, param in params.items():
@@ -121,7 +130,7 @@ def _reference(given: Given, max_bytes: int) -> Tensor:
         require_own_parameters(outputs, given.model)
         num_outputs = outputs.shape[1]
         kernel = torch.zeros(len(left) * num_outputs, len(right) * num_outputs, dtype=torch.float64, device=device)
-        for group in _groups(trainable(module), max_bytes // (8 * samples * num_outputs)):
+        for group in parameters_in_groups(trainable(module), max_bytes // (8 * samples * num_outputs)):
             rows = jacobian_rows(module, group, left).flatten(0, 1)
             columns = rows if given.columns is None else jacobian_rows(module, group, right).flatten(0, 1)
             kernel.addmm_(rows, columns.T)

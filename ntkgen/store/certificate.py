@@ -4,15 +4,16 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from ntkgen.plan.tiles import Tile, TileGrid
 
 Record = TypeVar("Record", "StoredError", "Certificate")
+Compared = Literal["random vectors", "whole kernel"]
 
-# Confidence of every upper bound.
+# Confidence of the upper bounds of an estimated error.
 CONFIDENCE = 0.95
 # Largest relative change of a number by rounding to a store dtype, in the range of its normal numbers.
 UNIT_ROUNDOFF = {"float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
@@ -58,16 +59,19 @@ def allowed_error(precision: str, dtype: str, *, ratio: float = 1.0) -> float:
 class StoredError:
     """The error of the kernel in one store dtype. E is the stored kernel minus the exact kernel K.
 
+    If the whole kernel was compared, the norms are exact. If random vectors were used, they are estimates.
+
     Attributes:
         dtype: Store dtype.
-        error: Estimate of ‖E‖_F, the square root of the sum of the squared errors of all entries.
-        bound: Upper bound of ‖E‖_F with 95 % confidence. It also bounds the error of every eigenvalue, and of every
-            singular value of a rectangular kernel: |λ̃ − λ| ≤ ‖E‖₂ ≤ ‖E‖_F (Weyl).
-        relative_error: `error` divided by the estimate of ‖K‖_F.
-        relative_bound: `bound` divided by the estimate of ‖K‖_F.
+        error: ‖E‖_F, the square root of the sum of the squared errors of all entries.
+        bound: Upper bound of ‖E‖_F: with 95 % confidence for an estimate, otherwise `error` itself. It also bounds the
+            error of every eigenvalue, and of every singular value of a rectangular kernel: |λ̃ − λ| ≤ ‖E‖₂ ≤ ‖E‖_F
+            (Weyl).
+        relative_error: `error` divided by ‖K‖_F.
+        relative_bound: `bound` divided by ‖K‖_F.
         allowed: Largest relative error that the precision policy and the store dtype explain.
-        max_pair_error: Largest |E_rc| / √(K_rr K_cc) of the sampled entries.
-        block_errors: Estimate of ‖E_b‖_F for the rows of each block of samples. Their squares add up to `error`².
+        max_pair_error: Largest |E_rc| / √(K_rr K_cc) of the compared entries.
+        block_errors: ‖E_b‖_F for the rows of each block of samples. Their squares add up to `error`².
         suspicious: Blocks whose error is much larger than that of the others. `suspicious_blocks` has the rule.
         exceeding: Blocks whose error, relative to the size of their rows, is larger than the policy explains.
     """
@@ -103,14 +107,16 @@ class Certificate:
     """The measured error of a finished kernel for each store dtype, and the size of the random sample behind it.
 
     Attributes:
-        num_probes: Number of Gaussian vectors.
-        num_pairs: Number of sampled pairs of samples.
+        num_probes: Number of Gaussian vectors; zero if the whole kernel was compared.
+        num_pairs: Number of compared pairs of samples.
         seed: Seed of the Gaussian vectors and of the pairs.
-        kernel_norm: Estimate of ‖K‖_F.
+        kernel_norm: ‖K‖_F, exact or estimated as the errors are.
         errors: Error of each store dtype, in the store's order.
         exact_dtype: Dtype in which the exact kernel was computed. It is float64, or float32 where the network cannot be
             run in float64. Rounding in float32 is then part of the errors.
         num_pair_outputs: Number of outputs compared for each sample of a pair. None means all.
+        comparison: ``whole kernel`` if every entry was compared, so that the errors are exact. ``random vectors`` if
+            the errors are estimates. Certificates of earlier versions are of this kind.
         seconds: Duration of the measurement. It is only printed. It is neither compared nor stored, so that equal runs
             give equal bytes.
 
@@ -125,6 +131,7 @@ class Certificate:
     errors: tuple[StoredError, ...]
     exact_dtype: str = "float64"
     num_pair_outputs: int | None = None
+    comparison: Compared = "random vectors"
     seconds: float = dataclasses.field(default=0.0, compare=False)
     # The values that it was read from. `dataclasses.replace` does not copy them, because it makes another certificate.
     _read_from: Mapping[str, Any] | None = dataclasses.field(default=None, init=False, compare=False, repr=False)
@@ -135,18 +142,23 @@ class Certificate:
         return all(error.is_good for error in self.errors)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every entry was compared, so that the errors are exact and not estimates."""
+        return self.comparison == "whole kernel"
+
+    @property
     def bad_pairs_below(self) -> float:
-        """Bound the fraction of pairs whose error is larger than that of every sampled pair, as `bad_fraction` does.
+        """Bound the fraction of pairs whose error is larger than that of every compared pair, as `bad_fraction` does.
 
         Where outputs were sampled too, the fraction counts the sampled outputs only.
         """
-        return bad_fraction(self.num_pairs)
+        return 0.0 if self.is_exact else bad_fraction(self.num_pairs)
 
     def to_json(self) -> dict[str, Any]:
         """Convert to dictionaries, lists, strings, and numbers rounded to three digits."""
         if self._read_from is not None:
             return dict(self._read_from)
-        names = ("num_probes", "num_pairs", "seed", "exact_dtype", "num_pair_outputs")
+        names = ("num_probes", "num_pairs", "seed", "exact_dtype", "num_pair_outputs", "comparison")
         kept = {name: getattr(self, name) for name in names}
         errors = [{name: _plain(name, value) for name, value in vars(error).items()} for error in self.errors]
         return {**kept, "kernel_norm": rounded(self.kernel_norm), "errors": errors}

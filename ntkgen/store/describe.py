@@ -178,7 +178,11 @@ def inaccuracy(store: KernelStore) -> str | None:
     if certificate is None or certificate.is_good:
         return None
     tiles = suspicious_tiles(store)
-    faults = "; ".join(_fault(error, tiles.get(error.dtype, ())) for error in certificate.errors if not error.is_good)
+    faults = "; ".join(
+        _fault(error, tiles.get(error.dtype, ()), is_exact=certificate.is_exact)
+        for error in certificate.errors
+        if not error.is_good
+    )
     return (
         f"The kernel at {store.name} differs from the exact one by more than rounding explains: expected an error "
         f"within the limit of {store.manifest.plan.precision} and the stored dtype, and of similar size in all blocks "
@@ -189,12 +193,12 @@ def inaccuracy(store: KernelStore) -> str | None:
     )
 
 
-def _fault(error: StoredError, tiles: Sequence[Tile]) -> str:
+def _fault(error: StoredError, tiles: Sequence[Tile], *, is_exact: bool) -> str:
+    bound = "" if is_exact else f", at most {error.relative_bound:.2g} with 95 % confidence"
     blocks = f", in blocks {first_few(map(str, error.wrong_blocks))} of samples" if error.wrong_blocks else ""
     where = f", in some of the tiles {first_few(f'({tile.row}, {tile.col})' for tile in tiles)}" if tiles else ""
     return (
-        f"in {error.dtype} {error.relative_error:.2g} of ‖K‖_F, at most {error.relative_bound:.2g} with 95 % "
-        f"confidence, with {error.allowed:.2g} allowed{blocks}{where}"
+        f"in {error.dtype} {error.relative_error:.2g} of ‖K‖_F{bound}, with {error.allowed:.2g} allowed{blocks}{where}"
     )
 
 
