@@ -270,11 +270,12 @@ def test_networks_are_timed_in_each_way_and_compared_with_the_double_loop(run, m
         assert way["error"] <= TOLERANCES["float32"]
         assert len(way["cpu_seconds"]) == len(way["wall_seconds"]) == 2
     ours, theirs = (np.median(mlp["ways"][name]["cpu_seconds"]) for name in ("ntkgen", "torch.func"))
-    assert mlp["ratio"] == pytest.approx(ours / theirs)
+    assert mlp["ratios"]["ntk"] == pytest.approx(ours / theirs)
+    assert set(mlp["ratios"]) == {"ntk", "first", "function"}
     assert gru["ways"]["ntkgen"]["error"] <= 1e-5
     assert gru["ways"]["torch.func"]["verdict"] == "refuses"  # changes when PyTorch can differentiate a GRU in vmap
     assert gru["ways"]["torch.func"]["refusal"].startswith("RuntimeError: ")
-    assert gru["ratio"] is None
+    assert gru["ratios"] == {"ntk": None, "first": None, "function": None}
     long_names = gru | {"fallback": ["a_parameter_of_a_layer.weight"] * 20}
     text = "\n".join([bench.HEADER, *map(bench.lines, (mlp, long_names))])
     assert max(map(len, text.splitlines())) <= 100

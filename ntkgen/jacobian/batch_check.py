@@ -74,7 +74,7 @@ def has_true_factors(
         return True
     weights = draw_weights(recording.outputs, recording.count)
     claims = _kept_claims(network, block, batch, weights[: recording.count], together)
-    known = dict(network.module.named_parameters())
+    known = network.params
     params = {name: known[name] for layer in network.layers for name in _names(layer, layer.params())}
     params |= {name: known[name] for name in together}
     tolerance = max(TOLERANCES[network.precision.compute_dtype], TOLERANCES[network.precision.factor_dtype])
@@ -120,7 +120,7 @@ def _kept_claims(
     together: Sequence[str],
 ) -> Claims:
     """Compute the weighted gradient from the stored factors of a batch, parameter by parameter."""
-    sizes = {name: count_real_numbers([param]) for name, param in network.module.named_parameters()}
+    sizes = {name: count_real_numbers([param]) for name, param in network.params.items()}
     pairs = {pair.plan.shape.name: pair for pair in block.pairs}
     rows = _weighted(block.rows[batch], weights).sum(0)  # (row parameters,)
     claims: dict[str, list[Claim]] = {}

@@ -57,6 +57,9 @@ BATCH_SIZE = 32
 SMALL_BATCH_SIZE, SMALL_GRAPH = 64, 1 << 15
 # Maximum number of numbers that the passes of a batch keep for all outputs, if these are differentiated at once.
 JOINT_NUMBERS = 1 << 26
+# Maximum number of samples of the rows of a product on a CPU. A symmetric kernel is computed from its diagonal on, so
+# narrow panels save up to half of it.
+PANEL_SAMPLES = 8
 
 
 @overload
@@ -247,10 +250,12 @@ def _planner(network: Network, asked: Request, reduction: Reduction) -> Callable
         rates = rates_of(network.device, asked.precision)
 
     def planned(block: int) -> JacobianPlan:
-        batch_size = batch_size_for(network.profile.activation_numbers)
+        sizes = sizes_for(network.device.type, block, batch_size_for(network.profile.activation_numbers))
+        if network.device.type == "cpu":
+            sizes = dataclasses.replace(sizes, panel_samples=min(sizes.panel_samples, PANEL_SAMPLES))
         return plan_jacobian(
             network.profile,
-            sizes_for(network.device.type, block, batch_size),
+            sizes,
             precision=asked.precision,
             rates=rates,
             reduction=reduction,

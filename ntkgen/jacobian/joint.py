@@ -314,7 +314,7 @@ def _fill_vector(
 def _columns(network: Network, plans: Mapping[str, LayerPlan]) -> dict[str, slice]:
     """Find the columns of the kept rows: of a matrix by the name of its layer, of a vector by its own."""
     columns, start = {}, 0
-    sizes_of = {name: param.numel() for name, param in network.module.named_parameters()}
+    sizes_of = {name: param.numel() for name, param in network.params.items()}
     for layer in network.layers:
         is_kept = layer.has_matrix and plans[layer.name].keeps_rows
         sizes = [(layer.name, plans[layer.name].shape.num_params)] if is_kept else []

@@ -1,6 +1,7 @@
 """The preparation of a user's module: an evaluation copy, and the choice of a rule or autograd for each parameter."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -93,6 +94,11 @@ class Network:
             planned.dense_params,
             planned.fallback,
         )
+
+    @functools.cached_property
+    def params(self) -> dict[str, nn.Parameter]:
+        """All parameters of the copy by name. Tied ones have their first name."""
+        return dict(self.module.named_parameters())
 
     @property
     def layer_modules(self) -> dict[str, nn.Module]:

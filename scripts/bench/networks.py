@@ -4,14 +4,15 @@
 
 A trial computes the kernel of a network once in each way, in turns, in float32. `torch.func` is ``vmap(jacrev)`` of all
 parameters, and one einsum for each. `TorchJD` takes part where it is installed. The table has the medians of the CPU
-seconds, and `--json` has the wall seconds too. `ratio` divides the CPU seconds of ntkgen by those of torch.func, so a
-number above one is bad. ntkgen remembers how it treats a module, so the first kernel of a module takes longer than
-the next ones. `first` is the same ratio for a new copy of the module in each turn. Errors are relative Frobenius errors
-to a float64 double loop of backward passes. `falls back` lists the parameters whose rows autograd computes, because no
-rule fits.
+seconds, and `--json` has the wall seconds too. The three ratios divide the CPU seconds of ntkgen by those of
+torch.func, so a number above one is bad. `ntk` is ``ntkgen.ntk`` of a module whose kernel was computed before, with the
+proof of each batch. `first` is the same for a new copy of the module in each turn, which is tried first. `function` is
+a call of a prepared ``KernelFunction``, without proof. Errors are relative Frobenius errors to a float64 double loop of
+backward passes. `falls back` lists the parameters whose rows autograd computes, because no rule fits.
 
 A way that raises an error `refuses`, and one whose kernel is not that of the double loop is `wrong`. `--json` has the
-reasons. Networks of timm take minutes, and take part with `--slow` or by name.
+reasons. Networks of timm take minutes, and take part with `--slow` or by name. With `--times 8` there are eight times
+as many samples.
 """
 
 import copy
@@ -45,7 +46,8 @@ from ntkgen.jacobian.network import prepare
 from ntkgen.jacobian.precision import policy
 from ntkgen.jacobian.reference import reference_ntk
 
-OURS, FIRST, TORCH_FUNC, TORCHJD = "ntkgen", "ntkgen, first", "torch.func", "TorchJD"
+OURS, FIRST, FUNCTION, TORCH_FUNC, TORCHJD = "ntkgen", "ntkgen, first", "KernelFunction", "torch.func", "TorchJD"
+RATIOS = {"ntk": OURS, "first": FIRST, "function": FUNCTION}
 # Maximum bytes of the float64 Jacobian of the double loop. It takes fewer samples of a larger network, at least two.
 REFERENCE_BYTES = 1 << 30
 # Maximum product of the numbers of all outputs and all inputs for TorchJD's engine without batches.
@@ -102,6 +104,20 @@ def by_torch_func(model: nn.Module, x: Tensor) -> Tensor:
     return total.flatten(2).flatten(0, 1)
 
 
+def by_kernel_function() -> Way:
+    """Compute the kernel by a function that is prepared in the first call for a module."""
+    prepared: dict[int, ntkgen.KernelFunction] = {}
+
+    def kernel(model: nn.Module, x: Tensor) -> Tensor:
+        if id(model) not in prepared:
+            prepared[id(model)] = ntkgen.KernelFunction(model, x)
+        found = prepared[id(model)](model)
+        assert isinstance(found, Tensor)
+        return found
+
+    return kernel
+
+
 def by_torchjd(model: nn.Module, x: Tensor) -> Tensor:
     """Compute the kernel by the Gramian engine of TorchJD. It hooks a copy, because its hooks stay.
 
@@ -127,19 +143,25 @@ def by_torchjd(model: nn.Module, x: Tensor) -> Tensor:
 
 def ways() -> dict[str, Way]:
     """List the ways whose packages are installed."""
-    found: dict[str, Way] = {OURS: ntkgen.ntk, FIRST: ntkgen.ntk, TORCH_FUNC: by_torch_func}
+    found: dict[str, Way] = {
+        OURS: ntkgen.ntk,
+        FIRST: ntkgen.ntk,
+        FUNCTION: by_kernel_function(),
+        TORCH_FUNC: by_torch_func,
+    }
     return found | ({TORCHJD: by_torchjd} if find_spec("torchjd") else {})
 
 
 # measurements ---------------------------------------------------------------------------------------------------------
 
 
-def measure(row: Row, trials: int) -> dict[str, Any]:
-    """Measure all ways on a row."""
+def measure(row: Row, trials: int, times: int = 1) -> dict[str, Any]:
+    """Measure all ways on a row, with ``times`` as many samples."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")  # a slow way of PyTorch's vmap
         warnings.filterwarnings("ignore", category=FutureWarning)  # peft calls old names of transformers
         model, x = row.subject()
+        x = torch.cat([x] * times)  # the time does not depend on the values
         with torch.no_grad():
             num_outputs = model(x[:1]).shape[1]
         exact = reference(model, x, num_outputs)
@@ -152,8 +174,7 @@ def measure(row: Row, trials: int) -> dict[str, Any]:
         "parameters": sum(param.numel() for param in model.parameters() if param.requires_grad),
         "threads": torch.get_num_threads(),
         "reference_samples": len(exact) // num_outputs,
-        "ratio": ratio(measured[OURS], measured[TORCH_FUNC]),
-        "first": ratio(measured[FIRST], measured[TORCH_FUNC]),
+        "ratios": {name: ratio(measured[way], measured[TORCH_FUNC]) for name, way in RATIOS.items()},
         "ways": {name: asdict(found) | {"verdict": found.verdict} for name, found in measured.items()},
         "fallback": left,
     }
@@ -161,8 +182,9 @@ def measure(row: Row, trials: int) -> dict[str, Any]:
 
 def compare(model: nn.Module, x: Tensor, exact: Tensor, trials: int) -> dict[str, Measured]:
     """Time the ways in turns, after one turn that is not counted and whose kernels are compared."""
-    measured = {name: tried(way, model, x, exact) for name, way in ways().items()}
-    running = {name: way for name, way in ways().items() if not measured[name].verdict}
+    all_ways = ways()
+    measured = {name: tried(way, model, x, exact) for name, way in all_ways.items()}
+    running = {name: way for name, way in all_ways.items() if not measured[name].verdict}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
     for _ in range(trials):
         for name, way in running.items():
@@ -224,9 +246,9 @@ def chosen(names: Sequence[str], *, slow: bool) -> list[Row]:
 # printing -------------------------------------------------------------------------------------------------------------
 
 HEADER = (
-    f"{'':<27}{'CPU seconds':>30}{'ntkgen / t.func':>18}{'error to float64':>25}\n"
-    f"{'network':<19}{'n':>4}{'m':>4}{OURS:>10}{TORCH_FUNC:>11}{TORCHJD:>9}{'ratio':>10}{'first':>8}"
-    f"{OURS:>9}{'t.func':>8}{TORCHJD:>8}"
+    f"{'':<27}{'CPU seconds':>30}{'ntkgen / torch.func':>26}{'error':>10}\n"
+    f"{'network':<19}{'n':>4}{'m':>4}{OURS:>10}{TORCH_FUNC:>11}{TORCHJD:>9}"
+    f"{''.join(f'{name:>9}' for name in RATIOS)}{OURS:>8}{'t.func':>8}"
 )
 
 
@@ -234,11 +256,11 @@ def lines(result: dict[str, Any]) -> str:
     """Write a result in one line, and the parameters that fall back in at most two more."""
     found = {name: Measured(**{k: v for k, v in way.items() if k != "verdict"}) for name, way in result["ways"].items()}
     other = found.get(TORCHJD)
-    ratio_text, first_text = ("–" if result[name] is None else f"{result[name]:.2f}" for name in ("ratio", "first"))
+    ratios = ("–" if result["ratios"][name] is None else f"{result['ratios'][name]:.2f}" for name in RATIOS)
     first = (
         f"{result['row']:<19}{result['n']:>4}{result['outputs']:>4}{cpu(found[OURS]):>10}"
-        f"{cpu(found[TORCH_FUNC]):>11}{cpu(other):>9}{ratio_text:>10}{first_text:>8}"
-        f"{error(found[OURS]):>9}{error(found[TORCH_FUNC]):>8}{error(other):>8}"
+        f"{cpu(found[TORCH_FUNC]):>11}{cpu(other):>9}{''.join(f'{text:>9}' for text in ratios)}"
+        f"{error(found[OURS]):>8}{error(found[TORCH_FUNC]):>8}"
     )
     names = result["fallback"]
     if not names:
@@ -263,10 +285,11 @@ def error(found: Measured | None) -> str:
 @click.command(cls=Command, help=__doc__)
 @click.option("--rows", cls=ManyOption, default=(), metavar="NAME...", help="Rows; by default all that are not slow.")
 @click.option("--trials", default=5, show_default=True, type=click.IntRange(min=1), help="Turns of all ways.")
+@click.option("--times", default=1, show_default=True, type=click.IntRange(min=1), help="Times as many samples.")
 @click.option("--slow", is_flag=True, help="Include the networks of timm.")
 @click.option("--threads", default=1, show_default=True, type=click.IntRange(min=1), help="Threads of torch.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per row instead of a table.")
-def main(*, rows: tuple[str, ...], trials: int, slow: bool, threads: int, as_json: bool) -> None:
+def main(*, rows: tuple[str, ...], trials: int, times: int, slow: bool, threads: int, as_json: bool) -> None:
     with one_line_errors():
         asked = chosen(rows, slow=slow)
         torch.set_num_threads(threads)
@@ -276,7 +299,7 @@ def main(*, rows: tuple[str, ...], trials: int, slow: bool, threads: int, as_jso
             if row.missing:
                 say(f"{row.name} is skipped: {' and '.join(row.missing)} is not installed")
                 continue
-            result = measure(row, trials)
+            result = measure(row, trials, times)
             click.echo(json.dumps(result) if as_json else lines(result))
 
 
