@@ -13,6 +13,7 @@ import ntkgen
 from ntkgen.errors import DivergedError, InputError, ModelError, RuleError
 from ntkgen.jacobian import compute, dense
 from ntkgen.jacobian.operator import NTKOperator
+from ntkgen.jacobian.probe import PROBE_BATCH
 from ntkgen.jacobian.reference import reference_ntk
 
 USUAL, NUM_SAMPLES = 16, 22  # the first ones, on which a network may be tried, are all alike
@@ -243,11 +244,11 @@ def test_samples_that_mix_in_a_later_batch_are_refused(name, tmp_path):
 
 
 def fewer_outputs(self: Call, x: Tensor) -> Tensor:
-    return self.out(x) if len(x) <= USUAL else self.out(x)[:, :1]  # which would be copied to all outputs
+    return self.out(x) if len(x) <= PROBE_BATCH else self.out(x)[:, :1]  # which would be copied to all outputs
 
 
 def rounded(self: Call, x: Tensor) -> Tensor:
-    return self.out(x) if len(x) <= USUAL else self.out(x).half()
+    return self.out(x) if len(x) <= PROBE_BATCH else self.out(x).half()
 
 
 @pytest.mark.parametrize("forward", [fewer_outputs, rounded])
