@@ -13,7 +13,9 @@ from cases import TOLERANCES, relative_error
 
 import ntkgen
 from ntkgen.blocks import Block
+from ntkgen.jacobian import dense
 from ntkgen.jacobian.evaluation import evaluation_copy
+from ntkgen.jacobian.reference import jacobian_rows, reference_ntk
 from ntkgen.training import zoo
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "bench"
@@ -304,3 +306,58 @@ def test_each_row_has_its_own_network_and_slow_rows_are_asked_for():
             (model, x), (_, again) = row.subject(), row.subject()
             assert torch.equal(x, again)
             assert model(x[:3]).shape[0] == 3
+
+
+QUICK_ROWS = (
+    "gpt2", "llama", "gpt2-lora", "bert", "attention", "encoder", "lstm", "lstm-2-layers-both", "gru", "rnn",
+    "rnn-bare", "state-space", "weight-norm", "spectral-norm", "graph", "deeponet", "fourier-features", "ntk-linear",
+    "mlp", "lenet", "resnet20", "vgg-without-norm",
+)  # fmt: skip
+
+
+def test_the_rows_whose_kernels_are_compared_are_all_quick_ones():
+    bench = importlib.import_module("networks")
+    assert tuple(row.name for row in bench.chosen((), slow=False)) == QUICK_ROWS
+
+
+def reduced(kernel, output, num_outputs):
+    """Reduce a kernel of all outputs."""
+    blocks = kernel.unflatten(1, (-1, num_outputs)).unflatten(0, (-1, num_outputs))  # (samples, m, samples, m)
+    return {
+        "full": kernel,
+        "sum": blocks.sum((1, 3)),
+        "trace": blocks.diagonal(dim1=1, dim2=3).sum(-1),
+    }[output]
+
+
+def error_of_autograd(model, x, exact):
+    """The error of a float32 kernel from single backward passes."""
+    module = evaluation_copy(model, torch.float32)
+    names = [name for name, param in module.named_parameters() if param.requires_grad]
+    rows = torch.cat([jacobian_rows(module, names, x[index : index + 1]) for index in range(len(x))]).flatten(0, 1)
+    return relative_error(rows @ rows.mT, exact)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft calls old names of transformers
+@pytest.mark.parametrize("name", QUICK_ROWS)
+def test_each_row_has_the_kernel_of_the_double_loop(name, monkeypatch):
+    row = importlib.import_module("zoo_of_networks").ROWS[name]
+    if row.missing:
+        pytest.skip(f"{' and '.join(row.missing)} is not installed")
+    model, x = row.subject()
+    x = x[:5]
+    exact = reference_ntk(model, x)
+    m = len(exact) // len(x)
+    for joint_numbers in (0, dense.JOINT_NUMBERS):  # one output after the other, and all outputs at once
+        monkeypatch.setattr(dense, "JOINT_NUMBERS", joint_numbers)
+        for output in ("full", "trace", "sum"):
+            expected = reduced(exact, output, m)
+            for precision, dtype, allowed in (("float64", 8, 1e-10), ("float32", 4, 1e-5)):
+                asked = dense.Request(output, precision)
+                monkeypatch.setattr(dense, "BLOCK_BYTES", 4 << 30)
+                plan = dense.plan_ntk(model, x, asked=asked)
+                monkeypatch.setattr(dense, "BLOCK_BYTES", 2 * plan.jacobian.factor_bytes)
+                assert [len(block) for block in dense.plan_ntk(model, x, asked=asked).rows] == [2, 2, 1]
+                error = relative_error(ntkgen.ntk(model, x, output=output, precision=precision), expected)
+                assert error <= allowed or (dtype == 4 and error <= 3 * error_of_autograd(model, x, exact)), output
