@@ -9,10 +9,11 @@ from ntkgen.lazy import lazy_names
 
 if TYPE_CHECKING:
     from ntkgen.jacobian.layers import LayerRule as LayerRule
+    from ntkgen.jacobian.layers import dense_rule as dense_rule
     from ntkgen.jacobian.layers import register_rule as register_rule
     from ntkgen.jacobian.operator import NTKOperator as NTKOperator
 
-__all__ = ["LayerRule", "NTKOperator", "register_rule"]
+__all__ = ["LayerRule", "NTKOperator", "dense_rule", "register_rule"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
@@ -20,6 +21,7 @@ if not TYPE_CHECKING:
         {
             "LayerRule": "ntkgen.jacobian.layers",
             "NTKOperator": "ntkgen.jacobian.operator",
+            "dense_rule": "ntkgen.jacobian.layers",
             "register_rule": "ntkgen.jacobian.layers",
         },
     )

@@ -140,7 +140,8 @@ def _kept_claims(
             matrix, bias = _names(layer, layer.of_matrix)
             size = sizes[matrix] + sizes[bias]
             with_bias = rows[column : column + size].view(sizes[bias], -1)
-            add([matrix, bias], [Claim(with_bias[:, :-1].flatten()), Claim(with_bias[:, -1])])
+            of_matrix = Claim(with_bias[:, :-1].flatten(), positions=layer.positions)
+            add([matrix, bias], [of_matrix, Claim(with_bias[:, -1])])
             column += size
             own = _names(layer, layer.vectors)
         else:

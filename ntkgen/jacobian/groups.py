@@ -153,10 +153,9 @@ def factor_groups(network: Network, plan: JacobianPlan, groups: Sequence[Paramet
             assert len({group_of[name] for name in joined}) == 1
             if layer.name in in_pairs:
                 layers[group_of[joined[0]]].add(layer.name)
-            elif layer.positions is not None:
-                add(joined[0], len(layer.positions))
             else:
-                add(joined[0], sum(own[name].numel() for name in joined))
+                of_matrix = own[joined[0]].numel() if layer.positions is None else len(layer.positions)
+                add(joined[0], of_matrix + sum(own[name].numel() for name in joined[1:]))
         for vector in layer.vectors:
             add(layer.full_name(vector), own[layer.full_name(vector)].numel())
     for name in network.fallback:

@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,6 +20,7 @@ from ntkgen.errors import InputError
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Rows = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Layout = Callable[[Tensor], Tensor]
 Normalise = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -36,10 +38,10 @@ class LayerRule:
 
     ``inputs`` maps the layer's input to an array a of shape (samples, groups, positions, k). ``cotangents`` maps the
     gradient of its output to an array g of shape (samples, groups, positions, c). The Jacobian row of the parameter
-    ``matrix`` is Σ_t g[t] ⊗ a[t] for each group, flattened. ``vectors`` maps each other parameter to a function of
-    (module, input, gradient) that returns its rows (samples, parameter). ``applies`` tells whether the rule holds for
-    the configuration of a module. It is needed only if a comparison on a few samples might not reveal that the rule is
-    wrong.
+    ``matrix`` is Σ_t g[t] ⊗ a[t] for each group, flattened. ``layout`` views a parameter with another order of entries
+    as this matrix, (groups · channels, k). ``vectors`` maps each other parameter to a function of (module, input,
+    gradient) that returns its rows (samples, parameter). ``applies`` tells whether the rule holds for the configuration
+    of a module. It is needed only if a comparison on a few samples might not reveal that the rule is wrong.
     """
 
     matrix: str | None = None
@@ -47,6 +49,21 @@ class LayerRule:
     cotangents: Callable[[nn.Module, Tensor], Tensor] = _never
     vectors: Mapping[str, Rows] = field(default_factory=dict)
     applies: Callable[[nn.Module], bool] = _always
+    layout: Layout | None = None
+
+    def entries(self, param: Tensor) -> Tensor | None:
+        """List the entries of a flattened parameter in the order of the matrix; None if the rule changes no order.
+
+        Raises:
+            ValueError: If the layout does not have every entry once.
+        """
+        if self.layout is None:
+            return None
+        numbers = torch.arange(param.numel(), device=param.device)
+        entries = self.layout(numbers.view(param.shape)).flatten()
+        if not torch.equal(entries.sort().values, numbers):
+            raise ValueError("a layout must have every entry of the parameter once")
+        return entries
 
 
 # dense ----------------------------------------------------------------------------------------------------------------
@@ -212,7 +229,24 @@ def _is_plain_embedding(module: nn.Module) -> bool:
 CONVOLUTION = LayerRule(
     "weight", _convolution_inputs, _convolution_cotangents, vectors={"bias": _sum_to_channels_first}
 )
-DENSE = LayerRule("weight", _positions_of_vectors, _positions_of_vectors, {"bias": _sum_to_channels_last})
+
+
+def dense_rule(weight: str = "weight", bias: str = "bias", layout: Layout | None = None) -> LayerRule:
+    """Make the rule of a layer y = W x + b, for all axes between the samples and the last axis.
+
+    Args:
+        weight: The name of the parameter W, (channels, inputs).
+        bias: The name of the parameter b. A layer need not have it.
+        layout: For a parameter with another order of entries, a function that views it as W.
+
+    >>> inputs_first = dense_rule(layout=lambda weight: weight.T)  # y = x @ weight + b
+    >>> inputs_first.entries(torch.zeros(2, 3))
+    tensor([0, 3, 1, 4, 2, 5])
+    """
+    return LayerRule(weight, _positions_of_vectors, _positions_of_vectors, {bias: _sum_to_channels_last}, layout=layout)
+
+
+DENSE = dense_rule()
 _BATCH_NORM = _affine(_by_running_statistics, _sum_to_channels_first)
 _INSTANCE_NORM = _affine(_by_instance, _sum_to_channels_first)
 
@@ -243,7 +277,7 @@ def register_rule(module_type: type[nn.Module], rule: LayerRule) -> None:
 
     Args:
         module_type: The layer's class. A subclass needs its own rule, because it may compute something else.
-        rule: The functions that compute its inputs, cotangents and vectors.
+        rule: The functions that compute its inputs, cotangents and vectors. `dense_rule` makes those of a dense layer.
 
     Raises:
         InputError: If the type is not a module class, the rule is not a `LayerRule`, or the rule lacks a function.
@@ -355,6 +389,11 @@ def layers_with_rules(module: nn.Module) -> Iterator[Layer]:
             for n, p in child.named_parameters(recurse=False)
             if p.requires_grad and owners[id(p)] == 1 and not p.is_complex()  # rules assume real numbers
         }
-        layer = Layer(name, child, rule, rule.matrix in untied, tuple(v for v in rule.vectors if v in untied))
+        vectors = tuple(vector for vector in rule.vectors if vector in untied)
+        layer = Layer(name, child, rule, has_matrix=False, vectors=vectors)
+        if rule.matrix in untied:
+            with suppress(Exception):  # a layout that raises an error does not hold
+                entries = rule.entries(child.get_parameter(rule.matrix))
+                layer = dataclasses.replace(layer, has_matrix=True, positions=entries)
         if any(layer.params()):
             yield layer
