@@ -2,17 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError
 from ntkgen.inputs import Inputs
+from ntkgen.jacobian.batch_check import require_finite
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_matrix
-from ntkgen.jacobian.operator import PRECISIONS, device_for, require_fitting
+from ntkgen.jacobian.operator import BATCH_SIZE, PRECISIONS, device_for, require_fitting
 from ntkgen.jacobian.outputs import OutputMap
 from ntkgen.jacobian.precision import exact_arithmetic, policy, without_autocast
-from ntkgen.jacobian.probe import NotInThisDtypeError, explained_errors
+from ntkgen.jacobian.probe import NotInThisDtypeError, explained_errors, require_form, require_same_outputs
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import fill_rows
 
@@ -75,6 +77,11 @@ class ExactRows:
         return {name: param for name, param in self.module.named_parameters() if param.requires_grad}
 
     @property
+    def distinct_sides(self) -> tuple[Tensor, ...]:
+        """The samples of rows and columns, and of a symmetric kernel once."""
+        return self.sides if self.sides[0] is not self.sides[1] else self.sides[:1]
+
+    @property
     def num_logits(self) -> int:
         """Number of outputs of the network."""
         return self.matrix.shape[1]
@@ -105,3 +112,20 @@ class ExactRows:
         x = as_input(sample, self.matrix.dtype, self.matrix.device)
         with exact_arithmetic(self.matrix.device):
             fill_rows(rows, self.module, params, x, self.matrix[list(outputs)])
+
+    def require_same_in_batches(self) -> None:
+        """Refuse a network whose outputs for a sample are others in a batch than for the sample alone.
+
+        Raises:
+            DivergedError: If outputs are not finite.
+            ModelError: If outputs differ by more than rounding explains, or have another form.
+        """
+        dtype, device = self.matrix.dtype, self.matrix.device
+        with exact_arithmetic(device), torch.no_grad():
+            for batch in chain.from_iterable(side.split(BATCH_SIZE) for side in self.distinct_sides):
+                x = as_input(batch, dtype, device)
+                outputs = outputs_of(self.module, x)
+                require_form(outputs, self.num_logits, dtype)
+                require_finite(outputs)
+                alone = torch.cat([outputs_of(self.module, sample[None]) for sample in x])
+                require_same_outputs(outputs, alone, len(x))

@@ -48,16 +48,19 @@ def whole_kernel(exact: ExactRows, reduction: Reduction, report: Report = ignore
         exact: Network, samples and output map.
         reduction: Reduction of the block of each pair of samples.
         report: Function that is called after each sample, with the stage ``exact rows``.
+
+    Raises:
+        ModelError: If outputs of a sample are others in a batch than for the sample alone.
     """
-    sides = exact.sides if exact.sides[0] is not exact.sides[1] else exact.sides[:1]
-    m, num_samples = len(exact.matrix), sum(map(len, sides))
+    exact.require_same_in_batches()
+    m, num_samples = len(exact.matrix), sum(map(len, exact.distinct_sides))
     cut = parameters_in_groups(trainable(exact.module), MAX_JACOBIAN_BYTES // (8 * num_samples * m))
     groups = [[exact.params[name] for name in group] for group in cut]
     memory = exact.empty(num_samples * m * max(map(count_real_numbers, groups)))
     step = counter(report, "exact rows", 0, len(groups) * num_samples)
     kernel, squares = None, None
     for group in groups:
-        planes = [_planes(rows, reduction) for rows in _filled(memory, exact, sides, group, step)]
+        planes = [_planes(rows, reduction) for rows in _filled(memory, exact, group, step)]
         with exact_arithmetic(memory.device):
             product = planes[0] @ planes[-1].mT
             norms = [torch.linalg.vector_norm(rows, dim=2).square() for rows in planes]
@@ -70,10 +73,11 @@ def whole_kernel(exact: ExactRows, reduction: Reduction, report: Report = ignore
 
 
 def _filled(
-    memory: Tensor, exact: ExactRows, sides: Sequence[Tensor], group: Sequence[Tensor], step: Step
+    memory: Tensor, exact: ExactRows, group: Sequence[Tensor], step: Step
 ) -> list[Tensor]:  # (samples, outputs, params) for each side
     """Compute the rows of all samples of all sides, with respect to a group of parameters."""
     m, width = len(exact.matrix), count_real_numbers(group)
+    sides = exact.distinct_sides
     sizes = [len(samples) * m * width for samples in sides]
     filled = []
     for part, samples in zip(memory[: sum(sizes)].split(sizes), sides, strict=True):
