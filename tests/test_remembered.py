@@ -191,6 +191,40 @@ def test_a_function_of_the_user_is_not_remembered(net, trials):
     assert len(trials) == 2
 
 
+def hidden(module, x):
+    return torch.tanh(module.first(x))
+
+
+def shifted(module, x):
+    return module.first(x).square()
+
+
+def test_a_function_that_holds_nothing_is_remembered(net, trials, monkeypatch):
+    for index in range(3):
+        found = ntkgen.ntk(net, X + index, function=hidden)
+        assert torch.allclose(found, reference_ntk(net, X + index, function=hidden), rtol=1e-9)
+    assert len(trials) == 1
+    assert torch.allclose(ntkgen.ntk(net, X, function=shifted), reference_ntk(net, X, function=shifted), rtol=1e-9)
+    assert len(trials) == 2
+    monkeypatch.setattr(hidden, "__code__", shifted.__code__)  # as a notebook does that loads a file again
+    assert torch.equal(ntkgen.ntk(net, X, function=hidden), ntkgen.ntk(net, X, function=shifted))
+    assert len(trials) == 3
+
+
+def residual(module, x):
+    """A residual with derivatives of its own, which no rule treats."""
+    x = x.requires_grad_()
+    (slope,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    return slope.square() - module(x)[:, :1]
+
+
+def test_a_residual_is_tried_once(net, trials):
+    for index in range(2):
+        found, expected = (kernel(net, X + index, function=residual) for kernel in (ntkgen.ntk, reference_ntk))
+        assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    assert len(trials) == 1
+
+
 def test_a_rule_that_is_registered_later_is_used(net, trials, monkeypatch):
     assert_right(net)
     wrong = LayerRule("weight", DENSE.inputs, lambda module, grad: 2 * DENSE.cotangents(module, grad), DENSE.vectors)

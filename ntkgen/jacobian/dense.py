@@ -299,7 +299,7 @@ def compute_ntk(plan: DensePlan) -> Tensor | dict[str, Tensor]:
 def is_small(profile: NetworkProfile, samples: int) -> bool:
     """Say whether the factors of all outputs are computed at once, which takes fewer calls and more memory."""
     per_sample = profile.num_outputs * profile.activation_numbers
-    return not profile.fallback and per_sample * min(samples, JOINT_BATCH) <= JOINT_NUMBERS
+    return per_sample * min(samples, JOINT_BATCH) <= JOINT_NUMBERS
 
 
 def batch_size_for(activation_numbers: int) -> int:

@@ -21,7 +21,7 @@ from ntkgen.jacobian.reference import jacobian_rows
 # Numbers that the passes of one chunk of samples may keep.
 CHUNK_NUMBERS = 1 << 25
 # The same for one backward pass of all outputs of all samples of a chunk, which has a square number of parts.
-SQUARE_NUMBERS = 1 << 21
+SQUARE_NUMBERS = 1 << 18
 # Number of single backward passes from which on there is a warning, and of parameters that it names.
 MANY_PASSES, NAMED = 1000, 3
 # Maximum difference between two ways, relative to the norm of the rows, by their dtype.

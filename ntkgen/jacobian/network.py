@@ -50,7 +50,7 @@ class Network:
     following: Following = NO_JUNCTIONS  # the junctions of parameters that belong to no layer with a rule
     windows: Mapping[str, Windows] = field(default_factory=dict)  # by layer, for convolutions of stride 1
     transform: Tensor | None = None  # A, (outputs, logits), if the kernel is that of A f instead of f
-    unreached: tuple[str, ...] = ()  # trainable parameters that the outputs do not depend on
+    only_in_training: tuple[str, ...] = ()  # parameters that the outputs depend on in training mode alone
 
     def seen_through(self, transform: Tensor | None) -> "Network":
         """Return the same network with the kernel of A f instead of f.
@@ -133,7 +133,7 @@ def prepare(
     with exact_arithmetic(device), without_kept_graphs():
         module, trial = _tried_copy(model, samples, precision.compute_dtype, device, excluded)
         samples = as_input(samples, precision.compute_dtype, device)
-        require_reached(model, module, samples, trial.reached)
+        only_in_training = require_reached(model, module, samples, trial.reached)
         wrong = trial.disproved_rules | set(excluded)
         layers = tuple(kept for layer in layers_with_rules(module) if any((kept := layer.without(wrong)).params()))
         following = trial.following
@@ -164,7 +164,7 @@ def prepare(
         directions={shape.name: draw_directions(shape.groups, shape.inputs, recording.outputs) for shape in shapes},
         windows=windows,
         following=following,
-        unreached=tuple(name for name in trainable(module) if name not in trial.reached),
+        only_in_training=only_in_training,
     )
 
 

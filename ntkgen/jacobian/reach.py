@@ -21,7 +21,7 @@ class UnreachedParameterWarning(UserWarning):
     """The outputs depend on some parameters in training mode, and not in evaluation mode."""
 
 
-def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reached: Collection[str]) -> None:
+def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reached: Collection[str]) -> tuple[str, ...]:
     """Refuse a network whose outputs depend on none of its trainable parameters, because its kernel would be zero.
 
     Parameters that have a gradient only in training mode contribute zero to the kernel. They cause a warning.
@@ -32,12 +32,15 @@ def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reache
         samples: A few samples.
         reached: The parameters for which autograd found a gradient.
 
+    Returns:
+        The parameters of the warning.
+
     Raises:
         ModelError: If no parameter has a gradient.
     """
     unreached = [name for name in trainable(module) if name not in reached]
     if not unreached:
-        return
+        return ()
     in_training = reached_in_training(model, samples)
     only_in_training = [name for name in unreached if name in in_training]
     if not reached:
@@ -53,6 +56,7 @@ def require_reached(model: nn.Module, module: nn.Module, samples: Tensor, reache
             UnreachedParameterWarning,
             stacklevel=2,
         )
+    return tuple(only_in_training)
 
 
 def _cause(only_in_training: list[str]) -> str:

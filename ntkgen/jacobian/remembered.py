@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -43,9 +44,9 @@ class _Circumstances:
 
     @classmethod
     def of(cls, given: Given, question: Hashable) -> "_Circumstances":
-        return cls(
-            question, _form(given), _tensors(given.model), _hooks(given.model), attributes_of(given.model), {**RULES}
-        )
+        model = given.model
+        codes = tuple(each.__code__ for each in _functions_of(given))  # a notebook may replace the code of a function
+        return cls((question, codes), _form(given), _tensors(model), _hooks(model), attributes_of(model), {**RULES})
 
 
 def _form(given: Given) -> Hashable:
@@ -92,8 +93,8 @@ class Remembered:
         return None if network is None else _with_copy(network, given.model)
 
     def keep(self, given: Given, question: Hashable, network: Network) -> None:
-        """Remember a preparation, without its copy of the module."""
-        if network.unreached or not _can_be_compared(given) or _count_numbers(network) > MAX_NUMBERS:
+        """Remember a preparation, without its copy of the module. One with a warning is not kept, to warn each time."""
+        if network.only_in_training or not _can_be_compared(given) or _count_numbers(network) > MAX_NUMBERS:
             return
         key = id(given.network)
         if key not in self._known:
@@ -109,9 +110,19 @@ class Remembered:
 
 
 def _can_be_compared(given: Given) -> bool:
-    """Say whether a kernel is described by plain values. A function of the user may refer to anything."""
+    """Say whether a kernel is described by plain values, and by functions that hold nothing.
+
+    A closure or a method refers to objects that may change, and that would be kept with the preparation.
+    """
+    return all(
+        isinstance(each, FunctionType) and not (each.__closure__ or each.__defaults__ or each.__kwdefaults__)
+        for each in _functions_of(given)
+    )
+
+
+def _functions_of(given: Given) -> list[Any]:
     target = given.target
-    return not (target.functions or target.columns or callable(target.select))
+    return [*target.functions, *target.columns, *([target.select] if callable(target.select) else [])]
 
 
 def _count_numbers(network: Network) -> int:
