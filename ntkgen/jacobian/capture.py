@@ -107,7 +107,8 @@ def pull_back(
     grads = _gradients(recording.outputs, [use.output for _, use in uses], weights, retain_graph=retain_graph)
     by_layer: dict[str, list[Tensor]] = {name: [] for name in recording.uses}
     for (name, _), grad in zip(uses, grads, strict=True):
-        by_layer[name].append(grad[: recording.count])
+        # samples first in memory, so that the order of a sum over positions does not depend on the number of samples
+        by_layer[name].append(grad[: recording.count].contiguous())
     return by_layer
 
 

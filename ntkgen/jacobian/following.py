@@ -82,7 +82,10 @@ def pulled_rows(
     simple = {
         layer: [part.rows(grad) for part, grad in each if part.entries is not None] for layer, each in parts.items()
     }
-    return {layer: sum_over_uses([rows, *simple[layer]]) for layer, rows in zip(params, found, strict=True)}
+    count = next(iter(met.values()))[0].count
+    return {
+        layer: sum_over_uses([rows[..., :count, :], *simple[layer]]) for layer, rows in zip(params, found, strict=True)
+    }
 
 
 def rows_of_part(_module: nn.Module, part: Any, grad: Tensor) -> Tensor:

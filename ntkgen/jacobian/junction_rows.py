@@ -115,26 +115,32 @@ class Meeting:
         """Compute the rows of a parameter from the gradient of the node, (samples, …) or (outputs, samples, …)."""
         rows = self.weight_rows(grad)
         if entries is None:
-            return pulled([self.weight], [rows], [param])[0]
+            return pulled([self.weight], [rows], [param])[0][..., : self.count, :]
         flat = rows.flatten(rows.ndim - self.weight.ndim) if self.weight.ndim else rows.unsqueeze(-1)
+        flat = flat[..., : self.count, :]
         if entries.is_in_order and flat.shape[-1] == param.numel():
             return flat
         found = flat.new_zeros(*flat.shape[:-1], param.numel())
         found[..., entries.positions] = flat * entries.scale
         return found
 
-    def weight_rows(self, grad: Tensor) -> Tensor:  # (…, samples, *weight)
-        """Compute the rows of the weight expression from the gradient of the node."""
+    def weight_rows(self, grad: Tensor) -> Tensor:  # (…, samples with the padding, *weight)
+        """Compute the rows of the weight expression from the gradient of the node.
+
+        The rows of the padding are zero. They are computed too, because the bits of a sample's rows may depend on the
+        number of samples.
+        """
         if self._last is not None and self._last[0].data_ptr() == grad.data_ptr():  # several parameters of one weight
             return self._last[1]
-        rows = self._rows_of(grad)
+        padding = [0, 0] * (self.node_ndim - 1) + [0, self.num_samples - self.count]
+        rows = self._rows_of(F.pad(grad, padding) if self.count < self.num_samples else grad)
         self._last = (grad, rows)
         return rows
 
     def _rows_of(self, grad: Tensor) -> Tensor:
         junction, call = self.junction, self.call
         if self.path == junction.matrix and junction.form != "convolution":
-            a = junction.inputs(call, self.num_samples)[: self.count].detach()
+            a = junction.inputs(call, self.num_samples).detach()
             flat = grad.flatten(a.ndim - 2 + self._extra(grad), -2) if a.ndim > 2 else grad.unsqueeze(-2)
             rows: Tensor = flat.mT @ a.reshape(len(a), -1, a.shape[-1])
             return rows.mT if junction.form == "right" else rows
@@ -162,7 +168,7 @@ class Meeting:
             axis = junction.axes.get(path)
             if axis is None or axis != junction.result or call.argument(path).ndim != self._num_axes:
                 return None
-            values = grad * axis.first(call.argument(path), self.num_samples)[: self.count].detach()
+            values = grad * axis.first(call.argument(path), self.num_samples).detach()
         elif call.kwargs or not (self.path == (bias,) or junction.name in _ADD):
             return None
         lead = 1 + self._extra(grad)
@@ -189,7 +195,7 @@ class Meeting:
         ]
         if axis is None or self.path != (1,) or any(settings):
             return None
-        tokens = axis.first(call.argument((0,)), self.num_samples)[: self.count]
+        tokens = axis.first(call.argument((0,)), self.num_samples)
         many = grad.flatten(0, 1) if self._extra(grad) else grad
         tokens = tokens.repeat(len(many) // len(tokens), *[1] * (tokens.ndim - 1))
         padding = call.given(2, "padding_idx")
@@ -202,9 +208,7 @@ class Meeting:
         of_weights = {path: self._alone(path) for path in call.weights}
         weight = of_weights.pop(self.path)
         batched = {path: axis for path, axis in junction.axes.items() if axis is not None and path not in call.weights}
-        values = [
-            axis.first(call.argument(path), self.num_samples)[: self.count].detach() for path, axis in batched.items()
-        ]
+        values = [axis.first(call.argument(path), self.num_samples).detach() for path, axis in batched.items()]
 
         def one(g: Tensor, *samples: Tensor) -> Tensor:
             alone = {path: axis.alone(x) for (path, axis), x in zip(batched.items(), samples, strict=True)}
