@@ -361,3 +361,41 @@ def test_each_row_has_the_kernel_of_the_double_loop(name, monkeypatch):
                 assert [len(block) for block in dense.plan_ntk(model, x, asked=asked).rows] == [2, 2, 1]
                 error = relative_error(ntkgen.ntk(model, x, output=output, precision=precision), expected)
                 assert error <= allowed or (dtype == 4 and error <= 3 * error_of_autograd(model, x, exact)), output
+
+
+def test_ntkgen_and_neural_tangents_are_timed_on_the_same_network(run, monkeypatch, tmp_path):
+    bench = importlib.import_module("structured_derivatives")
+    monkeypatch.setattr(bench, "SUBJECTS", {"mlp": 6})
+    seen = []
+
+    def theirs(folder, trials):
+        arrays, layers = np.load(folder / "arrays.npz"), json.loads((folder / "layers.json").read_text())
+        seen.append([layer["kind"] for layer in layers])
+        model = bench.subject("mlp", 6)[0]
+        assert np.array_equal(arrays["2_0"], model[2].weight.detach().numpy())
+        return [1.0] * trials, 2 * reference_ntk(model, torch.from_numpy(arrays["x"]))
+
+    monkeypatch.setattr(bench, "theirs", theirs)
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda _: None)
+    code, printed = run("structured_derivatives", "--trials", "3", "--json")
+    found = json.loads(printed.out)
+    assert (code, found["row"], found["n"], seen) == (0, "mlp", 6, [["Linear", "Tanh", "Linear"]])
+    assert found["times_faster"] == pytest.approx(1 / np.median(found["seconds"]["ntkgen"]))
+    assert found["errors"]["ntkgen"] < 1e-5
+    assert found["errors"]["neural-tangents"] == pytest.approx(1)
+
+
+def test_a_failed_run_of_neural_tangents_is_explained(run, monkeypatch):
+    bench = importlib.import_module("structured_derivatives")
+    monkeypatch.setattr(bench, "SUBJECTS", {"mlp": 6})
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(
+        bench.subprocess,
+        "run",
+        lambda *_, **__: importlib.import_module("subprocess").CompletedProcess([], 1, "", "no network\n"),
+    )
+    code, printed = run("structured_derivatives", "--trials", "1")
+    assert code == 2
+    assert "no network" in printed.err
