@@ -3,12 +3,9 @@
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._vmap_internals import _vmap
-from torch.autograd.graph import _engine_run_backward
 from torch.func import functional_call, vjp, vmap
 
 from ntkgen.jacobian.cost import FALLBACK_WAYS, FallbackWay
@@ -17,6 +14,7 @@ from ntkgen.jacobian.modes import parameter_aliases
 from ntkgen.jacobian.precision import default_dtype_of
 from ntkgen.jacobian.reals import real_numbers
 from ntkgen.jacobian.reference import jacobian_rows
+from ntkgen.jacobian.together import pull_together, zeros_for
 
 # Numbers that the passes of one chunk of samples may keep.
 CHUNK_NUMBERS = 1 << 25
@@ -97,21 +95,9 @@ def _by_backward(module: nn.Module, names: Sequence[str], samples: Tensor, trans
     maps = torch.eye(num_logits, dtype=outputs.dtype, device=outputs.device) if transform is None else transform
     weights = torch.einsum("ij,ol->iojl", torch.eye(count, dtype=outputs.dtype, device=outputs.device), maps)
 
-    def pull(weights: Tensor) -> Any:
-        keep_graph, create_graph, allow_unused = True, False, True
-        return _engine_run_backward(
-            (outputs,), (weights,), keep_graph, create_graph, params, allow_unused, accumulate_grad=False
-        )
-
-    with warnings.catch_warnings(action="ignore"):  # an operation without a rule of its own is only slower
-        found = _vmap(pull, 0, 0, allow_none_pass_through=True)(weights.flatten(0, 1))
-    shape = (count, len(maps))
-    rows = [
-        torch.zeros(*shape, *param.shape, dtype=param.dtype, device=param.device)
-        if each is None
-        else each.unflatten(0, shape)
-        for param, each in zip(params, found, strict=True)
-    ]
+    found = zip(params, pull_together([outputs], [weights.flatten(0, 1)], params), strict=True)
+    passes = count * len(maps)
+    rows = [(zeros_for(param, passes) if grad is None else grad).unflatten(0, (count, -1)) for param, grad in found]
     return torch.cat([_flat(each) for each in rows], 2).detach()
 
 

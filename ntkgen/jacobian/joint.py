@@ -10,14 +10,10 @@ call is small, because a small network spends most of its time on calls:
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._vmap_internals import _vmap
-from torch.autograd.graph import _engine_run_backward
 
 from ntkgen.blocks import Block
 from ntkgen.jacobian.batch_check import has_true_factors, require_planned_uses, require_same_in_other_batches
@@ -40,6 +36,7 @@ from ntkgen.jacobian.layers import CONVOLUTION, Convolution, Layer, sum_over_use
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of, usual_route
 from ntkgen.jacobian.recording import Recording
+from ntkgen.jacobian.together import pull_together, zeros_for
 from ntkgen.jacobian.windows import pixels_of
 
 # Maximum number of samples per forward pass.
@@ -241,32 +238,19 @@ class JointFactors:
 
 
 def pull_back_all(recording: Recording) -> Gradients | None:
-    """Take the gradients of all outputs in one backward pass; None if `torch.vmap` does not support the network.
-
-    This is ``torch.autograd.grad`` with ``is_grads_batched``, which would import sympy for a second.
-    """
+    """Take the gradients of all outputs in one backward pass; None if `torch.vmap` does not support the network."""
     outputs, m = recording.outputs, recording.outputs.shape[1]
     uses = [(name, use) for name, calls in recording.uses.items() for use in calls]
     if not outputs.requires_grad or not uses:
         return None
-    nodes = tuple(use.output for _, use in uses)
-
-    def pull(weights: Tensor) -> Any:
-        keep_graph, create_graph, allow_unused = True, False, True
-        return _engine_run_backward(
-            (outputs,), (weights,), keep_graph, create_graph, nodes, allow_unused, accumulate_grad=False
-        )
-
     weights = torch.eye(m, dtype=outputs.dtype, device=outputs.device)[:, None].expand(m, *outputs.shape)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an operation without a rule of its own is only slower
-            found = _vmap(pull, 0, 0, allow_none_pass_through=True)(weights)
+        found = pull_together([outputs], [weights], [use.output for _, use in uses])
     except RuntimeError:
         return None
     by_layer: Gradients = {name: [] for name in recording.uses}
     for (name, use), grad in zip(uses, found, strict=True):
-        by_layer[name].append(torch.zeros_like(use.output).expand(m, *use.output.shape) if grad is None else grad)
+        by_layer[name].append(zeros_for(use.output, m) if grad is None else grad)
     return by_layer
 
 

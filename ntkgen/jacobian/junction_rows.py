@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._vmap_internals import _vmap
-from torch.autograd.graph import _engine_run_backward
 from torch.func import vjp, vmap
 from torch.nn import functional as F
 
 from ntkgen.jacobian.calls import Call, Path
 from ntkgen.jacobian.junctions import Junction
 from ntkgen.jacobian.layers import table_rows
+from ntkgen.jacobian.together import pull_together, zeros_for
 
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MUL = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
@@ -243,14 +242,7 @@ def pulled(
 ) -> list[Tensor]:  # each (…, *weight) → each (…, parameter)
     """Multiply rows of weight expressions by Dφ, and sum over the expressions of each parameter, all at once."""
     lead = rows[0].shape[: rows[0].ndim - weights[0].ndim]
-
-    def pull(*each: Tensor) -> tuple[Tensor, ...]:
-        keep_graph, create_graph, allow_unused = True, False, True
-        found = _engine_run_backward(
-            tuple(weights), each, keep_graph, create_graph, tuple(params), allow_unused, accumulate_grad=False
-        )
-        zipped = zip(params, found, strict=True)
-        return tuple(torch.zeros_like(param) if grad is None else grad for param, grad in zipped)
-
     flat = [each.reshape(-1, *weight.shape) for each, weight in zip(rows, weights, strict=True)]
-    return [found.reshape(*lead, -1) for found in _vmap(pull, 0, 0)(*flat)]
+    found = zip(params, pull_together(weights, flat, params), strict=True)
+    passes = len(flat[0])
+    return [(zeros_for(param, passes) if grad is None else grad).reshape(*lead, -1) for param, grad in found]
