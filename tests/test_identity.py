@@ -10,7 +10,7 @@ from cases import Call
 from torch import Tensor, nn
 
 import ntkgen
-from ntkgen.engine import identity, machine
+from ntkgen.engine import computation, identity, machine
 from ntkgen.engine.machine import environment
 from ntkgen.errors import FingerprintError
 
@@ -125,3 +125,36 @@ def test_a_network_with_the_same_outputs_and_other_gradients_is_another(tmp_path
     ntkgen.compute(Body(F.relu), x, store=folder, certify=False, **SETTINGS)
     with pytest.raises(FingerprintError, match=r"another network.*gradients"):
         ntkgen.compute(Body(lambda h: F.relu(h.detach()) + 0 * h), x, store=folder, certify=False, **SETTINGS)
+
+
+@pytest.mark.parametrize("output", ["full", "centered", "trace", "diagonal"])
+def test_a_function_whose_gradients_stop_does_not_get_the_finished_kernel_of_another(output, tmp_path):
+    """The layers with a rule differ too, so that the plan of the store cannot be repeated."""
+    is_cut, model, x = [False], Body(F.tanh), samples()[:, [0, 1, 2, 3, 0, 1]]
+
+    def outputs(module, batch):
+        hidden = module.activation(module.body(batch))
+        return module.out(hidden.detach() if is_cut[0] else hidden)
+
+    asked = {"store": tmp_path / "k.zarr", "function": outputs, "output": output, "certify": False}
+    before = ntkgen.compute(model, x, **asked).read("diagonal")
+    is_cut[0] = True
+    with pytest.raises(FingerprintError, match=r"another network.*gradients"):
+        ntkgen.compute(model, x, **asked)
+    is_cut[0] = False
+    assert (ntkgen.compute(model, x, **asked).read("diagonal") == before).all()
+
+
+@pytest.mark.parametrize("output", ["full", "sum", "trace", "diagonal"])
+def test_a_finished_kernel_is_that_of_a_network_with_other_rules_and_the_same_gradients(output, tmp_path, monkeypatch):
+    """Another machine may leave other parameters to autograd. What counts is the value of the gradients."""
+    model, x = Body(F.tanh), samples()[:, [0, 1, 2, 3, 0, 1]]
+    asked = {"store": tmp_path / "k.zarr", "output": output, "certify": False}
+    ntkgen.compute(model, x, **asked)
+    prepare = computation.prepare_kernel
+    left = frozenset({"body.weight"})
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            computation, "prepare_kernel", lambda kernel: prepare(dataclasses.replace(kernel, excluded=left))
+        )
+        assert ntkgen.compute(model, x, **asked).is_complete
