@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import ntkgen
 from ntkgen.errors import DivergedError, InputError, ModelError, RuleError
-from ntkgen.jacobian import compute, dense
+from ntkgen.jacobian import compute, dense, independence
 from ntkgen.jacobian.operator import NTKOperator
 from ntkgen.jacobian.probe import PROBE_BATCH
 from ntkgen.jacobian.reference import reference_ntk
@@ -351,3 +352,59 @@ def test_parameters_that_serve_training_alone_get_a_warning():
 def test_the_operator_refuses_them_too():
     with pytest.raises(ModelError, match="depend on none"):
         NTKOperator(Adapted(), numbers())
+
+
+# batches that a network treats otherwise than single samples --------------------------------------------------------
+
+
+class BatchSize(nn.Module):
+    """A network that does something else in batches of a certain size, or if an unusual sample is among them."""
+
+    def __init__(self, kind: str, threshold: int) -> None:
+        super().__init__()
+        self.layer, self.kind, self.threshold = nn.Linear(3, 2), kind, threshold
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.layer(x)
+        if self.kind == "outputs":
+            return outputs * (1 if len(x) < self.threshold else 2)
+        if (len(x) if self.kind == "gradients" else float(x[:, 0].max())) < self.threshold:
+            return outputs
+        return outputs + (outputs.sum(0) - outputs.sum(0).detach())  # the same numbers
+
+
+@pytest.mark.parametrize(("kind", "message"), [("outputs", "mixes"), ("gradients", "in its gradients"), ("late", "in")])
+@pytest.mark.parametrize("samples", [4, 8, 40])
+@pytest.mark.parametrize("kernel", [ntkgen.ntk, ntkgen.KernelFunction])
+def test_a_network_that_treats_batches_otherwise_than_single_samples_is_refused(kind, message, samples, kernel):
+    x = torch.randn(samples, 3, generator=torch.Generator().manual_seed(0))
+    x[-1, 0] = 20
+    with pytest.raises(ModelError, match=message):
+        kernel(BatchSize(kind, 4), x)
+
+
+def test_the_gradient_of_one_sample_may_differ_by_a_unit(monkeypatch):
+    """A unit at zero has another sign alone. The batch is then looked at closely, and is right."""
+    monkeypatch.setattr(independence, "SUSPICIOUS", -1.0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(8, 3)
+    assert relative_error(ntkgen.ntk(model, x), reference_ntk(model, x)) < 1e-5
+
+
+def test_a_kernel_that_is_not_finite_names_the_sample():
+    def root(module: nn.Module, x: Tensor) -> Tensor:
+        return (x[:, :1] * module(x)).abs().sqrt()  # its gradient at zero is not finite
+
+    model, x = nn.Linear(3, 1), 1 + torch.rand(40, 3)
+    assert ntkgen.ntk(model, x, function=root).isfinite().all()
+    x[37, 0] = 0
+    for kernel in (ntkgen.ntk, lambda *args, **named: ntkgen.KernelFunction(*args, **named)(model)):
+        with pytest.raises(DivergedError, match="sample 37, counted from 0"):
+            kernel(model, x, function=root)
+
+
+def test_an_error_of_a_late_sample_is_explained(tmp_path):
+    model, x = nn.Sequential(nn.Embedding(3, 2), nn.Flatten()), torch.randint(3, (40, 2))
+    x[37, 0] = 3
+    for kernel in (ntkgen.ntk, ntkgen.KernelFunction, partial(ntkgen.compute, store=tmp_path / "k.zarr")):
+        with pytest.raises(ModelError, match="IndexError: index out of range"):
+            kernel(model, x)

@@ -73,7 +73,7 @@ def has_true_factors(
     if not network.layers and not together:
         return True
     weights = draw_weights(recording.outputs, recording.count)
-    claims = _kept_claims(network, block, batch, weights[: recording.count], together)
+    claims = kept_claims(network, block, batch, weights[: recording.count], together)
     known = network.params
     params = {name: known[name] for layer in network.layers for name in _names(layer, layer.params())}
     params |= {name: known[name] for name in together}
@@ -112,7 +112,7 @@ def _names(layer: Layer, params: Iterable[str]) -> list[str]:
     return [layer.full_name(param) for param in params]
 
 
-def _kept_claims(
+def kept_claims(
     network: Network,
     block: BlockFactors,
     batch: slice,

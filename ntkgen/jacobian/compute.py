@@ -13,6 +13,7 @@ from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors, PairFactor
 from ntkgen.jacobian.fallback import fallback_rows
 from ntkgen.jacobian.following import pulled_rows
+from ntkgen.jacobian.independence import require_same_alone
 from ntkgen.jacobian.layers import Layer, sum_over_uses
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of
@@ -64,6 +65,7 @@ def fill_factors(
             del recording  # and with it the graph
         if prove:
             require_same_in_other_batches(network, x, block.logits, plan.batch_size)
+            require_same_alone(network, x, block, plan.batch_size)
 
 
 def empty_factors(network: Network, plan: JacobianPlan, samples: int) -> BlockFactors:

@@ -123,6 +123,22 @@ def hold_against_autograd(
     return Findings(frozenset(reached), frozenset(_exceeding(compared, tolerance)))
 
 
+def relative_difference(
+    outputs: Tensor,  # (samples, outputs), in the graph
+    weights: Tensor,  # (samples, outputs)
+    params: Mapping[str, nn.Parameter],
+    claims: Claims,
+) -> float:
+    """Compare the claims for all parameters together with the gradients of Σ w f, relative to their norm."""
+    if not outputs.requires_grad or not params:
+        return 0.0
+    _, compared = _compare_one_by_one(weighted_sum(outputs, weights), params, claims)
+    compared |= {name: _compare(each, None) for name, each in claims.items() if name not in compared}
+    pairs = [pair for each in compared.values() for pair in each]
+    errors, norms = (torch.stack(each).cpu().double().norm() for each in zip(*pairs, strict=True))
+    return float(errors / norms) if norms > 0 else float(errors > 0)
+
+
 def _compare(claims: Sequence[Claim], grad: Tensor | None) -> Compared:
     return [claim.compare(grad) for claim in claims]
 

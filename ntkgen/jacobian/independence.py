@@ -1,4 +1,4 @@
-"""The check of two assumptions of products with the kernel: samples are independent, and backward passes are linear.
+"""The check of two assumptions: samples are independent, and backward passes are linear.
 
 A product J₁ (J₂ᵀ V) runs the network on whole batches. The Jacobian of a batch consists of those of its samples only if
 the network does not mix samples. The trial of a network (`probe.py`) uses only a few samples. A network may average
@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import ModelError
-from ntkgen.jacobian.batch_check import require_finite
-from ntkgen.jacobian.capture import weighted_sum
-from ntkgen.jacobian.coverage import draw_weights
+from ntkgen.jacobian.batch_check import kept_claims, require_finite
+from ntkgen.jacobian.capture import record, weighted_sum
+from ntkgen.jacobian.coverage import draw_weights, relative_difference
 from ntkgen.jacobian.evaluation import outputs_of
+from ntkgen.jacobian.factors import BlockFactors
+from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.probe import require_same_outputs
 from ntkgen.jacobian.reals import real_numbers
 
@@ -25,8 +27,47 @@ ROUNDING = {torch.float32: 1e-5, torch.float64: 1e-13}
 # Ratio of the second cotangent to the first. With different sizes, a clipped gradient is not linear.
 SCALE = 10.0
 
+# Maximum difference between the gradient of a sample alone and in its batch, relative to the norm of all parameters. A
+# unit near zero may have another sign alone. A larger difference leads to a closer look at the batch.
+SUSPICIOUS = 0.1
+
 # One gradient per trainable parameter, as real numbers.
 Gradients = list[Tensor]
+
+
+def require_same_alone(
+    network: Network,
+    x: Tensor,  # (samples, …), a block
+    block: BlockFactors,
+    batch_size: int,
+) -> None:
+    """Refuse a network that treats a sample in another way in a batch than alone, in its outputs or in its gradient.
+
+    The kernel is that of the samples alone. Other batches of a similar size do not show what a network does with a
+    single sample. One sample of each block is therefore run alone.
+
+    Raises:
+        ModelError: If the outputs differ by more than rounding explains, or the gradient by more than a few units.
+    """
+    if batch_size == 1:
+        return
+    index = int(torch.randint(len(x), (), generator=torch.Generator("cpu").manual_seed(0), device="cpu"))
+    one = slice(index, index + 1)
+    outputs = record(network.module, {}, network.input(x[one])).outputs
+    require_same_outputs(block.logits[one], outputs.detach(), batch_size)
+    outputs = network.mapped(outputs)
+    weights = draw_weights(outputs, 1)
+    claims = kept_claims(network, block, one, weights, network.fallback)
+    params = {name: network.params[name] for name in claims}
+    if relative_difference(outputs, weights, params, claims) <= SUSPICIOUS:
+        return
+    start = index - index % batch_size
+    if not has_own_gradients(network.module, network.input(x[start : start + batch_size])):
+        raise ModelError(
+            "The network mixes the samples of a batch in its gradients: expected that a sample has the same gradient "
+            f"alone and in a batch of {batch_size} up to rounding, found another one. Does the forward pass use a sum "
+            "or a mean over the batch, or the size of the batch? Replace it by one that treats samples one by one."
+        )
 
 
 def has_own_gradients(module: nn.Module, batch: Tensor) -> bool:

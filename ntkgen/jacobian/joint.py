@@ -32,6 +32,7 @@ from ntkgen.jacobian.cost import (
 from ntkgen.jacobian.evaluation import without_kept_graphs
 from ntkgen.jacobian.factors import BlockFactors
 from ntkgen.jacobian.following import Part, pulled_rows
+from ntkgen.jacobian.independence import require_same_alone
 from ntkgen.jacobian.layers import CONVOLUTION, Convolution, Layer, sum_over_uses, windows_first
 from ntkgen.jacobian.network import Network
 from ntkgen.jacobian.products import rows_of, usual_route
@@ -161,6 +162,7 @@ class JointFactors:
                 del recording  # and with it the graph
             if prove:
                 require_same_in_other_batches(network, x, block.logits, len(self._batches[0]))
+                require_same_alone(network, x, block, len(self._batches[0]))
         return block
 
     def _targets(self, batch: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
