@@ -282,7 +282,7 @@ def test_train_mode_does_not_change_the_kernel():
 
 def test_hooks_are_removed_even_where_the_network_fails():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 2))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ModelError, match="shapes cannot be multiplied"):
         record(model, {"0": model[0], "1": model[1]}, torch.ones(2, 4))
     assert not any(layer._forward_hooks for layer in model)
 

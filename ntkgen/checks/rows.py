@@ -11,10 +11,11 @@ from ntkgen.errors import ModelError
 from ntkgen.inputs import Inputs
 from ntkgen.jacobian.batch_check import require_finite
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of, require_matrix
+from ntkgen.jacobian.failures import NotInThisDtypeError, explained_errors
 from ntkgen.jacobian.operator import BATCH_SIZE, PRECISIONS, device_for, require_fitting
 from ntkgen.jacobian.outputs import OutputMap
 from ntkgen.jacobian.precision import exact_arithmetic, policy, without_autocast
-from ntkgen.jacobian.probe import NotInThisDtypeError, explained_errors, require_form, require_same_outputs
+from ntkgen.jacobian.probe import require_form, require_same_outputs
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.reference import fill_rows
 

@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from ntkgen.errors import InputError, ModelError, NtkgenError
 from ntkgen.jacobian.batches import checked_batches
 from ntkgen.jacobian.evaluation import OutputFormError, PreparedCopy, require_plain_module, unwrapped
+from ntkgen.jacobian.failures import FREED, NotInThisDtypeError
 from ntkgen.jacobian.patterns import as_patterns, chosen_names, plain
-from ntkgen.jacobian.probe import NotInThisDtypeError
 from ntkgen.jacobian.samples import Arguments, Batch, Data, data_of, is_one_tensor
 from ntkgen.jacobian.selection import Select, only_output, parse
 
 # A function of a module and a batch. Its outputs have the samples as first axis.
 Function = Callable[[nn.Module, Any], Any]
-# The part of an error that says that a graph was freed. `without_kept_graphs` explains it.
-FREED = "backward through the graph a second time"
 
 T = TypeVar("T")
 

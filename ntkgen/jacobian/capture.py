@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ntkgen.jacobian.evaluation import outputs_of
+from ntkgen.jacobian.failures import explained_errors
 from ntkgen.jacobian.following import NO_JUNCTIONS
 from ntkgen.jacobian.precision import without_autocast
 from ntkgen.jacobian.recording import Recording, Use
@@ -62,10 +63,12 @@ def record(
         watch: A context that records more of the pass, such as `Following.recording`.
 
     Raises:
-        ModelError: If the network enters an autocast region.
+        NotInThisDtypeError: If the network raises an error.
+        ModelError: If it enters an autocast region.
     """
     recording = Recording(len(batch) if count is None else count)
-    with without_autocast(), _recording_hooks(layers, recording), watch(module, batch, recording):
+    hooks = _recording_hooks(layers, recording)
+    with without_autocast(), hooks, watch(module, batch, recording), explained_errors(batch):
         recording.outputs = outputs_of(module, batch)
     return recording
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ntkgen.blocks import Block, block_pairs
+from ntkgen.errors import DivergedError
 from ntkgen.jacobian.cost import (
     DIAGONAL_NUMBERS,
     JacobianPlan,
@@ -55,7 +56,26 @@ def fill_kernels(
                 kernels[number][..., i, j] = tile
                 if rows == columns and row != column:
                     kernels[number][..., j, i] = tile.mT
+    for kernel in kernels:
+        _require_finite(kernel, m)
     return kernels
+
+
+def _require_finite(kernel: Tensor, rows_per_sample: int) -> None:
+    """Refuse a kernel with entries that are not finite.
+
+    Raises:
+        DivergedError: If there is such an entry. The error names the sample with the most of them.
+    """
+    if kernel.isfinite().all():
+        return
+    by_row = (~kernel.isfinite()).flatten(0, -3).sum((0, 2)) if kernel.ndim > 2 else (~kernel.isfinite()).sum(1)
+    raise DivergedError(
+        "The kernel is not finite: expected numbers, found infinity or NaN, most of them in the rows of sample "
+        f"{int(by_row.argmax()) // rows_per_sample}, counted from 0. Is a gradient not finite, as that of sqrt or norm "
+        "at zero, or are squares of gradients too large for float32? Change the function there, or use `precision` "
+        "float64."
+    )
 
 
 def _contract_each(

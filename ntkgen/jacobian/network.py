@@ -20,11 +20,12 @@ from ntkgen.jacobian.evaluation import (
     require_plain_module,
     without_kept_graphs,
 )
+from ntkgen.jacobian.failures import NotInThisDtypeError, explained_errors
 from ntkgen.jacobian.fallback import choose_way, chunk_samples, warn_of_single_passes
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.layers import CONVOLUTION, Layer, layers_with_rules
 from ntkgen.jacobian.precision import Precision, check_device, exact_arithmetic
-from ntkgen.jacobian.probe import NotInThisDtypeError, Trial, choose_samples, explained_errors, try_network
+from ntkgen.jacobian.probe import Trial, choose_samples, try_network
 from ntkgen.jacobian.reach import require_reached
 from ntkgen.jacobian.reals import count_real_numbers
 from ntkgen.jacobian.recording import Recording

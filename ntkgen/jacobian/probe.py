@@ -1,8 +1,8 @@
 """The trial of a network on a few samples: its outputs, the rules that hold, and the parameters with a gradient."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +21,7 @@ from ntkgen.jacobian.coverage import (
     rows_product,
 )
 from ntkgen.jacobian.evaluation import as_input, require_matrix
+from ntkgen.jacobian.failures import NotInThisDtypeError
 from ntkgen.jacobian.following import NO_JUNCTIONS, Following
 from ntkgen.jacobian.junction_search import JunctionSearch
 from ntkgen.jacobian.layers import Layer, Rows, layers_with_rules, sum_over_uses
@@ -33,10 +34,6 @@ PROBE_SAMPLES = 16
 PROBE_BATCH = 3
 # Maximum difference between the outputs of a sample in two batches, relative to the largest output.
 OUTPUT_TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
-
-
-class NotInThisDtypeError(ModelError):
-    """The network raised an error or returned another dtype. It may work in another dtype."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,8 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: 
         NotInThisDtypeError: If the network raises an error or returns another dtype.
         ModelError: If the outputs are not (samples, outputs), or not finite.
     """
-    with explained_errors(samples):
-        modules = {layer.name: layer.module for layer in layers}
-        recording = record(module, modules, samples, watch=watch or NO_JUNCTIONS.recording)
+    modules = {layer.name: layer.module for layer in layers}
+    recording = record(module, modules, samples, watch=watch or NO_JUNCTIONS.recording)
     outputs = recording.outputs
     require_matrix(outputs, len(samples))
     if outputs.dtype != samples.dtype and samples.is_floating_point():
@@ -157,36 +153,6 @@ def _called(module: nn.Module, layers: Iterable[Layer], samples: Tensor, watch: 
             "repair the samples."
         )
     return recording
-
-
-@contextmanager
-def explained_errors(samples: Tensor) -> Iterator[None]:
-    """Explain an error that is raised in the user's network, which may be of any type.
-
-    Raises:
-        NotInThisDtypeError: If the network raises an error.
-        ModelError: If an adapter does. It explains itself.
-    """
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "dtype" in text or "same type" in text or "Float" in text or "Double" in text:
-            other = "float32" if samples.dtype == torch.float64 else "float64"
-            cause = (
-                f"Does it run only in {other}, because of a cast in its forward pass or a tensor that is not a buffer? "
-                f"Choose the precision {other}, or remove the cast and use register_buffer."
-            )
-            if not samples.is_floating_point():
-                cause = "Does the network need floating-point numbers instead of integers? Convert them, as x.float()."
-        else:
-            cause = "Does the network expect another size, number of channels or dtype? Pass samples that it accepts."
-        raise NotInThisDtypeError(
-            f"The network does not accept these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
-            f"({text}). {cause}"
-        ) from error
 
 
 def require_same_outputs(
