@@ -115,11 +115,7 @@ def hold_against_autograd(
     if not outputs.requires_grad or not params:
         compared = {name: _compare(each, None) for name, each in claims.items()}
         return Findings(frozenset(), frozenset(_exceeding(compared, tolerance)))
-    is_small = sum(param.numel() for param in params.values()) <= SMALL_NUMBERS
-    reached, compared = (_compare_together if is_small else _compare_one_by_one)(
-        weighted_sum(outputs, weights), params, claims
-    )
-    compared |= {name: _compare(each, None) for name, each in claims.items() if name not in compared}
+    reached, compared = _compare_all(weighted_sum(outputs, weights), params, claims)
     return Findings(frozenset(reached), frozenset(_exceeding(compared, tolerance)))
 
 
@@ -132,11 +128,18 @@ def relative_difference(
     """Compare the claims for all parameters together with the gradients of Σ w f, relative to their norm."""
     if not outputs.requires_grad or not params:
         return 0.0
-    _, compared = _compare_one_by_one(weighted_sum(outputs, weights), params, claims)
-    compared |= {name: _compare(each, None) for name, each in claims.items() if name not in compared}
+    _, compared = _compare_all(weighted_sum(outputs, weights), params, claims)
     pairs = [pair for each in compared.values() for pair in each]
     errors, norms = (torch.stack(each).cpu().double().norm() for each in zip(*pairs, strict=True))
     return float(errors / norms) if norms > 0 else float(errors > 0)
+
+
+def _compare_all(
+    target: Tensor, params: Mapping[str, nn.Parameter], claims: Claims
+) -> tuple[set[str], dict[str, Compared]]:
+    is_small = sum(param.numel() for param in params.values()) <= SMALL_NUMBERS
+    reached, compared = (_compare_together if is_small else _compare_one_by_one)(target, params, claims)
+    return reached, compared | {name: _compare(each, None) for name, each in claims.items() if name not in compared}
 
 
 def _compare(claims: Sequence[Claim], grad: Tensor | None) -> Compared:
