@@ -70,7 +70,11 @@ def load_origin(
     name = dataset or _locate(source.dataset, [data_dir, Path(), _beside(store)])
     load = partial(datasets.load, name, data_dir=data_dir, any_form=True)
     load = load if download else partial(load, download=False)
-    data = _as_trained(load(), checkpoint)
+    data = load()
+    if checkpoint.recipe.num_epochs:
+        data = _as_trained(data, checkpoint)
+    elif source.raw_images:
+        data = dataclasses.replace(data, zoo_sized=False)
     model = zoo.build(source.model, data.num_classes, seed=source.seed, width=source.width)
     checkpoints.load_state(model, checkpoint)
     against, columns = None, None
@@ -94,6 +98,7 @@ class _Source:
     against: str | None
     select: str | None
     params: Sequence[str] | None
+    raw_images: bool | None
 
 
 def _source(store: KernelStore) -> _Source:
@@ -111,7 +116,15 @@ def _source(store: KernelStore) -> _Source:
             "ntkgen.compute? Check it there, with ntkgen.checks.certify."
         )
     return _Source(
-        known.model, known.dataset, known.seed, known.width, known.checkpoint, known.against, known.select, known.params
+        known.model,
+        known.dataset,
+        known.seed,
+        known.width,
+        known.checkpoint,
+        known.against,
+        known.select,
+        known.params,
+        known.raw_images,
     )
 
 

@@ -143,3 +143,20 @@ def test_images_and_labels_are_a_data_set_as_before(tmp_path):
 def test_other_commands_take_images_alone(folder):
     with pytest.raises(DataError, match="no array x"):
         load("prompts.npz")
+
+
+def test_wrong_input_in_a_late_sample_leaves_no_store_and_the_same_command_works_after_it_is_corrected(folder, run):
+    ids = np.resize(IDS, (60, 4))
+    wrong = ids.copy()
+    wrong[58, 0] = 9  # the table has 9 rows
+    command = ["compute", "--models", "nets:Lm", "--dataset", "late.npz", "--device", "cpu", "--epochs", 0, "-q"]
+    command += ["--select", "logits[:, -1, :1]", "--params", "mix.*", "--no-certify", "--json"]
+    np.savez("late.npz", input_ids=wrong, attention_mask=np.ones((60, 4)))
+    code, _, err = run(*command)
+    assert code == 2
+    assert "IndexError" in err
+    assert not [path.name for path in folder.rglob("*.zarr*")]
+    np.savez("late.npz", input_ids=ids, attention_mask=np.ones((60, 4)))
+    code, out, err = run(*command)
+    assert (code, err) == (0, "")
+    assert run("verify", json.loads(out)["store"], "--recompute", 1)[0] == 0

@@ -13,6 +13,7 @@ from ntkgen import cli
 from ntkgen.errors import DataError, FingerprintError, StoreError
 from ntkgen.fingerprints import parameter_fingerprint
 from ntkgen.origin import load_origin
+from ntkgen.training import checkpoint as checkpoints
 from ntkgen.training import zoo
 
 FAST = ["compute", "--epochs", "0", "--subsample", "5", "--no-certify", "--json"]
@@ -63,6 +64,16 @@ def test_a_file_is_looked_for_in_the_folder_that_is_named(compute, tmp_path):
     assert load_origin(store, tmp_path / "moved").inputs.x.shape == (5, 3, 32, 32)
     assert load_origin(store, dataset="moved/own.npz").inputs.x.shape == (5, 3, 32, 32)
     np.savez("own.npz", x=images + 1, y=np.arange(8) % 4)
+    with pytest.raises(FingerprintError, match="loaded samples are not those of"):
+        load_origin(store)
+
+
+def test_a_trained_network_is_of_its_data(compute):
+    store = compute("--models", "logistic")
+    file = next(Path("runs").glob("*.pt"))
+    made = checkpoints.load(file)
+    other = dataclasses.replace(made.recipe, num_epochs=1, data_fingerprint="0" * 64)
+    checkpoints.save(file, dataclasses.replace(made, recipe=other))
     with pytest.raises(FingerprintError, match="not the one of the checkpoint"):
         load_origin(store)
 

@@ -1,8 +1,8 @@
 """Computation of a finished store from a module and its samples, for `ntkgen.compute` and the command line."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, TypeVar
@@ -35,7 +35,7 @@ from ntkgen.plan.spec import KernelSpec
 from ntkgen.plan.tiles import Part
 from ntkgen.progress import Report, ignore_report
 from ntkgen.store.describe import require_accurate
-from ntkgen.store.opening import open_store
+from ntkgen.store.opening import has_store, open_store
 from ntkgen.store.rounding import check_dtypes
 from ntkgen.store.schema import Samples
 from ntkgen.store.store import KernelStore
@@ -151,12 +151,31 @@ def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ign
     Raises:
         InaccurateKernelError: If the certificate of the finished kernel shows errors.
     """
-    if kernel.execution.part is not None:
-        store = _make_part(folder, kernel, kernel.execution.part, report)
-    else:
-        store = _make_whole(folder, kernel, load, report)
+    with _without_remains(folder):
+        if kernel.execution.part is not None:
+            store = _make_part(folder, kernel, kernel.execution.part, report)
+        else:
+            store = _make_whole(folder, kernel, load, report)
     require_accurate(store)  # at the end, when everything is committed and no lock is held
     return store
+
+
+@contextmanager
+def _without_remains(folder: Folder) -> Iterator[None]:
+    """Remove a store that a computation has created, if the computation ends with wrong input and without a tile."""
+    is_new = not has_store(folder) and not folder.sizes()
+    try:
+        yield
+    except InputError:
+        if is_new:
+            with suppress(StoreLockedError), write_lock(folder), without_tile_writers(folder) as is_alone:
+                if is_alone and has_store(folder) and _has_no_tile(open_store(folder)):
+                    folder.clear()
+        raise
+
+
+def _has_no_tile(store: KernelStore) -> bool:
+    return len(store.missing_tiles()) == store.grid.num_tiles
 
 
 def _make_whole(folder: Folder, kernel: Computation, load: Loader, report: Report) -> KernelStore:

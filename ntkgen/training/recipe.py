@@ -44,7 +44,12 @@ class Recipe:
     weight_decay: float = 5e-4
 
     def differences(self, other: "Recipe") -> list[str]:
-        """List the fields that differ, with the value of this recipe, which is stored, and that of the other."""
+        """List the fields that differ, with the value of this recipe, which is stored, and that of the other.
+
+        The data of two networks that are not trained may differ.
+        """
+        if self.num_epochs == other.num_epochs == 0:
+            other = dataclasses.replace(other, data_fingerprint=self.data_fingerprint)
         pairs = zip(dataclasses.asdict(self).items(), dataclasses.asdict(other).values(), strict=True)
         return [
             f"{name} {str(stored)[:40]}, now {str(current)[:40]}"
