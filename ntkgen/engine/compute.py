@@ -162,7 +162,11 @@ def make(folder: Folder, kernel: Computation, load: Loader, report: Report = ign
 
 @contextmanager
 def _without_remains(folder: Folder) -> Iterator[None]:
-    """Remove a store that a computation has created, if the computation ends with wrong input and without a tile."""
+    """Remove a store that a computation has created, if the computation ends with wrong input and without a tile.
+
+    Raises:
+        InputError: The error of the computation.
+    """
     is_new = not has_store(folder) and not folder.sizes()
     try:
         yield
