@@ -445,7 +445,9 @@ def test_a_kernel_function_of_a_part_takes_the_network_and_its_state():
     expected = ntkgen.ntk(other, x, params="2.*")
     for state in (other, other.state_dict()):
         assert_equal(function(state)["2"], expected)
-    other[0].bias.requires_grad = False
+    other[0].bias.requires_grad = False  # no part of this kernel
+    assert_equal(function(other)["2"], expected)
+    other[2].bias.requires_grad = False
     with pytest.raises(InputError, match="trains other parameters"):
         function(other)
 

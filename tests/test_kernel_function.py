@@ -180,6 +180,57 @@ def test_a_network_that_was_untied_is_refused():
         function(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
 
 
+def test_a_network_that_was_tied_is_refused():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    function = ntkgen.KernelFunction(net, X)
+    net[2].weight = net[0].weight
+    with pytest.raises(InputError, match=r"2\.weight was not tied .* found that it is tied to 0\.weight now"):
+        function(net)
+    function = ntkgen.KernelFunction(net, X)
+    assert relative_error(function(copy.deepcopy(net)), ntkgen.ntk(net, X)) <= TOLERANCES["float32"]
+    net[2].weight = nn.Parameter(net[0].weight.detach().clone())  # of equal values
+    with pytest.raises(InputError, match=r"2\.weight was tied to 0\.weight .* found that it is not tied now"):
+        function(net)
+
+
+def test_only_the_parameters_of_the_kernel_must_be_trained_as_before():
+    net = mlp()
+    function = ntkgen.KernelFunction(net, X, params="3.*")
+    net[0].requires_grad_(False)
+    assert relative_error(function(net), ntkgen.ntk(net, X, params="3.*")) <= TOLERANCES["float32"]
+    net[3].bias.requires_grad_(False)
+    with pytest.raises(InputError, match=r"requires_grad of 3\.bias"):
+        function(net)
+
+
+class Sum(nn.Linear):
+    def forward(self, first, second):
+        return super().forward(first) + super().forward(second).tanh()
+
+
+@pytest.mark.parametrize(
+    ("net", "samples"),
+    [
+        (mlp(), lambda x: x),
+        (mlp(), lambda x: x.numpy()),
+        (mlp(), lambda x: {"input": x}),
+        (Sum(4, 2), lambda x: (x, x.numpy())),
+    ],
+)
+@pytest.mark.parametrize("prepare", [ntkgen.KernelFunction, ntkgen.NTKOperator])
+def test_the_samples_are_those_of_the_preparation(net, samples, prepare):
+    x, columns = X.double(), X[:3].double() + 1
+    function = prepare(net, samples(x), samples(columns), precision="float64")
+
+    def kernel():
+        return function(net) if prepare is ntkgen.KernelFunction else function @ torch.eye(function.shape[1]).double()
+
+    before = kernel()
+    x.mul_(3)
+    columns.mul_(3)
+    assert relative_error(kernel(), before) <= TOLERANCES["float64"]
+
+
 class Routed(nn.Module):
     """Two experts; which of them takes a sample depends on the parameters."""
 

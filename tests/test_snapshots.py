@@ -54,6 +54,16 @@ def test_each_time_is_the_kernel_of_its_moment(tmp_path, output):
     assert data.iteration.values.tolist() == list(range(7))
 
 
+def test_the_probe_is_that_of_the_beginning(tmp_path):
+    net, probe = network(), X[:5].clone()
+    expected = ntkgen.ntk(net, probe, output="trace")
+    with ntkgen.Snapshots(tmp_path / "run.zarr", net, probe, lazy_error=True) as snapshots:
+        probe.mul_(3)
+        assert relative_error(snapshots(net, iteration=0), expected) <= TOLERANCES["float32"]
+        net.register_buffer("unused", torch.zeros(1))  # which prepares the kernel function anew
+        assert relative_error(snapshots(net, iteration=1), expected) <= TOLERANCES["float32"]
+
+
 @pytest.mark.parametrize(("output", "precision"), [("trace", "float32"), ("seen", "float64")])
 def test_the_logits_of_the_probe_are_kept(tmp_path, output, precision):
     net, expected = network(), []

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ntkgen.jacobian.evaluation import as_input, evaluation_copy, outputs_of
 from ntkgen.jacobian.modes import PUSHES, choose_push
+from ntkgen.jacobian.patterns import COMPILED
 from ntkgen.jacobian.precision import exact_arithmetic
-from ntkgen.jacobian.state import COMPILED
 
 # Maximum number of samples per forward pass.
 BATCH_SIZE = 256

@@ -86,7 +86,7 @@ class Snapshots:
         allow_diverged: bool = False,
         fsync: bool = False,
     ) -> None:
-        self._probe, _ = checked_batches(probe)
+        self._probe = checked_batches(probe)[0].clone()  # the caller may change its own later
         self._output, self._precision, self._per_layer = output, precision, per_layer
         self._function = self._prepared(model)
         self._signature = _signature(model)

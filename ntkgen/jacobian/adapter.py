@@ -353,6 +353,21 @@ class Given:
         return self.model._ntkgen_target if isinstance(self.model, Adapter) else Target()
 
     @classmethod
+    def kept(cls, model: nn.Module, x1: Batch, x2: Batch | None = None, target: Target = Target()) -> "Given":
+        """Check a network and samples as `of` does, and copy the samples. The caller may change its own later.
+
+        Raises:
+            InputError: If samples are missing or no numbers, or if the target does not fit the network.
+            ShapeError: If samples have different shapes, or inputs different numbers of samples.
+            ModelError: If the model is not a module that can be differentiated.
+        """
+        given = cls.of(model, x1, x2, target)
+        if given.data is not None:
+            return cls.adapted(model, given.data.copied(), target)
+        columns = None if given.columns is None else given.columns.clone()
+        return cls(model, given.rows.clone(), columns)
+
+    @classmethod
     def adapted(cls, model: nn.Module, data: Data, target: Target) -> "Given":
         """Put an adapter around a network."""
         return cls(Adapter(model, data, target), *data.numbers(are_alike=not target.columns), data)

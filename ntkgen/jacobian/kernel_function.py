@@ -48,7 +48,7 @@ class KernelFunction:
 
     Args:
         model: The network. It must treat samples one by one.
-        x1: The samples of the rows, as for `ntkgen.ntk`.
+        x1: The samples of the rows, as for `ntkgen.ntk`. They are copied.
         x2: The samples of the columns. By default these are the samples of the rows.
         function: A function of the module and a batch, or several, as for `ntkgen.ntk`.
         select: The outputs, as for `ntkgen.ntk`.
@@ -87,12 +87,12 @@ class KernelFunction:
         precision: str | None = None,
         per_layer: PerLayer | None = None,
     ) -> None:
-        given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
+        target = Target.of(function, select, params, columns_function)
+        given = Given.kept(model, x1, x2, target)
         before = attributes_of(model)
         asked = Request(output, precision_of(model, precision), groups=as_groups(per_layer))
         given.attempt(lambda given: self._try_all(given, asked))
-        trained = {name: param.requires_grad for name, param in model.named_parameters(remove_duplicate=False)}
-        self._loader = StateLoader(self._network.module, trained)
+        self._loader = StateLoader(self._network.module, model, target.params)
         # What a forward pass itself changes, such as a counter, is no part of the architecture.
         after = attributes_of(self._network.module)
         self._changing = {key: value for key, value in before.items() if after.get(key) != value}

@@ -86,7 +86,7 @@ class NTKOperator:
 
         Args:
             model: Any module that treats samples one by one.
-            x1: The samples of the rows, as for `ntkgen.ntk`.
+            x1: The samples of the rows, as for `ntkgen.ntk`. They are copied.
             x2: The samples of the columns. By default these are the samples of the rows.
             function: A function of the module and a batch, or several, as for `ntkgen.ntk`.
             select: The outputs, as for `ntkgen.ntk`.
@@ -102,7 +102,7 @@ class NTKOperator:
             ModelError: If the kernel of this network is not defined.
             UnknownNameError: If the precision has an unknown name.
         """
-        given = Given.of(model, x1, x2, Target.of(function, select, params, columns_function))
+        given = Given.kept(model, x1, x2, Target.of(function, select, params, columns_function))
         require_plain_module(model)
         if precision not in PRECISIONS:
             raise UnknownNameError("precision of an operator", precision, PRECISIONS)

@@ -1,5 +1,6 @@
 """Samples of any form: one tensor, several positional arguments, or several keyword arguments of a network."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -83,6 +84,10 @@ class Data:
                     break
         columns = numbers[self.num_rows :]
         return numbers[: self.num_rows], columns if len(columns) else None
+
+    def copied(self) -> "Data":
+        """Copy the tensors, which may share memory with those of the caller."""
+        return dataclasses.replace(self, leaves=tuple(leaf.clone() for leaf in self.leaves))
 
     def __str__(self) -> str:
         """Name shapes and dtypes of one sample."""

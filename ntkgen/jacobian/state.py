@@ -1,7 +1,7 @@
 """The numbers of a network, written into our copy of it: parameters, buffers and extra state, by name."""
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.errors import InputError, ShapeError
+from ntkgen.jacobian.patterns import chosen_names, named_parameters, plain
 
-# The prefix that `torch.compile` adds to the names of what it wraps.
-COMPILED = "_orig_mod."
 EXTRA_STATE = "_extra_state"
 # Names that an error lists.
 FEW = 3
@@ -22,11 +21,15 @@ class StateLoader:
 
     Args:
         module: Our copy, whose parameters and buffers are written.
-        trained: Whether each parameter of the original is trainable. Our copy may have fewer trainable ones.
+        original: The network that was copied. Our copy may have fewer trainable parameters.
+        patterns: Patterns of the names of the parameters that the kernel is of. None means all of them.
     """
 
-    def __init__(self, module: nn.Module, trained: Mapping[str, bool] | None = None) -> None:
-        self._trained = None if trained is None else {_plain(name): is_trained for name, is_trained in trained.items()}
+    def __init__(self, module: nn.Module, original: nn.Module, patterns: Sequence[str] = ()) -> None:
+        named = named_parameters(original)
+        chosen = chosen_names(original, patterns) if patterns else named
+        self._trained = {name: named[name].requires_grad for name in chosen}
+        self._ties = _ties_of(named)
         self._params = dict(module.named_parameters(remove_duplicate=False))
         self._buffers = dict(module.named_buffers(remove_duplicate=False))
         self._parts_with_extra_state = dict(_parts_with_extra_state(module))
@@ -46,13 +49,15 @@ class StateLoader:
             source: A module, or its state dict.
 
         Raises:
-            InputError: If names are missing or unknown, or a module trains other parameters.
+            InputError: If names are missing or unknown, or a module trains or ties other parameters.
             ShapeError: If a tensor has another shape.
         """
         found = _numbers_of(source)
         self._require_names(found, needs_all=isinstance(source, nn.Module))
         if isinstance(source, nn.Module):
-            self._require_same_trained(source)
+            params = named_parameters(source)
+            self._require_same_trained(params)
+            self._require_same_ties(params)
         written: dict[int, Tensor] = {}
         with torch.no_grad():
             for name, target in chain(self._params.items(), self._buffers.items()):
@@ -72,21 +77,33 @@ class StateLoader:
                 "KernelFunction."
             )
 
-    def _require_same_trained(self, source: nn.Module) -> None:
-        params = ((_plain(name), param) for name, param in source.named_parameters(remove_duplicate=False))
-        known = self._trained or {name: param.requires_grad for name, param in self._params.items()}
-        changed = [name for name, param in params if param.requires_grad != known[name]]
+    def _require_same_trained(self, params: Mapping[str, nn.Parameter]) -> None:
+        known = self._trained
+        changed = [name for name in known if params[name].requires_grad != known[name]]
         if changed:
             raise InputError(
                 f"The network trains other parameters than before: requires_grad of {_first(changed)} has changed. The "
                 "kernel is a sum over the trainable parameters. Prepare a new KernelFunction."
             )
 
+    def _require_same_ties(self, params: Mapping[str, nn.Parameter]) -> None:
+        now = _ties_of(params)
+        changed = [name for name in self._ties if now[name] != self._ties[name]]
+        if changed:
+            name, before, after = changed[0], self._ties[changed[0]], now[changed[0]]
+            was = "was not tied" if before == name else f"was tied to {before}"
+            found = "not tied" if after == name else f"tied to {after}"
+            raise InputError(
+                f"{name} {was} when the kernel function was prepared: expected the same parameters, found that it is "
+                f"{found} now. The kernel adds the derivatives of tied parameters. Was the network tied or untied? "
+                "Prepare a new KernelFunction."
+            )
+
     def _load_extra_state(self, source: nn.Module | Mapping[str, Any]) -> None:
         if not self._parts_with_extra_state:
             return
         if isinstance(source, nn.Module):
-            states = {_plain(name): part.get_extra_state() for name, part in _parts_with_extra_state(source)}
+            states = {plain(name): part.get_extra_state() for name, part in _parts_with_extra_state(source)}
         else:
             states = {name[: -len(EXTRA_STATE) - 1]: state for name, state in source.items() if _is_extra(name)}
         for name, part in self._parts_with_extra_state.items():
@@ -110,7 +127,7 @@ def _numbers_of(source: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
             f"A kernel function takes a torch.nn.Module or its state_dict(), and was given a {type(source).__name__}. "
             "Is it a checkpoint that holds a state dict under some key? Pass what lies under that key."
         )
-    found = {_plain(name): value for name, value in items}
+    found = {plain(name): value for name, value in items}
     if wrong := [name for name, value in found.items() if not isinstance(value, Tensor)]:
         raise InputError(
             f"A state dict must hold tensors, and {_first(wrong)} is none. Is it a checkpoint that holds a state dict "
@@ -147,6 +164,12 @@ def _write(name: str, target: Tensor, value: Tensor, written: dict[int, Tensor])
         )
 
 
+def _ties_of(params: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Find the first name of each parameter, which has several names if it is tied."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(param), name) for name, param in params.items()}
+
+
 def _parts_with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
         if type(part).get_extra_state is not nn.Module.get_extra_state:
@@ -155,10 +178,6 @@ def _parts_with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 def _is_extra(name: str) -> bool:
     return name == EXTRA_STATE or name.endswith(f".{EXTRA_STATE}")
-
-
-def _plain(name: str) -> str:
-    return name.replace(COMPILED, "")
 
 
 def _first(names: list[str]) -> str:
