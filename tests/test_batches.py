@@ -113,7 +113,7 @@ def nested():
 REFUSED = {
     "empty": (noise(0, 3), InputError, "expected at least one"),
     "empty list": ([], InputError, "expected at least one"),
-    "no axis": (torch.tensor(1.0), InputError, "expected at least one"),
+    "no axis": (torch.tensor(1.0), InputError, "found a single number"),
     "a number": (3.0, InputError, "is a float"),
     "a set": ({1.0}, InputError, "is a set"),
     "ragged": ([[1.0, 2.0, 3.0], [1.0]], InputError, "rectangular"),

@@ -179,7 +179,7 @@ def test_verbose_says_how_each_parameter_is_treated(run, tmp_path):
     assert code == 0
     assert "scale: no rule" not in err
     assert "spare: no rule, computed by autograd, " in err
-    assert " samples at once" in err
+    assert ", 2 samples at once" in err
     assert "fc: gram" in err or "fc: explicit" in err or "fc: ordered" in err
 
 

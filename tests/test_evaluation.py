@@ -2,11 +2,13 @@
 
 import copy
 import functools
+import sys
 import threading
 import types
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from cases import Call, in_turn, relative_error
@@ -481,6 +483,21 @@ def test_what_has_no_differentiable_numbers_is_refused(build, message, entry):
     with pytest.raises(ModelError, match=message) as refused:
         entry(build(), noise(2, 3))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("build", [scripted, traced_inside, quantised, quantised_buffer, nn.Flatten])
+def test_the_class_of_the_user_is_named_on_every_way(build, run, tmp_path, monkeypatch):
+    """A selection of parameters, and the command line, put an adapter around a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = types.ModuleType("users_nets")
+    module.build = build
+    monkeypatch.setitem(sys.modules, "users_nets", module)
+    np.savez("x.npz", input=np.ones((4, 3)))
+    code, _, err = run("compute", "--models", "users_nets:build", "--dataset", "x.npz", "--epochs", 0, "-q")
+    assert code == 2
+    assert type(build()).__name__ in err
+    assert "Adapter" not in err
 
 
 def test_what_is_no_module_is_refused():

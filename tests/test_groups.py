@@ -147,7 +147,9 @@ def test_a_tied_parameter_belongs_to_the_group_of_any_of_its_names():
         ({"": "0.*"}, r"`per_layer` names groups"),
         ({"a": []}, r"`per_layer` chooses parameters by patterns"),
         ([], r"`per_layer` chooses parameters by patterns"),
-        ([1], r"`per_layer` chooses parameters by patterns"),
+        ([1], r"`per_layer` chooses parameters by patterns.*found a list of int"),
+        (3, r"`per_layer` chooses parameters by patterns.*found something of type int"),
+        ({"a": 3}, r"`per_layer` chooses parameters by patterns.*found something of type int"),
     ],
 )
 def test_groups_that_do_not_fit_are_refused_in_one_line(per_layer, message):

@@ -78,7 +78,8 @@ def test_the_centered_kernel_has_the_nonzero_spectrum_of_centered_logits():
         (3, UnknownNameError, "full"),
         ("mean", UnknownNameError, "full"),
         ("index:", UnknownNameError, "index:K"),
-        ("index:-1", UnknownNameError, "index:K"),
+        ("index:-1", InputError, "0 to 2.*from the end"),
+        ("index:-0", UnknownNameError, "index:K"),
         ("index:3", InputError, "0 to 2"),
     ],
 )

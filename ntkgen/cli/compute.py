@@ -229,8 +229,9 @@ def _layer_lines(planned: "PlannedKernel") -> str:
         for layer in plan.layers
     ]
     lines += [f"  {plan.dense_params:,} parameters as dense Jacobian rows (biases, normalisations, autograd)"]
-    at_once = f"{plan.fallback_samples} samples at once"
-    way = "one sample after the other" if plan.fallback_way == "one by one" else at_once
+    together = min(plan.fallback_samples, len(planned.inputs.all))
+    is_single = plan.fallback_way == "one by one" or together == 1
+    way = "one sample after the other" if is_single else f"{together} samples at once"
     lines += [f"  {name}: no rule, computed by autograd, {way}" for name in plan.fallback]
     return "\n".join(lines)
 

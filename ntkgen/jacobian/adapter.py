@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ntkgen.errors import InputError, ModelError, NtkgenError
+from ntkgen.errors import InputError, ModelError
 from ntkgen.jacobian.batches import checked_batches
 from ntkgen.jacobian.evaluation import OutputFormError, PreparedCopy, require_plain_module, unwrapped
-from ntkgen.jacobian.failures import FREED, NotInThisDtypeError
+from ntkgen.jacobian.failures import NotInThisDtypeError, explained_by
 from ntkgen.jacobian.patterns import as_patterns, chosen_names, plain
 from ntkgen.jacobian.samples import Arguments, Batch, Data, data_of, is_one_tensor
-from ntkgen.jacobian.selection import Select, only_output, parse
+from ntkgen.jacobian.selection import Select, described, only_output, parse
 
 # A function of a module and a batch. Its outputs have the samples as first axis.
 Function = Callable[[nn.Module, Any], Any]
@@ -230,12 +230,10 @@ class Adapter(PreparedCopy):
         """
         like = _first_number(self._ntkgen_network)
         batch = self._ntkgen_data.take(numbers, _real(like.dtype), like.device)
-        try:
-            return self._ntkgen_select(function(self._ntkgen_network, batch))
-        except Exception as error:  # user code may raise any error
-            if isinstance(error, NtkgenError | MemoryError | torch.OutOfMemoryError) or FREED in str(error):
-                raise
-            raise NotInThisDtypeError(_failed(error, function, self._ntkgen_data)) from error
+        with explained_by(lambda error: _failed(error, function, self._ntkgen_data)):
+            result = function(self._ntkgen_network, batch)
+        with explained_by(lambda error: _not_selected(error, self._ntkgen_select, result)):
+            return self._ntkgen_select(result)
 
     def _matrix(self, result: Any, count: int) -> Tensor:
         """Convert outputs to a matrix of real numbers. A complex output becomes two real ones.
@@ -254,7 +252,8 @@ class Adapter(PreparedCopy):
         outputs = result.reshape(count, -1)
         if outputs.shape[1] == 0:
             raise ModelError(
-                f"No output is selected: expected at least one for each sample, found the shape {tuple(result.shape)}. "
+                f"No output is selected: expected at least one for each sample, found the shape "
+                f"{tuple(result.shape[1:])}. "
                 "Is the slice of the selection empty? Select at least one output."
             )
         expected = _real(_first_number(self._ntkgen_network).dtype)
@@ -292,8 +291,19 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
+def _not_selected(error: Exception, select: Callable[..., Any], result: Any) -> str:
+    return (
+        f"The selection {qualified_name(select)} raises an error ({_told(error)}): expected outputs of the network's "
+        f"result, found {described(result)}. Does it name an output that is not there? Select one that is there."
+    )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def _failed(error: Exception, function: Function, data: Data) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = _told(error)
     who = "The network" if function is call else f"The function {qualified_name(function)}"
     is_of_integers = not any(leaf.is_floating_point() for leaf in data.leaves)
     if any(word in text for word in ("dtype", "same type", "Float", "Double", "Long")):

@@ -47,7 +47,12 @@ def checked_batches(
 
 def _batch(x: ArrayLike) -> Tensor:
     tensor = _tensor_of(x, "A batch")
-    if tensor.ndim == 0 or len(tensor) == 0:
+    if tensor.ndim == 0:
+        raise InputError(
+            "A kernel needs samples: expected a tensor whose first axis is that of the samples, found a single number, "
+            "of shape (). Is it the only number of one sample? Pass it as x.reshape(1, 1)."
+        )
+    if len(tensor) == 0:
         raise InputError(
             f"A kernel needs samples: expected at least one along the first axis, found an empty batch of shape "
             f"{tuple(tensor.shape)}. Pass at least one sample. A single sample x is passed as x[None]."
@@ -102,6 +107,11 @@ def _advice(values: object) -> str:
         )
     if kinds & {"DataLoader", "Dataset", "IterableDataset"}:
         return "Is it a data set? Stack its samples, for example with torch.stack([x for x, label in data_set])."
+    if values is None or isinstance(values, bool | int | float | str):
+        return (
+            "Is it the same for all samples? A constant belongs into `function`, as in function=lambda model, x: "
+            "model(x, constant)."
+        )
     return "Is it a table? Convert it, for example with torch.as_tensor or to_numpy()."
 
 
@@ -134,6 +144,7 @@ def _supported_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def _of_list(values: Sequence[Any], what: str) -> Tensor:
+    _refuse_constants(values, what)
     try:
         if values and all(isinstance(value, Tensor) for value in values):
             return torch.stack([value.detach() for value in values])
@@ -145,6 +156,23 @@ def _of_list(values: Sequence[Any], what: str) -> Tensor:
             f"{what} must be a rectangular list of numbers, and is not ({' '.join(str(error).split())[:150]}). Do "
             "its samples have different lengths, or are some entries not numbers? Pad the samples, or pass a tensor."
         ) from error
+
+
+def _refuse_constants(values: Sequence[Any], what: str) -> None:
+    """Refuse a tuple of the inputs of a network, some of which are no tensors or arrays.
+
+    Raises:
+        InputError: If there is such an input.
+    """
+    if not isinstance(values, tuple) or not any(isinstance(value, Tensor | np.ndarray) for value in values):
+        return
+    for index, value in enumerate(values):
+        if not isinstance(value, Tensor | np.ndarray):
+            raise InputError(
+                f"{what} that is a tuple holds the inputs of a network: expected tensors or arrays whose first axis is "
+                f"that of the samples, found {type(value).__name__} as input {index}. Is it the same for all "
+                "samples? A constant belongs into `function`, as in function=lambda model, x: model(x, constant)."
+            )
 
 
 # labels ---------------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def _into_evaluation_mode(module: nn.Module) -> None:
         module.eval()
     except Exception as error:  # eval may be the user's code
         raise ModelError(
-            f"{type(module).__name__} cannot be put into evaluation mode (eval() raised {_described(error)}): expected "
+            f"{class_name(module)} cannot be put into evaluation mode (eval() raised {_described(error)}): expected "
             "a module whose eval() and train(mode) work. Does the module, or a part of it, define its own train "
             "method with other arguments? Rename that method."
         ) from error
@@ -194,7 +194,7 @@ def require_own_parameters(outputs: Tensor, model: nn.Module) -> None:
         leaf = getattr(node, "variable", None)  # only nodes that accumulate the gradient of a leaf have a variable
         if id(leaf) in originals:
             raise ModelError(
-                f"{type(model).__name__} cannot be copied: its copy was expected to use its own parameters, and uses "
+                f"{class_name(model)} cannot be copied: its copy was expected to use its own parameters, and uses "
                 f"{originals[id(leaf)]} of the original. Does a function or an object in the network refer to the "
                 "network by a global name? Pass the module as self or as an argument instead."
             )
@@ -217,12 +217,12 @@ def require_plain_module(model: nn.Module) -> None:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
             raise ModelError(
-                f"{name} of {type(model).__name__} is not initialised: expected numbers, found a lazy parameter whose "
+                f"{name} of {class_name(model)} is not initialised: expected numbers, found a lazy parameter whose "
                 "shape is not known before the first call. Call the network once on a batch. Then train or load it."
             )
         if tensor.is_meta:
             raise ModelError(
-                f"{name} of {type(model).__name__} is on the device meta: expected numbers, found only a shape. Was "
+                f"{name} of {class_name(model)} is on the device meta: expected numbers, found only a shape. Was "
                 "the network built without its weights? Load them with load_state_dict(…, assign=True)."
             )
         if tensor.is_quantized:
@@ -234,9 +234,14 @@ def require_plain_module(model: nn.Module) -> None:
             raise ModelError(_not_differentiable(model, name, "is a quantised module"))
 
 
+def class_name(model: nn.Module) -> str:
+    """Return the name of the class of the user's module, which is the first module of an adapter too."""
+    return type(next(model.modules())).__name__
+
+
 def _not_differentiable(model: nn.Module, name: str, what: str) -> str:
     return (
-        f"{name or 'The network'} of {type(model).__name__} {what}: expected a plain torch.nn.Module, which can be "
+        f"{name or 'The network'} of {class_name(model)} {what}: expected a plain torch.nn.Module, which can be "
         "recorded and differentiated in any dtype. Was it converted for deployment? Pass the original module."
     )
 
@@ -277,7 +282,7 @@ def _copied(model: nn.Module, tensors: Memo) -> nn.Module:
                 binding.bind_items(vars(child))
     except Exception as error:  # parts of a network may raise any error
         raise ModelError(
-            f"{type(model).__name__} cannot be copied ({_described(error)}): expected a module that copy.deepcopy "
+            f"{class_name(model)} cannot be copied ({_described(error)}): expected a module that copy.deepcopy "
             "accepts, except for locks, files and similar objects. Does it define __deepcopy__ or __getstate__? Pass "
             "a newly built module that has loaded the same state."
         ) from error

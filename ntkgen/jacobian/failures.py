@@ -1,6 +1,6 @@
 """Errors that a user's network raises, explained."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,3 +45,19 @@ def explained_errors(samples: Tensor) -> Iterator[None]:
             f"The network does not accept these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
             f"({text}). {cause}"
         ) from error
+
+
+@contextmanager
+def explained_by(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Explain an error of the user's code, which may be of any type.
+
+    Raises:
+        NotInThisDtypeError: If there is an error.
+        Exception: If memory is exhausted, or the error is one that others explain.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, NtkgenError | MemoryError | torch.OutOfMemoryError) or FREED in str(error):
+            raise
+        raise NotInThisDtypeError(explain(error)) from error

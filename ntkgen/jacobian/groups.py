@@ -37,7 +37,8 @@ def as_groups(per_layer: PerLayer | None) -> GroupPatterns | None:
     if per_layer is None or isinstance(per_layer, bool):
         return () if per_layer else None
     if isinstance(per_layer, Mapping):
-        groups = tuple((name, as_patterns(patterns or (), "per_layer")) for name, patterns in per_layer.items())
+        given = {name: [] if patterns is None else patterns for name, patterns in per_layer.items()}
+        groups = tuple((name, as_patterns(patterns, "per_layer")) for name, patterns in given.items())
     else:
         groups = tuple((pattern, (pattern,)) for pattern in as_patterns(per_layer, "per_layer"))
     if not groups or not all(isinstance(name, str) and name.strip() for name, _ in groups):

@@ -15,6 +15,7 @@ from ntkgen.jacobian.cost import LayerShape, NetworkProfile
 from ntkgen.jacobian.coverage import draw_directions
 from ntkgen.jacobian.evaluation import (
     as_input,
+    class_name,
     evaluation_copy,
     require_own_parameters,
     require_plain_module,
@@ -223,7 +224,7 @@ def _tried_copy(
 def _require_trainable(model: nn.Module) -> None:
     if not any(param.requires_grad for param in model.parameters()):
         raise ModelError(
-            f"{type(model).__name__} has no trainable parameter: expected at least one with requires_grad, found none. "
+            f"{class_name(model)} has no trainable parameter: expected at least one with requires_grad, found none. "
             "Was the network frozen? Call requires_grad_(True) on the parameters of the kernel."
         )
 

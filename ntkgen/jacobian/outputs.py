@@ -50,12 +50,12 @@ def output_map(name: str, num_logits: int) -> OutputMap:
             )
         return OutputMap(name, contrast_matrix(num_logits))
     kind, _, index = str(name).partition(":")
-    if kind != "index" or not index.isdecimal() or index != str(int(index)):
+    if kind != "index" or not index.removeprefix("-").isdecimal() or index != str(int(index)):
         raise UnknownNameError("output", name, OUTPUTS)
-    if int(index) >= num_logits:
+    if not 0 <= int(index) < num_logits:
         raise InputError(
             f"There is no logit {index}: expected a number from 0 to {num_logits - 1}, because the network has "
-            f"{num_logits} outputs. Is the number counted from 1? Logits are counted from 0."
+            f"{num_logits} outputs. Is the number counted from 1, or from the end? Logits are counted from 0."
         )
     return OutputMap(name, torch.eye(num_logits, dtype=torch.float64, device="cpu")[int(index)][None])
 

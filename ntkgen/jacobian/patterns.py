@@ -22,13 +22,28 @@ def as_patterns(params: str | Sequence[str] | None, setting: str = "params") -> 
     """
     if params is None:
         return ()
-    patterns = (params,) if isinstance(params, str) else tuple(params)
+    patterns = (params,) if isinstance(params, str) else tuple(params) if isinstance(params, Iterable) else ()
     if not patterns or not all(isinstance(pattern, str) and pattern.strip("! ") for pattern in patterns):
         raise InputError(
             f"`{setting}` chooses parameters by patterns of their names: expected text such as 'head.*', or a list of "
-            f"such texts, found {params!r}. Were parameters themselves passed? Pass their names, or None for all."
+            f"such texts, found {_kind(params)}. Were parameters themselves passed? Pass their names, or None for all."
         )
     return patterns
+
+
+def _kind(given: object) -> str:
+    """Name what was given by its type, because tensors have many numbers.
+
+    >>> _kind(["a", 3]), _kind([]), _kind("!"), _kind(True)
+    ('a list of int and str', 'an empty list', "'!'", 'something of type bool')
+    """
+    if isinstance(given, str):
+        return repr(given)
+    name = type(given).__name__
+    if not isinstance(given, Sequence | Mapping):
+        return f"something of type {name}"
+    parts = sorted({type(part).__name__ for part in given})
+    return f"a {name} of {' and '.join(parts)}" if parts else f"an empty {name}"
 
 
 def chosen_names(model: nn.Module, patterns: Sequence[str]) -> frozenset[str]:

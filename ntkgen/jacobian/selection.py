@@ -115,8 +115,9 @@ def _part(value: Any, step: Any, text: str) -> Any:
             except (IndexError, RuntimeError, TypeError) as error:
                 raise ModelError(
                     f"The selection {text!r} does not fit the network's result: expected an index into a tensor of "
-                    f"shape {tuple(value.shape)}, found none ({' '.join(str(error).split())[:120]}). Is an axis "
-                    "missing, or a number too large? The first axis is that of the samples."
+                    f"shape {tuple(value.shape[1:])} for each sample, found none "
+                    f"({' '.join(str(error).split())[:120]}). Is an axis missing, or a number too large? The first "
+                    "axis is that of the samples."
                 ) from error
     elif isinstance(value, Mapping):
         if step in value if is_name else isinstance(step, int) and -len(value) <= step < len(value):
@@ -135,7 +136,9 @@ def _part(value: Any, step: Any, text: str) -> Any:
 def described(result: Any) -> str:
     """Describe the result of a network, with the names that can be selected."""
     if isinstance(result, Tensor):
-        return f"one tensor of shape {tuple(result.shape)}, which an index selects from, such as '[:, 0]'"
+        if result.ndim == 0:
+            return "one number"
+        return f"one tensor of shape {tuple(result.shape[1:])} for each sample, which an index selects from"
     if isinstance(result, Mapping):
         return f"a {type(result).__name__} with {_few(map(str, result))}"
     if isinstance(result, tuple) and hasattr(result, "_fields"):
