@@ -91,7 +91,7 @@ LAYERS_HINT = "    kernel.by_layer             # one kernel per layer, lazily; t
     help="Store one triangle (upper) or both (full). auto stores both up to 10 GB.",
 )
 @tile_option
-@memory_option("Maximum additional memory of the computation, such as 8GB [80 % of the free memory].")
+@memory_option("Maximum additional memory of the computation, such as 8GB [see `ntkgen manual computing`].")
 @click.option("--replan", is_flag=True, help="Continue on another kind of machine. Its tiles differ in the last bits.")
 @click.option(
     "--certify/--no-certify",

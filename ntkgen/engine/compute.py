@@ -90,7 +90,7 @@ def compute(  # noqa: PLR0913 - explicit keywords, so that editors and type chec
         dtypes: One or several dtypes of the stored kernel: ``float16``, ``float32`` and ``float64``.
         layout: ``upper`` stores one triangle, and ``full`` stores both. ``auto`` stores both up to 10 GB.
         tile_side: Number of rows of a tile, a multiple of the number of outputs. None chooses a suitable one.
-        memory_bytes: Maximum memory of the computation in bytes. None means 80 % of the free memory.
+        memory_bytes: Maximum memory in bytes. None plans blocks for 2/5 of all, and keeps factors in 80 % of the free.
         replan: Whether to continue on another kind of machine, with tiles that differ in their last bits.
         certify: Whether to store a certificate, the measured error bound of the finished kernel.
         fsync: Whether each tile is forced to disk, so that it survives a loss of power. False is quicker.
