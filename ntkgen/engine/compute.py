@@ -167,7 +167,9 @@ def _without_remains(folder: Folder) -> Iterator[None]:
     Raises:
         InputError: The error of the computation.
     """
-    is_new = not has_store(folder) and not folder.sizes()
+    is_new = False
+    with suppress(OSError):  # a folder that cannot be read is refused later
+        is_new = not has_store(folder) and not folder.sizes()
     try:
         yield
     except InputError:
