@@ -7,6 +7,7 @@ this module.
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class NtkgenError(Exception):
@@ -52,7 +53,13 @@ class RuleError(ModelError):
 
     Attributes:
         params: The full names of these parameters.
+        advice: What to do, the last sentences of the message.
     """
+
+    advice: ClassVar[str] = (
+        "If a store exists, remove it and run the same command again. These parameters are then computed sample by "
+        "sample."
+    )
 
     def __init__(self, params: Iterable[str]) -> None:
         super().__init__(tuple(params))
@@ -72,9 +79,14 @@ class RuleError(ModelError):
         return (
             f"The network treats a batch differently from the first samples: the gradients of {', '.join(self.params)} "
             "were expected to follow from the inputs and outputs of their layers, and do not. Does the network route, "
-            "sort or replace samples by their content? If a store exists, remove it and run the same command again. "
-            "These parameters are then computed sample by sample."
+            f"sort or replace samples by their content? {self.advice}"
         )
+
+
+class PreparedRuleError(RuleError):
+    """A `RuleError` of a network that was prepared with other parameters."""
+
+    advice = "Prepare a new KernelFunction from the network as it is now, or compute its kernel with ntkgen.ntk."
 
 
 class FingerprintError(InputError):

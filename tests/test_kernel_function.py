@@ -1,11 +1,18 @@
 """A kernel as a function of parameters: equal to `ntkgen.ntk` whatever the parameters become."""
 
+import argparse
 import copy
+import dataclasses
+import warnings
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, CHOSEN, TOLERANCES, chosen, chosen_cases, relative_error
 from torch import nn
+from torch.nn.utils import prune
 
 import ntkgen
 from ntkgen.errors import DivergedError, InputError, RuleError, ShapeError
@@ -384,3 +391,168 @@ def test_a_second_network_of_one_factory_is_the_same(value):
         nets[1].extra = type(value)() if not isinstance(value, torch.Tensor) else torch.zeros(2)
         with pytest.raises(InputError, match="extra"):
             function(nets[1])
+
+
+def times(held):
+    return lambda x: held[0] * x
+
+
+class Config:
+    def __init__(self):
+        self.scale, self.sizes = 1.0, {"hidden": [4, 3]}
+
+
+@dataclasses.dataclass
+class Settings:
+    scale: float = 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (Config, lambda value: setattr(value, "scale", 2.0)),
+        (Config, lambda value: value.sizes["hidden"].append(1)),
+        (Settings, lambda value: setattr(value, "scale", 2.0)),
+        (lambda: SimpleNamespace(scale=1.0, act=nn.Tanh()), lambda value: setattr(value, "scale", 2.0)),
+        (lambda: argparse.Namespace(scale=1.0), lambda value: setattr(value, "scale", 2.0)),
+        (lambda: {"first": Settings()}, lambda value: setattr(value["first"], "scale", 2.0)),
+        (lambda: np.ones(3), lambda value: value.fill(2)),
+        (lambda: [np.ones(3)], lambda value: value[0].fill(2)),
+        (lambda: partial(torch.mul, other=torch.ones(1)), lambda value: value.keywords["other"].fill_(2)),
+        (
+            lambda: times([1.0]),
+            lambda value: value.__closure__[0].cell_contents.append(2),
+        ),
+    ],
+)
+def test_attributes_are_compared_by_content(make, change):
+    nets = [nn.Linear(4, 3) for _ in range(2)]
+    for net in nets:
+        net.extra = make()
+    function = ntkgen.KernelFunction(nets[0], X)
+    for net in (nets[0], nets[1], copy.deepcopy(nets[0])):
+        function(net)
+    change(nets[1].extra)
+    with pytest.raises(InputError, match="extra"):
+        function(nets[1])
+
+
+def test_an_object_that_trains_is_compared_by_its_class():
+    net = mlp()
+    net.optimizer = torch.optim.Adam(net.parameters())
+    function = ntkgen.KernelFunction(net, X)
+    net(X).sum().backward()
+    net.optimizer.step()
+    assert relative_error(function(net), ntkgen.ntk(net, X)) <= TOLERANCES["float32"]
+
+
+def test_the_configuration_of_a_transformer_is_seen(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=1,
+        n_head=1,
+        n_embd=4,
+        vocab_size=9,
+        n_positions=8,
+        num_labels=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    net = transformers.GPT2ForSequenceClassification(config)
+    function = ntkgen.KernelFunction(net, {"input_ids": torch.arange(6).reshape(2, 3)}, select="logits")
+    first = function(net)
+    net.save_pretrained(tmp_path)
+    assert torch.equal(function(net), first)
+    net.config.pad_token_id = 7
+    with pytest.raises(InputError, match=r"config\.pad_token_id 0, found 7"):
+        function(net)
+
+
+def scaled_by(factor):
+    return lambda _module, _args, output: factor * output
+
+
+def halved(_module, args):
+    return (args[0] / 2,)
+
+
+def test_hooks_that_were_added_changed_or_removed_are_refused():
+    net = mlp()
+    function = ntkgen.KernelFunction(net, X)
+    for part, register in ((net, "register_forward_hook"), (net[0], "register_forward_pre_hook")):
+        handle = getattr(part, register)(halved if "pre" in register else scaled_by(2))
+        with pytest.raises(InputError, match="hooks nothing, found"):
+            function(net)
+        handle.remove()
+    function(net)
+    net[0].register_forward_hook(scaled_by(2))
+    function, second, third = ntkgen.KernelFunction(net, X), mlp(), mlp()
+    second[0].register_forward_hook(scaled_by(2))
+    third[0].register_forward_hook(scaled_by(3))
+    assert torch.equal(function(second), function(net))
+    for other in (mlp(), third):
+        with pytest.raises(InputError, match="forward hooks"):
+            function(other)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.r, self.head = kind(4, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(self.r(x[:, None])[0][:, -1])
+
+
+def pruned():
+    net = mlp()
+    prune.l1_unstructured(net[0], "weight", amount=0.5)
+    return net
+
+
+def normalised():
+    net = mlp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        nn.utils.weight_norm(net[0])
+    return net
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU), lambda: Recurrent(nn.RNN), pruned, normalised]
+)
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_tensors_that_follow_from_parameters_are_no_attributes(make, precision):
+    torch.manual_seed(0)
+    net = make()
+    function = ntkgen.KernelFunction(net, X, precision=precision)
+    with torch.no_grad():
+        for param in net.parameters():
+            param.mul_(1.5)
+        net(X)
+    assert relative_error(function(net), ntkgen.ntk(net, X, precision=precision)) <= TOLERANCES[precision]
+
+
+def test_a_message_shows_no_bytes_and_names_the_state_dict():
+    net = nn.Linear(4, 3)
+    net.mask = torch.ones(3)
+    function = ntkgen.KernelFunction(net, X)
+    net.mask = torch.zeros(3)
+    with pytest.raises(
+        InputError, match=r"mask a torch.float32 tensor of \(3,\), found .* with other values.*state_dict"
+    ):
+        function(net)
+    function(net.state_dict())
+
+
+def test_a_rule_that_fails_in_a_call_asks_for_a_new_kernel_function(monkeypatch):
+    function = ntkgen.KernelFunction(mlp(), X)
+
+    def fail(*_args, **_kwargs):
+        raise RuleError(["0.weight"])
+
+    monkeypatch.setattr(function, "_factors", fail)
+    with pytest.raises(RuleError, match=r"gradients of 0\.weight .* Prepare a new KernelFunction"):
+        function(mlp())

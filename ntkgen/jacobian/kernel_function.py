@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ntkgen.blocks import Block
-from ntkgen.errors import InputError, RuleError
+from ntkgen.errors import InputError, PreparedRuleError, RuleError
 from ntkgen.jacobian.adapter import Function, Given, Target
-from ntkgen.jacobian.attributes import attributes_of, first_difference, without
+from ntkgen.jacobian.attributes import attributes_of, changed_by_forward, first_difference, without
 from ntkgen.jacobian.cache import BlockCache
 from ntkgen.jacobian.contract import fill_kernel, fill_kernels
 from ntkgen.jacobian.cost import JacobianPlan
@@ -40,10 +40,13 @@ class KernelFunction:
     computes the kernel. The given network, its mode, its gradients and all random states are not changed.
 
     A call does not repeat the comparison with autograd. It raises an error if a layer is called in another way than in
-    the constructor, if outputs are not finite, or if the class or a plain attribute of a module has changed, such as
-    the number of the head in use. It cannot see what else a forward pass may depend on, such as a global variable. If
-    the parameters decide how a sample is treated, as in a network that routes samples to experts, call the function
-    with ``prove=True``. The block sizes and the order of multiplication depend only on the sizes of the network. Equal
+    the constructor, if outputs are not finite, or if ties, hooks, the class or an attribute of a module have changed,
+    such as the number of the head in use. Attributes are compared by content: numbers, text, tensors, arrays,
+    containers, functions with the values that they hold, dataclasses, namespaces, and other objects that hold plain
+    values only. A call does not see a change inside any other object, in a global variable, or in what a forward pass
+    itself changes. For a state dict, only parameters, buffers and extra state are compared and loaded. If the
+    parameters decide how a sample is treated, as in a network that routes samples to experts, call the function with
+    ``prove=True``. The block sizes and the order of multiplication depend only on the sizes of the network. Equal
     parameters therefore give equal bits in every process on one machine.
 
     Args:
@@ -94,8 +97,7 @@ class KernelFunction:
         given.attempt(lambda given: self._try_all(given, asked))
         self._loader = StateLoader(self._network.module, model, target.params)
         # What a forward pass itself changes, such as a counter, is no part of the architecture.
-        after = attributes_of(self._network.module)
-        self._changing = {key: value for key, value in before.items() if after.get(key) != value}
+        self._changing = changed_by_forward(before, attributes_of(self._network.module))
         self._attributes = without(before, self._changing)
 
     def _try_all(self, given: Given, asked: Request) -> None:
@@ -168,20 +170,24 @@ class KernelFunction:
             The kernel. With ``per_layer``, a dictionary with the kernel of each group of trainable parameters.
 
         Raises:
-            InputError: If the state is that of another architecture, or an attribute of a module has changed.
+            InputError: If the state is that of another architecture, or ties, hooks or an attribute of a module have
+                changed.
             ShapeError: If a tensor has another shape.
             DivergedError: If outputs of the network are not finite.
-            RuleError: If a layer is called in another way than in the constructor, or if ``prove`` finds that the rule
-                of a layer is wrong.
+            PreparedRuleError: If a layer is called in another way than in the constructor, or if ``prove`` finds that
+                the rule of a layer is wrong.
         """
         with exact_arithmetic(self._network.device):
             self._loader.load(state)
             if isinstance(state, nn.Module):
                 self._require_same_attributes(state)
             factors = BlockCache(lambda block: self._factors(block, prove=prove), NUM_BLOCKS_HELD)
-            if self._groups is None:
-                return fill_kernel(self._rows, self._columns, factors, self._plan)
-            kernels = fill_kernels(self._rows, self._columns, factors, self._plan, self._factor_groups)
+            try:
+                if self._groups is None:
+                    return fill_kernel(self._rows, self._columns, factors, self._plan)
+                kernels = fill_kernels(self._rows, self._columns, factors, self._plan, self._factor_groups)
+            except RuleError as error:
+                raise PreparedRuleError(error.params) from error
         return {group.name: kernel for group, kernel in zip(self._groups, kernels, strict=True)}
 
     def _require_same_attributes(self, model: nn.Module) -> None:
@@ -200,7 +206,8 @@ class KernelFunction:
             raise InputError(
                 f"The network is another one than this kernel function was prepared with: expected {name} {expected}, "
                 f"found {other}. The forward pass may depend on it, and the kernel would be that of the old one. Was "
-                "another head or another mode chosen? Prepare a new KernelFunction."
+                "another head or another mode chosen? Prepare a new KernelFunction. If it is only a counter, pass "
+                "model.state_dict(), which has no attributes."
             )
 
     def _factors(self, block: Block, *, prove: bool) -> BlockFactors:
