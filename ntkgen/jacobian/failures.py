@@ -1,7 +1,7 @@
 """Errors that a user's network raises, explained."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -17,11 +17,11 @@ class NotInThisDtypeError(ModelError):
 
 
 @contextmanager
-def explained_errors(samples: Tensor) -> Iterator[None]:
-    """Explain an error that is raised in the user's network, which may be of any type.
+def explained_by(explain: Callable[[Exception], str]) -> Iterator[None]:
+    """Explain an error of the user's code, which may be of any type.
 
     Raises:
-        NotInThisDtypeError: If the network raises an error.
+        NotInThisDtypeError: If there is an error.
         Exception: If memory is exhausted, or the error explains itself or is explained by others.
     """
     try:
@@ -30,34 +30,27 @@ def explained_errors(samples: Tensor) -> Iterator[None]:
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
         if is_memory or isinstance(error, NtkgenError) or FREED in str(error):
             raise
-        text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        if "dtype" in text or "same type" in text or "Float" in text or "Double" in text:
-            other = "float32" if samples.dtype == torch.float64 else "float64"
-            cause = (
-                f"Does it run only in {other}, because of a cast in its forward pass or a tensor that is not a buffer? "
-                f"Choose the precision {other}, or remove the cast and use register_buffer."
-            )
-            if not samples.is_floating_point():
-                cause = "Does the network need floating-point numbers instead of integers? Convert them, as x.float()."
-        else:
-            cause = "Does the network expect another size, number of channels or dtype? Pass samples that it accepts."
-        raise NotInThisDtypeError(
-            f"The network does not accept these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
-            f"({text}). {cause}"
-        ) from error
-
-
-@contextmanager
-def explained_by(explain: Callable[[Exception], str]) -> Iterator[None]:
-    """Explain an error of the user's code, which may be of any type.
-
-    Raises:
-        NotInThisDtypeError: If there is an error.
-        Exception: If memory is exhausted, or the error is one that others explain.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, NtkgenError | MemoryError | torch.OutOfMemoryError) or FREED in str(error):
-            raise
         raise NotInThisDtypeError(explain(error)) from error
+
+
+def explained_errors(samples: Tensor) -> AbstractContextManager[None]:
+    """Explain an error that a network raises for some samples, as `explained_by` does."""
+    return explained_by(lambda error: _refusal(samples, error))
+
+
+def _refusal(samples: Tensor, error: Exception) -> str:
+    text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if "dtype" in text or "same type" in text or "Float" in text or "Double" in text:
+        other = "float32" if samples.dtype == torch.float64 else "float64"
+        cause = (
+            f"Does it run only in {other}, because of a cast in its forward pass or a tensor that is not a buffer? "
+            f"Choose the precision {other}, or remove the cast and use register_buffer."
+        )
+        if not samples.is_floating_point():
+            cause = "Does the network need floating-point numbers instead of integers? Convert them, as x.float()."
+    else:
+        cause = "Does the network expect another size, number of channels or dtype? Pass samples that it accepts."
+    return (
+        f"The network does not accept these samples, of shape {tuple(samples.shape[1:])} and {samples.dtype} each "
+        f"({text}). {cause}"
+    )
